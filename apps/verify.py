@@ -1,0 +1,122 @@
+"""``moshi-ttt verify``: reference vectors against every form of the operation they describe.
+
+A file is safetensors: ``in.*`` inputs, ``out.*`` results, ``grad.X`` the gradient of sum(y * cotangent) with respect to
+``in.X``; string metadata name the operation and its options. See ``docs/reference_vectors.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.registry import Registry
+from moshi_ttt.core.verification import Verifier
+
+FLOAT32_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output or gradient of one verifier on one file.
+
+    ``absolute`` is max|a-b|; ``error`` is max|a-b| / max(1, max|b|), which the tolerance bounds; ``relative`` is
+    max|a-b| / max|b|.
+    """
+
+    file: Path
+    verifier: str
+    dtype: torch.dtype
+    name: str
+    absolute: float
+    relative: float
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # false for nan
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """All comparisons of one file; none means that no verifier takes it."""
+
+    file: Path
+    metadata: Mapping[str, str]
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.comparisons) and all(comparison.passed for comparison in self.comparisons)
+
+
+def expand(paths: Iterable[Path]) -> list[Path]:
+    """Files as they are, folders as their ``*.safetensors``. Raises ConfigError for what does not exist or is empty."""
+    files: list[Path] = []
+    for path in paths:
+        found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+        if not found:
+            raise ConfigError(f"{path}: no such file, or a folder without .safetensors files.")
+        files += found
+    return files
+
+
+def verify_file(path: Path, registry: Registry) -> FileReport:
+    """Run every verifier that accepts the file, in float64 and float32. Raises ConfigError for an unreadable file."""
+    tensors, metadata = _read(path)
+    comparisons: list[Comparison] = []
+    for name, verifier in zip(registry.names("verifier"), registry.verifiers(), strict=True):
+        if verifier.accepts(metadata):
+            for dtype in (torch.float64, torch.float32):
+                comparisons += _compare(path, name, verifier, tensors, metadata, dtype)
+    return FileReport(path, metadata, tuple(comparisons))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as handle:  # type: ignore[no-untyped-call]
+            metadata = handle.metadata() or {}
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as safetensors: {error}.") from None
+    if "op" not in metadata or "out.y" not in tensors:
+        raise ConfigError(f"{path} is not a file of reference vectors: it needs metadata 'op' and a tensor 'out.y'.")
+    return tensors, metadata
+
+
+def _compare(
+    path: Path, name: str, verifier: Verifier, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype
+) -> list[Comparison]:  # fmt: skip
+    tolerance = verifier.tolerance(metadata) if dtype == torch.float64 else FLOAT32_TOLERANCE
+    inputs = {key.removeprefix("in."): t.to(dtype) for key, t in tensors.items() if key.startswith("in.")}
+    cotangent = inputs.pop("cotangent", None)
+    wanted = [key.removeprefix("grad.") for key in tensors if key.startswith("grad.")]
+    differentiate = verifier.differentiable and cotangent is not None
+    if differentiate:
+        inputs = {key: t.clone().requires_grad_(key in wanted) for key, t in inputs.items()}
+    produced = {f"out.{key}": value for key, value in verifier.run(inputs, metadata).items()}
+    if differentiate and cotangent is not None:
+        (produced["out.y"] * cotangent).sum().backward()
+        produced |= {f"grad.{key}": inputs[key].grad for key in wanted}  # type: ignore[dict-item]
+    expected = {k: t for k, t in tensors.items() if k.startswith("out.") or (k.startswith("grad.") and differentiate)}
+    return [
+        _measure(path, name, dtype, key, produced.get(key), tensor, tolerance)
+        for key, tensor in sorted(expected.items())
+    ]
+
+
+def _measure(
+    path: Path, verifier: str, dtype: torch.dtype, name: str, actual: Tensor | None, expected: Tensor, tolerance: float
+) -> Comparison:
+    if actual is None or actual.shape != expected.shape:
+        return Comparison(path, verifier, dtype, name, float("nan"), float("nan"), float("nan"), tolerance)
+    absolute = float((actual.detach().double() - expected.double()).abs().max())
+    largest = float(expected.abs().max())
+    relative = absolute / largest if largest else absolute
+    return Comparison(path, verifier, dtype, name, absolute, relative, absolute / max(1.0, largest), tolerance)

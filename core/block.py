@@ -1,0 +1,241 @@
+"""The contract of a block: one test-time-training layer at one site of a host.
+
+Shape legend: B streams, T tokens, D width of the host's activations.
+
+A variant implements ``compute`` and ``init_state``; the base class gives it the three regimes of the design (plain
+training, carried training, streaming), per-row resets and execution masks, dtype bookkeeping and meta-device
+initialisation. A variant overrides ``step`` when it can stream faster than ``compute`` followed by a copy.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moshi_ttt.core import state as states
+from moshi_ttt.core.config import BlockConfig
+from moshi_ttt.core.errors import ContextError
+from moshi_ttt.core.format import FormatAdapter
+from moshi_ttt.core.precision import DtypeRoles, check_role
+from moshi_ttt.core.state import BlockState
+
+
+class SiteKind(str, Enum):
+    """Where in a layer a block sits."""
+
+    SEQUENCE = "sequence"
+    """After attention (and cross-attention, where there is one), before the feed-forward."""
+    FEED_FORWARD = "feed_forward"
+    """The gated MLP itself."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One place in a host: a layer index and a kind."""
+
+    layer: int
+    kind: SiteKind
+
+    def __str__(self) -> str:
+        return f"layers.{self.layer}.{self.kind}"
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """The inverse of ``str``. Raises ValueError on anything else."""
+        head, layer, kind = text.split(".")
+        if head != "layers":
+            raise ValueError(f"Not a site: {text!r}.")
+        return cls(int(layer), SiteKind(kind))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedMLP:
+    """The parts of a host's gated MLP that a feed-forward block works with (they stay the host's own modules)."""
+
+    linear_in: nn.Module
+    linear_out: nn.Module
+    activation: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteInfo:
+    """What a block is told about its site when it is built."""
+
+    site: Site
+    dim: int
+    num_heads: int
+    device: torch.device
+    dtype: torch.dtype
+    format: FormatAdapter
+    mlp: GatedMLP | None = None
+
+    def on(self, device: torch.device) -> SiteInfo:
+        """The same site, with blocks built on another device (the plan builds on ``meta``)."""
+        return replace(self, device=device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockContext:
+    """What some blocks need beside the activations.
+
+    Attributes:
+        input_embeddings: ``[B, T, D]``, the host's token embeddings of the same tokens.
+        exec_mask: ``[B]`` bool; a row where it is false keeps its state (its output means nothing).
+        reset: ``[B]`` bool; a row where it is true starts from the learned initial state before this call.
+        updates: False freezes the fast weights for this call: what the model does without test-time learning.
+    """
+
+    input_embeddings: Tensor | None = None
+    exec_mask: Tensor | None = None
+    reset: Tensor | None = None
+    updates: bool = True
+
+
+class SequenceBlock(nn.Module, ABC):
+    """Base class of all blocks.
+
+    A ``sequence`` block returns ``x`` plus its gated update, a ``feed_forward`` block the MLP's output without the
+    residual. Parameters are created in ``roles.master`` on ``info.device`` and keep that dtype whatever casts the
+    module (``.to(device)`` moves it). Forward never writes to a parameter.
+    """
+
+    kind: ClassVar[SiteKind] = SiteKind.SEQUENCE
+    needs_input_embeddings: ClassVar[bool] = False
+
+    def __init__(self, config: BlockConfig, info: SiteInfo, roles: DtypeRoles) -> None:
+        super().__init__()
+        self.config = config
+        self.info = info
+        self.roles = roles
+        self._roles_checked = False
+
+    # ---- what a variant provides
+
+    @property
+    @abstractmethod
+    def causal(self) -> bool:
+        """True when output t depends on tokens up to t only."""
+
+    @abstractmethod
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Fill every parameter with its initial value, drawing from ``generator`` (a CPU generator)."""
+
+    @abstractmethod
+    def init_state(self, batch_size: int, device: torch.device | None = None) -> BlockState:
+        """The learned initial state, one row per stream, differentiable. The rows may share storage: do not write."""
+
+    @abstractmethod
+    def compute(self, x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
+        """``x [B, T, D]`` to ``(y [B, T, D], state)``; functional, no masks to care for.
+
+        ``state=None`` means the learned initial state, differentiably. Writes into none of its arguments.
+        """
+
+    @abstractmethod
+    def flops_per_token(self) -> int:
+        """Floating-point operations one token adds when streaming (a multiply-add counts two)."""
+
+    # ---- what every variant gets
+
+    def forward(
+        self, x: Tensor, state: BlockState | None = None, context: BlockContext | None = None
+    ) -> tuple[Tensor, BlockState]:
+        """One call of plain or carried training, or of anything that wants a new state back.
+
+        Args:
+            x: activations ``[B, T, D]`` in the host's dtype.
+            state: from an earlier call, or None for the learned initial state.
+            context: see ``BlockContext``.
+
+        Returns:
+            ``y`` with the shape and dtype of ``x``, and the state after it, a new one.
+
+        Raises:
+            ContextError: something the block needs is missing, or the state has another number of rows.
+        """
+        context = context or BlockContext()
+        tokens = self.info.format.to_tokens(x)
+        self._check_call(tokens, state, context)
+        if state is None and (context.exec_mask is not None or context.reset is not None):
+            state = self.init_state(tokens.shape[0], tokens.device)
+        elif state is not None and context.reset is not None:
+            state = states.where_rows(context.reset, self.init_state(tokens.shape[0], tokens.device), state)
+        y, after = self.compute(tokens, state, context)
+        if context.exec_mask is not None and state is not None:
+            after = states.where_rows(context.exec_mask, after, state)
+        return self.info.format.from_tokens(y, x), after
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
+        """Stream ``x [B, T, D]`` (usually T = 1), updating ``state`` in place. No value is read on the host."""
+        y, after = self(x, state, context)
+        states.copy_(state, after)
+        return y
+
+    @torch.no_grad()
+    def allocate_state(self, batch_size: int, device: torch.device | None = None) -> BlockState:
+        """The initial state with storage of its own: buffers for ``step``."""
+        return states.clone(self.init_state(batch_size, device))
+
+    @torch.no_grad()
+    def reset_state(self, state: BlockState, mask: Tensor) -> None:
+        """Put the rows where ``mask [B]`` is true back to the learned initial state, in place."""
+        device = next(iter(state.values())).device
+        fresh = self.init_state(states.rows(state), device)
+        states.copy_(state, states.where_rows(mask.to(device), fresh, state))
+
+    def state_bytes(self) -> int:
+        """Bytes of state one stream occupies."""
+        with torch.no_grad():
+            return states.num_bytes(self.init_state(1))
+
+    def check_precision(self, when: str) -> None:
+        """Every stored parameter has the master dtype, or PrecisionError."""
+        check_role("master", self.roles.master, self.named_parameters(), self.roles.policy, f"{when}, {self.info.site}")
+
+    def _check_call(self, tokens: Tensor, state: BlockState | None, context: BlockContext) -> None:
+        if self.needs_input_embeddings and context.input_embeddings is None:
+            raise ContextError(
+                f"The block at {self.info.site} needs the input embeddings of the same tokens, and the context has "
+                "none. Call it through its host, or pass BlockContext(input_embeddings=...)."
+            )
+        if tokens.shape[-1] != self.info.dim:
+            raise ContextError(
+                f"The block at {self.info.site} is for width {self.info.dim}, got shape {tuple(tokens.shape)}."
+            )
+        if state is not None:
+            if not self.causal:
+                raise ContextError(
+                    f"The block at {self.info.site} is not causal: it has no state to continue from. Pass state=None."
+                )
+            if states.rows(state) != tokens.shape[0]:
+                raise ContextError(
+                    f"The block at {self.info.site} got {tokens.shape[0]} rows and a state of {states.rows(state)}. "
+                    "Every stream needs a row of its own."
+                )
+        if not self._roles_checked and not tokens.is_meta:
+            self.check_precision("first step")
+            named = (state or self.init_state(1)).items()
+            check_role("state", self.roles.state, named, self.roles.policy, f"first step, {self.info.site}")
+            self._roles_checked = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SequenceBlock:
+        # `.to(bfloat16)` on a whole model must not round fast weights and gates: a block's dtypes are its policy's.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-any-return]
+
+
+BlockFactory = Callable[[Any, SiteInfo, DtypeRoles], SequenceBlock]
+"""What a variant registers: ``(config, site info, dtype roles) -> block``; usually the block class itself."""

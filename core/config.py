@@ -1,0 +1,189 @@
+"""Configuration: a YAML file or a mapping, checked against what is registered.
+
+Every variant and every host brings a frozen pydantic model; the schema of a file is the union of what is registered.
+An unknown variant or key is an error that names the nearest ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moshi_ttt.core.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from moshi_ttt.core.registry import Registry
+
+
+class FrozenConfig(BaseModel):
+    """Base of every configuration: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BlockConfig(FrozenConfig):
+    """What every variant's entry has. A variant adds its own options in a subclass.
+
+    Attributes:
+        variant: the registered name of the variant.
+        layers: the layer specification (see ``core.layer_spec``); an int or a list of ints means those layers.
+    """
+
+    variant: str
+    layers: str | int | tuple[int, ...] = "all"
+
+
+class HostConfig(FrozenConfig):
+    """What every host's entry has. A host adds its own options in a subclass."""
+
+    name: str
+
+
+class TTTConfig(FrozenConfig):
+    """A whole configuration: which host, which precision policy, which blocks where.
+
+    Attributes:
+        host: the host's own configuration.
+        precision: the registered name of a precision policy.
+        seed: seeds the initial values of the blocks; the same on every device and rank.
+        ttt: one entry per variant and set of layers.
+        extra: sections that an application asked for (``train``, ...), validated by the application's models.
+    """
+
+    host: HostConfig
+    precision: str = "fp32_state"
+    seed: int = 0
+    ttt: tuple[BlockConfig, ...] = ()
+    extra: dict[str, FrozenConfig] = {}
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def parse_model(model: type[ModelT], values: Mapping[str, Any], where: str) -> ModelT:
+    """Validate ``values`` against ``model``. Raises ConfigError with one line per problem, nearest keys included."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            path = ".".join(str(part) for part in problem["loc"]) or "(all)"
+            if problem["type"] == "extra_forbidden":
+                hint = nearest(str(problem["loc"][-1]), _keys_at(model, problem["loc"][:-1]))
+                lines.append(f"{where}: unknown key {path!r}. {hint}")
+            elif problem["type"] == "missing":
+                lines.append(f"{where}: {path!r} is required.")
+            else:
+                lines.append(f"{where}: {path} = {problem['input']!r}: {problem['msg']}.")
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _keys_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def parse_config(
+    values: Mapping[str, Any],
+    *,
+    registry: Registry,
+    sections: Mapping[str, type[FrozenConfig]] | None = None,
+    where: str = "config",
+) -> TTTConfig:
+    """A validated configuration from plain values.
+
+    Args:
+        values: what a YAML file holds: ``host``, ``precision``, ``seed``, ``ttt`` and the sections asked for.
+        registry: decides which hosts, policies and variants exist.
+        sections: further top-level sections and the models that validate them.
+        where: what error messages call the source.
+
+    Raises:
+        ConfigError: with every problem found, one a line.
+        PluginError: a variant or host is asked for whose plugin failed to load.
+    """
+    sections = sections or {}
+    allowed = {"host", "precision", "seed", "ttt", *sections}
+    unknown = [key for key in values if key not in allowed]
+    problems = [f"{where}: unknown key {key!r}. {nearest(str(key), allowed)}" for key in unknown]
+
+    host: HostConfig | None = None
+    blocks: list[BlockConfig] = []
+    extra: dict[str, FrozenConfig] = {}
+    precision = values.get("precision", "fp32_state")
+    try:
+        host = parse_host(values.get("host"), registry=registry, where=f"{where}: host")
+    except ConfigError as error:
+        problems.append(str(error))
+    try:
+        registry.policy(str(precision))
+    except ConfigError as error:
+        problems.append(f"{where}: precision: {error}")
+    entries = values.get("ttt")
+    if not isinstance(entries, list | tuple):
+        problems.append(f"{where}: 'ttt' must be a list of entries, each with a variant, got {entries!r}.")
+        entries = ()
+    for index, entry in enumerate(entries):
+        try:
+            blocks.append(parse_block(entry, registry=registry, where=f"{where}: ttt[{index}]"))
+        except ConfigError as error:
+            problems.append(str(error))
+    for name, model in sections.items():
+        try:
+            extra[name] = parse_model(model, values.get(name) or {}, f"{where}: {name}")
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems or host is None:
+        raise ConfigError("\n".join(problems))
+    return parse_model(
+        TTTConfig,
+        {"host": host, "precision": precision, "seed": values.get("seed", 0), "ttt": tuple(blocks), "extra": extra},
+        where,
+    )
+
+
+def parse_host(value: Any, *, registry: Registry, where: str = "host") -> HostConfig:
+    """One ``host`` entry, validated by the host's own model."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise ConfigError(
+            f"{where}: expected a mapping with a 'name', got {value!r}. Hosts: {', '.join(registry.names('host'))}."
+        )
+    return parse_model(registry.host(value["name"]).config_class, value, where)
+
+
+def parse_block(value: Any, *, registry: Registry, where: str = "ttt") -> BlockConfig:
+    """One ``ttt`` entry, validated by its variant's own model."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("variant"), str):
+        raise ConfigError(
+            f"{where}: expected a mapping with a 'variant', got {value!r}. "
+            f"Variants: {', '.join(registry.names('block'))}."
+        )
+    try:
+        variant = registry.block(value["variant"])
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return parse_model(variant.config_class, value, f"{where} ({value['variant']})")
+
+
+def load_config(
+    path: str | Path, *, registry: Registry, sections: Mapping[str, type[FrozenConfig]] | None = None
+) -> TTTConfig:
+    """Read and validate a YAML file. Raises ConfigError for a missing file, bad YAML, or bad contents."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Cannot read the config {path}: {error}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}: expected a mapping with 'host' and 'ttt', got {type(values).__name__}.")
+    return parse_config(values, registry=registry, sections=sections, where=path.name)

@@ -1,0 +1,102 @@
+"""The contract of a host: a model that blocks are injected into.
+
+A host adapter is stateless; every method takes the model. It lists the model's sites, attaches and detaches blocks
+without renaming a base parameter, hands blocks their context, ties their state into the model's own streaming, and
+says which modules are units of sharding.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moshi_ttt.core import state as states
+from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo
+from moshi_ttt.core.config import HostConfig
+from moshi_ttt.core.state import BlockState
+
+
+@dataclass
+class CarriedState:
+    """The state of all blocks of a model between two segments of the same streams (carried training).
+
+    Attributes:
+        blocks: one state per site; always detached: gradients stop at a segment's edge.
+        document_ids: ``[B]`` int64, the document each row was in; a row whose id changes is reset.
+    """
+
+    blocks: dict[Site, BlockState] = field(default_factory=dict)
+    document_ids: Tensor | None = None
+
+    def detach(self) -> CarriedState:
+        return CarriedState({site: states.detach(state) for site, state in self.blocks.items()}, self.document_ids)
+
+
+class HostModel(ABC):
+    """Adapter of one family of models. Registered by name; stateless."""
+
+    name: ClassVar[str]
+    causal: ClassVar[bool]
+    format_name: ClassVar[str] = "sequence"
+    """The registered format adapter that turns this host's activations into tokens."""
+    config_class: ClassVar[type[HostConfig]] = HostConfig
+
+    @abstractmethod
+    def load(self, config: Any, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+        """The base model named by ``config`` (an instance of ``config_class``), in eval mode.
+
+        ``dtype=None`` is the dtype it is stored in. Raises HostError with what is missing.
+        """
+
+    @abstractmethod
+    def sites(self, model: nn.Module) -> tuple[SiteInfo, ...]:
+        """Every site of the model, in layer order. Raises HostError when the model is not of this family."""
+
+    @abstractmethod
+    def attach(self, model: nn.Module, blocks: Mapping[Site, SequenceBlock]) -> None:
+        """Insert the blocks. Renames no base parameter. Either all are inserted, or none and the error is raised."""
+
+    @abstractmethod
+    def detach(self, model: nn.Module) -> dict[Site, SequenceBlock]:
+        """Take all blocks out again and return them; the model is then bit-identical to the base."""
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> dict[Site, SequenceBlock]:
+        """The blocks that are attached, by site, in layer order."""
+
+    @abstractmethod
+    def base_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's own parameters and buffers, without the blocks', under the names the base model uses."""
+
+    @abstractmethod
+    def load_base(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+        """Load base weights into a model with or without blocks; strict over the base's keys."""
+
+    @abstractmethod
+    def fingerprint(self, model: nn.Module) -> dict[str, Any]:
+        """JSON-able facts that decide whether an adapter belongs to this model: shapes, and a digest of the weights."""
+
+    @abstractmethod
+    def carry(
+        self,
+        model: nn.Module,
+        state: CarriedState | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        updates: bool = True,
+    ) -> AbstractContextManager[CarriedState]:
+        """Forward passes inside this context continue from ``state`` and leave theirs in the returned object.
+
+        Functional: ``state`` itself is not changed. ``document_ids [B]`` that differ from the state's reset the row.
+        ``updates=False`` freezes the fast weights: the model without test-time learning.
+        """
+
+    @abstractmethod
+    def fsdp_units(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The modules to shard, innermost first; each block is a unit of its own."""

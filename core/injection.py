@@ -1,0 +1,237 @@
+"""Injection: plan, validate, apply, remove.
+
+All conflicts are found before the model is touched: a plan that cannot be carried out raises one error that lists
+every problem, and an application that fails half-way leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo
+from moshi_ttt.core.config import BlockConfig, TTTConfig
+from moshi_ttt.core.errors import ConfigError, InjectionError, MoshiTTTError, PluginError
+from moshi_ttt.core.host import HostModel
+from moshi_ttt.core.layer_spec import resolve_layers
+from moshi_ttt.core.precision import DtypeRoles, PrecisionPolicy
+from moshi_ttt.core.registry import Registry, Variant, default_registry
+
+logger = logging.getLogger("moshi_ttt.injection")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedBlock:
+    """One block of a plan; the figures come from building it on the meta device, so they are exact."""
+
+    info: SiteInfo
+    variant: Variant
+    config: BlockConfig
+    roles: DtypeRoles
+    parameters: int
+    state_bytes: int
+    flops_per_token: int
+
+    @property
+    def site(self) -> Site:
+        return self.info.site
+
+    def build(self) -> SequenceBlock:
+        """The block on its site's device, uninitialised."""
+        return self.variant.factory(self.config, self.info, self.roles)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Resolved (site, variant, config) triples for one model, in layer order. Nothing has been touched yet."""
+
+    host: HostModel
+    policy: PrecisionPolicy
+    seed: int
+    blocks: tuple[PlannedBlock, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters that applying the plan adds."""
+        return sum(block.parameters for block in self.blocks)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state that one stream will occupy."""
+        return sum(block.state_bytes for block in self.blocks)
+
+    def apply(self, model: nn.Module) -> Injection:
+        """Build, initialise and attach all blocks. Raises InjectionError and leaves the model untouched on failure.
+
+        On a meta-device model the blocks are on meta too; call ``Injection.initialise`` once they are materialised.
+        """
+        built: dict[Site, SequenceBlock] = {}
+        for planned in self.blocks:
+            block = planned.build()
+            built[planned.site] = block
+        injection = Injection(model=model, plan=self)
+        if not any(parameter.is_meta for block in built.values() for parameter in block.parameters()):
+            initialise_blocks(built, self.seed)
+        self.host.attach(model, built)
+        for planned in self.blocks:
+            block = built[planned.site]
+            block.check_precision("build")
+            shapes = " ".join(f"{name}{list(p.shape)}" for name, p in block.named_parameters())
+            logger.info(
+                "%s: %s of %s, %s parameters, %s on %s: %s",
+                planned.site, planned.variant.name, planned.variant.provenance, f"{planned.parameters:,}",
+                planned.roles.master, planned.info.device, shapes,
+            )  # fmt: skip
+        return injection
+
+
+@dataclass(frozen=True)
+class Injection:
+    """Blocks in a model, and the plan they came from."""
+
+    model: nn.Module
+    plan: Plan
+
+    @property
+    def host(self) -> HostModel:
+        return self.plan.host
+
+    @property
+    def blocks(self) -> dict[Site, SequenceBlock]:
+        """The attached blocks by site."""
+        return self.host.blocks(self.model)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The declared trainable set: ``layers.3.sequence.NAME`` and parameter, in layer order."""
+        for site, block in self.blocks.items():
+            for name, parameter in block.named_parameters():
+                yield f"{site}.{name}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The blocks' parameters: what an optimizer for training the blocks alone gets."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def freeze_base(self) -> None:
+        """Make the blocks' parameters the only ones that require gradients."""
+        own = {id(parameter) for parameter in self.parameters()}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in own)
+
+    def initialise(self) -> None:
+        """Give every block its initial values (again): after ``to_empty`` on a model built on the meta device."""
+        initialise_blocks(self.blocks, self.plan.seed)
+
+    def check_precision(self, when: str) -> None:
+        """Every block's parameters have the policy's dtypes, or PrecisionError names the tensor."""
+        for block in self.blocks.values():
+            block.check_precision(when)
+
+    def remove(self) -> None:
+        """Take the blocks out; the model gives bit-identical outputs to the base again."""
+        self.host.detach(self.model)
+
+
+def initialise_blocks(blocks: dict[Site, SequenceBlock], seed: int) -> None:
+    """Initial values, drawn on the CPU from the seed and the site alone: equal on every device, rank and plan."""
+    for site, block in blocks.items():
+        generator = torch.Generator().manual_seed(
+            (seed * 1_000_003 + site.layer) * 2 + (site.kind != block.kind.SEQUENCE)
+        )
+        with torch.no_grad():
+            block.reset_parameters(generator)
+
+
+def make_plan(
+    model: nn.Module,
+    host: HostModel,
+    entries: Sequence[BlockConfig],
+    *,
+    policy: PrecisionPolicy,
+    registry: Registry | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Resolve config entries against a model.
+
+    Raises:
+        InjectionError: with every conflict found: layers that do not exist or are claimed twice, a host without such
+            sites, a non-causal block in a causal host, options that do not fit the host, blocks already present.
+    """
+    registry = registry or default_registry()
+    sites = {info.site: info for info in host.sites(model)}
+    num_layers = 1 + max(site.layer for site in sites)
+    problems: list[str] = []
+    if host.blocks(model):
+        problems.append("The model already has blocks; remove them first (injection.remove()).")
+    claimed: dict[Site, str] = {}
+    planned: list[PlannedBlock] = []
+    for index, entry in enumerate(entries):
+        label = f"ttt[{index}] ({entry.variant}, layers {entry.layers!r})"
+        try:
+            variant = registry.block(entry.variant)
+            layers = resolve_layers(entry.layers, num_layers)
+        except (ConfigError, PluginError) as error:
+            problems.append(f"{label}: {error}")
+            continue
+        kind = getattr(variant.factory, "kind", SequenceBlock.kind)
+        for layer in layers:
+            site = Site(layer, kind)
+            if site in claimed:
+                problems.append(f"{label}: site {site} is already claimed by {claimed[site]}.")
+                continue
+            claimed[site] = label
+            if site not in sites:
+                have = ", ".join(str(s) for s in sites if s.kind == kind) or "none"
+                problems.append(f"{label}: host {host.name!r} has no site {site}; {kind} sites: {have}.")
+                continue
+            try:
+                planned.append(_plan_block(sites[site], variant, entry, policy, host))
+            except MoshiTTTError as error:
+                problems.append(f"{label}: {site}: {error}")
+    if problems:
+        raise InjectionError("Nothing was injected:\n" + "\n".join(f"- {problem}" for problem in problems))
+    return Plan(host=host, policy=policy, seed=seed, blocks=tuple(sorted(planned, key=lambda p: p.site)))
+
+
+def _plan_block(
+    info: SiteInfo, variant: Variant, config: BlockConfig, policy: PrecisionPolicy, host: HostModel
+) -> PlannedBlock:
+    roles = policy.roles(info.dtype)
+    if info.dtype != roles.param:
+        raise InjectionError(
+            f"the host's parameters are {info.dtype}, policy {policy.name!r} asks for {roles.param}; "
+            "load the host in that dtype or choose another policy."
+        )
+    trial = variant.factory(config, info.on(torch.device("meta")), roles)
+    if host.causal and not trial.causal:
+        raise InjectionError(
+            f"host {host.name!r} is causal and this block is not: it would see the future inside a chunk. "
+            "Set causal: true, or use a host that is not causal."
+        )
+    return PlannedBlock(
+        info=info,
+        variant=variant,
+        config=config,
+        roles=roles,
+        parameters=sum(parameter.numel() for parameter in trial.parameters()),
+        state_bytes=trial.state_bytes(),
+        flops_per_token=trial.flops_per_token(),
+    )
+
+
+def inject(model: nn.Module, config: TTTConfig, *, registry: Registry | None = None) -> Injection:
+    """Plan and apply a whole configuration: the short way. Raises as ``make_plan`` and ``Plan.apply``."""
+    registry = registry or default_registry()
+    plan = make_plan(
+        model,
+        registry.host(config.host.name),
+        config.ttt,
+        policy=registry.policy(config.precision),
+        registry=registry,
+        seed=config.seed,
+    )
+    return plan.apply(model)

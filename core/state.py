@@ -1,0 +1,73 @@
+"""State of one block: a flat mapping from names to tensors, each with one row per stream.
+
+Everything a stream carries from call to call is here and nowhere else, and every tensor's first dimension is the
+stream. So all that a host does with a state (reset a row, hold a row, copy, save) is done without knowing the block.
+
+Shape legend: B streams (rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+BlockState = dict[str, Tensor]
+"""Name -> tensor ``[B, ...]``. Floating-point entries have the policy's ``state`` dtype; counters are int64."""
+
+
+def rows(state: Mapping[str, Tensor]) -> int:
+    """Number of streams B. Raises ValueError for an empty state or rows that disagree."""
+    sizes = {tensor.shape[0] for tensor in state.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"A block state needs one common number of rows, got {sorted(sizes)}.")
+    return sizes.pop()
+
+
+def map_state(function: Callable[[Tensor], Tensor], state: Mapping[str, Tensor]) -> BlockState:
+    """``function`` applied to every tensor."""
+    return {name: function(tensor) for name, tensor in state.items()}
+
+
+def detach(state: Mapping[str, Tensor]) -> BlockState:
+    """The same values, cut from the graph."""
+    return map_state(Tensor.detach, state)
+
+
+def clone(state: Mapping[str, Tensor]) -> BlockState:
+    """A copy with storage of its own, contiguous: what streaming writes into."""
+    return map_state(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format), state)
+
+
+def row_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """``mask [B]`` viewed as ``[B, 1, ...]`` for broadcasting against ``like [B, ...]``."""
+    return mask.view(-1, *(1 for _ in like.shape[1:]))
+
+
+def where_rows(mask: Tensor, chosen: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> BlockState:
+    """Row b of ``chosen`` where ``mask [B]`` is true, of ``other`` elsewhere. No value is read on the host."""
+    return {name: torch.where(row_mask(mask, old), chosen[name], old) for name, old in other.items()}
+
+
+def copy_(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """Write ``source`` into the storage of ``target``; addresses stay, so a captured graph stays valid.
+
+    Raises ValueError when names, shapes or dtypes differ: nothing is written then.
+    """
+    if target.keys() != source.keys():
+        raise ValueError(f"State names differ: {sorted(target.keys() ^ source.keys())} are on one side only.")
+    for name, tensor in target.items():
+        given = source[name]
+        if given.shape != tensor.shape or given.dtype != tensor.dtype:
+            raise ValueError(
+                f"State tensor {name!r}: expected {tuple(tensor.shape)} {tensor.dtype}, "
+                f"got {tuple(given.shape)} {given.dtype}."
+            )
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
+
+
+def num_bytes(state: Mapping[str, Tensor]) -> int:
+    """Bytes that the state occupies when every row has storage of its own."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())

@@ -1,0 +1,99 @@
+"""The base model's own weights, whatever has been added to it: names, loading, and a digest.
+
+What is base is decided by the modules that are there: everything but the blocks (``BlockSite``) and the factors of a
+LoRA (``LoRALinear``), whose frozen matrix goes by the name it had before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moshi_ttt.core.errors import HostError
+from moshi_ttt.hosts.moshi.layers import BlockSite
+from moshi_ttt.hosts.moshi.upstream import LMModel, LoRALinear, StreamingMultiheadAttention
+
+DIGEST_VALUES = 16
+"""How many values of each parameter the digest reads."""
+
+
+def base_names(model: LMModel) -> dict[str, str]:
+    """Base name -> the key it has in ``model.state_dict()`` now."""
+    added: list[str] = []
+    frozen: list[tuple[str, str]] = []
+    for path, module in model.named_modules():
+        if isinstance(module, BlockSite):
+            added.append(f"{path}.")
+        elif isinstance(module, LoRALinear):
+            added += [f"{path}.lora_A.", f"{path}.lora_B."]
+            frozen.append((f"{path}.frozen_W.", f"{path}."))
+    names = {}
+    for key in model.state_dict(keep_vars=True):
+        if key.startswith(tuple(added)):
+            continue
+        base = next((new + key.removeprefix(old) for old, new in frozen if key.startswith(old)), key)
+        names[base] = key
+    return names
+
+
+def base_state_dict(model: LMModel) -> dict[str, Tensor]:
+    """The base model's parameters and buffers under its own names, detached, sharing storage with the model."""
+    state = model.state_dict()
+    return {name: state[key] for name, key in base_names(model).items()}
+
+
+def load_base(model: LMModel, state_dict: Mapping[str, Tensor]) -> None:
+    """Load base weights, older names included, cast to the model's dtypes.
+
+    Raises HostError with every missing or unexpected name and wrong shape; the model is then as it was.
+    """
+    given = dict(state_dict)
+    for path, module in model.named_modules():
+        if isinstance(module, StreamingMultiheadAttention):
+            StreamingMultiheadAttention._load_hook(module, given, f"{path}.")  # renames what older checkpoints hold
+    names, state = base_names(model), model.state_dict()
+    problems = [f"missing {name}" for name in sorted(names.keys() - given.keys())]
+    problems += [f"unexpected {name}" for name in sorted(given.keys() - names.keys())]
+    problems += [
+        f"{name} has shape {tuple(given[name].shape)}, the model {tuple(state[key].shape)}"
+        for name, key in names.items()
+        if name in given and given[name].shape != state[key].shape
+    ]
+    problems += [f"{name} is sharded" for name, key in names.items() if isinstance(state[key], DTensor)]
+    if problems:
+        shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise HostError(
+            f"These are not this model's base weights: {shown}. Nothing was loaded. Give every weight of the base "
+            "model and no other (adapters have a loader of their own), before sharding."
+        )
+    with torch.no_grad():
+        if any(state[key].is_meta for key in names.values()):
+            # Writing into a meta tensor does nothing: the tensors themselves are put in.
+            tensors = {key: given[name].to(state[key].dtype) for name, key in names.items()}
+            model.load_state_dict(tensors, strict=False, assign=True)
+        else:
+            for name, key in names.items():
+                state[key].copy_(given[name])
+
+
+def digest(model: LMModel) -> str | None:
+    """SHA-256 over name, shape and the first values of every base parameter, as float32.
+
+    The same whether bfloat16 weights were loaded as bfloat16 or as float32, and with or without blocks. None where the
+    values are not at hand: on the meta device, or sharded.
+    """
+    parameters = dict(model.named_parameters())
+    chosen = {name: parameters[key] for name, key in sorted(base_names(model).items()) if key in parameters}
+    if any(tensor.is_meta or isinstance(tensor, DTensor) for tensor in chosen.values()):
+        return None
+    sha = hashlib.sha256()
+    with torch.no_grad():
+        heads = [tensor.reshape(-1)[:DIGEST_VALUES].float().cpu() for tensor in chosen.values()]
+    for (name, tensor), head in zip(chosen.items(), heads, strict=True):
+        sha.update(f"{name} {list(tensor.shape)}\n".encode())
+        sha.update(head.contiguous().numpy().tobytes())
+    return sha.hexdigest()

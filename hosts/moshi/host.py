@@ -1,0 +1,255 @@
+"""The host adapter for Moshi's language model: sites, attaching and detaching, base weights, carried training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from moshi_ttt.core.block import GatedMLP, SequenceBlock, Site, SiteInfo, SiteKind
+from moshi_ttt.core.config import HostConfig
+from moshi_ttt.core.errors import ContextError, HostError
+from moshi_ttt.core.format import SequenceFormat
+from moshi_ttt.core.host import CarriedState, HostModel
+from moshi_ttt.hosts.moshi import base_weights
+from moshi_ttt.hosts.moshi.layers import (
+    BlockSite,
+    TTTStreamingTransformer,
+    TTTStreamingTransformerLayer,
+    clear_streaming_caches,
+    open_carry,
+)
+from moshi_ttt.hosts.moshi.loading import resolve_repo
+from moshi_ttt.hosts.moshi.upstream import (
+    ActivationGating,
+    LMModel,
+    LoRALinear,
+    StreamingModule,
+    StreamingTransformer,
+    StreamingTransformerLayer,
+)
+
+
+class MoshiHostConfig(HostConfig):
+    """Which Moshi.
+
+    Attributes:
+        hf_repo: a hub repository name, a local folder laid out like one, or ``builtin:tiny``.
+        revision: a branch, tag or commit of the hub repository.
+        dtype: what to load the weights as; None keeps the dtype they are stored in.
+    """
+
+    name: str = "moshi"
+    hf_repo: str
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float32"] | None = None
+
+
+class MoshiHost(HostModel):
+    """Moshi's main transformer: a ``sequence`` site in every layer, and a ``feed_forward`` site where it is gated."""
+
+    name: ClassVar[str] = "moshi"
+    causal: ClassVar[bool] = True
+    format_name: ClassVar[str] = "sequence"
+    config_class: ClassVar[type[HostConfig]] = MoshiHostConfig
+
+    def load(
+        self, config: MoshiHostConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> LMModel:
+        """The language model named by ``config``; ``dtype`` wins over ``config.dtype``. Raises HostError."""
+        if dtype is None and config.dtype is not None:
+            dtype = cast(torch.dtype, getattr(torch, config.dtype))
+        return resolve_repo(config.hf_repo, revision=config.revision).load_lm(device=device, dtype=dtype)
+
+    def sites(self, model: nn.Module) -> tuple[SiteInfo, ...]:
+        model = require_lm(model)
+        adapter = SequenceFormat()
+        found: list[SiteInfo] = []
+        for index, layer in enumerate(model.transformer.layers):
+            attention = layer.self_attn
+            projection = attention.in_projs[0]
+            weight = projection.frozen_W.weight if isinstance(projection, LoRALinear) else projection.weight
+            shared: dict[str, Any] = {
+                "dim": attention.embed_dim,
+                "num_heads": attention.num_heads,
+                "device": weight.device,
+                "dtype": weight.dtype if weight.is_floating_point() else model.dtype,  # an integer: quantised weights
+                "format": adapter,
+            }
+            found.append(SiteInfo(site=Site(index, SiteKind.SEQUENCE), **shared))
+            gating = layer.gating
+            if isinstance(gating, ActivationGating):
+                mlp = GatedMLP(
+                    linear_in=gating.linear_in, linear_out=gating.linear_out, activation=gating.activation
+                )  # fmt: skip
+                found.append(SiteInfo(site=Site(index, SiteKind.FEED_FORWARD), mlp=mlp, **shared))
+        return tuple(found)
+
+    def attach(self, model: nn.Module, blocks: Mapping[Site, SequenceBlock]) -> None:
+        model = require_lm(model)
+        _require_idle(model, "attach blocks")
+        problems = [
+            f"{site}: {problem}" for site, block in blocks.items() for problem in self._problems(model, site, block)
+        ]
+        if not self.blocks(model):
+            problems += _foreign_classes(model.transformer)
+        if problems:
+            raise HostError("No block was attached:\n" + "\n".join(f"- {problem}" for problem in problems))
+        if not blocks:
+            return
+        model.transformer.__class__ = TTTStreamingTransformer
+        for layer in model.transformer.layers:
+            layer.__class__ = TTTStreamingTransformerLayer
+        for site, block in blocks.items():
+            layer = model.transformer.layers[site.layer]
+            layer.ttt = BlockSite(block).train(layer.training)
+        clear_streaming_caches(model)
+
+    def detach(self, model: nn.Module) -> dict[Site, SequenceBlock]:
+        model = require_lm(model)
+        blocks = self.blocks(model)
+        if not blocks:
+            return {}
+        _require_idle(model, "detach blocks")
+        for layer in model.transformer.layers:
+            if isinstance(getattr(layer, "ttt", None), BlockSite):
+                del layer.ttt
+            vars(layer).pop("_frame", None)
+            layer.__class__ = StreamingTransformerLayer
+        vars(model.transformer).pop("_carry", None)
+        model.transformer.__class__ = StreamingTransformer
+        clear_streaming_caches(model)
+        return blocks
+
+    def blocks(self, model: nn.Module) -> dict[Site, SequenceBlock]:
+        found = (getattr(layer, "ttt", None) for layer in require_lm(model).transformer.layers)
+        return {site.site: site.block for site in found if isinstance(site, BlockSite)}
+
+    def base_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        return base_weights.base_state_dict(require_lm(model))
+
+    def load_base(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+        base_weights.load_base(require_lm(model), state_dict)
+
+    def fingerprint(self, model: nn.Module) -> dict[str, Any]:
+        model = require_lm(model)
+        attention = model.transformer.layers[0].self_attn
+        return {
+            "host": self.name,
+            "dim": model.dim,
+            "num_layers": len(model.transformer.layers),
+            "num_heads": attention.num_heads,
+            "n_q": model.n_q,
+            "dep_q": model.dep_q,
+            "card": model.card,
+            "text_card": model.text_card,
+            "context": model.context,
+            "delays": list(model.delays),
+            "weights": base_weights.digest(model),
+        }
+
+    @contextmanager
+    def carry(
+        self,
+        model: nn.Module,
+        state: CarriedState | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        updates: bool = True,
+    ) -> Iterator[CarriedState]:
+        """Forward passes inside continue from ``state`` and leave theirs, detached, in the object this yields.
+
+        Attention sees its own segment only. Without blocks in the model this does nothing.
+
+        Raises:
+            ContextError: nested, or the state or the document ids do not fit the model or each other.
+            HostError: the model is streaming.
+        """
+        transformer = require_lm(model).transformer
+        if _is_streaming(transformer):
+            raise HostError("host.carry is for training, and this model is streaming: leave streaming first.")
+        if getattr(transformer, "_carry", None) is not None:
+            raise ContextError("This model is already inside host.carry(...): contexts do not nest.")
+        carry = open_carry(self.blocks(model), state, document_ids, updates)
+        if not isinstance(transformer, TTTStreamingTransformer):
+            yield carry.state
+            return
+        transformer._carry = carry
+        try:
+            yield carry.state
+        finally:
+            del transformer._carry
+
+    def fsdp_units(self, model: nn.Module) -> tuple[nn.Module, ...]:
+        """Each block, the condition provider (always float32), each layer of both transformers, then the model."""
+        model = require_lm(model)
+        units: list[nn.Module] = list(self.blocks(model).values())
+        if model.condition_provider is not None and any(True for _ in model.condition_provider.parameters()):
+            units.append(model.condition_provider)
+        units.extend(model.transformer.layers)
+        if model.depformer is not None:
+            units.extend(model.depformer.layers)
+        return (*units, model)
+
+    def _problems(self, model: LMModel, site: Site, block: SequenceBlock) -> Iterator[str]:
+        infos = {info.site: info for info in self.sites(model)}
+        if site not in infos:
+            yield f"there is no such site; the layers are 0 to {len(model.transformer.layers) - 1}."
+            return
+        if site.kind is SiteKind.FEED_FORWARD:
+            yield "this host does not take feed_forward blocks yet; use a block for sequence sites."
+        if block.kind is not site.kind:
+            yield f"the block is for {block.kind} sites."
+        if block.info.site != site:
+            yield f"the block was built for {block.info.site}."
+        if block.info.dim != infos[site].dim:
+            yield f"the block is for width {block.info.dim}, the layer has {infos[site].dim}."
+        if not block.causal:
+            yield "the block is not causal, and Moshi is: it would see the future."
+        if site in self.blocks(model):
+            yield "there is a block already; detach it first."
+        devices = {parameter.device for parameter in block.parameters()} - {torch.device("meta")}
+        if not infos[site].device.type == "meta" and devices - {infos[site].device}:
+            yield f"the block is on {', '.join(map(str, devices))}, its layer on {infos[site].device}."
+
+
+MOSHI_HOST = MoshiHost()
+
+
+def require_lm(model: nn.Module) -> LMModel:
+    """``model`` itself, or HostError when it is not Moshi's language model."""
+    if not isinstance(model, LMModel):
+        raise HostError(
+            f"The host 'moshi' works on Moshi's language model (LMModel), got {type(model).__name__}. "
+            "For an LMGen, pass its lm_model."
+        )
+    return model
+
+
+def _is_streaming(transformer: nn.Module) -> bool:
+    return any(isinstance(m, StreamingModule) and m._streaming_state is not None for m in transformer.modules())
+
+
+def _require_idle(model: LMModel, what: str) -> None:
+    """Raise HostError while the model streams, carries or is sharded: its parts are in use."""
+    if _is_streaming(model):
+        raise HostError(f"Cannot {what} while the model is streaming: leave streaming first.")
+    if getattr(model.transformer, "_carry", None) is not None:
+        raise HostError(f"Cannot {what} inside host.carry(...): leave the context first.")
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise HostError(f"Cannot {what} on a sharded model: do it before sharding.")
+
+
+def _foreign_classes(transformer: nn.Module) -> list[str]:
+    """Complaints about classes other than Moshi's own: changing them to ours would lose what they do."""
+    expected = [(transformer, StreamingTransformer)]
+    expected += [(layer, StreamingTransformerLayer) for layer in transformer.layers]  # type: ignore[union-attr]
+    return [
+        f"the model has a {type(module).__name__} where Moshi has a {wanted.__name__}; blocks go into Moshi's own."
+        for module, wanted in expected
+        if type(module) is not wanted
+    ]

@@ -1,0 +1,204 @@
+"""Moshi's transformer with blocks in it.
+
+Blocks are put in by changing the class of the main transformer and of its layers to the subclasses below, and by adding
+one module, ``layer.ttt``, where there is a block. No parameter moves, so none is renamed; changing the classes back
+and deleting ``ttt`` gives the base model.
+
+What one forward pass knows (input embeddings, carried states) is a ``Frame``: made by the transformer for that pass,
+handed to the layers as an argument, and so kept by activation checkpointing for the layers it runs again in backward.
+
+Shape legend: B streams, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moshi_ttt.core import state as states
+from moshi_ttt.core.block import BlockContext, SequenceBlock, Site
+from moshi_ttt.core.errors import ContextError, HostError
+from moshi_ttt.core.host import CarriedState
+from moshi_ttt.core.state import BlockState
+from moshi_ttt.hosts.moshi.streaming import BlockStreamState
+from moshi_ttt.hosts.moshi.upstream import StreamingModule, StreamingTransformer, StreamingTransformerLayer
+
+
+@dataclass
+class Frame:
+    """What the blocks of one forward pass are told, and what they leave behind.
+
+    Attributes:
+        input_embeddings: ``[B, T, D]``, the transformer's input: the sum of the token embeddings.
+        initial: the states this pass continues from; a site that is missing starts from its learned state.
+        reset: ``[B]`` bool, rows that start from the learned state whatever ``initial`` holds.
+        updates: False freezes the fast weights.
+        final: where the state after this pass goes, or None when nobody asked for it.
+    """
+
+    input_embeddings: Tensor | None = None
+    initial: Mapping[Site, BlockState] = field(default_factory=dict)
+    reset: Tensor | None = None
+    updates: bool = True
+    final: dict[Site, BlockState] | None = None
+
+    def record(self, site: Site, state: BlockState) -> None:
+        """Keep the state of a site, once: a layer that is run again in backward does not overwrite it.
+
+        The copy matters: a state that was never updated may be a view of a parameter, which the optimizer changes and
+        which sharding frees.
+        """
+        if self.final is not None and site not in self.final:
+            self.final[site] = states.clone(state)
+
+
+class Carry:
+    """An open ``host.carry``: what the next forward pass continues from."""
+
+    def __init__(self, state: CarriedState, reset: Tensor | None, updates: bool) -> None:
+        self.state = state
+        self.reset = reset
+        self.updates = updates
+
+    def frame(self, input_embeddings: Tensor) -> Frame:
+        """The frame of the next forward pass."""
+        return Frame(input_embeddings, dict(self.state.blocks), self.reset, self.updates, {})
+
+    def advance(self, frame: Frame) -> None:
+        """Continue after a forward pass that has ended: from its final states, with no row to reset."""
+        self.state.blocks = dict(frame.final or {})
+        self.reset = None
+
+
+class BlockSite(StreamingModule[BlockStreamState]):
+    """The module at ``layer.ttt``: one block, and its state while Moshi streams."""
+
+    def __init__(self, block: SequenceBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    @property
+    def site(self) -> Site:
+        return self.block.info.site
+
+    def _init_streaming_state(self, batch_size: int) -> BlockStreamState:
+        refuse_sharded(self.block)
+        parameter = next(self.block.parameters(), None)
+        device = self.block.info.device if parameter is None else parameter.device
+        return BlockStreamState(batch_size, device, self.block, self.block.allocate_state(batch_size, device))
+
+    def forward(self, x: Tensor, frame: Frame) -> Tensor:
+        """``x [B, T, D]``, the residual stream after attention, to the same plus the block's gated update."""
+        streaming = self._streaming_state
+        if streaming is not None:
+            context = BlockContext(exec_mask=streaming.exec_mask, input_embeddings=frame.input_embeddings)
+            return self.block.step(x, streaming.buffers, context)
+        context = BlockContext(input_embeddings=frame.input_embeddings, reset=frame.reset, updates=frame.updates)
+        y, after = self.block(x, frame.initial.get(self.site), context)
+        frame.record(self.site, after)
+        return y  # type: ignore[no-any-return]
+
+
+def refuse_sharded(block: SequenceBlock) -> None:
+    """Raise HostError when a block's parameters are sharded."""
+    for name, parameter in block.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise HostError(
+                f"{name} of the block at {block.info.site} is sharded, and a sharded model cannot stream. "
+                "Save the adapter, load it into an unsharded model, and stream that."
+            )
+
+
+class TTTStreamingTransformerLayer(StreamingTransformerLayer):
+    """A layer that may have a block between attention and the feed-forward."""
+
+    # The frame of the call that is running. Moshi's own forward, which this one surrounds, has no argument for it.
+    _frame: Frame | None = None
+
+    def forward(self, x: Tensor, cross_attention_src: Tensor | None = None, ttt: Frame | None = None) -> Tensor:
+        """``x [B, T, D]`` to ``[B, T, D]``; ``ttt`` is the frame of this forward pass."""
+        outer, self._frame = self._frame, ttt
+        try:
+            return super().forward(x, cross_attention_src)
+        finally:
+            self._frame = outer
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        site: BlockSite | None = getattr(self, "ttt", None)
+        if site is not None:
+            x = site(x, self._frame or Frame())
+        return super()._ff_block(x)
+
+
+class TTTStreamingTransformer(StreamingTransformer):
+    """The main transformer: makes the frame of each forward pass."""
+
+    _carry: Carry | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``x [B, T, D]``, the input embeddings, to ``[B, T, D]``."""
+        carry = self._carry
+        frame = Frame(x) if carry is None else carry.frame(x)
+        y: Tensor = super().forward(x, *args, ttt=frame, **kwargs)
+        if carry is not None:
+            carry.advance(frame)
+        return y
+
+    def _init_streaming_state(self, batch_size: int) -> Any:
+        # Checked here too, before any layer has state: a refusal then leaves no layer streaming.
+        if self._carry is not None:
+            raise HostError("Streaming cannot start inside host.carry(...): leave the context first.")
+        for layer in self.layers:
+            if (site := getattr(layer, "ttt", None)) is not None:
+                refuse_sharded(site.block)
+        return super()._init_streaming_state(batch_size)
+
+
+def open_carry(
+    blocks: Mapping[Site, SequenceBlock],
+    state: CarriedState | None,
+    document_ids: Tensor | None,
+    updates: bool,
+) -> Carry:
+    """A carry that starts from ``state``; compares ``document_ids [B]`` with the state's on the device.
+
+    Raises ContextError when the state or the document ids do not fit.
+    """
+    before = state or CarriedState()
+    if before.blocks and before.blocks.keys() != blocks.keys():
+        raise ContextError(
+            f"The carried state has the sites {', '.join(map(str, sorted(before.blocks)))}, the model "
+            f"{', '.join(map(str, blocks)) or 'none'}. Carry a state that this model made, or start from None."
+        )
+    if document_ids is not None and document_ids.dim() != 1:
+        raise ContextError(f"document_ids must be [B], one per row, got shape {tuple(document_ids.shape)}.")
+    known = before.document_ids
+    batch = {states.rows(block) for block in before.blocks.values()} | (
+        {known.shape[0]} if known is not None else set()
+    )
+    if document_ids is not None and batch - {document_ids.shape[0]}:
+        raise ContextError(
+            f"document_ids has {document_ids.shape[0]} rows and the carried state {sorted(batch)}. "
+            "Keep the rows of a batch in place from segment to segment."
+        )
+    reset = None
+    if document_ids is not None and known is not None:
+        device = next((tensor.device for block in before.blocks.values() for tensor in block.values()), known.device)
+        reset = document_ids.to(device) != known.to(device)
+    started = CarriedState(
+        {site: states.detach(block) for site, block in before.blocks.items()},
+        known if document_ids is None else document_ids.detach().clone(),
+    )
+    return Carry(started, reset, updates)
+
+
+def clear_streaming_caches(model: torch.nn.Module) -> None:
+    """Make Moshi look for streaming children again: it lists them once, and would skip a module added later."""
+    for module in model.modules():
+        if isinstance(module, StreamingModule):
+            module._cached_children = None

@@ -1,0 +1,137 @@
+"""Finding and loading a Moshi: from the hub, from a folder laid out like a hub repository, or the tiny one inside."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moshi_ttt.core.errors import HostError
+from moshi_ttt.hosts.moshi.upstream import CheckpointInfo, LMModel, loaders
+
+BUILTIN_TINY = "builtin:tiny"
+BUNDLE = Path(__file__).parent / "bundle"
+_STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+@dataclass(frozen=True)
+class MoshiBundle:
+    """A language model, a codec and a tokenizer that belong together; nothing is loaded until asked for.
+
+    Attributes:
+        name: what the user called it.
+        info: Moshi's own description of the files.
+    """
+
+    name: str
+    info: CheckpointInfo
+
+    def load_lm(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LMModel:
+        """The language model in eval mode; ``dtype=None`` is the dtype its weights are stored in."""
+        try:
+            return self.info.get_moshi(device=device, dtype=dtype or self.stored_dtype())
+        except (RuntimeError, OSError, SafetensorError, TypeError, AssertionError, KeyError) as error:
+            raise self._unloadable(self.info.moshi_weights, error) from error
+
+    def load_mimi(self, device: torch.device | str = "cpu") -> Any:
+        """The codec, a ``MimiModel`` in eval mode, set to the number of codebooks the language model has."""
+        try:
+            return self.info.get_mimi(device=device)
+        except (RuntimeError, OSError, SafetensorError, TypeError, AssertionError, KeyError) as error:
+            raise self._unloadable(self.info.mimi_weights, error) from error
+
+    def tokenizer(self) -> Any:
+        """The text tokenizer, a ``SentencePieceProcessor``."""
+        try:
+            return self.info.get_text_tokenizer()
+        except (RuntimeError, OSError) as error:
+            raise self._unloadable(self.info.tokenizer, error) from error
+
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the stored text embedding; bfloat16 (Moshi's own) where the file does not say."""
+        try:
+            with safe_open(self.info.moshi_weights, framework="pt") as handle:  # type: ignore[no-untyped-call]
+                stored = handle.get_slice("text_emb.weight").get_dtype()
+        except (OSError, SafetensorError):
+            stored = "BF16"
+        return _STORED_DTYPES.get(stored, torch.bfloat16)
+
+    def _unloadable(self, path: Path, error: Exception) -> HostError:
+        return HostError(
+            f"{self.name}: cannot load {path}: {type(error).__name__}: {error}. "
+            "Check that it is the file its config.json describes, and that it is complete."
+        )
+
+
+def resolve_repo(hf_repo: str, *, revision: str | None = None) -> MoshiBundle:
+    """The Moshi that ``hf_repo`` names.
+
+    Args:
+        hf_repo: ``builtin:tiny``; or an existing folder with a config.json and the files it names; or a repository
+            name on the hub, which is downloaded or taken from the local cache.
+        revision: a branch, tag or commit; for the hub only.
+
+    Raises:
+        HostError: files are missing (all are named), the config is not a Moshi's, or the hub cannot deliver.
+    """
+    if hf_repo == BUILTIN_TINY:
+        if not (BUNDLE / "config.json").is_file():
+            raise HostError(
+                f"{BUILTIN_TINY}: this installation has no tiny Moshi in {BUNDLE}. "
+                "Build it with scripts/build_tiny_bundle.py, or install a released wheel."
+            )
+        return MoshiBundle(hf_repo, _from_folder(BUNDLE))
+    if hf_repo.startswith("builtin:"):
+        raise HostError(f"There is no {hf_repo!r}: the one built-in model is {BUILTIN_TINY!r}.")
+    folder = Path(hf_repo).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise HostError(f"{hf_repo} is a local folder, and a folder has no revisions: leave out {revision!r}.")
+        return MoshiBundle(hf_repo, _from_folder(folder))
+    if hf_repo.startswith((".", "/", "~")) or hf_repo.count("/") != 1:
+        raise HostError(
+            f"{hf_repo!r} is neither an existing folder nor a repository name of the form 'owner/name'. "
+            f"Give a folder with a config.json, a hub repository, or {BUILTIN_TINY!r}."
+        )
+    return MoshiBundle(hf_repo, _from_hub(hf_repo, revision))
+
+
+def _from_folder(folder: Path) -> CheckpointInfo:
+    config_path = folder / "config.json"
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HostError(f"{folder} has no config.json, so it is not a folder with a Moshi.") from None
+    except (OSError, ValueError) as error:
+        raise HostError(f"{config_path} cannot be read: {error}.") from None
+    if not isinstance(config, dict) or not {"dim", "n_q", "dep_q", "card"} <= config.keys():
+        raise HostError(f"{config_path} does not describe a Moshi: it needs at least dim, n_q, dep_q and card.")
+    # Paths, because Moshi would look for plain names on the hub.
+    wanted = {
+        "moshi_weights": config.get("moshi_name", loaders.MOSHI_NAME),
+        "mimi_weights": config.get("mimi_name", loaders.MIMI_NAME),
+        "tokenizer": config.get("tokenizer_name", loaders.TEXT_TOKENIZER_NAME),
+        "mimi_config_path": config.get("mimi_config_name"),
+        "lora_weights": config.get("lora_name"),
+    }
+    elsewhere = {key: name for key, name in wanted.items() if name and name.startswith(("hf://", "file://"))}
+    local = {key: folder / name for key, name in wanted.items() if name and key not in elsewhere}
+    missing = sorted(path.name for path in local.values() if not path.is_file())
+    if missing:
+        raise HostError(f"{folder} is incomplete: {', '.join(missing)} missing. Its config.json names these files.")
+    return CheckpointInfo.from_hf_repo(str(folder), config_path=config_path, **local, **elsewhere)
+
+
+def _from_hub(name: str, revision: str | None) -> CheckpointInfo:
+    try:
+        return CheckpointInfo.from_hf_repo(name, revision=revision)
+    except (OSError, ValueError) as error:  # what the hub's client raises derives from these two
+        at = f" at revision {revision!r}" if revision else ""
+        raise HostError(
+            f"Cannot get {name!r}{at} from the Hugging Face hub: {type(error).__name__}: {error}. There is no folder of "
+            "that name here either. Check the name, the network and your access, or give the path of a local copy."
+        ) from error

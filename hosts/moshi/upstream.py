@@ -1,0 +1,49 @@
+"""What this host takes from Moshi: the one place where Moshi is imported, private names included.
+
+Moshi reads ``NO_TORCH_COMPILE`` when its modules are imported. Without it the output norm of the language model is
+compiled at the first forward pass, on a CPU as well, where that costs 20 s and gains nothing. So it is set here, before
+the import, when there is no CUDA device; a value that the user has set is kept, and where the user imported Moshi
+earlier nothing can be done. Every module of this package imports Moshi's names from here, so that none comes first.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("NO_TORCH_COMPILE", "1")
+
+from moshi.conditioners import ConditionFuser, ConditionType
+from moshi.models import loaders
+from moshi.models.lm import LMGen, LMModel
+from moshi.models.loaders import CheckpointInfo
+from moshi.modules.gating import ActivationGating
+from moshi.modules.lora import LoRALinear
+from moshi.modules.streaming import State, StreamingModule
+from moshi.modules.transformer import (
+    RingKVCache,
+    StreamingMultiheadAttention,
+    StreamingTransformer,
+    StreamingTransformerLayer,
+    _MHAState as AttentionState,
+)
+
+__all__ = [
+    "ActivationGating",
+    "AttentionState",
+    "CheckpointInfo",
+    "ConditionFuser",
+    "ConditionType",
+    "LMGen",
+    "LMModel",
+    "LoRALinear",
+    "RingKVCache",
+    "State",
+    "StreamingModule",
+    "StreamingMultiheadAttention",
+    "StreamingTransformer",
+    "StreamingTransformerLayer",
+    "loaders",
+]

@@ -1,0 +1,209 @@
+"""The block that TTT-Linear, TTT-MLP and deeper variants are: the hybrid layer around a fast network of L layers.
+
+A variant says how wide its fast network's layers are; everything else is here, once.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from itertools import pairwise
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo
+from moshi_ttt.core.config import BlockConfig, FrozenConfig
+from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.precision import DtypeRoles
+from moshi_ttt.core.state import BlockState
+from moshi_ttt.plugins.common import inner_loop
+from moshi_ttt.plugins.common.hybrid import (
+    HybridOptions,
+    HybridWeights,
+    Linear,
+    gated_output,
+    inner_inputs,
+    inner_norm,
+)
+
+INIT_STD = 0.02
+
+
+class GateConfig(FrozenConfig):
+    """The gate ``tanh(alpha)``, one alpha per channel. ``init`` is alpha at the start; 0 makes the block the identity."""
+
+    init: float = Field(default=0.05, ge=0.0, le=1.0)
+
+
+class HybridConfig(BlockConfig):
+    """Options of every hybrid block.
+
+    Attributes:
+        chunk: tokens per inner-loop step (mini-batch).
+        base_lr: inner learning rate before the learned per-token factor, divided by the head width.
+        causal: False lets a token see its whole chunk; a causal host refuses that.
+        gate: the gate's initial value.
+        rope_theta: base of the rotary frequencies.
+        norm_eps, target_eps, post_norm_eps: of the inner LayerNorm, the target's standard deviation, the post norm.
+    """
+
+    chunk: int = Field(default=32, ge=1)
+    base_lr: float = Field(gt=0.0)
+    causal: bool = True
+    gate: GateConfig = GateConfig()
+    rope_theta: float = Field(default=10_000.0, gt=1.0)
+    norm_eps: float = Field(default=1e-6, gt=0.0)
+    target_eps: float = Field(default=1e-8, gt=0.0)
+    post_norm_eps: float = Field(default=1e-6, gt=0.0)
+
+
+class Projection(nn.Module):
+    """Weight ``[out, in]`` and bias ``[out]`` as plain parameters.
+
+    Not an ``nn.Linear``: tools that replace every linear layer (LoRA, quantisation) must leave a block alone.
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype))
+
+    def tensors(self) -> Linear:
+        return Linear(self.weight, self.bias)
+
+
+class HybridBlock(SequenceBlock):
+    """Hybrid layer with a fast network whose layer widths a subclass gives."""
+
+    config: HybridConfig
+
+    def __init__(self, config: HybridConfig, info: SiteInfo, roles: DtypeRoles) -> None:
+        super().__init__(config, info, roles)
+        head_dim, remainder = divmod(info.dim, info.num_heads)
+        if remainder or head_dim % 2:
+            raise ConfigError(
+                f"Width {info.dim} over {info.num_heads} heads: RoPE needs an even whole head width, got "
+                f"{info.dim / info.num_heads:g}. Use a host whose head width is even."
+            )
+        widths = self.widths(config, head_dim)
+        self.options = HybridOptions(
+            num_heads=info.num_heads,
+            chunk_size=config.chunk,
+            base_lr=config.base_lr,
+            rope_theta=config.rope_theta,
+            norm_eps=config.norm_eps,
+            target_eps=config.target_eps,
+            post_norm_eps=config.post_norm_eps,
+        )
+        device, dtype, heads = info.device, roles.master, info.num_heads
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.wq, self.wk, self.wv, self.wo = (Projection((info.dim, info.dim), device, dtype) for _ in range(4))
+        self.lr_weight, self.lr_bias = parameter(heads, 1, info.dim), parameter(heads, 1)
+        self.norm_weight, self.norm_bias = parameter(heads, head_dim), parameter(heads, head_dim)
+        self.post_norm = Projection((info.dim,), device, dtype)
+        if config.causal:
+            self.token_scale_offset = parameter(config.chunk)
+        self.gate = parameter(info.dim)
+        self.fast_weight = nn.ParameterList(parameter(heads, fan_in, fan_out) for fan_in, fan_out in pairwise(widths))
+        self.fast_bias = nn.ParameterList(parameter(heads, 1, fan_out) for fan_out in widths[1:])
+
+    @staticmethod
+    @abstractmethod
+    def widths(config: HybridConfig, head_dim: int) -> tuple[int, ...]:
+        """Widths of the fast network, input and output (both ``head_dim``) included: L + 1 numbers."""
+
+    @property
+    def causal(self) -> bool:
+        return self.config.causal
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        drawn = {self.wq.weight, self.wk.weight, self.wv.weight, self.wo.weight, self.lr_weight, *self.fast_weight}
+        ones = {self.norm_weight, self.post_norm.weight}
+        for parameter in self.parameters():
+            if parameter in drawn:
+                value = torch.randn(parameter.shape, generator=generator) * INIT_STD
+            elif parameter is self.gate:
+                value = torch.full(parameter.shape, self.config.gate.init)
+            else:
+                value = torch.ones(parameter.shape) if parameter in ones else torch.zeros(parameter.shape)
+            parameter.data.copy_(value)
+
+    def token_scale(self) -> Tensor:
+        """``[C]``: max(0, 1/(n+1) + learned_n) when causal, 1/C when not."""
+        size = self.config.chunk
+        if not self.config.causal:
+            return torch.full((size,), 1 / size, device=self.gate.device, dtype=self.gate.dtype)
+        position = torch.arange(1, size + 1, device=self.gate.device, dtype=self.gate.dtype)
+        return (1 / position + self.token_scale_offset).clamp(min=0)
+
+    def weights(self) -> HybridWeights:
+        """The parameters as the pure functions of ``hybrid`` take them."""
+        return HybridWeights(
+            wq=self.wq.tensors(),
+            wk=self.wk.tensors(),
+            wv=self.wv.tensors(),
+            wo=self.wo.tensors(),
+            lr_weight=self.lr_weight,
+            lr_bias=self.lr_bias,
+            norm_weight=self.norm_weight,
+            norm_bias=self.norm_bias,
+            post_norm=self.post_norm.tensors(),
+            token_scale=self.token_scale(),
+            gate=self.gate,
+        )
+
+    def init_state(self, batch_size: int, device: torch.device | None = None) -> BlockState:
+        def parts(parameters: nn.ParameterList) -> tuple[Tensor, ...]:
+            return tuple(p.to(device=device, dtype=self.roles.state) for p in parameters)
+
+        weights, biases = parts(self.fast_weight), parts(self.fast_bias)
+        return inner_loop.initial_state(weights, biases, self.config.chunk, batch_size)
+
+    def compute(self, x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
+        batch, length, _ = x.shape
+        offset = None if state is None else state["position"]
+        state = self.init_state(batch, x.device) if state is None else state
+        layout = self.info.format.chunks(x, self.config.chunk, offset)
+        weights = self.weights()
+        start = state["position"][:1] * 0 if offset is None else offset
+        position = (start[:, None] + torch.arange(length, device=x.device)) % self.config.chunk
+        q, k, v, lr = inner_inputs(x, position, weights, self.options, self.roles)
+        if not context.updates:
+            lr = torch.zeros_like(lr)
+        q, k, v = (layout.split(part.flatten(-2), self.info.num_heads) for part in (q, k, v))
+        y, after = inner_loop.run(
+            q, k, v, layout.split(lr, self.info.num_heads).squeeze(-1), state,
+            inner_norm(weights, self.options, self.roles), weights.token_scale.to(self.roles.state),
+            layout=layout, causal=self.config.causal,
+        )  # fmt: skip
+        return gated_output(x, layout.merge(y), weights, self.options, self.roles), after
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
+        context = context or BlockContext()
+        if x.shape[1] != 1 or context.reset is not None or not self.config.causal:
+            return super().step(x, state, context)
+        self._check_call(x, state, context)
+        weights = self.weights()
+        q, k, v, lr = inner_inputs(x, state["position"][:, None], weights, self.options, self.roles)
+        if not context.updates:
+            lr = torch.zeros_like(lr)
+        y = inner_loop.step(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lr.transpose(1, 2), state,
+            inner_norm(weights, self.options, self.roles), weights.token_scale.to(self.roles.state), context.exec_mask,
+        )  # fmt: skip
+        return gated_output(x, y.transpose(1, 2).flatten(-2), weights, self.options, self.roles)
+
+    def flops_per_token(self) -> int:
+        dim, heads, size = self.info.dim, self.info.num_heads, self.config.chunk
+        total = 2 * (4 * dim * dim + heads * dim)
+        for i, weight in enumerate(self.fast_weight):
+            _, fan_in, fan_out = weight.shape
+            # key forward, query forward, update; from the second layer on, the gradient's way back
+            products = (3 + (i > 0)) * fan_in * fan_out + size * (fan_in + fan_out)
+            total += 2 * heads * products
+        return total

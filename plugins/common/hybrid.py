@@ -1,0 +1,134 @@
+"""The layer around the inner loop: projections, normalisation, RoPE, target, post norm, gate.
+
+The hybrid layer of Dalal et al. 2025 (arXiv:2504.05298), forward direction, on the un-normalised residual stream:
+
+    q, k, v = projections of x, per head; q and k L2-normalised and rotated (position within the chunk)
+    v'      = gamma * (v - k - mean) / (std + eps) + beta + k       (gamma, beta: the inner LayerNorm's)
+    lr_t    = base_lr * sigmoid(w_h . x_t + b_h) / Dh
+    y       = x + tanh(alpha) * (W_o LN(inner loop(q, k, v')) + b_o)
+
+The functions here are pure: weights come as a ``HybridWeights``. The module that owns parameters is in ``block.py``.
+
+Shape legend: B streams, T tokens, D width, H heads, Dh = D / H, C tokens a chunk, L layers of the fast network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moshi_ttt.core.precision import DtypeRoles
+from moshi_ttt.plugins.common.inner_loop import InnerNorm
+from moshi_ttt.plugins.common.rope import rotate
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Weight ``[out, in]`` and bias ``[out]``."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``x W^T + b`` with inputs in ``dtype`` (products accumulate in float32, then round to ``dtype``)."""
+        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+@dataclass(frozen=True)
+class HybridWeights:
+    """Everything learned, except the fast network's initial weights.
+
+    Attributes:
+        wq, wk, wv, wo: ``[D, D]`` projections with bias.
+        lr_weight, lr_bias: ``[H, 1, D]`` and ``[H, 1]``.
+        norm_weight, norm_bias: ``[H, Dh]``, shared by the target and the inner LayerNorm.
+        post_norm: weight and bias ``[D]``.
+        token_scale: ``[C]``, as used (not the learned offset).
+        gate: ``[D]``, before tanh.
+    """
+
+    wq: Linear
+    wk: Linear
+    wv: Linear
+    wo: Linear
+    lr_weight: Tensor
+    lr_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    post_norm: Linear
+    token_scale: Tensor
+    gate: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridOptions:
+    """The numbers that are not learned."""
+
+    num_heads: int
+    chunk_size: int
+    base_lr: float
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    target_eps: float = 1e-8
+    post_norm_eps: float = 1e-6
+
+
+def l2_normalise(x: Tensor) -> Tensor:
+    """``x / max(|x|, 1e-12)`` over the last dimension."""
+    return F.normalize(x, dim=-1, eps=1e-12)
+
+
+def reconstruction_target(v: Tensor, k: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``weight * (v - k - mean) / (std + eps) + bias + k``, std unbiased (n - 1), over the last dimension.
+
+    ``v`` and ``k`` are ``[B, T, H, Dh]``, ``weight`` and ``bias`` ``[H, Dh]``. Finite for a constant ``v - k``.
+    """
+    difference = v - k
+    centred = difference - difference.mean(-1, keepdim=True)
+    return weight * centred / (difference.std(-1, keepdim=True) + eps) + bias + k
+
+
+def inner_inputs(
+    x: Tensor, position: Tensor, weights: HybridWeights, options: HybridOptions, roles: DtypeRoles
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What enters the inner loop, token by token, in the state's dtype.
+
+    Args:
+        x: ``[B, T, D]``.
+        position: ``[B or 1, T]``, each token's position in its chunk.
+
+    Returns:
+        q, k and the target's v' ``[B, T, H, Dh]``, and lr ``[B, T, H]``.
+    """
+    q, k, v = (
+        projection(x, roles.matmul).to(roles.compute).unflatten(-1, (options.num_heads, -1))
+        for projection in (weights.wq, weights.wk, weights.wv)
+    )
+    q, k = (
+        rotate(
+            l2_normalise(part), position, theta=options.rope_theta, dtype=torch.promote_types(roles.rope, part.dtype)
+        )
+        for part in (q, k)
+    )
+    norm_weight, norm_bias = weights.norm_weight.to(roles.compute), weights.norm_bias.to(roles.compute)
+    v = reconstruction_target(v, k, norm_weight, norm_bias, options.target_eps)
+    rate = F.linear(x.to(roles.compute), weights.lr_weight.flatten(0, 1).to(roles.compute))
+    rate = torch.sigmoid(rate + weights.lr_bias.flatten().to(roles.compute))
+    lr = options.base_lr / q.shape[-1] * rate
+    return q.to(roles.state), k.to(roles.state), v.to(roles.state), lr.to(roles.state)
+
+
+def inner_norm(weights: HybridWeights, options: HybridOptions, roles: DtypeRoles) -> InnerNorm:
+    """The LayerNorm of the inner loop, in the state's dtype."""
+    return InnerNorm(weights.norm_weight.to(roles.state), weights.norm_bias.to(roles.state), options.norm_eps)
+
+
+def gated_output(x: Tensor, y: Tensor, weights: HybridWeights, options: HybridOptions, roles: DtypeRoles) -> Tensor:
+    """``x + tanh(gate) * wo(post_norm(y))`` for ``x`` and ``y [B, T, D]``, in the dtype of ``x``."""
+    scale, shift = weights.post_norm.weight.to(roles.compute), weights.post_norm.bias.to(roles.compute)
+    y = F.layer_norm(y.to(roles.compute), y.shape[-1:], scale, shift, options.post_norm_eps)
+    update = weights.wo(y, roles.matmul).to(roles.output)
+    return (x.to(roles.output) + torch.tanh(weights.gate.to(roles.output)) * update).to(x.dtype)

@@ -1,0 +1,259 @@
+"""The inner loop of TTT-Linear, TTT-MLP and deeper fast networks, in its dual form.
+
+Sun et al. 2024, "Learning to (Learn at Test Time)", arXiv:2407.04620, sections 2.4 to 2.6; the MLP of any depth and the
+non-causal chunk follow Dalal et al. 2025, "One-Minute Video Generation with Test-Time Training", arXiv:2504.05298.
+
+A fast network f of L layers (gelu in between) learns, per stream and head, while the sequence runs:
+
+    loss(W; t) = lr_t * 1/2 * || LN(f(k_t; W)) - (v_t - k_t) ||^2
+    y_n        = q_n + LN(f(q_n; W_n)),    W_n = W - token_scale[n] * sum_{k <= n} grad loss(W; k)
+
+with all gradients of a chunk taken at the chunk's first weights W, and the sum over the whole chunk when not causal. The
+next chunk starts from W_n of the chunk's last token. No W_n is ever built: with a_i(t) the input of layer i for key t
+and g_i(t) the gradient at its output, a query's product with layer i is
+
+    x W_i + b_i - token_scale[n] * sum_{t <= n} (x . a_i(t) + 1) g_i(t)
+
+Shape legend: B streams, H heads, N chunks, C tokens a chunk, D head width, L layers. Everything has the dtype of the
+fast weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moshi_ttt.core.format import ChunkLayout
+from moshi_ttt.core.state import BlockState, row_mask
+
+
+@dataclass(frozen=True)
+class FastNetwork:
+    """Weights ``[B, H, in, out]`` and biases ``[B, H, 1, out]`` of each layer."""
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class InnerNorm:
+    """The LayerNorm inside the loss and the output: ``weight`` and ``bias [H, D]``, and its eps."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """``z [B, H, C, D]`` normalised over D, then scaled per head."""
+        return F.layer_norm(z, z.shape[-1:], eps=self.eps) * self.weight[:, None] + self.bias[:, None]
+
+    def loss_gradient(self, z: Tensor, target: Tensor) -> Tensor:
+        """d/dz of 1/2 * || LN(z) - target ||^2, for ``z`` and ``target`` ``[B, H, C, D]``."""
+        shape = z.shape[-1:]
+        normal, mean, rstd = torch.native_layer_norm(z, shape, None, None, self.eps)
+        error = normal * self.weight[:, None] + self.bias[:, None] - target
+        mask = [True, False, False]
+        return torch.ops.aten.native_layer_norm_backward(  # type: ignore[no-any-return]
+            error * self.weight[:, None], z, shape, mean, rstd, None, None, mask
+        )[0]
+
+
+@dataclass(frozen=True)
+class ChunkMemory:
+    """What a chunk's keys leave behind, per layer: inputs ``a [B, H, C, in]`` and gradients ``g [B, H, C, out]``.
+
+    Gradients include the learning rate. Slots that hold no token have g = 0, so they change nothing.
+    """
+
+    inputs: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+
+
+def key_pass(k: Tensor, v: Tensor, lr: Tensor, fast: FastNetwork, norm: InnerNorm) -> ChunkMemory:
+    """Forward the keys ``k [B, H, C, D]`` and take the gradient of each token's loss at the chunk's first weights.
+
+    ``v`` is like ``k``; ``lr [B, H, C]`` weighs each token's loss.
+    """
+    inputs, outputs = [k], [k @ fast.weights[0] + fast.biases[0]]
+    for weight, bias in zip(fast.weights[1:], fast.biases[1:], strict=True):
+        inputs.append(F.gelu(outputs[-1], approximate="tanh"))
+        outputs.append(inputs[-1] @ weight + bias)
+    gradient = norm.loss_gradient(outputs[-1], v - k) * lr[..., None]
+    gradients = [gradient]
+    for weight, output in zip(fast.weights[:0:-1], outputs[-2::-1], strict=True):
+        gradient = torch.ops.aten.gelu_backward(gradient @ weight.mT, output, approximate="tanh")
+        gradients.insert(0, gradient)
+    return ChunkMemory(tuple(inputs), tuple(gradients))
+
+
+def query_pass(
+    q: Tensor, fast: FastNetwork, memory: ChunkMemory, norm: InnerNorm, scale: Tensor, mask: Tensor | None
+) -> Tensor:
+    """``q + LN(f(q; W_n))`` for queries ``q [B, H, Q, D]``.
+
+    Args:
+        scale: token scale of each query, ``[Q, 1]`` or ``[B, 1, Q, 1]``.
+        mask: bool, true where query n may use key t, broadcast to ``[B, H, Q, C]``; None lets every query use every key.
+    """
+    x = q
+    last = len(fast.weights) - 1
+    for i, (weight, bias) in enumerate(zip(fast.weights, fast.biases, strict=True)):
+        affinity = x @ memory.inputs[i].mT + 1
+        if mask is not None:
+            affinity = affinity.masked_fill(~mask, 0)
+        output = x @ weight + bias - scale * (affinity @ memory.gradients[i])
+        x = output if i == last else F.gelu(output, approximate="tanh")
+    return q + norm(x)
+
+
+def updated(fast: FastNetwork, memory: ChunkMemory, scale: Tensor, rows: Tensor | None = None) -> FastNetwork:
+    """The weights after a whole chunk, W - scale * sum of gradients; only in rows where ``rows [B]`` is true."""
+    weights, biases = [], []
+    for weight, bias, a, g in zip(fast.weights, fast.biases, memory.inputs, memory.gradients, strict=True):
+        if rows is not None:
+            g = torch.where(row_mask(rows, g), g, 0)
+        scaled = scale * g
+        weights.append(weight - a.mT @ scaled)
+        biases.append(bias - scaled.sum(-2, keepdim=True))
+    return FastNetwork(tuple(weights), tuple(biases))
+
+
+# ---- state: the fast weights at the unfinished chunk's start, that chunk's memory, and the position in it
+
+
+def initial_state(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], chunk_size: int, batch: int) -> BlockState:
+    """State at a chunk boundary from learned ``weights [H, in, out]`` and ``biases [H, 1, out]``, differentiable."""
+    state: BlockState = {"position": torch.zeros(batch, dtype=torch.int64, device=weights[0].device)}
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        heads, fan_in, fan_out = weight.shape
+        state[f"weight.{i}"] = weight.expand(batch, -1, -1, -1)
+        state[f"bias.{i}"] = bias.expand(batch, -1, -1, -1)
+        state[f"input.{i}"] = weight.new_zeros(batch, heads, chunk_size, fan_in)
+        state[f"gradient.{i}"] = weight.new_zeros(batch, heads, chunk_size, fan_out)
+    return state
+
+
+def unpack(state: BlockState) -> tuple[FastNetwork, ChunkMemory]:
+    """The parts of a state."""
+    layers = range(sum(name.startswith("weight.") for name in state))
+
+    def part(name: str) -> tuple[Tensor, ...]:
+        return tuple(state[f"{name}.{i}"] for i in layers)
+
+    return FastNetwork(part("weight"), part("bias")), ChunkMemory(part("input"), part("gradient"))
+
+
+def pack(position: Tensor, fast: FastNetwork, memory: ChunkMemory) -> BlockState:
+    """The inverse of ``unpack``."""
+    state: BlockState = {"position": position}
+    for i, parts in enumerate(zip(fast.weights, fast.biases, memory.inputs, memory.gradients, strict=True)):
+        state |= dict(zip((f"weight.{i}", f"bias.{i}", f"input.{i}", f"gradient.{i}"), parts, strict=True))
+    return state
+
+
+# ---- the fast path
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, state: BlockState, norm: InnerNorm, token_scale: Tensor, *,
+    layout: ChunkLayout, causal: bool = True,
+) -> tuple[Tensor, BlockState]:  # fmt: skip
+    """The inner loop over a whole call.
+
+    Args:
+        q, k, v: ``[B, H, N, C, D]`` in ``layout``, already normalised and rotated; the target is v - k.
+        lr: ``[B, H, N, C]`` per key.
+        state: where to start; its ``position`` is zero in every row unless the layout has an ``offset``.
+        norm: the inner LayerNorm.
+        token_scale: ``[C]`` per query position.
+        layout: how the tokens lie in the chunks.
+        causal: False lets every query of a chunk use all of the chunk's keys.
+
+    Returns:
+        ``y [B, H, N, C, D]`` and the state after the last token.
+    """
+    batch, _, num_chunks, size, _ = q.shape
+    fast, before = unpack(state)
+    earlier = torch.arange(size, device=q.device) < state["position"][:, None]
+    after = state["position"] + layout.length
+    mask = torch.ones(size, size, dtype=torch.bool, device=q.device).tril() if causal else None
+    scale, last_scale = token_scale[:, None], token_scale[-1]
+    valid = layout.valid.expand(batch, -1, -1)[:, None, :, :, None].unbind(2)
+    unfinished = ChunkMemory(
+        tuple(torch.zeros_like(a) for a in before.inputs), tuple(torch.zeros_like(g) for g in before.gradients)
+    )
+    outputs = []
+    chunks = zip(*(x.unbind(2) for x in (q, k, v, lr)), strict=True)
+    for n, (q_n, k_n, v_n, lr_n) in enumerate(chunks):
+        memory = key_pass(k_n, v_n, lr_n, fast, norm)
+        if not layout.full:
+            memory = _keep(memory, valid[n])
+        if n == 0 and layout.offset is not None:
+            memory = _choose(earlier[:, None, :, None], before, memory)
+        outputs.append(query_pass(q_n, fast, memory, norm, scale, mask))
+        if layout.offset is None:
+            if (n + 1) * size <= layout.length:
+                fast = updated(fast, memory, last_scale)
+            else:
+                unfinished = memory
+        else:
+            fast = updated(fast, memory, last_scale, rows=after >= (n + 1) * size)
+            here = (after >= n * size) & (after < (n + 1) * size)
+            unfinished = _choose(here.view(-1, 1, 1, 1), memory, unfinished)
+    return torch.stack(outputs, dim=2), pack(after % size, fast, unfinished)
+
+
+def _keep(memory: ChunkMemory, valid: Tensor) -> ChunkMemory:
+    """Zero where a slot holds no token: there g = 0 makes the slot harmless, and a = 0 makes states comparable."""
+    return ChunkMemory(
+        tuple(torch.where(valid, a, 0) for a in memory.inputs),
+        tuple(torch.where(valid, g, 0) for g in memory.gradients),
+    )
+
+
+def _choose(mask: Tensor, chosen: ChunkMemory, other: ChunkMemory) -> ChunkMemory:
+    def pick(xs: tuple[Tensor, ...], ys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(torch.where(mask, x, y) for x, y in zip(xs, ys, strict=True))
+
+    return ChunkMemory(pick(chosen.inputs, other.inputs), pick(chosen.gradients, other.gradients))
+
+
+@torch.no_grad()
+def step(
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, state: BlockState, norm: InnerNorm, token_scale: Tensor,
+    exec_mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """One token of every stream, causal; ``state`` is updated in place and no value is read on the host.
+
+    Args:
+        q, k, v: ``[B, H, 1, D]``.
+        lr: ``[B, H, 1]``.
+        state: buffers; rows where ``exec_mask [B]`` is false stay bit-equal.
+
+    Returns:
+        ``y [B, H, 1, D]``.
+    """
+    position = state["position"]
+    fast, memory = unpack(state)
+    size = memory.inputs[0].shape[2]
+    runs = torch.ones_like(position, dtype=torch.bool) if exec_mask is None else exec_mask
+    token = key_pass(k, v, lr, fast, norm)
+    for buffer, value in zip(memory.inputs + memory.gradients, token.inputs + token.gradients, strict=True):
+        slot = position.view(-1, 1, 1, 1).expand(-1, buffer.shape[1], 1, buffer.shape[3])
+        buffer.scatter_(2, slot, torch.where(row_mask(runs, value), value, buffer.gather(2, slot)))
+    seen = torch.arange(size, device=q.device) <= position[:, None]
+    y = query_pass(q, fast, memory, norm, token_scale[position].view(-1, 1, 1, 1), seen[:, None, None])
+    done = runs & (position == size - 1)
+    # A row that has not finished its chunk adds exact zeros: the update runs every step, so that a captured graph
+    # needs no branch.
+    for weight, bias, a, g in zip(fast.weights, fast.biases, memory.inputs, memory.gradients, strict=True):
+        scaled = torch.where(row_mask(done, g), g * -token_scale[-1], 0)
+        weight.flatten(0, 1).baddbmm_(a.flatten(0, 1).mT, scaled.flatten(0, 1))
+        bias.add_(scaled.sum(-2, keepdim=True))
+        a.masked_fill_(row_mask(done, a), 0)
+        g.masked_fill_(row_mask(done, g), 0)
+    position.copy_(torch.where(runs, (position + 1) % size, position))
+    return y

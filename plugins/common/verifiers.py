@@ -1,0 +1,166 @@
+"""Every form of the inner loop and the hybrid layer, as verifiers of reference vectors (``moshi-ttt verify``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moshi_ttt.core.format import ChunkLayout
+from moshi_ttt.core.precision import FP32_STATE
+from moshi_ttt.core.state import BlockState, clone
+from moshi_ttt.core.verification import Verifier
+from moshi_ttt.plugins.common import hybrid, inner_loop, reference
+
+
+class _FastNetworkVerifier(Verifier):
+    """For fast networks of ``layers`` layers; ``forms`` of an operation differ in how they compute it."""
+
+    operation: ClassVar[str]
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+
+    def accepts(self, metadata: Mapping[str, str]) -> bool:
+        return (
+            metadata.get("op") == self.operation
+            and metadata.get("layers") == str(self.layers)
+            and metadata.get("activation") == "gelu_tanh"
+        )
+
+    def tolerance(self, metadata: Mapping[str, str]) -> float:
+        return 1e-9 if self.layers == 1 else 1e-8
+
+
+def _fast(inputs: Mapping[str, Tensor], layers: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return (
+        tuple(inputs[f"weight.{i}"] for i in range(layers)),
+        tuple(inputs[f"bias.{i}"] for i in range(layers)),
+    )
+
+
+def _final(state: BlockState) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name.startswith(("weight.", "bias."))}
+
+
+class Reference(_FastNetworkVerifier):
+    """The inner loop, token by token from the definition."""
+
+    operation = "inner_loop"
+
+    def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        weights, biases = _fast(inputs, self.layers)
+        y, weights_after, biases_after = reference.inner_loop(
+            inputs["q"], inputs["k"], inputs["v"], inputs["lr"], inputs["token_scale"], inputs["norm_weight"],
+            inputs["norm_bias"], weights, biases, chunk_size=int(metadata["chunk_size"]),
+            eps=float(metadata["norm_eps"]), causal=metadata["causal"] == "true",
+        )  # fmt: skip
+        after = {f"weight.{i}": w for i, w in enumerate(weights_after)}
+        return {"y": y, **after, **{f"bias.{i}": b for i, b in enumerate(biases_after)}}
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """``[B, H, T, D] -> [B, T, H * D]``."""
+    return x.transpose(1, 2).flatten(-2)
+
+
+class Chunked(_FastNetworkVerifier):
+    """The inner loop in its dual form: what training runs."""
+
+    operation = "inner_loop"
+
+    def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        batch, heads, length, _ = inputs["q"].shape
+        size = int(metadata["chunk_size"])
+        layout = ChunkLayout(length, size)
+        q, k, v = (layout.split(_tokens(inputs[name]), heads) for name in "qkv")
+        y, state = inner_loop.run(
+            q, k, v, layout.split(_tokens(inputs["lr"][..., None]), heads).squeeze(-1),
+            inner_loop.initial_state(*_fast(inputs, self.layers), size, batch),
+            inner_loop.InnerNorm(inputs["norm_weight"], inputs["norm_bias"], float(metadata["norm_eps"])),
+            inputs["token_scale"], layout=layout, causal=metadata["causal"] == "true",
+        )  # fmt: skip
+        y = layout.merge(y).unflatten(-1, (heads, -1)).transpose(1, 2)
+        return {"y": y, **_final(state)}
+
+
+class Streamed(_FastNetworkVerifier):
+    """The inner loop token by token with a state updated in place: what streaming runs. No gradients, causal only."""
+
+    operation = "inner_loop"
+    differentiable = False
+
+    def accepts(self, metadata: Mapping[str, str]) -> bool:
+        return super().accepts(metadata) and metadata.get("causal") == "true"
+
+    def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        batch, _, length, _ = inputs["q"].shape
+        norm = inner_loop.InnerNorm(inputs["norm_weight"], inputs["norm_bias"], float(metadata["norm_eps"]))
+        learned = inner_loop.initial_state(*_fast(inputs, self.layers), int(metadata["chunk_size"]), batch)
+        state = clone(learned)
+        outputs = [
+            inner_loop.step(
+                *(inputs[name][:, :, t : t + 1] for name in ("q", "k", "v", "lr")), state, norm, inputs["token_scale"]
+            )
+            for t in range(length)
+        ]
+        return {"y": torch.cat(outputs, dim=2), **_final(state)}
+
+
+class HybridReference(_FastNetworkVerifier):
+    """The hybrid layer from its definition."""
+
+    operation = "hybrid"
+
+    def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        given = dict(inputs)
+        size = int(metadata["chunk_size"])
+        q, k, v, lr = reference.hybrid_inputs(
+            given["x"], given, num_heads=int(metadata["num_heads"]), chunk_size=size,
+            base_lr=float(metadata["base_lr"]), theta=float(metadata["rope_theta"]),
+            target_eps=float(metadata["target_eps"]),
+        )  # fmt: skip
+        weights, biases = _fast(inputs, self.layers)
+        y, _, _ = reference.inner_loop(
+            q, k, v, lr, given["token_scale"], given["norm_weight"], given["norm_bias"], weights, biases,
+            chunk_size=size, eps=float(metadata["norm_eps"]), causal=metadata["causal"] == "true",
+        )  # fmt: skip
+        return {
+            "y": reference.hybrid_output(given["x"], y, given, eps=float(metadata["post_norm_eps"])),
+            "q": q, "k": k, "v": v,
+        }  # fmt: skip
+
+
+class Hybrid(_FastNetworkVerifier):
+    """The hybrid layer by the functions the block is made of."""
+
+    operation = "hybrid"
+
+    def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        x = inputs["x"]
+        batch, length, _ = x.shape
+        heads, size = int(metadata["num_heads"]), int(metadata["chunk_size"])
+        options = hybrid.HybridOptions(
+            num_heads=heads, chunk_size=size, base_lr=float(metadata["base_lr"]),
+            rope_theta=float(metadata["rope_theta"]), norm_eps=float(metadata["norm_eps"]),
+            target_eps=float(metadata["target_eps"]), post_norm_eps=float(metadata["post_norm_eps"]),
+        )  # fmt: skip
+        linear = {
+            n: hybrid.Linear(inputs[f"{n}.weight"], inputs[f"{n}.bias"]) for n in ("wq", "wk", "wv", "wo", "post_norm")
+        }
+        plain = {n: inputs[n] for n in ("lr_weight", "lr_bias", "norm_weight", "norm_bias", "token_scale")}
+        weights = hybrid.HybridWeights(**linear, **plain, gate=inputs["alpha"])
+        roles = FP32_STATE.roles(x.dtype)
+        layout = ChunkLayout(length, size)
+        position = torch.arange(length, device=x.device)[None] % size
+        q, k, v, lr = hybrid.inner_inputs(x, position, weights, options, roles)
+        y, _ = inner_loop.run(
+            *(layout.split(part.flatten(-2), heads) for part in (q, k, v)), layout.split(lr, heads).squeeze(-1),
+            inner_loop.initial_state(*_fast(inputs, self.layers), size, batch),
+            hybrid.inner_norm(weights, options, roles), weights.token_scale, layout=layout,
+            causal=metadata["causal"] == "true",
+        )  # fmt: skip
+        result = {"y": hybrid.gated_output(x, layout.merge(y), weights, options, roles)}
+        return result | {name: part.transpose(1, 2) for name, part in zip("qkv", (q, k, v), strict=True)}

@@ -1,0 +1,1 @@
+"""Test-time-training layers for pretrained speech language models."""
