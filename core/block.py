@@ -177,7 +177,7 @@ class SequenceBlock(nn.Module, ABC):
     @torch.no_grad()
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
         """Stream ``x [B, T, D]`` (usually T = 1), updating ``state`` in place. No value is read on the host."""
-        y, after = self(x, state, context)
+        y, after = self.forward(x, state, context)
         states.copy_(state, after)
         return y
 
@@ -234,7 +234,8 @@ class SequenceBlock(nn.Module, ABC):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)  # type: ignore[no-any-return]
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 BlockFactory = Callable[[Any, SiteInfo, DtypeRoles], SequenceBlock]

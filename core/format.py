@@ -60,7 +60,7 @@ class ChunkLayout:
         x = x.reshape(batch, self.num_chunks, self.chunk_size, width)
         if num_heads is None:
             return x
-        return x.unflatten(-1, (num_heads, -1)).permute(0, 3, 1, 2, 4)
+        return x.view(*x.shape[:3], num_heads, -1).permute(0, 3, 1, 2, 4)
 
     def merge(self, chunks: Tensor) -> Tensor:
         """The inverse of ``split``: ``[B, H, N, C, Dh]`` or ``[B, N, C, D]`` to ``[B, T, D]``, padding dropped."""

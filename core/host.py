@@ -55,6 +55,10 @@ class HostModel(ABC):
         """
 
     @abstractmethod
+    def skeleton(self, config: Any) -> nn.Module:
+        """The architecture named by ``config`` on the meta device; no weights are read. Raises HostError."""
+
+    @abstractmethod
     def sites(self, model: nn.Module) -> tuple[SiteInfo, ...]:
         """Every site of the model, in layer order. Raises HostError when the model is not of this family."""
 

@@ -86,6 +86,6 @@ def check_role(role: str, expected: torch.dtype, tensors: Iterable[tuple[str, Te
     for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.dtype != expected:
             raise PrecisionError(
-                f"{when}: {name} is {tensor.dtype}, but the policy {policy!r} asks for {expected} in the role {role!r}. "
+                f"{when}: {name} is {tensor.dtype}, but policy {policy!r} asks for {expected} in the role {role!r}. "
                 f"Load the host in that dtype, choose another policy, or remove what cast it."
             )

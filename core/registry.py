@@ -252,6 +252,13 @@ class Registry:
             else:
                 self._entries[kind, name] = before
 
+    def copy(self) -> Registry:
+        """A registry with the same names, to add to without touching this one."""
+        other = Registry()
+        other._entries, other._conflicts = dict(self._entries), dict(self._conflicts)
+        other._records = list(self._records)
+        return other
+
     # ---- lookup
 
     def names(self, kind: Kind) -> tuple[str, ...]:

@@ -1,0 +1,116 @@
+"""The conformance kit: the rules that every variant keeps, as tests that a third party runs on theirs.
+
+In a test module of your plugin::
+
+    from moshi_ttt.core.testing import conformance_tests
+
+    test_conformance = conformance_tests("my_variant", {"chunk": 4})
+
+That is one pytest test per rule, shape and dtype, on a toy host that the kit brings. ``check_block`` runs the same
+checks without pytest, and each check is a function of its own (``CHECKS``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from moshi_ttt.core.registry import Registry
+from moshi_ttt.core.testing.case import BlockCase, Shape, default_cases, error
+from moshi_ttt.core.testing.checks_lifecycle import (
+    check_adapter_round_trip,
+    check_config_keys,
+    check_dtypes,
+    check_plan_figures,
+)
+from moshi_ttt.core.testing.checks_streaming import (
+    check_causality,
+    check_exec_mask,
+    check_long_stream,
+    check_no_host_read,
+    check_reset,
+    check_rows,
+    check_splits,
+    check_state_is_float32,
+    check_step_in_place,
+)
+from moshi_ttt.core.testing.checks_training import (
+    check_checkpointing,
+    check_gradients_numerically,
+    check_parameters_unwritten,
+    check_reset_before_backward,
+    check_trainable_set,
+    check_two_forwards,
+)
+from moshi_ttt.core.testing.toy_host import TOY_HOST, ToyHost, ToyModel
+
+Check = Callable[[BlockCase], None]
+
+CHECKS: tuple[Check, ...] = (
+    check_causality,
+    check_splits,
+    check_step_in_place,
+    check_rows,
+    check_exec_mask,
+    check_reset,
+    check_no_host_read,
+    check_state_is_float32,
+    check_long_stream,
+    check_parameters_unwritten,
+    check_checkpointing,
+    check_two_forwards,
+    check_reset_before_backward,
+    check_trainable_set,
+    check_gradients_numerically,
+    check_plan_figures,
+    check_adapter_round_trip,
+    check_config_keys,
+    check_dtypes,
+)
+"""Every check of the kit, in the order of the design's rules. A check that does not apply to a case returns at once."""
+
+
+def check_block(variant: str, *configs: Mapping[str, Any], registry: Registry | None = None) -> None:
+    """Run every check on every default case of a registered variant; the first failure raises AssertionError.
+
+    Args:
+        variant: the registered name.
+        configs: option sets to test, without ``variant`` and ``layers``; none means the defaults.
+        registry: where to look the variant up; the process's registry by default.
+    """
+    for case in default_cases(variant, configs or ({},), registry):
+        for check in CHECKS:
+            check(case)
+
+
+def conformance_tests(
+    variant: str,
+    *configs: Mapping[str, Any],
+    registry: Registry | None = None,
+    shapes: Sequence[Shape] | None = None,
+) -> Callable[..., None]:
+    """A parametrised pytest test of every rule; assign it to a name that starts with ``test_``. See ``check_block``."""
+    import pytest
+
+    cases = default_cases(variant, configs or ({},), registry, shapes)
+
+    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+    @pytest.mark.parametrize("case", cases, ids=str)
+    def conformance(case: BlockCase, check: Check) -> None:
+        check(case)
+
+    return conformance
+
+
+__all__ = [
+    "CHECKS",
+    "TOY_HOST",
+    "BlockCase",
+    "Shape",
+    "ToyHost",
+    "ToyModel",
+    "check_block",
+    "conformance_tests",
+    "default_cases",
+    "error",
+]

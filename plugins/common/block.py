@@ -31,7 +31,7 @@ INIT_STD = 0.02
 
 
 class GateConfig(FrozenConfig):
-    """The gate ``tanh(alpha)``, one alpha per channel. ``init`` is alpha at the start; 0 makes the block the identity."""
+    """``tanh(alpha)``, one alpha per channel. ``init`` is alpha at the start; 0 makes the block an identity."""
 
     init: float = Field(default=0.05, ge=0.0, le=1.0)
 
@@ -130,7 +130,8 @@ class HybridBlock(SequenceBlock):
                 value = torch.full(parameter.shape, self.config.gate.init)
             else:
                 value = torch.ones(parameter.shape) if parameter in ones else torch.zeros(parameter.shape)
-            parameter.data.copy_(value)
+            with torch.no_grad():
+                parameter.copy_(value)
 
     def token_scale(self) -> Tensor:
         """``[C]``: max(0, 1/(n+1) + learned_n) when causal, 1/C when not."""
@@ -169,34 +170,38 @@ class HybridBlock(SequenceBlock):
         state = self.init_state(batch, x.device) if state is None else state
         layout = self.info.format.chunks(x, self.config.chunk, offset)
         weights = self.weights()
-        start = state["position"][:1] * 0 if offset is None else offset
+        start = torch.zeros(1, dtype=torch.int64, device=x.device) if offset is None else offset
         position = (start[:, None] + torch.arange(length, device=x.device)) % self.config.chunk
-        q, k, v, lr = inner_inputs(x, position, weights, self.options, self.roles)
-        if not context.updates:
-            lr = torch.zeros_like(lr)
-        q, k, v = (layout.split(part.flatten(-2), self.info.num_heads) for part in (q, k, v))
         y, after = inner_loop.run(
-            q, k, v, layout.split(lr, self.info.num_heads).squeeze(-1), state,
-            inner_norm(weights, self.options, self.roles), weights.token_scale.to(self.roles.state),
-            layout=layout, causal=self.config.causal,
-        )  # fmt: skip
-        return gated_output(x, layout.merge(y), weights, self.options, self.roles), after
+            self._tokens(x, position, weights, context),
+            state,
+            inner_norm(weights, self.options, self.roles),
+            weights.token_scale.to(self.roles.state),
+            layout=layout,
+            causal=self.config.causal,
+        )
+        return gated_output(x, y, weights, self.options, self.roles), after
 
     @torch.no_grad()
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
         context = context or BlockContext()
         if x.shape[1] != 1 or context.reset is not None or not self.config.causal:
             return super().step(x, state, context)
-        self._check_call(x, state, context)
+        tokens = self.info.format.to_tokens(x)
+        self._check_call(tokens, state, context)
         weights = self.weights()
-        q, k, v, lr = inner_inputs(x, state["position"][:, None], weights, self.options, self.roles)
-        if not context.updates:
-            lr = torch.zeros_like(lr)
         y = inner_loop.step(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lr.transpose(1, 2), state,
-            inner_norm(weights, self.options, self.roles), weights.token_scale.to(self.roles.state), context.exec_mask,
-        )  # fmt: skip
-        return gated_output(x, y.transpose(1, 2).flatten(-2), weights, self.options, self.roles)
+            self._tokens(tokens, state["position"][:, None], weights, context),
+            state,
+            inner_norm(weights, self.options, self.roles),
+            weights.token_scale.to(self.roles.state),
+            context.exec_mask,
+        )
+        return self.info.format.from_tokens(gated_output(tokens, y, weights, self.options, self.roles), x)
+
+    def _tokens(self, x: Tensor, position: Tensor, weights: HybridWeights, context: BlockContext) -> inner_loop.Tokens:
+        tokens = inner_inputs(x, position, weights, self.options, self.roles)
+        return tokens if context.updates else tokens._replace(lr=torch.zeros_like(tokens.lr))
 
     def flops_per_token(self) -> int:
         dim, heads, size = self.info.dim, self.info.num_heads, self.config.chunk

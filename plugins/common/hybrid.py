@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.core.precision import DtypeRoles
-from moshi_ttt.plugins.common.inner_loop import InnerNorm
+from moshi_ttt.plugins.common.inner_loop import InnerNorm, Tokens
 from moshi_ttt.plugins.common.rope import rotate
 
 
@@ -77,8 +77,8 @@ class HybridOptions:
 
 
 def l2_normalise(x: Tensor) -> Tensor:
-    """``x / max(|x|, 1e-12)`` over the last dimension."""
-    return F.normalize(x, dim=-1, eps=1e-12)
+    """``x / max(|x|, 1e-12)`` over the last dimension (the smallest normal number where a dtype has no 1e-12)."""
+    return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))
 
 
 def reconstruction_target(v: Tensor, k: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -93,7 +93,7 @@ def reconstruction_target(v: Tensor, k: Tensor, weight: Tensor, bias: Tensor, ep
 
 def inner_inputs(
     x: Tensor, position: Tensor, weights: HybridWeights, options: HybridOptions, roles: DtypeRoles
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Tokens:
     """What enters the inner loop, token by token, in the state's dtype.
 
     Args:
@@ -101,7 +101,7 @@ def inner_inputs(
         position: ``[B or 1, T]``, each token's position in its chunk.
 
     Returns:
-        q, k and the target's v' ``[B, T, H, Dh]``, and lr ``[B, T, H]``.
+        q, k, the target's v' and lr.
     """
     q, k, v = (
         projection(x, roles.matmul).to(roles.compute).unflatten(-1, (options.num_heads, -1))
@@ -118,7 +118,7 @@ def inner_inputs(
     rate = F.linear(x.to(roles.compute), weights.lr_weight.flatten(0, 1).to(roles.compute))
     rate = torch.sigmoid(rate + weights.lr_bias.flatten().to(roles.compute))
     lr = options.base_lr / q.shape[-1] * rate
-    return q.to(roles.state), k.to(roles.state), v.to(roles.state), lr.to(roles.state)
+    return Tokens(*(part.to(roles.state) for part in (q, k, v, lr)))
 
 
 def inner_norm(weights: HybridWeights, options: HybridOptions, roles: DtypeRoles) -> InnerNorm:

@@ -8,9 +8,9 @@ A fast network f of L layers (gelu in between) learns, per stream and head, whil
     loss(W; t) = lr_t * 1/2 * || LN(f(k_t; W)) - (v_t - k_t) ||^2
     y_n        = q_n + LN(f(q_n; W_n)),    W_n = W - token_scale[n] * sum_{k <= n} grad loss(W; k)
 
-with all gradients of a chunk taken at the chunk's first weights W, and the sum over the whole chunk when not causal. The
-next chunk starts from W_n of the chunk's last token. No W_n is ever built: with a_i(t) the input of layer i for key t
-and g_i(t) the gradient at its output, a query's product with layer i is
+with all gradients of a chunk taken at the chunk's first weights W, and the sum over the whole chunk when not causal.
+The next chunk starts from W_n of the chunk's last token. No W_n is ever built: with a_i(t) the input of layer i for key
+t and g_i(t) the gradient at its output, a query's product with layer i is
 
     x W_i + b_i - token_scale[n] * sum_{t <= n} (x . a_i(t) + 1) g_i(t)
 
@@ -20,7 +20,9 @@ fast weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +30,18 @@ from torch.nn import functional as F
 
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import BlockState, row_mask
+
+
+class Tokens(NamedTuple):
+    """What enters the inner loop, already normalised and rotated; the reconstruction target is v - k.
+
+    ``q``, ``k``, ``v`` are ``[B, T, H, D]`` and ``lr [B, T, H]`` weighs each token's loss.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lr: Tensor
 
 
 @dataclass(frozen=True)
@@ -75,13 +89,13 @@ class ChunkMemory:
 def key_pass(k: Tensor, v: Tensor, lr: Tensor, fast: FastNetwork, norm: InnerNorm) -> ChunkMemory:
     """Forward the keys ``k [B, H, C, D]`` and take the gradient of each token's loss at the chunk's first weights.
 
-    ``v`` is like ``k``; ``lr [B, H, C]`` weighs each token's loss.
+    ``v`` is like ``k``; ``lr [B, H, C, 1]`` weighs each token's loss.
     """
     inputs, outputs = [k], [k @ fast.weights[0] + fast.biases[0]]
     for weight, bias in zip(fast.weights[1:], fast.biases[1:], strict=True):
         inputs.append(F.gelu(outputs[-1], approximate="tanh"))
         outputs.append(inputs[-1] @ weight + bias)
-    gradient = norm.loss_gradient(outputs[-1], v - k) * lr[..., None]
+    gradient = norm.loss_gradient(outputs[-1], v - k) * lr
     gradients = [gradient]
     for weight, output in zip(fast.weights[:0:-1], outputs[-2::-1], strict=True):
         gradient = torch.ops.aten.gelu_backward(gradient @ weight.mT, output, approximate="tanh")
@@ -96,7 +110,7 @@ def query_pass(
 
     Args:
         scale: token scale of each query, ``[Q, 1]`` or ``[B, 1, Q, 1]``.
-        mask: bool, true where query n may use key t, broadcast to ``[B, H, Q, C]``; None lets every query use every key.
+        mask: bool, true where query n may use key t, broadcast to ``[B, H, Q, C]``; None: every query uses every key.
     """
     x = q
     last = len(fast.weights) - 1
@@ -158,84 +172,86 @@ def pack(position: Tensor, fast: FastNetwork, memory: ChunkMemory) -> BlockState
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, state: BlockState, norm: InnerNorm, token_scale: Tensor, *,
-    layout: ChunkLayout, causal: bool = True,
-) -> tuple[Tensor, BlockState]:  # fmt: skip
+    tokens: Tokens,
+    state: BlockState,
+    norm: InnerNorm,
+    token_scale: Tensor,
+    *,
+    layout: ChunkLayout,
+    causal: bool = True,
+) -> tuple[Tensor, BlockState]:
     """The inner loop over a whole call.
 
     Args:
-        q, k, v: ``[B, H, N, C, D]`` in ``layout``, already normalised and rotated; the target is v - k.
-        lr: ``[B, H, N, C]`` per key.
+        tokens: the T tokens of the call.
         state: where to start; its ``position`` is zero in every row unless the layout has an ``offset``.
         norm: the inner LayerNorm.
         token_scale: ``[C]`` per query position.
-        layout: how the tokens lie in the chunks.
+        layout: how the tokens lie in chunks of C.
         causal: False lets every query of a chunk use all of the chunk's keys.
 
     Returns:
-        ``y [B, H, N, C, D]`` and the state after the last token.
+        ``y [B, T, H * D]`` and the state after the last token.
     """
-    batch, _, num_chunks, size, _ = q.shape
+    heads, size, position = tokens.q.shape[2], layout.chunk_size, state["position"]
     fast, before = unpack(state)
-    earlier = torch.arange(size, device=q.device) < state["position"][:, None]
-    after = state["position"] + layout.length
-    mask = torch.ones(size, size, dtype=torch.bool, device=q.device).tril() if causal else None
+    after = position + layout.length
+    mask = torch.ones(size, size, dtype=torch.bool, device=position.device).tril() if causal else None
     scale, last_scale = token_scale[:, None], token_scale[-1]
-    valid = layout.valid.expand(batch, -1, -1)[:, None, :, :, None].unbind(2)
-    unfinished = ChunkMemory(
-        tuple(torch.zeros_like(a) for a in before.inputs), tuple(torch.zeros_like(g) for g in before.gradients)
-    )
+    valid = layout.valid[:, None, :, :, None].unbind(2)
+    unfinished = _map(before, torch.zeros_like)
+    split = [layout.split(part.flatten(2), heads).unbind(2) for part in tokens]
     outputs = []
-    chunks = zip(*(x.unbind(2) for x in (q, k, v, lr)), strict=True)
-    for n, (q_n, k_n, v_n, lr_n) in enumerate(chunks):
-        memory = key_pass(k_n, v_n, lr_n, fast, norm)
+    for n, (q, k, v, lr) in enumerate(zip(*split, strict=True)):
+        memory = key_pass(k, v, lr, fast, norm)
         if not layout.full:
-            memory = _keep(memory, valid[n])
+            memory = _where(valid[n], memory, None)
         if n == 0 and layout.offset is not None:
-            memory = _choose(earlier[:, None, :, None], before, memory)
-        outputs.append(query_pass(q_n, fast, memory, norm, scale, mask))
-        if layout.offset is None:
-            if (n + 1) * size <= layout.length:
-                fast = updated(fast, memory, last_scale)
-            else:
-                unfinished = memory
-        else:
+            earlier = torch.arange(size, device=position.device) < position[:, None]
+            memory = _where(earlier[:, None, :, None], before, memory)
+        outputs.append(query_pass(q, fast, memory, norm, scale, mask))
+        if layout.offset is not None:
             fast = updated(fast, memory, last_scale, rows=after >= (n + 1) * size)
-            here = (after >= n * size) & (after < (n + 1) * size)
-            unfinished = _choose(here.view(-1, 1, 1, 1), memory, unfinished)
-    return torch.stack(outputs, dim=2), pack(after % size, fast, unfinished)
+            stops_here = (after >= n * size) & (after < (n + 1) * size)
+            unfinished = _where(stops_here.view(-1, 1, 1, 1), memory, unfinished)
+        elif (n + 1) * size <= layout.length:
+            fast = updated(fast, memory, last_scale)
+        else:
+            unfinished = memory
+    return layout.merge(torch.stack(outputs, dim=2)), pack(after % size, fast, unfinished)
 
 
-def _keep(memory: ChunkMemory, valid: Tensor) -> ChunkMemory:
-    """Zero where a slot holds no token: there g = 0 makes the slot harmless, and a = 0 makes states comparable."""
-    return ChunkMemory(
-        tuple(torch.where(valid, a, 0) for a in memory.inputs),
-        tuple(torch.where(valid, g, 0) for g in memory.gradients),
-    )
+def _map(memory: ChunkMemory, function: Callable[[Tensor], Tensor]) -> ChunkMemory:
+    return ChunkMemory(tuple(map(function, memory.inputs)), tuple(map(function, memory.gradients)))
 
 
-def _choose(mask: Tensor, chosen: ChunkMemory, other: ChunkMemory) -> ChunkMemory:
-    def pick(xs: tuple[Tensor, ...], ys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _where(mask: Tensor, chosen: ChunkMemory, other: ChunkMemory | None) -> ChunkMemory:
+    """``chosen`` where ``mask`` is true, ``other`` elsewhere (None: zero, a slot without a token)."""
+
+    def pick(xs: tuple[Tensor, ...], ys: tuple[Tensor | int, ...]) -> tuple[Tensor, ...]:
         return tuple(torch.where(mask, x, y) for x, y in zip(xs, ys, strict=True))
 
-    return ChunkMemory(pick(chosen.inputs, other.inputs), pick(chosen.gradients, other.gradients))
+    zeros = (0,) * len(chosen.inputs)
+    return ChunkMemory(
+        pick(chosen.inputs, zeros if other is None else other.inputs),
+        pick(chosen.gradients, zeros if other is None else other.gradients),
+    )
 
 
 @torch.no_grad()
 def step(
-    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, state: BlockState, norm: InnerNorm, token_scale: Tensor,
-    exec_mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    tokens: Tokens, state: BlockState, norm: InnerNorm, token_scale: Tensor, exec_mask: Tensor | None = None
+) -> Tensor:
     """One token of every stream, causal; ``state`` is updated in place and no value is read on the host.
 
     Args:
-        q, k, v: ``[B, H, 1, D]``.
-        lr: ``[B, H, 1]``.
+        tokens: with T = 1.
         state: buffers; rows where ``exec_mask [B]`` is false stay bit-equal.
 
     Returns:
-        ``y [B, H, 1, D]``.
+        ``y [B, 1, H * D]``.
     """
+    q, k, v, lr = (part.transpose(1, 2) for part in tokens._replace(lr=tokens.lr[..., None]))
     position = state["position"]
     fast, memory = unpack(state)
     size = memory.inputs[0].shape[2]
@@ -244,16 +260,19 @@ def step(
     for buffer, value in zip(memory.inputs + memory.gradients, token.inputs + token.gradients, strict=True):
         slot = position.view(-1, 1, 1, 1).expand(-1, buffer.shape[1], 1, buffer.shape[3])
         buffer.scatter_(2, slot, torch.where(row_mask(runs, value), value, buffer.gather(2, slot)))
-    seen = torch.arange(size, device=q.device) <= position[:, None]
-    y = query_pass(q, fast, memory, norm, token_scale[position].view(-1, 1, 1, 1), seen[:, None, None])
+    seen = (torch.arange(size, device=position.device) <= position[:, None])[:, None]
+    # Slots ahead of the position hold nothing; whatever lies there (even nan) is replaced, not multiplied by zero.
+    written = ChunkMemory(memory.inputs, tuple(torch.where(seen[..., None], g, 0) for g in memory.gradients))
+    y = query_pass(q, fast, written, norm, token_scale[position].view(-1, 1, 1, 1), seen[:, :, None])
     done = runs & (position == size - 1)
     # A row that has not finished its chunk adds exact zeros: the update runs every step, so that a captured graph
     # needs no branch.
     for weight, bias, a, g in zip(fast.weights, fast.biases, memory.inputs, memory.gradients, strict=True):
         scaled = torch.where(row_mask(done, g), g * -token_scale[-1], 0)
-        weight.flatten(0, 1).baddbmm_(a.flatten(0, 1).mT, scaled.flatten(0, 1))
+        finished = torch.where(row_mask(done, a), a, 0)
+        weight.flatten(0, 1).baddbmm_(finished.flatten(0, 1).mT, scaled.flatten(0, 1))
         bias.add_(scaled.sum(-2, keepdim=True))
         a.masked_fill_(row_mask(done, a), 0)
         g.masked_fill_(row_mask(done, g), 0)
     position.copy_(torch.where(runs, (position + 1) % size, position))
-    return y
+    return y.transpose(1, 2).flatten(2)

@@ -74,8 +74,15 @@ def _tracked(tensor: Tensor) -> Tensor:
 
 
 def _loss_gradients(
-    k: Tensor, v: Tensor, lr: Tensor, t: int, fast: Sequence[tuple[Tensor, Tensor]], weight: Tensor, bias: Tensor, eps: float
-) -> list[Tensor]:  # fmt: skip
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    t: int,
+    fast: Sequence[tuple[Tensor, Tensor]],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> list[Tensor]:
     """Gradient of token t's loss with respect to every weight and bias, flat: w0, b0, w1, b1, ..."""
     key, value = k[:, :, t, None], v[:, :, t, None]
     error = layer_norm(network(key, fast), weight, bias, eps) - (value - key)

@@ -61,9 +61,18 @@ class Reference(_FastNetworkVerifier):
         return {"y": y, **after, **{f"bias.{i}": b for i, b in enumerate(biases_after)}}
 
 
-def _tokens(x: Tensor) -> Tensor:
-    """``[B, H, T, D] -> [B, T, H * D]``."""
-    return x.transpose(1, 2).flatten(-2)
+def _tokens(inputs: Mapping[str, Tensor], start: int = 0, stop: int | None = None) -> inner_loop.Tokens:
+    """Tokens start to stop of the vectors' ``[B, H, T, ...]``."""
+    return inner_loop.Tokens(*(inputs[name][:, :, start:stop].transpose(1, 2) for name in ("q", "k", "v", "lr")))
+
+
+def _norm(inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> inner_loop.InnerNorm:
+    return inner_loop.InnerNorm(inputs["norm_weight"], inputs["norm_bias"], float(metadata["norm_eps"]))
+
+
+def _per_head(y: Tensor, heads: int) -> Tensor:
+    """``[B, T, H * D] -> [B, H, T, D]``."""
+    return y.view(*y.shape[:2], heads, -1).transpose(1, 2)
 
 
 class Chunked(_FastNetworkVerifier):
@@ -74,16 +83,15 @@ class Chunked(_FastNetworkVerifier):
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         batch, heads, length, _ = inputs["q"].shape
         size = int(metadata["chunk_size"])
-        layout = ChunkLayout(length, size)
-        q, k, v = (layout.split(_tokens(inputs[name]), heads) for name in "qkv")
         y, state = inner_loop.run(
-            q, k, v, layout.split(_tokens(inputs["lr"][..., None]), heads).squeeze(-1),
+            _tokens(inputs),
             inner_loop.initial_state(*_fast(inputs, self.layers), size, batch),
-            inner_loop.InnerNorm(inputs["norm_weight"], inputs["norm_bias"], float(metadata["norm_eps"])),
-            inputs["token_scale"], layout=layout, causal=metadata["causal"] == "true",
-        )  # fmt: skip
-        y = layout.merge(y).unflatten(-1, (heads, -1)).transpose(1, 2)
-        return {"y": y, **_final(state)}
+            _norm(inputs, metadata),
+            inputs["token_scale"],
+            layout=ChunkLayout(length, size),
+            causal=metadata["causal"] == "true",
+        )
+        return {"y": _per_head(y, heads), **_final(state)}
 
 
 class Streamed(_FastNetworkVerifier):
@@ -96,17 +104,13 @@ class Streamed(_FastNetworkVerifier):
         return super().accepts(metadata) and metadata.get("causal") == "true"
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-        batch, _, length, _ = inputs["q"].shape
-        norm = inner_loop.InnerNorm(inputs["norm_weight"], inputs["norm_bias"], float(metadata["norm_eps"]))
-        learned = inner_loop.initial_state(*_fast(inputs, self.layers), int(metadata["chunk_size"]), batch)
-        state = clone(learned)
+        batch, heads, length, _ = inputs["q"].shape
+        norm = _norm(inputs, metadata)
+        state = clone(inner_loop.initial_state(*_fast(inputs, self.layers), int(metadata["chunk_size"]), batch))
         outputs = [
-            inner_loop.step(
-                *(inputs[name][:, :, t : t + 1] for name in ("q", "k", "v", "lr")), state, norm, inputs["token_scale"]
-            )
-            for t in range(length)
+            inner_loop.step(_tokens(inputs, t, t + 1), state, norm, inputs["token_scale"]) for t in range(length)
         ]
-        return {"y": torch.cat(outputs, dim=2), **_final(state)}
+        return {"y": _per_head(torch.cat(outputs, dim=1), heads), **_final(state)}
 
 
 class HybridReference(_FastNetworkVerifier):
@@ -141,26 +145,46 @@ class Hybrid(_FastNetworkVerifier):
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         x = inputs["x"]
         batch, length, _ = x.shape
-        heads, size = int(metadata["num_heads"]), int(metadata["chunk_size"])
+        size = int(metadata["chunk_size"])
         options = hybrid.HybridOptions(
-            num_heads=heads, chunk_size=size, base_lr=float(metadata["base_lr"]),
-            rope_theta=float(metadata["rope_theta"]), norm_eps=float(metadata["norm_eps"]),
-            target_eps=float(metadata["target_eps"]), post_norm_eps=float(metadata["post_norm_eps"]),
-        )  # fmt: skip
-        linear = {
-            n: hybrid.Linear(inputs[f"{n}.weight"], inputs[f"{n}.bias"]) for n in ("wq", "wk", "wv", "wo", "post_norm")
-        }
-        plain = {n: inputs[n] for n in ("lr_weight", "lr_bias", "norm_weight", "norm_bias", "token_scale")}
-        weights = hybrid.HybridWeights(**linear, **plain, gate=inputs["alpha"])
+            num_heads=int(metadata["num_heads"]),
+            chunk_size=size,
+            base_lr=float(metadata["base_lr"]),
+            rope_theta=float(metadata["rope_theta"]),
+            norm_eps=float(metadata["norm_eps"]),
+            target_eps=float(metadata["target_eps"]),
+            post_norm_eps=float(metadata["post_norm_eps"]),
+        )
+        weights = _hybrid_weights(inputs)
         roles = FP32_STATE.roles(x.dtype)
-        layout = ChunkLayout(length, size)
         position = torch.arange(length, device=x.device)[None] % size
-        q, k, v, lr = hybrid.inner_inputs(x, position, weights, options, roles)
+        tokens = hybrid.inner_inputs(x, position, weights, options, roles)
         y, _ = inner_loop.run(
-            *(layout.split(part.flatten(-2), heads) for part in (q, k, v)), layout.split(lr, heads).squeeze(-1),
+            tokens,
             inner_loop.initial_state(*_fast(inputs, self.layers), size, batch),
-            hybrid.inner_norm(weights, options, roles), weights.token_scale, layout=layout,
+            hybrid.inner_norm(weights, options, roles),
+            weights.token_scale,
+            layout=ChunkLayout(length, size),
             causal=metadata["causal"] == "true",
-        )  # fmt: skip
-        result = {"y": hybrid.gated_output(x, layout.merge(y), weights, options, roles)}
-        return result | {name: part.transpose(1, 2) for name, part in zip("qkv", (q, k, v), strict=True)}
+        )
+        result = {name: part.transpose(1, 2) for name, part in zip("qkv", tokens[:3], strict=True)}
+        return {"y": hybrid.gated_output(x, y, weights, options, roles), **result}
+
+
+def _hybrid_weights(inputs: Mapping[str, Tensor]) -> hybrid.HybridWeights:
+    def linear(name: str) -> hybrid.Linear:
+        return hybrid.Linear(inputs[f"{name}.weight"], inputs[f"{name}.bias"])
+
+    return hybrid.HybridWeights(
+        wq=linear("wq"),
+        wk=linear("wk"),
+        wv=linear("wv"),
+        wo=linear("wo"),
+        lr_weight=inputs["lr_weight"],
+        lr_bias=inputs["lr_bias"],
+        norm_weight=inputs["norm_weight"],
+        norm_bias=inputs["norm_bias"],
+        post_norm=linear("post_norm"),
+        token_scale=inputs["token_scale"],
+        gate=inputs["alpha"],
+    )

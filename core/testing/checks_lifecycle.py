@@ -1,0 +1,158 @@
+"""Checks of a block's life in a host: plan, save and load, options, dtypes (rules 6, 7, 8, 9)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ValidationError
+
+from moshi_ttt.core.adapter import load_adapter, save_adapter
+from moshi_ttt.core.block import SequenceBlock
+from moshi_ttt.core.config import BlockConfig, parse_block
+from moshi_ttt.core.errors import MoshiTTTError
+from moshi_ttt.core.injection import Injection, Plan, make_plan
+from moshi_ttt.core.testing.case import BlockCase, assert_equal
+from moshi_ttt.core.testing.toy_host import TOY_HOST, ToyHost, ToyModel, toy_registry
+
+
+def _plan(case: BlockCase, model: ToyModel) -> Plan:
+    host = TOY_HOST if case.causal else ToyHost(causal=False)
+    config = case.config.model_copy(update={"layers": (1,)})
+    return make_plan(model, host, [config], policy=case.policy, registry=case.registry)
+
+
+def _model(case: BlockCase, device: str = "cpu") -> ToyModel:
+    return ToyModel(case.shape.dim, case.shape.heads, num_layers=2, dtype=case.dtype, device=device)
+
+
+def _excite(injection: Injection) -> None:
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in injection.parameters():
+            parameter.add_((0.1 * torch.randn(parameter.shape, generator=generator)).to(parameter))
+
+
+def check_plan_figures(case: BlockCase) -> None:
+    """The plan's parameter count and state bytes are what injection adds; removal gives back a bit-identical model."""
+    model, x = _model(case), case.inputs(2 * case.chunk + 1)
+    with torch.no_grad():
+        base = model(x)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    names = set(model.state_dict())
+    plan = _plan(case, model)
+    injection = plan.apply(model)
+    assert sum(parameter.numel() for parameter in model.parameters()) - count == plan.parameters
+    assert names <= set(model.state_dict()), f"base names changed: {sorted(names - set(model.state_dict()))}"
+    (block,) = injection.blocks.values()
+    storage = sum(t.numel() * t.element_size() for t in block.allocate_state(1).values())
+    assert storage == plan.state_bytes, f"a stream takes {storage} bytes, the plan says {plan.state_bytes}"
+    assert plan.blocks[0].flops_per_token > 0
+    assert all(not p.is_meta and p.device == next(model.layers[1].parameters()).device for p in block.parameters())
+    injection.remove()
+    assert set(model.state_dict()) == names
+    with torch.no_grad():
+        assert_equal(model(x), base, "the model after removal")
+
+
+def check_adapter_round_trip(case: BlockCase) -> None:
+    """Saving and loading is bit-equal, dtypes included, and the reloaded model computes the same."""
+    x = case.inputs(2 * case.chunk + 1)
+    model = _model(case)
+    injection = _plan(case, model).apply(model)
+    _excite(injection)
+    with torch.no_grad():
+        expected = model(x)
+    registry = toy_registry(case.registry, causal=case.causal)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(injection, Path(folder) / "adapter", training_step=3)
+        other = _model(case)
+        loaded = load_adapter(other, Path(folder) / "adapter", registry=registry)
+    saved = dict(injection.named_parameters())
+    assert saved.keys() == dict(loaded.named_parameters()).keys()
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == saved[name].dtype, f"{name}: {parameter.dtype} after loading"
+        assert_equal(parameter.detach(), saved[name].detach(), f"{name} after loading")
+    with torch.no_grad():
+        assert_equal(other(x), expected, "the model after loading")
+
+
+def check_config_keys(case: BlockCase) -> None:
+    """Every option survives a round trip through JSON, and changing it changes the block."""
+    values = case.config.model_dump(mode="json")
+    assert parse_block(values, registry=case.registry) == case.config, "the config does not survive a round trip"
+    if case.dtype != torch.float64:
+        return
+    base = _behaviour(case, case.config)
+    for path, changed in _changes(values, case.config):
+        try:
+            config = parse_block(changed, registry=case.registry)
+            behaviour = _behaviour(case, config)
+        except (MoshiTTTError, ValidationError):
+            continue  # not a legal value, or one that does not fit this host: refused, which is a behaviour
+        assert behaviour.keys() != base.keys() or any(
+            behaviour[n].shape != base[n].shape or not torch.equal(behaviour[n], base[n]) for n in base
+        ), f"option {path!r} changes nothing"
+
+
+def _behaviour(case: BlockCase, config: BlockConfig) -> dict[str, torch.Tensor]:
+    """Initial values, and outputs over three chunks after a fixed disturbance of the parameters."""
+    block: SequenceBlock = case.at(config=config).block()
+    generator = torch.Generator().manual_seed(0)
+    block.reset_parameters(generator)
+    initial = {f"initial {name}": parameter.detach().clone() for name, parameter in block.named_parameters()}
+    with torch.no_grad():
+        y, _ = case.call(case.at(config=config).block(), case.inputs(3 * case.chunk))
+    return {"y": y, **initial}
+
+
+def _changes(values: dict[str, Any], model: BaseModel) -> Iterator[tuple[str, dict[str, Any]]]:
+    """For every option but ``variant`` and ``layers``: its dotted name, and all values with that one changed."""
+    for key, value in values.items():
+        if key in ("variant", "layers"):
+            continue
+        for path, changed in _alternatives(key, value, model):
+            yield path, {**values, key: changed}
+
+
+def _alternatives(key: str, value: Any, model: BaseModel) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, bool):
+        yield key, not value
+    elif isinstance(value, int):
+        yield key, value + 1
+    elif isinstance(value, float):
+        yield key, value * 1.5 + 1e-7
+    elif isinstance(value, dict):
+        for inner, item in value.items():
+            for path, changed in _alternatives(inner, item, model):
+                yield f"{key}.{path}", {**value, inner: changed}
+    elif isinstance(value, str):
+        for option in getattr(type(model).model_fields[key].annotation, "__args__", ()):
+            if option != value and isinstance(option, str):
+                yield key, option
+
+
+def check_dtypes(case: BlockCase) -> None:
+    """Parameters have the master dtype after build, meta init, loading and ``.to(bfloat16)``; nothing stays on meta."""
+    roles = case.policy.roles(case.dtype)
+    model = _model(case, device="meta")
+    injection = _plan(case, model).apply(model)
+    assert all(parameter.is_meta for parameter in injection.parameters()), "a block left its meta-device host"
+    model.to_empty(device="cpu")
+    injection.initialise()
+    direct = _model(case)
+    expected = dict(_plan(case, direct).apply(direct).named_parameters())
+    for name, parameter in injection.named_parameters():
+        assert not parameter.is_meta, f"{name} is still on meta"
+        assert_equal(parameter.detach(), expected[name].detach(), f"{name} initialised after meta, against directly")
+    for when, cast in (("build", None), (".to(bfloat16)", torch.bfloat16), (".to(float32)", torch.float32)):
+        kept = {name: parameter.detach().clone() for name, parameter in injection.named_parameters()}
+        if cast is not None:
+            model.to(cast)
+        for name, parameter in injection.named_parameters():
+            assert parameter.dtype == roles.master, f"after {when}: {name} is {parameter.dtype}, not {roles.master}"
+            assert_equal(parameter.detach(), kept[name], f"{name} after {when}")
+        injection.check_precision(when)

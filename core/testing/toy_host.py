@@ -1,0 +1,159 @@
+"""A host that the kit brings: residual layers of one linear each, on which blocks are planned, injected and saved."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from moshi_ttt.core.block import BlockContext, SequenceBlock, Site, SiteInfo, SiteKind
+from moshi_ttt.core.config import HostConfig
+from moshi_ttt.core.errors import HostError
+from moshi_ttt.core.format import SequenceFormat
+from moshi_ttt.core.host import CarriedState, HostModel
+from moshi_ttt.core.registry import Registry
+
+
+class ToyLayer(nn.Module):
+    """``x + linear(x)``, with a block before the linear once one is attached."""
+
+    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim, dtype=dtype, device=device)
+
+
+class ToyModel(nn.Module):
+    """A stack of toy layers over ``[B, T, D]``; its input embeddings are its input."""
+
+    def __init__(
+        self, dim: int, num_heads: int, *, num_layers: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_heads = dim, num_heads
+        self.layers = nn.ModuleList(ToyLayer(dim, dtype, device) for _ in range(num_layers))
+        self.carried: CarriedState | None = None
+        self.updates = True
+        if torch.device(device).type != "meta":
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for parameter in self.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / dim**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = BlockContext(input_embeddings=x, updates=self.updates)
+        for index, layer in enumerate(self.layers):
+            block = getattr(layer, "block", None)
+            if block is not None:
+                site = Site(index, SiteKind.SEQUENCE)
+                before = None if self.carried is None else self.carried.blocks.get(site)
+                x, after = block(x, before, context)
+                if self.carried is not None:
+                    self.carried.blocks[site] = {name: tensor.detach() for name, tensor in after.items()}
+            x = x + cast(ToyLayer, layer).linear(x)
+        return x
+
+
+class ToyHost(HostModel):
+    """Adapter of ``ToyModel``: sequence sites only."""
+
+    name = "toy"
+    causal = True
+
+    def __init__(self, *, causal: bool = True) -> None:
+        self.causal = causal  # type: ignore[misc]
+
+    def load(
+        self, config: HostConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> ToyModel:
+        return ToyModel(16, 2, num_layers=4, dtype=dtype or torch.float32, device=device)
+
+    def skeleton(self, config: HostConfig) -> ToyModel:
+        return self.load(config, device="meta")
+
+    def sites(self, model: nn.Module) -> tuple[SiteInfo, ...]:
+        model = self._checked(model)
+        return tuple(
+            SiteInfo(
+                site=Site(index, SiteKind.SEQUENCE),
+                dim=model.dim,
+                num_heads=model.num_heads,
+                device=cast(ToyLayer, layer).linear.weight.device,
+                dtype=cast(ToyLayer, layer).linear.weight.dtype,
+                format=SequenceFormat(),
+            )
+            for index, layer in enumerate(model.layers)
+        )
+
+    def attach(self, model: nn.Module, blocks: Mapping[Site, SequenceBlock]) -> None:
+        for site, block in blocks.items():
+            self._checked(model).layers[site.layer].block = block
+
+    def detach(self, model: nn.Module) -> dict[Site, SequenceBlock]:
+        found = self.blocks(model)
+        for site in found:
+            del self._checked(model).layers[site.layer].block
+        return found
+
+    def blocks(self, model: nn.Module) -> dict[Site, SequenceBlock]:
+        layers = enumerate(self._checked(model).layers)
+        return {Site(i, SiteKind.SEQUENCE): cast(SequenceBlock, x.block) for i, x in layers if hasattr(x, "block")}
+
+    def base_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        own = {
+            f"layers.{i}.linear.{name}" for i in range(len(self._checked(model).layers)) for name in ("weight", "bias")
+        }
+        return {name: tensor for name, tensor in model.state_dict().items() if name in own}
+
+    def load_base(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+        own = self.base_state_dict(model)
+        if own.keys() != state_dict.keys():
+            raise HostError(f"Base weights differ in {sorted(own.keys() ^ state_dict.keys())}.")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state_dict[name])
+
+    def fingerprint(self, model: nn.Module) -> dict[str, Any]:
+        model = self._checked(model)
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.base_state_dict(model).items()):
+            digest.update(name.encode() + tensor.flatten()[:16].float().numpy().tobytes())
+        return {"dim": model.dim, "num_layers": len(model.layers), "weights": digest.hexdigest()}
+
+    @contextmanager
+    def carry(
+        self,
+        model: nn.Module,
+        state: CarriedState | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        updates: bool = True,
+    ) -> Iterator[CarriedState]:
+        model = self._checked(model)
+        model.carried = CarriedState(dict(state.blocks) if state else {}, document_ids)
+        model.updates = updates
+        try:
+            yield model.carried
+        finally:
+            model.carried, model.updates = None, True
+
+    def fsdp_units(self, model: nn.Module) -> Sequence[nn.Module]:
+        return [*self.blocks(model).values(), *self._checked(model).layers]
+
+    def _checked(self, model: nn.Module) -> ToyModel:
+        if not isinstance(model, ToyModel):
+            raise HostError(f"The toy host is for a ToyModel, got {type(model).__name__}.")
+        return model
+
+
+TOY_HOST = ToyHost()
+
+
+def toy_registry(base: Registry, *, causal: bool = True) -> Registry:
+    """The names of ``base`` and the toy host."""
+    registry = base.copy()
+    registry.register("host", "toy", TOY_HOST if causal else ToyHost(causal=False))
+    return registry

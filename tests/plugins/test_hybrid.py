@@ -1,0 +1,150 @@
+"""The layer around the inner loop: what the rules say of its numbers (rule 10), its gate, its refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
+from moshi_ttt.core.errors import ConfigError, ContextError
+from moshi_ttt.core.format import SequenceFormat
+from moshi_ttt.core.precision import FP32, FP32_STATE, UNIFORM
+from moshi_ttt.plugins.common import hybrid, reference
+from moshi_ttt.plugins.common.rope import rotate
+from moshi_ttt.plugins.ttt_linear.block import TTTLinear
+from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
+from moshi_ttt.plugins.ttt_mlp.block import TTTMLP
+from moshi_ttt.plugins.ttt_mlp.config import TTTMLPConfig
+
+
+def build(block=TTTLinear, config=None, *, dim=16, heads=2, dtype=torch.float32, policy=FP32_STATE):
+    config = config or TTTLinearConfig(chunk=4)
+    info = SiteInfo(
+        site=Site(0, SiteKind.SEQUENCE), dim=dim, num_heads=heads, device=torch.device("cpu"), dtype=dtype,
+        format=SequenceFormat(),
+    )  # fmt: skip
+    made = block(config, info, policy.roles(dtype))
+    made.reset_parameters(torch.Generator().manual_seed(0))
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rope_keeps_the_dtype_and_rotates_as_defined(dtype):
+    x = torch.randn(2, 9, 3, 8, dtype=torch.float64)
+    position = torch.arange(9)[None] % 4
+    expected = reference.rotated(x.transpose(1, 2), 4, 10_000.0).transpose(1, 2)
+    actual = rotate(x.to(dtype), position, dtype=torch.promote_types(dtype, torch.float32))
+    assert actual.dtype == dtype
+    bound = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
+    assert (actual.double() - expected).abs().max() < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_l2_norm_is_at_most_one(dtype):
+    x = 100 * torch.randn(64, 33, dtype=dtype)
+    norm = hybrid.l2_normalise(x).double().norm(dim=-1)
+    assert norm.max() <= 1 + 8 * torch.finfo(dtype).eps
+    assert torch.isfinite(hybrid.l2_normalise(torch.zeros(3, 8, dtype=dtype))).all()
+
+
+def test_a_constant_difference_has_a_finite_target_and_gradient():
+    k = torch.randn(1, 5, 2, 8, requires_grad=True)
+    v = (k.detach() + 3.0).requires_grad_()
+    target = hybrid.reconstruction_target(v, k, torch.ones(2, 8), torch.zeros(2, 8), 1e-8)
+    target.sum().backward()
+    assert torch.isfinite(target).all()
+    assert torch.isfinite(k.grad).all()
+    assert torch.isfinite(v.grad).all()
+    exact = hybrid.reconstruction_target(
+        torch.ones(1, 1, 1, 4), torch.zeros(1, 1, 1, 4), torch.ones(1, 4), torch.zeros(1, 4), 1e-8
+    )
+    assert (exact == 0).all()
+
+
+def test_target_standard_deviation_is_unbiased():
+    v, k = torch.randn(1, 3, 1, 8, dtype=torch.float64), torch.zeros(1, 3, 1, 8, dtype=torch.float64)
+    target = hybrid.reconstruction_target(v, k, torch.ones(1, 8), torch.zeros(1, 8), 0.0)
+    assert torch.allclose(target.std(-1, unbiased=True), torch.ones(1, 3, 1, dtype=torch.float64))
+
+
+def test_initial_values():
+    block = build(TTTMLP, TTTMLPConfig(chunk=8), dim=256, heads=2)
+    for weight in (block.wq.weight, block.wo.weight, block.fast_weight[0], block.fast_weight[1], block.lr_weight):
+        assert weight.detach().std() == pytest.approx(0.02, rel=0.1)
+    for zero in (block.wq.bias, block.lr_bias, block.fast_bias[0], block.token_scale_offset, block.post_norm.bias):
+        assert (zero == 0).all()
+    assert (block.norm_weight == 1).all()
+    assert (block.gate == 0.05).all()
+    assert torch.equal(block.token_scale(), 1 / torch.arange(1.0, 9.0))
+    assert block.fast_weight[0].shape == (2, 128, 512)
+
+
+def test_a_token_scale_is_never_negative():
+    block = build()
+    with torch.no_grad():
+        block.token_scale_offset.copy_(torch.tensor([-5.0, -0.1, 0.0, 1.0]))
+    assert block.token_scale().tolist() == pytest.approx([0.0, 0.4, 1 / 3, 1.25])
+
+
+def test_gate_zero_is_the_identity_bit_for_bit():
+    for dtype in (torch.float32, torch.bfloat16):
+        block = build(config=TTTLinearConfig(chunk=4, gate={"init": 0.0}), dtype=dtype)
+        x = torch.randn(2, 9, 16, dtype=dtype)
+        assert torch.equal(block(x)[0], x)
+        assert torch.equal(block.step(x[:, :1], block.allocate_state(2)), x[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("policy", "state", "master"),
+    [
+        (FP32_STATE, torch.float32, torch.float32),
+        (UNIFORM, torch.bfloat16, torch.bfloat16),
+        (FP32, torch.float32, torch.float32),
+    ],
+    ids=["fp32_state", "uniform", "fp32"],
+)
+def test_policies_decide_dtypes(policy, state, master):
+    block = build(dtype=torch.bfloat16, policy=policy)
+    y, after = block(torch.randn(2, 9, 16, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    assert after["weight.0"].dtype == state
+    assert block.wq.weight.dtype == master
+
+
+def test_updates_off_freezes_the_fast_weights():
+    block, x = build(), torch.randn(1, 9, 16)
+    _, frozen = block(x, None, BlockContext(updates=False))
+    _, learned = block(x)
+    assert torch.equal(frozen["weight.0"], block.init_state(1)["weight.0"])
+    assert not torch.equal(learned["weight.0"], frozen["weight.0"])
+
+
+def test_non_causal_block_refuses_a_state():
+    block = build(config=TTTLinearConfig(chunk=4, causal=False))
+    with pytest.raises(ContextError, match="not causal"):
+        block(torch.randn(1, 4, 16), block.init_state(1))
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(15, 2), (6, 2)], ids=["not whole", "odd"])
+def test_head_width_must_be_even(dim, heads):
+    with pytest.raises(ConfigError, match="even"):
+        build(dim=dim, heads=heads)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"chunk": 0}, {"base_lr": 0.0}, {"base_lr": -1}, {"gate": {"init": 1.5}}, {"gate": {"init": -0.1}}, {"chunks": 4}],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        TTTLinearConfig(**options)
+
+
+def test_lora_leaves_a_block_alone():
+    from moshi.modules.lora import replace_all_linear_with_lora
+
+    block = build()
+    before = {name: parameter.clone() for name, parameter in block.named_parameters()}
+    replace_all_linear_with_lora(torch.nn.ModuleList([block]), rank=2, scaling=1.0)
+    assert before.keys() == dict(block.named_parameters()).keys()

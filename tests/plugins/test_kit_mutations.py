@@ -1,0 +1,288 @@
+"""The kit must fail a block that breaks a rule: each mutation is one real mistake, with the checks that catch it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.autograd.gradcheck import GradcheckError
+
+from moshi_ttt.core import testing as kit
+from moshi_ttt.core.block import BlockContext
+from moshi_ttt.core.errors import PrecisionError
+from moshi_ttt.core.registry import default_registry
+from moshi_ttt.core.state import map_state
+from moshi_ttt.core.testing import BlockCase, Shape, conformance_tests
+from moshi_ttt.plugins.common import inner_loop
+from moshi_ttt.plugins.ttt_linear.block import TTTLinear
+from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
+
+
+class NoCausalMask(TTTLinear):
+    """Every query of a chunk uses all keys of the chunk, as in the published video form."""
+
+    def compute(self, x, state, context):
+        query_pass = inner_loop.query_pass
+        inner_loop.query_pass = lambda q, fast, memory, norm, scale, mask: query_pass(
+            q, fast, memory, norm, scale, None
+        )
+        try:
+            return super().compute(x, state, context)
+        finally:
+            inner_loop.query_pass = query_pass
+
+
+class SharedRows(TTTLinear):
+    """One fast-weight state for the whole batch."""
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        shared = {n: t.mean(0, keepdim=True).expand_as(t) if n.startswith("weight") else t for n, t in after.items()}
+        return y, shared
+
+
+class RoundedState(TTTLinear):
+    """Fast weights pass through bfloat16 between calls."""
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        return y, map_state(lambda t: t.bfloat16().to(t.dtype) if t.is_floating_point() else t, after)
+
+
+class BfloatState(TTTLinear):
+    """Fast weights are kept in bfloat16."""
+
+    def init_state(self, batch_size, device=None):
+        state = super().init_state(batch_size, device)
+        return map_state(lambda t: t.bfloat16() if t.is_floating_point() else t, state)
+
+
+class WritesParameter(TTTLinear):
+    """The learned initial weights are overwritten by the learned state."""
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        self.fast_weight[0].data.copy_(after["weight.0"][0])
+        return y, after
+
+
+class ForgetsMask(TTTLinear):
+    """Streaming ignores the execution mask."""
+
+    def step(self, x, state, context=None):
+        return super().step(x, state, BlockContext(input_embeddings=context.input_embeddings))
+
+
+class ResetsToZero(TTTLinear):
+    """A reset goes to zero instead of the learned initial weights."""
+
+    def reset_state(self, state, mask):
+        for tensor in state.values():
+            tensor[mask] = 0
+
+
+class ReadsOnHost(TTTLinear):
+    """A step branches on a tensor's value."""
+
+    def step(self, x, state, context=None):
+        if int(state["position"][0]) >= 0:
+            return super().step(x, state, context)
+        return x
+
+
+class DropsTail(TTTLinear):
+    """A call that ends inside a chunk forgets the unfinished chunk."""
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        return y, {n: torch.zeros_like(t) if n.startswith(("input", "gradient")) else t for n, t in after.items()}
+
+
+class DeadParameter(TTTLinear):
+    """A parameter that no output depends on."""
+
+    def __init__(self, config, info, roles):
+        super().__init__(config, info, roles)
+        self.unused = torch.nn.Parameter(torch.zeros(3, device=info.device, dtype=roles.master))
+
+
+class DetachedGate(TTTLinear):
+    """A wrong gradient: the token scale is cut from the graph."""
+
+    def token_scale(self):
+        scale = super().token_scale()
+        return scale.detach() + 0 * scale
+
+
+class IgnoresOption(TTTLinear):
+    """The base learning rate is fixed, whatever the config says."""
+
+    def __init__(self, config, info, roles):
+        super().__init__(config.model_copy(update={"base_lr": 1.0}), info, roles)
+
+
+class RoundsParameters(TTTLinear):
+    """``.to(bfloat16)`` rounds the parameters."""
+
+    def _apply(self, fn, recurse=True):
+        return torch.nn.Module._apply(self, fn, recurse)
+
+
+class WrongPlan(TTTLinear):
+    """The state's predicted size is not the real one."""
+
+    def state_bytes(self):
+        return super().state_bytes() // 2
+
+
+class GrowingWork(TTTLinear):
+    """A stream that does more work the longer it gets."""
+
+    steps = 0
+
+    def step(self, x, state, context=None):
+        self.steps += 1
+        for _ in range(self.steps // 1_000):
+            x = x + 0
+        return super().step(x, state, context)
+
+
+class CountsCalls(TTTLinear):
+    """What forward computes depends on how often it was called: recomputation then differs."""
+
+    calls = 0
+
+    def compute(self, x, state, context):
+        self.calls += 1
+        y, after = super().compute(x, state, context)
+        return y * (1 + self.calls), after
+
+
+class RemembersOnlyTheLastInput(TTTLinear):
+    """One forward's data lives in the module, where the next forward overwrites it before its backward."""
+
+    def compute(self, x, state, context):
+        if getattr(self, "scale", None) is None:
+            self.scale = torch.ones(())
+        with torch.no_grad():
+            self.scale.fill_(x.abs().mean())
+        y, after = super().compute(x, state, context)
+        return x + (y - x) * self.scale, after
+
+
+class ResetWritesWhatBackwardNeeds(TTTLinear):
+    """Resetting writes into a tensor that an earlier forward saved."""
+
+    def compute(self, x, state, context):
+        self.kept = torch.ones_like(x[:, :1])
+        y, after = super().compute(x, state, context)
+        return y * self.kept, after
+
+    def reset_state(self, state, mask):
+        super().reset_state(state, mask)
+        self.kept.mul_(2)
+
+
+class LosesLearnedBuffer(TTTLinear):
+    """Something outputs depend on is not among the parameters, so an adapter does not hold it."""
+
+    def reset_parameters(self, generator=None):
+        super().reset_parameters(generator)
+        self.factor = float(torch.rand(()))
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        return y * self.factor, after
+
+
+class ReplacesBuffers(TTTLinear):
+    """Streaming puts new tensors into the state instead of writing into the buffers."""
+
+    def step(self, x, state, context=None):
+        y, after = self(x, state, context)
+        state.update(after)
+        return y.detach()
+
+
+MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
+    NoCausalMask: {kit.check_causality, kit.check_splits},
+    SharedRows: {kit.check_rows},
+    RoundedState: {kit.check_state_is_float32},
+    BfloatState: {kit.check_state_is_float32},
+    WritesParameter: {kit.check_parameters_unwritten},
+    ForgetsMask: {kit.check_exec_mask},
+    ResetsToZero: {kit.check_reset},
+    ReadsOnHost: {kit.check_no_host_read},
+    DropsTail: {kit.check_splits},
+    DeadParameter: {kit.check_trainable_set},
+    DetachedGate: {kit.check_gradients_numerically},
+    IgnoresOption: {kit.check_config_keys},
+    RoundsParameters: {kit.check_dtypes},
+    WrongPlan: {kit.check_plan_figures},
+    ReplacesBuffers: {kit.check_step_in_place},
+    GrowingWork: {kit.check_long_stream},
+    CountsCalls: {kit.check_checkpointing},
+    RemembersOnlyTheLastInput: {kit.check_two_forwards},
+    ResetWritesWhatBackwardNeeds: {kit.check_reset_before_backward},
+    LosesLearnedBuffer: {kit.check_adapter_round_trip},
+}
+
+# What a check raises when it is not an assertion of its own: the tool it leans on speaks first.
+RAISED: dict[type[TTTLinear], type[Exception]] = {
+    BfloatState: PrecisionError,
+    ReadsOnHost: DataDependentOutputException,
+    DetachedGate: GradcheckError,
+    RemembersOnlyTheLastInput: RuntimeError,
+    ResetWritesWhatBackwardNeeds: RuntimeError,
+}
+
+
+def _case(block: type[TTTLinear], dtype: torch.dtype) -> BlockCase:
+    registry = default_registry().copy()
+    registry.register_block("mutant", config=MutantConfig, block=block)
+    return BlockCase(variant="mutant", config=MutantConfig(chunk=4), shape=Shape(), dtype=dtype, registry=registry)
+
+
+class MutantConfig(TTTLinearConfig):
+    variant: str = "mutant"
+
+
+@pytest.mark.parametrize(
+    ("mutation", "check"),
+    [(mutation, check) for mutation, checks in MUTATIONS.items() for check in checks],
+    ids=lambda value: value.__name__,
+)
+def test_mutation_fails_the_kit(mutation: type[TTTLinear], check: Callable[[BlockCase], None]) -> None:
+    caught = 0
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        with torch.random.fork_rng():
+            try:
+                check(_case(mutation, dtype))
+            except RAISED.get(mutation, AssertionError):
+                caught += 1
+    assert caught, f"{check.__name__} does not notice {mutation.__name__}"
+
+
+def test_the_unmutated_block_passes_every_check_used_here() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for checks in MUTATIONS.values():
+            for check in checks:
+                check(_case(TTTLinear, dtype))
+
+
+def test_every_check_has_a_mutation_that_it_catches() -> None:
+    assert {check for checks in MUTATIONS.values() for check in checks} == set(kit.CHECKS)
+
+
+def test_conformance_tests_makes_one_test_per_check_and_case() -> None:
+    test = conformance_tests("ttt_linear", {"chunk": 4})
+    marks = {mark.args[0]: mark.args[1] for mark in test.pytestmark}
+    assert len(marks["check"]) == len(kit.CHECKS)
+    assert [case.dtype for case in marks["case"]] == [torch.float64, torch.float32, torch.bfloat16]
+
+
+def test_unknown_variant_is_refused_with_its_nearest_name() -> None:
+    with pytest.raises(ValueError, match="ttt_linear"):
+        conformance_tests("ttt_linaer")
