@@ -6,11 +6,15 @@ A file is safetensors: ``in.*`` inputs, ``out.*`` results, ``grad.X`` the gradie
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -120,3 +124,55 @@ def _measure(
     largest = float(expected.abs().max())
     relative = absolute / largest if largest else absolute
     return Comparison(path, verifier, dtype, name, absolute, relative, absolute / max(1.0, largest), tolerance)
+
+
+def render(report: FileReport, *, every: bool = False) -> RenderableType:
+    """A table of one file: a line per verifier and dtype with its worst output, or all of them."""
+    operation = ", ".join(f"{key} {value}" for key, value in sorted(report.metadata.items()))
+    table = Table(title=report.file.name, caption=operation, title_justify="left", caption_justify="left")
+    if not report.comparisons:
+        return Text.assemble(
+            (f"{report.file.name}: ", "bold"), ("FAIL", "bold red"),
+            f" no installed verifier takes it ({operation}). See `moshi-ttt plugins`.",
+        )  # fmt: skip
+    for heading in ("verifier", "dtype", "output" if every else "worst output"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("max abs", "max rel", "error", "tolerance"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for comparison in report.comparisons if every else worst(report.comparisons):
+        table.add_row(
+            comparison.verifier, str(comparison.dtype).removeprefix("torch."), comparison.name,
+            *(f"{value:.1e}" for value in (comparison.absolute, comparison.relative, comparison.error)),
+            f"{comparison.tolerance:.0e}",
+            Text("PASS", style="green") if comparison.passed else Text("FAIL", style="bold red"),
+        )  # fmt: skip
+    return table
+
+
+def worst(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """Of each verifier and dtype the comparison nearest to, or furthest beyond, its tolerance."""
+    found: dict[tuple[str, torch.dtype], Comparison] = {}
+    for comparison in comparisons:
+        key = comparison.verifier, comparison.dtype
+        if key not in found or _badness(comparison) > _badness(found[key]):
+            found[key] = comparison
+    return list(found.values())
+
+
+def summary(reports: Sequence[FileReport]) -> Text:
+    """One line for all files."""
+    comparisons = [comparison for report in reports for comparison in report.comparisons]
+    good, untaken = sum(report.passed for report in reports), sum(not report.comparisons for report in reports)
+    text = (
+        f"{good} of {len(reports)} files pass; "
+        f"{sum(c.passed for c in comparisons)} of {len(comparisons)} comparisons within tolerance"
+    )
+    if untaken:
+        text += f"; {untaken} taken by no verifier"
+    return Text(text + ". error = max|a-b| / max(1, max|b|).", style="green" if good == len(reports) else "red")
+
+
+def _badness(comparison: Comparison) -> float:
+    ratio = comparison.error / comparison.tolerance
+    return math.inf if math.isnan(ratio) else ratio

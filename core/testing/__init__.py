@@ -110,6 +110,7 @@ __all__ = [
     "ToyHost",
     "ToyModel",
     "check_block",
+    *(check.__name__ for check in CHECKS),
     "conformance_tests",
     "default_cases",
     "error",

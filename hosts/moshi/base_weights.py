@@ -49,13 +49,17 @@ def base_state_dict(model: LMModel) -> dict[str, Tensor]:
 def load_base(model: LMModel, state_dict: Mapping[str, Tensor]) -> None:
     """Load base weights, older names included, cast to the model's dtypes.
 
-    Raises HostError with every missing or unexpected name and wrong shape; the model is then as it was.
+    Raises HostError for a sharded model, or with the missing and unexpected names and wrong shapes; the model is then
+    as it was.
     """
+    names, state = base_names(model), model.state_dict()
+    if any(isinstance(state[key], DTensor) for key in names.values()):
+        raise HostError("Base weights cannot be loaded into a sharded model: load them before sharding.")
     given = dict(state_dict)
     for path, module in model.named_modules():
         if isinstance(module, StreamingMultiheadAttention):
-            StreamingMultiheadAttention._load_hook(module, given, f"{path}.")  # renames what older checkpoints hold
-    names, state = base_names(model), model.state_dict()
+            # Renames what older checkpoints hold.
+            StreamingMultiheadAttention._load_hook(module, given, f"{path}.")  # type: ignore[no-untyped-call]
     problems = [f"missing {name}" for name in sorted(names.keys() - given.keys())]
     problems += [f"unexpected {name}" for name in sorted(given.keys() - names.keys())]
     problems += [
@@ -63,12 +67,11 @@ def load_base(model: LMModel, state_dict: Mapping[str, Tensor]) -> None:
         for name, key in names.items()
         if name in given and given[name].shape != state[key].shape
     ]
-    problems += [f"{name} is sharded" for name, key in names.items() if isinstance(state[key], DTensor)]
     if problems:
         shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise HostError(
             f"These are not this model's base weights: {shown}. Nothing was loaded. Give every weight of the base "
-            "model and no other (adapters have a loader of their own), before sharding."
+            "model and no other; adapters have a loader of their own."
         )
     with torch.no_grad():
         if any(state[key].is_meta for key in names.values()):
@@ -92,7 +95,7 @@ def digest(model: LMModel) -> str | None:
         return None
     sha = hashlib.sha256()
     with torch.no_grad():
-        heads = [tensor.reshape(-1)[:DIGEST_VALUES].float().cpu() for tensor in chosen.values()]
+        heads = [tensor.detach().reshape(-1)[:DIGEST_VALUES].float().cpu() for tensor in chosen.values()]
     for (name, tensor), head in zip(chosen.items(), heads, strict=True):
         sha.update(f"{name} {list(tensor.shape)}\n".encode())
         sha.update(head.contiguous().numpy().tobytes())

@@ -8,6 +8,7 @@ float32 state on its way in.
 from __future__ import annotations
 
 import abc
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from torch.distributed.fsdp._fully_shard import _fully_shard as fsdp_internals
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, require_lm
+from moshi_ttt.hosts.moshi.upstream import LMModel
 
 
 class _ABCFirst(abc.ABC, FSDPModule):
@@ -59,18 +61,38 @@ def shard(model: nn.Module, policy_roles: DtypeRoles, mesh: DeviceMesh | None = 
         )
         _register(type(unit))
         fully_shard(unit, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "forward_text")
+    _gather_for_forward_text(model)
     for block in blocks:
         block.check_precision("sharded")
     return model
 
 
+def _gather_for_forward_text(model: LMModel) -> None:
+    """Make a direct call of ``forward_text`` gather the root's parameters, as a call of the model does.
+
+    ``forward`` calls ``forward_text`` itself. FSDP2's hooks do not nest: the outer call would free the parameters that
+    backward needs. So inside ``forward`` the method is the plain one.
+    """
+    whole, plain = model.forward, model.forward_text
+    register_fsdp_forward_method(model, "forward_text")
+    hooked = model.forward_text
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        model.forward_text = plain  # type: ignore[method-assign]
+        try:
+            return whole(*args, **kwargs)
+        finally:
+            model.forward_text = hooked  # type: ignore[method-assign]
+
+    model.forward = forward  # type: ignore[method-assign]
+
+
 def _register(cls: type[nn.Module]) -> None:
     """Tell FSDP2 which class to turn ``cls`` into, where its own choice has another memory layout.
 
-    ``fully_shard`` changes a module's class to one with the bases ``(FSDPModule, cls)``. Python refuses that for a class
-    that derives from ``abc.ABC`` before ``nn.Module``: there the layout starts with ABC's. FSDP2 keeps the classes it
-    has made in a private table; a class with the right layout is put there before it looks.
+    ``fully_shard`` changes a module's class to one with the bases ``(FSDPModule, cls)``. Python refuses that for a
+    class that derives from ``abc.ABC`` before ``nn.Module``: there the layout starts with ABC's. FSDP2 keeps the
+    classes it has made in a private table; a class with the right layout is put there before it looks.
     """
     order = cls.__mro__
     abc_first = abc.ABC in order and order.index(abc.ABC) < order.index(nn.Module)

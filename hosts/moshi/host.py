@@ -23,7 +23,7 @@ from moshi_ttt.hosts.moshi.layers import (
     clear_streaming_caches,
     open_carry,
 )
-from moshi_ttt.hosts.moshi.loading import resolve_repo
+from moshi_ttt.hosts.moshi.loading import load_skeleton, resolve_repo
 from moshi_ttt.hosts.moshi.upstream import (
     ActivationGating,
     LMModel,
@@ -65,14 +65,19 @@ class MoshiHost(HostModel):
             dtype = cast(torch.dtype, getattr(torch, config.dtype))
         return resolve_repo(config.hf_repo, revision=config.revision).load_lm(device=device, dtype=dtype)
 
+    def skeleton(self, config: MoshiHostConfig) -> LMModel:
+        """The architecture on the meta device; of a hub repository, only config.json is fetched. Raises HostError."""
+        dtype = cast(torch.dtype, getattr(torch, config.dtype)) if config.dtype else None
+        return load_skeleton(config.hf_repo, revision=config.revision, dtype=dtype)
+
     def sites(self, model: nn.Module) -> tuple[SiteInfo, ...]:
         model = require_lm(model)
         adapter = SequenceFormat()
         found: list[SiteInfo] = []
-        for index, layer in enumerate(model.transformer.layers):
+        for index, layer in enumerate(main_layers(model)):
             attention = layer.self_attn
             projection = attention.in_projs[0]
-            weight = projection.frozen_W.weight if isinstance(projection, LoRALinear) else projection.weight
+            weight = cast(Tensor, (projection.frozen_W if isinstance(projection, LoRALinear) else projection).weight)
             shared: dict[str, Any] = {
                 "dim": attention.embed_dim,
                 "num_heads": attention.num_heads,
@@ -96,16 +101,16 @@ class MoshiHost(HostModel):
             f"{site}: {problem}" for site, block in blocks.items() for problem in self._problems(model, site, block)
         ]
         if not self.blocks(model):
-            problems += _foreign_classes(model.transformer)
+            problems += _foreign_classes(model)
         if problems:
             raise HostError("No block was attached:\n" + "\n".join(f"- {problem}" for problem in problems))
         if not blocks:
             return
         model.transformer.__class__ = TTTStreamingTransformer
-        for layer in model.transformer.layers:
+        for layer in main_layers(model):
             layer.__class__ = TTTStreamingTransformerLayer
         for site, block in blocks.items():
-            layer = model.transformer.layers[site.layer]
+            layer = main_layers(model)[site.layer]
             layer.ttt = BlockSite(block).train(layer.training)
         clear_streaming_caches(model)
 
@@ -115,7 +120,7 @@ class MoshiHost(HostModel):
         if not blocks:
             return {}
         _require_idle(model, "detach blocks")
-        for layer in model.transformer.layers:
+        for layer in main_layers(model):
             if isinstance(getattr(layer, "ttt", None), BlockSite):
                 del layer.ttt
             vars(layer).pop("_frame", None)
@@ -126,7 +131,7 @@ class MoshiHost(HostModel):
         return blocks
 
     def blocks(self, model: nn.Module) -> dict[Site, SequenceBlock]:
-        found = (getattr(layer, "ttt", None) for layer in require_lm(model).transformer.layers)
+        found = (getattr(layer, "ttt", None) for layer in main_layers(require_lm(model)))
         return {site.site: site.block for site in found if isinstance(site, BlockSite)}
 
     def base_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
@@ -137,7 +142,7 @@ class MoshiHost(HostModel):
 
     def fingerprint(self, model: nn.Module) -> dict[str, Any]:
         model = require_lm(model)
-        attention = model.transformer.layers[0].self_attn
+        attention = main_layers(model)[0].self_attn
         return {
             "host": self.name,
             "dim": model.dim,
@@ -213,7 +218,7 @@ class MoshiHost(HostModel):
         if site in self.blocks(model):
             yield "there is a block already; detach it first."
         devices = {parameter.device for parameter in block.parameters()} - {torch.device("meta")}
-        if not infos[site].device.type == "meta" and devices - {infos[site].device}:
+        if infos[site].device.type != "meta" and devices - {infos[site].device}:
             yield f"the block is on {', '.join(map(str, devices))}, its layer on {infos[site].device}."
 
 
@@ -230,13 +235,18 @@ def require_lm(model: nn.Module) -> LMModel:
     return model
 
 
+def main_layers(model: LMModel) -> list[StreamingTransformerLayer]:
+    """The layers of the main transformer, which are what this host's sites number."""
+    return [cast(StreamingTransformerLayer, layer) for layer in model.transformer.layers]
+
+
 def _is_streaming(transformer: nn.Module) -> bool:
     return any(isinstance(m, StreamingModule) and m._streaming_state is not None for m in transformer.modules())
 
 
 def _require_idle(model: LMModel, what: str) -> None:
     """Raise HostError while the model streams, carries or is sharded: its parts are in use."""
-    if _is_streaming(model):
+    if _is_streaming(model.transformer):
         raise HostError(f"Cannot {what} while the model is streaming: leave streaming first.")
     if getattr(model.transformer, "_carry", None) is not None:
         raise HostError(f"Cannot {what} inside host.carry(...): leave the context first.")
@@ -244,10 +254,10 @@ def _require_idle(model: LMModel, what: str) -> None:
         raise HostError(f"Cannot {what} on a sharded model: do it before sharding.")
 
 
-def _foreign_classes(transformer: nn.Module) -> list[str]:
+def _foreign_classes(model: LMModel) -> list[str]:
     """Complaints about classes other than Moshi's own: changing them to ours would lose what they do."""
-    expected = [(transformer, StreamingTransformer)]
-    expected += [(layer, StreamingTransformerLayer) for layer in transformer.layers]  # type: ignore[union-attr]
+    expected: list[tuple[nn.Module, type[nn.Module]]] = [(model.transformer, StreamingTransformer)]
+    expected += [(layer, StreamingTransformerLayer) for layer in main_layers(model)]
     return [
         f"the model has a {type(module).__name__} where Moshi has a {wanted.__name__}; blocks go into Moshi's own."
         for module, wanted in expected

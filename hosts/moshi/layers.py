@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -66,7 +66,12 @@ class Carry:
         self.updates = updates
 
     def frame(self, input_embeddings: Tensor) -> Frame:
-        """The frame of the next forward pass."""
+        """The frame of the next forward pass. Raises ContextError when its rows are not those of the document ids."""
+        ids = self.state.document_ids
+        if ids is not None and ids.shape[0] != input_embeddings.shape[0]:
+            raise ContextError(
+                f"document_ids has {ids.shape[0]} rows and this batch {input_embeddings.shape[0]}: give one per row."
+            )
         return Frame(input_embeddings, dict(self.state.blocks), self.reset, self.updates, {})
 
     def advance(self, frame: Frame) -> None:
@@ -101,7 +106,7 @@ class BlockSite(StreamingModule[BlockStreamState]):
         context = BlockContext(input_embeddings=frame.input_embeddings, reset=frame.reset, updates=frame.updates)
         y, after = self.block(x, frame.initial.get(self.site), context)
         frame.record(self.site, after)
-        return y  # type: ignore[no-any-return]
+        return cast(Tensor, y)
 
 
 def refuse_sharded(block: SequenceBlock) -> None:
@@ -124,7 +129,7 @@ class TTTStreamingTransformerLayer(StreamingTransformerLayer):
         """``x [B, T, D]`` to ``[B, T, D]``; ``ttt`` is the frame of this forward pass."""
         outer, self._frame = self._frame, ttt
         try:
-            return super().forward(x, cross_attention_src)
+            return cast(Tensor, super().forward(x, cross_attention_src))
         finally:
             self._frame = outer
 

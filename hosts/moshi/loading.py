@@ -15,6 +15,11 @@ from moshi_ttt.hosts.moshi.upstream import CheckpointInfo, LMModel, loaders
 
 BUILTIN_TINY = "builtin:tiny"
 BUNDLE = Path(__file__).parent / "bundle"
+# What a config.json holds beside the options of the language model.
+_NOT_OPTIONS = {
+    "moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name", "model_type", "lm_gen_config",
+    "tts_config", "stt_config", "model_id",
+}  # fmt: skip
 _STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
@@ -78,38 +83,79 @@ def resolve_repo(hf_repo: str, *, revision: str | None = None) -> MoshiBundle:
     Raises:
         HostError: files are missing (all are named), the config is not a Moshi's, or the hub cannot deliver.
     """
+    folder = _local_folder(hf_repo, revision)
+    if folder is not None:
+        return MoshiBundle(hf_repo, _from_folder(folder))
+    try:
+        return MoshiBundle(hf_repo, CheckpointInfo.from_hf_repo(hf_repo, revision=revision))
+    except (OSError, ValueError) as error:  # what the hub's client raises derives from these two
+        raise _hub_failure(hf_repo, revision, error) from error
+
+
+def load_skeleton(hf_repo: str, *, revision: str | None = None, dtype: torch.dtype | None = None) -> LMModel:
+    """The architecture that ``hf_repo`` names, on the meta device: config.json is all that is read, or downloaded.
+
+    ``dtype=None`` is the dtype of the weights where they lie beside the config, else bfloat16. Raises HostError.
+    """
+    folder = _local_folder(hf_repo, revision)
+    if folder is not None:
+        config_path = folder / "config.json"
+    else:
+        try:
+            config_path = loaders.hf_get("config.json", hf_repo, revision=revision)
+        except (OSError, ValueError) as error:
+            raise _hub_failure(hf_repo, revision, error) from error
+    config = _read_config(config_path)
+    weights = config_path.parent / config.get("moshi_name", loaders.MOSHI_NAME)
+    options = {key: value for key, value in config.items() if key not in _NOT_OPTIONS}
+    nothing = Path()
+    info = CheckpointInfo(weights, nothing, nothing, lm_config=options, model_type=config.get("model_type", "moshi"))
+    bundle = MoshiBundle(hf_repo, info)
+    try:
+        return info.get_moshi(device="meta", dtype=dtype or bundle.stored_dtype(), load_weight=False)
+    except (RuntimeError, TypeError, AssertionError, KeyError) as error:
+        raise bundle._unloadable(config_path, error) from error
+
+
+def _local_folder(hf_repo: str, revision: str | None) -> Path | None:
+    """The folder that ``hf_repo`` names, or None when it can only be a name on the hub."""
     if hf_repo == BUILTIN_TINY:
         if not (BUNDLE / "config.json").is_file():
             raise HostError(
                 f"{BUILTIN_TINY}: this installation has no tiny Moshi in {BUNDLE}. "
                 "Build it with scripts/build_tiny_bundle.py, or install a released wheel."
             )
-        return MoshiBundle(hf_repo, _from_folder(BUNDLE))
+        return BUNDLE
     if hf_repo.startswith("builtin:"):
         raise HostError(f"There is no {hf_repo!r}: the one built-in model is {BUILTIN_TINY!r}.")
     folder = Path(hf_repo).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise HostError(f"{hf_repo} is a local folder, and a folder has no revisions: leave out {revision!r}.")
-        return MoshiBundle(hf_repo, _from_folder(folder))
+        return folder
     if hf_repo.startswith((".", "/", "~")) or hf_repo.count("/") != 1:
         raise HostError(
             f"{hf_repo!r} is neither an existing folder nor a repository name of the form 'owner/name'. "
             f"Give a folder with a config.json, a hub repository, or {BUILTIN_TINY!r}."
         )
-    return MoshiBundle(hf_repo, _from_hub(hf_repo, revision))
+    return None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HostError(f"{path.parent} has no config.json, so it is not a folder with a Moshi.") from None
+    except (OSError, ValueError) as error:
+        raise HostError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(config, dict) or not {"dim", "n_q", "dep_q", "card"} <= config.keys():
+        raise HostError(f"{path} does not describe a Moshi: it needs at least dim, n_q, dep_q and card.")
+    return config
 
 
 def _from_folder(folder: Path) -> CheckpointInfo:
     config_path = folder / "config.json"
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise HostError(f"{folder} has no config.json, so it is not a folder with a Moshi.") from None
-    except (OSError, ValueError) as error:
-        raise HostError(f"{config_path} cannot be read: {error}.") from None
-    if not isinstance(config, dict) or not {"dim", "n_q", "dep_q", "card"} <= config.keys():
-        raise HostError(f"{config_path} does not describe a Moshi: it needs at least dim, n_q, dep_q and card.")
+    config = _read_config(config_path)
     # Paths, because Moshi would look for plain names on the hub.
     wanted = {
         "moshi_weights": config.get("moshi_name", loaders.MOSHI_NAME),
@@ -126,12 +172,9 @@ def _from_folder(folder: Path) -> CheckpointInfo:
     return CheckpointInfo.from_hf_repo(str(folder), config_path=config_path, **local, **elsewhere)
 
 
-def _from_hub(name: str, revision: str | None) -> CheckpointInfo:
-    try:
-        return CheckpointInfo.from_hf_repo(name, revision=revision)
-    except (OSError, ValueError) as error:  # what the hub's client raises derives from these two
-        at = f" at revision {revision!r}" if revision else ""
-        raise HostError(
-            f"Cannot get {name!r}{at} from the Hugging Face hub: {type(error).__name__}: {error}. There is no folder of "
-            "that name here either. Check the name, the network and your access, or give the path of a local copy."
-        ) from error
+def _hub_failure(name: str, revision: str | None, error: Exception) -> HostError:
+    at = f" at revision {revision!r}" if revision else ""
+    return HostError(
+        f"Cannot get {name!r}{at} from the Hugging Face hub: {type(error).__name__}: {error}. There is no folder of "
+        "that name here either. Check the name, the network and your access, or give the path of a local copy."
+    )

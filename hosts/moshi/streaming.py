@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.state import BlockState
-from moshi_ttt.hosts.moshi.upstream import AttentionState, LMGen, LMModel, RingKVCache, State, StreamingModule
+from moshi_ttt.hosts.moshi.upstream import (
+    AttentionState,
+    LMGen,
+    LMModel,
+    RingKVCache,
+    State,
+    StreamingModule,
+    StreamingMultiheadAttention,
+)
 
 FORMAT = {"format": "moshi_ttt.stream_state", "version": "1"}
 
@@ -72,10 +80,11 @@ class _Slot:
         """Why ``given`` cannot be written here, or None."""
         value = self.value
         if value is None:
-            heads, width = self.module.num_heads, self.module.embed_dim // self.module.num_heads  # type: ignore
-            dtype, rows = self.module.in_projs[0].weight.dtype, self.owner.batch_size  # type: ignore
-            fits = given.dim() == 4 and (given.shape[0], given.shape[1], given.shape[3]) == (rows, heads, width)
-            shape: Any = (rows, heads, "any", width)
+            attention = cast(StreamingMultiheadAttention, self.module)
+            rows, heads = self.owner.batch_size, attention.num_heads
+            dtype = cast(Tensor, attention.in_projs[0].weight).dtype
+            shape: tuple[Any, ...] = (rows, heads, "any length", attention.embed_dim // heads)
+            fits = given.dim() == 4 and (*given.shape[:2], "any length", given.shape[3]) == shape
         else:
             shape, dtype = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else ((), torch.int64)
             fits = tuple(given.shape) == shape
@@ -148,7 +157,7 @@ def save_stream_state(path: str | Path, module: LMGen | LMModel) -> Path:
 
 
 def load_stream_state(path: str | Path, module: LMGen | LMModel) -> None:
-    """Restore a file that ``save_stream_state`` wrote. Raises HostError for a bad file, or as ``restore_stream_state``."""
+    """Restore a file that ``save_stream_state`` wrote. Raises HostError for a bad file, or if it does not fit."""
     try:
         with safe_open(path, framework="pt") as handle:  # type: ignore[no-untyped-call]
             metadata = handle.metadata() or {}

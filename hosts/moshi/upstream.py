@@ -15,7 +15,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("NO_TORCH_COMPILE", "1")
 
-from moshi.conditioners import ConditionFuser, ConditionType
+from moshi.conditioners.base import ConditionFuser, ConditionType
 from moshi.models import loaders
 from moshi.models.lm import LMGen, LMModel
 from moshi.models.loaders import CheckpointInfo
@@ -27,6 +27,8 @@ from moshi.modules.transformer import (
     StreamingMultiheadAttention,
     StreamingTransformer,
     StreamingTransformerLayer,
+)
+from moshi.modules.transformer import (
     _MHAState as AttentionState,
 )
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from moshi_ttt.core.testing import conformance_tests
+import pytest
+
+from moshi_ttt.core.testing import check_long_stream, conformance_tests, default_cases
 
 test_ttt_linear = conformance_tests(
     "ttt_linear", {"chunk": 4}, {"chunk": 5}, {"chunk": 2}, {"chunk": 4, "causal": False}
 )
 test_ttt_mlp = conformance_tests("ttt_mlp", {"chunk": 4}, {"chunk": 7, "expansion": 2}, {"chunk": 4, "causal": False})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp"])
+def test_thirty_thousand_steps(variant):
+    for case in default_cases(variant, [{"chunk": 16}]):
+        check_long_stream(case, steps=30_000)

@@ -1,0 +1,59 @@
+# Every target works alone, on a machine with nothing but make and a Python: it creates the virtual environment,
+# installs what it needs, and runs. VENV=some/folder uses another environment, PYTHON=python3.12 another Python.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= quickstart-run
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-slow test-gpu test-full-size lint format clean
+
+help: ## Show this list.
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
+
+quickstart: $(VENV)/.installed-run ## Train a small Moshi with a memory on real speech, on the CPU, and write a report.
+	$(BIN)/moshi-ttt quickstart --out $(OUT) --overwrite
+
+test: $(VENV)/.installed-dev ## Run the default test suite. ARGS='-k name' passes options to pytest.
+	$(BIN)/pytest $(ARGS)
+
+test-slow: $(VENV)/.installed-dev ## Run the tests that take minutes.
+	$(BIN)/pytest -m slow $(ARGS)
+
+test-gpu: $(VENV)/.installed-dev ## Run the tests that need a CUDA device.
+	$(BIN)/pytest -m gpu $(ARGS)
+
+test-full-size: $(VENV)/.installed-dev ## Run the 7B shapes on the CPU; needs about 20 GiB of memory.
+	$(BIN)/pytest -m full_size $(ARGS)
+
+lint: $(VENV)/.installed-dev ## Check style, types and who imports whom.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev ## Rewrite the code as `make lint` wants it.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment and everything that was built.
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+# A stamp is written after everything is installed, so an installation that was interrupted is taken up again.
+# The environment of `test` can run the quickstart too; that of `quickstart` is smaller.
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
+	@echo "Installing moshi-ttt and its test tools into $(VENV) (about two minutes and 7 GB the first time)"
+	$(PIP) -e ".[dev]"
+	@touch $(VENV)/.installed-dev $(VENV)/.installed-run
+
+$(VENV)/.installed-run: pyproject.toml | $(BIN)/pip
+	@echo "Installing moshi-ttt into $(VENV) (about two minutes and 7 GB the first time)"
+	$(PIP) -e .
+	@touch $(VENV)/.installed-run
+
+# pip is the last thing that venv makes: without it the environment is half-made.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info < (3, 13); sys.exit(None if ok else "moshi-ttt needs Python 3.10, 3.11 or 3.12, and $(PYTHON) is " + sys.version.split()[0] + ". Name one with PYTHON=python3.12.")'
+	@$(PYTHON) -m venv $(VENV) || { echo "Cannot create $(VENV). On Debian and Ubuntu: apt install python3-venv"; exit 1; }

@@ -1,0 +1,89 @@
+"""Reading recordings: any common format in, mono float32 at the codec's rate out, or an error that says what to do.
+
+Shape legend: S samples, K codebooks, T frames.
+"""
+
+from __future__ import annotations
+
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sphn
+import torch
+from torch import Tensor
+
+from moshi_ttt.core.errors import MoshiTTTError
+
+FORMATS = "wav, ogg, flac or mp3"
+MIN_FRAMES = 2
+"""A model of sequences needs something to predict and something to predict it from."""
+
+
+class AudioError(MoshiTTTError, ValueError):
+    """A recording that cannot be used."""
+
+
+def read_audio(path: str | Path, sample_rate: int) -> Tensor:
+    """``[S]`` float32 on the CPU: channels averaged, resampled to ``sample_rate``.
+
+    Raises AudioError: no such file, not audio, no samples, or samples that are not finite numbers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise AudioError(f"{path} {what}. Give one recording ({FORMATS}).")
+    if path.stat().st_size == 0:
+        raise AudioError(f"{path} is an empty file. Give a recording ({FORMATS}).")
+    try:
+        samples, rate = sphn.read(str(path))
+    except Exception as error:  # the decoder raises plain Exceptions too
+        raise AudioError(
+            f"{path} cannot be read as audio ({error}). Allowed: {FORMATS}. Convert it, for instance to wav."
+        ) from None
+    if samples.size == 0:
+        raise AudioError(f"{path} has no samples. Give a recording that is not empty.")
+    if not np.isfinite(samples).all():
+        bad = int((~np.isfinite(samples)).sum())
+        raise AudioError(
+            f"{path}: {bad} of {samples.size} samples are not finite numbers. Export the recording again."
+        )
+    mono = samples.mean(axis=0, keepdims=True, dtype=np.float32)
+    if rate != sample_rate:
+        mono = sphn.resample(mono, rate, sample_rate)
+    return torch.from_numpy(np.ascontiguousarray(mono[0], dtype=np.float32))
+
+
+@torch.no_grad()
+def encode(mimi: Any, samples: Tensor, *, name: str) -> Tensor:
+    """Mimi's codes ``[K, T]`` (int64) of ``samples [S]``; a last frame that is not full is padded with silence.
+
+    Raises AudioError when the recording ``name`` is shorter than two frames.
+    """
+    frames = samples.numel() / mimi.frame_size
+    if frames < MIN_FRAMES:
+        raise AudioError(
+            f"{name} lasts {1000 * samples.numel() / mimi.sample_rate:.0f} ms, which is {frames:.2f} frames of "
+            f"{1000 / mimi.frame_rate:.0f} ms; at least {MIN_FRAMES} are needed. Give a longer recording."
+        )
+    device = next(mimi.parameters()).device
+    codes: Tensor = mimi.encode(samples[None, None].to(device))[0]
+    return codes
+
+
+@torch.no_grad()
+def decode(mimi: Any, codes: Tensor) -> Tensor:
+    """``[S]`` float32 samples of codes ``[K, T]``."""
+    samples: Tensor = mimi.decode(codes[None])[0, 0]
+    return samples.float().cpu()
+
+
+def write_wav(path: Path, samples: Tensor, sample_rate: int) -> None:
+    """16-bit mono wav of ``samples [S]``; what exceeds [-1, 1] is clipped."""
+    values = (samples.clamp(-1, 1) * 32767).round().to(torch.int16).numpy()
+    with wave.open(str(path), "wb") as handle:
+        handle.setnchannels(1)
+        handle.setsampwidth(2)
+        handle.setframerate(sample_rate)
+        handle.writeframes(values.astype("<i2").tobytes())

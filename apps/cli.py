@@ -1,0 +1,198 @@
+"""The command line ``moshi-ttt``. Each command is a few lines here; what it does is in a module of its own.
+
+Nothing heavy is imported until a command runs: ``--help`` and ``--version`` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+from typer.core import TyperGroup
+
+from moshi_ttt.core.errors import MoshiTTTError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXIT_FAILED = 1
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class _Commands(TyperGroup):
+    """Every command: an error that a user can meet is a message, not a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MoshiTTTError as error:
+            _errors().print(f"[bold red]Error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+            raise typer.Exit(EXIT_ERROR) from None
+        except KeyboardInterrupt:
+            _errors().print("\n[bold]Interrupted.[/] Nothing half-written was left behind.")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="moshi-ttt",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help=(
+        "Test-time-training layers for Moshi: a memory that learns while it listens.\n\n"
+        "Start with [bold]moshi-ttt quickstart[/]: it trains such layers inside a small Moshi on recorded speech, "
+        "streams a recording through it, and writes a folder with a report. It needs no GPU and no download."
+    ),
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"moshi-ttt {version('moshi-ttt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    warnings.showwarning = _show_warning
+
+
+@app.command()
+def quickstart(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder to write. It must be new, or empty.")
+    ] = Path("quickstart-run"),
+    config: Annotated[
+        str, typer.Option("--config", "-c", help="A YAML file, or the name of a packaged config.")
+    ] = "quickstart",
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Training steps; the config's `train.steps` if left out.")
+    ] = None,
+    audio: Annotated[
+        Path | None,
+        typer.Option("--audio", help="Your own recording to stream (wav, ogg, flac, mp3); a held-out one if left out."),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", min=0, help="Seed of initial values, segments and sampling; the config's if left out."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace --out if an earlier quickstart made it.")
+    ] = False,
+) -> None:
+    """Train test-time-training layers inside a small Moshi on real speech, stream a recording, write a report.
+
+    Takes about two minutes on two CPU cores. Everything it needs ships with the package. The folder it writes has the
+    trained adapter, report.md, plots, the generated audio, and every number in metrics.json.
+    """
+    from moshi_ttt.apps.quickstart.run import Request, run
+
+    run(Request(out=out, config=config, steps=steps, audio=audio, seed=seed, overwrite=overwrite), _console())
+
+
+@app.command()
+def explain(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged config such as tiny-ttt-mlp.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON with exact numbers instead of tables.")] = False,
+) -> None:
+    """Show what a config would add to its model: sites, parameters, state, compute, and the dtype of each role.
+
+    The model's architecture is built without storage, so this takes seconds for any size; no weights are read.
+    """
+    from moshi_ttt.apps import explain as explaining
+
+    explanation = explaining.explain(config)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(explaining.to_json(explanation), indent=2))
+    else:
+        _console().print(explaining.render(explanation))
+
+
+@app.command()
+def plugins() -> None:
+    """List every variant, host, precision policy, format adapter and verifier, and who provides it.
+
+    A plugin that could not be loaded is listed with the reason; it is harmless until a config asks for it.
+    """
+    from moshi_ttt.apps import plugins as listing
+    from moshi_ttt.core.registry import default_registry
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # discovery warns about what the table is about to show
+        registry = default_registry()
+    _console().print(listing.render(registry))
+
+
+@app.command()
+def verify(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="FILE_OR_FOLDER...", help="Files of reference vectors, or folders of them.")
+    ],
+    show_all: Annotated[bool, typer.Option("--all", help="Show every output and gradient, not the worst alone.")] = False,
+) -> None:
+    """Check the installed code against reference vectors (safetensors files), outputs and gradients.
+
+    Exit code 0 when every file is within tolerance, 1 when one is not or when no installed plugin computes it,
+    2 when a file cannot be read.
+    """
+    from moshi_ttt.apps import verify as verifying
+    from moshi_ttt.core.registry import default_registry
+
+    registry = default_registry()
+    console = _console()
+    reports = []
+    for path in verifying.expand(paths):
+        reports.append(verifying.verify_file(path, registry))
+        console.print(verifying.render(reports[-1], every=show_all))
+    console.print(verifying.summary(reports))
+    if not all(report.passed for report in reports):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # A pipe or a log has no width of its own; 80 columns would cut the tables.
+    return Console(width=None if sys.stdout.isatty() else 110)
+
+
+def _errors() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _plain(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    file: TextIO | None = None, line: str | None = None,
+) -> None:  # fmt: skip
+    print(f"Warning: {message}", file=file or sys.stderr)
+
+
+def main() -> None:
+    """The console entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""``moshi-ttt plugins``: every registered name, who registered it, and every plugin that did not load."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moshi_ttt.core.registry import Registry
+
+
+def render(registry: Registry) -> RenderableType:
+    """A table of names, then one line for each plugin that is not loaded, with the reason."""
+    table = Table(title="moshi-ttt plugins", title_justify="left")
+    for heading in ("name", "kind", "distribution", "version", "status"):
+        table.add_column(heading, no_wrap=heading in ("name", "kind"))
+    status = {record.provenance: record.status for record in registry.plugins()}
+    for entry in registry.entries():
+        where = entry.provenance
+        table.add_row(
+            entry.name, entry.kind.replace("_", " "), where.distribution, where.version,
+            Text(status.get(where, "run time"), style="green"),
+        )  # fmt: skip
+    problems = [record for record in registry.plugins() if record.status != "loaded"]
+    for record in problems:
+        where = record.provenance
+        style = "dim" if record.status == "disabled" else "red"
+        table.add_row(where.plugin, "plugin", where.distribution, where.version, Text(record.status, style=style))
+    reasons = [
+        Text(f"{record.provenance.plugin}: {record.status}: {record.reason}", overflow="fold") for record in problems
+    ]
+    return Group(table, *reasons)

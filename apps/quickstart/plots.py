@@ -1,0 +1,115 @@
+"""The plots of a quickstart: drawn without a display, readable at 800 pixels, in colours that all eyes tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from moshi_ttt.apps.quickstart.evaluate import WINDOW, Curve
+from moshi_ttt.apps.quickstart.train import TrainingLog
+from moshi_ttt.core.block import Site
+
+# Okabe and Ito's palette; each curve has a line style of its own as well.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+STYLES: Sequence[tuple[str, Any]] = ((GREY, (0, (1, 1.2))), (ORANGE, "--"), (BLUE, "-"))
+SITE_STYLES: Sequence[tuple[str, Any]] = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
+
+
+def plot_positions(path: Path, curves: Sequence[Curve], *, frame_seconds: float, context: int | None) -> None:
+    """Above: the loss of each curve along the recording. Below: how much lower the last one is than the others."""
+    figure, (above, below) = _figure(2, height=6.4, ratios=(3, 2))
+    smooth = [_smooth(curve.values.numpy()) for curve in curves]
+    seconds = np.arange(len(smooth[0])) * frame_seconds
+    for curve, values, (colour, style) in zip(curves, smooth, STYLES, strict=False):
+        above.plot(seconds, values, color=colour, linestyle=style, linewidth=2, label=f"{curve.name} ({curve.mean:.3f})")
+    above.set_ylabel("audio loss (nats per token)")
+    above.set_title(f"Held-out recording, mean of the last {WINDOW * frame_seconds:.1f} s (in brackets: overall mean)")
+    above.legend(loc="upper right", ncols=len(curves))
+    low, high = above.get_ylim()
+    above.set_ylim(low, high + 0.18 * (high - low))
+    for curve, values, (colour, style) in zip(curves[:-1], smooth[:-1], STYLES, strict=False):
+        below.plot(
+            seconds, values - smooth[-1], color=colour, linestyle=style, linewidth=2,
+            label=f"{curve.name} minus {curves[-1].name}",
+        )  # fmt: skip
+    below.axhline(0, color="black", linewidth=0.8)
+    if context is not None:
+        for axes in (above, below):
+            axes.axvline(context * frame_seconds, color=GREY, linewidth=0.8)
+        below.annotate(
+            " attention no longer\n reaches the start", (context * frame_seconds, 0.03), fontsize=9, color=GREY,
+            xycoords=("data", "axes fraction"), va="bottom",
+        )  # fmt: skip
+    below.set_ylabel("loss saved (nats)\nabove 0: updates help")
+    below.set_xlabel("position in the recording (s)")
+    below.legend(loc="best")
+    _save(figure, path)
+
+
+def plot_training(path: Path, log: TrainingLog) -> None:
+    """Loss and gradient norm by step."""
+    figure, (above, below) = _figure(2, height=5.2, ratios=(3, 2))
+    steps = np.arange(1, len(log.losses) + 1)
+    span = max(1, len(steps) // 8)
+    above.plot(steps, log.losses, color=BLUE, alpha=0.35, linewidth=1, label="each step")
+    above.plot(steps, _smooth(np.array(log.losses), span), color=BLUE, linewidth=2, label=f"mean of the last {span}")
+    above.set_ylabel("audio loss (nats per token)")
+    above.set_title("Training the blocks; the base model is frozen")
+    above.legend(loc="upper right")
+    below.plot(steps, log.gradient_norms, color=ORANGE, linewidth=1.5)
+    below.set_yscale("log")
+    below.set_ylabel("gradient norm")
+    below.set_xlabel("optimizer step")
+    _save(figure, path)
+
+
+def plot_state(path: Path, change: Mapping[Site, Sequence[float]], *, frame_seconds: float) -> None:
+    """How far each block's fast weights have moved while the recording was streamed."""
+    figure, (axes,) = _figure(1, height=3.8, ratios=(1,))
+    for index, (site, values) in enumerate(sorted(change.items())):
+        colour, style = SITE_STYLES[index % len(SITE_STYLES)]
+        seconds = np.arange(1, len(values) + 1) * frame_seconds
+        axes.plot(seconds, 100 * np.array(values), color=colour, linestyle=style, linewidth=2, label=f"layer {site.layer}")
+    axes.set_title("The fast weights learn while Moshi listens")
+    axes.set_xlabel("time heard (s)")
+    axes.set_ylabel("change of the fast weights\n(% of their initial norm)")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.legend(loc="lower right")
+    _save(figure, path)
+
+
+def _smooth(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
+    """The mean of the last ``window`` values (fewer at the start); NaN values are left out."""
+    present = np.isfinite(values)
+    sums = np.cumsum(np.where(present, values, 0.0))
+    counts = np.cumsum(present).astype(float)
+    sums[window:], counts[window:] = sums[window:] - sums[:-window], counts[window:] - counts[:-window]
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(counts > 0, sums / counts, np.nan))
+
+
+def _figure(rows: int, *, height: float, ratios: Sequence[float]) -> tuple[Figure, Sequence[Any]]:
+    figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    for part in axes:
+        part.grid(True, color="#dddddd", linewidth=0.6)
+        part.set_axisbelow(True)
+        part.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    for axes in figure.axes:
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            text.set_fontsize(11.5)
+        axes.tick_params(labelsize=10.5)
+        if (legend := axes.get_legend()) is not None:
+            legend.get_frame().set_alpha(0.9)
+            for entry in legend.get_texts():
+                entry.set_fontsize(10)
+    figure.savefig(path)

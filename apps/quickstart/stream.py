@@ -1,0 +1,148 @@
+"""Streaming: a recording goes in token by token through LMGen, and the blocks learn while Moshi listens.
+
+Shape legend: Q rows of the language model, K codebooks of one speaker, T frames.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moshi_ttt.apps.options import StreamConfig
+from moshi_ttt.apps.quickstart.data import Codec
+from moshi_ttt.core import state as states
+from moshi_ttt.core.block import SequenceBlock, Site
+from moshi_ttt.core.state import BlockState
+from moshi_ttt.hosts.moshi.layers import BlockSite
+from moshi_ttt.hosts.moshi.upstream import LMGen
+
+WARM_UP_STEPS = 5
+"""Left out of the timing: the first steps fill caches."""
+
+
+@dataclass
+class Streamed:
+    """What came out of one stream.
+
+    Attributes:
+        tokens: ``[1 + K, T - delay]`` generated text and audio tokens.
+        step_ms: time of each step.
+        change: for each site, after each step, how far the fast weights are from where they started: the norm of
+            the change over the norm of the learned initial fast weights.
+        frame_ms: the time one frame of audio lasts.
+    """
+
+    tokens: Tensor
+    frame_ms: float
+    step_ms: list[float] = field(default_factory=list)
+    change: dict[Site, list[float]] = field(default_factory=dict)
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.step_ms[WARM_UP_STEPS:] or self.step_ms)
+
+    @property
+    def real_time_factor(self) -> float:
+        """Time a step takes over the time a frame lasts: below 1 is faster than real time."""
+        return self.median_ms / self.frame_ms
+
+
+@torch.no_grad()
+def listen(
+    model: Any, codec: Codec, audio: Tensor, config: StreamConfig, *, on_frame: Callable[[int], None]
+) -> Streamed:
+    """Stream ``audio [K, T]`` as what the user says, while Moshi answers; state is live throughout.
+
+    Sampling draws from torch's global generator, seeded here and put back afterwards.
+    """
+    sampling = config.temperature > 0
+    tokens: list[Tensor] = []
+    result = Streamed(tokens=torch.empty(0), frame_ms=1000 / codec.mimi.frame_rate)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        generator = LMGen(
+            model, use_sampling=sampling, temp=config.temperature, temp_text=config.temperature_text,
+        )  # fmt: skip
+        with generator.streaming(1):
+            watch = FastWeights(model)
+            for frame in range(audio.shape[1]):
+                started = time.perf_counter()
+                out = generator.step(audio[None, :, frame : frame + 1])
+                result.step_ms.append(1000 * (time.perf_counter() - started))
+                for site, value in watch.change().items():
+                    result.change.setdefault(site, []).append(value)
+                if out is not None:
+                    tokens.append(out[0])
+                on_frame(frame + 1)
+    result.tokens = torch.cat(tokens, dim=1) if tokens else torch.empty(1 + codec.mimi.num_codebooks, 0).long()
+    return result
+
+
+class FastWeights:
+    """How far the fast weights of every block of a streaming model are from the learned initial ones."""
+
+    def __init__(self, model: Any) -> None:
+        self.sites = [module for module in model.modules() if isinstance(module, BlockSite)]
+        self.start = {site.site: initial_fast_weights(site.block) for site in self.sites}
+
+    def change(self) -> dict[Site, float]:
+        """Frobenius norm of the change over that of the start, by site; of the first stream."""
+        found = {}
+        for site in self.sites:
+            buffers, start = site.get_streaming_state()[""].buffers, self.start[site.site]
+            moved = sum(float((buffers[name][0] - first[0]).square().sum()) for name, first in start.items())
+            size = sum(float(first[0].square().sum()) for first in start.values())
+            found[site.site] = (moved / size) ** 0.5 if size else moved**0.5
+        return found
+
+
+def initial_fast_weights(block: SequenceBlock) -> BlockState:
+    """The part of a block's state that has a learned initial value: what test-time training changes."""
+    with torch.enable_grad():
+        first = block.init_state(1)
+    return states.detach({name: tensor for name, tensor in first.items() if tensor.requires_grad})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Training's numbers against streaming's, on the same tokens: largest differences and sizes of the logits."""
+
+    frames: int
+    text: float
+    audio: float
+    text_scale: float
+    audio_scale: float
+
+
+@torch.no_grad()
+def compare_with_training(model: Any, codes: Tensor) -> Agreement:
+    """One forward pass as in training, against ``forward_text`` token by token, over ``codes [Q, T]``."""
+    sequence = _delayed(model, codes)[None]
+    inputs, targets = sequence[:, :, :-1], sequence[:, :, 1:]
+    whole, whole_text = model.forward_text(inputs)
+    with model.streaming(1):
+        steps = [model.forward_text(inputs[:, :, t : t + 1]) for t in range(inputs.shape[2])]
+    pieces, pieces_text = (torch.cat([step[i] for step in steps], dim=1 + i) for i in (0, 1))
+    whole_audio, pieces_audio = (model.forward_depformer_training(targets, out) for out in (whole, pieces))
+    return Agreement(
+        frames=inputs.shape[2],
+        text=float((whole_text - pieces_text).abs().max()),
+        audio=float((whole_audio - pieces_audio).abs().max()),
+        text_scale=float(whole_text.abs().max()),
+        audio_scale=float(whole_audio.abs().max()),
+    )
+
+
+def _delayed(model: Any, codes: Tensor) -> Tensor:
+    """``[Q, T + 1]``: the start token, then each row of ``codes [Q, T]`` moved right by its delay, as Moshi reads it."""
+    rows = []
+    for row, delay in enumerate(model.delays):
+        start = model.text_initial_token_id if row == 0 else model.initial_token_id
+        rows.append(torch.cat([codes.new_full((1 + delay,), start), codes[row, : codes.shape[1] - delay]]))
+    return torch.stack(rows)

@@ -1,0 +1,107 @@
+"""The layout: root folders are packages, everyone imports only whom they may, nobody imports a root folder by name."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.project import ROOT, copy_import_tree, package_folders, packages_on_disk, pyproject, run_environment
+
+
+def test_packages_are_listed_in_pyproject():
+    listed = pyproject()["tool"]["setuptools"]["packages"]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == set(packages_on_disk()), "a package that is not listed is missing from the wheel only"
+
+
+def test_every_package_has_an_init():
+    assert [name for name, folder in packages_on_disk().items() if not (folder / "__init__.py").is_file()] == []
+
+
+def test_view_for_tools_has_every_package():
+    view = ROOT / "src" / "moshi_ttt"
+    links = {path.name: path for path in view.iterdir() if path.is_symlink()}
+    if not links:
+        pytest.skip("this clone has no symlinks; only mypy, pyright and editors need them")
+    mapped = {name.removeprefix("moshi_ttt."): folder for name, folder in package_folders().items() if "." in name}
+    assert {name: path.resolve() for name, path in links.items()} == mapped
+    assert all(not Path(path.readlink()).is_absolute() for path in links.values())
+
+
+# ---- who may import whom
+
+
+def lint_imports(tree: Path) -> subprocess.CompletedProcess[str]:
+    config = str(ROOT / "pyproject.toml")
+    command = f"import importlinter.cli as c; c.lint_imports_command(['--no-cache', '--config', {config!r}])"
+    return subprocess.run(
+        [sys.executable, "-c", command], cwd=tree, env=run_environment(tree), capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    copy_import_tree(tmp_path)
+    return tmp_path
+
+
+def test_import_contracts_hold(tree):
+    result = lint_imports(tree)
+    assert result.returncode == 0, result.stdout
+    analyzed = int(re.search(r"Analyzed (\d+) files", result.stdout)[1])
+    assert analyzed >= sum(len(list(folder.glob("*.py"))) for folder in packages_on_disk().values())
+
+
+@pytest.mark.parametrize(
+    ("importer", "statement", "contract"),
+    [
+        ("core/state.py", "import moshi", "core imports no other part"),
+        ("core/state.py", "from moshi_ttt.plugins.common import rope", "core imports no other part"),
+        ("core/state.py", "def f():\n    from moshi_ttt.hosts import moshi", "core imports no other part"),
+        ("plugins/common/rope.py", "import moshi_ttt.hosts.moshi", "a plugin imports core and plugins.common alone"),
+        ("plugins/ttt_mlp/block.py", "import moshi_ttt.plugins.ttt_linear.block", "plugins do not import each other"),
+        ("hosts/moshi/host.py", "from moshi_ttt.plugins.common import rope", "a host imports core alone"),
+        ("apps/cli.py", "from moshi_ttt.plugins.ttt_linear.block import X", "apps reach a plugin only through"),
+    ],
+)  # fmt: skip
+def test_forbidden_import_is_caught(tree, importer, statement, contract):
+    path = tree / "moshi_ttt" / importer
+    path.write_text(path.read_text() + f"\n\n{statement}\n")
+    result = lint_imports(tree)
+    assert result.returncode == 1, result.stdout
+    assert re.search(rf"^{contract}.* BROKEN$", result.stdout, re.MULTILINE), result.stdout
+
+
+def test_contract_of_independence_names_every_plugin():
+    contracts = pyproject()["tool"]["importlinter"]["contracts"]
+    (independent,) = (contract["modules"] for contract in contracts if contract["type"] == "independence")
+    plugins = {name for name in packages_on_disk() if re.fullmatch(r"moshi_ttt\.plugins\.\w+", name)}
+    assert set(independent) == plugins - {"moshi_ttt.plugins.common"}
+
+
+# ---- a second copy of the registry
+
+
+@pytest.mark.parametrize("folder", ["core", "plugins", "hosts", "apps"])
+@pytest.mark.parametrize("statement", ["import {}", "import {}.x", "from {} import x", "from {}.x import y"])
+def test_import_of_a_root_folder_is_banned(folder, statement):
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "TID251"]
+    result = subprocess.run(
+        [*command, "--stdin-filename", "examples/x.py", "-"],
+        input=statement.format(folder) + "\n",
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "TID251" in result.stdout
+
+
+def test_every_plugin_entry_point_is_a_package_of_ours():
+    points = pyproject()["project"]["entry-points"]["moshi_ttt"]
+    plugins = {name.rpartition(".")[2] for name in packages_on_disk() if name.startswith("moshi_ttt.plugins.")}
+    assert plugins - {"common"} <= points.keys(), "a plugin without an entry point is never found"

@@ -1,0 +1,110 @@
+"""The wheel: what a user installs has every module, every data file, and finds its own plugins."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+from tests.project import ROOT, copy_repository, package_folders, packages_on_disk, pyproject, run_environment
+
+DISCOVER = """
+import json, sys, moshi_ttt
+from moshi_ttt.core.registry import default_registry
+registry = default_registry()
+for entry in registry.entries():
+    entry.load(), entry.load_config()
+print(json.dumps({
+    "folder": moshi_ttt.__file__,
+    "plugins": {r.provenance.plugin: [r.status, r.reason, r.provenance.distribution] for r in registry.plugins()},
+    "names": sorted(f"{e.kind} {e.name}" for e in registry.entries()),
+    "root_folders": sorted(sys.modules.keys() & {"core", "plugins", "hosts", "apps"}),
+}))
+"""
+
+
+def run(*command: str, cwd: Path, **options: object) -> str:
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, **options)  # type: ignore[call-overload]
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def build(repository: Path, target: Path) -> Path:
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), cwd=repository)
+    (path,) = target.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    copy_repository(folder / "repository")
+    return build(folder / "repository", folder)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("installed")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-index")
+    run(*pip, "--target", str(target), str(wheel), cwd=target)
+    return target
+
+
+def test_every_file_of_a_package_is_in_the_wheel(wheel):
+    packed = set(ZipFile(wheel).namelist())
+    missing = [
+        str(path.relative_to(ROOT))
+        for name, top in package_folders().items()
+        for path in top.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not _through_link(path, top)
+        and "/".join((*name.split("."), *path.relative_to(top).parts)) not in packed
+    ]  # fmt: skip
+    assert missing == [], "add them to packages or package-data in pyproject.toml"
+
+
+def _through_link(path: Path, top: Path) -> bool:
+    return any(parent.is_symlink() for parent in (path, *path.parents) if top in parent.parents)
+
+
+def test_nothing_else_is_in_the_wheel(wheel):
+    folders = {name.rpartition("/")[0] for name in ZipFile(wheel).namelist() if ".dist-info" not in name}
+    packages = {name.replace(".", "/") for name in packages_on_disk()}
+    strays = [f for f in folders if not any(f == p or f.startswith(f"{p}/") for p in packages)]
+    assert strays == []
+    assert not any("__pycache__" in folder for folder in folders)
+
+
+def test_wheel_says_it_is_typed_and_carries_the_licence(wheel):
+    names = ZipFile(wheel).namelist()
+    assert "moshi_ttt/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_clone_without_symlinks_builds_the_same_wheel(wheel, tmp_path):
+    copy_repository(tmp_path)
+    for link in [path for path in (tmp_path / "src" / "moshi_ttt").iterdir() if path.is_symlink()]:
+        destination = str(link.readlink())
+        link.unlink()
+        link.write_text(destination)  # what git makes of a symlink where there are none
+    assert set(ZipFile(build(tmp_path, tmp_path / "dist")).namelist()) == set(ZipFile(wheel).namelist())
+
+
+def test_discovery_from_the_wheel_loads_everything(installed, tmp_path):
+    found = json.loads(run(sys.executable, "-c", DISCOVER, cwd=tmp_path, env=run_environment(installed)))
+    assert Path(found["folder"]).is_relative_to(installed), "the wheel is tested, not the checkout"
+    assert found["root_folders"] == []
+    expected = pyproject()["project"]["entry-points"]["moshi_ttt"]
+    ours = {plugin: record for plugin, record in found["plugins"].items() if record[2] == "moshi-ttt"}
+    assert ours == {plugin: ["loaded", "", "moshi-ttt"] for plugin in expected}
+    for name in ("block ttt_linear", "block ttt_mlp", "host moshi", "precision_policy fp32_state"):
+        assert name in found["names"]
+
+
+def test_command_line_of_the_wheel_runs(installed, tmp_path):
+    command = installed / "bin" / "moshi-ttt"
+    version = run(sys.executable, str(command), "--version", cwd=tmp_path, env=run_environment(installed))
+    assert version.split() == ["moshi-ttt", pyproject()["project"]["version"]]
