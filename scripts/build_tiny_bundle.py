@@ -380,7 +380,7 @@ def assemble(work: Path, out: Path, root: Path) -> None:
     for name in EXCERPT:
         shutil.copy(root / VOICE / f"{name}.wav", speech / f"{name}.wav")
     (speech / "transcripts.json").write_text(json.dumps({n: texts[n] for n in EXCERPT}, indent=2) + "\n")
-    shutil.copy(root / COPYRIGHT, speech / "LICENSE")
+    shutil.copy(root / COPYRIGHT, speech / "LICENSE")  # ATTRIBUTION.md beside it is written by hand
     log(f"bundle in {out}: {sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 
 
