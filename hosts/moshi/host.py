@@ -38,7 +38,8 @@ class MoshiHostConfig(HostConfig):
     """Which Moshi.
 
     Attributes:
-        hf_repo: a hub repository name, a local folder laid out like one, or ``builtin:tiny``.
+        hf_repo: a hub repository name, a local folder laid out like one, ``builtin:tiny``, or, for planning only,
+            ``builtin:moshi-7b`` (the published architecture; it has no weights).
         revision: a branch, tag or commit of the hub repository.
         dtype: what to load the weights as; None keeps the dtype they are stored in.
     """

@@ -14,6 +14,7 @@ from moshi_ttt.core.errors import HostError
 from moshi_ttt.hosts.moshi.upstream import CheckpointInfo, LMModel, loaders
 
 BUILTIN_TINY = "builtin:tiny"
+BUILTIN_7B = "builtin:moshi-7b"
 BUNDLE = Path(__file__).parent / "bundle"
 # What a config.json holds beside the options of the language model.
 _NOT_OPTIONS = {
@@ -95,8 +96,11 @@ def resolve_repo(hf_repo: str, *, revision: str | None = None) -> MoshiBundle:
 def load_skeleton(hf_repo: str, *, revision: str | None = None, dtype: torch.dtype | None = None) -> LMModel:
     """The architecture that ``hf_repo`` names, on the meta device: config.json is all that is read, or downloaded.
 
+    ``builtin:moshi-7b`` is the published 7B architecture, for which nothing is read.
     ``dtype=None`` is the dtype of the weights where they lie beside the config, else bfloat16. Raises HostError.
     """
+    if hf_repo == BUILTIN_7B:
+        return loaders.get_moshi_lm(None, device="meta", dtype=dtype or torch.bfloat16)
     folder = _local_folder(hf_repo, revision)
     if folder is not None:
         config_path = folder / "config.json"
@@ -126,8 +130,13 @@ def _local_folder(hf_repo: str, revision: str | None) -> Path | None:
                 "Build it with scripts/build_tiny_bundle.py, or install a released wheel."
             )
         return BUNDLE
+    if hf_repo == BUILTIN_7B:
+        raise HostError(
+            f"{BUILTIN_7B} is the published architecture without weights, for planning (`moshi-ttt explain`). "
+            "To load the model give its repository, kyutai/moshiko-pytorch-bf16, or a folder that holds it."
+        )
     if hf_repo.startswith("builtin:"):
-        raise HostError(f"There is no {hf_repo!r}: the one built-in model is {BUILTIN_TINY!r}.")
+        raise HostError(f"There is no {hf_repo!r}: built in are {BUILTIN_TINY!r} and, for planning, {BUILTIN_7B!r}.")
     folder = Path(hf_repo).expanduser()
     if folder.is_dir():
         if revision is not None:
