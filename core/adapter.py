@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moshi_ttt.core.block import Site
-from moshi_ttt.core.config import parse_block
-from moshi_ttt.core.errors import AdapterError, ConfigError, InjectionError, PluginError
-from moshi_ttt.core.injection import Injection, Plan, make_plan
+from moshi_ttt.core.config import BlockConfig, parse_block
+from moshi_ttt.core.errors import AdapterError, ConfigError, MoshiTTTError, PluginError
+from moshi_ttt.core.injection import Injection, Plan, PlannedBlock, make_plan
 from moshi_ttt.core.registry import Registry, default_registry
 
 FORMAT_VERSION = 1
@@ -55,6 +55,7 @@ def save_adapter(injection: Injection, folder: str | Path, *, training_step: int
     try:
         save_file(tensors, temporary / TENSORS)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders for the owner alone
         for path in (temporary / TENSORS, temporary / MANIFEST, temporary):
             _sync(path)
         _swap(temporary, folder)
@@ -67,26 +68,24 @@ def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | N
     """Inject the blocks of an adapter into its base model and fill them; bit-equal to what was saved.
 
     Raises:
-        AdapterError: the folder is not an adapter, is damaged or incomplete, or belongs to another host or model.
-        PluginError: the plugin of one of its variants is not installed or failed to load.
-        The model is untouched in every case.
+        AdapterError: the folder is not an adapter, is damaged or incomplete, belongs to another host or model, or needs
+            a plugin that is not installed. The model is untouched.
     """
     registry = registry or default_registry()
     folder = Path(folder)
     manifest = read_manifest(folder)
-    host = registry.host(str(manifest["host"]))
-    _check_fingerprint(folder, manifest["fingerprint"], host.fingerprint(model))
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise AdapterError(f"{folder}: the model is on the meta device and cannot hold values; load its weights first.")
     try:
-        entries = [
-            parse_block({**entry["config"], "layers": (Site.parse(entry["site"]).layer,)}, registry=registry)
-            for entry in manifest["sites"]
-        ]
+        host = registry.host(str(manifest["host"]))
+        _check_fingerprint(folder, manifest["fingerprint"], host.fingerprint(model))
+        entries = [_parse_site(entry, registry) for entry in manifest["sites"]]
         policy = registry.policy(manifest["precision"])
         plan = make_plan(model, host, entries, policy=policy, registry=registry)
-    except PluginError:
+    except AdapterError:
         raise
-    except (ConfigError, InjectionError, KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{folder}: its blocks do not fit this model or installation. {error}") from error
+    except (MoshiTTTError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterError(f"{folder}: it does not fit this model or installation. {error}") from error
     tensors = _read_tensors(folder / TENSORS)
     _check_tensors(folder, plan, tensors)
     injection = plan.apply(model)
@@ -117,7 +116,18 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def _describe(planned: Any) -> dict[str, Any]:
+def _parse_site(entry: Mapping[str, Any], registry: Registry) -> BlockConfig:
+    """The config of one site of the manifest; a variant that is not installed is named with its distribution."""
+    try:
+        return parse_block({**entry["config"], "layers": (Site.parse(entry["site"]).layer,)}, registry=registry)
+    except (ConfigError, PluginError) as error:
+        raise AdapterError(
+            f"{error} The adapter was made with {entry['distribution']} {entry['version']} "
+            f"(plugin {entry['plugin']!r}): install that."
+        ) from error
+
+
+def _describe(planned: PlannedBlock) -> dict[str, Any]:
     provenance = planned.variant.provenance
     return {
         "site": str(planned.site),
@@ -173,6 +183,12 @@ def _check_tensors(folder: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> N
         raise AdapterError(f"{folder}: {'; '.join(problems)}. The adapter was not loaded.")
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -182,17 +198,20 @@ def _sync(path: Path) -> None:
 
 
 def _swap(temporary: Path, folder: Path) -> None:
-    if folder.exists():
-        # A folder cannot be renamed over another: move the old one aside, so a failure in between loses nothing.
-        retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-        os.rename(folder, retired / folder.name)
+    """Put ``temporary`` where ``folder`` is; on any failure what was there is there again."""
+    if not folder.exists():
+        os.rename(temporary, folder)
+        _sync(folder.parent)
+        return
+    # A folder cannot be renamed over another: the old one steps aside, and back if the new one does not arrive.
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    try:
+        os.rename(folder, aside / folder.name)
         try:
             os.rename(temporary, folder)
-        except OSError:
-            os.rename(retired / folder.name, folder)
+        except BaseException:
+            os.rename(aside / folder.name, folder)
             raise
-        finally:
-            shutil.rmtree(retired, ignore_errors=True)
-    else:
-        os.rename(temporary, folder)
-    _sync(folder.parent)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -212,6 +212,12 @@ class SequenceBlock(nn.Module, ABC):
             raise ContextError(
                 f"The block at {self.info.site} is for width {self.info.dim}, got shape {tuple(tokens.shape)}."
             )
+        for name, mask in (("exec_mask", context.exec_mask), ("reset", context.reset)):
+            if mask is not None and mask.shape != tokens.shape[:1]:
+                raise ContextError(
+                    f"The block at {self.info.site} got {tokens.shape[0]} rows and {name} of shape "
+                    f"{tuple(mask.shape)}. Give one value per row."
+                )
         if state is not None:
             if not self.causal:
                 raise ContextError(

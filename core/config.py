@@ -6,12 +6,12 @@ An unknown variant or key is an error that names the nearest ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError
 
 from moshi_ttt.core.errors import ConfigError, nearest
 
@@ -54,11 +54,11 @@ class TTTConfig(FrozenConfig):
         extra: sections that an application asked for (``train``, ...), validated by the application's models.
     """
 
-    host: HostConfig
+    host: SerializeAsAny[HostConfig]
     precision: str = "fp32_state"
     seed: int = 0
-    ttt: tuple[BlockConfig, ...] = ()
-    extra: dict[str, FrozenConfig] = {}
+    ttt: tuple[SerializeAsAny[BlockConfig], ...] = ()
+    extra: dict[str, SerializeAsAny[FrozenConfig]] = {}
 
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -83,12 +83,21 @@ def parse_model(model: type[ModelT], values: Mapping[str, Any], where: str) -> M
 
 
 def _keys_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """The keys allowed at a path of an error; parts that name no field (list indexes, union branches) are skipped."""
     for part in path:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
+        if part in model.model_fields:
+            found = _model_in(model.model_fields[str(part)].annotation)
+            if found is None:
+                return []
+            model = found
     return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The first model inside an annotation such as ``Gate | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _model_in(inner)) is not None), None)
 
 
 def parse_config(
@@ -115,39 +124,55 @@ def parse_config(
     unknown = [key for key in values if key not in allowed]
     problems = [f"{where}: unknown key {key!r}. {nearest(str(key), allowed)}" for key in unknown]
 
-    host: HostConfig | None = None
-    blocks: list[BlockConfig] = []
-    extra: dict[str, FrozenConfig] = {}
-    precision = values.get("precision", "fp32_state")
-    try:
-        host = parse_host(values.get("host"), registry=registry, where=f"{where}: host")
-    except ConfigError as error:
-        problems.append(str(error))
-    try:
-        registry.policy(str(precision))
-    except ConfigError as error:
-        problems.append(f"{where}: precision: {error}")
+    def attempt(parse: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return parse(*arguments, where)
+        except ConfigError as error:
+            problems.append(str(error))
+            return None
+
+    precision = attempt(_parse_precision, values.get("precision", "fp32_state"), registry)
+    seed = attempt(_parse_seed, values.get("seed", 0))
+    host = attempt(_parse_host_entry, values.get("host"), registry)
     entries = values.get("ttt")
     if not isinstance(entries, list | tuple):
         problems.append(f"{where}: 'ttt' must be a list of entries, each with a variant, got {entries!r}.")
         entries = ()
-    for index, entry in enumerate(entries):
-        try:
-            blocks.append(parse_block(entry, registry=registry, where=f"{where}: ttt[{index}]"))
-        except ConfigError as error:
-            problems.append(str(error))
-    for name, model in sections.items():
-        try:
-            extra[name] = parse_model(model, values.get(name) or {}, f"{where}: {name}")
-        except ConfigError as error:
-            problems.append(str(error))
-    if problems or host is None:
+    blocks = [attempt(_parse_block_entry, index, entry, registry) for index, entry in enumerate(entries)]
+    extra = {name: attempt(_parse_section, name, model, values.get(name)) for name, model in sections.items()}
+    if problems:
         raise ConfigError("\n".join(problems))
-    return parse_model(
-        TTTConfig,
-        {"host": host, "precision": precision, "seed": values.get("seed", 0), "ttt": tuple(blocks), "extra": extra},
-        where,
-    )
+    return TTTConfig(host=host, precision=precision, seed=seed, ttt=tuple(blocks), extra=extra)
+
+
+def _parse_precision(name: Any, registry: Registry, where: str) -> str:
+    try:
+        return registry.policy(str(name)).name
+    except ConfigError as error:
+        raise ConfigError(f"{where}: precision: {error}") from None
+
+
+def _parse_seed(value: Any, where: str) -> int:
+    return parse_model(_Seed, {"seed": value}, where).seed
+
+
+class _Seed(FrozenConfig):
+    seed: int
+
+
+def _parse_host_entry(value: Any, registry: Registry, where: str) -> HostConfig:
+    return parse_host(value, registry=registry, where=f"{where}: host")
+
+
+def _parse_block_entry(index: int, value: Any, registry: Registry, where: str) -> BlockConfig:
+    return parse_block(value, registry=registry, where=f"{where}: ttt[{index}]")
+
+
+def _parse_section(name: str, model: type[FrozenConfig], value: Any, where: str) -> FrozenConfig:
+    if not isinstance(value, Mapping | None):
+        allowed = ", ".join(model.model_fields)
+        raise ConfigError(f"{where}: {name}: expected a mapping with some of {allowed}, got {value!r}.")
+    return parse_model(model, value or {}, f"{where}: {name}")
 
 
 def parse_host(value: Any, *, registry: Registry, where: str = "host") -> HostConfig:
@@ -156,7 +181,11 @@ def parse_host(value: Any, *, registry: Registry, where: str = "host") -> HostCo
         raise ConfigError(
             f"{where}: expected a mapping with a 'name', got {value!r}. Hosts: {', '.join(registry.names('host'))}."
         )
-    return parse_model(registry.host(value["name"]).config_class, value, where)
+    try:
+        host = registry.host(value["name"])
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return parse_model(host.config_class, value, where)
 
 
 def parse_block(value: Any, *, registry: Registry, where: str = "ttt") -> BlockConfig:
@@ -173,13 +202,26 @@ def parse_block(value: Any, *, registry: Registry, where: str = "ttt") -> BlockC
     return parse_model(variant.config_class, value, f"{where} ({value['variant']})")
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, with a key that occurs twice an error: plain YAML keeps the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} occurs twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(
     path: str | Path, *, registry: Registry, sections: Mapping[str, type[FrozenConfig]] | None = None
 ) -> TTTConfig:
     """Read and validate a YAML file. Raises ConfigError for a missing file, bad YAML, or bad contents."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"Cannot read the config {path}: {error}.") from None
     except yaml.YAMLError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -65,28 +65,37 @@ class Plan:
         return sum(block.state_bytes for block in self.blocks)
 
     def apply(self, model: nn.Module) -> Injection:
-        """Build, initialise and attach all blocks. Raises InjectionError and leaves the model untouched on failure.
+        """Build, initialise and attach all blocks. Raises a MoshiTTTError and leaves the model untouched on failure.
 
         On a meta-device model the blocks are on meta too; call ``Injection.initialise`` once they are materialised.
         """
-        built: dict[Site, SequenceBlock] = {}
+        if self.host.blocks(model):
+            raise InjectionError("Nothing was injected: the model already has blocks; remove them first.")
+        try:
+            built = {planned.site: planned.build() for planned in self.blocks}
+            if not any(parameter.is_meta for block in built.values() for parameter in block.parameters()):
+                initialise_blocks(built, self.seed)
+            for block in built.values():
+                block.check_precision("build")
+            self.host.attach(model, built)
+        except MoshiTTTError:
+            raise
+        except Exception as error:  # a third party's block can fail in any way
+            raise InjectionError(
+                f"Nothing was injected: building the blocks failed with {type(error).__name__}: {error}."
+            ) from error
         for planned in self.blocks:
-            block = planned.build()
-            built[planned.site] = block
-        injection = Injection(model=model, plan=self)
-        if not any(parameter.is_meta for block in built.values() for parameter in block.parameters()):
-            initialise_blocks(built, self.seed)
-        self.host.attach(model, built)
-        for planned in self.blocks:
-            block = built[planned.site]
-            block.check_precision("build")
-            shapes = " ".join(f"{name}{list(p.shape)}" for name, p in block.named_parameters())
-            logger.info(
-                "%s: %s of %s, %s parameters, %s on %s: %s",
-                planned.site, planned.variant.name, planned.variant.provenance, f"{planned.parameters:,}",
-                planned.roles.master, planned.info.device, shapes,
-            )  # fmt: skip
-        return injection
+            logger.info("%s", _describe(planned, built[planned.site]))
+        return Injection(model=model, plan=self)
+
+
+def _describe(planned: PlannedBlock, block: SequenceBlock) -> str:
+    """One log line: layer, variant, parameters, shapes, dtype, device."""
+    shapes = " ".join(f"{name}{list(parameter.shape)}" for name, parameter in block.named_parameters())
+    return (
+        f"{planned.site}: {planned.variant.name} of {planned.variant.provenance}, {planned.parameters:,} parameters, "
+        f"{planned.roles.master} on {planned.info.device}: {shapes}"
+    )
 
 
 @dataclass(frozen=True)
@@ -162,7 +171,10 @@ def make_plan(
             sites, a non-causal block in a causal host, options that do not fit the host, blocks already present.
     """
     registry = registry or default_registry()
-    sites = {info.site: info for info in host.sites(model)}
+    adapter = registry.format_adapter(host.format_name)
+    sites = {info.site: replace(info, format=adapter) for info in host.sites(model)}
+    if not sites:
+        raise InjectionError(f"Nothing was injected: host {host.name!r} finds no site in this model.")
     num_layers = 1 + max(site.layer for site in sites)
     problems: list[str] = []
     if host.blocks(model):
@@ -206,7 +218,11 @@ def _plan_block(
             f"the host's parameters are {info.dtype}, policy {policy.name!r} asks for {roles.param}; "
             "load the host in that dtype or choose another policy."
         )
-    trial = variant.factory(config, info.on(torch.device("meta")), roles)
+    trial = _trial(info, variant, config, roles)
+    if trial.kind != info.site.kind:
+        raise InjectionError(
+            f"the block is for {trial.kind} sites. A factory function needs an attribute `kind`, as a block class has."
+        )
     if host.causal and not trial.causal:
         raise InjectionError(
             f"host {host.name!r} is causal and this block is not: it would see the future inside a chunk. "
@@ -221,6 +237,23 @@ def _plan_block(
         state_bytes=trial.state_bytes(),
         flops_per_token=trial.flops_per_token(),
     )
+
+
+def _trial(info: SiteInfo, variant: Variant, config: BlockConfig, roles: DtypeRoles) -> SequenceBlock:
+    """The block on the meta device: what it would be, without its memory."""
+    try:
+        block = variant.factory(config, info.on(torch.device("meta")), roles)
+    except MoshiTTTError:
+        raise
+    except Exception as error:  # a third party's constructor can fail in any way
+        raise InjectionError(
+            f"variant {variant.name!r} of {variant.provenance} cannot be built: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(block, SequenceBlock):
+        raise InjectionError(
+            f"variant {variant.name!r} of {variant.provenance} makes a {type(block).__name__}, not a SequenceBlock."
+        )
+    return block
 
 
 def inject(model: nn.Module, config: TTTConfig, *, registry: Registry | None = None) -> Injection:

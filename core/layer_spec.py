@@ -58,7 +58,9 @@ def _resolve_part(part: str, n: int, whole: str) -> range:
         first = _index(match[1], part, n, whole)
         last = _index(match[2], part, n, whole) if match[2] is not None else first
         if last < first:
-            raise LayerSpecError(f"Layers {whole!r}: the range {part!r} runs backwards ({first} to {last}).")
+            raise LayerSpecError(
+                f"Layers {whole!r}: the range {part!r} runs backwards ({first} to {last}); the layers are 0 to {n - 1}."
+            )
         return range(first, last + 1)
     extra = " 'none' stands alone." if part == "none" else ""
     raise LayerSpecError(f"Layers {whole!r}: cannot read {part!r}.{extra} Allowed: {GRAMMAR}; joined by commas.")

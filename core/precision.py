@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -61,6 +61,13 @@ class PrecisionPolicy:
     matmul: RoleDtype = "model"
     reduce: RoleDtype = "float32"
     output: RoleDtype = "float32"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "name" and value not in get_args(RoleDtype):
+                allowed = ", ".join(get_args(RoleDtype))
+                raise PrecisionError(f"Policy {self.name!r}: role {field.name!r} is {value!r}; allowed: {allowed}.")
 
     def roles(self, model_dtype: torch.dtype) -> DtypeRoles:
         """The dtypes of all roles in a host whose parameters are ``model_dtype``."""

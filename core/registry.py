@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any, Literal, cast
 
@@ -118,6 +118,13 @@ class Registrar:
         self.entries.append(Entry(self.kind, _checked_name(name), target, self.provenance))
 
 
+def _refuse_repeats(registrar: Registrar) -> None:
+    names = [entry.name for entry in registrar.entries]
+    for name in names:
+        if names.count(name) > 1:
+            raise PluginError(f"it registers the {registrar.kind} {name!r} {names.count(name)} times")
+
+
 class BlockRegistrar(Registrar):
     """The registrar of variants, which come with a config model."""
 
@@ -151,6 +158,8 @@ class Registry:
         A plugin that fails is recorded and warned about; the others load. Two plugins that claim one name make that
         name unusable (asking for it names both); their other names work.
         """
+        if self._records:
+            raise PluginError("This registry has discovered its plugins already; make a new one to discover again.")
         if entry_points is None:
             entry_points = list(metadata.entry_points(group=ENTRY_POINT_GROUP))
         wanted = os.environ.get(ENVIRONMENT)
@@ -176,7 +185,7 @@ class Registry:
     ) -> PluginRecord:
         try:
             plugin = entry_point.load()
-        except Exception as error:  # whatever a third party's import raises must not end discovery
+        except (Exception, SystemExit) as error:  # whatever a third party's import raises must not end discovery
             return PluginRecord(provenance, "failed", f"{type(error).__name__}: {error}")
         version = getattr(plugin, "MOSHI_TTT_API", None)
         if version != HOOK_API_VERSION:
@@ -194,7 +203,8 @@ class Registry:
             others = [other for other in manager.get_plugins() if other is not plugin]
             for registrar in registrars:
                 manager.subset_hook_caller(HOOKS[registrar.kind], others)(registrar=registrar)
-        except Exception as error:
+                _refuse_repeats(registrar)
+        except (Exception, SystemExit) as error:
             if manager.has_plugin(name):
                 manager.unregister(name=name)
             return PluginRecord(provenance, "failed", f"{type(error).__name__}: {error}")
@@ -301,15 +311,22 @@ class Registry:
         config_class = entry.load_config()
         if not (isinstance(config_class, type) and issubclass(config_class, BlockConfig)):
             raise PluginError(f"The config of variant {name!r} from {entry.provenance} is not a BlockConfig subclass.")
-        return Variant(name, config_class, entry.load(), entry.provenance)
+        factory = entry.load()
+        if not callable(factory):
+            raise PluginError(
+                f"The block of variant {name!r} from {entry.provenance} is a {type(factory).__name__}; "
+                "register a block class, or a function (config, site info, dtype roles) -> block."
+            )
+        return Variant(name, config_class, factory, entry.provenance)
 
     def host(self, name: str) -> HostModel:
         """A host adapter. Raises as ``entry``."""
         return cast(HostModel, self._typed("host", name, HostModel))
 
     def policy(self, name: str) -> PrecisionPolicy:
-        """A precision policy. Raises as ``entry``."""
-        return cast(PrecisionPolicy, self._typed("precision_policy", name, PrecisionPolicy))
+        """A precision policy, under the name it is registered by. Raises as ``entry``."""
+        policy = cast(PrecisionPolicy, self._typed("precision_policy", name, PrecisionPolicy))
+        return policy if policy.name == name else replace(policy, name=name)
 
     def format_adapter(self, name: str) -> FormatAdapter:
         """A format adapter. Raises as ``entry``."""

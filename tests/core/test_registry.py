@@ -69,7 +69,7 @@ def test_override_replaces_and_restores():
 
 def test_override_nests():
     registry = toy_registry()
-    first, second = PrecisionPolicy(name="a"), PrecisionPolicy(name="b")
+    first, second = PrecisionPolicy(name="fp32", state="model"), PrecisionPolicy(name="fp32", output="model")
     with registry.override("precision_policy", "fp32", first):
         with registry.override("precision_policy", "fp32", second):
             assert registry.policy("fp32") is second
