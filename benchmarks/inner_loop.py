@@ -67,14 +67,14 @@ class Problem:
         fast, _ = inner_loop.unpack(inner_loop.initial_state(self.weights, self.biases, self.chunk, self.batch))
         outputs = []
         for start in range(0, self.length, self.chunk):
-            total = None
+            total: list[Tensor] = []
+            biases: list[Tensor] = []
             for n, t in enumerate(range(start, start + self.chunk)):
                 memory = inner_loop.key_pass(k[:, :, t, None], v[:, :, t, None], lr[:, :, t, None], fast, self.norm)
                 gradients = [a.mT @ g for a, g in zip(memory.inputs, memory.gradients, strict=True)]
-                total = gradients if total is None else [a + b for a, b in zip(total, gradients, strict=True)]
-                biases = (
-                    list(memory.gradients) if n == 0 else [a + b for a, b in zip(biases, memory.gradients, strict=True)]
-                )
+                total = gradients if n == 0 else [a + b for a, b in zip(total, gradients, strict=True)]
+                sums = memory.gradients
+                biases = list(sums) if n == 0 else [a + b for a, b in zip(biases, sums, strict=True)]
                 local = inner_loop.FastNetwork(
                     tuple(w - self.scale[n] * g for w, g in zip(fast.weights, total, strict=True)),
                     tuple(b - self.scale[n] * g for b, g in zip(fast.biases, biases, strict=True)),
@@ -103,7 +103,7 @@ def gate(kind: str) -> float:
         for t in range(24)
     ]
     forms = (problem.run(), problem.by_token(), torch.cat(streamed, dim=1))
-    return max(float((form - expected).abs().max()) for form in forms)
+    return max(float((form - expected).detach().abs().max()) for form in forms)
 
 
 def median_ms(function: Callable[[], object], seconds: float = 2.0, least: int = 5) -> float:

@@ -42,6 +42,13 @@ from moshi_ttt.core.testing.checks_training import (
     check_trainable_set,
     check_two_forwards,
 )
+from moshi_ttt.core.testing.host_checks import (
+    HOST_CHECKS,
+    HostCase,
+    HostStream,
+    HostVariantCase,
+    host_conformance_tests,
+)
 from moshi_ttt.core.testing.toy_host import TOY_HOST, ToyHost, ToyModel
 
 Check = Callable[[BlockCase], None]
@@ -104,8 +111,12 @@ def conformance_tests(
 
 __all__ = [
     "CHECKS",
+    "HOST_CHECKS",
     "TOY_HOST",
     "BlockCase",
+    "HostCase",
+    "HostStream",
+    "HostVariantCase",
     "Shape",
     "ToyHost",
     "ToyModel",
@@ -114,4 +125,5 @@ __all__ = [
     "conformance_tests",
     "default_cases",
     "error",
+    "host_conformance_tests",
 ]

@@ -1,0 +1,284 @@
+"""Checks of a variant inside a real host: what shows only when a whole model trains and streams (rules 1-3, 5-8, 13).
+
+A host's package describes itself once as a ``HostCase``; then any variant is checked in it::
+
+    from moshi_ttt.core.testing import host_conformance_tests
+    from moshi_ttt.hosts.moshi.testing import moshi_case
+
+    test_on_moshi = host_conformance_tests(moshi_case(), "my_variant", {"chunk": 4}, identity={"gate": {"init": 0.0}})
+"""
+
+from __future__ import annotations
+
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moshi_ttt.core.adapter import load_adapter, save_adapter
+from moshi_ttt.core.config import parse_block
+from moshi_ttt.core.errors import MoshiTTTError
+from moshi_ttt.core.host import HostModel
+from moshi_ttt.core.injection import Injection, make_plan
+from moshi_ttt.core.precision import FP32_STATE
+from moshi_ttt.core.registry import Registry, default_registry
+from moshi_ttt.core.testing.case import assert_close, assert_equal
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+"""Streaming against one forward pass through a whole host. In bfloat16 every layer rounds its output (2^-8 relative),
+and another number of tokens rounds it differently: the base model itself differs by 3e-2 between the two."""
+
+
+class HostStream(ABC):
+    """A host that streams: one call a token, for all rows."""
+
+    @abstractmethod
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits ``[B, 1, V]`` for tokens ``[B, ..., 1]``."""
+
+    @abstractmethod
+    def reset(self, mask: Tensor) -> None:
+        """Start the rows where ``mask [B]`` is true anew."""
+
+    @abstractmethod
+    def execute(self, mask: Tensor) -> None:
+        """From now on only the rows where ``mask [B]`` is true move."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostCase:
+    """How the checks drive a host.
+
+    Attributes:
+        name: for test ids.
+        host: its adapter.
+        model: the base model in a dtype; the same weights at every call.
+        tokens: ``(batch, length, seed)`` to input tokens ``[B, ..., T]``.
+        logits: ``(model, tokens)`` to logits ``[B, T, V]`` in one forward pass.
+        stream: ``(model, batch)`` to a context in which the model streams.
+    """
+
+    name: str
+    host: HostModel
+    model: Callable[[torch.dtype], nn.Module]
+    tokens: Callable[[int, int, int], Tensor]
+    logits: Callable[[nn.Module, Tensor], Tensor]
+    stream: Callable[[nn.Module, int], AbstractContextManager[HostStream]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostVariantCase:
+    """One variant with one set of options in one host.
+
+    ``identity`` are options that make the block the identity (a gate of 0), or None when it has none.
+    """
+
+    on: HostCase
+    variant: str
+    options: Mapping[str, Any]
+    identity: Mapping[str, Any] | None
+    dtype: torch.dtype = torch.float32
+    registry: Registry = field(default_factory=default_registry, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.on.name}-{self.variant}-{str(self.dtype)[6:]}"
+
+    def inject(self, model: nn.Module, options: Mapping[str, Any] | None = None, *, excite: bool = True) -> Injection:
+        """Blocks in the last two layers, with disturbed parameters so that every term counts."""
+        entry = {"variant": self.variant, "layers": "last:2", **(self.options if options is None else options)}
+        config = parse_block(entry, registry=self.registry)
+        plan = make_plan(model, self.on.host, [config], policy=FP32_STATE, registry=self.registry)
+        injection = plan.apply(model)
+        if excite:
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for parameter in injection.parameters():
+                    parameter.add_((0.1 * torch.randn(parameter.shape, generator=generator)).to(parameter))
+        return injection
+
+    def injected(self) -> nn.Module:
+        model = self.on.model(self.dtype)
+        self.inject(model)
+        return model
+
+    def streamed(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        with self.on.stream(model, tokens.shape[0]) as stream:
+            return torch.cat([stream.step(tokens[..., t : t + 1]) for t in range(tokens.shape[-1])], dim=1)
+
+
+LENGTH = 21
+
+
+@torch.no_grad()
+def check_host_identity(case: HostVariantCase) -> None:
+    """With an identity block the logits are bit-equal to the base model's, in one pass and streaming."""
+    if case.identity is None:
+        return
+    tokens = case.on.tokens(2, LENGTH, 1)
+    base, model = case.on.model(case.dtype), case.on.model(case.dtype)
+    case.inject(model, {**case.options, **case.identity}, excite=False)
+    assert_equal(case.on.logits(model, tokens), case.on.logits(base, tokens), "logits of one pass at step 0")
+    assert_equal(case.streamed(model, tokens), case.streamed(base, tokens), "streamed logits at step 0")
+
+
+@torch.no_grad()
+def check_host_causality(case: HostVariantCase) -> None:
+    """Changing a token leaves the logits before it bit-equal."""
+    model, tokens = case.injected(), case.on.tokens(2, LENGTH, 1)
+    base = case.on.logits(model, tokens)
+    other = case.on.tokens(2, LENGTH, 2)
+    for t in (1, LENGTH // 2, LENGTH - 1):
+        changed = tokens.clone()
+        changed[..., t] = other[..., t]
+        logits = case.on.logits(model, changed)
+        assert_equal(logits[:, :t], base[:, :t], f"token {t} changed, logits before it")
+        assert not torch.equal(logits[:, t:], base[:, t:]), f"token {t} changed and no logits did"
+
+
+@torch.no_grad()
+def check_host_streaming(case: HostVariantCase) -> None:
+    """Token by token gives the logits of one pass, and the blocks take part in both."""
+    model, tokens = case.injected(), case.on.tokens(2, LENGTH, 1)
+    whole = case.on.logits(model, tokens)
+    assert not torch.equal(whole, case.on.logits(case.on.model(case.dtype), tokens)), "the blocks change nothing"
+    assert_close(case.streamed(model, tokens), whole, TOLERANCE[case.dtype], "streamed logits")
+
+
+@torch.no_grad()
+def check_host_rows(case: HostVariantCase) -> None:
+    """Rows that are reset, held or fed other tokens leave the other rows bit-equal; a held row goes on where it was."""
+    model = case.injected()
+    tokens, other = case.on.tokens(3, LENGTH, 1), case.on.tokens(3, LENGTH, 2)
+    undisturbed = case.streamed(model, tokens)
+    everyone = torch.ones(3, dtype=torch.bool)
+    with case.on.stream(model, 3) as stream:
+        fed = tokens.clone()
+        fed[2] = other[2]
+        for t in range(LENGTH):
+            if t == 5:
+                stream.reset(torch.tensor([False, True, False]))
+            if t == 9:  # a step in which row 0 does not take part
+                stream.execute(torch.tensor([False, True, True]))
+                stream.step(other[..., t : t + 1])
+                stream.execute(everyone)
+            logits = stream.step(fed[..., t : t + 1])
+            assert_equal(logits[0], undisturbed[0, t : t + 1], f"row 0 at token {t}")
+
+
+@torch.no_grad()
+def check_host_reset(case: HostVariantCase) -> None:
+    """A row that is reset gives what a stream that starts there gives."""
+    model, tokens = case.injected(), case.on.tokens(2, LENGTH, 1)
+    later = case.on.tokens(2, LENGTH, 2)
+    fresh = case.streamed(model, later)
+    with case.on.stream(model, 2) as stream:
+        for t in range(7):
+            stream.step(tokens[..., t : t + 1])
+        stream.reset(torch.ones(2, dtype=torch.bool))
+        for t in range(LENGTH):
+            assert_equal(stream.step(later[..., t : t + 1]), fresh[:, t : t + 1], f"token {t} after the reset")
+
+
+@torch.no_grad()
+def check_host_carry(case: HostVariantCase) -> None:
+    """Carried state matters, a new document id resets that row and no other, updates can be frozen."""
+    model, host = case.injected(), case.on.host
+    first, second = case.on.tokens(2, LENGTH, 1), case.on.tokens(2, LENGTH, 2)
+    ids = torch.tensor([1, 2])
+    with host.carry(model, None, document_ids=ids) as state:
+        case.on.logits(model, first)
+    with host.carry(model, state, document_ids=ids):
+        carried = case.on.logits(model, second)
+    with host.carry(model, state, document_ids=torch.tensor([1, 3])):
+        one_new = case.on.logits(model, second)
+    plain = case.on.logits(model, second)
+    assert not torch.equal(carried[1], plain[1]), "the carried state changes nothing"
+    assert_equal(one_new[0], carried[0], "a row whose document goes on")
+    assert_close(one_new[1], plain[1], TOLERANCE[case.dtype], "a row whose document is new")
+    with host.carry(model, updates=False):
+        frozen = case.on.logits(model, first)
+    assert not torch.equal(frozen, case.on.logits(model, first)), "freezing the updates changes nothing"
+
+
+def check_host_weights(case: HostVariantCase) -> None:
+    """No base name changes, base weights load after injection, removal and an adapter's round trip are bit-equal."""
+    tokens = case.on.tokens(2, LENGTH, 1)
+    base = case.on.model(case.dtype)
+    with torch.no_grad():
+        expected = case.on.logits(base, tokens)
+    names = set(base.state_dict())
+    injection = case.inject(base)
+    assert names <= set(base.state_dict()), "a base parameter was renamed"
+    case.on.host.load_base(base, case.on.host.base_state_dict(case.on.model(case.dtype)))
+    other = case.on.model(case.dtype)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        injected = case.on.logits(base, tokens)
+        save_adapter(injection, Path(folder) / "adapter")
+        load_adapter(other, Path(folder) / "adapter", registry=case.registry)
+        assert_equal(case.on.logits(other, tokens), injected, "logits with the loaded adapter")
+        injection.remove()
+        assert_equal(case.on.logits(base, tokens), expected, "logits after removal")
+    assert set(base.state_dict()) == names, "removal leaves something behind"
+
+
+def check_host_refusals(case: HostVariantCase) -> None:
+    """A specification that matches no site raises and leaves the model alone; ``none`` is allowed."""
+    model = case.on.model(case.dtype)
+    before = set(model.state_dict())
+    for layers, message in (("900", "out of range"), ("first:0", "first:0"), ("", "cannot read")):
+        config = parse_block({"variant": case.variant, "layers": layers, **case.options}, registry=case.registry)
+        said = "nothing"
+        try:
+            make_plan(model, case.on.host, [config], policy=FP32_STATE, registry=case.registry)
+        except MoshiTTTError as error:
+            said = str(error)
+        assert message in said, f"layers {layers!r} should be refused with {message!r}, the error says: {said}"
+    nothing = parse_block({"variant": case.variant, "layers": "none", **case.options}, registry=case.registry)
+    plan = make_plan(model, case.on.host, [nothing], policy=FP32_STATE, registry=case.registry)
+    assert plan.blocks == ()
+    assert set(model.state_dict()) == before
+
+
+HOST_CHECKS: tuple[Callable[[HostVariantCase], None], ...] = (
+    check_host_identity,
+    check_host_causality,
+    check_host_streaming,
+    check_host_rows,
+    check_host_reset,
+    check_host_carry,
+    check_host_weights,
+    check_host_refusals,
+)
+
+
+def host_conformance_tests(
+    on: HostCase,
+    variant: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    identity: Mapping[str, Any] | None = None,
+    registry: Registry | None = None,
+) -> Callable[..., None]:
+    """A parametrised pytest test of every host check, in float32 and bfloat16; assign it to a ``test_`` name."""
+    import pytest
+
+    cases = [
+        HostVariantCase(
+            on=on, variant=variant, options=options or {}, identity=identity, dtype=dtype,
+            registry=registry or default_registry(),
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("check", HOST_CHECKS, ids=lambda check: check.__name__.removeprefix("check_host_"))
+    @pytest.mark.parametrize("case", cases, ids=str)
+    def conformance(case: HostVariantCase, check: Callable[[HostVariantCase], None]) -> None:
+        check(case)
+
+    return conformance

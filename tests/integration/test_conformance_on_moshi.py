@@ -1,0 +1,16 @@
+"""Both variants inside Moshi: the kit's host checks, on a random small Moshi and on the trained one that ships."""
+
+from __future__ import annotations
+
+from moshi_ttt.core.testing import host_conformance_tests
+from moshi_ttt.hosts.moshi.loading import resolve_repo
+from moshi_ttt.hosts.moshi.testing import moshi_case
+
+RANDOM = moshi_case("random")
+BUNDLE = moshi_case("bundle", lambda dtype: resolve_repo("builtin:tiny").load_lm(dtype=dtype))
+OFF = {"gate": {"init": 0.0}}
+
+test_ttt_linear = host_conformance_tests(RANDOM, "ttt_linear", {"chunk": 4}, identity=OFF)
+test_ttt_mlp = host_conformance_tests(RANDOM, "ttt_mlp", {"chunk": 5}, identity=OFF)
+test_ttt_linear_on_the_bundle = host_conformance_tests(BUNDLE, "ttt_linear", {"chunk": 8}, identity=OFF)
+test_ttt_mlp_on_the_bundle = host_conformance_tests(BUNDLE, "ttt_mlp", {"chunk": 8}, identity=OFF)

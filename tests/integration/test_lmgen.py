@@ -1,0 +1,108 @@
+"""The variants through Moshi's own generation loop, on the tiny Moshi that ships."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from moshi.models import LMGen
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moshi_ttt.core.testing import error
+from moshi_ttt.hosts.moshi.streaming import load_stream_state, save_stream_state, stream_state
+
+from .conftest import tiny_with
+
+STEPS = 21
+
+
+def user_codes(batch: int, steps: int = STEPS, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 128, (batch, 8, steps), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model, codes, **options):
+    """What the model was fed and its text logits, ``[B, 17, T]`` and ``[B, T, V]``, while LMGen generates greedily."""
+    inputs, logits = [], []
+    plain = model.forward_text
+
+    def recorded(sequence, *rest):
+        out = plain(sequence, *rest)
+        inputs.append(sequence.clone())
+        logits.append(out[1][:, 0])
+        return out
+
+    model.forward_text = recorded
+    try:
+        generator = LMGen(model, use_sampling=False, **options)
+        with generator.streaming(codes.shape[0]):
+            for t in range(codes.shape[-1]):
+                generator.step(codes[..., t : t + 1])
+    finally:
+        del model.forward_text
+    return torch.cat(inputs, dim=-1), torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_generation_sees_the_logits_that_training_would(variant, dtype):
+    model, _ = tiny_with({"variant": variant, "layers": "1,3", "chunk": 4}, dtype=dtype)
+    inputs, streamed = generate(model, user_codes(2))
+    with torch.no_grad():
+        whole = model.forward_text(inputs)[1][:, 0]
+        frozen = tiny_with({"variant": variant, "layers": "none"}, dtype=dtype)[0].forward_text(inputs)[1][:, 0]
+    # bfloat16: each of the host's layers rounds its output, and T = 1 rounds differently from T = 21
+    assert error(streamed, whole) < (1e-4 if dtype == torch.float32 else 5e-2)
+    assert error(whole, frozen) > 1e-2, "the blocks take part"
+
+
+def test_guidance_gives_every_row_of_the_doubled_batch_its_own_state(variant):
+    model, _ = tiny_with({"variant": variant, "layers": "last:1", "chunk": 4})
+    generator = LMGen(model, use_sampling=False, cfg_coef=2.0, cfg_is_no_text=True)
+    codes = user_codes(2)
+    with generator.streaming(2):
+        for t in range(10):
+            generator.step(codes[..., t : t + 1])
+        state = model.transformer.layers[3].ttt._streaming_state.buffers
+        assert state["weight.0"].shape[0] == 4
+        first, second, masked_first, _ = state["weight.0"]
+        assert not torch.equal(first, second)
+        assert not torch.equal(first, masked_first), "the row without text has a state of its own"
+
+
+def test_a_step_reads_no_value_on_the_host(variant):
+    model, _ = tiny_with({"variant": variant, "layers": "all", "chunk": 2})
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        generator = LMGen(model, use_sampling=False, support_out_of_sync=True)
+        with generator.streaming(2):
+            for _ in range(3):
+                generator.step(torch.zeros(2, 8, 1, dtype=torch.long))
+            generator.set_exec_mask(torch.ones(2, dtype=torch.bool))
+            generator.reset_streaming(torch.ones(2, dtype=torch.bool))
+
+
+def test_a_stream_saved_mid_chunk_goes_on_bit_equal(variant, tmp_path):
+    model, _ = tiny_with({"variant": variant, "layers": "last:2", "chunk": 4})
+    codes = user_codes(2)
+    generator = LMGen(model, use_sampling=False, support_out_of_sync=True)
+    with generator.streaming(2):
+        for t in range(10):  # ten steps: two and a half chunks
+            generator.step(codes[..., t : t + 1])
+        path = save_stream_state(tmp_path / "stream.safetensors", generator)
+        expected = [generator.step(codes[..., t : t + 1]) for t in range(10, STEPS)]
+    other, _ = tiny_with({"variant": variant, "layers": "last:2", "chunk": 4})
+    again = LMGen(other, use_sampling=False, support_out_of_sync=True)
+    with again.streaming(2):
+        load_stream_state(path, again)
+        actual = [again.step(codes[..., t : t + 1]) for t in range(10, STEPS)]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_a_bfloat16_model_streams_with_float32_state(variant):
+    model, _ = tiny_with({"variant": variant, "layers": "last:1", "chunk": 4}, dtype=torch.bfloat16)
+    generator = LMGen(model, use_sampling=False)
+    with generator.streaming(1):
+        for t in range(9):
+            generator.step(user_codes(1)[..., t : t + 1])
+        kept = [name for name in stream_state(generator) if ".ttt/" in name]
+        assert any("weight.0" in name for name in kept)
+        for name, tensor in stream_state(generator).items():
+            if ".ttt/" in name and tensor.is_floating_point():
+                assert tensor.dtype == torch.float32, name

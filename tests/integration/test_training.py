@@ -1,0 +1,155 @@
+"""The variants in training on the tiny Moshi: sharded against one process, checkpointing, LoRA, the 7B plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from moshi.modules.lora import replace_all_linear_with_lora
+
+from moshi_ttt import default_registry, inject, load_adapter, make_plan, parse_config, save_adapter
+from moshi_ttt.core.errors import AdapterError, PrecisionError
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
+
+from . import fsdp_worker
+from .conftest import tiny_with
+
+WORKER = Path(__file__).parent / "fsdp_worker.py"
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("fsdp")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(WORKER), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_ranks_train_with_the_losses_of_one_process(ranks):
+    alone = fsdp_worker.train([0, 1], sharded=False)
+    reference = torch.tensor(alone["losses"])  # [step, row]
+    sharded = torch.tensor([rank["losses"] for rank in ranks])[..., 0].T
+    # The first step is the same arithmetic; later ones differ by the order in which two gradients are added.
+    assert torch.equal(sharded[0], reference[0])
+    torch.testing.assert_close(sharded, reference, rtol=2e-4, atol=0)
+    assert reference[-1].mean() < reference[0].mean()
+    for name, values in alone["final"].items():
+        torch.testing.assert_close(torch.tensor(ranks[0]["final"][name]), torch.tensor(values), rtol=1e-3, atol=2e-5)
+
+
+def test_state_and_parameters_are_float32_on_every_rank(ranks):
+    for rank in ranks:
+        assert rank["state_dtypes"] == ["torch.float32"]
+        assert rank["block_dtypes"] == ["torch.float32"]
+        assert rank["base_dtypes"] == ["torch.bfloat16"]
+
+
+def codes(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 128, (batch, 17, length), generator=generator)
+
+
+def gradients(model, injection) -> dict[str, torch.Tensor]:
+    out = model(codes(2, 13))
+    (out.text_logits[out.text_mask].square().mean() + out.logits[out.mask].square().mean()).backward()
+    found = {name: parameter.grad.clone() for name, parameter in injection.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def test_gradients_are_bit_equal_under_the_hosts_checkpointing(variant):
+    model, injection = tiny_with({"variant": variant, "layers": "1,3", "chunk": 4})
+    plain = gradients(model, injection)
+    model.transformer.checkpointing = True
+    for name, gradient in gradients(model, injection).items():
+        assert torch.equal(gradient, plain[name]), name
+
+
+def test_only_the_blocks_train_and_every_parameter_moves(variant):
+    model, injection = tiny_with({"variant": variant, "layers": "last:2", "chunk": 4}, excite=False)
+    injection.freeze_base()
+    declared = {id(parameter) for parameter in injection.parameters()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == declared
+    before = {name: parameter.detach().clone() for name, parameter in injection.named_parameters()}
+    optimizer = torch.optim.AdamW(injection.parameters(), lr=1e-3)
+    for _ in range(2):
+        gradients_ = gradients(model, injection)
+        for name, parameter in injection.named_parameters():
+            parameter.grad = gradients_[name]
+        optimizer.step()
+    assert not [name for name, parameter in injection.named_parameters() if torch.equal(parameter, before[name])]
+
+
+@pytest.mark.parametrize("order", ["LoRA first", "blocks first"])
+def test_lora_and_blocks_in_either_order(variant, order):
+    model = random_tiny_lm(dtype=torch.bfloat16)
+    registry = default_registry()
+    host = {"name": "moshi", "hf_repo": "builtin:tiny"}
+    config = parse_config({"host": host, "ttt": [{"variant": variant, "layers": "last:1"}]}, registry=registry)
+    if order == "LoRA first":
+        replace_all_linear_with_lora(model, rank=2, scaling=1.0)
+    injection = inject(model, config)
+    if order == "blocks first":
+        replace_all_linear_with_lora(model, rank=2, scaling=1.0)
+    injection.check_precision("after LoRA")
+    assert not [name for name, _ in injection.named_parameters() if "lora" in name]
+    assert not [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    model.to(torch.bfloat16)
+    injection.check_precision("after .to(bfloat16)")
+
+
+def test_a_parameter_in_the_wrong_dtype_is_named():
+    _, injection = tiny_with({"variant": "ttt_linear", "layers": "last:1"})
+    block = next(iter(injection.blocks.values()))
+    block.gate.data = block.gate.data.bfloat16()
+    with pytest.raises(PrecisionError, match=r"gate.*bfloat16.*float32"):
+        injection.check_precision("load")
+
+
+def test_the_7b_plan_on_the_meta_device_counts_what_it_adds():
+    registry = default_registry()
+    host = {"name": "moshi", "hf_repo": "builtin:moshi-7b"}
+    entries = [
+        {"variant": "ttt_mlp", "layers": "29,30,31"},
+        {"variant": "ttt_linear", "layers": "first:2"},
+    ]
+    config = parse_config({"host": host, "ttt": entries}, registry=registry)
+    model = MOSHI_HOST.skeleton(config.host)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    assert before == 7_687_729_152
+    plan = make_plan(model, MOSHI_HOST, config.ttt, policy=registry.policy(config.precision), registry=registry)
+    # q, k, v, o with bias; learning rate; two norms; token scale; gate; fast network
+    shared = 4 * (4096 * 4096 + 4096) + 32 * 4096 + 32 + 2 * 4096 + 2 * 4096 + 32 + 4096
+    mlp, linear = 32 * (2 * 128 * 512 + 512 + 128), 32 * (128 * 128 + 128)
+    assert [block.parameters for block in plan.blocks] == [shared + linear] * 2 + [shared + mlp] * 3
+    plan.apply(model)
+    assert sum(parameter.numel() for parameter in model.parameters()) - before == plan.parameters
+
+
+def test_an_adapter_of_another_moshi_is_refused(tmp_path):
+    _, injection = tiny_with({"variant": "ttt_linear", "layers": "last:1"})
+    save_adapter(injection, tmp_path / "adapter")
+    other = random_tiny_lm()
+    names = set(other.state_dict())
+    with pytest.raises(AdapterError, match=r"another base model.*dim"):
+        load_adapter(other, tmp_path / "adapter")
+    assert set(other.state_dict()) == names
+
+
+def test_adapter_round_trip_on_moshi(variant, tmp_path):
+    model, injection = tiny_with({"variant": variant, "layers": "1,3", "chunk": 4}, dtype=torch.bfloat16)
+    save_adapter(injection, tmp_path / "adapter", training_step=7)
+    other, _ = tiny_with(dtype=torch.bfloat16)
+    load_adapter(other, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(other.forward_text(codes(1, 9))[1], model.forward_text(codes(1, 9))[1])
