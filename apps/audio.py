@@ -46,9 +46,7 @@ def read_audio(path: str | Path, sample_rate: int) -> Tensor:
         raise AudioError(f"{path} has no samples. Give a recording that is not empty.")
     if not np.isfinite(samples).all():
         bad = int((~np.isfinite(samples)).sum())
-        raise AudioError(
-            f"{path}: {bad} of {samples.size} samples are not finite numbers. Export the recording again."
-        )
+        raise AudioError(f"{path}: {bad} of {samples.size} samples are not finite numbers. Export the recording again.")
     mono = samples.mean(axis=0, keepdims=True, dtype=np.float32)
     if rate != sample_rate:
         mono = sphn.resample(mono, rate, sample_rate)

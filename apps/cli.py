@@ -71,9 +71,9 @@ def _options(
 
 @app.command()
 def quickstart(
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder to write. It must be new, or empty.")
-    ] = Path("quickstart-run"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It must be new, or empty.")] = Path(
+        "quickstart-run"
+    ),
     config: Annotated[
         str, typer.Option("--config", "-c", help="A YAML file, or the name of a packaged config.")
     ] = "quickstart",
@@ -94,7 +94,7 @@ def quickstart(
 ) -> None:
     """Train test-time-training layers inside a small Moshi on real speech, stream a recording, write a report.
 
-    Takes about two minutes on two CPU cores. Everything it needs ships with the package. The folder it writes has the
+    Takes about a minute on two CPU cores. Everything it needs ships with the package. The folder it writes has the
     trained adapter, report.md, plots, the generated audio, and every number in metrics.json.
     """
     from moshi_ttt.apps.quickstart.run import Request, run
@@ -142,7 +142,9 @@ def verify(
     paths: Annotated[
         list[Path], typer.Argument(metavar="FILE_OR_FOLDER...", help="Files of reference vectors, or folders of them.")
     ],
-    show_all: Annotated[bool, typer.Option("--all", help="Show every output and gradient, not the worst alone.")] = False,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Show every output and gradient, not the worst alone.")
+    ] = False,
 ) -> None:
     """Check the installed code against reference vectors (safetensors files), outputs and gradients.
 

@@ -24,7 +24,7 @@ class TrainConfig(FrozenConfig):
         seed: of the choice of segments.
     """
 
-    steps: int = Field(default=60, ge=1)
+    steps: int = Field(default=120, ge=1)
     batch_size: int = Field(default=2, ge=1)
     frames: int = Field(default=192, ge=4)
     learning_rate: float = Field(default=1e-3, gt=0.0)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from moshi_ttt.core.atomic import atomic_folder
 from moshi_ttt.core.errors import MoshiTTTError
 
 METRICS = "metrics.json"
@@ -46,39 +45,17 @@ def new_folder(folder: Path, *, made_by: str, overwrite: bool = False) -> Iterat
     check_free(folder, made_by=made_by, overwrite=overwrite)
     folder = Path(os.path.abspath(folder))
     created = [parent for parent in folder.parents if not parent.exists()]
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        _remove_empty(created)
-        raise OutputError(f"Cannot write {folder}: {error.strerror}. Choose another folder with --out.") from None
     done = False
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp's folders are for their owner alone
-        check_free(folder, made_by=made_by, overwrite=overwrite)  # it took minutes: someone may have written there
-        _take_place(temporary, folder)
-        done = True
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not done:
-            _remove_empty(created)
-
-
-def _take_place(temporary: Path, folder: Path) -> None:
-    if not folder.exists():
-        os.rename(temporary, folder)
-        return
-    retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    try:
-        os.rename(folder, retired / folder.name)
+    with ExitStack() as stack:
+        stack.callback(lambda: None if done else _remove_empty(created))
         try:
-            os.rename(temporary, folder)
-        except OSError:
-            os.rename(retired / folder.name, folder)
-            raise
-    finally:
-        shutil.rmtree(retired, ignore_errors=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(atomic_folder(folder))
+        except OSError as error:
+            raise OutputError(f"Cannot write {folder}: {error.strerror}. Choose another folder with --out.") from None
+        yield temporary
+        check_free(folder, made_by=made_by, overwrite=overwrite)  # it took minutes: someone may have written there
+        done = True
 
 
 def _remove_empty(folders: list[Path]) -> None:

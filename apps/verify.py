@@ -95,8 +95,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _compare(
-    path: Path, name: str, verifier: Verifier, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype
-) -> list[Comparison]:  # fmt: skip
+    path: Path,
+    name: str,
+    verifier: Verifier,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype,
+) -> list[Comparison]:
     tolerance = verifier.tolerance(metadata) if dtype == torch.float64 else FLOAT32_TOLERANCE
     inputs = {key.removeprefix("in."): t.to(dtype) for key, t in tensors.items() if key.startswith("in.")}
     cotangent = inputs.pop("cotangent", None)
@@ -104,10 +109,10 @@ def _compare(
     differentiate = verifier.differentiable and cotangent is not None
     if differentiate:
         inputs = {key: t.clone().requires_grad_(key in wanted) for key, t in inputs.items()}
-    produced = {f"out.{key}": value for key, value in verifier.run(inputs, metadata).items()}
+    produced: dict[str, Tensor | None] = {f"out.{key}": value for key, value in verifier.run(inputs, metadata).items()}
     if differentiate and cotangent is not None:
         (produced["out.y"] * cotangent).sum().backward()
-        produced |= {f"grad.{key}": inputs[key].grad for key in wanted}  # type: ignore[dict-item]
+        produced |= {f"grad.{key}": inputs[key].grad for key in wanted}
     expected = {k: t for k, t in tensors.items() if k.startswith("out.") or (k.startswith("grad.") and differentiate)}
     return [
         _measure(path, name, dtype, key, produced.get(key), tensor, tolerance)

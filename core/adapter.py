@@ -8,9 +8,6 @@ both ways and checks everything before the model is touched. Saving is atomic: t
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moshi_ttt.core.atomic import atomic_folder
 from moshi_ttt.core.block import Site
 from moshi_ttt.core.config import BlockConfig, parse_block
 from moshi_ttt.core.errors import AdapterError, ConfigError, MoshiTTTError, PluginError
@@ -51,16 +49,9 @@ def save_adapter(injection: Injection, folder: str | Path, *, training_step: int
         "sites": [_describe(planned) for planned in injection.plan.blocks],
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with atomic_folder(folder) as temporary:
         save_file(tensors, temporary / TENSORS)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders for the owner alone
-        for path in (temporary / TENSORS, temporary / MANIFEST, temporary):
-            _sync(path)
-        _swap(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -181,37 +172,3 @@ def _check_tensors(folder: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> N
             )
     if problems:
         raise AdapterError(f"{folder}: {'; '.join(problems)}. The adapter was not loaded.")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _swap(temporary: Path, folder: Path) -> None:
-    """Put ``temporary`` where ``folder`` is; on any failure what was there is there again."""
-    if not folder.exists():
-        os.rename(temporary, folder)
-        _sync(folder.parent)
-        return
-    # A folder cannot be renamed over another: the old one steps aside, and back if the new one does not arrive.
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    try:
-        os.rename(folder, aside / folder.name)
-        try:
-            os.rename(temporary, folder)
-        except BaseException:
-            os.rename(aside / folder.name, folder)
-            raise
-        _sync(folder.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -25,13 +25,14 @@ def training_loss(model: Any, codes: Tensor, *, text_weight: float) -> tuple[Ten
 
 @torch.no_grad()
 def loss_by_frame(model: Any, codes: Tensor) -> Tensor:
-    """``[T]`` float64: the mean over streams and codebooks of the audio loss at each frame; NaN where none is predicted."""
+    """``[T]`` float64: the audio loss of each frame, a mean over streams and codebooks; NaN where none is predicted."""
     out = model(codes)
     total = torch.zeros(out.mask.shape, dtype=torch.float64)
     total[out.mask] = F.cross_entropy(
         out.logits[out.mask].float(), _audio(model, codes)[out.mask], reduction="none"
     ).double()  # fmt: skip
-    return total.sum(dim=(0, 1)) / out.mask.sum(dim=(0, 1))
+    count: Tensor = out.mask.sum(dim=(0, 1))
+    return total.sum(dim=(0, 1)) / count
 
 
 def _audio(model: Any, codes: Tensor) -> Tensor:

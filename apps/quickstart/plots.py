@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from moshi_ttt.apps.quickstart.evaluate import WINDOW, Curve
 from moshi_ttt.apps.quickstart.train import TrainingLog
 from moshi_ttt.core.block import Site
+
+Values = NDArray[np.float64]
 
 # Okabe and Ito's palette; each curve has a line style of its own as well.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -25,7 +28,8 @@ def plot_positions(path: Path, curves: Sequence[Curve], *, frame_seconds: float,
     smooth = [_smooth(curve.values.numpy()) for curve in curves]
     seconds = np.arange(len(smooth[0])) * frame_seconds
     for curve, values, (colour, style) in zip(curves, smooth, STYLES, strict=False):
-        above.plot(seconds, values, color=colour, linestyle=style, linewidth=2, label=f"{curve.name} ({curve.mean:.3f})")
+        name = f"{curve.name} ({curve.mean:.3f})"
+        above.plot(seconds, values, color=colour, linestyle=style, linewidth=2, label=name)
     above.set_ylabel("audio loss (nats per token)")
     above.set_title(f"Held-out recording, mean of the last {WINDOW * frame_seconds:.1f} s (in brackets: overall mean)")
     above.legend(loc="upper right", ncols=len(curves))
@@ -73,7 +77,8 @@ def plot_state(path: Path, change: Mapping[Site, Sequence[float]], *, frame_seco
     for index, (site, values) in enumerate(sorted(change.items())):
         colour, style = SITE_STYLES[index % len(SITE_STYLES)]
         seconds = np.arange(1, len(values) + 1) * frame_seconds
-        axes.plot(seconds, 100 * np.array(values), color=colour, linestyle=style, linewidth=2, label=f"layer {site.layer}")
+        percent, name = 100 * np.array(values), f"layer {site.layer}"
+        axes.plot(seconds, percent, color=colour, linestyle=style, linewidth=2, label=name)
     axes.set_title("The fast weights learn while Moshi listens")
     axes.set_xlabel("time heard (s)")
     axes.set_ylabel("change of the fast weights\n(% of their initial norm)")
@@ -83,7 +88,7 @@ def plot_state(path: Path, change: Mapping[Site, Sequence[float]], *, frame_seco
     _save(figure, path)
 
 
-def _smooth(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
+def _smooth(values: Values, window: int = WINDOW) -> Values:
     """The mean of the last ``window`` values (fewer at the start); NaN values are left out."""
     present = np.isfinite(values)
     sums = np.cumsum(np.where(present, values, 0.0))

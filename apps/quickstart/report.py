@@ -210,7 +210,8 @@ blocks were trained on. The base model was not trained on any of these recording
 ## Training
 
 {train.steps} steps of AdamW, {train.batch_size} segments of {train.frames} frames a step, learning rate
-{train.learning_rate:g} (gates {train.gate_learning_rate:g}), seeds: blocks {setup.settings.ttt.seed}, segments {train.seed}.
+{train.learning_rate:g} (gates {train.gate_learning_rate:g}), seeds: blocks {setup.settings.ttt.seed}, segments
+{train.seed}.
 {figures["training"]["seconds_per_step"] * 1000:.0f} ms a step.
 
 ![training](training.png)
@@ -223,7 +224,8 @@ blocks were trained on. The base model was not trained on any of these recording
 - {streamed.median_ms:.1f} ms a frame (median; one frame is {streamed.frame_ms:.0f} ms of audio), real-time factor
   {streamed.real_time_factor:.2f} on {figures["machine"]["threads"]} threads.
 - Over {agreement.frames} frames, token by token against one forward pass as in training: logits differ by at most
-  {agreement.audio:.1e} (audio, of {agreement.audio_scale:.0f}) and {agreement.text:.1e} (text, of {agreement.text_scale:.0f}).
+  {agreement.audio:.1e} (audio, of {agreement.audio_scale:.0f}) and {agreement.text:.1e} (text, of
+  {agreement.text_scale:.0f}).
 
 Change of the fast weights while listening:
 

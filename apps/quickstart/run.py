@@ -149,7 +149,8 @@ def measure(setup: Setup, folder: Path, console: Console, seconds: dict[str, flo
     audio = setup.streamed.audio[:, : max(2, round(settings.stream.seconds * codec.mimi.frame_rate))]
     with _timed(seconds, "stream"), _bar(console, "streaming a recording", audio.shape[1]) as advance:
         streamed: Streamed = listen(
-            model, codec, audio, settings.stream, on_frame=lambda frame: advance(frame, f"{frame * frame_seconds:.0f} s heard")
+            model, codec, audio, settings.stream,
+            on_frame=lambda frame: advance(frame, f"{frame * frame_seconds:.0f} s heard"),
         )  # fmt: skip
     with _timed(seconds, "plots"):
         if streamed.tokens.shape[1]:

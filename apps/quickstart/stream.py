@@ -140,7 +140,7 @@ def compare_with_training(model: Any, codes: Tensor) -> Agreement:
 
 
 def _delayed(model: Any, codes: Tensor) -> Tensor:
-    """``[Q, T + 1]``: the start token, then each row of ``codes [Q, T]`` moved right by its delay, as Moshi reads it."""
+    """``[Q, T + 1]``: the start token, then each row of ``codes [Q, T]`` right by its delay, as Moshi reads it."""
     rows = []
     for row, delay in enumerate(model.delays):
         start = model.text_initial_token_id if row == 0 else model.initial_token_id

@@ -42,7 +42,8 @@ class Segments:
         total = sum(recording.frames for recording in speech.training)
         if config.frames > total:
             raise ConfigError(
-                f"train.frames is {config.frames}, and the training speech has {total} frames. Set it to {total} or less."
+                f"train.frames is {config.frames}, and the training speech has {total} frames. "
+                f"Set it to {total} or less."
             )
         self.codec, self.config = codec, config
         self.recordings = list(speech.training)
@@ -123,7 +124,7 @@ def _diagnosis(step: int, loss: float, norm: float, injection: Injection) -> str
 
     values = [name for name, parameter in injection.named_parameters() if broken(parameter)]
     gradients = [name for name, parameter in injection.named_parameters() if broken(parameter.grad)]
-    where = f"parameters that are not finite: {', '.join(values) or 'none'}; gradients: {', '.join(gradients) or 'none'}"
+    where = f"not finite are parameters: {', '.join(values) or 'none'}; gradients: {', '.join(gradients) or 'none'}"
     return (
         f"Training stopped at step {step + 1}: loss {loss}, gradient norm {norm}; {where}. "
         "Lower train.learning_rate or the blocks' base_lr, or raise train.warmup; nothing was saved."

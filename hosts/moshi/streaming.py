@@ -9,7 +9,6 @@ Not part of it: the weights, and the random generator that sampling draws from (
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.state import BlockState
@@ -145,14 +145,8 @@ def save_stream_state(path: str | Path, module: LMGen | LMModel) -> Path:
     path = Path(path)
     tensors = {name: tensor.cpu() for name, tensor in stream_state(module).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata=FORMAT)
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -167,14 +161,6 @@ def load_stream_state(path: str | Path, module: LMGen | LMModel) -> None:
     if {key: metadata.get(key) for key in FORMAT} != FORMAT:
         raise HostError(f"{path} is not a stream state of this version: its metadata is {metadata}, not {FORMAT}.")
     restore_stream_state(module, tensors)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _slots(root: LMGen | LMModel) -> list[_Slot]:

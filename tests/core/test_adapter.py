@@ -115,7 +115,7 @@ def test_policy_registered_under_another_name_round_trips(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["disk full", "interrupted"])
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
-@pytest.mark.parametrize("function", ["save_file", "_sync"])
+@pytest.mark.parametrize("function", ["adapter.save_file", "atomic._sync"])
 def test_failed_write_leaves_what_was_there(tmp_path, monkeypatch, function, existing, error):
     folder = tmp_path / "adapter"
     if existing:
@@ -125,7 +125,7 @@ def test_failed_write_leaves_what_was_there(tmp_path, monkeypatch, function, exi
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(adapters, function, fail)
+    monkeypatch.setattr(f"moshi_ttt.core.{function}", fail)
     with pytest.raises(type(error)):
         save_adapter(injected(), folder, training_step=2)
     assert [path.name for path in tmp_path.iterdir()] == (["adapter"] if existing else [])

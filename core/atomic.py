@@ -1,0 +1,73 @@
+"""Writing to disk so that a reader finds the old contents or the new, and a failure leaves what was there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its place when the context ends well, and else disappears.
+
+    Everything in it is synced first. The parent of ``folder`` must exist.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders for the owner alone
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        _take_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` to write to; renamed to ``path`` when the context ends well, else removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _take_place(temporary: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.rename(temporary, folder)
+        _sync(folder.parent)
+        return
+    # A folder cannot be renamed over another: the old one steps aside, and back if the new one does not arrive.
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    try:
+        os.rename(folder, aside / folder.name)
+        try:
+            os.rename(temporary, folder)
+        except BaseException:
+            os.rename(aside / folder.name, folder)
+            raise
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
