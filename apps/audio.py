@@ -47,10 +47,17 @@ def read_audio(path: str | Path, sample_rate: int) -> Tensor:
     if not np.isfinite(samples).all():
         bad = int((~np.isfinite(samples)).sum())
         raise AudioError(f"{path}: {bad} of {samples.size} samples are not finite numbers. Export the recording again.")
-    mono = samples.mean(axis=0, keepdims=True, dtype=np.float32)
-    if rate != sample_rate:
-        mono = sphn.resample(mono, rate, sample_rate)
-    return torch.from_numpy(np.ascontiguousarray(mono[0], dtype=np.float32))
+    return resample(torch.from_numpy(samples.mean(axis=0, dtype=np.float32)), rate, sample_rate)
+
+
+def resample(samples: Tensor, rate: int, new_rate: int) -> Tensor:
+    """``samples [S]`` at ``rate`` to ``[S * new_rate / rate]`` (rounded) at ``new_rate``, float32."""
+    if rate == new_rate:
+        return samples
+    made = sphn.resample(samples[None].numpy(), rate, new_rate)[0]
+    # The resampler works in whole blocks: what it adds at the end is not part of the recording.
+    made = made[: round(samples.numel() * new_rate / rate)]
+    return torch.from_numpy(np.ascontiguousarray(made, dtype=np.float32))
 
 
 @torch.no_grad()

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sphn
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moshi_ttt.apps.audio import encode, read_audio
+from moshi_ttt.apps.audio import encode, read_audio, resample
 from moshi_ttt.core.errors import HostError
 
 SPEEDS = (1.0, 0.94, 1.06)
@@ -69,7 +68,7 @@ class Codec:
         rate = int(self.mimi.sample_rate)
         samples = read_audio(path, rate)
         if speed != 1.0:
-            samples = torch.from_numpy(sphn.resample(samples[None].numpy(), round(rate * speed), rate)[0])
+            samples = resample(samples, round(rate * speed), rate)
         audio = encode(self.mimi, samples, name=str(path))
         return Recording(
             name=path.stem, seconds=samples.numel() / rate, audio=audio,

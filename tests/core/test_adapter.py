@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moshi_ttt.core import adapter as adapters
 from moshi_ttt.core.adapter import MANIFEST, TENSORS, load_adapter, read_manifest, save_adapter
 from moshi_ttt.core.errors import AdapterError, MoshiTTTError
 from moshi_ttt.core.injection import Injection, make_plan

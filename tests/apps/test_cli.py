@@ -1,0 +1,251 @@
+"""The surface of the command line, and the commands that take seconds: plugins, explain, verify."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import typer.main
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from moshi_ttt.apps.cli import app
+from moshi_ttt.apps.config_files import packaged_configs, read_config
+
+from .conftest import GOLDENS
+
+PACKAGED = sorted(packaged_configs())
+
+
+def test_the_surface_is_frozen():
+    group = typer.main.get_command(app)
+    surface = {
+        name: sorted(option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts))
+        for name, command in group.commands.items()
+    }
+    assert surface == {
+        "quickstart": [
+            "--audio", "--config", "--out", "--overwrite", "--seed", "--steps", "-c", "-o",
+        ],
+        "explain": ["--json", "config"],
+        "plugins": [],
+        "verify": ["--all", "paths"],
+    }  # fmt: skip
+    assert [option for parameter in group.params for option in parameter.opts] == ["--version"]
+
+
+def test_help_is_quick_and_names_the_commands():
+    program = (
+        "import sys, runpy; sys.argv = ['moshi-ttt', '--help']\n"
+        "try: runpy.run_module('moshi_ttt.apps.cli', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print('heavy:', sorted({'torch', 'moshi', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    for command in ("quickstart", "explain", "plugins", "verify"):
+        assert command in done.stdout
+    assert "heavy: []" in done.stdout
+
+
+def test_version(cli):
+    assert cli("--version").said.startswith("moshi-ttt 0.")
+
+
+@pytest.mark.parametrize("command", ["quickstart", "explain", "plugins", "verify"])
+def test_every_command_has_help(cli, command):
+    result = cli(command, "--help")
+    assert result.exit_code == 0
+    assert len(result.said) > 150
+
+
+def test_unknown_command_is_refused(cli):
+    result = cli("quikstart")
+    assert result.exit_code == 2
+    assert "quikstart" in result.said
+
+
+def test_plugins_lists_names_versions_and_status(cli):
+    result = cli("plugins")
+    assert result.exit_code == 0
+    for name in ("ttt_linear", "ttt_mlp", "moshi", "fp32_state", "sequence", "loaded", "moshi-ttt"):
+        assert name in result.said
+
+
+# ---- configs and explain
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_every_packaged_config_loads_and_can_be_explained(cli, name):
+    assert read_config(name).ttt
+    result = cli("explain", name)
+    assert result.exit_code == 0, result.said
+    for word in ("parameters", "per stream", "fp32_state", "float32"):
+        assert word in result.said
+
+
+def test_explain_counts_the_7b_plan_exactly(cli):
+    figures = json.loads(cli("explain", "moshi-7b-ttt-mlp", "--json").stdout)
+    text = json.dumps(figures)
+    assert "214474944" in text
+    assert "71491648" in text
+    assert "7687729152" in text
+
+
+BAD_CONFIGS = {
+    "unknown variant": ("variant: ttt_mpl, layers: all", "'ttt_mpl'. Did you mean 'ttt_mlp'"),
+    "unknown key": ("variant: ttt_mlp, layers: all, chunks: 8", "'chunks'. Did you mean 'chunk'"),
+    "unknown nested key": ("variant: ttt_mlp, layers: all, gate: {inti: 0.1}", "'gate.inti'. Did you mean 'init'"),
+    "layer out of range": ("variant: ttt_mlp, layers: '2,9'", "'9' is out of range; the layers are 0 to 3"),
+    "layer spec": ("variant: ttt_mlp, layers: some", "cannot read 'some'. Allowed: none, all, middle"),
+    "non-causal": ("variant: ttt_mlp, layers: all, causal: false", "is causal and this block is not"),
+    "value": ("variant: ttt_mlp, layers: all, chunk: 0", "chunk = 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+@pytest.mark.parametrize("command", ["explain", "quickstart"])
+def test_a_bad_config_is_one_clear_error_and_writes_nothing(cli, tmp_path, command, case):
+    entry, message = BAD_CONFIGS[case]
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"host: {{name: moshi, hf_repo: 'builtin:tiny'}}\nttt:\n  - {{{entry}}}\n")
+    result = cli("explain", config) if command == "explain" else cli("quickstart", "--config", config, "--out", "run")
+    assert result.exit_code == 2
+    assert message in result.said
+    assert "Traceback" not in result.said
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ("{name: mohsi, hf_repo: x}", "'mohsi'. Did you mean 'moshi'"),
+        ("{name: moshi, hf_repo: /no/such/folder}", "neither an existing folder nor a repository name"),
+        ("{name: moshi, hf_repo: 'builtin:huge'}", "builtin:tiny"),
+        ("{name: moshi}", "'hf_repo' is required"),
+    ],
+)
+def test_a_bad_host_is_one_clear_error(cli, tmp_path, host, message):
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"host: {host}\nttt: [{{variant: ttt_mlp}}]\n")
+    result = cli("explain", config)
+    assert result.exit_code == 2
+    assert message in result.said
+
+
+def test_a_config_that_is_not_there_lists_the_packaged_ones(cli):
+    result = cli("explain", "quickstrat")
+    assert result.exit_code == 2
+    assert "Did you mean 'quickstart'" in result.said
+
+
+# ---- verify
+
+
+@pytest.mark.parametrize("pattern", ["linear_*", "mlp_*", "hybrid_*"])
+def test_reference_vectors_pass(cli, pattern):
+    files = sorted(GOLDENS.glob(f"{pattern}.safetensors"))
+    assert len(files) >= 2
+    result = cli("verify", *files)
+    assert result.exit_code == 0, result.said
+    assert "FAIL" not in result.said
+    for column in ("float64", "float32", "max abs", "max rel", "PASS"):
+        assert column in result.said
+
+
+def test_all_shows_every_output_and_gradient(cli):
+    result = cli("verify", "--all", GOLDENS / "mlp_causal.safetensors")
+    for name in ("out.y", "out.weight.1", "grad.q", "grad.token_scale", "grad.bias.0"):
+        assert name in result.said
+
+
+def test_a_file_that_no_verifier_takes_fails(cli):
+    result = cli("verify", GOLDENS / "in_place_proj.safetensors")
+    assert result.exit_code == 1
+    assert "no installed verifier takes it" in result.said
+
+
+def altered(path, target, change, **metadata_changes):
+    with safe_open(path, framework="pt") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        metadata = handle.metadata()
+    change(tensors)
+    save_file(tensors, target, metadata={**metadata, **metadata_changes})
+    return target
+
+
+@pytest.mark.parametrize("name", ["out.y", "out.weight.0", "grad.k", "grad.token_scale"])
+def test_a_wrong_number_is_noticed(cli, tmp_path, name):
+    def change(tensors):
+        tensors[name].view(-1)[0] += 1e-6 * max(1.0, float(tensors[name].abs().max()))
+
+    result = cli("verify", altered(GOLDENS / "linear_causal.safetensors", tmp_path / "wrong.safetensors", change))
+    assert result.exit_code == 1
+    assert name in result.said
+    assert "FAIL" in result.said
+
+
+def test_nan_is_noticed(cli, tmp_path):
+    def change(tensors):
+        tensors["out.y"].view(-1)[0] = float("nan")
+
+    path = altered(GOLDENS / "mlp_causal.safetensors", tmp_path / "nan.safetensors", change)
+    assert cli("verify", path).exit_code == 1
+
+
+def test_other_vectors_than_the_shipped_ones(cli, tmp_path):
+    """Another batch, length, chunk and width, computed here by the definition and written in the file format."""
+    from moshi_ttt.plugins.common import reference
+
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    inputs = {
+        "q": draw(3, 1, 17, 6), "k": draw(3, 1, 17, 6), "v": draw(3, 1, 17, 6), "lr": draw(3, 1, 17).abs(),
+        "token_scale": draw(7).abs(), "norm_weight": draw(1, 6), "norm_bias": draw(1, 6), "weight.0": draw(1, 6, 10),
+        "bias.0": draw(1, 1, 10), "weight.1": draw(1, 10, 6), "bias.1": draw(1, 1, 6),
+    }  # fmt: skip
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    y, weights, biases = reference.inner_loop(
+        *(leaves[n] for n in ("q", "k", "v", "lr", "token_scale", "norm_weight", "norm_bias")),
+        [leaves["weight.0"], leaves["weight.1"]], [leaves["bias.0"], leaves["bias.1"]],
+        chunk_size=7, eps=1e-6, causal=True,
+    )  # fmt: skip
+    cotangent = draw(*y.shape)
+    (y * cotangent).sum().backward()
+    tensors = {f"in.{name}": tensor for name, tensor in inputs.items()} | {
+        "in.cotangent": cotangent,
+        "out.y": y.detach(),
+    }
+    tensors |= {f"out.weight.{i}": w.detach() for i, w in enumerate(weights)}
+    tensors |= {f"out.bias.{i}": b.detach() for i, b in enumerate(biases)}
+    tensors |= {f"grad.{name}": leaf.grad for name, leaf in leaves.items()}
+    metadata = {"op": "inner_loop", "chunk_size": "7", "layers": "2", "causal": "true", "norm_eps": "1e-6",
+                "activation": "gelu_tanh", "source": "definition"}  # fmt: skip
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "other.safetensors", metadata=metadata)
+    result = cli("verify", tmp_path)
+    assert result.exit_code == 0, result.said
+    assert "ttt_mlp-streamed" in result.said
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors here", b"\xff" * 100], ids=["empty", "text", "bytes"])
+def test_a_file_that_is_no_safetensors_is_an_error(cli, tmp_path, content):
+    (tmp_path / "bad.safetensors").write_bytes(content)
+    result = cli("verify", tmp_path / "bad.safetensors")
+    assert result.exit_code == 2
+    assert "cannot be read as safetensors" in result.said
+
+
+def test_tensors_that_are_no_vectors_are_an_error(cli, tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    result = cli("verify", tmp_path / "other.safetensors")
+    assert result.exit_code == 2
+    assert "not a file of reference vectors" in result.said
+
+
+@pytest.mark.parametrize("path", ["nowhere", "."])
+def test_a_path_without_vectors_is_an_error(cli, path):
+    result = cli("verify", path)
+    assert result.exit_code == 2
+    assert "no such file, or a folder without" in result.said

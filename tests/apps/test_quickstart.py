@@ -1,0 +1,159 @@
+"""The quickstart from end to end on few steps, and every input it must refuse, with nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moshi_ttt import load_adapter
+from moshi_ttt.apps.quickstart import run as running
+from moshi_ttt.hosts.moshi.loading import resolve_repo
+
+from .conftest import write_wav
+
+EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "quickstart_api.py"
+FILES = {
+    "adapter", "generated.wav", "loss_by_position.png", "metrics.json", "report.md", "state.png", "training.png",
+}  # fmt: skip
+
+
+def test_quickstart_writes_the_whole_folder(cli, tmp_path):
+    result = cli("quickstart", "--steps", 2, "--out", "run", "--config", "tiny-ttt-linear")
+    assert result.exit_code == 0, result.said
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    for name in FILES - {"adapter"}:
+        assert (folder / name).stat().st_size > 1_000, name
+    metrics = json.loads((folder / "metrics.json").read_text())
+    numbers = _numbers(metrics)
+    assert len(numbers) > 50
+    assert all(math.isfinite(number) for number in numbers)
+    report = (folder / "report.md").read_text()
+    for fact in ("ttt_linear", "updates on", "updates off", "base model", "CC-BY-SA", "fp32_state", "real-time factor"):
+        assert fact in report, fact
+    model = resolve_repo("builtin:tiny").load_lm()
+    injection = load_adapter(model, folder / "adapter")
+    assert injection.blocks
+    saved = load_file(folder / "adapter" / "adapter.safetensors")
+    assert all(torch.equal(saved[name], parameter) for name, parameter in injection.named_parameters())
+
+    again = cli("quickstart", "--steps", 2, "--out", "run")
+    assert again.exit_code == 2
+    assert "--overwrite" in again.said
+
+
+def _numbers(value) -> list[float]:
+    if isinstance(value, dict):
+        return [number for item in value.values() for number in _numbers(item)]
+    if isinstance(value, list):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def test_the_example_with_the_python_api_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["quickstart_api.py", "2", str(tmp_path / "adapter")])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert "nats per token" in capsys.readouterr().out
+    assert (tmp_path / "adapter" / "adapter.json").is_file()
+
+
+def _silence(frames: float) -> np.ndarray:
+    return np.zeros(int(frames * 640))  # 80 ms at 8 kHz
+
+
+BAD_AUDIO = {
+    "missing": (lambda path: path, "does not exist"),
+    "folder": (lambda path: path.mkdir() or path, "is a folder"),
+    "empty file": (lambda path: path.write_bytes(b"") or path, "is an empty file"),
+    "not audio": (lambda path: path.write_text("I am a letter.\n" * 20) and path, "cannot be read as audio"),
+    "truncated": (lambda path: path.write_bytes(b"RIFF\x00\x00\x00\x00WAVEfmt ") and path, "cannot be read as audio"),
+    "no samples": (lambda path: write_wav(path, _silence(0)), "no samples"),
+    "one frame": (lambda path: write_wav(path, _silence(1)), "1.00 frames of 80 ms; at least 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_AUDIO)
+def test_audio_that_cannot_be_used_is_refused_before_anything_is_written(cli, tmp_path, case):
+    make, message = BAD_AUDIO[case]
+    path = make(tmp_path / "mine.wav")
+    before = sorted(tmp_path.iterdir())
+    result = cli("quickstart", "--steps", 1, "--audio", path, "--out", "deep/er/run")
+    assert result.exit_code == 2
+    assert message in result.said
+    assert "Traceback" not in result.said
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_folder_with_something_else_is_not_replaced(cli, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    for extra in ((), ("--overwrite",)):
+        result = cli("quickstart", "--out", "run", *extra)
+        assert result.exit_code == 2
+        assert "not empty" in result.said
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_file_in_the_way_is_not_replaced(cli, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    assert cli("quickstart", "--out", "run", "--overwrite").exit_code == 2
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")], ids=["Ctrl-C", "failure"])
+def test_a_run_that_ends_early_leaves_nothing(cli, tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(running, "train", fail)
+    if isinstance(error, KeyboardInterrupt):
+        result = cli("quickstart", "--out", "some/run")
+        assert result.exit_code == 130
+        assert "Interrupted" in result.said
+    else:
+        with pytest.raises(RuntimeError):
+            cli("quickstart", "--out", "some/run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("train: {stepz: 3}", "'stepz'. Did you mean 'steps'"),
+        ("train: {steps: 0}", "steps = 0"),
+        ("train: {frames: 100000}", "frames. Set it to"),
+        ("stream: {seconds: -1}", "seconds = -1"),
+        ("ttt: []", "no blocks"),
+    ],
+)
+def test_bad_options_are_refused(cli, tmp_path, section, message):
+    lines = {"host": "{name: moshi, hf_repo: 'builtin:tiny'}", "ttt": "[{variant: ttt_linear, layers: '1'}]"}
+    key, value = section.split(": ", 1)
+    lines[key] = value
+    (tmp_path / "mine.yaml").write_text("\n".join(f"{key}: {value}" for key, value in lines.items()))
+    result = cli("quickstart", "--config", "mine.yaml", "--out", "run")
+    assert result.exit_code == 2
+    assert message in result.said
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_infinite_learning_rate_is_diagnosed(cli, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "host: {name: moshi, hf_repo: 'builtin:tiny', dtype: float32}\n"
+        "ttt: [{variant: ttt_linear, layers: '1', base_lr: 1.0e+38}]\n"
+        "train: {steps: 3, frames: 48, batch_size: 1}\n"
+    )
+    result = cli("quickstart", "--config", "mine.yaml", "--out", "run")
+    assert result.exit_code == 2
+    assert "Training stopped at step" in result.said
+    assert "base_lr" in result.said
+    assert not (tmp_path / "run").exists()
