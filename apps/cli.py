@@ -97,7 +97,8 @@ def quickstart(
     Takes about a minute on two CPU cores. Everything it needs ships with the package. The folder it writes has the
     trained adapter, report.md, plots, the generated audio, and every number in metrics.json.
     """
-    from moshi_ttt.apps.quickstart.run import Request, run
+    from moshi_ttt.apps.quickstart.run import run
+    from moshi_ttt.apps.quickstart.setup import Request
 
     run(Request(out=out, config=config, steps=steps, audio=audio, seed=seed, overwrite=overwrite), _console())
 

@@ -6,7 +6,8 @@ from importlib import resources
 from pathlib import Path
 
 from moshi_ttt.apps.options import SECTIONS
-from moshi_ttt.core.config import TTTConfig, load_config
+from moshi_ttt.core.config import TTTConfig
+from moshi_ttt.core.config_parsing import load_config
 from moshi_ttt.core.errors import ConfigError, nearest
 from moshi_ttt.core.registry import Registry, default_registry
 

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from moshi_ttt.core.atomic import atomic_folder
 from moshi_ttt.core.block import Site
-from moshi_ttt.core.config import BlockConfig, parse_block
+from moshi_ttt.core.config import BlockConfig
+from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import AdapterError, ConfigError, MoshiTTTError, PluginError
 from moshi_ttt.core.injection import Injection, Plan, PlannedBlock, make_plan
 from moshi_ttt.core.registry import Registry, default_registry

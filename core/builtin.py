@@ -5,7 +5,7 @@ from __future__ import annotations
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.hooks import hookimpl
 from moshi_ttt.core.precision import FP32, FP32_STATE, UNIFORM
-from moshi_ttt.core.registry import Registrar
+from moshi_ttt.core.registrar import Registrar
 
 MOSHI_TTT_API = 1
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from moshi_ttt.core.registry import BlockRegistrar, Registrar
+    from moshi_ttt.core.registrar import BlockRegistrar, Registrar
 
 ENTRY_POINT_GROUP = "moshi_ttt"
 HOOK_API_VERSION = 1

@@ -6,7 +6,6 @@ plugin that cannot be loaded is recorded with its reason and is harmless until s
 
 from __future__ import annotations
 
-import importlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -24,9 +23,18 @@ from moshi_ttt.core.format import FormatAdapter
 from moshi_ttt.core.hooks import ENTRY_POINT_GROUP, HOOK_API_VERSION, HookSpecs
 from moshi_ttt.core.host import HostModel
 from moshi_ttt.core.precision import PrecisionPolicy
+from moshi_ttt.core.registrar import (
+    RUNTIME,
+    BlockRegistrar,
+    Entry,
+    Kind,
+    Provenance,
+    Registrar,
+    checked_name,
+    refuse_repeats,
+)
 from moshi_ttt.core.verification import Verifier
 
-Kind = Literal["block", "format_adapter", "precision_policy", "host", "verifier"]
 HOOKS: dict[Kind, str] = {
     "block": "moshi_ttt_blocks",
     "format_adapter": "moshi_ttt_format_adapters",
@@ -36,21 +44,6 @@ HOOKS: dict[Kind, str] = {
 }
 ENVIRONMENT = "MOSHI_TTT_PLUGINS"
 """Comma-separated entry-point names to load; unset means all. ``builtin`` is always loaded."""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a name comes from."""
-
-    plugin: str
-    distribution: str
-    version: str
-
-    def __str__(self) -> str:
-        return f"{self.distribution} {self.version} (plugin {self.plugin!r})"
-
-
-RUNTIME = Provenance("(registered at run time)", "(none)", "0")
 
 
 @dataclass(frozen=True)
@@ -64,38 +57,6 @@ class PluginRecord:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One registered name. ``target`` is an object, or ``"module:attribute"`` imported at first use."""
-
-    kind: Kind
-    name: str
-    target: Any
-    provenance: Provenance
-    config: Any = None
-
-    def load(self) -> Any:
-        """The target itself. Raises PluginError when its module or attribute cannot be imported."""
-        return _resolve(self.target, self)
-
-    def load_config(self) -> Any:
-        """The variant's config class."""
-        return _resolve(self.config, self)
-
-
-def _resolve(target: Any, entry: Entry) -> Any:
-    if not isinstance(target, str):
-        return target
-    module, _, attribute = target.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a plugin's module can fail in any way; the reason is passed on
-        raise PluginError(
-            f"{entry.kind} {entry.name!r} of {entry.provenance} cannot be imported from {target!r}: "
-            f"{type(error).__name__}: {error}. Reinstall or remove that distribution."
-        ) from error
-
-
-@dataclass(frozen=True)
 class Variant:
     """A registered variant, loaded: its config model, its factory, and who provides it."""
 
@@ -103,43 +64,6 @@ class Variant:
     config_class: type[BlockConfig]
     factory: BlockFactory
     provenance: Provenance
-
-
-class Registrar:
-    """What a hook gets: collects one plugin's names of one kind. Nothing is registered if the plugin fails later."""
-
-    def __init__(self, kind: Kind, provenance: Provenance) -> None:
-        self.kind: Kind = kind
-        self.provenance = provenance
-        self.entries: list[Entry] = []
-
-    def add(self, name: str, target: Any) -> None:
-        """Register ``target`` (an object, or ``"module:attribute"``) under ``name``."""
-        self.entries.append(Entry(self.kind, _checked_name(name), target, self.provenance))
-
-
-def _refuse_repeats(registrar: Registrar) -> None:
-    names = [entry.name for entry in registrar.entries]
-    for name in names:
-        if names.count(name) > 1:
-            raise PluginError(f"it registers the {registrar.kind} {name!r} {names.count(name)} times")
-
-
-class BlockRegistrar(Registrar):
-    """The registrar of variants, which come with a config model."""
-
-    def add(self, name: str, target: Any = None, *, config: Any = None, block: Any = None) -> None:
-        """Register a variant: ``config`` a BlockConfig subclass, ``block`` a block class; or strings naming them."""
-        block = target if block is None else block
-        if config is None or block is None:
-            raise PluginError(f"Variant {name!r} of {self.provenance} needs both config=... and block=....")
-        self.entries.append(Entry(self.kind, _checked_name(name), block, self.provenance, config))
-
-
-def _checked_name(name: str) -> str:
-    if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():
-        raise PluginError(f"A registered name is letters, digits, '_' and '-', got {name!r}.")
-    return name
 
 
 class Registry:
@@ -203,7 +127,7 @@ class Registry:
             others = [other for other in manager.get_plugins() if other is not plugin]
             for registrar in registrars:
                 manager.subset_hook_caller(HOOKS[registrar.kind], others)(registrar=registrar)
-                _refuse_repeats(registrar)
+                refuse_repeats(registrar)
         except (Exception, SystemExit) as error:
             if manager.has_plugin(name):
                 manager.unregister(name=name)
@@ -236,7 +160,7 @@ class Registry:
             )
         if kind == "block" and config is None:
             raise PluginError(f"Variant {name!r} needs config=..., a BlockConfig subclass.")
-        self._entries[kind, name] = Entry(kind, _checked_name(name), target, RUNTIME, config)
+        self._entries[kind, name] = Entry(kind, checked_name(name), target, RUNTIME, config)
 
     def register_block(self, name: str, *, config: type[BlockConfig] | str, block: BlockFactory | str) -> None:
         """Register a variant at run time; see ``register``."""
@@ -253,7 +177,7 @@ class Registry:
         before = self._entries.get((kind, name))
         if config is None and before is not None:
             config = before.config
-        self._entries[kind, name] = Entry(kind, _checked_name(name), target, RUNTIME, config)
+        self._entries[kind, name] = Entry(kind, checked_name(name), target, RUNTIME, config)
         try:
             yield
         finally:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
@@ -20,11 +20,9 @@ from rich.text import Text
 from moshi_ttt.apps.explain import human_bytes
 from moshi_ttt.apps.output_folder import METRICS
 from moshi_ttt.apps.quickstart.evaluate import WINDOW, Curve, Difference
+from moshi_ttt.apps.quickstart.setup import Setup
 from moshi_ttt.apps.quickstart.stream import Agreement, Streamed
 from moshi_ttt.apps.quickstart.train import TrainingLog
-
-if TYPE_CHECKING:
-    from moshi_ttt.apps.quickstart.run import Setup
 
 REPORT = "report.md"
 SOURCE = "Asterisk core sounds (English, one speaker), CC-BY-SA-3.0"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moshi_ttt.core.block import BlockContext, SequenceBlock, Site, SiteInfo, SiteKind
-from moshi_ttt.core.config import BlockConfig, parse_block
+from moshi_ttt.core.config import BlockConfig
+from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.precision import FP32_STATE, PrecisionPolicy
 from moshi_ttt.core.registry import Registry, default_registry

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from moshi_ttt.core.adapter import load_adapter, save_adapter
 from moshi_ttt.core.block import SequenceBlock
-from moshi_ttt.core.config import BlockConfig, parse_block
+from moshi_ttt.core.config import BlockConfig
+from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.core.injection import Injection, Plan, make_plan
 from moshi_ttt.core.testing.case import BlockCase, assert_equal

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moshi_ttt.core.adapter import load_adapter, save_adapter
-from moshi_ttt.core.config import parse_block
+from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.core.host import HostModel
 from moshi_ttt.core.injection import Injection, make_plan

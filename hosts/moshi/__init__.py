@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moshi_ttt.core.hooks import hookimpl
 
 if TYPE_CHECKING:
-    from moshi_ttt.core.registry import Registrar
+    from moshi_ttt.core.registrar import Registrar
 
 MOSHI_TTT_API = 1
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from moshi_ttt.core.hooks import hookimpl
 
 if TYPE_CHECKING:
-    from moshi_ttt.core.registry import BlockRegistrar, Registrar
+    from moshi_ttt.core.registrar import BlockRegistrar, Registrar
 
 MOSHI_TTT_API = 1
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moshi_ttt.core.adapter import load_adapter, save_adapter
-    from moshi_ttt.core.config import load_config, parse_config
+    from moshi_ttt.core.config_parsing import load_config, parse_config
     from moshi_ttt.core.injection import Injection, Plan, inject, make_plan
     from moshi_ttt.core.registry import Registry, default_registry
 
@@ -21,9 +21,9 @@ _HOME = {
     "default_registry": "moshi_ttt.core.registry",
     "inject": "moshi_ttt.core.injection",
     "load_adapter": "moshi_ttt.core.adapter",
-    "load_config": "moshi_ttt.core.config",
+    "load_config": "moshi_ttt.core.config_parsing",
     "make_plan": "moshi_ttt.core.injection",
-    "parse_config": "moshi_ttt.core.config",
+    "parse_config": "moshi_ttt.core.config_parsing",
     "save_adapter": "moshi_ttt.core.adapter",
 }
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pydantic
 import pytest
 
-from moshi_ttt.core.config import FrozenConfig, load_config, parse_config
+from moshi_ttt.core.config import FrozenConfig
+from moshi_ttt.core.config_parsing import load_config, parse_config
 from moshi_ttt.core.errors import ConfigError, PluginError
 from tests.core.toy import AnyNameConfig, Gate, ToyBlock, ToyConfig, toy_registry
 

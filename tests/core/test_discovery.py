@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from moshi_ttt.core.errors import DuplicateNameError, PluginError, UnknownNameError
-from moshi_ttt.core.registry import Provenance, Registry
+from moshi_ttt.core.registrar import Provenance
+from moshi_ttt.core.registry import Registry
 from tests.core.toy import ToyBlock
 
 

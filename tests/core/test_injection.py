@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moshi_ttt.core.block import Site, SiteKind
-from moshi_ttt.core.config import parse_config
+from moshi_ttt.core.config_parsing import parse_config
 from moshi_ttt.core.errors import InjectionError, MoshiTTTError
 from moshi_ttt.core.injection import Injection, Plan, inject, make_plan
 from moshi_ttt.core.precision import FP32, FP32_STATE, PrecisionPolicy

@@ -7,7 +7,8 @@ import pytest
 from moshi_ttt.core.builtin import SequenceFormat
 from moshi_ttt.core.errors import ConfigError, DuplicateNameError, PluginError, UnknownNameError
 from moshi_ttt.core.precision import FP32, PrecisionPolicy
-from moshi_ttt.core.registry import RUNTIME, Registry, default_registry
+from moshi_ttt.core.registrar import RUNTIME
+from moshi_ttt.core.registry import Registry, default_registry
 from tests.core.toy import AnyNameConfig, NeedsEmbeddings, ToyBlock, ToyConfig, ToyHost, toy_registry
 
 

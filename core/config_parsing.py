@@ -1,0 +1,148 @@
+"""From a YAML file or a mapping to a configuration, checked against what is registered.
+
+The schema of a file is the union of what is registered: an unknown variant, host or key is an error that names the
+nearest ones, and all mistakes of a file are reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moshi_ttt.core.config import BlockConfig, FrozenConfig, HostConfig, TTTConfig, parse_model
+from moshi_ttt.core.errors import ConfigError, nearest
+from moshi_ttt.core.registry import Registry
+
+
+def parse_config(
+    values: Mapping[str, Any],
+    *,
+    registry: Registry,
+    sections: Mapping[str, type[FrozenConfig]] | None = None,
+    where: str = "config",
+) -> TTTConfig:
+    """A validated configuration from plain values.
+
+    Args:
+        values: what a YAML file holds: ``host``, ``precision``, ``seed``, ``ttt`` and the sections asked for.
+        registry: decides which hosts, policies and variants exist.
+        sections: further top-level sections and the models that validate them.
+        where: what error messages call the source.
+
+    Raises:
+        ConfigError: with every problem found, one a line.
+        PluginError: a variant or host is asked for whose plugin failed to load.
+    """
+    sections = sections or {}
+    allowed = {"host", "precision", "seed", "ttt", *sections}
+    unknown = [key for key in values if key not in allowed]
+    problems = [f"{where}: unknown key {key!r}. {nearest(str(key), allowed)}" for key in unknown]
+
+    def attempt(parse: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return parse(*arguments, where)
+        except ConfigError as error:
+            problems.append(str(error))
+            return None
+
+    precision = attempt(_parse_precision, values.get("precision", "fp32_state"), registry)
+    seed = attempt(_parse_seed, values.get("seed", 0))
+    host = attempt(_parse_host_entry, values.get("host"), registry)
+    entries = values.get("ttt")
+    if not isinstance(entries, list | tuple):
+        problems.append(f"{where}: 'ttt' must be a list of entries, each with a variant, got {entries!r}.")
+        entries = ()
+    blocks = [attempt(_parse_block_entry, index, entry, registry) for index, entry in enumerate(entries)]
+    extra = {name: attempt(_parse_section, name, model, values.get(name)) for name, model in sections.items()}
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return TTTConfig(host=host, precision=precision, seed=seed, ttt=tuple(blocks), extra=extra)
+
+
+def _parse_precision(name: Any, registry: Registry, where: str) -> str:
+    try:
+        return registry.policy(str(name)).name
+    except ConfigError as error:
+        raise ConfigError(f"{where}: precision: {error}") from None
+
+
+def _parse_seed(value: Any, where: str) -> int:
+    return parse_model(_Seed, {"seed": value}, where).seed
+
+
+class _Seed(FrozenConfig):
+    seed: int
+
+
+def _parse_host_entry(value: Any, registry: Registry, where: str) -> HostConfig:
+    return parse_host(value, registry=registry, where=f"{where}: host")
+
+
+def _parse_block_entry(index: int, value: Any, registry: Registry, where: str) -> BlockConfig:
+    return parse_block(value, registry=registry, where=f"{where}: ttt[{index}]")
+
+
+def _parse_section(name: str, model: type[FrozenConfig], value: Any, where: str) -> FrozenConfig:
+    if not isinstance(value, Mapping | None):
+        allowed = ", ".join(model.model_fields)
+        raise ConfigError(f"{where}: {name}: expected a mapping with some of {allowed}, got {value!r}.")
+    return parse_model(model, value or {}, f"{where}: {name}")
+
+
+def parse_host(value: Any, *, registry: Registry, where: str = "host") -> HostConfig:
+    """One ``host`` entry, validated by the host's own model."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise ConfigError(
+            f"{where}: expected a mapping with a 'name', got {value!r}. Hosts: {', '.join(registry.names('host'))}."
+        )
+    try:
+        host = registry.host(value["name"])
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return parse_model(host.config_class, value, where)
+
+
+def parse_block(value: Any, *, registry: Registry, where: str = "ttt") -> BlockConfig:
+    """One ``ttt`` entry, validated by its variant's own model."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("variant"), str):
+        raise ConfigError(
+            f"{where}: expected a mapping with a 'variant', got {value!r}. "
+            f"Variants: {', '.join(registry.names('block'))}."
+        )
+    try:
+        variant = registry.block(value["variant"])
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return parse_model(variant.config_class, value, f"{where} ({value['variant']})")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, with a key that occurs twice an error: plain YAML keeps the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} occurs twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(
+    path: str | Path, *, registry: Registry, sections: Mapping[str, type[FrozenConfig]] | None = None
+) -> TTTConfig:
+    """Read and validate a YAML file. Raises ConfigError for a missing file, bad YAML, or bad contents."""
+    path = Path(path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # a SafeLoader
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Cannot read the config {path}: {error}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}: expected a mapping with 'host' and 'ttt', got {type(values).__name__}.")
+    return parse_config(values, registry=registry, sections=sections, where=path.name)

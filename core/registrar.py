@@ -1,0 +1,98 @@
+"""Names on their way into the registry: what a hook is given to register with, and what it leaves behind."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moshi_ttt.core.errors import PluginError
+
+Kind = Literal["block", "format_adapter", "precision_policy", "host", "verifier"]
+"""What can be registered: the extension points."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a name comes from."""
+
+    plugin: str
+    distribution: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version} (plugin {self.plugin!r})"
+
+
+RUNTIME = Provenance("(registered at run time)", "(none)", "0")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered name. ``target`` is an object, or ``"module:attribute"`` imported at first use."""
+
+    kind: Kind
+    name: str
+    target: Any
+    provenance: Provenance
+    config: Any = None
+
+    def load(self) -> Any:
+        """The target itself. Raises PluginError when its module or attribute cannot be imported."""
+        return _resolve(self.target, self)
+
+    def load_config(self) -> Any:
+        """The variant's config class."""
+        return _resolve(self.config, self)
+
+
+def _resolve(target: Any, entry: Entry) -> Any:
+    if not isinstance(target, str):
+        return target
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a plugin's module can fail in any way; the reason is passed on
+        raise PluginError(
+            f"{entry.kind} {entry.name!r} of {entry.provenance} cannot be imported from {target!r}: "
+            f"{type(error).__name__}: {error}. Reinstall or remove that distribution."
+        ) from error
+
+
+class Registrar:
+    """What a hook gets: collects one plugin's names of one kind. Nothing is registered if the plugin fails later."""
+
+    def __init__(self, kind: Kind, provenance: Provenance) -> None:
+        self.kind: Kind = kind
+        self.provenance = provenance
+        self.entries: list[Entry] = []
+
+    def add(self, name: str, target: Any) -> None:
+        """Register ``target`` (an object, or ``"module:attribute"``) under ``name``."""
+        self.entries.append(Entry(self.kind, checked_name(name), target, self.provenance))
+
+
+def refuse_repeats(registrar: Registrar) -> None:
+    """Raise PluginError when one plugin registers a name twice."""
+    names = [entry.name for entry in registrar.entries]
+    for name in names:
+        if names.count(name) > 1:
+            raise PluginError(f"it registers the {registrar.kind} {name!r} {names.count(name)} times")
+
+
+class BlockRegistrar(Registrar):
+    """The registrar of variants, which come with a config model."""
+
+    def add(self, name: str, target: Any = None, *, config: Any = None, block: Any = None) -> None:
+        """Register a variant: ``config`` a BlockConfig subclass, ``block`` a block class; or strings naming them."""
+        block = target if block is None else block
+        if config is None or block is None:
+            raise PluginError(f"Variant {name!r} of {self.provenance} needs both config=... and block=....")
+        self.entries.append(Entry(self.kind, checked_name(name), block, self.provenance, config))
+
+
+def checked_name(name: str) -> str:
+    """``name`` itself, or PluginError."""
+    if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():
+        raise PluginError(f"A registered name is letters, digits, '_' and '-', got {name!r}.")
+    return name
