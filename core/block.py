@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,13 +57,20 @@ class Site:
         return cls(int(layer), SiteKind(kind))
 
 
-@dataclass(frozen=True, kw_only=True)
-class GatedMLP:
-    """The parts of a host's gated MLP that a feed-forward block works with (they stay the host's own modules)."""
+class GatedMLP(Protocol):
+    """A host's gated MLP, as a feed-forward block sees it: ``linear_out(activation(gate) * up)``, ``gate`` and ``up``
+    the halves of ``linear_in(x)``. The modules stay the host's own; they are looked up at each call, because a host's
+    tools may replace them (LoRA).
+    """
 
-    linear_in: nn.Module
-    linear_out: nn.Module
-    activation: Callable[[Tensor], Tensor]
+    @property
+    def linear_in(self) -> nn.Module: ...
+
+    @property
+    def linear_out(self) -> nn.Module: ...
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +99,14 @@ class BlockContext:
         exec_mask: ``[B]`` bool; a row where it is false keeps its state (its output means nothing).
         reset: ``[B]`` bool; a row where it is true starts from the learned initial state before this call.
         updates: False freezes the fast weights for this call: what the model does without test-time learning.
+        want_state: False when nobody will use the state after this call: a block may then return an empty one.
     """
 
     input_embeddings: Tensor | None = None
     exec_mask: Tensor | None = None
     reset: Tensor | None = None
     updates: bool = True
+    want_state: bool = True
 
 
 class SequenceBlock(nn.Module, ABC):
@@ -109,7 +118,10 @@ class SequenceBlock(nn.Module, ABC):
     """
 
     kind: ClassVar[SiteKind] = SiteKind.SEQUENCE
-    needs_input_embeddings: ClassVar[bool] = False
+    needs_input_embeddings: bool = False
+    """Whether the context must have the input embeddings; a block may set it from its options."""
+    learned_state: ClassVar[bool] = True
+    """Whether the initial state depends on the block's own parameters (a fast weight may start at the host's)."""
 
     def __init__(self, config: BlockConfig, info: SiteInfo, roles: DtypeRoles) -> None:
         super().__init__()
@@ -170,7 +182,7 @@ class SequenceBlock(nn.Module, ABC):
         elif state is not None and context.reset is not None:
             state = states.where_rows(context.reset, self.init_state(tokens.shape[0], tokens.device), state)
         y, after = self.compute(tokens, state, context)
-        if context.exec_mask is not None and state is not None:
+        if context.exec_mask is not None and state is not None and after:
             after = states.where_rows(context.exec_mask, after, state)
         return self.info.format.from_tokens(y, x), after
 

@@ -16,6 +16,7 @@ from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.precision import FP32_STATE, PrecisionPolicy
 from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.core.state import BlockState
+from moshi_ttt.core.testing.toy_host import ToyMLP
 
 # Bit-equality is asked between calls of equal shapes. Between cuts and batch sizes a matrix product rounds differently;
 # in a bfloat16 model that moves a projection by an ulp (2^-8), which the state then carries: hence its wide bound.
@@ -92,9 +93,14 @@ class BlockCase:
         """The same case with some fields changed."""
         return replace(self, **changes)
 
+    @property
+    def kind(self) -> SiteKind:
+        return getattr(self.registry.block(self.variant).factory, "kind", SiteKind.SEQUENCE)
+
     def info(self, device: str = "cpu") -> SiteInfo:
         return SiteInfo(
-            site=Site(0, SiteKind.SEQUENCE),
+            site=Site(0, self.kind),
+            mlp=ToyMLP(self.shape.dim, self.dtype, device) if self.kind is SiteKind.FEED_FORWARD else None,
             dim=self.shape.dim,
             num_heads=self.shape.heads,
             device=torch.device(device),

@@ -1,4 +1,4 @@
-"""A host that the kit brings: residual layers of one linear each, on which blocks are planned, injected and saved."""
+"""A host that the kit brings: residual layers with a gated MLP each, where blocks are planned, injected and saved."""
 
 from __future__ import annotations
 
@@ -19,11 +19,31 @@ from moshi_ttt.core.registry import Registry
 
 
 class ToyLayer(nn.Module):
-    """``x + linear(x)``, with a block before the linear once one is attached."""
+    """``x + mlp(x)`` with a gated MLP; a sequence block comes before it, a feed-forward block in its place."""
 
     def __init__(self, dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, dim, dtype=dtype, device=device)
+        self.mlp = ToyMLP(dim, dtype, device)
+
+
+class ToyMLP(nn.Module):
+    """A gated MLP with weights that depend on its width alone."""
+
+    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"bias": False, "dtype": dtype, "device": device}
+        self.linear_in = nn.utils.skip_init(nn.Linear, dim, 4 * dim, **options)
+        self.linear_out = nn.utils.skip_init(nn.Linear, 2 * dim, dim, **options)
+        self.activation = nn.functional.silu
+        if torch.device(device).type != "meta":
+            generator = torch.Generator().manual_seed(dim)
+            with torch.no_grad():
+                for parameter in self.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.linear_in(x).chunk(2, dim=-1)
+        return cast(Tensor, self.linear_out(self.activation(gate) * up))
 
 
 class ToyModel(nn.Module):
@@ -37,28 +57,29 @@ class ToyModel(nn.Module):
         self.layers = nn.ModuleList(ToyLayer(dim, dtype, device) for _ in range(num_layers))
         self.carried: CarriedState | None = None
         self.updates = True
-        if torch.device(device).type != "meta":
-            generator = torch.Generator().manual_seed(0)
-            with torch.no_grad():
-                for parameter in self.parameters():
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / dim**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         context = BlockContext(input_embeddings=x, updates=self.updates)
         for index, layer in enumerate(self.layers):
-            block = getattr(layer, "block", None)
-            if block is not None:
-                site = Site(index, SiteKind.SEQUENCE)
-                before = None if self.carried is None else self.carried.blocks.get(site)
-                x, after = block(x, before, context)
-                if self.carried is not None:
-                    self.carried.blocks[site] = {name: tensor.detach() for name, tensor in after.items()}
-            x = x + cast(ToyLayer, layer).linear(x)
+            sequence, feed_forward = (Site(index, kind) for kind in SiteKind)
+            if hasattr(layer, sequence.kind):
+                x = self._block(sequence, x, context)
+            if hasattr(layer, feed_forward.kind):
+                x = x + self._block(feed_forward, x, context)
+            else:
+                x = x + cast(ToyLayer, layer).mlp(x)
         return x
+
+    def _block(self, site: Site, x: Tensor, context: BlockContext) -> Tensor:
+        before = None if self.carried is None else self.carried.blocks.get(site)
+        y, after = getattr(self.layers[site.layer], site.kind)(x, before, context)
+        if self.carried is not None:
+            self.carried.blocks[site] = {name: tensor.detach() for name, tensor in after.items()}
+        return cast(Tensor, y)
 
 
 class ToyHost(HostModel):
-    """Adapter of ``ToyModel``: sequence sites only."""
+    """Adapter of ``ToyModel``: a sequence site and a feed-forward site in every layer."""
 
     name = "toy"
     causal = True
@@ -76,35 +97,44 @@ class ToyHost(HostModel):
 
     def sites(self, model: nn.Module) -> tuple[SiteInfo, ...]:
         model = self._checked(model)
-        return tuple(
-            SiteInfo(
-                site=Site(index, SiteKind.SEQUENCE),
-                dim=model.dim,
-                num_heads=model.num_heads,
-                device=cast(ToyLayer, layer).linear.weight.device,
-                dtype=cast(ToyLayer, layer).linear.weight.dtype,
-                format=SequenceFormat(),
-            )
-            for index, layer in enumerate(model.layers)
-        )
+        found = []
+        for index, layer in enumerate(model.layers):
+            mlp = cast(ToyLayer, layer).mlp
+            weight = mlp.linear_in.weight
+            for kind in SiteKind:
+                found.append(
+                    SiteInfo(
+                        site=Site(index, kind),
+                        dim=model.dim,
+                        num_heads=model.num_heads,
+                        device=weight.device,
+                        dtype=weight.dtype,
+                        format=SequenceFormat(),
+                        mlp=mlp if kind is SiteKind.FEED_FORWARD else None,
+                    )
+                )
+        return tuple(found)
 
     def attach(self, model: nn.Module, blocks: Mapping[Site, SequenceBlock]) -> None:
         for site, block in blocks.items():
-            self._checked(model).layers[site.layer].block = block
+            setattr(self._checked(model).layers[site.layer], site.kind, block)
 
     def detach(self, model: nn.Module) -> dict[Site, SequenceBlock]:
         found = self.blocks(model)
         for site in found:
-            del self._checked(model).layers[site.layer].block
+            delattr(self._checked(model).layers[site.layer], site.kind)
         return found
 
     def blocks(self, model: nn.Module) -> dict[Site, SequenceBlock]:
         layers = enumerate(self._checked(model).layers)
-        return {Site(i, SiteKind.SEQUENCE): cast(SequenceBlock, x.block) for i, x in layers if hasattr(x, "block")}
+        sites = [(Site(index, kind), layer) for index, layer in layers for kind in SiteKind if hasattr(layer, kind)]
+        return {site: cast(SequenceBlock, getattr(layer, site.kind)) for site, layer in sites}
 
     def base_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         own = {
-            f"layers.{i}.linear.{name}" for i in range(len(self._checked(model).layers)) for name in ("weight", "bias")
+            f"layers.{i}.mlp.linear_{part}.weight"
+            for i in range(len(self._checked(model).layers))
+            for part in ("in", "out")
         }
         return {name: tensor for name, tensor in model.state_dict().items() if name in own}
 

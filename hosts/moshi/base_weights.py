@@ -76,11 +76,21 @@ def load_base(model: LMModel, state_dict: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         if any(state[key].is_meta for key in names.values()):
             # Writing into a meta tensor does nothing: the tensors themselves are put in.
-            tensors = {key: given[name].to(state[key].dtype) for name, key in names.items()}
-            model.load_state_dict(tensors, strict=False, assign=True)
+            for name, key in names.items():
+                _put(model, key, given[name].to(state[key].dtype))
         else:
             for name, key in names.items():
                 state[key].copy_(given[name])
+
+
+def _put(model: LMModel, key: str, tensor: Tensor) -> None:
+    path, _, leaf = key.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        trained = module.get_parameter(leaf).requires_grad
+        module.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=trained))
+    else:
+        module.register_buffer(leaf, tensor)
 
 
 def digest(model: LMModel) -> str | None:

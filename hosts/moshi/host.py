@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from moshi_ttt.core.block import GatedMLP, SequenceBlock, Site, SiteInfo, SiteKind
+from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo, SiteKind
 from moshi_ttt.core.config import HostConfig
 from moshi_ttt.core.errors import ContextError, HostError
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.host import CarriedState, HostModel
 from moshi_ttt.hosts.moshi import base_weights
 from moshi_ttt.hosts.moshi.layers import (
+    MODULE_NAMES,
     BlockSite,
     TTTStreamingTransformer,
     TTTStreamingTransformerLayer,
+    block_sites,
     clear_streaming_caches,
     open_carry,
 )
@@ -89,10 +91,7 @@ class MoshiHost(HostModel):
             found.append(SiteInfo(site=Site(index, SiteKind.SEQUENCE), **shared))
             gating = layer.gating
             if isinstance(gating, ActivationGating):
-                mlp = GatedMLP(
-                    linear_in=gating.linear_in, linear_out=gating.linear_out, activation=gating.activation
-                )  # fmt: skip
-                found.append(SiteInfo(site=Site(index, SiteKind.FEED_FORWARD), mlp=mlp, **shared))
+                found.append(SiteInfo(site=Site(index, SiteKind.FEED_FORWARD), mlp=gating, **shared))
         return tuple(found)
 
     def attach(self, model: nn.Module, blocks: Mapping[Site, SequenceBlock]) -> None:
@@ -112,7 +111,7 @@ class MoshiHost(HostModel):
             layer.__class__ = TTTStreamingTransformerLayer
         for site, block in blocks.items():
             layer = main_layers(model)[site.layer]
-            layer.ttt = BlockSite(block).train(layer.training)
+            setattr(layer, MODULE_NAMES[site.kind], BlockSite(block).train(layer.training))
         clear_streaming_caches(model)
 
     def detach(self, model: nn.Module) -> dict[Site, SequenceBlock]:
@@ -122,8 +121,8 @@ class MoshiHost(HostModel):
             return {}
         _require_idle(model, "detach blocks")
         for layer in main_layers(model):
-            if isinstance(getattr(layer, "ttt", None), BlockSite):
-                del layer.ttt
+            for site in block_sites(layer):
+                delattr(layer, MODULE_NAMES[site.site.kind])
             vars(layer).pop("_frame", None)
             layer.__class__ = StreamingTransformerLayer
         vars(model.transformer).pop("_carry", None)
@@ -132,8 +131,8 @@ class MoshiHost(HostModel):
         return blocks
 
     def blocks(self, model: nn.Module) -> dict[Site, SequenceBlock]:
-        found = (getattr(layer, "ttt", None) for layer in main_layers(require_lm(model)))
-        return {site.site: site.block for site in found if isinstance(site, BlockSite)}
+        layers = main_layers(require_lm(model))
+        return {site.site: site.block for layer in layers for site in block_sites(layer)}
 
     def base_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         return base_weights.base_state_dict(require_lm(model))
@@ -206,8 +205,6 @@ class MoshiHost(HostModel):
         if site not in infos:
             yield f"there is no such site; the layers are 0 to {len(model.transformer.layers) - 1}."
             return
-        if site.kind is SiteKind.FEED_FORWARD:
-            yield "this host does not take feed_forward blocks yet; use a block for sequence sites."
         if block.kind is not site.kind:
             yield f"the block is for {block.kind} sites."
         if block.info.site != site:

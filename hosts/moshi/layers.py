@@ -1,8 +1,9 @@
 """Moshi's transformer with blocks in it.
 
 Blocks are put in by changing the class of the main transformer and of its layers to the subclasses below, and by adding
-one module, ``layer.ttt``, where there is a block. No parameter moves, so none is renamed; changing the classes back
-and deleting ``ttt`` gives the base model.
+one module where there is a block: ``layer.ttt`` between attention and the feed-forward, ``layer.ttt_feed_forward`` in
+the gated MLP's place. No parameter moves, so none is renamed; changing the classes back and deleting those modules
+gives the base model.
 
 What one forward pass knows (input embeddings, carried states) is a ``Frame``: made by the transformer for that pass,
 handed to the layers as an argument, and so kept by activation checkpointing for the layers it runs again in backward.
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moshi_ttt.core import state as states
-from moshi_ttt.core.block import BlockContext, SequenceBlock, Site
+from moshi_ttt.core.block import BlockContext, SequenceBlock, Site, SiteKind
 from moshi_ttt.core.errors import ContextError, HostError
 from moshi_ttt.core.host import CarriedState
 from moshi_ttt.core.state import BlockState
@@ -80,8 +81,12 @@ class Carry:
         self.reset = None
 
 
+MODULE_NAMES: dict[SiteKind, str] = {SiteKind.SEQUENCE: "ttt", SiteKind.FEED_FORWARD: "ttt_feed_forward"}
+"""What the module of a block is called in its layer."""
+
+
 class BlockSite(StreamingModule[BlockStreamState]):
-    """The module at ``layer.ttt``: one block, and its state while Moshi streams."""
+    """The module that is added to a layer: one block, and its state while Moshi streams."""
 
     def __init__(self, block: SequenceBlock) -> None:
         super().__init__()
@@ -98,15 +103,26 @@ class BlockSite(StreamingModule[BlockStreamState]):
         return BlockStreamState(batch_size, device, self.block, self.block.allocate_state(batch_size, device))
 
     def forward(self, x: Tensor, frame: Frame) -> Tensor:
-        """``x [B, T, D]``, the residual stream after attention, to the same plus the block's gated update."""
+        """``x [B, T, D]`` through the block, in the regime that the host is in."""
         streaming = self._streaming_state
         if streaming is not None:
             context = BlockContext(exec_mask=streaming.exec_mask, input_embeddings=frame.input_embeddings)
             return self.block.step(x, streaming.buffers, context)
-        context = BlockContext(input_embeddings=frame.input_embeddings, reset=frame.reset, updates=frame.updates)
+        context = BlockContext(
+            input_embeddings=frame.input_embeddings,
+            reset=frame.reset,
+            updates=frame.updates,
+            want_state=frame.final is not None,
+        )
         y, after = self.block(x, frame.initial.get(self.site), context)
         frame.record(self.site, after)
         return cast(Tensor, y)
+
+
+def block_sites(layer: torch.nn.Module) -> list[BlockSite]:
+    """The added modules of a layer, in the order they run."""
+    found = (getattr(layer, name, None) for name in MODULE_NAMES.values())
+    return [site for site in found if isinstance(site, BlockSite)]
 
 
 def refuse_sharded(block: SequenceBlock) -> None:
@@ -120,7 +136,7 @@ def refuse_sharded(block: SequenceBlock) -> None:
 
 
 class TTTStreamingTransformerLayer(StreamingTransformerLayer):
-    """A layer that may have a block between attention and the feed-forward."""
+    """A layer that may have a block between attention and the feed-forward, and one in the feed-forward's place."""
 
     # The frame of the call that is running. Moshi's own forward, which this one surrounds, has no argument for it.
     _frame: Frame | None = None
@@ -134,10 +150,14 @@ class TTTStreamingTransformerLayer(StreamingTransformerLayer):
             self._frame = outer
 
     def _ff_block(self, x: Tensor) -> Tensor:
-        site: BlockSite | None = getattr(self, "ttt", None)
-        if site is not None:
-            x = site(x, self._frame or Frame())
-        return super()._ff_block(x)
+        frame = self._frame or Frame()
+        sites = {site.site.kind: site for site in block_sites(self)}
+        if SiteKind.SEQUENCE in sites:
+            x = sites[SiteKind.SEQUENCE](x, frame)
+        if SiteKind.FEED_FORWARD not in sites:
+            return super()._ff_block(x)
+        update: Tensor = sites[SiteKind.FEED_FORWARD](self.norm2(x), frame)
+        return x.to(update) + cast(Tensor, self.layer_scale_2(update))
 
 
 class TTTStreamingTransformer(StreamingTransformer):
@@ -159,7 +179,7 @@ class TTTStreamingTransformer(StreamingTransformer):
         if self._carry is not None:
             raise HostError("Streaming cannot start inside host.carry(...): leave the context first.")
         for layer in self.layers:
-            if (site := getattr(layer, "ttt", None)) is not None:
+            for site in block_sites(layer):
                 refuse_sharded(site.block)
         return super()._init_streaming_state(batch_size)
 

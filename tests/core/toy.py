@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from moshi_ttt.core.block import BlockContext, GatedMLP, SequenceBlock, Site, SiteInfo, SiteKind
+from moshi_ttt.core.block import BlockContext, SequenceBlock, Site, SiteInfo, SiteKind
 from moshi_ttt.core.config import BlockConfig, FrozenConfig, HostConfig
 from moshi_ttt.core.errors import ConfigError, HostError
 from moshi_ttt.core.format import SequenceFormat
@@ -156,7 +157,7 @@ class ToyHost(HostModel):
             }  # fmt: skip
             found.append(SiteInfo(site=Site(index, SiteKind.SEQUENCE), **common))
             if layer.linear_in is not None:
-                mlp = GatedMLP(linear_in=layer.linear_in, linear_out=layer.linear_out, activation=torch.relu)
+                mlp = SimpleNamespace(linear_in=layer.linear_in, linear_out=layer.linear_out, activation=torch.relu)
                 found.append(SiteInfo(site=Site(index, SiteKind.FEED_FORWARD), mlp=mlp, **common))
         return tuple(found)
 

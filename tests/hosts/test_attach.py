@@ -176,11 +176,11 @@ def refusal(model, blocks, match):
     assert list(model.state_dict()) == names
 
 
-def test_attach_feed_forward_raises_and_attaches_nothing():
+def test_attach_at_another_kind_of_site_raises_and_attaches_nothing():
     model = random_tiny_lm()
     blocks = make_blocks(model, (0,))
     blocks[Site(1, FEED_FORWARD)] = make_blocks(model, (1,))[Site(1, SEQUENCE)]
-    refusal(model, blocks, "does not take feed_forward blocks yet")
+    refusal(model, blocks, "the block is for sequence sites")
 
 
 def test_attach_out_of_range_raises():

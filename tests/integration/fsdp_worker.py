@@ -29,6 +29,7 @@ CONFIG = {
     "ttt": [
         {"variant": "ttt_linear", "layers": "1", "chunk": 4},
         {"variant": "ttt_mlp", "layers": "3", "chunk": 5},
+        {"variant": "gating_mlp", "layers": "1,2", "chunk": 4},
     ],
 }
 

@@ -1,4 +1,4 @@
-"""Both variants inside Moshi: the kit's host checks, on a random small Moshi and on the trained one that ships."""
+"""Every variant inside Moshi: the kit's host checks, on a random small Moshi and on the trained one that ships."""
 
 from __future__ import annotations
 
@@ -12,5 +12,9 @@ OFF = {"gate": {"init": 0.0}}
 
 test_ttt_linear = host_conformance_tests(RANDOM, "ttt_linear", {"chunk": 4}, identity=OFF)
 test_ttt_mlp = host_conformance_tests(RANDOM, "ttt_mlp", {"chunk": 5}, identity=OFF)
+test_gating_mlp = host_conformance_tests(RANDOM, "gating_mlp", {"chunk": 4, "lr": 0.1}, identity={})
+test_gating_mlp_on_the_bundle = host_conformance_tests(
+    BUNDLE, "gating_mlp", {"chunk": 6, "lr": 0.03, "target": "hidden_states", "clip": 1.0, "decay": 0.1}, identity={}
+)
 test_ttt_linear_on_the_bundle = host_conformance_tests(BUNDLE, "ttt_linear", {"chunk": 8}, identity=OFF)
 test_ttt_mlp_on_the_bundle = host_conformance_tests(BUNDLE, "ttt_mlp", {"chunk": 8}, identity=OFF)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,43 @@ def test_lora_and_blocks_in_either_order(variant, order):
     assert not [name for name, parameter in model.named_parameters() if parameter.is_meta]
     model.to(torch.bfloat16)
     injection.check_precision("after .to(bfloat16)")
+
+
+@pytest.mark.parametrize("order", ["LoRA first", "blocks first"])
+def test_gating_mlp_learns_on_top_of_the_loras_down_projection(order):
+    """W_0 is the frozen matrix plus the LoRA, whichever came first."""
+    model = random_tiny_lm()
+    registry = default_registry()
+    entry = {"variant": "gating_mlp", "layers": "last:1", "chunk": 4, "lr": 0.1}
+    config = parse_config({"host": {"name": "moshi", "hf_repo": "builtin:tiny"}, "ttt": [entry]}, registry=registry)
+    if order == "LoRA first":
+        replace_all_linear_with_lora(model, rank=2, scaling=1.0)
+    injection = inject(model, config)
+    if order == "blocks first":
+        replace_all_linear_with_lora(model, rank=2, scaling=1.0)
+    lora = model.transformer.layers[2].gating.linear_out
+    x = torch.randint(0, 32, (1, 17, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.nn.init.zeros_(lora.lora_B.weight)
+        without = model.forward_text(x)[1]
+        torch.nn.init.normal_(lora.lora_B.weight)
+        with_lora = model.forward_text(x)[1]
+        assert not torch.equal(without, with_lora), "the LoRA of the down projection is ignored"
+        injection.remove()
+        assert torch.equal(model.forward_text(x)[1], with_lora), "at step 0 the block changes nothing"
+
+
+def test_gating_mlp_warns_once_where_no_update_can_take_effect():
+    model, _ = tiny_with({"variant": "gating_mlp", "layers": "last:1", "chunk": 64})
+    with pytest.warns(UserWarning, match="not longer than one chunk of 64"):
+        model.forward_text(codes(1, 64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.forward_text(codes(1, 64))
+    model, _ = tiny_with({"variant": "gating_mlp", "layers": "last:1", "chunk": 64})
+    with warnings.catch_warnings(), MOSHI_HOST.carry(model):
+        warnings.simplefilter("error")
+        model.forward_text(codes(1, 64))
 
 
 def test_a_parameter_in_the_wrong_dtype_is_named():

@@ -10,6 +10,12 @@ test_ttt_linear = conformance_tests(
     "ttt_linear", {"chunk": 4}, {"chunk": 5}, {"chunk": 2}, {"chunk": 4, "causal": False}
 )
 test_ttt_mlp = conformance_tests("ttt_mlp", {"chunk": 4}, {"chunk": 7, "expansion": 2}, {"chunk": 4, "causal": False})
+test_gating_mlp = conformance_tests(
+    "gating_mlp",
+    {"chunk": 4, "lr": 0.1},
+    {"chunk": 5, "lr": 0.1, "conv_kernel": 4, "target": "hidden_states", "learned_lr": True, "decay": 0.1, "clip": 0.5},
+    {"chunk": 3, "lr": 0.1, "conv_kernel": 2, "padding": "causal", "decay": 0.2},
+)
 
 
 @pytest.mark.slow

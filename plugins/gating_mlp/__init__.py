@@ -1,0 +1,23 @@
+"""The variant ``gating_mlp``: registers itself, imports nothing until it is used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moshi_ttt.core.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from moshi_ttt.core.registrar import BlockRegistrar, Registrar
+
+MOSHI_TTT_API = 1
+
+
+@hookimpl
+def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
+    registrar.add("gating_mlp", config=f"{__name__}.config:GatingMLPConfig", block=f"{__name__}.block:GatingMLP")
+
+
+@hookimpl
+def moshi_ttt_verifiers(registrar: Registrar) -> None:
+    for form in ("reference", "gram", "running_sum", "streamed"):
+        registrar.add(f"gating_mlp-{form}", f"{__name__}.verifiers:{form.upper()}")

@@ -1,0 +1,35 @@
+"""Options of ``gating_mlp``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from moshi_ttt.core.config import BlockConfig
+
+
+class GatingMLPConfig(BlockConfig):
+    """In-place TTT: the down projection of the host's gated MLP learns, once per chunk.
+
+    Attributes:
+        chunk: tokens per update; at 12.5 frames a second 256 tokens are 20.5 s.
+        lr: learning rate of the fast weight; with ``learned_lr`` times 2 sigmoid(w . x + b) per token (1 at the start).
+        target: what the fast weight learns to produce from the MLP's hidden activation: a filtered version of the
+            input embeddings of the same tokens, or of the MLP's own input (``hidden_states``).
+        conv_kernel: taps of the depthwise filter over time, inside the chunk only.
+        padding: ``centered`` lets the filter look ahead inside its own chunk (an even kernel looks one less back than
+            ahead), ``causal`` does not.
+        decay: share of the accumulated update that is forgotten at each chunk's end.
+        clip: largest Frobenius norm of one chunk's update, or None.
+    """
+
+    variant: Literal["gating_mlp"] = "gating_mlp"
+    chunk: int = Field(default=256, ge=1)
+    lr: float = Field(default=0.3, gt=0.0)
+    learned_lr: bool = False
+    target: Literal["input_embed", "hidden_states"] = "input_embed"
+    conv_kernel: int = Field(default=5, ge=1)
+    padding: Literal["centered", "causal"] = "centered"
+    decay: float = Field(default=0.0, ge=0.0, lt=1.0)
+    clip: float | None = Field(default=None, gt=0.0)

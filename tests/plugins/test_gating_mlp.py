@@ -1,0 +1,163 @@
+"""In-place TTT: its two forms against the definition, the filter's edges, clipping, step 0, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
+from moshi_ttt.core.errors import ConfigError, ContextError
+from moshi_ttt.core.format import ChunkLayout, SequenceFormat
+from moshi_ttt.core.precision import FP32_STATE
+from moshi_ttt.core.testing import error
+from moshi_ttt.core.testing.toy_host import ToyMLP
+from moshi_ttt.plugins.gating_mlp import ops, reference
+from moshi_ttt.plugins.gating_mlp.block import GatingMLP
+from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
+
+DIM = 6
+
+
+def build(*, mlp: nn.Module | None = None, dtype=torch.float64, excite=True, **options) -> GatingMLP:
+    mlp = mlp or ToyMLP(DIM, dtype, "cpu")
+    info = SiteInfo(
+        site=Site(0, SiteKind.FEED_FORWARD), dim=DIM, num_heads=1, device=torch.device("cpu"), dtype=dtype,
+        format=SequenceFormat(), mlp=mlp,
+    )  # fmt: skip
+    block = GatingMLP(GatingMLPConfig(**{"chunk": 4, **options}), info, FP32_STATE.roles(dtype))
+    generator = torch.Generator().manual_seed(0)
+    block.reset_parameters(generator)
+    if excite:
+        with torch.no_grad():
+            for parameter in block.parameters():
+                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return block
+
+
+def draw(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("padding", ["centered", "causal"])
+@pytest.mark.parametrize("kernel", [1, 2, 4, 5])
+@pytest.mark.parametrize("length", [3, 4, 11, 16])
+def test_block_equals_the_definition(length, kernel, padding):
+    block = build(conv_kernel=kernel, padding=padding, decay=0.1, clip=0.7, learned_lr=True, lr=0.2)
+    x, target = draw(2, length, DIM), draw(2, length, DIM, seed=2)
+    y, state = block(x, None, BlockContext(input_embeddings=target))
+    mlp = block.info.mlp
+    gate, up = mlp.linear_in(x).chunk(2, dim=-1)
+    hidden = mlp.activation(gate) * up
+    rate = 0.2 * 2 * torch.sigmoid(x @ block.lr_weight + block.lr_bias)
+    left = kernel - 1 if padding == "causal" else (kernel - 1) // 2
+    for row in range(2):
+        expected, delta = reference.in_place(
+            hidden[row], target[row], mlp.linear_out.weight, block.conv[:, 0], block.projection, rate[row],
+            chunk_size=4, left=left, decay=0.1, clip=0.7,
+        )  # fmt: skip
+        assert error(y[row], expected) < 1e-12
+        assert error(state["delta"][row], delta) < 1e-12
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize("with_start", [False, True], ids=["from zero", "carried"])
+def test_both_forms_agree_with_gradients(with_start, decay):
+    keys, values = draw(2, 5, 4, 9).requires_grad_(), draw(2, 5, 4, 6, seed=2).requires_grad_()
+    start = draw(2, 6, 9, seed=3).requires_grad_() if with_start else None
+    complete = torch.tensor([[True, True, True, True, False], [True, True, True, False, False]])
+    leaves = [leaf for leaf in (keys, values, start) if leaf is not None]
+    results = []
+    for form in (ops.gram, ops.running_sum):
+        y = form(keys, values, start, complete, decay)
+        results.append((y, torch.autograd.grad((y * draw(*y.shape, seed=4)).sum(), leaves)))
+    # Rows whose later chunks do not end in this call hold no tokens there: only what comes before counts.
+    (gram, gram_gradients), (running, running_gradients) = results
+    assert error(gram[0], running[0]) < 1e-12
+    assert error(gram[1, :4], running[1, :4]) < 1e-12
+    if decay == 0.0:
+        for a, b in zip(gram_gradients, running_gradients, strict=True):
+            assert error(a, b) < 1e-12
+
+
+def test_final_delta_is_the_running_sums():
+    keys, values, start = draw(2, 4, 3, 5), draw(2, 4, 3, 2, seed=2), draw(2, 2, 5, seed=3)
+    complete = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    for decay in (0.0, 0.25):
+        delta = start.clone()
+        for n in range(4):
+            new = (1 - decay) * delta + values[:, n].mT @ keys[:, n]
+            delta = torch.where(complete[:, n, None, None], new, delta)
+        assert error(ops.final_delta(keys, values, start, complete, decay), delta) < 1e-12
+
+
+def test_clip_is_the_frobenius_norm_and_finite_at_zero():
+    keys, values = draw(1, 2, 4, 5), torch.stack([draw(4, 3), torch.zeros(4, 3, dtype=torch.float64)])[None]
+    values.requires_grad_()
+    scale = ops.clip_scale(keys, values, 0.5)
+    norm = (values[0, 0].T @ keys[0, 0]).norm()
+    assert scale[0, 0].item() == pytest.approx(min(1.0, 0.5 / norm.item()), rel=1e-12)
+    assert scale[0, 1] == 1.0
+    scale.sum().backward()
+    assert torch.isfinite(values.grad).all()
+
+
+def test_filter_never_crosses_a_chunks_edge():
+    conv, target = draw(3, 1, 5), draw(1, 8, 3, seed=2)
+    layout = ChunkLayout(8, 4)
+    base = ops.filtered(layout.split(target), conv, 2)
+    changed = target.clone()
+    changed[:, 4] += 1
+    assert torch.equal(ops.filtered(layout.split(changed), conv, 2)[:, 0], base[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_step_0_is_the_host_bit_for_bit_and_every_parameter_moves_after_two_steps(dtype):
+    mlp = ToyMLP(DIM, dtype, "cpu")
+    block = build(mlp=mlp, dtype=dtype, excite=False, learned_lr=True)
+    x = draw(2, 13, DIM).to(dtype)
+    context = BlockContext(input_embeddings=x.flip(-1))
+    with torch.no_grad():
+        assert torch.equal(block(x, None, context)[0], mlp(x))
+        state = block.allocate_state(2)
+        for t in range(13):
+            token = BlockContext(input_embeddings=x.flip(-1)[:, t : t + 1])
+            assert torch.equal(block.step(x[:, t : t + 1], state, token), mlp(x[:, t : t + 1]))
+    before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+    optimizer = torch.optim.AdamW(block.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(2):
+        block(x, None, context)[0].float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    still = [name for name, parameter in block.named_parameters() if torch.equal(parameter, before[name])]
+    assert set(still) <= {"lr_weight", "lr_bias"}, "the learned rate has a gradient once the filter is not zero"
+
+
+def test_missing_embeddings_raise_and_hidden_states_need_none():
+    with pytest.raises(ContextError, match="input embeddings"):
+        build()(draw(1, 5, DIM))
+    build(target="hidden_states")(draw(1, 5, DIM))
+
+
+def test_a_site_without_a_gated_mlp_is_refused():
+    info = SiteInfo(
+        site=Site(0, SiteKind.FEED_FORWARD), dim=DIM, num_heads=1, device=torch.device("cpu"), dtype=torch.float32,
+        format=SequenceFormat(),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="no gated MLP"):
+        GatingMLP(GatingMLPConfig(), info, FP32_STATE.roles(torch.float32))
+
+
+def test_a_quantised_mlp_is_refused():
+    mlp = ToyMLP(DIM, torch.float32, "cpu")
+    mlp.linear_out.weight = nn.Parameter(torch.zeros(DIM, 2 * DIM, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ConfigError, match="quantised"):
+        build(mlp=mlp, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "options", [{"chunk": 0}, {"lr": 0}, {"decay": 1.0}, {"clip": 0}, {"conv_kernel": 0}, {"padding": "same"}], ids=str
+)
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        GatingMLPConfig(**options)
