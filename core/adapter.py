@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moshi_ttt.core.atomic import atomic_folder
-from moshi_ttt.core.block import Site
+from moshi_ttt.core.block import Site, assign
 from moshi_ttt.core.config import BlockConfig
 from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import AdapterError, ConfigError, MoshiTTTError, PluginError
@@ -29,6 +29,9 @@ from moshi_ttt.core.registry import Registry, default_registry
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"
 MANIFEST = "adapter.json"
+EXTRA = "host."
+"""Prefix of what a host was given beside the blocks: a LoRA's factors."""
+KEYS = {"format_version", "host", "fingerprint", "precision", "seed", "training_step", "sites"}
 
 
 def save_adapter(injection: Injection, folder: str | Path, *, training_step: int = 0) -> Path:
@@ -37,15 +40,22 @@ def save_adapter(injection: Injection, folder: str | Path, *, training_step: int
     Written to a temporary folder beside it, synced, then renamed: a reader sees the old adapter or the new one.
     Raises AdapterError when ``folder`` exists and is not an adapter.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder / MANIFEST).is_file():
-        raise AdapterError(f"{folder} exists and is not an adapter; choose another folder.")
+    folder = Path(folder).resolve()
+    _check_replaceable(folder)
+    planned = [block.site for block in injection.plan.blocks]
+    if list(injection.blocks) != planned:
+        raise AdapterError(
+            f"The model has blocks at {', '.join(map(str, injection.blocks)) or 'no site'}, this injection made "
+            f"{', '.join(map(str, planned)) or 'none'}: it was removed, or another took its place. Nothing was saved."
+        )
     tensors = {name: _whole(parameter) for name, parameter in injection.named_parameters()}
+    tensors |= {EXTRA + name: _whole(p) for name, p in injection.host.extra_parameters(injection.model).items()}
     manifest = {
         "format_version": FORMAT_VERSION,
         "host": injection.host.name,
         "fingerprint": injection.host.fingerprint(injection.model),
         "precision": injection.plan.policy.name,
+        "seed": injection.plan.seed,
         "training_step": training_step,
         "sites": [_describe(planned) for planned in injection.plan.blocks],
     }
@@ -73,17 +83,21 @@ def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | N
         _check_fingerprint(folder, manifest["fingerprint"], host.fingerprint(model))
         entries = [_parse_site(entry, registry) for entry in manifest["sites"]]
         policy = registry.policy(manifest["precision"])
-        plan = make_plan(model, host, entries, policy=policy, registry=registry)
+        plan = make_plan(model, host, entries, policy=policy, registry=registry, seed=manifest["seed"])
+        if [str(block.site) for block in plan.blocks] != [entry["site"] for entry in manifest["sites"]]:
+            raise AdapterError(f"{folder}: the sites in {MANIFEST} are not those that its blocks take.")
     except AdapterError:
         raise
     except (MoshiTTTError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise AdapterError(f"{folder}: it does not fit this model or installation. {error}") from error
     tensors = _read_tensors(folder / TENSORS)
-    _check_tensors(folder, plan, tensors)
+    extra = host.extra_parameters(model)
+    _check_tensors(folder, plan, extra, tensors)
     injection = plan.apply(model)
-    with torch.no_grad():
-        for name, parameter in injection.named_parameters():
-            parameter.copy_(tensors[name])
+    for name, parameter in injection.named_parameters():
+        assign(parameter, tensors[name])
+    for name, parameter in extra.items():
+        assign(parameter, tensors[EXTRA + name])
     injection.check_precision("load")
     return injection
 
@@ -97,9 +111,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise AdapterError(f"{folder} is not an adapter: it has no {MANIFEST}.") from None
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} cannot be read: {error}. The adapter is damaged; save it again.") from None
-    needed = {"format_version", "host", "fingerprint", "precision", "training_step", "sites"}
-    if not isinstance(manifest, dict) or not needed <= manifest.keys():
-        raise AdapterError(f"{path} is incomplete: it needs {sorted(needed)}. The adapter is damaged; save it again.")
+    if not isinstance(manifest, dict) or not manifest.keys() >= KEYS:
+        raise AdapterError(f"{path} is incomplete: it needs {sorted(KEYS)}. The adapter is damaged; save it again.")
+    if unknown := sorted(manifest.keys() - KEYS):
+        raise AdapterError(f"{path} has unknown keys {unknown}; this version knows {sorted(KEYS)}.")
+    if not all(type(manifest[key]) is int for key in ("format_version", "seed", "training_step")):
+        raise AdapterError(f"{path}: format_version, seed and training_step must be whole numbers.")
     if manifest["format_version"] != FORMAT_VERSION:
         raise AdapterError(
             f"{path} has format version {manifest['format_version']!r}, this version reads {FORMAT_VERSION}. "
@@ -117,6 +134,22 @@ def _parse_site(entry: Mapping[str, Any], registry: Registry) -> BlockConfig:
             f"{error} The adapter was made with {entry['distribution']} {entry['version']} "
             f"(plugin {entry['plugin']!r}): install that."
         ) from error
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise AdapterError unless ``folder`` is free, or holds an adapter and nothing else."""
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        raise AdapterError(f"{folder} exists and is not an adapter; choose another folder.")
+    others = (
+        sorted(path.name for path in folder.iterdir() if path.name not in (MANIFEST, TENSORS))
+        if folder.exists()
+        else []
+    )
+    if others:
+        raise AdapterError(
+            f"{folder} holds more than an adapter ({', '.join(others[:5])}), which saving would delete. "
+            "Choose another folder, or move those files."
+        )
 
 
 def _describe(planned: PlannedBlock) -> dict[str, Any]:
@@ -158,8 +191,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _check_tensors(folder: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
-    expected: dict[str, Tensor] = {}
+def _check_tensors(folder: Path, plan: Plan, extra: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    expected: dict[str, Tensor] = {EXTRA + name: parameter for name, parameter in extra.items()}
     for planned in plan.blocks:
         trial = planned.variant.factory(planned.config, planned.info.on(torch.device("meta")), planned.roles)
         expected |= {f"{planned.site}.{name}": parameter for name, parameter in trial.named_parameters()}
@@ -172,4 +205,8 @@ def _check_tensors(folder: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> N
                 f"{name}: expected {list(want.shape)} {want.dtype}, the file has {list(have.shape)} {have.dtype}"
             )
     if problems:
-        raise AdapterError(f"{folder}: {'; '.join(problems)}. The adapter was not loaded.")
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        hint = ""
+        if any(name.startswith(EXTRA) for name in expected.keys() ^ tensors.keys()):
+            hint = " The adapter and the model differ in their LoRA: apply the one it was trained with first."
+        raise AdapterError(f"{folder}: {shown}. The adapter was not loaded.{hint}")

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moshi_ttt.core import state as states
 from moshi_ttt.core.config import BlockConfig
@@ -98,7 +100,8 @@ class BlockContext:
         input_embeddings: ``[B, T, D]``, the host's token embeddings of the same tokens.
         exec_mask: ``[B]`` bool; a row where it is false keeps its state (its output means nothing).
         reset: ``[B]`` bool; a row where it is true starts from the learned initial state before this call.
-        updates: False freezes the fast weights for this call: what the model does without test-time learning.
+        updates: False lets no token of this call teach the fast weights anything: what the model does without
+            test-time learning. What an unfinished chunk had learned before still takes effect when the chunk ends.
         want_state: False when nobody will use the state after this call: a block may then return an empty one.
     """
 
@@ -107,6 +110,15 @@ class BlockContext:
     reset: Tensor | None = None
     updates: bool = True
     want_state: bool = True
+
+
+def assign(parameter: nn.Parameter, value: Tensor) -> None:
+    """Write a whole ``value`` into a parameter, sharded or not; every rank calls this with the same value."""
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            value = value.to(device=parameter.device, dtype=parameter.dtype)
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(value)
 
 
 class SequenceBlock(nn.Module, ABC):
@@ -139,7 +151,10 @@ class SequenceBlock(nn.Module, ABC):
 
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Fill every parameter with its initial value, drawing from ``generator`` (a CPU generator)."""
+        """Fill every parameter with its initial value, drawing from ``generator`` (a CPU generator).
+
+        Write with ``assign(parameter, value)``, which knows what to do when the parameter is sharded.
+        """
 
     @abstractmethod
     def init_state(self, batch_size: int, device: torch.device | None = None) -> BlockState:
@@ -181,7 +196,8 @@ class SequenceBlock(nn.Module, ABC):
             state = self.init_state(tokens.shape[0], tokens.device)
         elif state is not None and context.reset is not None:
             state = states.where_rows(context.reset, self.init_state(tokens.shape[0], tokens.device), state)
-        y, after = self.compute(tokens, state, context)
+        with self._without_autocast(tokens):
+            y, after = self.compute(tokens, state, context)
         if context.exec_mask is not None and state is not None and after:
             after = states.where_rows(context.exec_mask, after, state)
         return self.info.format.from_tokens(y, x), after
@@ -214,21 +230,28 @@ class SequenceBlock(nn.Module, ABC):
         """Every stored parameter has the master dtype, or PrecisionError."""
         check_role("master", self.roles.master, self.named_parameters(), self.roles.policy, f"{when}, {self.info.site}")
 
+    def _without_autocast(self, tokens: Tensor) -> AbstractContextManager[object]:
+        """Autocast would round what the policy keeps in float32."""
+        device = tokens.device.type
+        return nullcontext() if tokens.is_meta else torch.autocast(device, enabled=False)
+
     def _check_call(self, tokens: Tensor, state: BlockState | None, context: BlockContext) -> None:
         if self.needs_input_embeddings and context.input_embeddings is None:
             raise ContextError(
                 f"The block at {self.info.site} needs the input embeddings of the same tokens, and the context has "
                 "none. Call it through its host, or pass BlockContext(input_embeddings=...)."
             )
+        if 0 in tokens.shape:
+            raise ContextError(f"The block at {self.info.site} got no tokens: shape {tuple(tokens.shape)}.")
         if tokens.shape[-1] != self.info.dim:
             raise ContextError(
                 f"The block at {self.info.site} is for width {self.info.dim}, got shape {tuple(tokens.shape)}."
             )
         for name, mask in (("exec_mask", context.exec_mask), ("reset", context.reset)):
-            if mask is not None and mask.shape != tokens.shape[:1]:
+            if mask is not None and (mask.shape != tokens.shape[:1] or mask.dtype != torch.bool):
                 raise ContextError(
                     f"The block at {self.info.site} got {tokens.shape[0]} rows and {name} of shape "
-                    f"{tuple(mask.shape)}. Give one value per row."
+                    f"{tuple(mask.shape)} and dtype {mask.dtype}. Give one bool per row."
                 )
         if state is not None:
             if not self.causal:
@@ -242,6 +265,8 @@ class SequenceBlock(nn.Module, ABC):
                 )
         if not self._roles_checked and not tokens.is_meta:
             self.check_precision("first step")
+            what = f"first step, {self.info.site}"
+            check_role("param", self.roles.param, [("the host's activations", tokens)], self.roles.policy, what)
             named = (state or self.init_state(1)).items()
             check_role("state", self.roles.state, named, self.roles.policy, f"first step, {self.info.site}")
             self._roles_checked = True

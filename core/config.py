@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, model_validator
 
 from moshi_ttt.core.errors import ConfigError, nearest
 
@@ -16,7 +16,18 @@ from moshi_ttt.core.errors import ConfigError, nearest
 class FrozenConfig(BaseModel):
     """Base of every configuration: unknown keys are errors, values do not change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_yes_for_a_number(cls, values: Any) -> Any:
+        """``chunk: true`` is a mistake, and would be read as 1."""
+        if isinstance(values, Mapping):
+            for name, value in values.items():
+                field = cls.model_fields.get(str(name))
+                if isinstance(value, bool) and field is not None and not _takes_bool(field.annotation):
+                    raise ValueError(f"{name} cannot be {str(value).lower()}")
+        return values
 
 
 class BlockConfig(FrozenConfig):
@@ -85,6 +96,10 @@ def _keys_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
                 return []
             model = found
     return list(model.model_fields)
+
+
+def _takes_bool(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(_takes_bool(inner) for inner in get_args(annotation))
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

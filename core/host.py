@@ -86,6 +86,10 @@ class HostModel(ABC):
     def fingerprint(self, model: nn.Module) -> dict[str, Any]:
         """JSON-able facts that decide whether an adapter belongs to this model: shapes, and a digest of the weights."""
 
+    def extra_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Parameters that are neither the base's nor a block's, by name: a LoRA's factors. Adapters hold them."""
+        return {}
+
     @abstractmethod
     def carry(
         self,

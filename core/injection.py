@@ -218,7 +218,7 @@ def _plan_block(
             f"the host's parameters are {info.dtype}, policy {policy.name!r} asks for {roles.param}; "
             "load the host in that dtype or choose another policy."
         )
-    trial = _trial(info, variant, config, roles)
+    trial, figures = _trial(info, variant, config, roles)
     if trial.kind != info.site.kind:
         raise InjectionError(
             f"the block is for {trial.kind} sites. A factory function needs an attribute `kind`, as a block class has."
@@ -233,16 +233,23 @@ def _plan_block(
         variant=variant,
         config=config,
         roles=roles,
-        parameters=sum(parameter.numel() for parameter in trial.parameters()),
-        state_bytes=trial.state_bytes(),
-        flops_per_token=trial.flops_per_token(),
+        **figures,
     )
 
 
-def _trial(info: SiteInfo, variant: Variant, config: BlockConfig, roles: DtypeRoles) -> SequenceBlock:
-    """The block on the meta device: what it would be, without its memory."""
+def _trial(
+    info: SiteInfo, variant: Variant, config: BlockConfig, roles: DtypeRoles
+) -> tuple[SequenceBlock, dict[str, int]]:
+    """The block on the meta device, what it would be without its memory, and its figures."""
+    figures: dict[str, int] = {}
     try:
         block = variant.factory(config, info.on(torch.device("meta")), roles)
+        if isinstance(block, SequenceBlock):
+            figures = {
+                "parameters": sum(parameter.numel() for parameter in block.parameters()),
+                "state_bytes": block.state_bytes(),
+                "flops_per_token": block.flops_per_token(),
+            }
     except MoshiTTTError:
         raise
     except Exception as error:  # a third party's constructor can fail in any way
@@ -253,7 +260,7 @@ def _trial(info: SiteInfo, variant: Variant, config: BlockConfig, roles: DtypeRo
         raise InjectionError(
             f"variant {variant.name!r} of {variant.provenance} makes a {type(block).__name__}, not a SequenceBlock."
         )
-    return block
+    return block, figures
 
 
 def inject(model: nn.Module, config: TTTConfig, *, registry: Registry | None = None) -> Injection:

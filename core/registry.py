@@ -90,10 +90,10 @@ class Registry:
         allowed = None if wanted is None else {part.strip() for part in wanted.split(",")} | {"builtin"}
         manager = pluggy.PluginManager("moshi_ttt")
         manager.add_hookspecs(HookSpecs)
-        for entry_point in sorted(entry_points, key=lambda e: (e.name, e.dist.name if e.dist else "")):
+        for entry_point in sorted(entry_points, key=lambda e: (e.name, (e.dist.name if e.dist else None) or "")):
             provenance = Provenance(
                 entry_point.name,
-                entry_point.dist.name if entry_point.dist else "(unknown)",
+                (entry_point.dist.name if entry_point.dist else None) or "(unknown)",
                 entry_point.dist.version if entry_point.dist else "0",
             )
             if allowed is not None and entry_point.name not in allowed:
@@ -103,15 +103,20 @@ class Registry:
             self._records.append(record)
             if record.status != "loaded":
                 warnings.warn(f"Plugin {provenance} is {record.status}: {record.reason}", stacklevel=2)
+        missing = sorted((allowed or set()) - {entry_point.name for entry_point in entry_points} - {"builtin", ""})
+        if missing:
+            warnings.warn(f"{ENVIRONMENT} names plugins that are not installed: {', '.join(missing)}", stacklevel=2)
 
     def _load_plugin(
         self, manager: pluggy.PluginManager, entry_point: metadata.EntryPoint, provenance: Provenance
     ) -> PluginRecord:
         try:
             plugin = entry_point.load()
-        except (Exception, SystemExit) as error:  # whatever a third party's import raises must not end discovery
+            version = getattr(plugin, "MOSHI_TTT_API", None)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a third party's import raises must not end discovery
             return PluginRecord(provenance, "failed", f"{type(error).__name__}: {error}")
-        version = getattr(plugin, "MOSHI_TTT_API", None)
         if version != HOOK_API_VERSION:
             return PluginRecord(
                 provenance,
@@ -128,12 +133,17 @@ class Registry:
             for registrar in registrars:
                 manager.subset_hook_caller(HOOKS[registrar.kind], others)(registrar=registrar)
                 refuse_repeats(registrar)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             if manager.has_plugin(name):
                 manager.unregister(name=name)
             return PluginRecord(provenance, "failed", f"{type(error).__name__}: {error}")
         entries = [entry for registrar in registrars for entry in registrar.entries]
         names = tuple((entry.kind, entry.name) for entry in entries)
+        if not names:
+            reason = "it registers nothing; a hook needs the decorator `hookimpl` of moshi_ttt.core.hooks"
+            return PluginRecord(provenance, "failed", reason)
         clashes = [entry for entry in entries if (entry.kind, entry.name) in self._entries]
         for entry in entries:
             key = (entry.kind, entry.name)
@@ -153,6 +163,8 @@ class Registry:
 
         A name registered at run time exists in this process only: spawned workers do not know it.
         """
+        if kind not in HOOKS:
+            raise PluginError(f"Unknown kind {kind!r}. {nearest(str(kind), HOOKS)}")
         if (kind, name) in self._entries:
             raise DuplicateNameError(
                 f"{kind} {name!r} is already registered by {self._entries[kind, name].provenance}. "
@@ -168,8 +180,10 @@ class Registry:
 
     def unregister(self, kind: Kind, name: str) -> None:
         """Forget a name. Raises UnknownNameError when there is none."""
-        self.entry(kind, name)
+        if (kind, name) not in self._entries:
+            self.entry(kind, name)  # raises, with the nearest names
         del self._entries[kind, name]
+        self._conflicts.pop((kind, name), None)
 
     @contextmanager
     def override(self, kind: Kind, name: str, target: Any, *, config: Any = None) -> Iterator[None]:
@@ -215,10 +229,11 @@ class Registry:
             PluginError: the plugin of that name failed to load, is outdated or disabled.
             DuplicateNameError: two plugins claim it.
         """
-        if (kind, name) in self._conflicts and self._entries[kind, name].provenance is not RUNTIME:
+        found = self._entries.get((kind, name))
+        if found is not None and (kind, name) in self._conflicts and found.provenance is not RUNTIME:
             raise DuplicateNameError(self._duplicate_message(kind, name))
-        if (kind, name) in self._entries:
-            return self._entries[kind, name]
+        if found is not None:
+            return found
         broken = [r for r in self._records if r.status in ("failed", "outdated", "disabled")]
         for record in broken:
             if record.provenance.plugin == name:

@@ -33,6 +33,7 @@ from moshi_ttt.core.testing.checks_streaming import (
     check_splits,
     check_state_is_float32,
     check_step_in_place,
+    check_updates_off,
 )
 from moshi_ttt.core.testing.checks_training import (
     check_checkpointing,
@@ -60,6 +61,7 @@ CHECKS: tuple[Check, ...] = (
     check_rows,
     check_exec_mask,
     check_reset,
+    check_updates_off,
     check_no_host_read,
     check_state_is_float32,
     check_long_stream,

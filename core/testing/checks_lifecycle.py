@@ -88,15 +88,22 @@ def check_config_keys(case: BlockCase) -> None:
     if case.dtype != torch.float64:
         return
     base = _behaviour(case, case.config)
+    outcome: dict[str, str] = {}
     for path, changed in _changes(values, case.config):
+        outcome.setdefault(path, "no other value that the kit tried is accepted")
         try:
             config = parse_block(changed, registry=case.registry)
             behaviour = _behaviour(case, config)
         except (MoshiTTTError, ValidationError):
-            continue  # not a legal value, or one that does not fit this host: refused, which is a behaviour
-        assert behaviour.keys() != base.keys() or any(
+            continue  # not a legal value, or one that does not fit this host
+        if behaviour.keys() != base.keys() or any(
             behaviour[n].shape != base[n].shape or not torch.equal(behaviour[n], base[n]) for n in base
-        ), f"option {path!r} changes nothing"
+        ):
+            outcome[path] = "changes"
+        elif outcome[path] != "changes":
+            outcome[path] = "changes nothing"
+    idle = {path: what for path, what in outcome.items() if what != "changes"}
+    assert not idle, f"options without an effect: {idle}"
 
 
 def _behaviour(case: BlockCase, config: BlockConfig) -> dict[str, torch.Tensor]:
@@ -124,8 +131,12 @@ def _alternatives(key: str, value: Any, model: BaseModel) -> Iterator[tuple[str,
         yield key, not value
     elif isinstance(value, int):
         yield key, value + 1
+        yield key, max(value - 1, 0)
     elif isinstance(value, float):
-        yield key, value * 1.5 + 1e-7
+        for changed in (value * 1.5 + 1e-7, value * 0.5, value * 0.9 + 0.05):
+            yield key, changed
+    elif value is None:  # an optional number, as far as the kit can tell
+        yield key, 0.01
     elif isinstance(value, dict):
         for inner, item in value.items():
             for path, changed in _alternatives(inner, item, model):

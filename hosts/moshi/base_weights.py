@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from moshi_ttt.core.block import assign
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.hosts.moshi.layers import BlockSite
 from moshi_ttt.hosts.moshi.upstream import LMModel, LoRALinear, StreamingMultiheadAttention
 
 DIGEST_VALUES = 16
 """How many values of each parameter the digest reads."""
+REMEMBERED = "_moshi_ttt_base_digest"
 
 
 def base_names(model: LMModel) -> dict[str, str]:
@@ -49,12 +51,11 @@ def base_state_dict(model: LMModel) -> dict[str, Tensor]:
 def load_base(model: LMModel, state_dict: Mapping[str, Tensor]) -> None:
     """Load base weights, older names included, cast to the model's dtypes.
 
-    Raises HostError for a sharded model, or with the missing and unexpected names and wrong shapes; the model is then
-    as it was.
+    A sharded model takes its part of each weight; every rank calls this with the same weights. Raises HostError with
+    the missing and unexpected names, wrong shapes and weights that are no floating-point numbers; the model is then as
+    it was.
     """
     names, state = base_names(model), model.state_dict()
-    if any(isinstance(state[key], DTensor) for key in names.values()):
-        raise HostError("Base weights cannot be loaded into a sharded model: load them before sharding.")
     given = dict(state_dict)
     for path, module in model.named_modules():
         if isinstance(module, StreamingMultiheadAttention):
@@ -62,6 +63,11 @@ def load_base(model: LMModel, state_dict: Mapping[str, Tensor]) -> None:
             StreamingMultiheadAttention._load_hook(module, given, f"{path}.")  # type: ignore[no-untyped-call]
     problems = [f"missing {name}" for name in sorted(names.keys() - given.keys())]
     problems += [f"unexpected {name}" for name in sorted(given.keys() - names.keys())]
+    problems += [
+        f"{name} is {given[name].dtype}"
+        for name, key in names.items()
+        if name in given and state[key].is_floating_point() and not given[name].is_floating_point()
+    ]
     problems += [
         f"{name} has shape {tuple(given[name].shape)}, the model {tuple(state[key].shape)}"
         for name, key in names.items()
@@ -80,7 +86,16 @@ def load_base(model: LMModel, state_dict: Mapping[str, Tensor]) -> None:
                 _put(model, key, given[name].to(state[key].dtype))
         else:
             for name, key in names.items():
-                state[key].copy_(given[name])
+                assign(state[key], given[name])
+
+
+def remember_digest(model: LMModel) -> None:
+    """Keep the digest for when the model is sharded and its values are no longer at hand."""
+    setattr(model, REMEMBERED, digest(model))
+
+
+def _sample(values: Tensor) -> Tensor:
+    return values[:: max(1, values.numel() // DIGEST_VALUES)][:DIGEST_VALUES]
 
 
 def _put(model: LMModel, key: str, tensor: Tensor) -> None:
@@ -94,19 +109,30 @@ def _put(model: LMModel, key: str, tensor: Tensor) -> None:
 
 
 def digest(model: LMModel) -> str | None:
-    """SHA-256 over name, shape and the first values of every base parameter, as float32.
+    """SHA-256 over name, shape and some values, evenly spread, of every base parameter, as float32.
 
     The same whether bfloat16 weights were loaded as bfloat16 or as float32, and with or without blocks. None where the
-    values are not at hand: on the meta device, or sharded.
+    values are not at hand: on the meta device, or sharded without ``remember_digest`` before.
     """
+    remembered: str | None = getattr(model, REMEMBERED, None)
     parameters = dict(model.named_parameters())
     chosen = {name: parameters[key] for name, key in sorted(base_names(model).items()) if key in parameters}
     if any(tensor.is_meta or isinstance(tensor, DTensor) for tensor in chosen.values()):
-        return None
+        return remembered
     sha = hashlib.sha256()
     with torch.no_grad():
-        heads = [tensor.detach().reshape(-1)[:DIGEST_VALUES].float().cpu() for tensor in chosen.values()]
+        heads = [_sample(tensor.detach().reshape(-1)).float().cpu() for tensor in chosen.values()]
     for (name, tensor), head in zip(chosen.items(), heads, strict=True):
         sha.update(f"{name} {list(tensor.shape)}\n".encode())
         sha.update(head.contiguous().numpy().tobytes())
     return sha.hexdigest()
+
+
+def lora_factors(model: LMModel) -> dict[str, torch.nn.Parameter]:
+    """The factors of every LoRA in the model, by the names they have in it; a block has none."""
+    return {
+        f"{path}.{factor}.weight": getattr(module, factor).weight
+        for path, module in model.named_modules()
+        if isinstance(module, LoRALinear)
+        for factor in ("lora_A", "lora_B")
+    }

@@ -18,6 +18,7 @@ from torch.distributed.fsdp._fully_shard import _fully_shard as fsdp_internals
 
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.precision import DtypeRoles
+from moshi_ttt.hosts.moshi.base_weights import remember_digest
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, require_lm
 from moshi_ttt.hosts.moshi.upstream import LMModel
 
@@ -52,6 +53,13 @@ def shard(model: nn.Module, policy_roles: DtypeRoles, mesh: DeviceMesh | None = 
             device = "cuda" if torch.cuda.is_available() else "cpu"
         mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     blocks = list(MOSHI_HOST.blocks(model).values())
+    for block in blocks:
+        if block.roles != policy_roles:
+            raise HostError(
+                f"The block at {block.info.site} follows policy {block.roles.policy!r} in a {block.roles.model} model, "
+                f"and shard was given {policy_roles.policy!r} for {policy_roles.model}. Give the plan's own roles."
+            )
+    remember_digest(model)
     keep = {id(block) for block in blocks} | {id(model.condition_provider)}
     for unit in MOSHI_HOST.fsdp_units(model):
         policy = MixedPrecisionPolicy(

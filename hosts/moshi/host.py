@@ -157,6 +157,10 @@ class MoshiHost(HostModel):
             "weights": base_weights.digest(model),
         }
 
+    def extra_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The factors of Moshi's own LoRA, if it was applied."""
+        return base_weights.lora_factors(require_lm(model))
+
     @contextmanager
     def carry(
         self,
@@ -209,8 +213,12 @@ class MoshiHost(HostModel):
             yield f"the block is for {block.kind} sites."
         if block.info.site != site:
             yield f"the block was built for {block.info.site}."
-        if block.info.dim != infos[site].dim:
-            yield f"the block is for width {block.info.dim}, the layer has {infos[site].dim}."
+        made, here = block.info, infos[site]
+        if (made.dim, made.num_heads, made.dtype) != (here.dim, here.num_heads, here.dtype):
+            yield (
+                f"the block was planned for width {made.dim}, {made.num_heads} heads and {made.dtype}, the layer has "
+                f"width {here.dim}, {here.num_heads} heads and {here.dtype}; plan it on this model."
+            )
         if not block.causal:
             yield "the block is not causal, and Moshi is: it would see the future."
         if site in self.blocks(model):

@@ -203,6 +203,11 @@ def open_carry(
     if document_ids is not None and document_ids.dim() != 1:
         raise ContextError(f"document_ids must be [B], one per row, got shape {tuple(document_ids.shape)}.")
     known = before.document_ids
+    if document_ids is not None and known is None and before.blocks:
+        raise ContextError(
+            "document_ids are given, and the carried state does not know the ids of its rows, so none could be reset. "
+            "Give document_ids from the first segment on, or start from None."
+        )
     batch = {states.rows(block) for block in before.blocks.values()} | (
         {known.shape[0]} if known is not None else set()
     )

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo
+from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo, assign
 from moshi_ttt.core.config import BlockConfig, FrozenConfig
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.precision import DtypeRoles
@@ -130,8 +130,7 @@ class HybridBlock(SequenceBlock):
                 value = torch.full(parameter.shape, self.config.gate.init)
             else:
                 value = torch.ones(parameter.shape) if parameter in ones else torch.zeros(parameter.shape)
-            with torch.no_grad():
-                parameter.copy_(value)
+            assign(parameter, value)
 
     def token_scale(self) -> Tensor:
         """``[C]``: max(0, 1/(n+1) + learned_n) when causal, 1/C when not."""
@@ -185,19 +184,21 @@ class HybridBlock(SequenceBlock):
     @torch.no_grad()
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
         context = context or BlockContext()
-        if x.shape[1] != 1 or context.reset is not None or not self.config.causal:
-            return super().step(x, state, context)
         tokens = self.info.format.to_tokens(x)
+        if tokens.shape[1] != 1 or context.reset is not None or not self.config.causal:
+            return super().step(x, state, context)
         self._check_call(tokens, state, context)
-        weights = self.weights()
-        y = inner_loop.step(
-            self._tokens(tokens, state["position"][:, None], weights, context),
-            state,
-            inner_norm(weights, self.options, self.roles),
-            weights.token_scale.to(self.roles.state),
-            context.exec_mask,
-        )
-        return self.info.format.from_tokens(gated_output(tokens, y, weights, self.options, self.roles), x)
+        with self._without_autocast(tokens):
+            weights = self.weights()
+            y = inner_loop.step(
+                self._tokens(tokens, state["position"][:, None], weights, context),
+                state,
+                inner_norm(weights, self.options, self.roles),
+                weights.token_scale.to(self.roles.state),
+                context.exec_mask,
+            )
+            y = gated_output(tokens, y, weights, self.options, self.roles)
+        return self.info.format.from_tokens(y, x)
 
     def _tokens(self, x: Tensor, position: Tensor, weights: HybridWeights, context: BlockContext) -> inner_loop.Tokens:
         tokens = inner_inputs(x, position, weights, self.options, self.roles)
@@ -208,7 +209,8 @@ class HybridBlock(SequenceBlock):
         total = 2 * (4 * dim * dim + heads * dim)
         for i, weight in enumerate(self.fast_weight):
             _, fan_in, fan_out = weight.shape
-            # key forward, query forward, update; from the second layer on, the gradient's way back
-            products = (3 + (i > 0)) * fan_in * fan_out + size * (fan_in + fan_out)
+            # key and query forward; from the second layer on the gradient's way back; the chunk's update, which a step
+            # runs whether or not the chunk is complete
+            products = (2 + (i > 0) + size) * fan_in * fan_out + size * (fan_in + fan_out)
             total += 2 * heads * products
         return total

@@ -8,6 +8,7 @@ The hybrid layer of Dalal et al. 2025 (arXiv:2504.05298), forward direction, on 
     y       = x + tanh(alpha) * (W_o LN(inner loop(q, k, v')) + b_o)
 
 The functions here are pure: weights come as a ``HybridWeights``. The module that owns parameters is in ``block.py``.
+The dataclasses that hold tensors are not frozen: torch.compile cannot trace frozen ones. Nothing writes to them.
 
 Shape legend: B streams, T tokens, D width, H heads, Dh = D / H, C tokens a chunk, L layers of the fast network.
 """
@@ -25,7 +26,7 @@ from moshi_ttt.plugins.common.inner_loop import InnerNorm, Tokens
 from moshi_ttt.plugins.common.rope import rotate
 
 
-@dataclass(frozen=True)
+@dataclass
 class Linear:
     """Weight ``[out, in]`` and bias ``[out]``."""
 
@@ -37,7 +38,7 @@ class Linear:
         return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
-@dataclass(frozen=True)
+@dataclass
 class HybridWeights:
     """Everything learned, except the fast network's initial weights.
 
@@ -77,18 +78,24 @@ class HybridOptions:
 
 
 def l2_normalise(x: Tensor) -> Tensor:
-    """``x / max(|x|, 1e-12)`` over the last dimension (the smallest normal number where a dtype has no 1e-12)."""
-    return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))
+    """``x / max(|x|, 1e-12)`` over the last dimension (the smallest normal number where a dtype has no 1e-12).
+
+    A vector of zeros stays one, with gradient 1: the formula's own, 1e12, would swamp every other token's.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(norm > 0, norm.clamp(min=max(1e-12, torch.finfo(x.dtype).tiny)), 1)
 
 
 def reconstruction_target(v: Tensor, k: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """``weight * (v - k - mean) / (std + eps) + bias + k``, std unbiased (n - 1), over the last dimension.
 
-    ``v`` and ``k`` are ``[B, T, H, Dh]``, ``weight`` and ``bias`` ``[H, Dh]``. Finite for a constant ``v - k``.
+    ``v`` and ``k`` are ``[B, T, H, Dh]``, ``weight`` and ``bias`` ``[H, Dh]``. A constant ``v - k`` is not divided by
+    eps: it has nothing to normalise, and its gradient would be 1 / eps.
     """
     difference = v - k
     centred = difference - difference.mean(-1, keepdim=True)
-    return weight * centred / (difference.std(-1, keepdim=True) + eps) + bias + k
+    std = difference.std(-1, keepdim=True)
+    return weight * centred / torch.where(std > 0, std + max(eps, torch.finfo(std.dtype).tiny), 1) + bias + k
 
 
 def inner_inputs(

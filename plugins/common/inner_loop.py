@@ -44,7 +44,7 @@ class Tokens(NamedTuple):
     lr: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class FastNetwork:
     """Weights ``[B, H, in, out]`` and biases ``[B, H, 1, out]`` of each layer."""
 
@@ -52,7 +52,7 @@ class FastNetwork:
     biases: tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class InnerNorm:
     """The LayerNorm inside the loss and the output: ``weight`` and ``bias [H, D]``, and its eps."""
 
@@ -75,7 +75,7 @@ class InnerNorm:
         )[0]
 
 
-@dataclass(frozen=True)
+@dataclass
 class ChunkMemory:
     """What a chunk's keys leave behind, per layer: inputs ``a [B, H, C, in]`` and gradients ``g [B, H, C, out]``.
 

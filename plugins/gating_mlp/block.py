@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo, SiteKind
+from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo, SiteKind, assign
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.state import BlockState
@@ -61,10 +61,9 @@ class GatingMLP(SequenceBlock):
         return _out_features(self.info.mlp.linear_in) // 2
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.zero_()
-            self.projection.copy_(torch.diag(torch.randn(self.info.dim, generator=generator) * INIT_STD))
+        for parameter in self.parameters():
+            assign(parameter, torch.zeros(parameter.shape))
+        assign(self.projection, torch.diag(torch.randn(self.info.dim, generator=generator) * INIT_STD))
 
     def init_state(self, batch_size: int, device: torch.device | None = None) -> BlockState:
         size, dim, hidden = self.config.chunk, self.info.dim, self.hidden_width

@@ -144,7 +144,7 @@ def test_a_config_that_is_not_there_lists_the_packaged_ones(cli):
 # ---- verify
 
 
-@pytest.mark.parametrize("pattern", ["linear_*", "mlp_*", "hybrid_*"])
+@pytest.mark.parametrize("pattern", ["linear_*", "mlp_*", "hybrid_*", "in_place_*"])
 def test_reference_vectors_pass(cli, pattern):
     files = sorted(GOLDENS.glob(f"{pattern}.safetensors"))
     assert len(files) >= 2
@@ -162,7 +162,7 @@ def test_all_shows_every_output_and_gradient(cli):
 
 
 def test_a_file_that_no_verifier_takes_fails(cli):
-    result = cli("verify", GOLDENS / "in_place_proj.safetensors")
+    result = cli("verify", GOLDENS / "multilayer3_causal.safetensors")
     assert result.exit_code == 1
     assert "no installed verifier takes it" in result.said
 

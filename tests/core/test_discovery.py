@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 from moshi_ttt.core.errors import DuplicateNameError, PluginError, UnknownNameError
@@ -197,7 +199,9 @@ def test_environment_restricts_what_is_loaded(site_folder, blocks, monkeypatch, 
     for name in ("acme", "best", "bad", "builtin"):
         site_folder.install(f"{name}-dist", {name: "1 / 0" if name == "bad" else blocks(name)})
     monkeypatch.setenv("MOSHI_TTT_PLUGINS", value)
-    registry = discovered(site_folder)
+    expected = pytest.warns(UserWarning, match="not installed: no") if value == "no" else nullcontext()
+    with expected:
+        registry = discovered(site_folder)
     assert set(registry.names("block")) == loaded
     disabled = [record for record in registry.plugins() if record.status == "disabled"]
     assert {record.provenance.plugin for record in disabled} == {"acme", "best", "bad", "builtin"} - loaded
@@ -206,5 +210,8 @@ def test_environment_restricts_what_is_loaded(site_folder, blocks, monkeypatch, 
 def test_disabled_plugin_that_is_asked_for_raises(site_folder, blocks, monkeypatch):
     site_folder.install("acme-ttt", {"acme": blocks("acme")})
     monkeypatch.setenv("MOSHI_TTT_PLUGINS", "something_else")
-    with pytest.raises(PluginError, match="disabled: not listed in MOSHI_TTT_PLUGINS"):
+    with (
+        pytest.warns(UserWarning, match="not installed: something_else"),
+        pytest.raises(PluginError, match="disabled: not listed in MOSHI_TTT_PLUGINS"),
+    ):
         discovered(site_folder).block("acme")

@@ -205,7 +205,7 @@ def test_attach_non_causal_raises():
 
 def test_attach_other_width_raises():
     model = random_tiny_lm()
-    refusal(model, make_blocks(random_tiny_lm(dim=32)), "width 32, the layer has 64")
+    refusal(model, make_blocks(random_tiny_lm(dim=32)), "planned for width 32.*width 64")
 
 
 def test_attach_to_a_foreign_layer_class_raises():

@@ -67,6 +67,21 @@ def train(rows: list[int], *, sharded: bool) -> dict:
     }
 
 
+def filled(*, sharded: bool = False) -> dict:
+    """Some values of every parameter of a model made on the meta device, sharded there, materialised and filled."""
+    config = parse_config(CONFIG, registry=default_registry())
+    weights = MOSHI_HOST.base_state_dict(MOSHI_HOST.load(config.host))
+    model = MOSHI_HOST.skeleton(config.host)
+    injection = inject(model, config)
+    if sharded:
+        shard(model, FP32_STATE.roles(torch.bfloat16))
+    model.to_empty(device="cpu")
+    MOSHI_HOST.load_base(model, weights)
+    injection.initialise()
+    injection.check_precision("materialised")
+    return {name: _whole(p).detach().flatten()[:: p.numel() // 7 + 1].tolist() for name, p in model.named_parameters()}
+
+
 def _whole(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
@@ -74,6 +89,6 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    result = train([dist.get_rank()], sharded=True)
+    result = train([dist.get_rank()], sharded=True) | {"meta": filled(sharded=True)}
     (Path(sys.argv[1]) / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.destroy_process_group()

@@ -14,7 +14,7 @@ import torch
 from moshi.modules.lora import replace_all_linear_with_lora
 
 from moshi_ttt import default_registry, inject, load_adapter, make_plan, parse_config, save_adapter
-from moshi_ttt.core.errors import AdapterError, PrecisionError
+from moshi_ttt.core.errors import AdapterError, ContextError, PrecisionError
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 
@@ -191,3 +191,66 @@ def test_adapter_round_trip_on_moshi(variant, tmp_path):
     load_adapter(other, tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(other.forward_text(codes(1, 9))[1], model.forward_text(codes(1, 9))[1])
+
+
+def test_an_adapter_holds_the_lora_and_asks_for_the_same_one(tmp_path):
+    def with_lora(rank: int):
+        model = random_tiny_lm()
+        replace_all_linear_with_lora(model, rank=rank, scaling=1.0)
+        return model
+
+    registry = default_registry()
+    host = {"name": "moshi", "hf_repo": "builtin:tiny"}
+    config = parse_config({"host": host, "ttt": [{"variant": "ttt_linear", "layers": "last:1"}]}, registry=registry)
+    model = with_lora(2)
+    injection = inject(model, config)
+    with torch.no_grad():
+        for parameter in MOSHI_HOST.extra_parameters(model).values():
+            parameter.normal_()
+    x = torch.randint(0, 32, (1, 17, 9))
+    expected = model.forward_text(x)[1]
+    save_adapter(injection, tmp_path / "adapter")
+    other = with_lora(2)
+    load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(other.forward_text(x)[1], expected)
+    for wrong in (random_tiny_lm(), with_lora(3)):
+        before = set(wrong.state_dict())
+        with pytest.raises(AdapterError, match="lora_A"):
+            load_adapter(wrong, tmp_path / "adapter")
+        assert set(wrong.state_dict()) == before
+
+
+def test_a_removed_injection_is_not_saved(tmp_path):
+    _, injection = tiny_with({"variant": "ttt_linear", "layers": "last:1"})
+    injection.remove()
+    with pytest.raises(AdapterError, match="it was removed"):
+        save_adapter(injection, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_folder_with_other_files_is_not_replaced(tmp_path):
+    _, injection = tiny_with({"variant": "ttt_linear", "layers": "last:1"})
+    folder = save_adapter(injection, tmp_path / "adapter")
+    (folder / "notes.md").write_text("keep me")
+    with pytest.raises(AdapterError, match=r"notes\.md"):
+        save_adapter(injection, folder)
+    assert (folder / "notes.md").read_text() == "keep me"
+
+
+def test_document_ids_that_come_late_are_refused():
+    model, _ = tiny_with({"variant": "ttt_linear", "layers": "last:1"})
+    with MOSHI_HOST.carry(model) as state:
+        model.forward_text(codes(2, 5))
+    with (
+        pytest.raises(ContextError, match="from the first segment on"),
+        MOSHI_HOST.carry(model, state, document_ids=torch.tensor([1, 2])),
+    ):
+        pass
+
+
+def test_a_model_built_on_meta_and_sharded_there_is_filled_like_a_whole_one(ranks):
+    whole = fsdp_worker.filled()
+    for rank in ranks:
+        assert rank["meta"].keys() == whole.keys()
+        for name, values in whole.items():
+            assert rank["meta"][name] == values, name

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
-from moshi_ttt.core.errors import ConfigError, ContextError
+from moshi_ttt.core.errors import ConfigError, ContextError, PrecisionError
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.precision import FP32, FP32_STATE, UNIFORM
 from moshi_ttt.plugins.common import hybrid, reference
@@ -104,9 +104,10 @@ def test_gate_zero_is_the_identity_bit_for_bit():
     ids=["fp32_state", "uniform", "fp32"],
 )
 def test_policies_decide_dtypes(policy, state, master):
-    block = build(dtype=torch.bfloat16, policy=policy)
-    y, after = block(torch.randn(2, 9, 16, dtype=torch.bfloat16))
-    assert y.dtype == torch.bfloat16
+    host = torch.float32 if policy is FP32 else torch.bfloat16
+    block = build(dtype=host, policy=policy)
+    y, after = block(torch.randn(2, 9, 16, dtype=host))
+    assert y.dtype == host
     assert after["weight.0"].dtype == state
     assert block.wq.weight.dtype == master
 
@@ -148,3 +149,56 @@ def test_lora_leaves_a_block_alone():
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
     replace_all_linear_with_lora(torch.nn.ModuleList([block]), rank=2, scaling=1.0)
     assert before.keys() == dict(block.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("block", [TTTLinear, TTTMLP])
+def test_a_token_of_zeros_does_not_swamp_the_gradients(block):
+    made = build(block, TTTLinearConfig(chunk=4) if block is TTTLinear else TTTMLPConfig(chunk=4))
+    x = torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = 0
+    made(x)[0].square().sum().backward()
+    assert max(float(parameter.grad.abs().max()) for parameter in made.parameters()) < 1e4
+
+
+def test_a_constant_difference_is_finite_in_float16():
+    v, k = torch.full((1, 1, 1, 4), 2.0, dtype=torch.float16), torch.zeros(1, 1, 1, 4, dtype=torch.float16)
+    target = hybrid.reconstruction_target(v, k, torch.ones(1, 4).half(), torch.zeros(1, 4).half(), 1e-8)
+    assert torch.isfinite(target).all()
+
+
+def test_autocast_does_not_round_the_state():
+    block = build()
+    x = torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(0))
+    _, expected = block(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, state = block(x)
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+
+
+@pytest.mark.parametrize("block", [TTTLinear, TTTMLP])
+def test_blocks_can_be_traced_whole(block):
+    made = build(block, TTTLinearConfig(chunk=4) if block is TTTLinear else TTTMLPConfig(chunk=4))
+    x = torch.randn(1, 9, 16)
+    made(x)  # the first call checks the dtypes
+    traced = torch.compile(made, backend="eager", fullgraph=True)
+    assert torch.equal(traced(x)[0], made(x)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_a_mask_that_is_not_bool_is_refused_before_anything_is_written(dtype):
+    block = build()
+    state = block.allocate_state(2)
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    with pytest.raises(ContextError, match="one bool per row"):
+        block.step(torch.randn(2, 1, 16), state, BlockContext(exec_mask=torch.ones(2, dtype=dtype)))
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+
+
+def test_no_tokens_are_refused():
+    with pytest.raises(ContextError, match="no tokens"):
+        build()(torch.randn(2, 0, 16))
+
+
+def test_activations_in_another_dtype_than_planned_are_refused():
+    with pytest.raises(PrecisionError, match=r"activations.*bfloat16"):
+        build()(torch.randn(1, 4, 16, dtype=torch.bfloat16))

@@ -197,6 +197,16 @@ class LosesLearnedBuffer(TTTLinear):
         return y * self.factor, after
 
 
+class LearnsAnyway(TTTLinear):
+    """Learns although updates are off."""
+
+    def compute(self, x, state, context):
+        return super().compute(x, state, BlockContext())
+
+    def step(self, x, state, context=None):
+        return super().step(x, state, BlockContext())
+
+
 class ReplacesBuffers(TTTLinear):
     """Streaming puts new tensors into the state instead of writing into the buffers."""
 
@@ -221,6 +231,7 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     IgnoresOption: {kit.check_config_keys},
     RoundsParameters: {kit.check_dtypes},
     WrongPlan: {kit.check_plan_figures},
+    LearnsAnyway: {kit.check_updates_off},
     ReplacesBuffers: {kit.check_step_in_place},
     GrowingWork: {kit.check_long_stream},
     CountsCalls: {kit.check_checkpointing},
