@@ -221,6 +221,22 @@ class SequenceBlock(nn.Module, ABC):
         fresh = self.init_state(states.rows(state), device)
         states.copy_(state, states.where_rows(mask.to(device), fresh, state))
 
+    @torch.no_grad()
+    def drift(self, state: BlockState) -> Tensor:
+        """``[B]`` float64: how far each stream's fast weights are from where they started, over the norm of the start.
+
+        Fast weights are what starts from a learned value; a variant for which that is not so says what it means.
+        """
+        with torch.enable_grad():
+            start = self.init_state(1)
+        learned = [name for name, tensor in start.items() if tensor.requires_grad]
+        moved, size = torch.zeros(states.rows(state), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        for name in learned:
+            first = start[name].detach().double().cpu()
+            moved = moved + (state[name].double().cpu() - first).square().flatten(1).sum(1)
+            size = size + first.square().sum()
+        return (moved / size.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+
     def state_bytes(self) -> int:
         """Bytes of state one stream occupies."""
         with torch.no_grad():

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from moshi_ttt.apps.options import StreamConfig
 from moshi_ttt.apps.quickstart.data import Codec
-from moshi_ttt.core import state as states
-from moshi_ttt.core.block import SequenceBlock, Site
-from moshi_ttt.core.state import BlockState
+from moshi_ttt.core.block import Site
 from moshi_ttt.hosts.moshi.layers import BlockSite
 from moshi_ttt.hosts.moshi.upstream import LMGen
 
@@ -70,43 +68,19 @@ def listen(
             model, use_sampling=sampling, temp=config.temperature, temp_text=config.temperature_text,
         )  # fmt: skip
         with generator.streaming(1):
-            watch = FastWeights(model)
+            sites = [module for module in model.modules() if isinstance(module, BlockSite)]
             for frame in range(audio.shape[1]):
                 started = time.perf_counter()
                 out = generator.step(audio[None, :, frame : frame + 1])
                 result.step_ms.append(1000 * (time.perf_counter() - started))
-                for site, value in watch.change().items():
-                    result.change.setdefault(site, []).append(value)
+                for site in sites:
+                    buffers = site.get_streaming_state()[""].buffers
+                    result.change.setdefault(site.site, []).append(float(site.block.drift(buffers)[0]))
                 if out is not None:
                     tokens.append(out[0])
                 on_frame(frame + 1)
     result.tokens = torch.cat(tokens, dim=1) if tokens else torch.empty(1 + codec.mimi.num_codebooks, 0).long()
     return result
-
-
-class FastWeights:
-    """How far the fast weights of every block of a streaming model are from the learned initial ones."""
-
-    def __init__(self, model: Any) -> None:
-        self.sites = [module for module in model.modules() if isinstance(module, BlockSite)]
-        self.start = {site.site: initial_fast_weights(site.block) for site in self.sites}
-
-    def change(self) -> dict[Site, float]:
-        """Frobenius norm of the change over that of the start, by site; of the first stream."""
-        found = {}
-        for site in self.sites:
-            buffers, start = site.get_streaming_state()[""].buffers, self.start[site.site]
-            moved = sum(float((buffers[name][0] - first[0]).square().sum()) for name, first in start.items())
-            size = sum(float(first[0].square().sum()) for first in start.values())
-            found[site.site] = (moved / size) ** 0.5 if size else moved**0.5
-        return found
-
-
-def initial_fast_weights(block: SequenceBlock) -> BlockState:
-    """The part of a block's state that has a learned initial value: what test-time training changes."""
-    with torch.enable_grad():
-        first = block.init_state(1)
-    return states.detach({name: tensor for name, tensor in first.items() if tensor.requires_grad})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,6 +156,13 @@ class GatingMLP(SequenceBlock):
                 stacklevel=2,
             )
 
+    @torch.no_grad()
+    def drift(self, state: BlockState) -> Tensor:
+        assert self.info.mlp is not None
+        square = sum(parameter.double().square().sum() for parameter in self.info.mlp.linear_out.parameters())
+        moved = state["delta"].double().square().flatten(1).sum(1)
+        return (moved / torch.as_tensor(square)).sqrt().cpu()
+
     def flops_per_token(self) -> int:
         dim, hidden, kernel = self.info.dim, self.hidden_width, self.config.conv_kernel
         return 2 * (2 * dim * hidden + dim * dim + kernel * dim)

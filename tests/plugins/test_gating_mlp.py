@@ -161,3 +161,12 @@ def test_a_quantised_mlp_is_refused():
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         GatingMLPConfig(**options)
+
+
+def test_drift_is_the_updates_norm_over_that_of_w_0():
+    block = build(lr=0.1)
+    x = draw(2, 9, DIM)
+    _, state = block(x, None, BlockContext(input_embeddings=x))
+    expected = state["delta"][1].norm() / block.info.mlp.linear_out.weight.norm()
+    assert block.drift(state)[1].item() == pytest.approx(expected.item(), rel=1e-12)
+    assert (block.drift(block.allocate_state(2)) == 0).all()
