@@ -24,9 +24,13 @@ def left_padding(kernel: int, padding: str) -> int:
 
 def filtered(target: Tensor, conv: Tensor, left: int) -> Tensor:
     """Depthwise filter inside each chunk: ``target [B, N, C, d]``, ``conv [d, 1, K]``, zero beyond a chunk's edges."""
-    batch, chunks, size, dim = target.shape
-    x = F.pad(target.flatten(0, 1).mT, (left, conv.shape[-1] - 1 - left))
-    return F.conv1d(x, conv, groups=dim).mT.view(batch, chunks, size, dim)
+    size, taps = target.shape[2], conv.shape[-1]
+    padded = F.pad(target, (0, 0, left, taps - 1 - left))
+    # One fused multiply-add a tap: a depthwise convolution over the second-last dimension is many times slower.
+    total = padded[:, :, :size] * conv[:, 0, 0]
+    for tap in range(1, taps):
+        total = torch.addcmul(total, padded[:, :, tap : tap + size], conv[:, 0, tap])
+    return total
 
 
 def clip_scale(keys: Tensor, values: Tensor, clip: float | None) -> Tensor | None:
@@ -57,16 +61,21 @@ def running_sum(keys: Tensor, values: Tensor, start: Tensor | None, complete: Te
 
 
 def gram(keys: Tensor, values: Tensor, start: Tensor | None, complete: Tensor, decay: float) -> Tensor:
-    """The same as ``running_sum``, as masked linear attention. Chunks that do not end in this call come last."""
-    outputs = [torch.zeros_like(values[:, 0])]
-    weighted = torch.where(complete[..., None, None], values, 0)
-    for i in range(1, keys.shape[1]):
-        affinity = keys[:, i] @ keys[:, :i].flatten(1, 2).mT
-        past = weighted[:, :i]
-        if decay:
-            age = torch.arange(i - 1, -1, -1, device=keys.device, dtype=keys.dtype)
-            past = past * ((1 - decay) ** age).view(1, -1, 1, 1)
-        outputs.append(affinity @ past.flatten(1, 2))
+    """The same as ``running_sum``, as masked linear attention.
+
+    A chunk that does not end in this call is the last one of its row, so no token looks back at it: ``complete`` is not
+    needed.
+    """
+    chunk_keys, chunk_values = keys.unbind(1), values.unbind(1)
+    outputs = [torch.zeros_like(chunk_values[0])]
+    for i in range(1, len(chunk_keys)):
+        # Pair by pair: joining the past would keep a copy of it for each chunk's backward, and the gradient of a slice
+        # of the whole is as large as the whole.
+        total = torch.zeros_like(chunk_values[0])
+        for j in range(i):
+            affinity = chunk_keys[i] @ chunk_keys[j].mT
+            total = torch.baddbmm(total, affinity, chunk_values[j], alpha=(1 - decay) ** (i - 1 - j))
+        outputs.append(total)
     y = torch.stack(outputs, dim=1)
     if start is not None:
         kept = (1 - decay) ** torch.arange(keys.shape[1], device=keys.device, dtype=keys.dtype)
