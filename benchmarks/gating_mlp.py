@@ -3,8 +3,8 @@
     python benchmarks/gating_mlp.py [--threads 2] [--json FILE]
 
 Forward and backward (input and parameters) of one block at width 1024, hidden width 2816, 1,500 tokens in chunks of
-256, float32. The ratio is the median over alternating pairs in this run. Memory is what autograd keeps between forward and
-backward, counted tensor by tensor; it is compared with what one weight matrix per chunk would take.
+256, float32. The ratio is the median over alternating pairs in this run. Memory is what autograd keeps between forward
+and backward, counted tensor by tensor; it is compared with what one weight matrix per chunk would take.
 """
 
 from __future__ import annotations
