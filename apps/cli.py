@@ -94,8 +94,8 @@ def quickstart(
 ) -> None:
     """Train test-time-training layers inside a small Moshi on real speech, stream a recording, write a report.
 
-    Takes about a minute on two CPU cores. Everything it needs ships with the package. The folder it writes has the
-    trained adapter, report.md, plots, the generated audio, and every number in metrics.json.
+    Takes about a minute and a half on two CPU cores. Everything it needs ships with the package. The folder it writes
+    has the trained adapter, report.md, plots, the generated audio, and every number in metrics.json.
     """
     from moshi_ttt.apps.quickstart.run import run
     from moshi_ttt.apps.quickstart.setup import Request

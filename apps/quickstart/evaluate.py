@@ -1,4 +1,4 @@
-"""Loss by position on held-out speech: the base model, and the model with blocks, its test-time updates on and off."""
+"""Loss by position on held-out speech, and what one model saves against another on the same speech."""
 
 from __future__ import annotations
 

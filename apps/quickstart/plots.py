@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from moshi_ttt.apps.quickstart.evaluate import WINDOW, Curve
+from moshi_ttt.apps.quickstart.results import Results
 from moshi_ttt.apps.quickstart.train import TrainingLog
 from moshi_ttt.core.block import Site
 
@@ -18,39 +19,38 @@ Values = NDArray[np.float64]
 
 # Okabe and Ito's palette; each curve has a line style of its own as well.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
-STYLES: Sequence[tuple[str, Any]] = ((GREY, (0, (1, 1.2))), (ORANGE, "--"), (BLUE, "-"))
 SITE_STYLES: Sequence[tuple[str, Any]] = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
 
 
-def plot_positions(path: Path, curves: Sequence[Curve], *, frame_seconds: float, context: int | None) -> None:
-    """Above: the loss of each curve along the recording. Below: how much lower the last one is than the others."""
+def plot_positions(path: Path, results: Results, *, frame_seconds: float) -> None:
+    """Above: the loss along the recording. Below: how much lower it is with updates on than otherwise."""
     figure, (above, below) = _figure(2, height=6.4, ratios=(3, 2))
-    smooth = [_smooth(curve.values.numpy()) for curve in curves]
-    seconds = np.arange(len(smooth[0])) * frame_seconds
-    for curve, values, (colour, style) in zip(curves, smooth, STYLES, strict=False):
-        name = f"{curve.name} ({curve.mean:.3f})"
-        above.plot(seconds, values, color=colour, linestyle=style, linewidth=2, label=name)
+    styles: list[tuple[Curve | None, str, Any]] = [
+        (results.base, GREY, (0, (1, 1.2))), (results.control, GREEN, "-."), (results.off, ORANGE, "--"),
+        (results.cleared, PURPLE, (0, (4, 1, 1, 1, 1, 1))), (results.on, BLUE, "-"),
+    ]  # fmt: skip
+    best = results.on.values.numpy()
+    seconds = np.arange(1, len(best) + 1) * frame_seconds
+    for curve, colour, style in styles:
+        if curve is None:
+            continue
+        look: dict[str, Any] = {"color": colour, "linestyle": style, "linewidth": 2}
+        values = curve.values.numpy()
+        if curve is not results.off and curve is not results.cleared:  # five lines so close together hide each other
+            above.plot(seconds, _smooth(values), label=f"{curve.name} ({curve.mean:.3f})", **look)
+        if curve is not results.on:
+            below.plot(seconds, _smooth(values - best), label=curve.name, **look)
     above.set_ylabel("audio loss (nats per token)")
-    above.set_title(f"Held-out recording, mean of the last {WINDOW * frame_seconds:.1f} s (in brackets: overall mean)")
-    above.legend(loc="upper right", ncols=len(curves))
-    low, high = above.get_ylim()
-    above.set_ylim(low, high + 0.18 * (high - low))
-    for curve, values, (colour, style) in zip(curves[:-1], smooth[:-1], STYLES, strict=False):
-        below.plot(
-            seconds, values - smooth[-1], color=colour, linestyle=style, linewidth=2,
-            label=f"{curve.name} minus {curves[-1].name}",
-        )  # fmt: skip
-    below.axhline(0, color="black", linewidth=0.8)
-    if context is not None:
-        for axes in (above, below):
-            axes.axvline(context * frame_seconds, color=GREY, linewidth=0.8)
-        below.annotate(
-            " attention no longer\n reaches the start", (context * frame_seconds, 0.03), fontsize=9, color=GREY,
-            xycoords=("data", "axes fraction"), va="bottom",
-        )  # fmt: skip
-    below.set_ylabel("loss saved (nats)\nabove 0: updates help")
-    below.set_xlabel("position in the recording (s)")
-    below.legend(loc="best")
+    above.set_title("Held-out recording (in brackets: mean of the whole recording)")
+    below.axhline(0, color=BLUE, linewidth=2)
+    below.set_ylabel("loss above that with\nupdates on (nats)")
+    below.set_xlabel(
+        f"position in the recording (s); each point is the mean of the {WINDOW * frame_seconds:.1f} s before it"
+    )
+    for axes in (above, below):
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.25 * (high - low))  # room for the legend
+        axes.legend(loc="upper center", ncols=4, columnspacing=1.2, handlelength=2.2)
     _save(figure, path)
 
 
@@ -65,7 +65,7 @@ def plot_training(path: Path, log: TrainingLog) -> None:
     above.set_title("Training the blocks; the base model is frozen")
     above.legend(loc="upper right")
     below.plot(steps, log.gradient_norms, color=ORANGE, linewidth=1.5)
-    below.set_yscale("log")
+    below.set_ylim(bottom=0)
     below.set_ylabel("gradient norm")
     below.set_xlabel("optimizer step")
     _save(figure, path)
@@ -77,7 +77,7 @@ def plot_state(path: Path, change: Mapping[Site, Sequence[float]], *, frame_seco
     for index, (site, values) in enumerate(sorted(change.items())):
         colour, style = SITE_STYLES[index % len(SITE_STYLES)]
         seconds = np.arange(1, len(values) + 1) * frame_seconds
-        percent, name = 100 * np.array(values), f"layer {site.layer}"
+        percent, name = 100 * np.array(values), str(site)
         axes.plot(seconds, percent, color=colour, linestyle=style, linewidth=2, label=name)
     axes.set_title("The fast weights learn while Moshi listens")
     axes.set_xlabel("time heard (s)")
@@ -89,13 +89,15 @@ def plot_state(path: Path, change: Mapping[Site, Sequence[float]], *, frame_seco
 
 
 def _smooth(values: Values, window: int = WINDOW) -> Values:
-    """The mean of the last ``window`` values (fewer at the start); NaN values are left out."""
+    """The mean of the last ``window`` values, once there are so many; NaN values are left out."""
     present = np.isfinite(values)
     sums = np.cumsum(np.where(present, values, 0.0))
     counts = np.cumsum(present).astype(float)
     sums[window:], counts[window:] = sums[window:] - sums[:-window], counts[window:] - counts[:-window]
     with np.errstate(invalid="ignore"):
-        return np.asarray(np.where(counts > 0, sums / counts, np.nan))
+        means = np.asarray(np.where(counts > 0, sums / counts, np.nan))
+    means[: min(window, len(values)) - 1] = np.nan
+    return means
 
 
 def _figure(rows: int, *, height: float, ratios: Sequence[float]) -> tuple[Figure, Sequence[Any]]:

@@ -10,14 +10,17 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 from moshi_ttt.apps.audio import decode, write_wav
 from moshi_ttt.apps.output_folder import check_free, new_folder
 from moshi_ttt.apps.quickstart import evaluate as evaluating
-from moshi_ttt.apps.quickstart import plots, report
+from moshi_ttt.apps.quickstart import plots, report, summary
+from moshi_ttt.apps.quickstart.evaluate import Curve
+from moshi_ttt.apps.quickstart.results import Results
 from moshi_ttt.apps.quickstart.setup import Request, Setup, prepare, read_settings
-from moshi_ttt.apps.quickstart.stream import Streamed, compare_with_training, listen
-from moshi_ttt.apps.quickstart.train import train
+from moshi_ttt.apps.quickstart.stream import compare_with_training, listen, loss_with_memory_cleared
+from moshi_ttt.apps.quickstart.train import Segments, train
 from moshi_ttt.core.adapter import save_adapter
 from moshi_ttt.core.injection import Injection
 
@@ -37,22 +40,26 @@ def run(request: Request, console: Console) -> Path:
     with new_folder(request.out, made_by=MADE_BY, overwrite=request.overwrite) as folder:
         setup = prepare(settings, request.audio)
         seconds = {"prepare": time.perf_counter() - started}
-        console.print(report.introduction(setup))
+        console.print(summary.introduction(setup))
         results = measure(setup, folder, console, seconds)
         seconds["total"] = time.perf_counter() - started
         report.write(folder, setup, results, seconds, made_by=MADE_BY)
-    console.print(report.conclusion(request.out, setup, results, seconds))
+        files = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    console.print(summary.conclusion(request.out, files, setup, results, seconds["total"]))
     return request.out
 
 
-def measure(setup: Setup, folder: Path, console: Console, seconds: dict[str, float]) -> report.Results:
+def measure(setup: Setup, folder: Path, console: Console, seconds: dict[str, float]) -> Results:
     """Train, evaluate and stream; writes the adapter, the generated audio and the plots into ``folder``."""
     model, host, settings, codec = setup.model, setup.plan.host, setup.settings, setup.codec
     document = codec.document([setup.speech.held_out])
     frame_seconds = 1 / codec.mimi.frame_rate
 
-    with _timed(seconds, "evaluate"):
-        base = evaluating.evaluate(model, host, document, name="base model")
+    def evaluate(name: str, *, updates: bool = True) -> Curve:
+        with _timed(seconds, "evaluate"):
+            return evaluating.evaluate(model, host, document, name=name, updates=updates)
+
+    base = evaluate("base model")
     injection: Injection = setup.plan.apply(model)
     with _timed(seconds, "train"), _bar(console, "training the blocks", settings.train.steps) as advance:
         log = train(
@@ -60,35 +67,55 @@ def measure(setup: Setup, folder: Path, console: Console, seconds: dict[str, flo
             on_step=lambda step, loss: advance(step, f"loss {loss:.3f}"),
         )  # fmt: skip
     save_adapter(injection, folder / "adapter", training_step=settings.train.steps)
-    with _timed(seconds, "evaluate"):
-        curves = (
-            base,
-            evaluating.evaluate(model, host, document, name="updates off", updates=False),
-            evaluating.evaluate(model, host, document, name="updates on"),
-        )
+    on, off = evaluate("updates on"), evaluate("updates off", updates=False)
+    cleared = None
+    if model.context is not None:
+        with _timed(seconds, "clear"):
+            values = loss_with_memory_cleared(model, document, every=model.context)
+        cleared = Curve(name="memory cleared", values=values)
     with _timed(seconds, "compare"):
         agreement = compare_with_training(model, document[:, :COMPARED_FRAMES])
     audio = setup.streamed.audio[:, : max(2, round(settings.stream.seconds * codec.mimi.frame_rate))]
     with _timed(seconds, "stream"), _bar(console, "streaming a recording", audio.shape[1]) as advance:
-        streamed: Streamed = listen(
+        streamed = listen(
             model, codec, audio, settings.stream,
             on_frame=lambda frame: advance(frame, f"{frame * frame_seconds:.0f} s heard"),
         )  # fmt: skip
+    injection.remove()
+    results = Results(
+        training=log, base=base, on=on, off=off, cleared=cleared, agreement=agreement, streamed=streamed,
+        control=control(setup, document, console, seconds),
+    )  # fmt: skip
     with _timed(seconds, "plots"):
         if streamed.tokens.shape[1]:
             write_wav(folder / "generated.wav", decode(codec.mimi, streamed.tokens[1:]), int(codec.mimi.sample_rate))
-        plots.plot_positions(
-            folder / "loss_by_position.png", curves, frame_seconds=frame_seconds, context=model.context
-        )
+        plots.plot_positions(folder / "loss_by_position.png", results, frame_seconds=frame_seconds)
         plots.plot_training(folder / "training.png", log)
         plots.plot_state(folder / "state.png", streamed.change, frame_seconds=frame_seconds)
-    return report.Results(
-        training=log, curves=curves, agreement=agreement, streamed=streamed,
-        differences=(
-            evaluating.compare(curves[2], curves[1]),
-            evaluating.compare(curves[2], curves[0]),
-        ),
-    )  # fmt: skip
+    return results
+
+
+def control(setup: Setup, document: Tensor, console: Console, seconds: dict[str, float]) -> Curve | None:
+    """The same blocks from the same start on the same segments, trained and evaluated without test-time updates.
+
+    None when they have nothing to train without updates. The model has no blocks before and after.
+    """
+    model, config = setup.model, setup.settings.train
+    injection = setup.plan.apply(model)
+    segments = Segments(setup.codec, setup.speech, config)
+    try:
+        with _timed(seconds, "control"), _bar(console, "training a control without updates", config.steps) as advance:
+            log = train(
+                model, injection, segments, config, updates=False,
+                on_step=lambda step, loss: advance(step, f"loss {loss:.3f}"),
+            )  # fmt: skip
+            if not log.losses:
+                return None
+            return evaluating.evaluate(
+                model, injection.host, document, name="trained without updates", updates=False
+            )  # fmt: skip
+    finally:
+        injection.remove()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moshi_ttt.apps.options import StreamConfig
 from moshi_ttt.apps.quickstart.data import Codec
+from moshi_ttt.apps.quickstart.losses import delayed, loss_of_outputs
 from moshi_ttt.core.block import Site
 from moshi_ttt.hosts.moshi.layers import BlockSite
 from moshi_ttt.hosts.moshi.upstream import LMGen
@@ -68,7 +69,7 @@ def listen(
             model, use_sampling=sampling, temp=config.temperature, temp_text=config.temperature_text,
         )  # fmt: skip
         with generator.streaming(1):
-            sites = [module for module in model.modules() if isinstance(module, BlockSite)]
+            sites = block_sites(model)
             for frame in range(audio.shape[1]):
                 started = time.perf_counter()
                 out = generator.step(audio[None, :, frame : frame + 1])
@@ -83,11 +84,17 @@ def listen(
     return result
 
 
+def block_sites(model: Any) -> list[BlockSite]:
+    """The modules that hold the blocks and, while the model streams, their state."""
+    return [module for module in model.modules() if isinstance(module, BlockSite)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
     """Training's numbers against streaming's, on the same tokens: largest differences and sizes of the logits."""
 
     frames: int
+    dtype: str
     text: float
     audio: float
     text_scale: float
@@ -97,15 +104,14 @@ class Agreement:
 @torch.no_grad()
 def compare_with_training(model: Any, codes: Tensor) -> Agreement:
     """One forward pass as in training, against ``forward_text`` token by token, over ``codes [Q, T]``."""
-    sequence = _delayed(model, codes)[None]
+    sequence = delayed(model, codes)[None]
     inputs, targets = sequence[:, :, :-1], sequence[:, :, 1:]
     whole, whole_text = model.forward_text(inputs)
-    with model.streaming(1):
-        steps = [model.forward_text(inputs[:, :, t : t + 1]) for t in range(inputs.shape[2])]
-    pieces, pieces_text = (torch.cat([step[i] for step in steps], dim=1 + i) for i in (0, 1))
+    pieces, pieces_text = _token_by_token(model, inputs, lambda frame: None)
     whole_audio, pieces_audio = (model.forward_depformer_training(targets, out) for out in (whole, pieces))
     return Agreement(
         frames=inputs.shape[2],
+        dtype=str(whole.dtype).removeprefix("torch."),
         text=float((whole_text - pieces_text).abs().max()),
         audio=float((whole_audio - pieces_audio).abs().max()),
         text_scale=float(whole_text.abs().max()),
@@ -113,10 +119,28 @@ def compare_with_training(model: Any, codes: Tensor) -> Agreement:
     )
 
 
-def _delayed(model: Any, codes: Tensor) -> Tensor:
-    """``[Q, T + 1]``: the start token, then each row of ``codes [Q, T]`` right by its delay, as Moshi reads it."""
-    rows = []
-    for row, delay in enumerate(model.delays):
-        start = model.text_initial_token_id if row == 0 else model.initial_token_id
-        rows.append(torch.cat([codes.new_full((1 + delay,), start), codes[row, : codes.shape[1] - delay]]))
-    return torch.stack(rows)
+@torch.no_grad()
+def loss_with_memory_cleared(model: Any, codes: Tensor, *, every: int) -> Tensor:
+    """``[T]``: the audio loss of ``codes [Q, T]`` when all fast weights are reset every ``every`` frames.
+
+    Attention keeps what it has: against the loss without resets, this is what the older memory is worth.
+    """
+
+    def clear(frame: int) -> None:
+        if frame and frame % every == 0:
+            for site in block_sites(model):
+                site.reset_streaming()
+
+    outputs, _ = _token_by_token(model, delayed(model, codes)[None, :, :-1], clear)
+    return loss_of_outputs(model, codes, outputs)
+
+
+def _token_by_token(model: Any, inputs: Tensor, before: Callable[[int], None]) -> tuple[Tensor, Tensor]:
+    """``forward_text`` of ``inputs [1, Q, T]`` in steps of one; ``before(t)`` is called before each."""
+    steps = []
+    with model.streaming(1):
+        for frame in range(inputs.shape[2]):
+            before(frame)
+            steps.append(model.forward_text(inputs[:, :, frame : frame + 1]))
+    outputs, text = (torch.cat([step[i] for step in steps], dim=1 + i) for i in (0, 1))
+    return outputs, text

@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,9 +83,18 @@ def make_optimizer(injection: Injection, config: TrainConfig) -> torch.optim.Ada
 
 
 def train(
-    model: Any, injection: Injection, segments: Segments, config: TrainConfig, *, on_step: Callable[[int, float], None]
+    model: Any,
+    injection: Injection,
+    segments: Segments,
+    config: TrainConfig,
+    *,
+    on_step: Callable[[int, float], None],
+    updates: bool = True,
 ) -> TrainingLog:
     """Train the blocks in place and leave the model in eval mode. ``on_step(step, loss)`` is called after each step.
+
+    ``updates=False`` trains them with their test-time updates off, which makes a control. Blocks that do nothing
+    without updates have nothing to train then: the log is empty.
 
     Raises TrainingError at the first loss or gradient that is not finite.
     """
@@ -96,12 +106,17 @@ def train(
     started = time.perf_counter()
     model.train()
     for step in range(config.steps):
-        loss, audio = training_loss(model, segments.batch(), text_weight=config.text_weight)
+        with nullcontext() if updates else injection.host.carry(model, updates=False):
+            loss, audio = training_loss(model, segments.batch(), text_weight=config.text_weight)
+        if not updates and not loss.requires_grad:
+            break
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))
         if not (math.isfinite(float(loss.detach())) and math.isfinite(norm)):
             raise TrainingError(_diagnosis(step, float(loss.detach()), norm, injection))
+        if not updates and norm == 0:
+            break
         optimizer.step()
         schedule.step()
         log.losses.append(float(audio))

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from moshi_ttt.apps.cli import app
 from moshi_ttt.apps.config_files import packaged_configs, read_config
+from moshi_ttt.core.registry import Registry
 
 from .conftest import GOLDENS
 
@@ -72,6 +73,30 @@ def test_plugins_lists_names_versions_and_status(cli):
     assert result.exit_code == 0
     for name in ("ttt_linear", "ttt_mlp", "moshi", "fp32_state", "sequence", "loaded", "moshi-ttt"):
         assert name in result.said
+
+
+def test_plugins_shows_what_failed_and_why(cli, monkeypatch):
+    class Broken:
+        name, dist = "broken", None
+
+        def load(self):
+            raise ImportError("no module named 'their_kernels'")
+
+    registry = Registry()
+    with pytest.warns(UserWarning, match="their_kernels"):
+        registry.discover([Broken()])
+    monkeypatch.setattr("moshi_ttt.core.registry._default", registry)
+    result = cli("plugins")
+    assert result.exit_code == 0
+    assert "broken: failed: ImportError: no module named 'their_kernels'" in result.said
+
+
+def test_as_a_program_errors_go_to_stderr_with_the_exit_code(tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"garbage")
+    command = [sys.executable, "-m", "moshi_ttt.apps.cli", "verify", "bad.safetensors"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Error: bad.safetensors cannot be read as safetensors")
 
 
 # ---- configs and explain

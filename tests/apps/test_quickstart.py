@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import struct
 import sys
 from pathlib import Path
 
@@ -13,8 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moshi_ttt import load_adapter
+from moshi_ttt import default_registry, inject, load_adapter, parse_config
+from moshi_ttt.apps.audio import AudioError, read_audio
+from moshi_ttt.apps.output_folder import new_folder
 from moshi_ttt.apps.quickstart import run as running
+from moshi_ttt.apps.quickstart.evaluate import Curve, compare, evaluate
+from moshi_ttt.apps.quickstart.results import verdict
+from moshi_ttt.apps.quickstart.stream import loss_with_memory_cleared
 from moshi_ttt.hosts.moshi.loading import resolve_repo
 
 from .conftest import write_wav
@@ -38,7 +44,10 @@ def test_quickstart_writes_the_whole_folder(cli, tmp_path):
     assert len(numbers) > 50
     assert all(math.isfinite(number) for number in numbers)
     report = (folder / "report.md").read_text()
-    for fact in ("ttt_linear", "updates on", "updates off", "base model", "CC-BY-SA", "fp32_state", "real-time factor"):
+    for fact in (
+        "ttt_linear", "updates on", "updates off", "base model", "trained without updates", "memory cleared",
+        "CC-BY-SA", "fp32_state", "bfloat16", "real-time factor",
+    ):  # fmt: skip
         assert fact in report, fact
     model = resolve_repo("builtin:tiny").load_lm()
     injection = load_adapter(model, folder / "adapter")
@@ -57,6 +66,53 @@ def _numbers(value) -> list[float]:
     if isinstance(value, list):
         return [number for item in value for number in _numbers(item)]
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A tiny Moshi with blocks, and 80 frames of a document for it."""
+    model = resolve_repo("builtin:tiny").load_lm(dtype=torch.float32)
+    values = {
+        "host": {"name": "moshi", "hf_repo": "builtin:tiny"},
+        "ttt": [{"variant": "ttt_linear", "layers": "1", "chunk": 8, "gate": {"init": 1.0}}],
+    }
+    injection = inject(model, parse_config(values, registry=default_registry()))
+    codes = torch.randint(0, model.card, (model.num_codebooks, 80), generator=torch.Generator().manual_seed(0))
+    return model, injection, codes
+
+
+def test_memory_that_is_never_cleared_is_the_memory_of_training(trained):
+    model, injection, codes = trained
+    whole = evaluate(model, injection.host, codes, name="on").values
+    streamed = loss_with_memory_cleared(model, codes, every=1_000)
+    assert torch.equal(whole.isnan(), streamed.isnan())
+    assert (whole - streamed).nan_to_num().abs().max() < 1e-4
+
+
+def test_clearing_the_memory_changes_the_loss_from_then_on_and_leaves_attention_alone(trained):
+    model, injection, codes = trained
+    whole = evaluate(model, injection.host, codes, name="on").values
+    cleared = (whole - loss_with_memory_cleared(model, codes, every=48)).nan_to_num().abs()
+    assert cleared[: 48 - max(model.delays)].max() < 1e-4
+    assert cleared[48:].max() > 1e-3
+    injection.remove()
+    try:
+        base = evaluate(model, injection.host, codes, name="base").values
+        assert (base - loss_with_memory_cleared(model, codes, every=48)).nan_to_num().abs().max() < 1e-4
+    finally:
+        injection.plan.apply(model)
+
+
+def test_a_verdict_says_no_more_than_the_numbers():
+    values = torch.arange(640, dtype=torch.float64).cos() + 3
+    same, lower = Curve(name="a", values=values), Curve(name="b", values=values - 0.1)
+    noisy = Curve(name="c", values=values + 0.1 * torch.randn(640, generator=torch.Generator().manual_seed(0)))
+    assert verdict(compare(lower, same)).startswith("b: 0.1000 nats per token lower than a")
+    assert "HIGHER" in verdict(compare(same, lower))
+    assert "No clear difference" in verdict(compare(noisy, same))
+    assert "No clear difference" in verdict(
+        compare(Curve(name="d", values=values[:9]), Curve(name="e", values=values[1:10]))
+    )
 
 
 def test_the_example_with_the_python_api_runs(monkeypatch, tmp_path, capsys):
@@ -91,6 +147,31 @@ def test_audio_that_cannot_be_used_is_refused_before_anything_is_written(cli, tm
     assert message in result.said
     assert "Traceback" not in result.said
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_samples_that_are_not_numbers_are_refused(tmp_path):
+    samples = np.full(8_000, np.nan, dtype="<f4").tobytes()
+    header = struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 36 + len(samples), b"WAVEfmt ", 16, 3, 1, 8_000, 32_000, 4, 32,
+                         b"data", len(samples))  # fmt: skip
+    (tmp_path / "nan.wav").write_bytes(header + samples)
+    with pytest.raises(AudioError, match="8000 of 8000 samples are not finite"):
+        read_audio(tmp_path / "nan.wav", 24_000)
+
+
+def test_overwrite_replaces_what_quickstart_made_and_only_when_it_succeeds(tmp_path):
+    def make(number: int, *, fail: bool = False) -> None:
+        with new_folder(tmp_path / "run", made_by=running.MADE_BY, overwrite=True) as folder:
+            (folder / "metrics.json").write_text(json.dumps({"made_by": running.MADE_BY, "number": number}))
+            if fail:
+                raise RuntimeError("half-way")
+
+    make(1)
+    with pytest.raises(RuntimeError):
+        make(2, fail=True)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["number"] == 1
+    make(3)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["number"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_folder_with_something_else_is_not_replaced(cli, tmp_path):

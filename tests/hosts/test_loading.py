@@ -194,7 +194,6 @@ def test_the_builtin_model(monkeypatch, tmp_path):
             call()
 
 
-@pytest.mark.skipif(not (loading.BUNDLE / "config.json").is_file(), reason="the tiny Moshi has not been built")
 def test_the_builtin_model_loads_and_hears_its_speech():
     bundle = resolve_repo("builtin:tiny")
     model = MOSHI_HOST.load(MoshiHostConfig(hf_repo="builtin:tiny"))
