@@ -38,7 +38,9 @@ def read_audio(path: str | Path, sample_rate: int) -> Tensor:
         raise AudioError(f"{path} is an empty file. Give a recording ({FORMATS}).")
     try:
         samples, rate = sphn.read(str(path))
-    except Exception as error:  # the decoder raises plain Exceptions too
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a damaged header makes the decoder panic, which is no Exception
         raise AudioError(
             f"{path} cannot be read as audio ({error}). Allowed: {FORMATS}. Convert it, for instance to wav."
         ) from None

@@ -27,9 +27,10 @@ class Curve:
     def mean(self) -> float:
         return float(self.values.nanmean())
 
-    def windows(self, size: int = WINDOW) -> list[tuple[int, float]]:
-        """(first frame, mean) of each window; a last one that is less than half full joins the one before."""
-        return [(start, float(part.nanmean())) for start, part in _windows(self.values, size)]
+    def windows(self, size: int = WINDOW) -> list[tuple[int, int, float]]:
+        """(first frame, last frame, mean) of each window; a last one less than half full joins the one before."""
+        parts = _windows(self.values, size)
+        return [(start, start + len(part) - 1, float(part.nanmean())) for start, part in parts]
 
 
 @dataclass(frozen=True, kw_only=True)

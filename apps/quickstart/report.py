@@ -43,7 +43,7 @@ def _result(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:
     span = WINDOW * results.streamed.frame_ms / 1000
     names = " | ".join(curve.name for curve in results.curves)
     windows = "\n".join(
-        f"| {part[0][0]} to {part[0][0] + WINDOW - 1} | " + " | ".join(f"{mean:.3f}" for _, mean in part) + " |"
+        f"| {part[0][0]} to {part[0][1]} | " + " | ".join(f"{mean:.3f}" for _, _, mean in part) + " |"
         for part in zip(*(curve.windows() for curve in results.curves), strict=True)
     )
     return f"""## Result

@@ -103,7 +103,7 @@ def metrics(setup: Setup, results: Results, seconds: Mapping[str, float], *, mad
             "seconds_per_step": results.training.seconds / len(results.training.losses),
         },
         "held_out_loss": {
-            curve.name: {"mean": _number(curve.mean), "windows": [(s, _number(v)) for s, v in curve.windows()]}
+            curve.name: {"mean": _number(curve.mean), "windows": [(a, b, _number(v)) for a, b, v in curve.windows()]}
             for curve in results.curves
         },
         "window_frames": WINDOW,
