@@ -52,8 +52,9 @@ def loss_of_outputs(model: Any, codes: Tensor, outputs: Tensor) -> Tensor:
     losses = F.cross_entropy(
         logits.transpose(1, 2).float(), _audio(model, targets)[0], reduction="none", ignore_index=model.initial_token_id
     ).double()  # fmt: skip
+    delays = model.delays[model.audio_offset : model.audio_offset + model.dep_q]
     total, count = torch.zeros(2, codes.shape[1], dtype=torch.float64)
-    for row, delay in zip(losses, model.delays[model.audio_offset :], strict=False):
+    for row, delay in zip(losses, delays, strict=True):
         kept = len(row) - delay  # row is late by its delay, and its last codes are never predicted
         total[:kept] += row[delay:]
         count[:kept] += 1
