@@ -9,17 +9,23 @@ Shape legend: B streams, T tokens, N chunks, C tokens a chunk, d width, h hidden
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo, SiteKind, assign
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
+from moshi_ttt.plugins.gating_mlp.memory import HeardChunks, Memory
+from moshi_ttt.plugins.gating_mlp.schedule import FoldSchedule
+from moshi_ttt.plugins.gating_mlp.streaming import Stepper
 
 INIT_STD = 0.02
 
@@ -42,6 +48,12 @@ class GatingMLP(SequenceBlock):
                     "Load the model unquantised."
                 )
         self.needs_input_embeddings = config.target == "input_embed"
+        left, farthest = ops.left_padding(config.conv_kernel, config.padding), config.chunk - 1
+        look_back, look_ahead = min(left, farthest), min(config.conv_kernel - 1 - left, farthest)
+        self.memory = Memory(
+            FoldSchedule(config.chunk, self.hidden_width, look_ahead), width=info.dim, kernel=config.conv_kernel,
+            first_tap=left - look_back, left=look_back, decay=config.decay, clip=config.clip,
+        )  # fmt: skip
         device, dtype, dim = info.device, roles.master, info.dim
         self.conv = nn.Parameter(torch.empty(dim, 1, config.conv_kernel, device=device, dtype=dtype))
         self.projection = nn.Parameter(torch.empty(dim, dim, device=device, dtype=dtype))
@@ -49,6 +61,8 @@ class GatingMLP(SequenceBlock):
             self.lr_weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
             self.lr_bias = nn.Parameter(torch.empty((), device=device, dtype=dtype))
         self._warned = False
+        # Constants of a step for each shape of state that was allocated: kept, for a captured graph goes on reading them.
+        self._steppers: dict[tuple[int, torch.dtype, torch.device], Stepper] = {}
 
     @property
     def causal(self) -> bool:
@@ -66,55 +80,66 @@ class GatingMLP(SequenceBlock):
         assign(self.projection, torch.diag(torch.randn(self.info.dim, generator=generator) * INIT_STD))
 
     def init_state(self, batch_size: int, device: torch.device | None = None) -> BlockState:
-        size, dim, hidden = self.config.chunk, self.info.dim, self.hidden_width
-        device = device or self.conv.device
+        return self.memory.initial(batch_size, self.roles.state, device or self.conv.device)
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(batch_size, *shape, dtype=self.roles.state, device=device)
+    def allocate_state(self, batch_size: int, device: torch.device | None = None) -> BlockState:
+        state = super().allocate_state(batch_size, device)
+        self._stepper_for(state)
+        return state
 
-        return {
-            "position": torch.zeros(batch_size, dtype=torch.int64, device=device),
-            "delta": zeros(dim, hidden),
-            "key": zeros(size, hidden),
-            "target": zeros(size, dim),
-            "rate": zeros(size, 1),
-        }
+    def accumulated_update(self, state: BlockState) -> Tensor:
+        """``[B, d, h]``: what the finished chunks have added to W_0."""
+        return self.projection.to(self.roles.state).mT @ self.memory.update(state).mT
 
     def compute(self, x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
-        mlp, size, roles = self.info.mlp, self.config.chunk, self.roles
+        layout = self.info.format.chunks(x, self.config.chunk, None if state is None else state["position"])
+        if state is None and not context.want_state and x.shape[1] <= self.config.chunk:
+            self._warn_short(x.shape[1])
+        hidden, base = self._host_mlp(x)
+        queries, heard = self._heard(layout, hidden, x, state, context)
+        start = None if state is None else self.memory.update(state)
+        values = (heard.values * heard.scale[..., None, None]).unbind(1)
+        form = ops.gram if ops.prefers_gram(layout.slots, x.shape[-1], hidden.shape[-1]) else ops.running_sum
+        outputs = form(queries, values, start, heard.complete, heard.scale != 0, self.config.decay)
+        added = torch.cat(outputs, dim=1) if state is None else layout.merge(torch.stack(outputs, dim=1))
+        y = self._add(base, added @ self.projection.to(added))
+        if not context.want_state:
+            return y, {}
+        return y, self.memory.after(state or self.init_state(x.shape[0], x.device), heard)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
+        context = context or BlockContext()
+        tokens = self.info.format.to_tokens(x)
+        if tokens.shape[1] != 1 or context.reset is not None:
+            return super().step(x, state, context)
+        self._check_call(tokens, state, context)
+        with self._without_autocast(tokens):
+            hidden, base = self._host_mlp(tokens)
+            key, target, rate = (part[:, 0] for part in self._token(hidden, tokens, context))
+            taught = key if context.updates else torch.zeros_like(key)
+            conv, projection = self.conv.to(key), self.projection.to(key)
+            stepper = self._stepper_for(state)
+            added = stepper.step(state, key, (taught, target, rate), conv, projection, context.exec_mask)
+            return self.info.format.from_tokens(self._add(base, added[:, None]), x)
+
+    def _host_mlp(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The host's own hidden activation ``[B, T, h]`` and output ``[B, T, d]``."""
+        mlp = self.info.mlp
         assert mlp is not None
         gate, up = mlp.linear_in(x).unflatten(-1, (2, -1)).unbind(-2)
         hidden = mlp.activation(gate) * up
-        base = mlp.linear_out(hidden)
-        layout = self.info.format.chunks(x, size, None if state is None else state["position"])
-        if state is None and not context.want_state and x.shape[1] <= size:
-            self._warn_short(x.shape[1])
+        return hidden, mlp.linear_out(hidden)
+
+    def _add(self, base: Tensor, added: Tensor) -> Tensor:
+        return (base.to(self.roles.output) + added.to(self.roles.output)).to(base.dtype)
+
+    def _token(self, hidden: Tensor, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Key ``[B, T, h]``, target ``[B, T, d]`` and rate ``[B, T, 1]`` of each token."""
         source = context.input_embeddings if self.config.target == "input_embed" else x
         assert source is not None
-        keys, target, rate = (
-            layout.split(part.to(roles.state)) for part in (hidden, source, self._rate(x, context.updates))
-        )
-        if state is not None:
-            earlier = (torch.arange(size, device=x.device) < state["position"][:, None])[..., None]
-            keys, target, rate = (
-                torch.cat([torch.where(earlier, state[name], part[:, 0])[:, None], part[:, 1:]], dim=1)
-                for name, part in (("key", keys), ("target", target), ("rate", rate))
-            )
-        after = x.shape[1] + (
-            torch.zeros(1, dtype=torch.int64, device=x.device) if state is None else state["position"]
-        )
-        complete = after[:, None] >= size * torch.arange(1, layout.num_chunks + 1, device=x.device)
-        left = ops.left_padding(self.config.conv_kernel, self.config.padding)
-        values = rate * (ops.filtered(target, self.conv.to(roles.state), left) @ self.projection.to(roles.state))
-        scale = ops.clip_scale(keys, values, self.config.clip)
-        values = values if scale is None else values * scale[..., None, None]
-        start = None if state is None else state["delta"]
-        form = ops.gram if ops.prefers_gram(layout.slots, x.shape[-1], keys.shape[-1]) else ops.running_sum
-        added = layout.merge(form(keys, values, start, complete, self.config.decay))
-        y = (base.to(roles.output) + added.to(roles.output)).to(base.dtype)
-        if not context.want_state:
-            return y, {}
-        return y, self._state_after(keys, values, target, rate, start, complete, after)
+        dtype = self.roles.state
+        return hidden.to(dtype), source.to(dtype), self._rate(x, context.updates).to(dtype)
 
     def _rate(self, x: Tensor, updates: bool) -> Tensor:
         """``[B, T, 1]``: the learning rate of each token."""
@@ -126,26 +151,69 @@ class GatingMLP(SequenceBlock):
         score = (wide * self.lr_weight.to(wide)).sum(-1, keepdim=True) + self.lr_bias.to(wide)
         return self.config.lr * 2 * torch.sigmoid(score)
 
-    def _state_after(
-        self, keys: Tensor, values: Tensor, target: Tensor, rate: Tensor, start: Tensor | None, complete: Tensor,
-        after: Tensor,
-    ) -> BlockState:  # fmt: skip
-        batch, chunks, size, _ = keys.shape
-        count, position = complete.sum(1).expand(batch), (after % size).expand(batch)
-        seen = (torch.arange(size, device=keys.device) < position[:, None])[..., None]
-        which = count.clamp(max=chunks - 1).view(-1, 1, 1, 1)
+    def _heard(
+        self, layout: ChunkLayout, hidden: Tensor, x: Tensor, state: BlockState | None, context: BlockContext
+    ) -> tuple[Sequence[Tensor], HeardChunks]:
+        """The call's tokens by chunks: as they ask (N times ``[B, C, h]``, the last shorter without a state), and as
+        they are remembered.
+        """
+        size, (batch, length) = self.config.chunk, x.shape[:2]
+        keys, target, rate = self._token(hidden, x, context)
+        sound = ops.sound_tokens(keys, target, rate)[..., None]
+        spoiled = layout.split((~sound).to(keys.dtype)).sum((2, 3)).long()
+        target, rate = (layout.split(torch.where(sound, part, 0)) for part in (target, rate))
+        queries = list(keys.split(size, 1) if state is None else layout.split(keys).unbind(1))
+        remembered: list[Tensor] = queries
+        if context.want_state:
+            kept = torch.where(sound & context.updates, keys, 0)
+            remembered = list(layout.split(kept).unbind(1))
+        beyond = self.memory.taps if context.want_state else 0
+        sums = ops.filtered(target, self._reaching().to(target), self.memory.left, beyond)
+        rate = F.pad(rate, (0, 0, 0, beyond))
+        come = x.new_full((batch,), length, dtype=torch.int64)
+        if state is None:
+            values = (sums * rate)[:, :, :size]
+        else:
+            come = come + state["position"]
+            opened = self.memory.open_tokens(state)[:, : size + beyond]
+            sums = torch.cat([(sums[:, 0] + opened[..., :-1])[:, None], sums[:, 1:]], dim=1)
+            rate = torch.cat([(rate[:, 0] + opened[..., -1:])[:, None], rate[:, 1:]], dim=1)
+            values = (sums * rate)[:, :, :size]
+            token = torch.arange(size, device=x.device)
+            earlier = (token < state["position"][:, None])[..., None]
+            settled = (token < state["position"][:, None] - self.memory.schedule.look_ahead)[..., None]
+            first_keys, first_values = self.memory.unfinished(state)
+            queries[0] = torch.where(earlier, first_keys, queries[0])
+            remembered[0] = torch.where(earlier, first_keys, remembered[0])
+            values = torch.cat([torch.where(settled, first_values, values[:, 0])[:, None], values[:, 1:]], dim=1)
+            spoiled = torch.cat([spoiled[:, :1] + state["spoiled"][:, None], spoiled[:, 1:]], dim=1)
+        scale, squares = (spoiled == 0).to(values.dtype), None
+        if self.config.clip is not None:
+            squares = self._squares(remembered, values @ self.projection.to(values))
+            scale = scale * ops.clip_scale(squares.sum(-1), self.config.clip)
+        ends = size * torch.arange(1, layout.num_chunks + 1, device=x.device)
+        heard = HeardChunks(
+            keys=remembered, values=values, open=torch.cat([sums, rate], dim=-1), complete=come[:, None] >= ends,
+            spoiled=spoiled, scale=scale, squares=squares, come=come,
+        )  # fmt: skip
+        return queries, heard
 
-        def unfinished(part: Tensor) -> Tensor:
-            chosen = part.gather(1, which.expand(-1, 1, *part.shape[2:])).squeeze(1)
-            return torch.where(seen, chosen, 0)
+    def _squares(self, keys: Sequence[Tensor], values: Tensor) -> Tensor:
+        """``[B, N, C]``: what each token adds to the squared norm of its chunk's update."""
+        squares = [ops.squared_norm(k, v[:, : k.shape[1]]) for k, v in zip(keys, values.unbind(1), strict=True)]
+        short = values.shape[2] - squares[-1].shape[1]
+        return torch.stack([*squares[:-1], F.pad(squares[-1], (0, short))], dim=1)
 
-        return {
-            "position": position,
-            "delta": ops.final_delta(keys, values, start, complete.expand(batch, -1), self.config.decay),
-            "key": unfinished(keys),
-            "target": unfinished(target),
-            "rate": unfinished(rate),
-        }
+    def _reaching(self) -> Tensor:
+        """``[d, 1, K]``: the filter's taps that can reach a token of the same chunk."""
+        return self.conv[..., self.memory.first_tap : self.memory.first_tap + self.memory.taps]
+
+    def _stepper_for(self, state: BlockState) -> Stepper:
+        like = state["delta"]
+        key = (like.shape[0], like.dtype, like.device)
+        if key not in self._steppers:
+            self._steppers[key] = Stepper(self.memory, like)
+        return self._steppers[key]
 
     def _warn_short(self, length: int) -> None:
         if not self._warned:
@@ -160,12 +228,17 @@ class GatingMLP(SequenceBlock):
     def drift(self, state: BlockState) -> Tensor:
         assert self.info.mlp is not None
         square = sum(parameter.double().square().sum() for parameter in self.info.mlp.linear_out.parameters())
-        moved = state["delta"].double().square().flatten(1).sum(1)
+        moved = self.accumulated_update(state).double().square().flatten(1).sum(1)
         return (moved / torch.as_tensor(square)).sqrt().cpu()
 
     def flops_per_token(self) -> int:
-        dim, hidden, kernel = self.info.dim, self.hidden_width, self.config.conv_kernel
-        return 2 * (2 * dim * hidden + dim * dim + kernel * dim)
+        dim, hidden, schedule = self.info.dim, self.hidden_width, self.memory.schedule
+        recall = hidden * dim + schedule.chunk * (hidden + dim)
+        fold, value = schedule.slice * schedule.chunk * dim, (1 + schedule.look_ahead) * self.memory.taps * dim
+        clip = 0
+        if self.config.clip is not None:
+            clip = (1 + schedule.look_ahead) * (schedule.chunk * (hidden + dim) + dim * dim)
+        return 2 * (recall + dim * dim + fold + value + clip)
 
 
 def _out_features(linear: nn.Module) -> int:

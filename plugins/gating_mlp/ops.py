@@ -1,16 +1,23 @@
 """In-place TTT on a gated MLP's down projection: targets, and two equal ways to apply all earlier chunks' updates.
 
-Chunk i is computed with W_0 + D_i, where D_0 is given and D_{i+1} = (1 - decay) D_i + s_i sum_c v_c k_c^T over the
+Chunk i is computed with W_0 + P^T D_i, where D_0 is given and D_{i+1} = (1 - decay) D_i + s_i sum_c v_c k_c^T over the
 tokens c of chunk i (keys k: the hidden activation; values v: learning rate times the filtered target; s_i: clipping).
+The projection P of the target is linear in v, so it is applied once to what D gives, not to every value.
 
 - ``running_sum`` keeps D. It costs 2 d h multiply-adds a token, and its backward keeps one D per chunk.
 - ``gram`` never builds D: what chunk i gets from chunk j < i is (1 - decay)^(i-1-j) s_j (k_i k_j^T) v_j, masked linear
   attention. It costs about T (h + d) / 2 a token, and its backward keeps T^2 / 2 numbers.
 
-Shape legend: B streams, N chunks, C tokens a chunk, d width, h hidden width, K taps.
+A chunk with a key, target or rate that is not finite, or so large that sums of their products may not stay so, teaches
+nothing: s_i = 0.
+
+Shape legend: B streams, N chunks, C tokens a chunk (fewer in the last), d width, h hidden width, K taps. D is kept
+transposed, ``[B, h, d]``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,10 +29,35 @@ def left_padding(kernel: int, padding: str) -> int:
     return kernel - 1 if padding == "causal" else (kernel - 1) // 2
 
 
-def filtered(target: Tensor, conv: Tensor, left: int) -> Tensor:
-    """Depthwise filter inside each chunk: ``target [B, N, C, d]``, ``conv [d, 1, K]``, zero beyond a chunk's edges."""
-    size, taps = target.shape[2], conv.shape[-1]
-    padded = F.pad(target, (0, 0, left, taps - 1 - left))
+def largest_factor(dtype: torch.dtype) -> float:
+    """What keys, targets and rates must stay below: the fourth root of the largest number (4e9 in float32).
+
+    A product of three, summed over any stream and multiplied by a filter of sane size, is then finite.
+    """
+    return float(torch.finfo(dtype).max) ** 0.25
+
+
+def sound_tokens(*factors: Tensor) -> Tensor:
+    """``[B, T]`` bool: tokens whose every factor ``[B, T, any]`` is below ``largest_factor``; a nan is not."""
+    with torch.no_grad():
+        sound = _below_limit(factors[0])
+        for factor in factors[1:]:
+            sound = sound & _below_limit(factor)
+        return sound
+
+
+def _below_limit(factor: Tensor) -> Tensor:
+    low, high = torch.aminmax(factor, dim=-1)
+    return torch.maximum(high, -low) < largest_factor(factor.dtype)
+
+
+def filtered(target: Tensor, conv: Tensor, left: int, beyond: int = 0) -> Tensor:
+    """Depthwise filter inside each chunk: ``target [B, N, C, d]``, ``conv [d, 1, K]``, zero beyond a chunk's edges.
+
+    Gives ``[B, N, C + beyond, d]``: the last ``beyond`` are what this chunk's tokens would add past its end.
+    """
+    size, taps = target.shape[2] + beyond, conv.shape[-1]
+    padded = F.pad(target, (0, 0, left, taps - 1 - left + beyond))
     # One fused multiply-add a tap: a depthwise convolution over the second-last dimension is many times slower.
     total = padded[:, :, :size] * conv[:, 0, 0]
     for tap in range(1, taps):
@@ -33,68 +65,69 @@ def filtered(target: Tensor, conv: Tensor, left: int) -> Tensor:
     return total
 
 
-def clip_scale(keys: Tensor, values: Tensor, clip: float | None) -> Tensor | None:
-    """``[B, N]``: min(1, clip / ||V^T K||_F) of each chunk's update, without building it; None without ``clip``."""
-    if clip is None:
-        return None
-    square = ((keys @ keys.mT) * (values @ values.mT)).sum((-1, -2))
+def squared_norm(keys: Tensor, values: Tensor) -> Tensor:
+    """``[..., C]``: what each token adds to ||sum_c v_c k_c^T||^2 given those before it, without building the sum."""
+    products = (keys @ keys.mT) * (values @ values.mT)
+    weights = 2 * torch.ones_like(products).tril(-1) + torch.eye(products.shape[-1]).to(products)
+    return (products * weights).sum(-1)
+
+
+def clip_scale(square: Tensor, clip: float) -> Tensor:
+    """min(1, clip / norm) of updates with squared norms ``square``; zero where that is not finite."""
     # The gradient of a square root at zero is infinite: an update of zero is scaled by one, whatever its norm's slope.
-    norm = torch.where(square > 0, square, torch.ones_like(square)).sqrt()
-    return torch.where(square > 0, (clip / norm).clamp(max=1.0), torch.ones_like(norm))
+    positive = square > 0
+    scale = (clip / torch.where(positive, square, torch.ones_like(square)).sqrt()).clamp(max=1.0)
+    return torch.where(square.isfinite(), torch.where(positive, scale, torch.ones_like(scale)), 0)
 
 
-def running_sum(keys: Tensor, values: Tensor, start: Tensor | None, complete: Tensor, decay: float) -> Tensor:
-    """What the earlier updates add to each token's output, ``[B, N, C, d]``.
+def running_sum(
+    keys: Sequence[Tensor], values: Sequence[Tensor], start: Tensor | None, complete: Tensor, taught: Tensor,
+    decay: float,
+) -> list[Tensor]:  # fmt: skip
+    """What the earlier updates add to each token's output, one ``[B, C, d]`` a chunk.
 
     Args:
-        keys: ``[B, N, C, h]``.
-        values: ``[B, N, C, d]``, scaled.
-        start: ``[B, d, h]``, the accumulated update before the first chunk, or None.
+        keys: N times ``[B, C, h]``.
+        values: N times ``[B, C, d]``, scaled.
+        start: ``[B, h, d]``, the accumulated update before the first chunk, or None.
         complete: ``[B or 1, N]`` bool, chunks that end in this call.
+        taught: ``[B, N]`` bool, chunks whose update is made.
     """
-    delta = values.new_zeros(values.shape[0], values.shape[-1], keys.shape[-1]) if start is None else start
+    delta = keys[0].new_zeros(keys[0].shape[0], keys[0].shape[-1], values[0].shape[-1]) if start is None else start
     outputs = []
-    for k, v, done in zip(keys.unbind(1), values.unbind(1), complete.unbind(1), strict=True):
-        outputs.append(k @ delta.mT)
-        delta = torch.where(done.view(-1, 1, 1), (1 - decay) * delta + v.mT @ k, delta)
-    return torch.stack(outputs, dim=1)
+    for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+        outputs.append(k @ delta)
+        if i + 1 < len(keys):
+            delta = after_chunk(delta, k, v, complete[:, i], taught[:, i], decay)
+    return outputs
 
 
-def gram(keys: Tensor, values: Tensor, start: Tensor | None, complete: Tensor, decay: float) -> Tensor:
+def gram(
+    keys: Sequence[Tensor], values: Sequence[Tensor], start: Tensor | None, complete: Tensor, taught: Tensor,
+    decay: float,
+) -> list[Tensor]:  # fmt: skip
     """The same as ``running_sum``, as masked linear attention.
 
     A chunk that does not end in this call is the last one of its row, so no token looks back at it: ``complete`` is not
     needed.
     """
-    chunk_keys, chunk_values = keys.unbind(1), values.unbind(1)
-    outputs = [torch.zeros_like(chunk_values[0])]
-    for i in range(1, len(chunk_keys)):
+    first, width = keys[0], values[0].shape[-1]
+    outputs = [first.new_zeros(*first.shape[:2], width) if start is None else first @ start]
+    for i in range(1, len(keys)):
         # Pair by pair: joining the past would keep a copy of it for each chunk's backward, and the gradient of a slice
         # of the whole is as large as the whole.
-        total = torch.zeros_like(chunk_values[0])
+        total = keys[i].new_zeros(()) if start is None else (1 - decay) ** i * (keys[i] @ start)
         for j in range(i):
-            affinity = chunk_keys[i] @ chunk_keys[j].mT
-            total = torch.baddbmm(total, affinity, chunk_values[j], alpha=(1 - decay) ** (i - 1 - j))
+            affinity = torch.where(taught[:, j, None, None], keys[i] @ keys[j].mT, 0)
+            total = torch.baddbmm(total, affinity, values[j], alpha=(1 - decay) ** (i - 1 - j))
         outputs.append(total)
-    y = torch.stack(outputs, dim=1)
-    if start is not None:
-        kept = (1 - decay) ** torch.arange(keys.shape[1], device=keys.device, dtype=keys.dtype)
-        y = y + (keys @ start[:, None].mT) * kept.view(1, -1, 1, 1)
-    return y
+    return outputs
 
 
-def final_delta(keys: Tensor, values: Tensor, start: Tensor | None, complete: Tensor, decay: float) -> Tensor:
-    """``[B, d, h]``: the accumulated update after the last complete chunk; one product where nothing decays."""
-    weighted = torch.where(complete[..., None, None], values, 0)
-    count = complete.sum(1, keepdim=True)
-    if decay:
-        index = torch.arange(keys.shape[1], device=keys.device)
-        age = (count - 1 - index).clamp(min=0).to(keys.dtype)
-        weighted = weighted * ((1 - decay) ** age)[..., None, None]
-    delta = weighted.flatten(1, 2).mT @ keys.flatten(1, 2)
-    if start is None:
-        return delta
-    return delta + start * ((1 - decay) ** count.to(keys.dtype)).view(-1, 1, 1)
+def after_chunk(delta: Tensor, keys: Tensor, values: Tensor, ended: Tensor, taught: Tensor, decay: float) -> Tensor:
+    """``delta [B, h, d]`` after a chunk where it ``ended [B or 1]``; its update where it ``taught [B]`` something."""
+    update = torch.where(taught[:, None, None], keys.mT @ values, 0)
+    return torch.where(ended[:, None, None], (1 - decay) * delta + update, delta)
 
 
 def prefers_gram(tokens: int, width: int, hidden: int) -> bool:

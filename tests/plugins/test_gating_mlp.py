@@ -57,7 +57,7 @@ def test_block_equals_the_definition(length, kernel, padding):
             chunk_size=4, left=left, decay=0.1, clip=0.7,
         )  # fmt: skip
         assert error(y[row], expected) < 1e-12
-        assert error(state["delta"][row], delta) < 1e-12
+        assert error(block.accumulated_update(state)[row], delta) < 1e-12
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])

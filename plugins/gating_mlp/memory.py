@@ -1,0 +1,174 @@
+"""What a stream of ``gating_mlp`` carries, and how a call of any length continues it, functionally.
+
+- ``position [B]``: tokens in the unfinished chunk.
+- ``delta [B, h + 1, d]``: the accumulated update, transposed, before the projection; its last row is zero. Channels below
+  ``schedule.folded(position)`` have the last finished chunk in them, the others not yet.
+- ``keys [B, slots, h]``, ``values [B, slots, d]``: the last finished chunk and the unfinished one, as ``schedule`` lays
+  them out; the last slot is zero.
+- ``open [B, K - 1, d + 1]``: what the unfinished chunk's tokens so far add to the filter's output, at the tokens from
+  R before the next one on; in the last column, the tokens' rates.
+- ``scale [B]``: what the last finished chunk's update is multiplied by (clipping; 0 where it was skipped).
+- ``spoiled [B]``: tokens of the unfinished chunk for which its update will be skipped; ``skipped [B]``: updates skipped.
+- ``square [B]``, where updates are clipped: squared norm of the unfinished update, over tokens whose value is settled.
+
+Shape legend: B streams, N chunks, C tokens a chunk, d width, h hidden width, K taps that reach a token of the chunk,
+R of them looking ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moshi_ttt.core.state import BlockState, row_mask
+from moshi_ttt.plugins.gating_mlp.schedule import FoldSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeardChunks:
+    """A call's tokens by chunks; the first goes on with the chunk that was unfinished before it.
+
+    Attributes:
+        keys: N times ``[B, C, h]``; zero where there is no token, an unsound one, or one that teaches nothing.
+        values: ``[B, N, C, d]``; zero where there is no token or an unsound one.
+        open: ``[B, N, C + K, d + 1]``, the filter's output and the rates, also past the chunk's end.
+        complete: ``[B, N]`` bool, chunks that end in this call.
+        spoiled: ``[B, N]`` int64, unsound tokens; scale: ``[B, N]``, zero where the update is skipped.
+        squares: ``[B, N, C]``, what each token adds to its update's squared norm, or None without clipping.
+        come: ``[B]`` int64, tokens since the start of the first chunk.
+    """
+
+    keys: Sequence[Tensor]
+    values: Tensor
+    open: Tensor
+    complete: Tensor
+    spoiled: Tensor
+    scale: Tensor
+    squares: Tensor | None
+    come: Tensor
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The layout of one block's state.
+
+    Attributes:
+        kernel: taps of the filter; those from ``first_tap`` on, K of them, can reach another token of the same chunk.
+        left: how many of those look back; the schedule has how many look ahead.
+    """
+
+    schedule: FoldSchedule
+    width: int
+    kernel: int
+    first_tap: int
+    left: int
+    decay: float
+    clip: float | None
+
+    @property
+    def taps(self) -> int:
+        return self.left + self.schedule.look_ahead + 1
+
+    def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> BlockState:
+        """A stream that has heard nothing."""
+        schedule = self.schedule
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(batch, *shape, dtype=dtype, device=device)
+
+        state = {name: zeros().long() for name in ("position", "spoiled", "skipped")} | {
+            "delta": zeros(schedule.hidden + 1, self.width),
+            "keys": zeros(schedule.slots, schedule.hidden),
+            "values": zeros(schedule.slots, self.width),
+            "open": zeros(self.taps - 1, self.width + 1),
+            "scale": zeros() + 1,
+        }
+        return state if self.clip is None else {**state, "square": zeros()}
+
+    def update(self, state: BlockState) -> Tensor:
+        """``[B, h, d]``: the accumulated update of all finished chunks, transposed, before the projection."""
+        start = self.schedule.folded(state["position"])
+        delta, scale, end = state["delta"][:, :-1], state["scale"], self.schedule.hidden
+        return self._fold(delta, *self._finished(state), scale, start, end)
+
+    def unfinished(self, state: BlockState) -> tuple[Tensor, Tensor]:
+        """Keys ``[B, C, h]`` and values ``[B, C, d]`` of the unfinished chunk; beyond its position they mean nothing."""
+        size, staged = self.schedule.chunk, self.schedule.staged
+        keys, values = (
+            torch.cat([state[name][:, size : size + staged], state[name][:, staged:size]], dim=1)
+            for name in ("keys", "values")
+        )
+        return keys, values
+
+    def open_tokens(self, state: BlockState) -> Tensor:
+        """``state["open"]`` at the tokens it is about: ``[B, C + K, d + 1]``, zero elsewhere."""
+        token = torch.arange(self.schedule.chunk + self.taps, device=state["open"].device)
+        index = token - (state["position"] - self.schedule.look_ahead)[:, None]
+        index = torch.where((index >= 0) & (index < self.taps - 1), index, self.taps - 1)
+        return F.pad(state["open"], (0, 0, 0, 1)).gather(1, index[..., None].expand(-1, -1, self.width + 1))
+
+    def after(self, before: BlockState, heard: HeardChunks) -> BlockState:
+        """The state after a call that continued ``before``."""
+        schedule, size = self.schedule, self.schedule.chunk
+        ended, position = heard.come // size, heard.come % size
+        delta, scale, folded = before["delta"][:, :-1], before["scale"], schedule.folded(before["position"])
+        last, staged = self._finished(before), [before[name][:, size:-1] for name in ("keys", "values")]
+        current = [torch.zeros_like(part) for part in last]
+        for i, chunk in enumerate(zip(heard.keys, heard.values.unbind(1), strict=True)):
+            done = heard.complete[:, i, None, None]
+            delta = torch.where(done, self._fold(delta, *last, scale, folded, schedule.hidden), delta)
+            folded, scale = torch.where(done[:, 0, 0], 0, folded), torch.where(done[:, 0, 0], heard.scale[:, i], scale)
+            last = [torch.where(done, new, old) for new, old in zip(chunk, last, strict=True)]
+            staged = [torch.where(done, new[:, : schedule.staged], old) for new, old in zip(chunk, staged, strict=True)]
+            current = [torch.where(row_mask(ended == i, new), new, old) for new, old in zip(chunk, current, strict=True)]
+        come = (torch.arange(schedule.staged, device=position.device) < position[:, None])[..., None]
+        tokens = {
+            name: torch.cat(
+                [
+                    torch.where(schedule.in_place(position)[..., None], now, then),
+                    torch.where(come, now[:, : schedule.staged], waiting),
+                    before[name][:, -1:],
+                ],
+                dim=1,
+            )
+            for name, now, then, waiting in zip(("keys", "values"), current, last, staged, strict=True)
+        }
+        state = tokens | {
+            "position": position,
+            "delta": F.pad(self._fold(delta, *last, scale, folded, schedule.folded(position)), (0, 0, 0, 1)),
+            "open": self._open(_of_chunk(heard.open, ended), position),
+            "scale": scale,
+            "spoiled": _of_chunk(heard.spoiled, ended),
+            "skipped": before["skipped"] + (heard.complete & (heard.scale == 0)).sum(1),
+        }
+        if heard.squares is None:
+            return state
+        settled = torch.arange(size, device=position.device) < (position - schedule.look_ahead)[:, None]
+        return {**state, "square": torch.where(settled, _of_chunk(heard.squares, ended), 0).sum(1)}
+
+    def _finished(self, state: BlockState) -> list[Tensor]:
+        return [state[name][:, : self.schedule.chunk] for name in ("keys", "values")]
+
+    def _fold(
+        self, delta: Tensor, keys: Tensor, values: Tensor, scale: Tensor, start: Tensor, end: Tensor | int
+    ) -> Tensor:
+        """``delta [B, h, d]`` with a finished chunk in it, in the channels from ``start [B]`` to ``end [B]``."""
+        channel = torch.arange(self.schedule.hidden, device=delta.device)
+        inside = (channel >= start[:, None]) & (channel < (end if isinstance(end, int) else end[:, None]))
+        after = (1 - self.decay) * delta + keys.mT @ (values * row_mask(scale, values))
+        return torch.where(inside[..., None], after, delta)
+
+    def _open(self, sums: Tensor, position: Tensor) -> Tensor:
+        token = torch.arange(self.taps - 1, device=position.device) + (position - self.schedule.look_ahead)[:, None]
+        found = sums.gather(1, token.clamp(min=0)[..., None].expand(-1, -1, sums.shape[-1]))
+        return torch.where((token >= 0)[..., None], found, 0)
+
+
+def _of_chunk(parts: Tensor, index: Tensor) -> Tensor:
+    """``parts[b, index[b]]`` of ``parts [B, N, ...]``; zero where ``index [B]`` is N."""
+    padded = torch.cat([parts, torch.zeros_like(parts[:, :1])], dim=1)
+    return padded.gather(1, row_mask(index, parts).expand(-1, 1, *parts.shape[2:])).squeeze(1)

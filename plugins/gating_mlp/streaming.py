@@ -1,0 +1,143 @@
+"""One streamed token: the same result as the functional form, in place, the same work at every step.
+
+What is read a row: the update (h d numbers), the last finished chunk (C (h + d)), and, where updates are clipped, the
+unfinished one. W_0 and the projection are read once for all rows.
+
+Shape legend: B streams, C tokens a chunk, d width, h hidden width, K taps, R of them looking ahead, w channels folded a
+step, m tokens moved a step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moshi_ttt.core.state import BlockState, row_mask
+from moshi_ttt.plugins.gating_mlp import ops
+from moshi_ttt.plugins.gating_mlp.memory import Memory
+from moshi_ttt.plugins.gating_mlp.schedule import StepTables
+
+
+class Stepper:
+    """Streams B rows; holds the constant tensors of a step, no state."""
+
+    def __init__(self, memory: Memory, like: Tensor) -> None:
+        schedule, batch = memory.schedule, like.shape[0]
+        self.memory = memory
+        self.limit = ops.largest_factor(like.dtype)
+        self.tables = StepTables(schedule, batch, like.device)
+        self.channel = torch.arange(schedule.hidden, device=like.device)
+        self.window = torch.arange(-schedule.look_ahead, 1, device=like.device)
+        self.order = (torch.arange(schedule.chunk, device=like.device) + schedule.staged) % schedule.chunk
+        # Where a token's taps lie in the filter [d, 1, kernel]: the one for the earliest token it reaches comes first.
+        taps = memory.first_tap + torch.arange(memory.taps - 1, -1, -1, device=like.device)
+        self.taps = (taps[:, None] + memory.kernel * torch.arange(memory.width, device=like.device)).flatten()
+        self.unheard = like.new_zeros(batch, 1, memory.width + 1)
+
+    def step(
+        self, state: BlockState, query: Tensor, token: tuple[Tensor, Tensor, Tensor], conv: Tensor, projection: Tensor,
+        active: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """What the earlier chunks' updates add to the token's output, ``[B, d]``; the token goes into ``state``.
+
+        Args:
+            query: ``[B, h]``, the hidden activation, in the state's dtype.
+            token: key ``[B, h]``, target ``[B, d]`` and rate ``[B, 1]``, in the state's dtype.
+            conv: ``[d, 1, kernel]``; projection: ``[d, d]``.
+            active: ``[B]`` bool, or None for all; the state of a row that is not stays as it is.
+        """
+        columns, channels, sources, key_slots, value_slots, folded, done, following = self.tables.at(
+            state["position"], active
+        )
+        given, slices = self._recall(state, query, columns, folded)
+        self._fold(state["delta"], channels, slices)
+
+        row = torch.cat(token, dim=-1)
+        sound = row.abs().amax(-1) < self.limit
+        row = torch.where(sound[:, None], row, 0)
+        key, heard = row.split_with_sizes([query.shape[1], row.shape[1] - query.shape[1]], dim=1)
+        sums = torch.cat([state["open"], self.unheard], dim=1)
+        taps = conv.view(-1).index_select(0, self.taps).view(self.memory.taps, -1)
+        sums[..., :-1].addcmul_(taps, heard[:, None, :-1])
+        window = sums[:, : len(self.window)]
+        window[:, -1, -1:].copy_(heard[:, -1:])
+        values = window[..., :-1] * window[..., -1:]
+        sources = sources.reshape(-1)
+        _write(state["keys"], sources, key_slots, key[:, None])
+        _write(state["values"], sources, value_slots, values)
+
+        ends = done[:, 0].bool()
+        _advance(state["open"], sums[:, 1:], ends, active)
+        spoiled = ~sound if active is None else active > sound
+        scale = None
+        if self.memory.clip is not None:
+            keys = state["keys"].view(-1, key.shape[-1]).index_select(0, value_slots[:, -len(self.window) :].reshape(-1))
+            square = self._square(state, keys.view(*values.shape[:2], -1), values, projection)
+            scale = ops.clip_scale(square[1], self.memory.clip)
+            _advance(state["square"], square[0], ends, active)
+        _count(state, spoiled, scale, ends)
+        state["position"].copy_(following[:, 0])
+        return given @ projection
+
+    def _recall(self, state: BlockState, query: Tensor, columns: Tensor, folded: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, d]``, what the dense and the factored update give; ``[B, w, d]``, the slice to fold."""
+        size, decay = self.memory.schedule.chunk, self.memory.decay
+        keys, delta = state["keys"][:, :size], state["delta"][:, :-1]
+        unfolded = self.channel >= folded
+        scale, values = state["scale"][:, None, None], state["values"][:, :size]
+        scores = torch.bmm(torch.where(unfolded, query, 0)[:, None], keys.mT).mul_(scale)
+        part = keys.gather(2, columns[:, None].expand(-1, size, -1)).mul_(scale)
+        kept = torch.where(unfolded, (1 - decay) * query, query) if decay else query
+        given = torch.bmm(kept[:, None], delta).baddbmm_(scores, values)
+        return given[:, 0], torch.bmm(part.mT, values)
+
+    def _fold(self, delta: Tensor, channels: Tensor, slices: Tensor) -> None:
+        rows, index = delta.view(-1, delta.shape[-1]), channels.reshape(-1)
+        if self.memory.decay:
+            slices = slices - self.memory.decay * rows.index_select(0, index).view_as(slices)
+        rows.index_add_(0, index, slices.reshape(-1, delta.shape[-1]))
+        delta[:, -1].zero_()
+
+    def _square(
+        self, state: BlockState, keys: Tensor, values: Tensor, projection: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``[B]`` twice: the unfinished update's squared norm over the settled tokens, and if the chunk ended now.
+
+        ``keys [B, R + 1, h]`` and ``values [B, R + 1, d]`` are those of the window.
+        """
+        start, end = self.memory.schedule.staged, self.memory.schedule.staged + self.memory.schedule.chunk
+        # A pair of different tokens counts twice, with the later one; tokens that have not come count nothing.
+        weight = 1 + torch.sign((state["position"][:, None] + self.window)[..., None] - self.order)
+        products = torch.bmm(keys, state["keys"][:, start:end].mT)
+        products *= torch.bmm(values @ (projection @ projection.mT), state["values"][:, start:end].mT)
+        added = torch.where(weight > 0, products * weight, 0).sum(-1)
+        settled = state["square"] + added[:, 0]
+        return settled, settled + added[:, 1:].sum(-1)
+
+
+def _count(state: BlockState, spoiled: Tensor, clip_scale: Tensor | None, ends: Tensor) -> None:
+    """Unsound tokens so far, one more where ``spoiled [B]``; where the chunk ``ends [B]``, how its update will count."""
+    spoiled = state["spoiled"] + spoiled
+    taught = spoiled == 0
+    scale = taught.to(state["scale"].dtype)
+    if clip_scale is not None:
+        scale = scale * clip_scale
+        taught = scale != 0
+    state["scale"].copy_(torch.where(ends, scale, state["scale"]))
+    state["skipped"].add_(ends > taught)
+    state["spoiled"].copy_(spoiled.masked_fill_(ends, 0))
+
+
+def _write(tokens: Tensor, sources: Tensor, targets: Tensor, new: Tensor) -> None:
+    """Move ``sources [B m]`` to the first m ``targets [B, m + n]`` and write ``new [B, n, any]`` to the others."""
+    rows = tokens.view(-1, tokens.shape[-1])
+    moving = rows.index_select(0, sources).view(tokens.shape[0], -1, tokens.shape[-1])
+    rows.index_copy_(0, targets.reshape(-1), torch.cat([moving, new], dim=1).flatten(0, 1))
+    tokens[:, -1].zero_()
+
+
+def _advance(state: Tensor, new: Tensor, ends: Tensor, active: Tensor | None) -> None:
+    """Write ``new [B, ...]`` to a part of the state that starts at zero in every chunk."""
+    if active is not None:
+        new = torch.where(row_mask(active, new), new, state)
+    state.copy_(new.masked_fill(row_mask(ends, new), 0))
