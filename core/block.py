@@ -237,6 +237,10 @@ class SequenceBlock(nn.Module, ABC):
             size = size + first.square().sum()
         return (moved / size.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
 
+    def skipped_updates(self, state: BlockState) -> Tensor:
+        """``[B]`` int64: updates each stream left out because they were not finite. A variant that skips none says zero."""
+        return torch.zeros(states.rows(state), dtype=torch.int64)
+
     def state_bytes(self) -> int:
         """Bytes of state one stream occupies."""
         with torch.no_grad():

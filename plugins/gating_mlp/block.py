@@ -9,7 +9,6 @@ Shape legend: B streams, T tokens, N chunks, C tokens a chunk, d width, h hidden
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -23,8 +22,8 @@ from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
+from moshi_ttt.plugins.gating_mlp.gram import gram
 from moshi_ttt.plugins.gating_mlp.memory import HeardChunks, Memory
-from moshi_ttt.plugins.gating_mlp.schedule import FoldSchedule
 from moshi_ttt.plugins.gating_mlp.streaming import Stepper
 
 INIT_STD = 0.02
@@ -48,11 +47,9 @@ class GatingMLP(SequenceBlock):
                     "Load the model unquantised."
                 )
         self.needs_input_embeddings = config.target == "input_embed"
-        left, farthest = ops.left_padding(config.conv_kernel, config.padding), config.chunk - 1
-        look_back, look_ahead = min(left, farthest), min(config.conv_kernel - 1 - left, farthest)
-        self.memory = Memory(
-            FoldSchedule(config.chunk, self.hidden_width, look_ahead), width=info.dim, kernel=config.conv_kernel,
-            first_tap=left - look_back, left=look_back, decay=config.decay, clip=config.clip,
+        self.memory = Memory.planned(
+            chunk=config.chunk, hidden=self.hidden_width, width=info.dim, kernel=config.conv_kernel,
+            padding=config.padding, decay=config.decay, clip=config.clip,
         )  # fmt: skip
         device, dtype, dim = info.device, roles.master, info.dim
         self.conv = nn.Parameter(torch.empty(dim, 1, config.conv_kernel, device=device, dtype=dtype))
@@ -98,10 +95,14 @@ class GatingMLP(SequenceBlock):
         hidden, base = self._host_mlp(x)
         queries, heard = self._heard(layout, hidden, x, state, context)
         start = None if state is None else self.memory.update(state)
-        values = (heard.values * heard.scale[..., None, None]).unbind(1)
-        form = ops.gram if ops.prefers_gram(layout.slots, x.shape[-1], hidden.shape[-1]) else ops.running_sum
-        outputs = form(queries, values, start, heard.complete, heard.scale != 0, self.config.decay)
-        added = torch.cat(outputs, dim=1) if state is None else layout.merge(torch.stack(outputs, dim=1))
+        values = heard.values if self.config.clip is None else heard.values * heard.scale[..., None, None]
+        form = gram if ops.prefers_gram(layout.slots, x.shape[-1], hidden.shape[-1]) else ops.running_sum
+        added = form(
+            queries, values.flatten(1, 2)[:, : queries.shape[1]], start, heard.complete, heard.scale != 0,
+            self.config.decay, self.config.chunk,
+        )  # fmt: skip
+        if state is not None:
+            added = layout.merge(added.unflatten(1, (-1, self.config.chunk)))
         y = self._add(base, added @ self.projection.to(added))
         if not context.want_state:
             return y, {}
@@ -153,20 +154,17 @@ class GatingMLP(SequenceBlock):
 
     def _heard(
         self, layout: ChunkLayout, hidden: Tensor, x: Tensor, state: BlockState | None, context: BlockContext
-    ) -> tuple[Sequence[Tensor], HeardChunks]:
-        """The call's tokens by chunks: as they ask (N times ``[B, C, h]``, the last shorter without a state), and as
-        they are remembered.
-        """
+    ) -> tuple[Tensor, HeardChunks]:
+        """The call's tokens as they ask, ``[B, T, h]`` or with a state ``[B, N C, h]``, and as they are remembered."""
         size, (batch, length) = self.config.chunk, x.shape[:2]
         keys, target, rate = self._token(hidden, x, context)
         sound = ops.sound_tokens(keys, target, rate)[..., None]
         spoiled = layout.split((~sound).to(keys.dtype)).sum((2, 3)).long()
         target, rate = (layout.split(torch.where(sound, part, 0)) for part in (target, rate))
-        queries = list(keys.split(size, 1) if state is None else layout.split(keys).unbind(1))
-        remembered: list[Tensor] = queries
+        queries = keys if state is None else layout.split(keys).flatten(1, 2)
+        remembered = list(keys.split(size, 1))
         if context.want_state:
-            kept = torch.where(sound & context.updates, keys, 0)
-            remembered = list(layout.split(kept).unbind(1))
+            remembered = list(layout.split(torch.where(sound & context.updates, keys, 0)).unbind(1))
         beyond = self.memory.taps if context.want_state else 0
         sums = ops.filtered(target, self._reaching().to(target), self.memory.left, beyond)
         rate = F.pad(rate, (0, 0, 0, beyond))
@@ -183,7 +181,7 @@ class GatingMLP(SequenceBlock):
             earlier = (token < state["position"][:, None])[..., None]
             settled = (token < state["position"][:, None] - self.memory.schedule.look_ahead)[..., None]
             first_keys, first_values = self.memory.unfinished(state)
-            queries[0] = torch.where(earlier, first_keys, queries[0])
+            queries = torch.cat([torch.where(earlier, first_keys, queries[:, :size]), queries[:, size:]], dim=1)
             remembered[0] = torch.where(earlier, first_keys, remembered[0])
             values = torch.cat([torch.where(settled, first_values, values[:, 0])[:, None], values[:, 1:]], dim=1)
             spoiled = torch.cat([spoiled[:, :1] + state["spoiled"][:, None], spoiled[:, 1:]], dim=1)
@@ -198,7 +196,7 @@ class GatingMLP(SequenceBlock):
         )  # fmt: skip
         return queries, heard
 
-    def _squares(self, keys: Sequence[Tensor], values: Tensor) -> Tensor:
+    def _squares(self, keys: list[Tensor], values: Tensor) -> Tensor:
         """``[B, N, C]``: what each token adds to the squared norm of its chunk's update."""
         squares = [ops.squared_norm(k, v[:, : k.shape[1]]) for k, v in zip(keys, values.unbind(1), strict=True)]
         short = values.shape[2] - squares[-1].shape[1]
@@ -230,6 +228,9 @@ class GatingMLP(SequenceBlock):
         square = sum(parameter.double().square().sum() for parameter in self.info.mlp.linear_out.parameters())
         moved = self.accumulated_update(state).double().square().flatten(1).sum(1)
         return (moved / torch.as_tensor(square)).sqrt().cpu()
+
+    def skipped_updates(self, state: BlockState) -> Tensor:
+        return state["skipped"].cpu()
 
     def flops_per_token(self) -> int:
         dim, hidden, schedule = self.info.dim, self.hidden_width, self.memory.schedule

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.core.state import BlockState, row_mask
+from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.schedule import FoldSchedule
 
 
@@ -66,8 +67,18 @@ class Memory:
     kernel: int
     first_tap: int
     left: int
-    decay: float
-    clip: float | None
+    decay: float = 0.0
+    clip: float | None = None
+
+    @classmethod
+    def planned(
+        cls, *, chunk: int, hidden: int, width: int, kernel: int, padding: str, decay: float = 0.0,
+        clip: float | None = None,
+    ) -> Memory:  # fmt: skip
+        """The memory for a filter of ``kernel`` taps, ``centered`` or ``causal``, without those no token can reach."""
+        left = ops.left_padding(kernel, padding)
+        back, ahead = min(left, chunk - 1), min(kernel - 1 - left, chunk - 1)
+        return cls(FoldSchedule(chunk, hidden, ahead), width, kernel, left - back, back, decay, clip)
 
     @property
     def taps(self) -> int:

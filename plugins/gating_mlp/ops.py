@@ -5,7 +5,7 @@ tokens c of chunk i (keys k: the hidden activation; values v: learning rate time
 The projection P of the target is linear in v, so it is applied once to what D gives, not to every value.
 
 - ``running_sum`` keeps D. It costs 2 d h multiply-adds a token, and its backward keeps one D per chunk.
-- ``gram`` never builds D: what chunk i gets from chunk j < i is (1 - decay)^(i-1-j) s_j (k_i k_j^T) v_j, masked linear
+- ``gram`` (in gram.py) never builds D: what chunk i gets from chunk j < i is (1 - decay)^(i-1-j) s_j (k_i k_j^T) v_j, masked linear
   attention. It costs about T (h + d) / 2 a token, and its backward keeps T^2 / 2 numbers.
 
 A chunk with a key, target or rate that is not finite, or so large that sums of their products may not stay so, teaches
@@ -16,8 +16,6 @@ transposed, ``[B, h, d]``.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,8 +45,8 @@ def sound_tokens(*factors: Tensor) -> Tensor:
 
 
 def _below_limit(factor: Tensor) -> Tensor:
-    low, high = torch.aminmax(factor, dim=-1)
-    return torch.maximum(high, -low) < largest_factor(factor.dtype)
+    # Apart, and without abs(): torch.aminmax along a dimension is five times slower on a CPU, and abs makes a copy.
+    return torch.maximum(factor.amax(-1), -factor.amin(-1)) < largest_factor(factor.dtype)
 
 
 def filtered(target: Tensor, conv: Tensor, left: int, beyond: int = 0) -> Tensor:
@@ -81,47 +79,24 @@ def clip_scale(square: Tensor, clip: float) -> Tensor:
 
 
 def running_sum(
-    keys: Sequence[Tensor], values: Sequence[Tensor], start: Tensor | None, complete: Tensor, taught: Tensor,
-    decay: float,
-) -> list[Tensor]:  # fmt: skip
-    """What the earlier updates add to each token's output, one ``[B, C, d]`` a chunk.
+    keys: Tensor, values: Tensor, start: Tensor | None, complete: Tensor, taught: Tensor, decay: float, size: int
+) -> Tensor:
+    """What the earlier updates add to each token's output, ``[B, T, d]``.
 
     Args:
-        keys: N times ``[B, C, h]``.
-        values: N times ``[B, C, d]``, scaled.
+        keys: ``[B, T, h]``, in chunks of ``size``; the last may be shorter.
+        values: ``[B, T, d]``, scaled.
         start: ``[B, h, d]``, the accumulated update before the first chunk, or None.
         complete: ``[B or 1, N]`` bool, chunks that end in this call.
         taught: ``[B, N]`` bool, chunks whose update is made.
     """
-    delta = keys[0].new_zeros(keys[0].shape[0], keys[0].shape[-1], values[0].shape[-1]) if start is None else start
+    delta = keys.new_zeros(keys.shape[0], keys.shape[-1], values.shape[-1]) if start is None else start
     outputs = []
-    for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+    for i, (k, v) in enumerate(zip(keys.split(size, 1), values.split(size, 1), strict=True)):
         outputs.append(k @ delta)
-        if i + 1 < len(keys):
+        if (i + 1) * size < keys.shape[1]:
             delta = after_chunk(delta, k, v, complete[:, i], taught[:, i], decay)
-    return outputs
-
-
-def gram(
-    keys: Sequence[Tensor], values: Sequence[Tensor], start: Tensor | None, complete: Tensor, taught: Tensor,
-    decay: float,
-) -> list[Tensor]:  # fmt: skip
-    """The same as ``running_sum``, as masked linear attention.
-
-    A chunk that does not end in this call is the last one of its row, so no token looks back at it: ``complete`` is not
-    needed.
-    """
-    first, width = keys[0], values[0].shape[-1]
-    outputs = [first.new_zeros(*first.shape[:2], width) if start is None else first @ start]
-    for i in range(1, len(keys)):
-        # Pair by pair: joining the past would keep a copy of it for each chunk's backward, and the gradient of a slice
-        # of the whole is as large as the whole.
-        total = keys[i].new_zeros(()) if start is None else (1 - decay) ** i * (keys[i] @ start)
-        for j in range(i):
-            affinity = torch.where(taught[:, j, None, None], keys[i] @ keys[j].mT, 0)
-            total = torch.baddbmm(total, affinity, values[j], alpha=(1 - decay) ** (i - 1 - j))
-        outputs.append(total)
-    return outputs
+    return torch.cat(outputs, dim=1)
 
 
 def after_chunk(delta: Tensor, keys: Tensor, values: Tensor, ended: Tensor, taught: Tensor, decay: float) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,9 @@ from torch.nn import functional as F
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.verification import Verifier
 from moshi_ttt.plugins.gating_mlp import ops, reference
+from moshi_ttt.plugins.gating_mlp.gram import gram
+from moshi_ttt.plugins.gating_mlp.memory import Memory
+from moshi_ttt.plugins.gating_mlp.streaming import Stepper
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
@@ -49,7 +51,7 @@ class Reference(_InPlace):
 
 
 class Batched(_InPlace):
-    """All streams at once, by one of the two forms in ``ops``."""
+    """All streams at once, by one of the two forms of training."""
 
     def __init__(self, form: Callable[..., Tensor]) -> None:
         self.form = form
@@ -57,40 +59,42 @@ class Batched(_InPlace):
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         hidden, size = _hidden(inputs, metadata), int(metadata["chunk_size"])
         layout = ChunkLayout(hidden.shape[1], size)
-        keys, target = layout.split(hidden), layout.split(inputs["target"])
         left = ops.left_padding(int(metadata["conv_kernel_size"]), "centered")
-        values = float(metadata["learning_rate"]) * ops.filtered(target, inputs["conv"], left)
-        if "proj" in inputs:
-            values = values @ inputs["proj"]
+        values = float(metadata["learning_rate"]) * ops.filtered(layout.split(inputs["target"]), inputs["conv"], left)
         complete = (torch.arange(1, layout.num_chunks + 1) * size <= hidden.shape[1])[None]
-        added = self.form(keys, values, None, complete, 0.0)
-        return {"y": hidden @ inputs["linear_out"].T + layout.merge(added)}
+        taught = torch.ones(hidden.shape[0], layout.num_chunks, dtype=torch.bool)
+        added = self.form(hidden, layout.merge(values), None, complete, taught, 0.0, size)
+        return {"y": hidden @ inputs["linear_out"].T + added @ _projection(inputs)}
 
 
 class Streamed(_InPlace):
-    """Token by token with the accumulated update carried in a state. No gradients."""
+    """Token by token, as a stream goes. No gradients."""
 
     differentiable = False
 
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-        hidden, size = _hidden(inputs, metadata), int(metadata["chunk_size"])
-        left = ops.left_padding(int(metadata["conv_kernel_size"]), "centered")
-        rate, done = float(metadata["learning_rate"]), torch.ones(1, 1, dtype=torch.bool)
-        delta: Any = None
-        outputs = []
-        for t in range(hidden.shape[1]):
-            added = 0 if delta is None else hidden[:, t : t + 1] @ delta.mT
-            outputs.append(hidden[:, t : t + 1] @ inputs["linear_out"].T + added)
-            if (t + 1) % size == 0:
-                keys = hidden[:, None, t + 1 - size : t + 1]
-                values = rate * ops.filtered(inputs["target"][:, None, t + 1 - size : t + 1], inputs["conv"], left)
-                values = values @ inputs["proj"] if "proj" in inputs else values
-                delta = ops.final_delta(keys, values, delta, done, 0.0)
-        return {"y": torch.cat(outputs, dim=1)}
+        hidden, target = _hidden(inputs, metadata), inputs["target"]
+        memory = Memory.planned(
+            chunk=int(metadata["chunk_size"]), hidden=hidden.shape[-1], width=target.shape[-1],
+            kernel=int(metadata["conv_kernel_size"]), padding="centered",
+        )  # fmt: skip
+        state = memory.initial(hidden.shape[0], hidden.dtype, hidden.device)
+        stepper = Stepper(memory, state["delta"])
+        rate = hidden.new_full((hidden.shape[0], 1), float(metadata["learning_rate"]))
+        added = [
+            stepper.step(state, h, (h, t, rate), inputs["conv"], _projection(inputs), None)
+            for h, t in zip(hidden.unbind(1), target.unbind(1), strict=True)
+        ]
+        return {"y": hidden @ inputs["linear_out"].T + torch.stack(added, dim=1)}
+
+
+def _projection(inputs: Mapping[str, Tensor]) -> Tensor:
+    found = inputs.get("proj")
+    return torch.eye(inputs["target"].shape[-1]).to(inputs["target"]) if found is None else found
 
 
 REFERENCE = Reference()
-GRAM = Batched(ops.gram)
+GRAM = Batched(gram)
 RUNNING_SUM = Batched(ops.running_sum)
 STREAMED = Streamed()

@@ -1,0 +1,81 @@
+"""The Gram form of in-place TTT with a backward of its own.
+
+Chunk by chunk against all of the past at once: the past is a prefix of one tensor, so nothing is joined or copied, and
+gradients are added up in place. Left to autograd, the gradient of every slice is as large as the whole.
+
+Shape legend: B streams, T tokens, N chunks, C tokens a chunk (fewer in the last), d width, h hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def gram(
+    keys: Tensor, values: Tensor, start: Tensor | None, complete: Tensor, taught: Tensor, decay: float, size: int
+) -> Tensor:
+    """``ops.running_sum`` as masked linear attention: (1 - decay)^(i-1-j) (k_i k_j^T) v_j over the chunks j < i.
+
+    A chunk that does not end in this call is the last one of its row, so no token looks back at it: ``complete`` is not
+    needed.
+    """
+    chunk = torch.arange(taught.shape[1], device=keys.device)
+    age = (chunk[:, None] - 1 - chunk).clamp(min=0)
+    weights = taught[:, None] * torch.tensor(1 - decay, dtype=keys.dtype, device=keys.device) ** age
+    kept = [(1 - decay) ** i for i in range(taught.shape[1])]
+    result: Tensor = _Gram.apply(keys, values, start, weights, kept, size)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Gram(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, keys: Tensor, values: Tensor, start: Tensor | None, weights: Tensor, kept: list[float], size: int
+    ) -> Tensor:
+        out = values.new_zeros(*keys.shape[:2], values.shape[-1])
+        affinities = []
+        for i, now, past in _chunks(keys.shape[1], size):
+            if i:
+                affinity = _weighted(keys[:, now] @ keys[:, past].mT, weights, i, size)
+                out[:, now].baddbmm_(affinity, values[:, past])
+                affinities.append(affinity)
+            if start is not None:
+                out[:, now].baddbmm_(keys[:, now], start, alpha=kept[i])
+        ctx.save_for_backward(keys, values, start, weights, *affinities)
+        ctx.kept, ctx.size = kept, size
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        keys, values, start, weights, *affinities = ctx.saved_tensors
+        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+        grad_start = None if start is None else torch.zeros_like(start)
+        for i, now, past in _chunks(keys.shape[1], ctx.size):
+            given = grad[:, now]
+            if i:
+                grad_affinity = _weighted(given @ values[:, past].mT, weights, i, ctx.size)
+                grad_keys[:, now].baddbmm_(grad_affinity, keys[:, past])
+                grad_keys[:, past].baddbmm_(grad_affinity.mT, keys[:, now])
+                grad_values[:, past].baddbmm_(affinities[i - 1].mT, given)
+            if start is not None:
+                grad_keys[:, now].baddbmm_(given, start.mT, alpha=ctx.kept[i])
+                grad_start.baddbmm_(keys[:, now].mT, given, alpha=ctx.kept[i])
+        return grad_keys, grad_values, grad_start, None, None, None
+
+
+def _chunks(length: int, size: int) -> Iterator[tuple[int, slice, slice]]:
+    """Index, tokens of the chunk, tokens before it."""
+    for i, first in enumerate(range(0, length, size)):
+        yield i, slice(first, min(first + size, length)), slice(0, first)
+
+
+def _weighted(affinity: Tensor, weights: Tensor, i: int, size: int) -> Tensor:
+    """``affinity [B, c, i C]`` of chunk i times the weights of the chunks before it; what has none may be nan."""
+    weight = weights[:, i, :i].repeat_interleave(size, dim=1)[:, None]
+    return affinity.mul_(weight).masked_fill_(weight == 0, 0)

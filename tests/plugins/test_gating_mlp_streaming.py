@@ -1,0 +1,180 @@
+"""In-place TTT token by token: the schedule of a chunk, equality with the definition, updates that are skipped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
+from moshi_ttt.core.format import SequenceFormat
+from moshi_ttt.core.precision import FP32_STATE
+from moshi_ttt.core.testing import error
+from moshi_ttt.core.testing.toy_host import ToyMLP
+from moshi_ttt.plugins.gating_mlp import ops, reference
+from moshi_ttt.plugins.gating_mlp.block import GatingMLP
+from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
+from moshi_ttt.plugins.gating_mlp.schedule import FoldSchedule, StepTables
+
+DIM = 6
+
+
+def build(dtype=torch.float64, **options) -> GatingMLP:
+    info = SiteInfo(
+        site=Site(0, SiteKind.FEED_FORWARD), dim=DIM, num_heads=1, device=torch.device("cpu"), dtype=dtype,
+        format=SequenceFormat(), mlp=ToyMLP(DIM, dtype, "cpu"),
+    )  # fmt: skip
+    block = GatingMLP(GatingMLPConfig(**{"chunk": 4, "lr": 0.2, **options}), info, FP32_STATE.roles(dtype))
+    generator = torch.Generator().manual_seed(0)
+    block.reset_parameters(generator)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return block
+
+
+def draw(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def stream(block, x, target, state=None):
+    state = block.allocate_state(x.shape[0]) if state is None else state
+    outputs = [
+        block.step(x[:, t : t + 1], state, BlockContext(input_embeddings=target[:, t : t + 1]))
+        for t in range(x.shape[1])
+    ]
+    return torch.cat(outputs, dim=1), state
+
+
+def defined(block, x, target, taught=None):
+    """Outputs and accumulated updates straight from the definition; ``taught [B, N]`` leaves updates out."""
+    config, mlp = block.config, block.info.mlp
+    gate, up = mlp.linear_in(x).chunk(2, dim=-1)
+    hidden, size = mlp.activation(gate) * up, config.chunk
+    rate = torch.full(x.shape[:2], config.lr, dtype=x.dtype)
+    if config.learned_lr:
+        rate = config.lr * 2 * torch.sigmoid(x @ block.lr_weight + block.lr_bias)
+    if taught is not None:
+        rate = rate * taught.repeat_interleave(size, dim=1)[:, : x.shape[1]]
+    rows = [
+        reference.in_place(
+            hidden[b], target[b], mlp.linear_out.weight, block.conv[:, 0], block.projection, rate[b], chunk_size=size,
+            left=ops.left_padding(config.conv_kernel, config.padding), decay=config.decay, clip=config.clip,
+        )
+        for b in range(x.shape[0])
+    ]  # fmt: skip
+    return torch.stack([y for y, _ in rows]), torch.stack([delta for _, delta in rows])
+
+
+@pytest.mark.parametrize("look_ahead", [0, 1, 2, 7])
+@pytest.mark.parametrize("hidden", [1, 12, 31])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 7, 16, 40])
+def test_each_channel_is_folded_once_and_each_token_ends_in_its_place(chunk, hidden, look_ahead):
+    schedule = FoldSchedule(chunk, hidden, min(look_ahead, chunk - 1))
+    tables, unread = StepTables(schedule, 1, torch.device("cpu")), schedule.slots - 1
+    lies: dict[int, object] = {slot: ("old", slot) for slot in range(chunk)}
+    folded: list[int] = []
+    for step in range(chunk):
+        position = torch.tensor([step])
+        columns, channels, sources, key_slots, value_slots, done_channels, done, following = (
+            part[0].tolist() for part in tables.at(position, None)
+        )
+        assert done_channels == [len(folded)] == schedule.folded(position).tolist()
+        if len(folded) < hidden:
+            assert all(lies[slot] == ("old", slot) for slot in range(chunk)), "the old chunk is needed until it is folded"
+        real = [channel for channel in channels if channel < hidden]
+        assert columns[: len(real)] == real
+        folded += real
+        moves = list(zip(sources, key_slots[:-1], strict=True))
+        assert moves == list(zip(sources, value_slots[: len(moves)], strict=True))
+        arrived = {target: lies.get(source) for source, target in moves if target != unread}
+        assert all(content is not None and content[1] == target for target, content in arrived.items())
+        assert all(content[1] < step - schedule.look_ahead + 1 for content in arrived.values()), "only settled tokens move"
+        lies |= arrived
+        lies[key_slots[-1]] = ("new", step)
+        window = value_slots[len(moves) :]
+        for token, slot in zip(range(step - schedule.look_ahead, step + 1), window, strict=True):
+            assert slot == unread if token < 0 else lies[slot] == ("new", token)
+        here = schedule.in_place(torch.tensor([step + 1]))[0].tolist()
+        assert here == [lies[slot] == ("new", slot) for slot in range(chunk)]
+        assert (done, following) == ([int(step == chunk - 1)], [(step + 1) % chunk])
+    assert sorted(folded) == list(range(hidden))
+    assert all(lies[slot] == ("new", slot) for slot in range(chunk))
+
+
+def test_a_masked_step_does_nothing():
+    schedule = FoldSchedule(8, 20, 2)
+    tables = StepTables(schedule, 2, torch.device("cpu"))
+    columns, channels, sources, key_slots, value_slots, _, done, following = tables.at(
+        torch.tensor([7, 7]), torch.tensor([False, True])
+    )
+    unread = schedule.slots - 1
+    assert set(channels[0].tolist()) == {20}
+    assert {*sources[0].tolist(), *key_slots[0].tolist(), *value_slots[0].tolist()} == {unread}
+    assert (done[:, 0].tolist(), following[:, 0].tolist()) == ([0, 1], [7, 0])
+    assert columns.max() < 20
+
+
+@pytest.mark.parametrize("options", [{}, {"decay": 0.2}, {"clip": 0.6}, {"decay": 0.1, "clip": 0.4, "learned_lr": True}], ids=str)
+@pytest.mark.parametrize("padding", ["centered", "causal"])
+@pytest.mark.parametrize(("chunk", "kernel"), [(1, 1), (1, 3), (2, 5), (3, 4), (5, 12), (8, 1), (9, 5), (16, 2)])
+def test_a_stream_equals_the_definition(chunk, kernel, padding, options):
+    block = build(chunk=chunk, conv_kernel=kernel, padding=padding, **options)
+    length = 4 * chunk + 3
+    x, target = draw(3, length, DIM), draw(3, length, DIM, seed=2)
+    y, state = stream(block, x, target)
+    expected, delta = defined(block, x, target)
+    assert error(y, expected) < 1e-11
+    assert error(block.accumulated_update(state), delta) < 1e-11
+    assert (state["skipped"] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e80], ids=str)
+@pytest.mark.parametrize("where", ["activations", "target"])
+@pytest.mark.parametrize("options", [{}, {"decay": 0.2, "clip": 0.6}], ids=str)
+def test_an_update_that_is_not_finite_is_skipped_and_counted_in_its_own_row(options, where, bad):
+    block = build(**options)
+    x, target = draw(3, 19, DIM), draw(3, 19, DIM, seed=2)
+    clean, _ = stream(block, x, target)
+    (x if where == "activations" else target)[1, 5, 2] = bad
+    y, state = stream(block, x, target)
+    assert torch.equal(y[[0, 2]], clean[[0, 2]])
+    assert state["skipped"].tolist() == [0, 1, 0]
+    assert block.skipped_updates(state).tolist() == [0, 1, 0]
+    assert all(torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point())
+    sane = torch.nan_to_num(x, 0, 0, 0).clamp(-10, 10), torch.nan_to_num(target, 0, 0, 0).clamp(-10, 10)
+    taught = torch.ones(3, 5)
+    taught[1, 1] = 0
+    expected, delta = defined(block, *sane, taught)
+    others = [t for t in range(19) if t != 5]
+    assert error(y[:, others], expected[:, others]) < 1e-11
+    assert error(block.accumulated_update(state), delta) < 1e-11
+    context = BlockContext(input_embeddings=target)
+    whole, final = block(x, None, context)
+    assert error(whole[:, others], expected[:, others]) < 1e-11
+    for name, tensor in final.items():
+        assert error(tensor, state[name]) < 1e-10, name
+    with torch.no_grad():
+        trained, _ = block(x, None, BlockContext(input_embeddings=target, want_state=False))
+    assert error(trained[:, others], expected[:, others]) < 1e-11
+
+
+@pytest.mark.parametrize("options", [{"lr": 1e12}, {"lr": 1e9, "clip": 1.0}], ids=str)
+def test_a_rate_far_too_high_teaches_nothing_and_is_counted(options):
+    block = build(dtype=torch.float32, **options)
+    x, target = 50 * draw(2, 17, DIM).float(), 1e9 * draw(2, 17, DIM, seed=2).float()
+    y, state = stream(block, x, target)
+    assert torch.equal(y, torch.cat([block.info.mlp(x[:, t : t + 1]) for t in range(17)], dim=1))
+    assert state["skipped"].tolist() == [4, 4]
+    _, carried = block(x, None, BlockContext(input_embeddings=target))
+    assert carried["skipped"].tolist() == [4, 4]
+
+
+def test_what_a_stream_reads_beyond_its_tokens_is_never_used():
+    """Slots and channels that hold nothing yet are zero in a new stream: an equal output when they are not."""
+    block = build(chunk=8)
+    x, target = draw(2, 6, DIM), draw(2, 6, DIM, seed=2)
+    expected, _ = stream(block, x, target)
+    state = block.allocate_state(2)
+    state["keys"][:, 8:].fill_(7.0)
+    state["values"][:, 8:].fill_(7.0)
+    assert torch.equal(stream(block, x, target, state)[0], expected)
