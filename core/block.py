@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moshi_ttt.core import state as states
-from moshi_ttt.core.config import BlockConfig
-from moshi_ttt.core.errors import ContextError
+from moshi_ttt.core.config import BlockConfig, Length
+from moshi_ttt.core.errors import ConfigError, ContextError
 from moshi_ttt.core.format import FormatAdapter
 from moshi_ttt.core.precision import DtypeRoles, check_role
 from moshi_ttt.core.state import BlockState
@@ -77,7 +77,11 @@ class GatedMLP(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SiteInfo:
-    """What a block is told about its site when it is built."""
+    """What a block is told about its site when it is built.
+
+    Attributes:
+        frame_rate: tokens a second, where the host's tokens have a fixed duration.
+    """
 
     site: Site
     dim: int
@@ -86,6 +90,21 @@ class SiteInfo:
     dtype: torch.dtype
     format: FormatAdapter
     mlp: GatedMLP | None = None
+    frame_rate: float | None = None
+
+    def tokens(self, length: Length) -> int:
+        """``length`` in tokens; seconds are rounded to the nearest whole token, and to one at least.
+
+        Raises ConfigError for seconds at a host whose tokens have no fixed duration.
+        """
+        if isinstance(length, int):
+            return length
+        if self.frame_rate is None:
+            raise ConfigError(
+                f"{self.site}: a length of {length!r} is in seconds, and the tokens of this host have no fixed "
+                "duration. Give a number of tokens."
+            )
+        return max(1, round(float(length.removesuffix("s")) * self.frame_rate))
 
     def on(self, device: torch.device) -> SiteInfo:
         """The same site, with blocks built on another device (the plan builds on ``meta``)."""
@@ -238,7 +257,7 @@ class SequenceBlock(nn.Module, ABC):
         return (moved / size.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
 
     def skipped_updates(self, state: BlockState) -> Tensor:
-        """``[B]`` int64: updates each stream left out because they were not finite. A variant that skips none says zero."""
+        """``[B]`` int64: updates each stream left out as not finite. A variant that leaves none out says zero."""
         return torch.zeros(states.rows(state), dtype=torch.int64)
 
     def state_bytes(self) -> int:
@@ -253,7 +272,9 @@ class SequenceBlock(nn.Module, ABC):
     def _without_autocast(self, tokens: Tensor) -> AbstractContextManager[object]:
         """Autocast would round what the policy keeps in float32."""
         device = tokens.device.type
-        return nullcontext() if tokens.is_meta else torch.autocast(device, enabled=False)
+        if tokens.is_meta or not torch.is_autocast_enabled(device):
+            return nullcontext()
+        return torch.autocast(device, enabled=False)
 
     def _check_call(self, tokens: Tensor, state: BlockState | None, context: BlockContext) -> None:
         if self.needs_input_embeddings and context.input_embeddings is None:

@@ -6,11 +6,14 @@ How a file or a mapping becomes one of them is in ``config_parsing``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from moshi_ttt.core.errors import ConfigError, nearest
+
+Length = Annotated[int, Field(ge=1, strict=True)] | Annotated[str, Field(pattern=r"^\d+(\.\d+)?s$")]
+"""A length of sequence: a number of tokens, or seconds as in ``20.5s`` (``SiteInfo.tokens`` knows the host's rate)."""
 
 
 class FrozenConfig(BaseModel):

@@ -16,7 +16,7 @@ from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.precision import FP32_STATE, PrecisionPolicy
 from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.core.state import BlockState
-from moshi_ttt.core.testing.toy_host import ToyMLP
+from moshi_ttt.core.testing.toy_host import FRAME_RATE, ToyMLP
 
 # Bit-equality is asked between calls of equal shapes. Between cuts and batch sizes a matrix product rounds differently;
 # in a bfloat16 model that moves a projection by an ulp (2^-8), which the state then carries: hence its wide bound.
@@ -79,7 +79,7 @@ class BlockCase:
 
     @property
     def chunk(self) -> int:
-        return int(getattr(self.config, "chunk", 4))
+        return self.info("meta").tokens(getattr(self.config, "chunk", 4))
 
     @property
     def tolerance(self) -> float:
@@ -106,6 +106,7 @@ class BlockCase:
             device=torch.device(device),
             dtype=self.dtype,
             format=SequenceFormat(),
+            frame_rate=FRAME_RATE,
         )
 
     def block(self, device: str = "cpu") -> SequenceBlock:

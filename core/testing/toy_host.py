@@ -17,6 +17,9 @@ from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.host import CarriedState, HostModel
 from moshi_ttt.core.registry import Registry
 
+FRAME_RATE = 12.5
+"""What the toy host says its tokens a second are."""
+
 
 class ToyLayer(nn.Module):
     """``x + mlp(x)`` with a gated MLP; a sequence block comes before it, a feed-forward block in its place."""
@@ -111,6 +114,7 @@ class ToyHost(HostModel):
                         dtype=weight.dtype,
                         format=SequenceFormat(),
                         mlp=mlp if kind is SiteKind.FEED_FORWARD else None,
+                        frame_rate=FRAME_RATE,
                     )
                 )
         return tuple(found)

@@ -27,6 +27,7 @@ from moshi_ttt.hosts.moshi.layers import (
 )
 from moshi_ttt.hosts.moshi.loading import load_skeleton, resolve_repo
 from moshi_ttt.hosts.moshi.upstream import (
+    FRAME_RATE,
     ActivationGating,
     LMModel,
     LoRALinear,
@@ -87,6 +88,7 @@ class MoshiHost(HostModel):
                 "device": weight.device,
                 "dtype": weight.dtype if weight.is_floating_point() else model.dtype,  # an integer: quantised weights
                 "format": adapter,
+                "frame_rate": FRAME_RATE,
             }
             found.append(SiteInfo(site=Site(index, SiteKind.SEQUENCE), **shared))
             gating = layer.gating

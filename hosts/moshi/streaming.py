@@ -9,6 +9,7 @@ Not part of it: the weights, and the random generator that sampling draws from (
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,16 @@ class BlockStreamState(State):
         """Put the rows where ``reset_mask [B]`` is true back to the learned initial state."""
         super().reset(reset_mask)
         self.block.reset_state(self.buffers, reset_mask)
+
+    def __exit__(self, *exception: object) -> None:
+        """At the end of streaming, warn about updates that were left out; a row's count starts with its last reset."""
+        skipped = self.block.skipped_updates(self.buffers).tolist()
+        if any(skipped):
+            warnings.warn(
+                f"{self.block.info.site}: updates were skipped because they were not finite, per stream: {skipped}. "
+                "Lower the block's learning rate, or look for values in the input that are not finite.",
+                stacklevel=2,
+            )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,11 @@ from moshi.modules.transformer import (
     _MHAState as AttentionState,
 )
 
+FRAME_RATE: float = loaders.FRAME_RATE
+"""Mimi's frames, and so the language model's tokens, a second."""
+
 __all__ = [
+    "FRAME_RATE",
     "ActivationGating",
     "AttentionState",
     "CheckpointInfo",

@@ -47,8 +47,9 @@ class GatingMLP(SequenceBlock):
                     "Load the model unquantised."
                 )
         self.needs_input_embeddings = config.target == "input_embed"
+        self.chunk = info.tokens(config.chunk)
         self.memory = Memory.planned(
-            chunk=config.chunk, hidden=self.hidden_width, width=info.dim, kernel=config.conv_kernel,
+            chunk=self.chunk, hidden=self.hidden_width, width=info.dim, kernel=config.conv_kernel,
             padding=config.padding, decay=config.decay, clip=config.clip,
         )  # fmt: skip
         device, dtype, dim = info.device, roles.master, info.dim
@@ -57,8 +58,11 @@ class GatingMLP(SequenceBlock):
         if config.learned_lr:
             self.lr_weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
             self.lr_bias = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        if config.train_w_down:
+            # What is trained is the change: the host's own weight stays as it is, for removal, LoRA and a later load.
+            self.w_down_change = nn.Parameter(torch.empty(dim, self.hidden_width, device=device, dtype=dtype))
         self._warned = False
-        # Constants of a step for each shape of state that was allocated: kept, for a captured graph goes on reading them.
+        # Constants of a step for each shape of state that was allocated. Kept: a captured graph goes on reading them.
         self._steppers: dict[tuple[int, torch.dtype, torch.device], Stepper] = {}
 
     @property
@@ -89,8 +93,8 @@ class GatingMLP(SequenceBlock):
         return self.projection.to(self.roles.state).mT @ self.memory.update(state).mT
 
     def compute(self, x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
-        layout = self.info.format.chunks(x, self.config.chunk, None if state is None else state["position"])
-        if state is None and not context.want_state and x.shape[1] <= self.config.chunk:
+        layout = self.info.format.chunks(x, self.chunk, None if state is None else state["position"])
+        if state is None and not context.want_state and x.shape[1] <= self.chunk:
             self._warn_short(x.shape[1])
         hidden, base = self._host_mlp(x)
         queries, heard = self._heard(layout, hidden, x, state, context)
@@ -99,10 +103,10 @@ class GatingMLP(SequenceBlock):
         form = gram if ops.prefers_gram(layout.slots, x.shape[-1], hidden.shape[-1]) else ops.running_sum
         added = form(
             queries, values.flatten(1, 2)[:, : queries.shape[1]], start, heard.complete, heard.scale != 0,
-            self.config.decay, self.config.chunk,
+            self.config.decay, self.chunk,
         )  # fmt: skip
         if state is not None:
-            added = layout.merge(added.unflatten(1, (-1, self.config.chunk)))
+            added = layout.merge(added.unflatten(1, (-1, self.chunk)))
         y = self._add(base, added @ self.projection.to(added))
         if not context.want_state:
             return y, {}
@@ -125,12 +129,15 @@ class GatingMLP(SequenceBlock):
             return self.info.format.from_tokens(self._add(base, added[:, None]), x)
 
     def _host_mlp(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The host's own hidden activation ``[B, T, h]`` and output ``[B, T, d]``."""
+        """The host's own hidden activation ``[B, T, h]``, and the output ``[B, T, d]`` of the learned W_0."""
         mlp = self.info.mlp
         assert mlp is not None
         gate, up = mlp.linear_in(x).unflatten(-1, (2, -1)).unbind(-2)
         hidden = mlp.activation(gate) * up
-        return hidden, mlp.linear_out(hidden)
+        base = mlp.linear_out(hidden)
+        if self.config.train_w_down:
+            base = self._add(base, F.linear(hidden, self.w_down_change.to(hidden.dtype)))
+        return hidden, base
 
     def _add(self, base: Tensor, added: Tensor) -> Tensor:
         return (base.to(self.roles.output) + added.to(self.roles.output)).to(base.dtype)
@@ -156,7 +163,7 @@ class GatingMLP(SequenceBlock):
         self, layout: ChunkLayout, hidden: Tensor, x: Tensor, state: BlockState | None, context: BlockContext
     ) -> tuple[Tensor, HeardChunks]:
         """The call's tokens as they ask, ``[B, T, h]`` or with a state ``[B, N C, h]``, and as they are remembered."""
-        size, (batch, length) = self.config.chunk, x.shape[:2]
+        size, (batch, length) = self.chunk, x.shape[:2]
         keys, target, rate = self._token(hidden, x, context)
         sound = ops.sound_tokens(keys, target, rate)[..., None]
         spoiled = layout.split((~sound).to(keys.dtype)).sum((2, 3)).long()
@@ -180,10 +187,10 @@ class GatingMLP(SequenceBlock):
             token = torch.arange(size, device=x.device)
             earlier = (token < state["position"][:, None])[..., None]
             settled = (token < state["position"][:, None] - self.memory.schedule.look_ahead)[..., None]
-            first_keys, first_values = self.memory.unfinished(state)
-            queries = torch.cat([torch.where(earlier, first_keys, queries[:, :size]), queries[:, size:]], dim=1)
-            remembered[0] = torch.where(earlier, first_keys, remembered[0])
-            values = torch.cat([torch.where(settled, first_values, values[:, 0])[:, None], values[:, 1:]], dim=1)
+            first = self.memory.unfinished(state)
+            queries = torch.cat([torch.where(earlier, first.keys, queries[:, :size]), queries[:, size:]], dim=1)
+            remembered[0] = torch.where(earlier, first.keys, remembered[0])
+            values = torch.cat([torch.where(settled, first.values, values[:, 0])[:, None], values[:, 1:]], dim=1)
             spoiled = torch.cat([spoiled[:, :1] + state["spoiled"][:, None], spoiled[:, 1:]], dim=1)
         scale, squares = (spoiled == 0).to(values.dtype), None
         if self.config.clip is not None:
@@ -218,12 +225,13 @@ class GatingMLP(SequenceBlock):
             self._warned = True
             warnings.warn(
                 f"gating_mlp at {self.info.site}: a sequence of {length} tokens is not longer than one chunk of "
-                f"{self.config.chunk}, so no update can take effect in it. Lower chunk, or train on longer sequences.",
+                f"{self.chunk}, so no update can take effect in it. Lower chunk, or train on longer sequences.",
                 stacklevel=2,
             )
 
     @torch.no_grad()
     def drift(self, state: BlockState) -> Tensor:
+        """``[B]`` float64: norm of each stream's accumulated update over that of W_0 and its LoRA."""
         assert self.info.mlp is not None
         square = sum(parameter.double().square().sum() for parameter in self.info.mlp.linear_out.parameters())
         moved = self.accumulated_update(state).double().square().flatten(1).sum(1)
@@ -239,7 +247,8 @@ class GatingMLP(SequenceBlock):
         clip = 0
         if self.config.clip is not None:
             clip = (1 + schedule.look_ahead) * (schedule.chunk * (hidden + dim) + dim * dim)
-        return 2 * (recall + dim * dim + fold + value + clip)
+        learned = dim * hidden if self.config.train_w_down else 0
+        return 2 * (recall + dim * dim + fold + value + clip + learned)
 
 
 def _out_features(linear: nn.Module) -> int:

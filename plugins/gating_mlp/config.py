@@ -6,14 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from moshi_ttt.core.config import BlockConfig
+from moshi_ttt.core.config import BlockConfig, Length
 
 
 class GatingMLPConfig(BlockConfig):
     """In-place TTT: the down projection of the host's gated MLP learns, once per chunk.
 
     Attributes:
-        chunk: tokens per update; at 12.5 frames a second 256 tokens are 20.5 s.
+        chunk: tokens per update, or seconds as in ``20.5s`` (256 of Moshi's 12.5 tokens a second).
         lr: learning rate of the fast weight; with ``learned_lr`` times 2 sigmoid(w . x + b) per token (1 at the start).
         target: what the fast weight learns to produce from the MLP's hidden activation: a filtered version of the
             input embeddings of the same tokens, or of the MLP's own input (``hidden_states``).
@@ -22,10 +22,11 @@ class GatingMLPConfig(BlockConfig):
             ahead), ``causal`` does not.
         decay: share of the accumulated update that is forgotten at each chunk's end.
         clip: largest Frobenius norm of one chunk's update, or None.
+        train_w_down: also train the down projection itself, as a change that is added to the host's.
     """
 
     variant: Literal["gating_mlp"] = "gating_mlp"
-    chunk: int = Field(default=256, ge=1)
+    chunk: Length = 256
     lr: float = Field(default=0.3, gt=0.0)
     learned_lr: bool = False
     target: Literal["input_embed", "hidden_states"] = "input_embed"
@@ -33,3 +34,4 @@ class GatingMLPConfig(BlockConfig):
     padding: Literal["centered", "causal"] = "centered"
     decay: float = Field(default=0.0, ge=0.0, lt=1.0)
     clip: float | None = Field(default=None, gt=0.0)
+    train_w_down: bool = False

@@ -51,7 +51,7 @@ class _Gram(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         keys, values, start, weights, *affinities = ctx.saved_tensors
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
@@ -65,6 +65,7 @@ class _Gram(torch.autograd.Function):
                 grad_values[:, past].baddbmm_(affinities[i - 1].mT, given)
             if start is not None:
                 grad_keys[:, now].baddbmm_(given, start.mT, alpha=ctx.kept[i])
+                assert grad_start is not None
                 grad_start.baddbmm_(keys[:, now].mT, given, alpha=ctx.kept[i])
         return grad_keys, grad_values, grad_start, None, None, None
 

@@ -1,14 +1,15 @@
 """What a stream of ``gating_mlp`` carries, and how a call of any length continues it, functionally.
 
 - ``position [B]``: tokens in the unfinished chunk.
-- ``delta [B, h + 1, d]``: the accumulated update, transposed, before the projection; its last row is zero. Channels below
-  ``schedule.folded(position)`` have the last finished chunk in them, the others not yet.
+- ``delta [B, h + 1, d]``: the accumulated update, transposed, before the projection; its last row is zero. Channels
+  below ``schedule.folded(position)`` have the last finished chunk in them, the others not yet.
 - ``keys [B, slots, h]``, ``values [B, slots, d]``: the last finished chunk and the unfinished one, as ``schedule`` lays
   them out; the last slot is zero.
 - ``open [B, K - 1, d + 1]``: what the unfinished chunk's tokens so far add to the filter's output, at the tokens from
   R before the next one on; in the last column, the tokens' rates.
 - ``scale [B]``: what the last finished chunk's update is multiplied by (clipping; 0 where it was skipped).
-- ``spoiled [B]``: tokens of the unfinished chunk for which its update will be skipped; ``skipped [B]``: updates skipped.
+- ``spoiled [B]``: tokens of the unfinished chunk because of which its update will be skipped.
+- ``skipped [B]``: updates that were skipped.
 - ``square [B]``, where updates are clipped: squared norm of the unfinished update, over tokens whose value is settled.
 
 Shape legend: B streams, N chunks, C tokens a chunk, d width, h hidden width, K taps that reach a token of the chunk,
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +29,21 @@ from torch.nn import functional as F
 from moshi_ttt.core.state import BlockState, row_mask
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.schedule import FoldSchedule
+
+
+class Tokens(NamedTuple):
+    """Keys ``[B, n, h]`` and values ``[B, n, d]`` of the same tokens."""
+
+    keys: Tensor
+    values: Tensor
+
+    def where(self, mask: Tensor, other: Tokens) -> Tokens:
+        """These where ``mask``, ``[B]`` or ``[B, n]``, is true, ``other`` elsewhere."""
+        mask = mask.view(*mask.shape, *(1 for _ in range(3 - mask.dim())))
+        return Tokens(torch.where(mask, self.keys, other.keys), torch.where(mask, self.values, other.values))
+
+    def first(self, count: int) -> Tokens:
+        return Tokens(self.keys[:, :count], self.values[:, :count])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,17 +120,17 @@ class Memory:
     def update(self, state: BlockState) -> Tensor:
         """``[B, h, d]``: the accumulated update of all finished chunks, transposed, before the projection."""
         start = self.schedule.folded(state["position"])
-        delta, scale, end = state["delta"][:, :-1], state["scale"], self.schedule.hidden
-        return self._fold(delta, *self._finished(state), scale, start, end)
+        delta = state["delta"][:, :-1]
+        return self._fold(delta, self._finished(state), state["scale"], start, self.schedule.hidden)
 
-    def unfinished(self, state: BlockState) -> tuple[Tensor, Tensor]:
-        """Keys ``[B, C, h]`` and values ``[B, C, d]`` of the unfinished chunk; beyond its position they mean nothing."""
+    def unfinished(self, state: BlockState) -> Tokens:
+        """The C tokens of the unfinished chunk; beyond its position they mean nothing."""
         size, staged = self.schedule.chunk, self.schedule.staged
-        keys, values = (
-            torch.cat([state[name][:, size : size + staged], state[name][:, staged:size]], dim=1)
-            for name in ("keys", "values")
-        )
-        return keys, values
+
+        def found(tokens: Tensor) -> Tensor:
+            return torch.cat([tokens[:, size : size + staged], tokens[:, staged:size]], dim=1)
+
+        return Tokens(found(state["keys"]), found(state["values"]))
 
     def open_tokens(self, state: BlockState) -> Tensor:
         """``state["open"]`` at the tokens it is about: ``[B, C + K, d + 1]``, zero elsewhere."""
@@ -127,30 +144,26 @@ class Memory:
         schedule, size = self.schedule, self.schedule.chunk
         ended, position = heard.come // size, heard.come % size
         delta, scale, folded = before["delta"][:, :-1], before["scale"], schedule.folded(before["position"])
-        last, staged = self._finished(before), [before[name][:, size:-1] for name in ("keys", "values")]
-        current = [torch.zeros_like(part) for part in last]
-        for i, chunk in enumerate(zip(heard.keys, heard.values.unbind(1), strict=True)):
-            done = heard.complete[:, i, None, None]
-            delta = torch.where(done, self._fold(delta, *last, scale, folded, schedule.hidden), delta)
-            folded, scale = torch.where(done[:, 0, 0], 0, folded), torch.where(done[:, 0, 0], heard.scale[:, i], scale)
-            last = [torch.where(done, new, old) for new, old in zip(chunk, last, strict=True)]
-            staged = [torch.where(done, new[:, : schedule.staged], old) for new, old in zip(chunk, staged, strict=True)]
-            current = [torch.where(row_mask(ended == i, new), new, old) for new, old in zip(chunk, current, strict=True)]
-        come = (torch.arange(schedule.staged, device=position.device) < position[:, None])[..., None]
-        tokens = {
-            name: torch.cat(
-                [
-                    torch.where(schedule.in_place(position)[..., None], now, then),
-                    torch.where(come, now[:, : schedule.staged], waiting),
-                    before[name][:, -1:],
-                ],
-                dim=1,
-            )
-            for name, now, then, waiting in zip(("keys", "values"), current, last, staged, strict=True)
-        }
-        state = tokens | {
+        last = self._finished(before)
+        staged = Tokens(before["keys"][:, size:-1], before["values"][:, size:-1])
+        current = Tokens(*map(torch.zeros_like, last))
+        for i, chunk in enumerate(map(Tokens, heard.keys, heard.values.unbind(1))):
+            done = heard.complete[:, i]
+            whole = self._fold(delta, last, scale, folded, schedule.hidden)
+            delta = torch.where(row_mask(done, delta), whole, delta)
+            folded, scale = torch.where(done, 0, folded), torch.where(done, heard.scale[:, i], scale)
+            last = chunk.where(done, last)
+            staged = chunk.first(schedule.staged).where(done, staged)
+            current = chunk.where(ended == i, current)
+        delta = self._fold(delta, last, scale, folded, schedule.folded(position))
+        come = torch.arange(schedule.staged, device=position.device) < position[:, None]
+        place = current.where(schedule.in_place(position), last)
+        staged = current.first(schedule.staged).where(come, staged)
+        state = {
             "position": position,
-            "delta": F.pad(self._fold(delta, *last, scale, folded, schedule.folded(position)), (0, 0, 0, 1)),
+            "delta": F.pad(delta, (0, 0, 0, 1)),
+            "keys": torch.cat([place.keys, staged.keys, before["keys"][:, -1:]], dim=1),
+            "values": torch.cat([place.values, staged.values, before["values"][:, -1:]], dim=1),
             "open": self._open(_of_chunk(heard.open, ended), position),
             "scale": scale,
             "spoiled": _of_chunk(heard.spoiled, ended),
@@ -161,17 +174,16 @@ class Memory:
         settled = torch.arange(size, device=position.device) < (position - schedule.look_ahead)[:, None]
         return {**state, "square": torch.where(settled, _of_chunk(heard.squares, ended), 0).sum(1)}
 
-    def _finished(self, state: BlockState) -> list[Tensor]:
-        return [state[name][:, : self.schedule.chunk] for name in ("keys", "values")]
+    def _finished(self, state: BlockState) -> Tokens:
+        size = self.schedule.chunk
+        return Tokens(state["keys"][:, :size], state["values"][:, :size])
 
-    def _fold(
-        self, delta: Tensor, keys: Tensor, values: Tensor, scale: Tensor, start: Tensor, end: Tensor | int
-    ) -> Tensor:
+    def _fold(self, delta: Tensor, chunk: Tokens, scale: Tensor, start: Tensor, end: Tensor | int) -> Tensor:
         """``delta [B, h, d]`` with a finished chunk in it, in the channels from ``start [B]`` to ``end [B]``."""
         channel = torch.arange(self.schedule.hidden, device=delta.device)
         inside = (channel >= start[:, None]) & (channel < (end if isinstance(end, int) else end[:, None]))
-        after = (1 - self.decay) * delta + keys.mT @ (values * row_mask(scale, values))
-        return torch.where(inside[..., None], after, delta)
+        update = chunk.keys.mT @ (chunk.values * row_mask(scale, chunk.values))
+        return torch.where(inside[..., None], (1 - self.decay) * delta + update, delta)
 
     def _open(self, sums: Tensor, position: Tensor) -> Tensor:
         token = torch.arange(self.taps - 1, device=position.device) + (position - self.schedule.look_ahead)[:, None]

@@ -5,8 +5,8 @@ tokens c of chunk i (keys k: the hidden activation; values v: learning rate time
 The projection P of the target is linear in v, so it is applied once to what D gives, not to every value.
 
 - ``running_sum`` keeps D. It costs 2 d h multiply-adds a token, and its backward keeps one D per chunk.
-- ``gram`` (in gram.py) never builds D: what chunk i gets from chunk j < i is (1 - decay)^(i-1-j) s_j (k_i k_j^T) v_j, masked linear
-  attention. It costs about T (h + d) / 2 a token, and its backward keeps T^2 / 2 numbers.
+- ``gram`` (in gram.py) never builds D: what chunk i gets from chunk j < i is (1 - decay)^(i-1-j) s_j (k_i k_j^T) v_j,
+  masked linear attention. It costs about T (h + d) / 2 a token, and its backward keeps T^2 / 2 numbers.
 
 A chunk with a key, target or rate that is not finite, or so large that sums of their products may not stay so, teaches
 nothing: s_i = 0.
@@ -16,6 +16,8 @@ transposed, ``[B, h, d]``.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -32,7 +34,8 @@ def largest_factor(dtype: torch.dtype) -> float:
 
     A product of three, summed over any stream and multiplied by a filter of sane size, is then finite.
     """
-    return float(torch.finfo(dtype).max) ** 0.25
+    largest: float = torch.finfo(dtype).max
+    return math.sqrt(math.sqrt(largest))
 
 
 def sound_tokens(*factors: Tensor) -> Tensor:

@@ -65,11 +65,11 @@ class FoldSchedule:
 class StepTables:
     """What each step does, as index tensors: one row per position in the chunk, and as many again that do nothing.
 
-    Per row ``[w columns, w channels, m sources, m + 1 key targets, m + R + 1 value targets, folded, done, next position]``.
-    The slice to fold is ``columns`` of the keys into ``channels`` of the update; where there is nothing to fold, the
+    Per row ``[w columns, w channels, m sources, m + 1 key targets, m + R + 1 value targets, folded, done, next]``. The
+    slice to fold is ``columns`` of the keys into ``channels`` of the update; where there is nothing to fold, the
     channel is the one past the last, which is cleared again. Tokens move from ``sources`` to the first m targets; the
-    other targets are where the step's key goes, and the values it settles or changes. Channels, sources and targets are
-    counted over all rows of the batch.
+    other targets are where the step's key goes, and the values it settles or changes. Channels, sources and targets
+    are counted over all rows of the batch. ``done`` is 1 at a chunk's last step, ``next`` the position after the step.
     """
 
     def __init__(self, schedule: FoldSchedule, batch: int, device: torch.device) -> None:

@@ -71,7 +71,9 @@ class Stepper:
         spoiled = ~sound if active is None else active > sound
         scale = None
         if self.memory.clip is not None:
-            keys = state["keys"].view(-1, key.shape[-1]).index_select(0, value_slots[:, -len(self.window) :].reshape(-1))
+            keys = (
+                state["keys"].view(-1, key.shape[-1]).index_select(0, value_slots[:, -len(self.window) :].reshape(-1))
+            )
             square = self._square(state, keys.view(*values.shape[:2], -1), values, projection)
             scale = ops.clip_scale(square[1], self.memory.clip)
             _advance(state["square"], square[0], ends, active)
@@ -98,9 +100,7 @@ class Stepper:
         rows.index_add_(0, index, slices.reshape(-1, delta.shape[-1]))
         delta[:, -1].zero_()
 
-    def _square(
-        self, state: BlockState, keys: Tensor, values: Tensor, projection: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _square(self, state: BlockState, keys: Tensor, values: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
         """``[B]`` twice: the unfinished update's squared norm over the settled tokens, and if the chunk ended now.
 
         ``keys [B, R + 1, h]`` and ``values [B, R + 1, d]`` are those of the window.
@@ -116,7 +116,7 @@ class Stepper:
 
 
 def _count(state: BlockState, spoiled: Tensor, clip_scale: Tensor | None, ends: Tensor) -> None:
-    """Unsound tokens so far, one more where ``spoiled [B]``; where the chunk ``ends [B]``, how its update will count."""
+    """One more unsound token where ``spoiled [B]``; where the chunk ``ends [B]``, how its update will count."""
     spoiled = state["spoiled"] + spoiled
     taught = spoiled == 0
     scale = taught.to(state["scale"].dtype)

@@ -171,13 +171,13 @@ def test_a_step_reads_no_value_on_the_host():
     lm_gen = generator_of(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         codes = torch.zeros(2, 8, 1, dtype=torch.long)
-        with lm_gen.streaming(2):
-            for _ in range(3):
-                lm_gen.step(codes)
-            # A mask or a reset may come between any two steps of a server: no read there either.
-            lm_gen.set_exec_mask(torch.ones(2, dtype=torch.bool))
-            lm_gen.reset_streaming(torch.ones(2, dtype=torch.bool))
+        lm_gen.streaming_forever(2)  # leaving it reports, which reads
+        for _ in range(3):
             lm_gen.step(codes)
+        # A mask or a reset may come between any two steps of a server: no read there either.
+        lm_gen.set_exec_mask(torch.ones(2, dtype=torch.bool))
+        lm_gen.reset_streaming(torch.ones(2, dtype=torch.bool))
+        lm_gen.step(codes)
 
 
 class Recorder(TorchDispatchMode):

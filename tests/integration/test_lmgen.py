@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from moshi.models import LMGen
@@ -63,7 +65,7 @@ def test_guidance_gives_every_row_of_the_doubled_batch_its_own_state(variant):
             generator.step(codes[..., t : t + 1])
         (site,) = block_sites(model.transformer.layers[3])
         state = site._streaming_state.buffers
-        name = "delta" if variant == "gating_mlp" else "weight.0"
+        name = "values" if variant == "gating_mlp" else "weight.0"
         first, second, masked_first, _ = state[name]
         assert not torch.equal(first, second)
         assert not torch.equal(first, masked_first), "the row without text has a state of its own"
@@ -73,11 +75,11 @@ def test_a_step_reads_no_value_on_the_host(variant):
     model, _ = tiny_with({"variant": variant, "layers": "all", "chunk": 2})
     with FakeTensorMode(allow_non_fake_inputs=True):
         generator = LMGen(model, use_sampling=False, support_out_of_sync=True)
-        with generator.streaming(2):
-            for _ in range(3):
-                generator.step(torch.zeros(2, 8, 1, dtype=torch.long))
-            generator.set_exec_mask(torch.ones(2, dtype=torch.bool))
-            generator.reset_streaming(torch.ones(2, dtype=torch.bool))
+        generator.streaming_forever(2)  # leaving it reports, which reads
+        for _ in range(3):
+            generator.step(torch.zeros(2, 8, 1, dtype=torch.long))
+        generator.set_exec_mask(torch.ones(2, dtype=torch.bool))
+        generator.reset_streaming(torch.ones(2, dtype=torch.bool))
 
 
 def test_a_stream_saved_mid_chunk_goes_on_bit_equal(variant, tmp_path):
@@ -107,3 +109,22 @@ def test_a_bfloat16_model_streams_with_float32_state(variant):
         assert len(kept) > 3
         for name, tensor in kept.items():
             assert tensor.dtype in (torch.float32, torch.int64), name
+
+
+def test_updates_that_were_skipped_are_reported_when_streaming_ends():
+    config = {"variant": "gating_mlp", "layers": "2", "chunk": 4}
+    model, _ = tiny_with({**config, "lr": 1e20})
+    generator = LMGen(model, use_sampling=False)
+    with pytest.warns(UserWarning, match=r"layers\.2\.feed_forward: updates were skipped.*\[2, 2\].*Lower"):
+        _stream(generator, frames=9)
+    model, _ = tiny_with(config)
+    generator = LMGen(model, use_sampling=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _stream(generator, frames=9)
+
+
+def _stream(generator, frames):
+    with generator.streaming(2):
+        for _ in range(frames):
+            generator.step(user_codes(2)[..., :1])

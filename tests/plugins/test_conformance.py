@@ -15,11 +15,12 @@ test_gating_mlp = conformance_tests(
     {"chunk": 4, "lr": 0.1},
     {"chunk": 5, "lr": 0.1, "conv_kernel": 4, "target": "hidden_states", "learned_lr": True, "decay": 0.1, "clip": 0.5},
     {"chunk": 3, "lr": 0.1, "conv_kernel": 2, "padding": "causal", "decay": 0.2},
+    {"chunk": "0.48s", "lr": 0.1, "conv_kernel": 2, "train_w_down": True},
 )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp"])
+@pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp", "gating_mlp"])
 def test_thirty_thousand_steps(variant):
     for case in default_cases(variant, [{"chunk": 16}]):
         check_long_stream(case, steps=30_000)

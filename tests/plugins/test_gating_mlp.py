@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
 from moshi_ttt.core.errors import ConfigError, ContextError
 from moshi_ttt.core.format import ChunkLayout, SequenceFormat
-from moshi_ttt.core.precision import FP32_STATE
+from moshi_ttt.core.precision import FP32_STATE, UNIFORM
 from moshi_ttt.core.testing import error
 from moshi_ttt.core.testing.toy_host import ToyMLP
 from moshi_ttt.plugins.gating_mlp import ops, reference
@@ -169,3 +171,81 @@ def test_drift_is_the_updates_norm_over_that_of_w_0():
     expected = delta.norm() / mlp.linear_out.weight.norm()
     assert block.drift(state)[1].item() == pytest.approx(expected.item(), rel=1e-12)
     assert (block.drift(block.allocate_state(2)) == 0).all()
+
+
+def test_a_trained_w_down_is_the_hosts_plus_a_change():
+    """Its gradient is W_0's, and a change of it moves the output as the same change of W_0 would."""
+    mlp = ToyMLP(DIM, torch.float64, "cpu")
+    block = build(mlp=mlp, train_w_down=True)
+    x = draw(2, 11, DIM)
+    context = BlockContext(input_embeddings=x.flip(-1))
+    torch.nn.init.zeros_(block.w_down_change)
+    y, state = block(x, None, context)
+    y.square().sum().backward()
+    assert error(block.w_down_change.grad, mlp.linear_out.weight.grad) < 1e-12
+    change = draw(*block.w_down_change.shape, seed=3)
+    with torch.no_grad():
+        block.w_down_change.copy_(change)
+        changed, after = block(x, None, context)
+        stream = block.allocate_state(2)
+        tokens = [BlockContext(input_embeddings=x.flip(-1)[:, t : t + 1]) for t in range(11)]
+        streamed = torch.cat([block.step(x[:, t : t + 1], stream, tokens[t]) for t in range(11)], dim=1)
+        block.w_down_change.zero_()
+        mlp.linear_out.weight.add_(change)
+        expected, _ = block(x, None, context)
+    assert error(changed, expected) < 1e-12
+    assert error(streamed, expected) < 1e-12
+    for name, tensor in state.items():
+        assert error(after[name], tensor) < 1e-12, "what the fast weight learns does not depend on W_0"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_trained_w_down_changes_nothing_at_step_0(dtype):
+    mlp = ToyMLP(DIM, dtype, "cpu")
+    block = build(mlp=mlp, dtype=dtype, excite=False, train_w_down=True)
+    x = draw(2, 13, DIM).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(block(x, None, BlockContext(input_embeddings=x))[0], mlp(x))
+    assert block.w_down_change.dtype == torch.float32
+
+
+def quarter_ulp_updates(policy):
+    """A fast weight's norm after 1,000 updates of a quarter of a bfloat16 ulp each, over that after the first."""
+    mlp = ToyMLP(DIM, torch.bfloat16, "cpu")
+    info = SiteInfo(
+        site=Site(0, SiteKind.FEED_FORWARD), dim=DIM, num_heads=1, device=torch.device("cpu"), dtype=torch.bfloat16,
+        format=SequenceFormat(), mlp=mlp,
+    )  # fmt: skip
+    block = GatingMLP(GatingMLPConfig(chunk=1, lr=1.0, conv_kernel=1), info, policy.roles(torch.bfloat16))
+    block.reset_parameters()
+    with torch.no_grad():
+        block.conv.fill_(1.0)
+        block.projection.copy_(torch.eye(DIM))
+    x, state = draw(1, 1, DIM).bfloat16(), block.allocate_state(1)
+    norms = []
+    for step in range(1_002):
+        target = torch.full_like(x, 1.0 if step == 0 else 2.0**-10)
+        block.step(x, state, BlockContext(input_embeddings=target))
+        norms.append(float(block.accumulated_update(state).float().norm()))
+    return norms[-1] / norms[0]
+
+
+def test_updates_below_an_ulp_survive_in_float32_state_and_are_lost_in_bfloat16():
+    assert quarter_ulp_updates(FP32_STATE) == pytest.approx(1 + 1_001 / 1_024, rel=1e-4)
+    assert quarter_ulp_updates(UNIFORM) == 1.0
+
+
+def test_a_chunk_in_seconds():
+    mlp = ToyMLP(DIM, torch.float32, "cpu")
+    info = SiteInfo(
+        site=Site(0, SiteKind.FEED_FORWARD), dim=DIM, num_heads=1, device=torch.device("cpu"), dtype=torch.float32,
+        format=SequenceFormat(), mlp=mlp, frame_rate=12.5,
+    )  # fmt: skip
+    roles = FP32_STATE.roles(torch.float32)
+    for seconds, tokens in (("20.5s", 256), ("2s", 25), ("0.01s", 1)):
+        assert GatingMLP(GatingMLPConfig(chunk=seconds), info, roles).chunk == tokens
+    with pytest.raises(ConfigError, match=r"no fixed duration\. Give a number of tokens"):
+        GatingMLP(GatingMLPConfig(chunk="2s"), replace(info, frame_rate=None), roles)
+    for nonsense in ("2", "2 s", "2m", "-1s", "s", 0, -3, 2.5, True):
+        with pytest.raises(ValueError, match="chunk"):
+            GatingMLPConfig(chunk=nonsense)

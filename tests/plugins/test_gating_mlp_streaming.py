@@ -80,7 +80,9 @@ def test_each_channel_is_folded_once_and_each_token_ends_in_its_place(chunk, hid
         )
         assert done_channels == [len(folded)] == schedule.folded(position).tolist()
         if len(folded) < hidden:
-            assert all(lies[slot] == ("old", slot) for slot in range(chunk)), "the old chunk is needed until it is folded"
+            assert all(lies[slot] == ("old", slot) for slot in range(chunk)), (
+                "the old chunk is needed until it is folded"
+            )
         real = [channel for channel in channels if channel < hidden]
         assert columns[: len(real)] == real
         folded += real
@@ -88,7 +90,9 @@ def test_each_channel_is_folded_once_and_each_token_ends_in_its_place(chunk, hid
         assert moves == list(zip(sources, value_slots[: len(moves)], strict=True))
         arrived = {target: lies.get(source) for source, target in moves if target != unread}
         assert all(content is not None and content[1] == target for target, content in arrived.items())
-        assert all(content[1] < step - schedule.look_ahead + 1 for content in arrived.values()), "only settled tokens move"
+        assert all(content[1] < step - schedule.look_ahead + 1 for content in arrived.values()), (
+            "only settled tokens move"
+        )
         lies |= arrived
         lies[key_slots[-1]] = ("new", step)
         window = value_slots[len(moves) :]
@@ -114,7 +118,9 @@ def test_a_masked_step_does_nothing():
     assert columns.max() < 20
 
 
-@pytest.mark.parametrize("options", [{}, {"decay": 0.2}, {"clip": 0.6}, {"decay": 0.1, "clip": 0.4, "learned_lr": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"decay": 0.2}, {"clip": 0.6}, {"decay": 0.1, "clip": 0.4, "learned_lr": True}], ids=str
+)
 @pytest.mark.parametrize("padding", ["centered", "causal"])
 @pytest.mark.parametrize(("chunk", "kernel"), [(1, 1), (1, 3), (2, 5), (3, 4), (5, 12), (8, 1), (9, 5), (16, 2)])
 def test_a_stream_equals_the_definition(chunk, kernel, padding, options):
