@@ -226,7 +226,7 @@ def quarter_ulp_updates(policy):
     for step in range(1_002):
         target = torch.full_like(x, 1.0 if step == 0 else 2.0**-10)
         block.step(x, state, BlockContext(input_embeddings=target))
-        norms.append(float(block.accumulated_update(state).float().norm()))
+        norms.append(float(block.memory.update(state).float().norm()))
     return norms[-1] / norms[0]
 
 
