@@ -87,23 +87,40 @@ def check_config_keys(case: BlockCase) -> None:
     assert parse_block(values, registry=case.registry) == case.config, "the config does not survive a round trip"
     if case.dtype != torch.float64:
         return
-    base = _behaviour(case, case.config)
     outcome: dict[str, str] = {}
     for path, changed in _changes(values, case.config):
+        if outcome.get(path) == "changes":
+            continue
         outcome.setdefault(path, "no other value that the kit tried is accepted")
-        try:
-            config = parse_block(changed, registry=case.registry)
-            behaviour = _behaviour(case, config)
-        except (MoshiTTTError, ValidationError):
-            continue  # not a legal value, or one that does not fit this host
-        if behaviour.keys() != base.keys() or any(
-            behaviour[n].shape != base[n].shape or not torch.equal(behaviour[n], base[n]) for n in base
-        ):
-            outcome[path] = "changes"
-        elif outcome[path] != "changes":
-            outcome[path] = "changes nothing"
+        for left_out in _left_out(path.partition(".")[0], values):
+            before, after = (
+                _behaviour_of(case, {k: v for k, v in each.items() if k not in left_out}) for each in (values, changed)
+            )
+            if before is None or after is None:
+                continue  # not a legal value, one that does not fit this host, or one that excludes another option
+            differs = before.keys() != after.keys() or any(
+                before[n].shape != after[n].shape or not torch.equal(before[n], after[n]) for n in before
+            )
+            outcome[path] = "changes" if differs else "changes nothing"
+            break
     idle = {path: what for path, what in outcome.items() if what != "changes"}
     assert not idle, f"options without an effect: {idle}"
+
+
+def _left_out(key: str, values: dict[str, Any]) -> Iterator[set[str]]:
+    """Options to leave at their defaults while ``key`` changes: none; each other, which it may exclude; all others."""
+    others = set(values) - {"variant", "layers", key}
+    yield set()
+    yield from ({other} for other in sorted(others))
+    yield others
+
+
+def _behaviour_of(case: BlockCase, values: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+    """None where the values are refused."""
+    try:
+        return _behaviour(case, parse_block(values, registry=case.registry))
+    except (MoshiTTTError, ValidationError):
+        return None
 
 
 def _behaviour(case: BlockCase, config: BlockConfig) -> dict[str, torch.Tensor]:
@@ -135,8 +152,10 @@ def _alternatives(key: str, value: Any, model: BaseModel) -> Iterator[tuple[str,
     elif isinstance(value, float):
         for changed in (value * 1.5 + 1e-7, value * 0.5, value * 0.9 + 0.05):
             yield key, changed
-    elif value is None:  # an optional number, as far as the kit can tell
-        yield key, 0.01
+    elif value is None:  # an optional number or list of them, as far as the kit can tell
+        yield from ((key, changed) for changed in (0.01, 2, [3, 3]))
+    elif isinstance(value, list):
+        yield key, [*value[:-1], value[-1] + 1]
     elif isinstance(value, dict):
         for inner, item in value.items():
             for path, changed in _alternatives(inner, item, model):

@@ -16,29 +16,27 @@ from moshi_ttt.plugins.common import hybrid, inner_loop, reference
 
 
 class _FastNetworkVerifier(Verifier):
-    """For fast networks of ``layers`` layers; ``forms`` of an operation differ in how they compute it."""
+    """For fast networks of ``layers`` layers, or of ``at_least`` so many. Forms differ in how they compute the same."""
 
     operation: ClassVar[str]
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, *, layers: int | None = None, at_least: int = 1) -> None:
         self.layers = layers
+        self.at_least = at_least
 
     def accepts(self, metadata: Mapping[str, str]) -> bool:
-        return (
-            metadata.get("op") == self.operation
-            and metadata.get("layers") == str(self.layers)
-            and metadata.get("activation") == "gelu_tanh"
-        )
+        if metadata.get("op") != self.operation or metadata.get("activation") != "gelu_tanh":
+            return False
+        given = metadata.get("layers", "")
+        return given.isdecimal() and int(given) >= self.at_least and self.layers in (None, int(given))
 
     def tolerance(self, metadata: Mapping[str, str]) -> float:
-        return 1e-9 if self.layers == 1 else 1e-8
+        return 1e-9 if metadata["layers"] == "1" else 1e-8
 
 
-def _fast(inputs: Mapping[str, Tensor], layers: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    return (
-        tuple(inputs[f"weight.{i}"] for i in range(layers)),
-        tuple(inputs[f"bias.{i}"] for i in range(layers)),
-    )
+def _fast(inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    layers = range(int(metadata["layers"]))
+    return tuple(inputs[f"weight.{i}"] for i in layers), tuple(inputs[f"bias.{i}"] for i in layers)
 
 
 def _final(state: BlockState) -> dict[str, Tensor]:
@@ -51,7 +49,7 @@ class Reference(_FastNetworkVerifier):
     operation = "inner_loop"
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-        weights, biases = _fast(inputs, self.layers)
+        weights, biases = _fast(inputs, metadata)
         y, weights_after, biases_after = reference.inner_loop(
             inputs["q"], inputs["k"], inputs["v"], inputs["lr"], inputs["token_scale"], inputs["norm_weight"],
             inputs["norm_bias"], weights, biases, chunk_size=int(metadata["chunk_size"]),
@@ -85,7 +83,7 @@ class Chunked(_FastNetworkVerifier):
         size = int(metadata["chunk_size"])
         y, state = inner_loop.run(
             _tokens(inputs),
-            inner_loop.initial_state(*_fast(inputs, self.layers), size, batch),
+            inner_loop.initial_state(*_fast(inputs, metadata), size, batch),
             _norm(inputs, metadata),
             inputs["token_scale"],
             layout=ChunkLayout(length, size),
@@ -106,7 +104,7 @@ class Streamed(_FastNetworkVerifier):
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         batch, heads, length, _ = inputs["q"].shape
         norm = _norm(inputs, metadata)
-        state = clone(inner_loop.initial_state(*_fast(inputs, self.layers), int(metadata["chunk_size"]), batch))
+        state = clone(inner_loop.initial_state(*_fast(inputs, metadata), int(metadata["chunk_size"]), batch))
         outputs = [
             inner_loop.step(_tokens(inputs, t, t + 1), state, norm, inputs["token_scale"]) for t in range(length)
         ]
@@ -126,7 +124,7 @@ class HybridReference(_FastNetworkVerifier):
             base_lr=float(metadata["base_lr"]), theta=float(metadata["rope_theta"]),
             target_eps=float(metadata["target_eps"]),
         )  # fmt: skip
-        weights, biases = _fast(inputs, self.layers)
+        weights, biases = _fast(inputs, metadata)
         y, _, _ = reference.inner_loop(
             q, k, v, lr, given["token_scale"], given["norm_weight"], given["norm_bias"], weights, biases,
             chunk_size=size, eps=float(metadata["norm_eps"]), causal=metadata["causal"] == "true",
@@ -161,7 +159,7 @@ class Hybrid(_FastNetworkVerifier):
         tokens = hybrid.inner_inputs(x, position, weights, options, roles)
         y, _ = inner_loop.run(
             tokens,
-            inner_loop.initial_state(*_fast(inputs, self.layers), size, batch),
+            inner_loop.initial_state(*_fast(inputs, metadata), size, batch),
             hybrid.inner_norm(weights, options, roles),
             weights.token_scale,
             layout=ChunkLayout(length, size),

@@ -17,4 +17,5 @@ test_gating_mlp_on_the_bundle = host_conformance_tests(
     BUNDLE, "gating_mlp", {"chunk": 6, "lr": 0.03, "target": "hidden_states", "clip": 1.0, "decay": 0.1}, identity={}
 )
 test_ttt_linear_on_the_bundle = host_conformance_tests(BUNDLE, "ttt_linear", {"chunk": 8}, identity=OFF)
+test_ttt_multilayer = host_conformance_tests(RANDOM, "ttt_multilayer", {"chunk": 5, "expansion": 1}, identity=OFF)
 test_ttt_mlp_on_the_bundle = host_conformance_tests(BUNDLE, "ttt_mlp", {"chunk": 8}, identity=OFF)

@@ -10,6 +10,12 @@ test_ttt_linear = conformance_tests(
     "ttt_linear", {"chunk": 4}, {"chunk": 5}, {"chunk": 2}, {"chunk": 4, "causal": False}
 )
 test_ttt_mlp = conformance_tests("ttt_mlp", {"chunk": 4}, {"chunk": 7, "expansion": 2}, {"chunk": 4, "causal": False})
+test_ttt_multilayer = conformance_tests(
+    "ttt_multilayer",
+    {"chunk": 4, "expansion": 2},
+    {"chunk": 5, "hidden_dims": (6, 10, 4)},
+    {"chunk": 4, "depth": 4, "expansion": 1, "causal": False},
+)
 test_gating_mlp = conformance_tests(
     "gating_mlp",
     {"chunk": 4, "lr": 0.1},
@@ -20,7 +26,7 @@ test_gating_mlp = conformance_tests(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp", "gating_mlp"])
+@pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp", "ttt_multilayer", "gating_mlp"])
 def test_thirty_thousand_steps(variant):
     for case in default_cases(variant, [{"chunk": 16}]):
         check_long_stream(case, steps=30_000)

@@ -1,0 +1,25 @@
+"""The variant ``ttt_multilayer``: registers itself, imports nothing until it is used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moshi_ttt.core.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from moshi_ttt.core.registrar import BlockRegistrar, Registrar
+
+MOSHI_TTT_API = 1
+
+
+@hookimpl
+def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
+    registrar.add(
+        "ttt_multilayer", config=f"{__name__}.config:TTTMultilayerConfig", block=f"{__name__}.block:TTTMultilayer"
+    )
+
+
+@hookimpl
+def moshi_ttt_verifiers(registrar: Registrar) -> None:
+    for form in ("reference", "chunked", "streamed", "hybrid", "hybrid_reference"):
+        registrar.add(f"ttt_multilayer-{form}", f"{__name__}.verifiers:{form.upper()}")
