@@ -139,6 +139,26 @@ def plugins() -> None:
 
 
 @app.command()
+def new_plugin(
+    name: Annotated[str, typer.Argument(help="What the variant will be called, as in my_memory.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write, which must not exist; moshi-ttt-NAME here.")
+    ] = None,
+) -> None:
+    """Write a plugin of your own: a distribution with a small working variant, its tests and a config.
+
+    It passes the conformance kit as it is. Install it with pip, then replace its mathematics by yours.
+    """
+    from moshi_ttt.apps import new_plugin as making
+    from moshi_ttt.core.registry import default_registry
+
+    folder = Path(making.distribution(name)) if out is None else out
+    for path in making.create(name, folder, default_registry()):
+        typer.echo(path)
+    typer.echo(f'Next: pip install -e "{folder}[test]", then pytest {folder}')
+
+
+@app.command()
 def verify(
     paths: Annotated[
         list[Path], typer.Argument(metavar="FILE_OR_FOLDER...", help="Files of reference vectors, or folders of them.")

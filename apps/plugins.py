@@ -14,13 +14,14 @@ def render(registry: Registry) -> RenderableType:
     table = Table(title="moshi-ttt plugins", title_justify="left")
     for heading in ("name", "kind", "distribution", "version", "status"):
         table.add_column(heading, no_wrap=heading in ("name", "kind"))
-    status = {record.provenance: record.status for record in registry.plugins()}
+    known = {record.provenance for record in registry.plugins()}
     for entry in registry.entries():
-        where = entry.provenance
-        table.add_row(
-            entry.name, entry.kind.replace("_", " "), where.distribution, where.version,
-            Text(status.get(where, "run time"), style="green"),
-        )  # fmt: skip
+        claims = registry.claims(entry.kind, entry.name)
+        for where in claims:
+            status = Text("loaded" if where in known else "run time", style="green")
+            if len(claims) > 1:
+                status = Text("claimed twice", style="red")
+            table.add_row(entry.name, entry.kind.replace("_", " "), where.distribution, where.version, status)
     problems = [record for record in registry.plugins() if record.status != "loaded"]
     for record in problems:
         where = record.provenance
@@ -29,4 +30,5 @@ def render(registry: Registry) -> RenderableType:
     reasons = [
         Text(f"{record.provenance.plugin}: {record.status}: {record.reason}", overflow="fold") for record in problems
     ]
-    return Group(table, *reasons)
+    missing = [Text(registry.missing_message(), style="red")] if registry.missing_message() else []
+    return Group(table, *reasons, *missing)

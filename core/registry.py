@@ -73,6 +73,7 @@ class Registry:
         self._entries: dict[tuple[Kind, str], Entry] = {}
         self._conflicts: dict[tuple[Kind, str], tuple[Provenance, Provenance]] = {}
         self._records: list[PluginRecord] = []
+        self._missing: tuple[str, ...] = ()
 
     # ---- discovery
 
@@ -104,8 +105,15 @@ class Registry:
             if record.status != "loaded":
                 warnings.warn(f"Plugin {provenance} is {record.status}: {record.reason}", stacklevel=2)
         missing = sorted((allowed or set()) - {entry_point.name for entry_point in entry_points} - {"builtin", ""})
+        self._missing = tuple(missing)
         if missing:
-            warnings.warn(f"{ENVIRONMENT} names plugins that are not installed: {', '.join(missing)}", stacklevel=2)
+            warnings.warn(self.missing_message(), stacklevel=2)
+
+    def missing_message(self) -> str:
+        """What MOSHI_TTT_PLUGINS asks for and nobody installed, as a sentence; empty when there is nothing."""
+        if not self._missing:
+            return ""
+        return f"{ENVIRONMENT} names plugins that are not installed: {', '.join(self._missing)}."
 
     def _load_plugin(
         self, manager: pluggy.PluginManager, entry_point: metadata.EntryPoint, provenance: Provenance
@@ -204,7 +212,7 @@ class Registry:
         """A registry with the same names, to add to without touching this one."""
         other = Registry()
         other._entries, other._conflicts = dict(self._entries), dict(self._conflicts)
-        other._records = list(self._records)
+        other._records, other._missing = list(self._records), self._missing
         return other
 
     # ---- lookup
@@ -221,6 +229,14 @@ class Registry:
         """Every entry point that discovery saw, in the order it loaded them."""
         return tuple(self._records)
 
+    def claims(self, kind: Kind, name: str) -> tuple[Provenance, ...]:
+        """Who registered a name: one, or two that clash (asking for such a name is an error)."""
+        entry = self._entries.get((kind, name))
+        if entry is None:
+            return ()
+        clash = self._conflicts.get((kind, name))
+        return (entry.provenance,) if clash is None or entry.provenance is RUNTIME else clash
+
     def entry(self, kind: Kind, name: str) -> Entry:
         """The entry of a name.
 
@@ -230,7 +246,7 @@ class Registry:
             DuplicateNameError: two plugins claim it.
         """
         found = self._entries.get((kind, name))
-        if found is not None and (kind, name) in self._conflicts and found.provenance is not RUNTIME:
+        if len(self.claims(kind, name)) > 1:
             raise DuplicateNameError(self._duplicate_message(kind, name))
         if found is not None:
             return found
@@ -286,7 +302,10 @@ class Registry:
 
     def _duplicate_message(self, kind: Kind, name: str) -> str:
         first, second = self._conflicts[kind, name]
-        return f"{kind} {name!r} is claimed by {first} and by {second}; uninstall one, or set {ENVIRONMENT}"
+        remedy = "uninstall one"
+        if first.plugin != second.plugin:
+            remedy += f", or list in {ENVIRONMENT} all plugins but one of the two"
+        return f"{kind} {name!r} is claimed by {first} and by {second}; {remedy}"
 
 
 _default: Registry | None = None

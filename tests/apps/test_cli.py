@@ -32,6 +32,7 @@ def test_the_surface_is_frozen():
             "--audio", "--config", "--out", "--overwrite", "--seed", "--steps", "-c", "-o",
         ],
         "explain": ["--json", "config"],
+        "new-plugin": ["--out", "-o", "name"],
         "plugins": [],
         "verify": ["--all", "paths"],
     }  # fmt: skip
