@@ -6,6 +6,7 @@ nearest ones, and all mistakes of a file are reported at once.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 
 from moshi_ttt.core.config import BlockConfig, FrozenConfig, HostConfig, TTTConfig, parse_model
 from moshi_ttt.core.errors import ConfigError, nearest
+from moshi_ttt.core.flat_config import native_entries
 from moshi_ttt.core.registry import Registry
 
 
@@ -27,7 +29,8 @@ def parse_config(
     """A validated configuration from plain values.
 
     Args:
-        values: what a YAML file holds: ``host``, ``precision``, ``seed``, ``ttt`` and the sections asked for.
+        values: what a YAML file holds: ``host``, ``precision``, ``seed``, ``ttt`` and the sections asked for. A flat
+            ``ttt`` mapping of earlier code is read as the entries it means, with a warning that shows them.
         registry: decides which hosts, policies and variants exist.
         sections: further top-level sections and the models that validate them.
         where: what error messages call the source.
@@ -52,6 +55,8 @@ def parse_config(
     seed = attempt(_parse_seed, values.get("seed", 0))
     host = attempt(_parse_host_entry, values.get("host"), registry)
     entries = values.get("ttt")
+    if isinstance(entries, Mapping):
+        entries = attempt(_read_flat, entries) or ()
     if not isinstance(entries, list | tuple):
         problems.append(f"{where}: 'ttt' must be a list of entries, each with a variant, got {entries!r}.")
         entries = ()
@@ -60,6 +65,12 @@ def parse_config(
     if problems:
         raise ConfigError("\n".join(problems))
     return TTTConfig(host=host, precision=precision, seed=seed, ttt=tuple(blocks), extra=extra)
+
+
+def _read_flat(flat: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    entries, message = native_entries(flat, where)
+    warnings.warn(message, stacklevel=4)
+    return entries
 
 
 def _parse_precision(name: Any, registry: Registry, where: str) -> str:

@@ -1,0 +1,103 @@
+"""The flat ``ttt:`` block of earlier TTT code for Moshi, read as the list of entries that it means.
+
+It is one mapping instead of a list of entries, for one variant, with the names and defaults of that code. What it says
+about training, logging and plots is not part of an entry; it is named, so that nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from moshi_ttt.core.errors import ConfigError, nearest
+
+SHARED = {"enable", "enabled", "layers"}
+HYBRID = {
+    "base_lr", "ttt_base_lr", "mini_batch_size", "initial_gating_alpha", "gating_alpha_init", "ttt_mlp_layers",
+    "ttt_mlp_expansion_factor", "ttt_mlp_hidden_dims",
+}  # fmt: skip
+IN_PLACE = {"chunk_size", "learning_rate", "conv_kernel_size", "delta_clip_fro_norm"}
+ELSEWHERE = {
+    "persistent_states": "carrying state from segment to segment is host.carry(...), not an entry's option",
+    "gradient_checkpointing": "checkpointing is the host's: set it on the model",
+    "model_dim": "the width is the host's",
+    "num_heads": "the number of heads is the host's",
+    "log_inner_loop_losses": "not an entry's option",
+    "inner_loop_log_interval": "not an entry's option",
+    "save_inner_loop_plots": "not an entry's option",
+    "inner_loop_plot_dir": "not an entry's option",
+    "ttt_fig5_enable": "not an entry's option",
+    "librilight_evaluation_mode": "not an entry's option",
+}
+KEYS = {*SHARED, *HYBRID, *IN_PLACE, *ELSEWHERE}
+DEFAULT_LAYERS, DEFAULT_BASE_LR, DEFAULT_CHUNK, DEFAULT_ALPHA = "29,30,31", 1.0, 32, 0.05
+
+
+def native_entries(flat: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], str]:
+    """The entries that ``flat`` means, and a message that shows them and says what became of the rest.
+
+    Raises ConfigError with every unknown key, and for options of two variants at once.
+    """
+    unknown = [f"{where}: ttt: unknown key {key!r}. {nearest(str(key), KEYS)}" for key in flat if key not in KEYS]
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    if not _one_of(flat, "enabled", "enable", True, where):
+        entries: list[dict[str, Any]] = []
+    elif flat.keys() & IN_PLACE:
+        if both := sorted(flat.keys() & HYBRID):
+            raise ConfigError(
+                f"{where}: ttt: {', '.join(sorted(flat.keys() & IN_PLACE))} ask for gating_mlp, and {', '.join(both)} "
+                "for a layer between attention and the MLP. Write two entries, or leave one group out."
+            )
+        entries = [_in_place(flat)]
+    else:
+        entries = [_hybrid(flat, where)]
+    lines = [yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10_000).strip() for entry in entries]
+    shown = "\n".join(["ttt:", *(f"  - {line}" for line in lines)]) if lines else "ttt: []"
+    notes = "".join(f"\n- {key}: {note}." for key, note in ELSEWHERE.items() if key in flat)
+    return entries, f"{where}: the flat ttt block is read as\n{shown}{notes and f'{chr(10)}Not part of it:{notes}'}"
+
+
+def _hybrid(flat: Mapping[str, Any], where: str) -> dict[str, Any]:
+    depth, hidden = flat.get("ttt_mlp_layers", 2), flat.get("ttt_mlp_hidden_dims")
+    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
+        raise ConfigError(f"{where}: ttt: ttt_mlp_layers = {depth!r}: give the number of layers, 1 or more.")
+    entry: dict[str, Any] = {"variant": {1: "ttt_linear", 2: "ttt_mlp"}.get(depth, "ttt_multilayer")}
+    if hidden is not None:
+        if not isinstance(hidden, list | tuple) or ("ttt_mlp_layers" in flat and len(hidden) != depth - 1):
+            raise ConfigError(
+                f"{where}: ttt: ttt_mlp_hidden_dims = {hidden!r}: give one width for each hidden layer, one less than "
+                f"ttt_mlp_layers ({depth})."
+            )
+        entry = {"variant": "ttt_multilayer", "hidden_dims": list(hidden)}
+    entry["layers"] = flat.get("layers", DEFAULT_LAYERS)
+    entry["chunk"] = flat.get("mini_batch_size", DEFAULT_CHUNK)
+    entry["base_lr"] = _one_of(flat, "base_lr", "ttt_base_lr", DEFAULT_BASE_LR, where)
+    entry["gate"] = {"init": _one_of(flat, "initial_gating_alpha", "gating_alpha_init", DEFAULT_ALPHA, where)}
+    factor = flat.get("ttt_mlp_expansion_factor")
+    if factor is not None and hidden is None and depth > 1:
+        if isinstance(factor, float) and factor.is_integer():
+            factor = int(factor)
+        entry["expansion"] = factor
+    if entry["variant"] == "ttt_multilayer" and hidden is None:
+        entry["depth"] = depth
+    return entry
+
+
+def _in_place(flat: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"chunk_size": "chunk", "learning_rate": "lr", "conv_kernel_size": "conv_kernel"}
+    entry = {"variant": "gating_mlp", "layers": flat.get("layers", DEFAULT_LAYERS)}
+    entry |= {new: flat[old] for old, new in names.items() if old in flat}
+    if flat.get("delta_clip_fro_norm") is not None:
+        entry["clip"] = flat["delta_clip_fro_norm"]
+    return entry
+
+
+def _one_of(flat: Mapping[str, Any], first: str, second: str, default: Any, where: str) -> Any:
+    """The value of two names for one option."""
+    given = [flat[key] for key in (first, second) if key in flat]
+    if len(given) == 2 and given[0] != given[1]:
+        raise ConfigError(f"{where}: ttt: {first} and {second} are one option, and say {given[0]!r} and {given[1]!r}.")
+    return given[0] if given else default
