@@ -10,7 +10,7 @@ initialisation. A variant overrides ``step`` when it can stream faster than ``co
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -249,16 +249,29 @@ class SequenceBlock(nn.Module, ABC):
         with torch.enable_grad():
             start = self.init_state(1)
         learned = [name for name, tensor in start.items() if tensor.requires_grad]
-        moved, size = torch.zeros(states.rows(state), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        device = next(iter(state.values())).device
+        moved = torch.zeros(states.rows(state), dtype=torch.float64, device=device)
+        size = torch.zeros(1, dtype=torch.float64, device=device)
         for name in learned:
-            first = start[name].detach().double().cpu()
-            moved = moved + (state[name].double().cpu() - first).square().flatten(1).sum(1)
+            first = start[name].detach().to(device, torch.float64)
+            moved = moved + (state[name].double() - first).square().flatten(1).sum(1)
             size = size + first.square().sum()
         return (moved / size.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
 
+    def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
+        """Scalars on the device that tell whether the block is healthy on ``x [B, T, D]``; nothing is read on the host.
+
+        From the learned initial state. What every block shares (drift, what is not finite) need not be here.
+        """
+        return {}
+
+    def red_flags(self, figures: Mapping[str, float]) -> list[str]:
+        """A sentence for each of ``statistics``, as read, that is wrong, and what to do about it."""
+        return []
+
     def skipped_updates(self, state: BlockState) -> Tensor:
         """``[B]`` int64: updates each stream left out as not finite. A variant that leaves none out says zero."""
-        return torch.zeros(states.rows(state), dtype=torch.int64)
+        return torch.zeros(states.rows(state), dtype=torch.int64, device=next(iter(state.values())).device)
 
     def state_bytes(self) -> int:
         """Bytes of state one stream occupies."""

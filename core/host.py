@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moshi_ttt.core import state as states
 from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo
 from moshi_ttt.core.config import HostConfig
+from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.state import BlockState
 
 
@@ -104,6 +105,13 @@ class HostModel(ABC):
         Functional: ``state`` itself is not changed. ``document_ids [B]`` that differ from the state's reset the row.
         ``updates=False`` freezes the fast weights: the model without test-time learning.
         """
+
+    def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
+        """A training loss, differentiable, on made-up input that depends on the seed alone: for health checks.
+
+        Raises HostError where a host has no idea what its input looks like.
+        """
+        raise HostError(f"The host {self.name!r} cannot make up input, so it cannot be checked.")
 
     @abstractmethod
     def fsdp_units(self, model: nn.Module) -> Sequence[nn.Module]:

@@ -174,6 +174,11 @@ class ToyHost(HostModel):
         finally:
             model.carried, model.updates = None, True
 
+    def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> torch.Tensor:
+        x = torch.randn(batch_size, length, self._checked(model).dim, generator=torch.Generator().manual_seed(seed))
+        weight = cast(ToyLayer, self._checked(model).layers[0]).mlp.linear_in.weight
+        return cast(Tensor, model(x.to(weight.dtype)).float().square().mean())
+
     def fsdp_units(self, model: nn.Module) -> Sequence[nn.Module]:
         return [*self.blocks(model).values(), *self._checked(model).layers]
 

@@ -195,6 +195,17 @@ class MoshiHost(HostModel):
         finally:
             del transformer._carry
 
+    def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
+        """Moshi's audio loss on uniformly random tokens."""
+        model = require_lm(model)
+        generator = torch.Generator().manual_seed(seed)
+        text = torch.randint(0, model.text_card, (batch_size, 1, length), generator=generator)
+        audio = torch.randint(0, model.card, (batch_size, model.num_audio_codebooks, length), generator=generator)
+        codes = torch.cat([text, audio], dim=1).to(model.device)
+        out = model(codes)
+        targets = codes[:, model.audio_offset : model.audio_offset + model.dep_q]
+        return nn.functional.cross_entropy(out.logits[out.mask].float(), targets[out.mask])
+
     def fsdp_units(self, model: nn.Module) -> tuple[nn.Module, ...]:
         """Each block, the condition provider (always float32), each layer of both transformers, then the model."""
         model = require_lm(model)

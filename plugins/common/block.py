@@ -6,6 +6,7 @@ A variant says how wide its fast network's layers are; everything else is here, 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -17,7 +18,7 @@ from moshi_ttt.core.config import BlockConfig, FrozenConfig
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.state import BlockState
-from moshi_ttt.plugins.common import inner_loop
+from moshi_ttt.plugins.common import health, inner_loop
 from moshi_ttt.plugins.common.hybrid import (
     HybridOptions,
     HybridWeights,
@@ -203,6 +204,24 @@ class HybridBlock(SequenceBlock):
     def _tokens(self, x: Tensor, position: Tensor, weights: HybridWeights, context: BlockContext) -> inner_loop.Tokens:
         tokens = inner_inputs(x, position, weights, self.options, self.roles)
         return tokens if context.updates else tokens._replace(lr=torch.zeros_like(tokens.lr))
+
+    def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
+        weights, heads = self.weights(), self.info.num_heads
+        position = torch.arange(x.shape[1], device=x.device)[None] % self.config.chunk
+        tokens = self._tokens(x, position, weights, context)
+        value = weights.wv(x, self.roles.matmul).unflatten(-1, (heads, -1)).to(tokens.k)
+        norm = inner_norm(weights, self.options, self.roles)
+        scale = weights.token_scale.to(self.roles.state)
+        state = self.init_state(x.shape[0], x.device)
+        return {
+            **health.target_figures(tokens, value, norm.weight, norm.bias),
+            **health.inner_losses(tokens, state, norm, scale, self.config.chunk),
+            "token_scale_last": scale[-1],
+            "gate": torch.tanh(self.gate).abs().max(),
+        }
+
+    def red_flags(self, figures: Mapping[str, float]) -> list[str]:
+        return health.red_flags(figures)
 
     def flops_per_token(self) -> int:
         dim, heads, size = self.info.dim, self.info.num_heads, self.config.chunk

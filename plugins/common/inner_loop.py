@@ -86,6 +86,13 @@ class ChunkMemory:
     gradients: tuple[Tensor, ...]
 
 
+def forward(x: Tensor, fast: FastNetwork) -> Tensor:
+    """f(x; W) for ``x [B, H, C, D]``."""
+    for i, (weight, bias) in enumerate(zip(fast.weights, fast.biases, strict=True)):
+        x = (F.gelu(x, approximate="tanh") if i else x) @ weight + bias
+    return x
+
+
 def key_pass(k: Tensor, v: Tensor, lr: Tensor, fast: FastNetwork, norm: InnerNorm) -> ChunkMemory:
     """Forward the keys ``k [B, H, C, D]`` and take the gradient of each token's loss at the chunk's first weights.
 

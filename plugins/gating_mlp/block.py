@@ -9,6 +9,7 @@ Shape legend: B streams, T tokens, N chunks, C tokens a chunk, d width, h hidden
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -235,10 +236,30 @@ class GatingMLP(SequenceBlock):
         assert self.info.mlp is not None
         square = sum(parameter.double().square().sum() for parameter in self.info.mlp.linear_out.parameters())
         moved = self.accumulated_update(state).double().square().flatten(1).sum(1)
-        return (moved / torch.as_tensor(square)).sqrt().cpu()
+        return (moved / torch.as_tensor(square)).sqrt()
+
+    def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
+        hidden, _ = self._host_mlp(x)
+        key, target, rate = self._token(hidden, x, context)
+        sound = ops.sound_tokens(key, target, rate)
+        return {
+            "key_norm": key.norm(dim=-1).max(),
+            "target_norm": target.norm(dim=-1).max(),
+            "rate": rate.max(),
+            "unsound_tokens": (~sound).float().mean(),
+            "filter": self.conv.abs().max(),
+        }
+
+    def red_flags(self, figures: Mapping[str, float]) -> list[str]:
+        if figures["unsound_tokens"] > 0:
+            return [
+                f"{figures['unsound_tokens']:.1%} of the tokens are not finite or too large, so the updates of their "
+                "chunks are skipped: lower lr, or look at the input."
+            ]
+        return []
 
     def skipped_updates(self, state: BlockState) -> Tensor:
-        return state["skipped"].cpu()
+        return state["skipped"]
 
     def flops_per_token(self) -> int:
         dim, hidden, schedule = self.info.dim, self.hidden_width, self.memory.schedule

@@ -31,6 +31,7 @@ def test_the_surface_is_frozen():
         "quickstart": [
             "--audio", "--config", "--out", "--overwrite", "--seed", "--steps", "-c", "-o",
         ],
+        "doctor": ["--adapter", "--batches", "--json", "--length", "--seed", "config"],
         "explain": ["--json", "config"],
         "new-plugin": ["--out", "-o", "name"],
         "plugins": [],

@@ -1,0 +1,129 @@
+"""``moshi-ttt doctor CONFIG``: a few batches through the blocks of a config, and what is wrong with them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moshi_ttt.apps.config_files import read_config
+from moshi_ttt.core.adapter import load_adapter
+from moshi_ttt.core.block import SequenceBlock, Site
+from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.health import BlockHealth, HealthMonitor, dead_block_flag
+from moshi_ttt.core.injection import Injection, inject
+from moshi_ttt.core.registry import Registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """What was found, and on what."""
+
+    config: str
+    batches: int
+    length: int
+    blocks: dict[Site, BlockHealth]
+
+    @property
+    def healthy(self) -> bool:
+        return not any(health.red_flags for health in self.blocks.values())
+
+
+def examine(
+    config: str, registry: Registry, *, adapter: Path | None, batches: int, length: int | None, seed: int
+) -> Examination:
+    """Load the config's model, add its blocks (or an adapter's), and look at them.
+
+    ``length=None`` is two chunks and a token of the longest chunk, and 64 tokens at least. Raises MoshiTTTError.
+    """
+    parsed = read_config(config, registry=registry)
+    model = registry.host(parsed.host.name).load(parsed.host)
+    if adapter is None:
+        injection = inject(model, parsed, registry=registry)
+    else:
+        injection = load_adapter(model, adapter, registry=registry)
+    if not injection.blocks:
+        raise ConfigError(f"{config} has no blocks to examine. Give its ttt list an entry.")
+    injection.freeze_base()
+    length = length or max(64, 1 + 2 * max(_chunk(block) for block in injection.blocks.values()))
+    found = measure(injection, batches=batches, length=length, seed=seed)
+    return Examination(config=config, batches=batches, length=length, blocks=found)
+
+
+def _chunk(block: SequenceBlock) -> int:
+    """Tokens between two updates, for a block that says so."""
+    return block.info.tokens(getattr(block.config, "chunk", 1))
+
+
+def measure(injection: Injection, *, batches: int, length: int, seed: int = 0) -> dict[Site, BlockHealth]:
+    """The health of every block over ``batches`` training passes, backward included; no parameter is changed.
+
+    Figures are the worst of all batches (the smallest of those called smallest), red flags of any.
+    """
+    host, model, blocks = injection.host, injection.model, injection.blocks
+    found: dict[Site, BlockHealth] = {}
+    carried = None
+    with HealthMonitor(blocks) as monitor:
+        for batch in range(batches):
+            with host.carry(model, carried) as carried:
+                host.probe(model, batch_size=1, length=length, seed=seed + batch).backward()
+            for site, health in monitor.read().items():
+                found[site] = health if site not in found else _worse(found[site], health)
+    for site, block in blocks.items():
+        found[site].red_flags += dead_block_flag(block)
+        block.zero_grad()
+    return found
+
+
+def _worse(one: BlockHealth, other: BlockHealth) -> BlockHealth:
+    def choose(name: str, a: float, b: float) -> float:
+        if math.isnan(a) or math.isnan(b):
+            return math.nan
+        return min(a, b) if name.endswith(("smallest", "_last")) else max(a, b)
+
+    figures = {name: choose(name, value, other.figures[name]) for name, value in one.figures.items()}
+    return BlockHealth(figures, [*one.red_flags, *(flag for flag in other.red_flags if flag not in one.red_flags)])
+
+
+def render(examination: Examination) -> RenderableType:
+    """A table with a row for each figure and a column for each block, then the red flags."""
+    blocks = examination.blocks
+    table = Table(
+        title=f"{examination.config}: {examination.batches} batches of {examination.length} made-up tokens",
+        title_justify="left",
+    )
+    table.add_column("figure", no_wrap=True)
+    for site in blocks:
+        table.add_column(str(site), justify="right")
+    for name in dict.fromkeys(name for health in blocks.values() for name in health.figures):
+        table.add_row(name, *(_shown(health.figures.get(name)) for health in blocks.values()))
+    verdicts = [Text("RED", "red") if health.red_flags else Text("healthy", "green") for health in blocks.values()]
+    table.add_row("", *verdicts)
+    flags = [f"{site}: {flag}" for site, health in blocks.items() for flag in health.red_flags]
+    return Group(table, *(Text(flag, style="red", overflow="fold") for flag in flags))
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def to_json(examination: Examination) -> dict[str, Any]:
+    """Numbers and flags; a figure that is not finite is null."""
+    return {
+        "config": examination.config,
+        "batches": examination.batches,
+        "length": examination.length,
+        "healthy": examination.healthy,
+        "blocks": {
+            str(site): {
+                "figures": {name: value if math.isfinite(value) else None for name, value in health.figures.items()},
+                "red_flags": health.red_flags,
+            }
+            for site, health in examination.blocks.items()
+        },
+    }

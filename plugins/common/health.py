@@ -1,0 +1,104 @@
+"""What a hybrid block measures about itself, and what of it is wrong.
+
+Thresholds: a key has norm 1 after normalisation; a target's normalised part has the variance that the unbiased standard
+deviation gives it, whatever the data; targets more than 100 times as large as keys explode; a standard deviation below
+1e-5 in more than a tenth of the tokens means the target is noise.
+
+Shape legend: B streams, T tokens, H heads, Dh head width, C tokens a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moshi_ttt.core.format import ChunkLayout
+from moshi_ttt.core.state import BlockState
+from moshi_ttt.plugins.common import inner_loop
+from moshi_ttt.plugins.common.inner_loop import InnerNorm, Tokens
+
+SMALL_STD = 1e-5
+CLEAR_STD = 1e-2
+"""Above this, the eps in the target's denominator does not show."""
+RAISED = 1.1
+"""An inner loss that an update raises by more than a tenth is a learning rate that is too high, not noise."""
+
+
+def target_figures(tokens: Tokens, value: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> dict[str, Tensor]:
+    """Of keys and targets.
+
+    Args:
+        tokens: what enters the inner loop; its ``v`` is the normalised target plus k.
+        value: ``[B, T, H, Dh]``, the value before normalisation.
+        norm_weight, norm_bias: ``[H, Dh]``.
+    """
+    std = (value - tokens.k).std(-1)
+    weight = torch.where(norm_weight == 0, 1, norm_weight)
+    normal = (tokens.v - tokens.k - norm_bias) / weight
+    expected = normal.shape[-1] - 1
+    deviation = (normal.square().sum(-1) / expected - 1).abs()
+    return {
+        "key_norm": tokens.k.norm(dim=-1).max(),
+        "std_smallest": std.min(),
+        "std_largest": std.max(),
+        "std_below_eps": (std < SMALL_STD).float().mean(),
+        "target_variance_error": torch.where(std > CLEAR_STD, deviation, 0).max(),
+        "amplification": tokens.v.abs().max() / tokens.k.abs().max(),
+    }
+
+
+def inner_losses(
+    tokens: Tokens, state: BlockState, norm: InnerNorm, token_scale: Tensor, chunk_size: int
+) -> dict[str, Tensor]:
+    """Mean reconstruction loss of the whole chunks, at the chunk's first weights and after the chunk's update.
+
+    Weighted by nothing: 1/2 || LN(f(k)) - (v - k) ||^2 per token and head. nan when there is no whole chunk.
+    """
+    fast, _ = inner_loop.unpack(state)
+    layout = ChunkLayout(tokens.q.shape[1], chunk_size, device=tokens.q.device)
+    heads = tokens.q.shape[2]
+    _, keys, values, rates = (layout.split(part.flatten(2), heads).unbind(2) for part in tokens)
+    before, after = [], []
+    for n in range(tokens.q.shape[1] // chunk_size):
+        memory = inner_loop.key_pass(keys[n], values[n], rates[n], fast, norm)
+        before.append(_loss(keys[n], values[n], fast, norm))
+        fast = inner_loop.updated(fast, memory, token_scale[-1])
+        after.append(_loss(keys[n], values[n], fast, norm))
+    nothing = tokens.q.new_tensor(torch.nan)
+    return {
+        "inner_loss_before": torch.stack(before).mean() if before else nothing,
+        "inner_loss_after": torch.stack(after).mean() if after else nothing,
+    }
+
+
+def _loss(keys: Tensor, values: Tensor, fast: inner_loop.FastNetwork, norm: InnerNorm) -> Tensor:
+    return (norm(inner_loop.forward(keys, fast)) - (values - keys)).square().sum(-1).mean() / 2
+
+
+def red_flags(figures: Mapping[str, float]) -> list[str]:
+    """A sentence for each figure that is wrong."""
+    flags = []
+    if figures["key_norm"] > 1.01:
+        flags.append(f"A key has norm {figures['key_norm']:.3g}: keys must be L2-normalised.")
+    if figures["std_smallest"] < 0 or figures["target_variance_error"] > 0.01:
+        flags.append(
+            f"The targets' variance is off by {figures['target_variance_error']:.1%}: they are not divided by the "
+            "standard deviation of v - k."
+        )
+    if figures["std_below_eps"] > 0.1:
+        flags.append(
+            f"v - k is all but constant in {figures['std_below_eps']:.0%} of the tokens: the target is noise. "
+            "Look at the value projection."
+        )
+    if figures["amplification"] > 100:
+        flags.append(f"Targets are {figures['amplification']:.3g} times as large as keys: the inner loop explodes.")
+    if figures["token_scale_last"] == 0:
+        flags.append("The token scale at the chunk's last position is 0: no update ever reaches the state.")
+    if figures["inner_loss_after"] > RAISED * figures["inner_loss_before"]:
+        flags.append(
+            f"Updates raise the inner loss from {figures['inner_loss_before']:.3g} to "
+            f"{figures['inner_loss_after']:.3g}: lower base_lr."
+        )
+    return flags

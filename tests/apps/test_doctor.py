@@ -1,0 +1,156 @@
+"""``moshi-ttt doctor``: green on a healthy model, red on each planted fault, and nothing read while training runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moshi_ttt import default_registry, inject, parse_config
+from moshi_ttt.apps.doctor import measure
+from moshi_ttt.core.adapter import save_adapter
+from moshi_ttt.core.block import BlockContext
+from moshi_ttt.core.health import HealthMonitor
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.plugins.common import hybrid
+
+VARIANTS = ("ttt_linear", "ttt_mlp", "ttt_multilayer", "gating_mlp")
+
+
+def injected(precision="fp32_state", dtype="float32", **options):
+    entry = {"variant": "ttt_mlp", "layers": "last:1", "chunk": 8, **options}
+    host = {"name": "moshi", "hf_repo": "builtin:tiny", "dtype": dtype}
+    config = parse_config({"host": host, "precision": precision, "ttt": [entry]}, registry=default_registry())
+    injection = inject(MOSHI_HOST.load(config.host), config)
+    injection.freeze_base()
+    return injection
+
+
+def flags(injection):
+    (health,) = measure(injection, batches=2, length=24).values()
+    return health.red_flags
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_healthy_block_is_green_and_unchanged(variant, dtype):
+    injection = injected(variant=variant, dtype=dtype)
+    before = {name: parameter.detach().clone() for name, parameter in injection.named_parameters()}
+    assert flags(injection) == []
+    for name, parameter in injection.named_parameters():
+        assert torch.equal(parameter.detach(), before[name])
+        assert parameter.grad is None
+
+
+def test_a_wrong_standard_deviation(monkeypatch):
+    def by_variance(v, k, weight, bias, eps):
+        difference = v - k
+        centred = difference - difference.mean(-1, keepdim=True)
+        return weight * centred / (difference.var(-1, keepdim=True) + eps) + bias + k
+
+    monkeypatch.setattr(hybrid, "reconstruction_target", by_variance)
+    found = flags(injected())
+    assert any("variance is off by" in flag and "not divided by the standard deviation" in flag for flag in found)
+
+
+def test_keys_that_are_not_normalised(monkeypatch):
+    monkeypatch.setattr(hybrid, "l2_normalise", lambda x: 7 * x)
+    assert any("keys must be L2-normalised" in flag for flag in flags(injected()))
+
+
+def test_a_gate_at_zero_without_a_gradient():
+    injection = injected(gate={"init": 0.0})
+    assert flags(injection) == [], "a gate at zero that has a gradient will open"
+    (block,) = injection.blocks.values()
+    block.gate.requires_grad_(False)
+    (flag,) = flags(injection)
+    assert "will never learn" in flag
+    assert "Frozen: gate" in flag
+
+
+def test_a_bfloat16_state():
+    found = flags(injected(precision="uniform", dtype="bfloat16"))
+    assert any("state is torch.bfloat16" in flag and "are lost" in flag for flag in found)
+
+
+@pytest.mark.parametrize(("variant", "options"), [("ttt_mlp", {"base_lr": 1e4}), ("gating_mlp", {"lr": 1e12})], ids=str)
+def test_an_exploding_learning_rate(variant, options):
+    found = flags(injected(variant=variant, **options))
+    assert any("lower base_lr" in flag or "lower lr" in flag for flag in found)
+
+
+def test_a_token_scale_stuck_at_zero():
+    injection = injected()
+    (block,) = injection.blocks.values()
+    with torch.no_grad():
+        block.token_scale_offset[-1] = -1.0
+    assert any("no update ever reaches the state" in flag for flag in flags(injection))
+
+
+def test_an_input_that_is_not_finite():
+    injection = injected()
+    (block,) = injection.blocks.values()
+    with torch.no_grad():
+        block.wo.bias[0] = torch.nan
+    assert any("output is not finite" in flag for flag in flags(injection))
+
+
+class NoReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read on the host"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_measuring_reads_nothing_until_asked_and_changes_no_gradient(variant):
+    injection = injected(variant=variant)
+    x = torch.randn(1, 24, injection.model.dim, generator=torch.Generator().manual_seed(0))
+    ((site, block),) = injection.blocks.items()
+
+    def backward():
+        block.zero_grad()
+        y, _ = block(x, None, BlockContext(input_embeddings=x))
+        y.square().sum().backward()
+        return [parameter.grad for parameter in block.parameters()]
+
+    plain = backward()
+    with HealthMonitor(injection.blocks) as monitor, NoReads():
+        measured = backward()
+    assert all(torch.equal(a, b) for a, b in zip(plain, measured, strict=True))
+    assert monitor.read()[site].red_flags == []
+    assert not block._forward_hooks
+
+
+def test_the_command(cli, tmp_path):
+    result = cli("doctor", "tiny-ttt-linear", "--batches", "1", "--json")
+    assert result.exit_code == 0, result.said
+    report = json.loads(result.stdout)
+    assert report["healthy"]
+    for block in report["blocks"].values():
+        assert {"key_norm", "inner_loss_before", "drift"} <= block["figures"].keys()
+    sick = tmp_path / "sick.yaml"
+    sick.write_text(
+        "host: {name: moshi, hf_repo: builtin:tiny}\n"
+        "ttt: [{variant: ttt_mlp, layers: last:1, chunk: 8, base_lr: 10000.0}]\n"
+    )
+    result = cli("doctor", sick, "--batches", "1")
+    assert result.exit_code == 1
+    assert "layers.3.sequence: Updates raise the inner loss" in " ".join(result.said.split())
+    assert "RED" in result.said
+
+
+def test_an_adapter_is_examined_and_a_config_without_blocks_refused(cli, tmp_path):
+    injection = injected()
+    with torch.no_grad():
+        next(iter(injection.blocks.values())).token_scale_offset[-1] = -1.0
+    save_adapter(injection, tmp_path / "adapter")
+    config = tmp_path / "config.yaml"
+    config.write_text("host: {name: moshi, hf_repo: builtin:tiny, dtype: float32}\nttt: []\n")
+    result = cli("doctor", config, "--adapter", tmp_path / "adapter", "--batches", "1")
+    assert result.exit_code == 1
+    assert "token scale" in result.said
+    result = cli("doctor", config)
+    assert result.exit_code == 2
+    assert "no blocks to examine" in result.said
