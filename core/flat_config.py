@@ -33,6 +33,8 @@ ELSEWHERE = {
 }
 KEYS = {*SHARED, *HYBRID, *IN_PLACE, *ELSEWHERE}
 DEFAULT_LAYERS, DEFAULT_BASE_LR, DEFAULT_CHUNK, DEFAULT_ALPHA = "29,30,31", 1.0, 32, 0.05
+IN_PLACE_OPTIONS = {"chunk_size": ("chunk", 256), "learning_rate": ("lr", 1e-3), "conv_kernel_size": ("conv_kernel", 2)}
+"""Key -> our option, and the default that the earlier code has."""
 
 
 def native_entries(flat: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], str]:
@@ -87,9 +89,8 @@ def _hybrid(flat: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _in_place(flat: Mapping[str, Any]) -> dict[str, Any]:
-    names = {"chunk_size": "chunk", "learning_rate": "lr", "conv_kernel_size": "conv_kernel"}
     entry = {"variant": "gating_mlp", "layers": flat.get("layers", DEFAULT_LAYERS)}
-    entry |= {new: flat[old] for old, new in names.items() if old in flat}
+    entry |= {name: flat.get(key, default) for key, (name, default) in IN_PLACE_OPTIONS.items()}
     if flat.get("delta_clip_fro_norm") is not None:
         entry["clip"] = flat["delta_clip_fro_norm"]
     return entry

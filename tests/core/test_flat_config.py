@@ -51,7 +51,10 @@ def native(*entries):
             },
             {"variant": "gating_mlp", "layers": "middle", "chunk": 256, "lr": 0.3, "conv_kernel": 5, "clip": 1.0},
         ),
-        ({"chunk_size": 64, "delta_clip_fro_norm": None}, {"variant": "gating_mlp", "layers": "29,30,31", "chunk": 64}),
+        (
+            {"chunk_size": 64, "delta_clip_fro_norm": None},
+            {"variant": "gating_mlp", "layers": "29,30,31", "chunk": 64, "lr": 1e-3, "conv_kernel": 2},
+        ),
     ],
     ids=str,
 )  # fmt: skip
