@@ -42,6 +42,10 @@ class AdapterError(MoshiTTTError, ValueError):
     """An adapter folder that is damaged, incomplete, or made for something else."""
 
 
+class WeightMapError(MoshiTTTError, ValueError):
+    """Weights that are not a block's in the layout they were said to be in, or that a layout cannot express."""
+
+
 class ContextError(MoshiTTTError, ValueError):
     """A block called without something it needs, or with a state it cannot continue."""
 

@@ -53,3 +53,7 @@ class HookSpecs:
     @hookspec
     def moshi_ttt_verifiers(self, registrar: Registrar) -> None:
         """Register what reference vectors are checked against: ``registrar.add(name, target)``, a ``Verifier``."""
+
+    @hookspec
+    def moshi_ttt_weight_maps(self, registrar: Registrar) -> None:
+        """Register layouts of a block's weights: ``registrar.add(name, target)``, target a ``WeightMap`` instance."""

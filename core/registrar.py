@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from moshi_ttt.core.errors import PluginError
 
-Kind = Literal["block", "format_adapter", "precision_policy", "host", "verifier"]
+Kind = Literal["block", "format_adapter", "precision_policy", "host", "verifier", "weight_map"]
 """What can be registered: the extension points."""
 
 

@@ -34,6 +34,7 @@ from moshi_ttt.core.registrar import (
     refuse_repeats,
 )
 from moshi_ttt.core.verification import Verifier
+from moshi_ttt.core.weight_map import WeightMap
 
 HOOKS: dict[Kind, str] = {
     "block": "moshi_ttt_blocks",
@@ -41,6 +42,7 @@ HOOKS: dict[Kind, str] = {
     "precision_policy": "moshi_ttt_precision_policies",
     "host": "moshi_ttt_hosts",
     "verifier": "moshi_ttt_verifiers",
+    "weight_map": "moshi_ttt_weight_maps",
 }
 ENVIRONMENT = "MOSHI_TTT_PLUGINS"
 """Comma-separated entry-point names to load; unset means all. ``builtin`` is always loaded."""
@@ -286,6 +288,10 @@ class Registry:
     def format_adapter(self, name: str) -> FormatAdapter:
         """A format adapter. Raises as ``entry``."""
         return cast(FormatAdapter, self._typed("format_adapter", name, FormatAdapter))
+
+    def weight_map(self, name: str) -> WeightMap:
+        """A weight map. Raises as ``entry``."""
+        return cast(WeightMap, self._typed("weight_map", name, WeightMap))
 
     def verifiers(self) -> tuple[Verifier, ...]:
         """All verifiers, by name."""

@@ -21,3 +21,9 @@ def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
 def moshi_ttt_verifiers(registrar: Registrar) -> None:
     for form in ("reference", "chunked", "streamed", "hybrid", "hybrid_reference"):
         registrar.add(f"ttt_linear-{form}", f"{__name__}.verifiers:{form.upper()}")
+
+
+@hookimpl
+def moshi_ttt_weight_maps(registrar: Registrar) -> None:
+    for layout in ("video_dit", "lm"):
+        registrar.add(f"ttt_linear-{layout}", f"{__name__}.weight_maps:{layout.upper()}")
