@@ -5,6 +5,7 @@ Nothing heavy is imported until a command runs: ``--help`` and ``--version`` mus
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -31,6 +32,9 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except MoshiTTTError as error:
             _errors().print(f"[bold red]Error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+            raise typer.Exit(EXIT_ERROR) from None
+        except OSError as error:
+            _errors().print(f"[bold red]Error:[/] {_plain(error)}.", highlight=False, soft_wrap=True)
             raise typer.Exit(EXIT_ERROR) from None
         except KeyboardInterrupt:
             _errors().print("\n[bold]Interrupted.[/] Nothing half-written was left behind.")
@@ -86,7 +90,12 @@ def quickstart(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", min=0, help="Seed of initial values, segments and sampling; the config's if left out."),
+        typer.Option(
+            "--seed",
+            min=0,
+            max=2**32 - 1,
+            help="Seed of initial values, segments and sampling; the config's if left out.",
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace --out if an earlier quickstart made it.")
@@ -133,7 +142,7 @@ def doctor(
     length: Annotated[
         int | None, typer.Option("--length", min=1, help="Tokens a pass; more than two chunks if left out.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the made-up tokens.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the made-up tokens.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Run a few training passes on made-up tokens and report what is wrong with each block. Nothing is changed.
@@ -245,6 +254,8 @@ def _show_warning(
 
 def main() -> None:
     """The console entry point."""
+    # A termination is an interruption: what is half-written is cleared away on the way out.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from pydantic import Field
 
-from moshi_ttt.core.config import FrozenConfig
+from moshi_ttt.core.config import FrozenConfig, Seed
 
 
 class TrainConfig(FrozenConfig):
@@ -33,7 +33,7 @@ class TrainConfig(FrozenConfig):
     weight_decay: float = Field(default=0.01, ge=0.0)
     clip: float = Field(default=1.0, gt=0.0)
     text_weight: float = Field(default=0.1, ge=0.0)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class StreamConfig(FrozenConfig):
@@ -48,7 +48,7 @@ class StreamConfig(FrozenConfig):
     seconds: float = Field(default=30.0, gt=0.0)
     temperature: float = Field(default=0.8, ge=0.0)
     temperature_text: float = Field(default=0.7, ge=0.0)
-    seed: int = 0
+    seed: Seed = 0
 
 
 SECTIONS: Mapping[str, type[FrozenConfig]] = {"train": TrainConfig, "stream": StreamConfig}

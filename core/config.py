@@ -16,6 +16,10 @@ Length = Annotated[int, Field(ge=1, strict=True)] | Annotated[str, Field(pattern
 """A length of sequence: a number of tokens, or seconds as in ``20.5s`` (``SiteInfo.tokens`` knows the host's rate)."""
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What seeds a random generator."""
+
+
 class FrozenConfig(BaseModel):
     """Base of every configuration: unknown keys are errors, values do not change after validation."""
 
@@ -64,7 +68,7 @@ class TTTConfig(FrozenConfig):
 
     host: SerializeAsAny[HostConfig]
     precision: str = "fp32_state"
-    seed: int = 0
+    seed: Seed = 0
     ttt: tuple[SerializeAsAny[BlockConfig], ...] = ()
     extra: dict[str, SerializeAsAny[FrozenConfig]] = {}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from moshi_ttt.core.config import BlockConfig, FrozenConfig, HostConfig, TTTConfig, parse_model
+from moshi_ttt.core.config import BlockConfig, FrozenConfig, HostConfig, Seed, TTTConfig, parse_model
 from moshi_ttt.core.errors import ConfigError, nearest
 from moshi_ttt.core.flat_config import native_entries
 from moshi_ttt.core.registry import Registry
@@ -85,7 +85,7 @@ def _parse_seed(value: Any, where: str) -> int:
 
 
 class _Seed(FrozenConfig):
-    seed: int
+    seed: Seed
 
 
 def _parse_host_entry(value: Any, registry: Registry, where: str) -> HostConfig:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -283,3 +285,33 @@ def test_a_path_without_vectors_is_an_error(cli, path):
     result = cli("verify", path)
     assert result.exit_code == 2
     assert "no such file, or a folder without" in result.said
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path, stop):
+    command = [sys.executable, "-m", "moshi_ttt.apps.cli", "quickstart", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(stop)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted. Nothing half-written was left behind." in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["-1", "4294967296", "1.5", "yes"])
+def test_a_seed_that_is_none_is_refused(cli, tmp_path, value):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"host: {{name: moshi, hf_repo: builtin:tiny}}\nseed: {value}\nttt: [{{variant: ttt_mlp}}]\n")
+    result = cli("explain", path)
+    assert result.exit_code == 2
+    assert "seed" in result.said
+
+
+def test_a_name_too_long_for_the_file_system_is_an_error(cli, tmp_path):
+    result = cli("quickstart", "--out", tmp_path / ("x" * 300))
+    assert result.exit_code == 2
+    assert "too long" in result.said
