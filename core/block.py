@@ -131,8 +131,8 @@ class BlockContext:
     want_state: bool = True
 
 
-def assign(parameter: nn.Parameter, value: Tensor) -> None:
-    """Write a whole ``value`` into a parameter, sharded or not; every rank calls this with the same value."""
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Write a whole ``value`` into a parameter or buffer, sharded or not; every rank calls this with the same value."""
     with torch.no_grad():
         if isinstance(parameter, DTensor):
             value = value.to(device=parameter.device, dtype=parameter.dtype)

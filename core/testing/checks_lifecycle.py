@@ -158,7 +158,7 @@ def _alternatives(key: str, value: Any, model: BaseModel) -> Iterator[tuple[str,
         yield key, [*value[:-1], value[-1] + 1]
     elif isinstance(value, dict):
         for inner, item in value.items():
-            for path, changed in _alternatives(inner, item, model):
+            for path, changed in _alternatives(inner, item, getattr(model, key)):
                 yield f"{key}.{path}", {**value, inner: changed}
     elif isinstance(value, str):
         for option in getattr(type(model).model_fields[key].annotation, "__args__", ()):

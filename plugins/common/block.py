@@ -8,9 +8,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo, assign
@@ -32,9 +33,15 @@ INIT_STD = 0.02
 
 
 class GateConfig(FrozenConfig):
-    """``tanh(alpha)``, one alpha per channel. ``init`` is alpha at the start; 0 makes the block an identity."""
+    """``tanh(alpha)`` times what the layer adds.
+
+    Attributes:
+        init: alpha at the start; 0 makes the block an identity.
+        alpha: one learned for each ``channel``, one learned for the whole ``layer``, or ``fixed`` at ``init``.
+    """
 
     init: float = Field(default=0.05, ge=0.0, le=1.0)
+    alpha: Literal["channel", "layer", "fixed"] = "channel"
 
 
 class HybridConfig(BlockConfig):
@@ -44,7 +51,9 @@ class HybridConfig(BlockConfig):
         chunk: tokens per inner-loop step (mini-batch).
         base_lr: inner learning rate before the learned per-token factor, divided by the head width.
         causal: False lets a token see its whole chunk; a causal host refuses that.
-        gate: the gate's initial value.
+        bidirectional: run over the sequence and then over the reversed result, by the same weights and a gate each; not
+            causal (and ``causal`` is then False when it is left out).
+        gate: the gate, or gates.
         rope_theta: base of the rotary frequencies.
         norm_eps, target_eps, post_norm_eps: of the inner LayerNorm, the target's standard deviation, the post norm.
     """
@@ -52,11 +61,25 @@ class HybridConfig(BlockConfig):
     chunk: int = Field(default=32, ge=1)
     base_lr: float = Field(gt=0.0)
     causal: bool = True
+    bidirectional: bool = False
     gate: GateConfig = GateConfig()
     rope_theta: float = Field(default=10_000.0, gt=1.0)
     norm_eps: float = Field(default=1e-6, gt=0.0)
     target_eps: float = Field(default=1e-8, gt=0.0)
     post_norm_eps: float = Field(default=1e-6, gt=0.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _both_directions_are_not_causal(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("bidirectional") is True:
+            return {"causal": False, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _not_causal_and_bidirectional(self) -> HybridConfig:
+        if self.bidirectional and self.causal:
+            raise ValueError("a bidirectional block sees the future: it cannot be causal; leave causal out")
+        return self
 
 
 class Projection(nn.Module):
@@ -78,6 +101,9 @@ class HybridBlock(SequenceBlock):
     """Hybrid layer with a fast network whose layer widths a subclass gives."""
 
     config: HybridConfig
+
+    gate: Tensor
+    gate_reversed: Tensor
 
     def __init__(self, config: HybridConfig, info: SiteInfo, roles: DtypeRoles) -> None:
         super().__init__(config, info, roles)
@@ -108,7 +134,13 @@ class HybridBlock(SequenceBlock):
         self.post_norm = Projection((info.dim,), device, dtype)
         if config.causal:
             self.token_scale_offset = parameter(config.chunk)
-        self.gate = parameter(info.dim)
+        gates = ["gate", "gate_reversed"] if config.bidirectional else ["gate"]
+        for name in gates:
+            alpha = parameter(info.dim if config.gate.alpha == "channel" else 1)
+            if config.gate.alpha == "fixed":
+                self.register_buffer(name, alpha.detach(), persistent=False)
+            else:
+                self.register_parameter(name, alpha)
         self.fast_weight = nn.ParameterList(parameter(heads, fan_in, fan_out) for fan_in, fan_out in pairwise(widths))
         self.fast_bias = nn.ParameterList(parameter(heads, 1, fan_out) for fan_out in widths[1:])
 
@@ -124,14 +156,20 @@ class HybridBlock(SequenceBlock):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         drawn = {self.wq.weight, self.wk.weight, self.wv.weight, self.wo.weight, self.lr_weight, *self.fast_weight}
         ones = {self.norm_weight, self.post_norm.weight}
-        for parameter in self.parameters():
+        for gate in self.gates():
+            assign(gate, torch.full(gate.shape, self.config.gate.init))
+        for name, parameter in self.named_parameters():
+            if name in ("gate", "gate_reversed"):
+                continue
             if parameter in drawn:
                 value = torch.randn(parameter.shape, generator=generator) * INIT_STD
-            elif parameter is self.gate:
-                value = torch.full(parameter.shape, self.config.gate.init)
             else:
                 value = torch.ones(parameter.shape) if parameter in ones else torch.zeros(parameter.shape)
             assign(parameter, value)
+
+    def gates(self) -> list[Tensor]:
+        """Alphas ``[D]`` or ``[1]``: of the one pass, or of the forward pass and the reversed one."""
+        return [self.gate, self.gate_reversed] if self.config.bidirectional else [self.gate]
 
     def token_scale(self) -> Tensor:
         """``[C]``: max(0, 1/(n+1) + learned_n) when causal, 1/C when not."""
@@ -141,8 +179,8 @@ class HybridBlock(SequenceBlock):
         position = torch.arange(1, size + 1, device=self.gate.device, dtype=self.gate.dtype)
         return (1 / position + self.token_scale_offset).clamp(min=0)
 
-    def weights(self) -> HybridWeights:
-        """The parameters as the pure functions of ``hybrid`` take them."""
+    def weights(self, gate: Tensor | None = None) -> HybridWeights:
+        """The parameters as the pure functions of ``hybrid`` take them, with the given gate or the (first) own."""
         return HybridWeights(
             wq=self.wq.tensors(),
             wk=self.wk.tensors(),
@@ -154,7 +192,7 @@ class HybridBlock(SequenceBlock):
             norm_bias=self.norm_bias,
             post_norm=self.post_norm.tensors(),
             token_scale=self.token_scale(),
-            gate=self.gate,
+            gate=self.gate if gate is None else gate,
         )
 
     def init_state(self, batch_size: int, device: torch.device | None = None) -> BlockState:
@@ -165,11 +203,20 @@ class HybridBlock(SequenceBlock):
         return inner_loop.initial_state(weights, biases, self.config.chunk, batch_size)
 
     def compute(self, x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
+        y, after = self._pass(x, state, context, self.gate)
+        if self.config.bidirectional:
+            y = self._pass(y.flip(1), None, context, self.gate_reversed)[0].flip(1)
+        return y, after
+
+    def _pass(
+        self, x: Tensor, state: BlockState | None, context: BlockContext, gate: Tensor
+    ) -> tuple[Tensor, BlockState]:
+        """The layer over the tokens in the order they are in, ``x [B, T, D]``, with its gate and residual."""
         batch, length, _ = x.shape
         offset = None if state is None else state["position"]
         state = self.init_state(batch, x.device) if state is None else state
         layout = self.info.format.chunks(x, self.config.chunk, offset)
-        weights = self.weights()
+        weights = self.weights(gate)
         start = torch.zeros(1, dtype=torch.int64, device=x.device) if offset is None else offset
         position = (start[:, None] + torch.arange(length, device=x.device)) % self.config.chunk
         y, after = inner_loop.run(
@@ -217,7 +264,7 @@ class HybridBlock(SequenceBlock):
             **health.target_figures(tokens, value, norm.weight, norm.bias),
             **health.inner_losses(tokens, state, norm, scale, self.config.chunk),
             "token_scale_last": scale[-1],
-            "gate": torch.tanh(self.gate).abs().max(),
+            "gate": torch.tanh(torch.stack(self.gates())).abs().max(),
         }
 
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:
@@ -232,4 +279,4 @@ class HybridBlock(SequenceBlock):
             # runs whether or not the chunk is complete
             products = (2 + (i > 0) + size) * fan_in * fan_out + size * (fan_in + fan_out)
             total += 2 * heads * products
-        return total
+        return total * (2 if self.config.bidirectional else 1)

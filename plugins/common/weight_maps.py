@@ -1,7 +1,7 @@
 """The names that two published implementations give the weights of a TTT layer.
 
 ``ttt-video-dit`` (arXiv:2504.05298): the same layer as ours when not causal. Its gate is a module of its own beside the
-layer; give its ``gating_alpha`` with the layer's tensors.
+layer; give its ``gating_alpha`` with the layer's tensors (and that of the reversed pass as ``backward_gating_alpha``).
 
 ``ttt-lm`` (arXiv:2407.04620): the same inner loop inside another layer. There are no biases in its projections, queries
 and keys are not L2-normalised, the target is not normalised, and the layer stands in attention's place without a gate:
@@ -41,8 +41,10 @@ class VideoDiT(WeightMap):
 
     def names(self, block: SequenceBlock) -> Mapping[str, str]:
         projections = {f"w{letter}.{part}": f"w{letter}.{part}" for letter in "qkvo" for part in ("weight", "bias")}
-        rest = {"learnable_ttt_lr_weight": "lr_weight", "gating_alpha": "gate"}
-        return projections | SHARED | rest | _fast(self.layers)
+        gates = {"gating_alpha": "gate", "backward_gating_alpha": "gate_reversed"}
+        learned = {name for name, _ in block.named_parameters()}
+        rest = {theirs: ours for theirs, ours in gates.items() if ours in learned}
+        return projections | SHARED | {"learnable_ttt_lr_weight": "lr_weight"} | rest | _fast(self.layers)
 
     def neutral(self, block: SequenceBlock) -> Mapping[str, float | None]:
         return {"token_scale_offset": 0.0} if block.causal else {}
@@ -62,4 +64,6 @@ class LanguageModel(WeightMap):
         return projections | SHARED | rest | _fast(self.layers)
 
     def neutral(self, block: SequenceBlock) -> Mapping[str, float | None]:
-        return {**{f"w{letter}.bias": 0.0 for letter in "qkvo"}, "gate": None}
+        learned = {name for name, _ in block.named_parameters()}
+        gates: dict[str, float | None] = dict.fromkeys({"gate", "gate_reversed"} & learned)
+        return {**{f"w{letter}.bias": 0.0 for letter in "qkvo"}, **gates}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -202,3 +204,59 @@ def test_no_tokens_are_refused():
 def test_activations_in_another_dtype_than_planned_are_refused():
     with pytest.raises(PrecisionError, match=r"activations.*bfloat16"):
         build()(torch.randn(1, 4, 16, dtype=torch.bfloat16))
+
+
+def reference_weights(block, gate):
+    """A block's parameters under the names of the reference vectors."""
+    given = {name: parameter.detach() for name, parameter in block.named_parameters()}
+    return {**given, "alpha": gate.detach(), "token_scale": block.token_scale().detach()}
+
+
+def one_direction(block, x, gate):
+    given, config = reference_weights(block, gate), block.config
+    q, k, v, lr = reference.hybrid_inputs(
+        x, given, num_heads=block.info.num_heads, chunk_size=config.chunk, base_lr=config.base_lr,
+        theta=config.rope_theta, target_eps=config.target_eps,
+    )  # fmt: skip
+    fast = [[p.detach() for p in part] for part in (block.fast_weight, block.fast_bias)]
+    y, _, _ = reference.inner_loop(
+        q, k, v, lr, given["token_scale"], given["norm_weight"], given["norm_bias"], *fast, chunk_size=config.chunk,
+        eps=config.norm_eps, causal=config.causal,
+    )  # fmt: skip
+    return reference.hybrid_output(x, y, given, eps=config.post_norm_eps)
+
+
+@pytest.mark.parametrize("length", [3, 8, 11])
+@pytest.mark.parametrize("alpha", ["channel", "layer"])
+def test_both_directions_are_the_definition_run_twice(alpha, length):
+    config = TTTLinearConfig(chunk=4, bidirectional=True, gate={"alpha": alpha})
+    block = build(config=config, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    x = torch.randn(2, length, 16, generator=generator, dtype=torch.float64)
+    forward = one_direction(block, x, block.gate)
+    expected = one_direction(block, forward.flip(1), block.gate_reversed).flip(1)
+    assert (block(x)[0] - expected).abs().max() < 1e-11
+    changed = x.clone()
+    changed[:, -1] += 1
+    assert not torch.equal(block(changed)[0][:, 0], block(x)[0][:, 0]), "the first token hears the last"
+
+
+def test_a_bidirectional_block_is_not_causal():
+    assert not TTTLinearConfig(bidirectional=True).causal
+    with pytest.raises(ValueError, match="cannot be causal; leave causal out"):
+        TTTLinearConfig(bidirectional=True, causal=True)
+
+
+def test_a_fixed_gate_is_no_parameter_and_keeps_its_value():
+    block = build(config=TTTLinearConfig(chunk=4, gate={"alpha": "fixed", "init": 0.25}), dtype=torch.bfloat16)
+    assert "gate" not in dict(block.named_parameters())
+    assert "gate" not in block.state_dict()
+    assert (block.to(torch.bfloat16).gate == 0.25).all()
+    assert block.gate.dtype == torch.float32
+    meta = TTTLinear(block.config, replace(block.info, device=torch.device("meta")), block.roles)
+    meta.to_empty(device="cpu")
+    meta.reset_parameters()
+    assert (meta.gate == 0.25).all()
