@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,31 +64,40 @@ def _chunk(block: SequenceBlock) -> int:
 def measure(injection: Injection, *, batches: int, length: int, seed: int = 0) -> dict[Site, BlockHealth]:
     """The health of every block over ``batches`` training passes, backward included; no parameter is changed.
 
-    Figures are the worst of all batches (the smallest of those called smallest), red flags of any.
+    Figures are the worst of all batches, each by itself (the smallest of those called smallest); red flags are theirs.
+    Raises ConfigError when so few tokens make no update.
     """
     host, model, blocks = injection.host, injection.model, injection.blocks
-    found: dict[Site, BlockHealth] = {}
+    longest = max(_chunk(block) for block in blocks.values())
+    if batches * length <= longest:
+        raise ConfigError(
+            f"{batches} passes of {length} tokens are not longer than one chunk of {longest}: no update could take "
+            "effect. Give a greater --length or more --batches."
+        )
+    worst: dict[Site, dict[str, float]] = {site: {} for site in blocks}
     carried = None
     with HealthMonitor(blocks) as monitor:
         for batch in range(batches):
             with host.carry(model, carried) as carried:
-                host.probe(model, batch_size=1, length=length, seed=seed + batch).backward()
+                loss = host.probe(model, batch_size=1, length=length, seed=seed + batch)
+            if loss.requires_grad:
+                loss.backward()
             for site, health in monitor.read().items():
-                found[site] = health if site not in found else _worse(found[site], health)
+                worst[site] = _worse(worst[site], health.figures)
+    found = {}
     for site, block in blocks.items():
-        found[site].red_flags += dead_block_flag(block)
+        found[site] = BlockHealth(worst[site], [*monitor.red_flags(site, worst[site]), *dead_block_flag(block)])
         block.zero_grad()
     return found
 
 
-def _worse(one: BlockHealth, other: BlockHealth) -> BlockHealth:
+def _worse(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
     def choose(name: str, a: float, b: float) -> float:
         if math.isnan(a) or math.isnan(b):
             return math.nan
         return min(a, b) if name.endswith(("smallest", "_last")) else max(a, b)
 
-    figures = {name: choose(name, value, other.figures[name]) for name, value in one.figures.items()}
-    return BlockHealth(figures, [*one.red_flags, *(flag for flag in other.red_flags if flag not in one.red_flags)])
+    return {name: choose(name, one.get(name, value), value) for name, value in other.items()}
 
 
 def render(examination: Examination) -> RenderableType:

@@ -295,6 +295,12 @@ class SequenceBlock(nn.Module, ABC):
                 f"The block at {self.info.site} needs the input embeddings of the same tokens, and the context has "
                 "none. Call it through its host, or pass BlockContext(input_embeddings=...)."
             )
+        given = context.input_embeddings
+        if self.needs_input_embeddings and given is not None and given.shape != tokens.shape:
+            raise ContextError(
+                f"The block at {self.info.site} got tokens of shape {tuple(tokens.shape)} and input embeddings of "
+                f"shape {tuple(given.shape)}. Give the embeddings of the same tokens."
+            )
         if 0 in tokens.shape:
             raise ContextError(f"The block at {self.info.site} got no tokens: shape {tuple(tokens.shape)}.")
         if tokens.shape[-1] != self.info.dim:

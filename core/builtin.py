@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moshi_ttt.core.format import SequenceFormat
+from moshi_ttt.core.format import GridFormat, SequenceFormat
 from moshi_ttt.core.hooks import hookimpl
 from moshi_ttt.core.precision import FP32, FP32_STATE, UNIFORM
 from moshi_ttt.core.registrar import Registrar
@@ -19,3 +19,4 @@ def moshi_ttt_precision_policies(registrar: Registrar) -> None:
 @hookimpl
 def moshi_ttt_format_adapters(registrar: Registrar) -> None:
     registrar.add("sequence", SequenceFormat())
+    registrar.add("grid", GridFormat())

@@ -42,12 +42,17 @@ def native_entries(flat: Mapping[str, Any], where: str) -> tuple[list[dict[str, 
 
     Raises ConfigError with every unknown key, and for options of two variants at once.
     """
+    if "variant" in flat:
+        raise ConfigError(
+            f"{where}: 'ttt' is a list of entries: write it as `ttt: [{{variant: {flat['variant']}, ...}}]`."
+        )
     unknown = [f"{where}: ttt: unknown key {key!r}. {nearest(str(key), KEYS)}" for key in flat if key not in KEYS]
     if unknown:
         raise ConfigError("\n".join(unknown))
-    if not _one_of(flat, "enabled", "enable", True, where):
-        entries: list[dict[str, Any]] = []
-    elif flat.keys() & IN_PLACE:
+    enabled = _one_of(flat, "enabled", "enable", True, where)
+    if not isinstance(enabled, bool):
+        raise ConfigError(f"{where}: ttt: enabled = {enabled!r}: give true or false.")
+    if flat.keys() & IN_PLACE:
         if both := sorted(flat.keys() & HYBRID):
             raise ConfigError(
                 f"{where}: ttt: {', '.join(sorted(flat.keys() & IN_PLACE))} ask for gating_mlp, and {', '.join(both)} "
@@ -56,9 +61,12 @@ def native_entries(flat: Mapping[str, Any], where: str) -> tuple[list[dict[str, 
         entries = [_in_place(flat)]
     else:
         entries = [_hybrid(flat, where)]
+    entries = entries if enabled else []
     lines = [yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10_000).strip() for entry in entries]
     shown = "\n".join(["ttt:", *(f"  - {line}" for line in lines)]) if lines else "ttt: []"
     notes = "".join(f"\n- {key}: {note}." for key, note in ELSEWHERE.items() if key in flat)
+    if "ttt_mlp_expansion_factor" in flat and not any("expansion" in entry for entry in entries):
+        notes += "\n- ttt_mlp_expansion_factor: without effect, for no hidden layer's width follows from it."
     return entries, f"{where}: the flat ttt block is read as\n{shown}{notes and f'{chr(10)}Not part of it:{notes}'}"
 
 

@@ -89,6 +89,18 @@ class FormatAdapter(ABC):
         return ChunkLayout(tokens.shape[1], chunk_size, offset=offset, device=tokens.device)
 
 
+class GridFormat(FormatAdapter):
+    """Activations on a grid over time ``[B, T, H, W, D]`` (video): tokens in the order time, row, column."""
+
+    def to_tokens(self, activations: Tensor) -> Tensor:
+        if activations.dim() != 5:
+            raise ValueError(f"Expected activations [B, T, H, W, D], got shape {tuple(activations.shape)}.")
+        return activations.flatten(1, 3)
+
+    def from_tokens(self, tokens: Tensor, like: Tensor) -> Tensor:
+        return tokens.reshape(*like.shape[:-1], tokens.shape[-1])
+
+
 class SequenceFormat(FormatAdapter):
     """Activations that already are tokens ``[B, T, D]``: language models."""
 

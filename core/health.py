@@ -42,6 +42,8 @@ class HealthMonitor:
         self._hooks: list[Any] = []
 
     def __enter__(self) -> HealthMonitor:
+        if self._hooks:
+            raise RuntimeError("This monitor is measuring already; leave it before entering it again.")
         for site, block in self.blocks.items():
             self._hooks.append(block.register_forward_hook(self._measure(site), with_kwargs=True))
         return self
@@ -56,7 +58,8 @@ class HealthMonitor:
     def _measure(self, site: Site) -> Any:
         @torch.no_grad()
         def hook(block: SequenceBlock, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            x, context = args[0], kwargs.get("context") or (args[2] if len(args) > 2 else None) or BlockContext()
+            x = kwargs["x"] if "x" in kwargs else args[0]
+            context = kwargs.get("context") or (args[2] if len(args) > 2 else None) or BlockContext()
             y, after = output
             measured = dict(block.statistics(block.info.format.to_tokens(x), context))
             measured["output_not_finite"] = _share_not_finite([y])
@@ -73,10 +76,13 @@ class HealthMonitor:
         """The latest figures of every block that was called, read from the device, with their red flags."""
         found = {}
         for site, measured in self._latest.items():
-            health = BlockHealth({name: float(value) for name, value in measured.items()})
-            health.red_flags = [*self._common_flags(site, health.figures), *self.blocks[site].red_flags(health.figures)]
-            found[site] = health
+            figures = {name: float(value) for name, value in measured.items()}
+            found[site] = BlockHealth(figures, self.red_flags(site, figures))
         return found
+
+    def red_flags(self, site: Site, figures: Mapping[str, float]) -> list[str]:
+        """What is wrong with these figures of the block at ``site``: what every block shares, and its own."""
+        return [*self._common_flags(site, figures), *(self.blocks[site].red_flags(figures) if figures else [])]
 
     def _common_flags(self, site: Site, figures: Mapping[str, float]) -> list[str]:
         flags = []

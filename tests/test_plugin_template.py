@@ -28,7 +28,7 @@ def test_the_template_is_what_new_plugin_writes():
     assert found == {path.as_posix(): text for path, text in render("delta_rule").items()}
 
 
-@pytest.mark.parametrize("name", ["Mine", "my-memory", "2nd", "", "class", "a b", "../x"])
+@pytest.mark.parametrize("name", ["Mine", "my-memory", "2nd", "", "class", "a b", "../x", "mine_", "a__b"])
 def test_a_name_that_cannot_be_a_module_is_refused(name, tmp_path):
     with pytest.raises(NewPluginError, match="Use lower-case letters"):
         create(name, tmp_path / "new", Registry())

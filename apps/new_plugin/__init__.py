@@ -29,7 +29,7 @@ def create(name: str, folder: Path, registry: Registry) -> list[Path]:
 
     Returns the files written, sorted. Raises NewPluginError.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name):
         raise NewPluginError(
             f"A plugin cannot be called {name!r}: it becomes a Python module. Use lower-case letters, digits and '_', "
             "starting with a letter, as in 'my_memory'."

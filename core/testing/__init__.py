@@ -25,6 +25,7 @@ from moshi_ttt.core.testing.checks_lifecycle import (
 )
 from moshi_ttt.core.testing.checks_streaming import (
     check_causality,
+    check_every_prefix,
     check_exec_mask,
     check_long_stream,
     check_no_host_read,
@@ -33,6 +34,7 @@ from moshi_ttt.core.testing.checks_streaming import (
     check_splits,
     check_state_is_float32,
     check_step_in_place,
+    check_unwanted_state,
     check_updates_off,
 )
 from moshi_ttt.core.testing.checks_training import (
@@ -57,6 +59,8 @@ Check = Callable[[BlockCase], None]
 CHECKS: tuple[Check, ...] = (
     check_causality,
     check_splits,
+    check_every_prefix,
+    check_unwanted_state,
     check_step_in_place,
     check_rows,
     check_exec_mask,

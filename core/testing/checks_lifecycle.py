@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -87,11 +87,11 @@ def check_config_keys(case: BlockCase) -> None:
     assert parse_block(values, registry=case.registry) == case.config, "the config does not survive a round trip"
     if case.dtype != torch.float64:
         return
-    outcome: dict[str, str] = {}
+    options = {key: value for key, value in values.items() if key not in ("variant", "layers")}
+    outcome = dict.fromkeys(_paths(options), "no other value that the kit tried is accepted")
     for path, changed in _changes(values, case.config):
-        if outcome.get(path) == "changes":
+        if outcome[path] == "changes":
             continue
-        outcome.setdefault(path, "no other value that the kit tried is accepted")
         for left_out in _left_out(path.partition(".")[0], values):
             before, after = (
                 _behaviour_of(case, {k: v for k, v in each.items() if k not in left_out}) for each in (values, changed)
@@ -105,6 +105,15 @@ def check_config_keys(case: BlockCase) -> None:
             break
     idle = {path: what for path, what in outcome.items() if what != "changes"}
     assert not idle, f"options without an effect: {idle}"
+
+
+def _paths(values: dict[str, Any]) -> Iterator[str]:
+    """Dotted names of all options."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from (f"{key}.{inner}" for inner in _paths(value))
+        else:
+            yield key
 
 
 def _left_out(key: str, values: dict[str, Any]) -> Iterator[set[str]]:
@@ -155,15 +164,26 @@ def _alternatives(key: str, value: Any, model: BaseModel) -> Iterator[tuple[str,
     elif value is None:  # an optional number or list of them, as far as the kit can tell
         yield from ((key, changed) for changed in (0.01, 2, [3, 3]))
     elif isinstance(value, list):
-        yield key, [*value[:-1], value[-1] + 1]
+        yield key, value[:-1]
+        for _, last in _alternatives(key, value[-1], model) if value else ():
+            yield key, [*value[:-1], last]
     elif isinstance(value, dict):
         for inner, item in value.items():
             for path, changed in _alternatives(inner, item, getattr(model, key)):
                 yield f"{key}.{path}", {**value, inner: changed}
     elif isinstance(value, str):
-        for option in getattr(type(model).model_fields[key].annotation, "__args__", ()):
-            if option != value and isinstance(option, str):
+        for option in (*_literals(type(model).model_fields[key].annotation), f"{value}_other", 3):
+            if option != value:
                 yield key, option
+
+
+def _literals(annotation: Any) -> Iterator[str]:
+    """The strings that an annotation allows by name, through unions."""
+    for argument in get_args(annotation):
+        if isinstance(argument, str):
+            yield argument
+        else:
+            yield from _literals(argument)
 
 
 def check_dtypes(case: BlockCase) -> None:

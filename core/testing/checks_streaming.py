@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -65,6 +66,39 @@ def check_splits(case: BlockCase) -> None:
             y, state = _streamed(case, block, pieces)
             assert_close(y, whole, case.tolerance, f"streamed over cuts {cuts}")
             assert_states_close(state, final, case.tolerance, f"streamed over cuts {cuts}")
+
+
+def check_every_prefix(case: BlockCase) -> None:
+    """The state after each streamed token is that of one call over as many tokens."""
+    if not case.causal:
+        return
+    block, x = case.block(), case.inputs(2 * case.chunk + 1)
+    state = block.allocate_state(x.shape[0])
+    for t in range(x.shape[1]):
+        case.step(block, x[:, t : t + 1], state)
+        with torch.no_grad():
+            _, expected = case.call(block, x[:, : t + 1])
+        assert_states_close(state, expected, case.tolerance, f"after {t + 1} tokens")
+
+
+def check_unwanted_state(case: BlockCase) -> None:
+    """A call that does not ask for the state after it gives the same output, whatever it started from."""
+    block, rows = case.block(), case.shape.batch
+    mask = torch.arange(rows) != 0
+    starts: list[dict[str, Any]] = [{}]
+    if case.causal:
+        with torch.no_grad():
+            _, state = case.call(block, case.inputs(case.chunk // 2 + 1, seed=8))
+        starts += [{"state": state}, {"reset": mask}, {"state": state, "reset": mask, "exec_mask": ~mask}]
+    for start in starts:
+        for length in (1, case.chunk - 1 or 1, case.chunk, 2 * case.chunk + 1):
+            x = case.inputs(length)
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # a block may say that so few tokens teach it nothing
+                wanted, _ = case.call(block, x, **start)
+                unwanted, _ = case.call(block, x, want_state=False, **start)
+            what = f"{length} tokens from {sorted(start) or 'the start'}, without asking for the state"
+            assert_close(unwanted, wanted, case.tolerance, what)
 
 
 def _pieces(x: Tensor, cuts: Sequence[int]) -> list[Tensor]:

@@ -39,7 +39,7 @@ FORMAT = {"format": "moshi_ttt.stream_state", "version": "1"}
 # Made anew by every stream, and the same in each: configuration, callbacks, captured graphs.
 _NOT_CARRIED = {
     "batch_size", "device", "block", "graphed_main", "graphed_depth", "exit_stack", "reset_callback",
-    "set_exec_mask_callback", "_set_exec_mask_graphed",
+    "set_exec_mask_callback", "_set_exec_mask_graphed", "skipped_before",
 }  # fmt: skip
 # Filled by the first step, None before: the keys and values of what cross-attention looks at.
 _FILLED_LATER = ("k_cross", "v_cross")
@@ -52,14 +52,20 @@ class BlockStreamState(State):
     block: SequenceBlock
     buffers: BlockState
 
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.skipped_before = torch.zeros_like(self.block.skipped_updates(self.buffers))
+
     def reset(self, reset_mask: Tensor) -> None:
         """Put the rows where ``reset_mask [B]`` is true back to the learned initial state."""
         super().reset(reset_mask)
+        skipped = self.block.skipped_updates(self.buffers)
+        self.skipped_before.add_(torch.where(reset_mask.to(skipped.device), skipped, 0))
         self.block.reset_state(self.buffers, reset_mask)
 
     def __exit__(self, *exception: object) -> None:
-        """At the end of streaming, warn about updates that were left out; a row's count starts with its last reset."""
-        skipped = self.block.skipped_updates(self.buffers).tolist()
+        """At the end of streaming, warn about updates that were left out in each row, whoever was in it."""
+        skipped = (self.skipped_before + self.block.skipped_updates(self.buffers)).tolist()
         if any(skipped):
             warnings.warn(
                 f"{self.block.info.site}: updates were skipped because they were not finite, per stream: {skipped}. "

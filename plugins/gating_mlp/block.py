@@ -47,6 +47,11 @@ class GatingMLP(SequenceBlock):
                     f"{info.site}: its {type(part).__name__} is quantised, and nothing can be learned on top of that. "
                     "Load the model unquantised."
                 )
+        if roles.state == torch.float16:
+            raise ConfigError(
+                f"{info.site}: policy {roles.policy!r} keeps the state in float16, whose numbers end at 65504: sums of "
+                "updates need more. Use a policy whose state is float32."
+            )
         self.needs_input_embeddings = config.target == "input_embed"
         self.chunk = info.tokens(config.chunk)
         self.memory = Memory.planned(
@@ -123,10 +128,10 @@ class GatingMLP(SequenceBlock):
         with self._without_autocast(tokens):
             hidden, base = self._host_mlp(tokens)
             key, target, rate = (part[:, 0] for part in self._token(hidden, tokens, context))
-            taught = key if context.updates else torch.zeros_like(key)
             conv, projection = self.conv.to(key), self.projection.to(key)
             stepper = self._stepper_for(state)
-            added = stepper.step(state, key, (taught, target, rate), conv, projection, context.exec_mask)
+            teaches = context.updates
+            added = stepper.step(state, (key, target, rate), conv, projection, context.exec_mask, teaches=teaches)
             return self.info.format.from_tokens(self._add(base, added[:, None]), x)
 
     def _host_mlp(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +176,7 @@ class GatingMLP(SequenceBlock):
         target, rate = (layout.split(torch.where(sound, part, 0)) for part in (target, rate))
         queries = keys if state is None else layout.split(keys).flatten(1, 2)
         remembered = list(keys.split(size, 1))
-        if context.want_state:
+        if context.want_state or state is not None:
             remembered = list(layout.split(torch.where(sound & context.updates, keys, 0)).unbind(1))
         beyond = self.memory.taps if context.want_state else 0
         sums = ops.filtered(target, self._reaching().to(target), self.memory.left, beyond)
@@ -232,7 +237,7 @@ class GatingMLP(SequenceBlock):
 
     @torch.no_grad()
     def drift(self, state: BlockState) -> Tensor:
-        """``[B]`` float64: norm of each stream's accumulated update over that of W_0 and its LoRA."""
+        """``[B]`` float64: norm of each stream's accumulated update over that of the host's own W_0 and its LoRA."""
         assert self.info.mlp is not None
         square = sum(parameter.double().square().sum() for parameter in self.info.mlp.linear_out.parameters())
         moved = self.accumulated_update(state).double().square().flatten(1).sum(1)

@@ -26,7 +26,7 @@ def gram(
     """
     chunk = torch.arange(taught.shape[1], device=keys.device)
     age = (chunk[:, None] - 1 - chunk).clamp(min=0)
-    weights = taught[:, None] * torch.tensor(1 - decay, dtype=keys.dtype, device=keys.device) ** age
+    weights = taught[:, None] * torch.pow(1 - decay, age.to(keys.dtype))
     kept = [(1 - decay) ** i for i in range(taught.shape[1])]
     result: Tensor = _Gram.apply(keys, values, start, weights, kept, size)  # type: ignore[no-untyped-call]
     return result
@@ -43,7 +43,8 @@ class _Gram(torch.autograd.Function):
             if i:
                 affinity = _weighted(keys[:, now] @ keys[:, past].mT, weights, i, size)
                 out[:, now].baddbmm_(affinity, values[:, past])
-                affinities.append(affinity)
+                if any(ctx.needs_input_grad):
+                    affinities.append(affinity)
             if start is not None:
                 out[:, now].baddbmm_(keys[:, now], start, alpha=kept[i])
         ctx.save_for_backward(keys, values, start, weights, *affinities)

@@ -67,14 +67,17 @@ def filtered(target: Tensor, conv: Tensor, left: int, beyond: int = 0) -> Tensor
 
 
 def squared_norm(keys: Tensor, values: Tensor) -> Tensor:
-    """``[..., C]``: what each token adds to ||sum_c v_c k_c^T||^2 given those before it, without building the sum."""
+    """``[..., C]``: what each token adds to ||sum_c v_c k_c^T||^2 given those before it, without building the sum.
+
+    ``keys [..., C, h]``, ``values [..., C, d]``.
+    """
     products = (keys @ keys.mT) * (values @ values.mT)
     weights = 2 * torch.ones_like(products).tril(-1) + torch.eye(products.shape[-1]).to(products)
     return (products * weights).sum(-1)
 
 
 def clip_scale(square: Tensor, clip: float) -> Tensor:
-    """min(1, clip / norm) of updates with squared norms ``square``; zero where that is not finite."""
+    """min(1, clip / norm) of updates with squared norms ``square``, of any shape; zero where that is not finite."""
     # The gradient of a square root at zero is infinite: an update of zero is scaled by one, whatever its norm's slope.
     positive = square > 0
     scale = (clip / torch.where(positive, square, torch.ones_like(square)).sqrt()).clamp(max=1.0)
@@ -103,7 +106,10 @@ def running_sum(
 
 
 def after_chunk(delta: Tensor, keys: Tensor, values: Tensor, ended: Tensor, taught: Tensor, decay: float) -> Tensor:
-    """``delta [B, h, d]`` after a chunk where it ``ended [B or 1]``; its update where it ``taught [B]`` something."""
+    """``delta [B, h, d]`` after a chunk where it ``ended [B or 1]``; its update where it ``taught [B]`` something.
+
+    ``keys [B, C, h]``, ``values [B, C, d]``.
+    """
     update = torch.where(taught[:, None, None], keys.mT @ values, 0)
     return torch.where(ended[:, None, None], (1 - decay) * delta + update, delta)
 

@@ -35,17 +35,18 @@ class Stepper:
         self.unheard = like.new_zeros(batch, 1, memory.width + 1)
 
     def step(
-        self, state: BlockState, query: Tensor, token: tuple[Tensor, Tensor, Tensor], conv: Tensor, projection: Tensor,
-        active: Tensor | None,
+        self, state: BlockState, token: tuple[Tensor, Tensor, Tensor], conv: Tensor, projection: Tensor,
+        active: Tensor | None, *, teaches: bool = True,
     ) -> Tensor:  # fmt: skip
         """What the earlier chunks' updates add to the token's output, ``[B, d]``; the token goes into ``state``.
 
         Args:
-            query: ``[B, h]``, the hidden activation, in the state's dtype.
-            token: key ``[B, h]``, target ``[B, d]`` and rate ``[B, 1]``, in the state's dtype.
+            token: key (the hidden activation) ``[B, h]``, target ``[B, d]`` and rate ``[B, 1]``, in the state's dtype.
             conv: ``[d, 1, kernel]``; projection: ``[d, d]``.
             active: ``[B]`` bool, or None for all; the state of a row that is not stays as it is.
+            teaches: False for a token that nothing is learned from (its rate is zero).
         """
+        query = token[0]
         columns, channels, sources, key_slots, value_slots, folded, done, following = self.tables.at(
             state["position"], active
         )
@@ -56,9 +57,13 @@ class Stepper:
         sound = row.abs().amax(-1) < self.limit
         row = torch.where(sound[:, None], row, 0)
         key, heard = row.split_with_sizes([query.shape[1], row.shape[1] - query.shape[1]], dim=1)
+        if not teaches:
+            key = torch.zeros_like(key)
         sums = torch.cat([state["open"], self.unheard], dim=1)
         taps = conv.view(-1).index_select(0, self.taps).view(self.memory.taps, -1)
         sums[..., :-1].addcmul_(taps, heard[:, None, :-1])
+        if len(self.window) > 1:  # there are no tokens before the chunk's first
+            sums[:, : len(self.window)].masked_fill_((state["position"][:, None] + self.window < 0)[..., None], 0)
         window = sums[:, : len(self.window)]
         window[:, -1, -1:].copy_(heard[:, -1:])
         values = window[..., :-1] * window[..., -1:]

@@ -83,7 +83,7 @@ class Streamed(_InPlace):
         stepper = Stepper(memory, state["delta"])
         rate = hidden.new_full((hidden.shape[0], 1), float(metadata["learning_rate"]))
         added = [
-            stepper.step(state, h, (h, t, rate), inputs["conv"], _projection(inputs), None)
+            stepper.step(state, (h, t, rate), inputs["conv"], _projection(inputs), None)
             for h, t in zip(hidden.unbind(1), target.unbind(1), strict=True)
         ]
         return {"y": hidden @ inputs["linear_out"].T + torch.stack(added, dim=1)}

@@ -154,3 +154,24 @@ def test_an_adapter_is_examined_and_a_config_without_blocks_refused(cli, tmp_pat
     result = cli("doctor", config)
     assert result.exit_code == 2
     assert "no blocks to examine" in result.said
+
+
+def test_too_few_tokens_for_an_update_are_refused(cli):
+    result = cli("doctor", "tiny-gating-mlp", "--batches", "1", "--length", "16")
+    assert result.exit_code == 2
+    assert "no update could take effect" in " ".join(result.said.split())
+
+
+def test_each_flag_is_given_once():
+    found = flags(injected(variant="gating_mlp", lr=1e12))
+    assert len(found) == len(set(found)) == len({flag.split()[1] for flag in found})
+
+
+def test_a_block_called_by_keyword_is_measured_and_a_monitor_is_entered_once():
+    injection = injected()
+    ((site, block),) = injection.blocks.items()
+    with HealthMonitor(injection.blocks) as monitor:
+        block(x=torch.randn(1, 24, injection.model.dim))
+        with pytest.raises(RuntimeError, match="measuring already"):
+            monitor.__enter__()
+    assert monitor.read()[site].figures["key_norm"] == pytest.approx(1.0, rel=1e-5)

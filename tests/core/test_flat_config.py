@@ -75,6 +75,9 @@ def test_the_message_shows_the_native_form_and_what_is_not_part_of_it():
     for key in ("persistent_states", "num_heads"):
         assert f"- {key}: {ELSEWHERE[key]}." in message
     assert "model_dim" not in message
+    for flat in ({"ttt_mlp_layers": 1}, {"ttt_mlp_hidden_dims": [8]}):
+        _, message = native_entries({**flat, "ttt_mlp_expansion_factor": 4}, "old.yaml")
+        assert "- ttt_mlp_expansion_factor: without effect" in message
 
 
 @pytest.mark.parametrize(
@@ -91,6 +94,9 @@ def test_the_message_shows_the_native_form_and_what_is_not_part_of_it():
         ({"initial_gating_alpha": 1.5}, "gate.init = 1.5"),
         ({"ttt_mlp_expansion_factor": 2.5}, "expansion = 2.5"),
         ({"mini_batch_size": 0}, "chunk = 0"),
+        ({"enabled": "false"}, "enabled = 'false': give true or false"),
+        ({"enable": False, "chunk_size": 8, "mini_batch_size": 2}, "leave one group out"),
+        ({"variant": "ttt_mlp", "layers": "all"}, "write it as `ttt: [{variant: ttt_mlp, ...}]`"),
     ],
     ids=str,
 )

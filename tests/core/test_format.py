@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moshi_ttt.core.format import ChunkLayout, SequenceFormat
+from moshi_ttt.core.format import ChunkLayout, GridFormat, SequenceFormat
 
 HEADS, WIDTH = 2, 6
 
@@ -106,3 +106,13 @@ def test_sequence_format_is_a_view():
     assert adapter.to_tokens(x).data_ptr() == x.data_ptr()
     assert adapter.from_tokens(x, like=x).data_ptr() == x.data_ptr()
     assert adapter.chunks(x, 4).num_chunks == 2
+
+
+def test_a_grid_is_tokens_in_the_order_time_row_column_and_back():
+    grid = torch.arange(2 * 3 * 4 * 5 * 6, dtype=torch.float64).view(2, 3, 4, 5, 6)
+    tokens = GridFormat().to_tokens(grid)
+    assert tokens.shape == (2, 60, 6)
+    assert torch.equal(tokens[1, (2 * 4 + 3) * 5 + 1], grid[1, 2, 3, 1])
+    assert torch.equal(GridFormat().from_tokens(tokens, grid), grid)
+    with pytest.raises(ValueError, match=r"Expected activations \[B, T, H, W, D\], got shape \(2, 60, 6\)"):
+        GridFormat().to_tokens(tokens)

@@ -128,3 +128,18 @@ def _stream(generator, frames):
     with generator.streaming(2):
         for _ in range(frames):
             generator.step(user_codes(2)[..., :1])
+
+
+def test_updates_skipped_before_a_reset_are_reported_too():
+    model, _ = tiny_with({"variant": "gating_mlp", "layers": "2", "chunk": 4, "lr": 1e20})
+    generator = LMGen(model, use_sampling=False)
+
+    def two_callers():
+        with generator.streaming(2):
+            for t in range(9):
+                generator.step(user_codes(2)[..., :1])
+                if t == 7:
+                    generator.reset_streaming(torch.tensor([True, False]))
+
+    with pytest.warns(UserWarning, match=r"updates were skipped.*\[2, 2\]"):
+        two_callers()

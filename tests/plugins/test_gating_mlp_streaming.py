@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
+from moshi_ttt.core.errors import ConfigError, ContextError
 from moshi_ttt.core.format import SequenceFormat
-from moshi_ttt.core.precision import FP32_STATE
+from moshi_ttt.core.precision import FP32_STATE, UNIFORM
 from moshi_ttt.core.testing import error
 from moshi_ttt.core.testing.toy_host import ToyMLP
 from moshi_ttt.plugins.gating_mlp import ops, reference
@@ -184,3 +185,34 @@ def test_what_a_stream_reads_beyond_its_tokens_is_never_used():
     state["keys"][:, 8:].fill_(7.0)
     state["values"][:, 8:].fill_(7.0)
     assert torch.equal(stream(block, x, target, state)[0], expected)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_an_off_token_that_is_not_finite_spoils_its_chunk_in_a_step_as_in_one_call(offset):
+    block = build()
+    x, target = draw(2, 12, DIM), draw(2, 12, DIM, seed=2)
+    x[0, 4 + offset] = torch.nan
+    state, carried = block.allocate_state(2), block.allocate_state(2)
+    for t in range(12):
+        token = BlockContext(input_embeddings=target[:, t : t + 1], updates=t != 4 + offset)
+        block.step(x[:, t : t + 1], state, token)
+        _, carried = block(x[:, t : t + 1], carried, token)
+    assert state["skipped"].tolist() == carried["skipped"].tolist() == [1, 0]
+    for name, tensor in carried.items():
+        assert error(state[name], tensor) < 1e-11, name
+
+
+def test_embeddings_of_other_tokens_are_refused():
+    block, x = build(), draw(3, 1, DIM)
+    for other in (x[:1], x.expand(3, 2, DIM), x[..., :2]):
+        with pytest.raises(ContextError, match="Give the embeddings of the same tokens"):
+            block.step(x, block.allocate_state(3), BlockContext(input_embeddings=other))
+
+
+def test_a_float16_state_is_refused():
+    info = SiteInfo(
+        site=Site(0, SiteKind.FEED_FORWARD), dim=DIM, num_heads=1, device=torch.device("cpu"), dtype=torch.float16,
+        format=SequenceFormat(), mlp=ToyMLP(DIM, torch.float16, "cpu"),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="Use a policy whose state is float32"):
+        GatingMLP(GatingMLPConfig(), info, UNIFORM.roles(torch.float16))

@@ -216,6 +216,24 @@ class ReplacesBuffers(TTTLinear):
         return y.detach()
 
 
+class LeavesTraceOfTheFirstToken(TTTLinear):
+    """A step leaves in the state what one call over the same tokens does not, while a chunk is young."""
+
+    def step(self, x, state, context=None):
+        young = state["position"] == 0
+        y = super().step(x, state, context)
+        state["gradient.0"][:, :, -1].masked_fill_(young[:, None, None], 1.0)
+        state["gradient.0"][:, :, -1].masked_fill_(~young[:, None, None], 0.0)
+        return y
+
+
+class HurriesWithoutState(TTTLinear):
+    """Leaves the state it was given alone when nobody wants the next one."""
+
+    def compute(self, x, state, context):
+        return super().compute(x, state if context.want_state else None, context)
+
+
 MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     NoCausalMask: {kit.check_causality, kit.check_splits},
     SharedRows: {kit.check_rows},
@@ -234,6 +252,8 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     LearnsAnyway: {kit.check_updates_off},
     ReplacesBuffers: {kit.check_step_in_place},
     GrowingWork: {kit.check_long_stream},
+    LeavesTraceOfTheFirstToken: {kit.check_every_prefix},
+    HurriesWithoutState: {kit.check_unwanted_state},
     CountsCalls: {kit.check_checkpointing},
     RemembersOnlyTheLastInput: {kit.check_two_forwards},
     ResetWritesWhatBackwardNeeds: {kit.check_reset_before_backward},

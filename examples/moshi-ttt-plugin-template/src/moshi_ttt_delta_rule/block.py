@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from moshi_ttt.core.block import SequenceBlock, assign
 from moshi_ttt_delta_rule.config import DeltaRuleConfig
@@ -44,7 +44,7 @@ class DeltaRule(SequenceBlock):
         """``x [B, T, D]`` to ``(y [B, T, D], state)``: a function; it writes into nothing that it was given."""
         memory = (state or self.init_state(x.shape[0], x.device))["memory"]
         q, k, v = (self._heads(x, weight) for weight in (self.wq, self.wk, self.wv))
-        k = F.normalize(k, dim=-2)
+        k = functional.normalize(k, dim=-2)
         recalled = []
         for query, key, value in zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True):  # each [B, H, Dh, 1]
             if context.updates:
@@ -55,7 +55,7 @@ class DeltaRule(SequenceBlock):
 
     def _heads(self, x, weight):
         """``[B, T, H, Dh, 1]``, multiplied in the dtype for products and kept in the state's."""
-        projected = F.linear(x.to(self.roles.matmul), weight.to(self.roles.matmul))
+        projected = functional.linear(x.to(self.roles.matmul), weight.to(self.roles.matmul))
         return projected.to(self.roles.state).unflatten(-1, (self.info.num_heads, -1))[..., None]
 
     def flops_per_token(self):

@@ -10,7 +10,8 @@ from moshi_ttt.core.config import BlockConfig
 
 
 class DeltaRuleConfig(BlockConfig):
-    """
+    """Options of the memory.
+
     Attributes:
         lr: learning rate of the memory; 1 replaces what a key recalls, less mixes it.
         gate: how much of what is recalled reaches the residual at the start.
