@@ -48,6 +48,13 @@ def save_adapter(injection: Injection, folder: str | Path, *, training_step: int
             f"The model has blocks at {', '.join(map(str, injection.blocks)) or 'no site'}, this injection made "
             f"{', '.join(map(str, planned)) or 'none'}: it was removed, or another took its place. Nothing was saved."
         )
+    factors = {block.inner_lr_factor for block in injection.blocks.values()} - {1.0}
+    if factors:
+        raise AdapterError(
+            f"The inner learning rate is scaled by {', '.join(map(str, sorted(factors)))}, which an adapter does not "
+            "keep: whoever loads it would compute something else. Call injection.set_inner_lr_factor(1) when the "
+            "schedule has ended. Nothing was saved."
+        )
     tensors = {name: _whole(parameter) for name, parameter in injection.named_parameters()}
     tensors |= {EXTRA + name: _whole(p) for name, p in injection.host.extra_parameters(injection.model).items()}
     manifest = {

@@ -121,6 +121,7 @@ class BlockContext:
         reset: ``[B]`` bool; a row where it is true starts from the learned initial state before this call.
         updates: False lets no token of this call teach the fast weights anything: what the model does without
             test-time learning. What an unfinished chunk had learned before still takes effect when the chunk ends.
+        coordinates: ``[T, axes]`` int64, where each token is on the host's grid; the block's format sets it.
         want_state: False when nobody will use the state after this call: a block may then return an empty one.
     """
 
@@ -128,6 +129,7 @@ class BlockContext:
     exec_mask: Tensor | None = None
     reset: Tensor | None = None
     updates: bool = True
+    coordinates: Tensor | None = None
     want_state: bool = True
 
 
@@ -159,6 +161,8 @@ class SequenceBlock(nn.Module, ABC):
         self.config = config
         self.info = info
         self.roles = roles
+        self.inner_lr_factor = 1.0
+        """What a training schedule multiplies the inner learning rate by; 1 when it has ended, as adapters ask for."""
         self._roles_checked = False
 
     # ---- what a variant provides
@@ -211,6 +215,9 @@ class SequenceBlock(nn.Module, ABC):
         context = context or BlockContext()
         tokens = self.info.format.to_tokens(x)
         self._check_call(tokens, state, context)
+        coordinates = self.info.format.coordinates(x)
+        if coordinates is not None:
+            context = replace(context, coordinates=coordinates)
         if state is None and (context.exec_mask is not None or context.reset is not None):
             state = self.init_state(tokens.shape[0], tokens.device)
         elif state is not None and context.reset is not None:

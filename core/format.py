@@ -9,6 +9,7 @@ of the last chunk is padded with zeros and masked, so padding never reaches a st
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -76,6 +77,9 @@ class ChunkLayout:
 class FormatAdapter(ABC):
     """Between a host's activations and the tokens ``[B, T, D]`` that blocks compute on."""
 
+    axes: ClassVar[int] = 1
+    """How many numbers say where a token is: 1 in a sequence."""
+
     @abstractmethod
     def to_tokens(self, activations: Tensor) -> Tensor:
         """Host activations to tokens ``[B, T, D]``, without a copy where a view will do."""
@@ -83,6 +87,10 @@ class FormatAdapter(ABC):
     @abstractmethod
     def from_tokens(self, tokens: Tensor, like: Tensor) -> Tensor:
         """Tokens ``[B, T, D]`` back to the layout of the activations ``like``."""
+
+    def coordinates(self, activations: Tensor) -> Tensor | None:
+        """``[T, axes]`` int64, where each token is; None in a sequence, where its position in its chunk says so."""
+        return None
 
     def chunks(self, tokens: Tensor, chunk_size: int, offset: Tensor | None = None) -> ChunkLayout:
         """The chunk layout of ``tokens [B, T, D]``; ``offset [B]`` continues unfinished chunks."""
@@ -92,6 +100,8 @@ class FormatAdapter(ABC):
 class GridFormat(FormatAdapter):
     """Activations on a grid over time ``[B, T, H, W, D]`` (video): tokens in the order time, row, column."""
 
+    axes: ClassVar[int] = 3
+
     def to_tokens(self, activations: Tensor) -> Tensor:
         if activations.dim() != 5:
             raise ValueError(f"Expected activations [B, T, H, W, D], got shape {tuple(activations.shape)}.")
@@ -99,6 +109,10 @@ class GridFormat(FormatAdapter):
 
     def from_tokens(self, tokens: Tensor, like: Tensor) -> Tensor:
         return tokens.reshape(*like.shape[:-1], tokens.shape[-1])
+
+    def coordinates(self, activations: Tensor) -> Tensor:
+        axes = [torch.arange(size, device=activations.device) for size in activations.shape[1:4]]
+        return torch.cartesian_prod(*axes)
 
 
 class SequenceFormat(FormatAdapter):

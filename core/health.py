@@ -7,7 +7,7 @@ the measurements after each call of a block; nothing is read on the host until `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -61,7 +61,9 @@ class HealthMonitor:
             x = kwargs["x"] if "x" in kwargs else args[0]
             context = kwargs.get("context") or (args[2] if len(args) > 2 else None) or BlockContext()
             y, after = output
-            measured = dict(block.statistics(block.info.format.to_tokens(x), context))
+            adapter = block.info.format
+            context = replace(context, coordinates=adapter.coordinates(x))
+            measured = dict(block.statistics(adapter.to_tokens(x), context))
             measured["output_not_finite"] = _share_not_finite([y])
             numbers = [tensor for tensor in after.values() if tensor.is_floating_point()]
             if numbers:

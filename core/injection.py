@@ -131,6 +131,16 @@ class Injection:
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in own)
 
+    def set_inner_lr_factor(self, factor: float) -> None:
+        """Multiply every block's inner learning rate by ``factor`` from now on: a schedule's value at this step.
+
+        Not saved: a schedule ends at 1, and an adapter is saved there. Raises ValueError for less than 0.
+        """
+        if not 0 <= factor < float("inf"):
+            raise ValueError(f"An inner learning rate's factor is a number of 0 or more, got {factor}.")
+        for block in self.blocks.values():
+            block.inner_lr_factor = float(factor)
+
     def initialise(self) -> None:
         """Give every block its initial values (again): after ``to_empty`` on a model built on the meta device."""
         initialise_blocks(self.blocks, self.plan.seed)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from moshi_ttt.plugins.common.hybrid import (
     inner_inputs,
     inner_norm,
 )
+from moshi_ttt.plugins.common.rope import widths as axis_widths
 
 INIT_STD = 0.02
 
@@ -113,6 +115,15 @@ class HybridBlock(SequenceBlock):
                 f"Width {info.dim} over {info.num_heads} heads: RoPE needs an even whole head width, got "
                 f"{info.dim / info.num_heads:g}. Use a host whose head width is even."
             )
+        if info.format.axes > 1:
+            if config.causal:
+                raise ConfigError(
+                    f"{info.site}: a grid is heard as a whole. Set causal: false, or bidirectional: true."
+                )
+            try:
+                axis_widths(head_dim, info.format.axes)
+            except ValueError as error:
+                raise ConfigError(f"{info.site}: {error} Use a host whose head width is a multiple of 16.") from None
         widths = self.widths(config, head_dim)
         self.options = HybridOptions(
             num_heads=info.num_heads,
@@ -205,6 +216,8 @@ class HybridBlock(SequenceBlock):
     def compute(self, x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
         y, after = self._pass(x, state, context, self.gate)
         if self.config.bidirectional:
+            if context.coordinates is not None:
+                context = replace(context, coordinates=context.coordinates.flip(0))
             y = self._pass(y.flip(1), None, context, self.gate_reversed)[0].flip(1)
         return y, after
 
@@ -217,8 +230,11 @@ class HybridBlock(SequenceBlock):
         state = self.init_state(batch, x.device) if state is None else state
         layout = self.info.format.chunks(x, self.config.chunk, offset)
         weights = self.weights(gate)
-        start = torch.zeros(1, dtype=torch.int64, device=x.device) if offset is None else offset
-        position = (start[:, None] + torch.arange(length, device=x.device)) % self.config.chunk
+        if context.coordinates is None:
+            start = torch.zeros(1, dtype=torch.int64, device=x.device) if offset is None else offset
+            position = (start[:, None] + torch.arange(length, device=x.device)) % self.config.chunk
+        else:
+            position = context.coordinates[None]
         y, after = inner_loop.run(
             self._tokens(x, position, weights, context),
             state,
@@ -250,12 +266,16 @@ class HybridBlock(SequenceBlock):
 
     def _tokens(self, x: Tensor, position: Tensor, weights: HybridWeights, context: BlockContext) -> inner_loop.Tokens:
         tokens = inner_inputs(x, position, weights, self.options, self.roles)
-        return tokens if context.updates else tokens._replace(lr=torch.zeros_like(tokens.lr))
+        if not context.updates:
+            return tokens._replace(lr=torch.zeros_like(tokens.lr))
+        return tokens if self.inner_lr_factor == 1 else tokens._replace(lr=self.inner_lr_factor * tokens.lr)
 
     def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         weights, heads = self.weights(), self.info.num_heads
-        position = torch.arange(x.shape[1], device=x.device)[None] % self.config.chunk
-        tokens = self._tokens(x, position, weights, context)
+        position = torch.arange(x.shape[1], device=x.device) % self.config.chunk
+        if context.coordinates is not None:
+            position = context.coordinates
+        tokens = self._tokens(x, position[None], weights, context)
         value = weights.wv(x, self.roles.matmul).unflatten(-1, (heads, -1)).to(tokens.k)
         norm = inner_norm(weights, self.options, self.roles)
         scale = weights.token_scale.to(self.roles.state)

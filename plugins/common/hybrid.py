@@ -105,7 +105,7 @@ def inner_inputs(
 
     Args:
         x: ``[B, T, D]``.
-        position: ``[B or 1, T]``, each token's position in its chunk.
+        position: ``[B or 1, T]``, each token's position in its chunk, or ``[1, T, A]``, where it is on a grid.
 
     Returns:
         q, k, the target's v' and lr.

@@ -1,20 +1,44 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) over interleaved pairs."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) over interleaved pairs.
+
+On a grid over time each axis has channels of its own, in the shares of CogVideoX (Yang et al. 2024, arXiv:2408.06072):
+a quarter for time, three eighths each for row and column.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+SHARES = {1: (8,), 3: (2, 3, 3)}
+"""Number of axes -> eighths of the head width that each turns."""
+
+
+def widths(head_dim: int, axes: int) -> list[int]:
+    """Channels that each axis turns. Raises ValueError where they are not even whole numbers."""
+    if axes not in SHARES or any(head_dim * share % 16 for share in SHARES[axes]):
+        raise ValueError(
+            f"RoPE over {axes} axes needs a head width that divides into {SHARES.get(axes)} eighths of pairs."
+        )
+    return [head_dim * share // 8 for share in SHARES[axes]]
+
 
 def rotate(x: Tensor, position: Tensor, *, theta: float = 10_000.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rotate the pairs (0, 1), (2, 3), ... of the last dimension by ``position * theta^(-2i / Dh)``.
+    """Rotate the pairs (0, 1), (2, 3), ... of the last dimension by ``position * theta^(-2i / width)``.
 
     Args:
         x: ``[B, T, H, Dh]``, Dh even, any floating dtype.
-        position: ``[B or 1, T]`` integer positions.
+        position: ``[B or 1, T]`` integer positions, or ``[B or 1, T, A]`` for A axes, each turning its own channels
+            (``widths``), with frequencies of its own.
         theta: base of the frequencies.
         dtype: what angles and products are computed in; the result has the dtype of ``x``.
     """
+    if position.dim() == 3:
+        parts = x.split(widths(x.shape[-1], position.shape[-1]), dim=-1)
+        turned = [
+            rotate(part, where, theta=theta, dtype=dtype)
+            for part, where in zip(parts, position.unbind(-1), strict=True)
+        ]
+        return torch.cat(turned, dim=-1)
     pairs = torch.arange(0, x.shape[-1], 2, device=x.device, dtype=dtype)
     angle = position.to(dtype)[..., None, None] * theta ** (-pairs / x.shape[-1])
     cos, sin = angle.cos(), angle.sin()

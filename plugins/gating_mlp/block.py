@@ -160,10 +160,10 @@ class GatingMLP(SequenceBlock):
         if not updates:
             return x.new_zeros(*x.shape[:2], 1)
         if not self.config.learned_lr:
-            return x.new_full((*x.shape[:2], 1), self.config.lr, dtype=self.roles.compute)
+            return x.new_full((*x.shape[:2], 1), self.inner_lr_factor * self.config.lr, dtype=self.roles.compute)
         wide = x.to(self.roles.compute)
         score = (wide * self.lr_weight.to(wide)).sum(-1, keepdim=True) + self.lr_bias.to(wide)
-        return self.config.lr * 2 * torch.sigmoid(score)
+        return self.inner_lr_factor * self.config.lr * 2 * torch.sigmoid(score)
 
     def _heard(
         self, layout: ChunkLayout, hidden: Tensor, x: Tensor, state: BlockState | None, context: BlockContext

@@ -10,7 +10,7 @@ import torch
 from tests.project import ROOT
 
 from moshi_ttt import default_registry, inject, load_adapter, parse_config, save_adapter
-from moshi_ttt.core.errors import ConfigError, HostError, InjectionError
+from moshi_ttt.core.errors import AdapterError, ConfigError, HostError, InjectionError
 from moshi_ttt.hosts.audio.host import AUDIO_HOST, AudioHostConfig
 from moshi_ttt.hosts.audio.model import denoising_loss, made_up_recordings
 
@@ -123,3 +123,17 @@ def test_the_example_runs():
     )
     assert result.returncode == 0, result.stderr
     assert "with their learning switched off" in result.stdout
+
+
+def test_an_adapter_is_not_saved_in_the_middle_of_a_schedule(tmp_path):
+    _, injection = injected()
+    injection.set_inner_lr_factor(0.25)
+    assert {block.inner_lr_factor for block in injection.blocks.values()} == {0.25}
+    with pytest.raises(AdapterError, match=r"scaled by 0\.25.*set_inner_lr_factor\(1\).*Nothing was saved"):
+        save_adapter(injection, tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+    injection.set_inner_lr_factor(1)
+    save_adapter(injection, tmp_path / "adapter")
+    for wrong in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="0 or more"):
+            injection.set_inner_lr_factor(wrong)

@@ -9,7 +9,7 @@ import torch
 
 from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
 from moshi_ttt.core.errors import ConfigError, ContextError, PrecisionError
-from moshi_ttt.core.format import SequenceFormat
+from moshi_ttt.core.format import GridFormat, SequenceFormat
 from moshi_ttt.core.precision import FP32, FP32_STATE, UNIFORM
 from moshi_ttt.plugins.common import hybrid, reference
 from moshi_ttt.plugins.common.rope import rotate
@@ -260,3 +260,58 @@ def test_a_fixed_gate_is_no_parameter_and_keeps_its_value():
     meta.to_empty(device="cpu")
     meta.reset_parameters()
     assert (meta.gate == 0.25).all()
+
+
+def grid_block(**options):
+    info = SiteInfo(
+        site=Site(0, SiteKind.SEQUENCE), dim=32, num_heads=2, device=torch.device("cpu"), dtype=torch.float64,
+        format=GridFormat(),
+    )  # fmt: skip
+    block = TTTLinear(TTTLinearConfig(chunk=4, **options), info, FP32_STATE.roles(torch.float64))
+    block.reset_parameters(torch.Generator().manual_seed(0))
+    return block
+
+
+def test_rope_on_a_grid_turns_each_axis_by_its_own_coordinate():
+    x = torch.randn(1, 24, 2, 16, dtype=torch.float64)
+    where = GridFormat().coordinates(torch.empty(1, 2, 3, 4, 1))
+    assert where[(1 * 3 + 2) * 4 + 3].tolist() == [1, 2, 3]
+    turned = rotate(x, where[None], dtype=torch.float64)
+    for axis, channels in enumerate((slice(0, 4), slice(4, 10), slice(10, 16))):
+        alone = rotate(x[..., channels], where[None, :, axis], dtype=torch.float64)
+        assert torch.equal(turned[..., channels], alone)
+    assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1))
+
+
+@pytest.mark.parametrize("options", [{"causal": False}, {"bidirectional": True}], ids=str)
+def test_a_block_on_a_grid_is_the_block_on_its_tokens_with_their_coordinates(options):
+    block = grid_block(**options)
+    grid = torch.randn(2, 2, 3, 4, 32, dtype=torch.float64)
+    y, _ = block(grid)
+    assert y.shape == grid.shape
+    context = BlockContext(coordinates=GridFormat().coordinates(grid))
+    expected, _ = block.compute(grid.flatten(1, 3), None, context)
+    assert torch.equal(y.flatten(1, 3), expected)
+    other, _ = block.compute(grid.flatten(1, 3), None, BlockContext(coordinates=context.coordinates.flip(0)))
+    assert not torch.equal(other, expected), "where a token is matters"
+
+
+def test_a_grid_refuses_a_causal_block_and_an_odd_head_width():
+    with pytest.raises(ConfigError, match=r"heard as a whole\. Set causal: false"):
+        grid_block()
+    info = replace(grid_block(causal=False).info, num_heads=4)
+    with pytest.raises(ConfigError, match="head width is a multiple of 16"):
+        TTTLinear(TTTLinearConfig(causal=False), info, FP32_STATE.roles(torch.float64))
+
+
+def test_a_schedule_scales_the_inner_learning_rate():
+    half, full = (
+        build(config=TTTLinearConfig(chunk=4, base_lr=0.5)),
+        build(config=TTTLinearConfig(chunk=4, base_lr=1.0)),
+    )
+    x = torch.randn(2, 11, 16)
+    full.inner_lr_factor = 0.5
+    assert torch.equal(full(x)[0], half(x)[0])
+    state, other = full.allocate_state(2), half.allocate_state(2)
+    for t in range(11):
+        assert torch.equal(full.step(x[:, t : t + 1], state), half.step(x[:, t : t + 1], other))
