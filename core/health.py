@@ -68,6 +68,7 @@ class HealthMonitor:
             numbers = [tensor for tensor in after.values() if tensor.is_floating_point()]
             if numbers:
                 measured["state_not_finite"] = _share_not_finite(numbers)
+                measured["state_norm"] = torch.stack([tensor.double().norm() for tensor in numbers]).norm()
                 measured["drift"] = _largest_drift(block, after)
                 self._state_dtypes[site] = {tensor.dtype for tensor in numbers}
             self._latest[site] = measured

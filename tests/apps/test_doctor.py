@@ -129,7 +129,17 @@ def test_the_command(cli, tmp_path):
     report = json.loads(result.stdout)
     assert report["healthy"]
     for block in report["blocks"].values():
-        assert {"key_norm", "inner_loss_before", "drift"} <= block["figures"].keys()
+        wanted = {
+            "key_norm",
+            "amplification",
+            "std_below_eps",
+            "gate",
+            "inner_loss_before",
+            "inner_loss_after",
+            "drift",
+        }
+        assert wanted | {"state_norm", "state_not_finite", "token_scale_last"} <= block["figures"].keys()
+        assert block["figures"]["state_norm"] > 0
     sick = tmp_path / "sick.yaml"
     sick.write_text(
         "host: {name: moshi, hf_repo: builtin:tiny}\n"
