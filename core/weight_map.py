@@ -33,9 +33,10 @@ class WeightMap(ABC):
 def import_weights(block: SequenceBlock, weight_map: WeightMap, tensors: Mapping[str, Tensor]) -> None:
     """Fill ``block`` from ``tensors``, in the block's own dtypes. Strict: all names and shapes, or nothing is written.
 
-    Raises WeightMapError with every name that is missing or unexpected and every shape that differs.
+    Raises WeightMapError with every name that is missing or unexpected and every shape that differs, or when the map is
+    for another kind of block.
     """
-    names, own = weight_map.names(block), dict(block.named_parameters())
+    names, own = _checked_names(block, weight_map), dict(block.named_parameters())
     problems = [f"missing {name}" for name in names if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in names]
     problems += [
@@ -60,6 +61,7 @@ def export_weights(block: SequenceBlock, weight_map: WeightMap) -> dict[str, Ten
 
     Raises WeightMapError when the block has learned something that the other layout cannot say.
     """
+    names = _checked_names(block, weight_map)
     own = {name: parameter.detach() for name, parameter in block.named_parameters()}
     lost = [
         mine
@@ -71,4 +73,17 @@ def export_weights(block: SequenceBlock, weight_map: WeightMap) -> dict[str, Ten
             f"The block at {block.info.site} has values that this layout has no place for: {', '.join(lost)}. "
             "Set them to their neutral values first, if the block can do without them."
         )
-    return {name: own[mine].clone() for name, mine in weight_map.names(block).items()}
+    return {name: own[mine].clone() for name, mine in names.items()}
+
+
+def _checked_names(block: SequenceBlock, weight_map: WeightMap) -> Mapping[str, str]:
+    """The map's names for ``block``. Raises WeightMapError unless every parameter of the block is in the map once."""
+    names = weight_map.names(block)
+    mapped, own = [*names.values(), *weight_map.neutral(block)], {name for name, _ in block.named_parameters()}
+    if sorted(mapped) != sorted(own):
+        differ = ", ".join(sorted(own.symmetric_difference(mapped))) or "a parameter that it has twice"
+        raise WeightMapError(
+            f"This weight map is not for the block at {block.info.site}, a {type(block).__name__}: they differ in "
+            f"{differ}. Take the map of the block's own variant."
+        )
+    return names

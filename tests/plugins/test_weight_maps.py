@@ -98,3 +98,31 @@ def test_what_a_layout_cannot_say_is_not_dropped():
 def test_an_unknown_map_names_the_nearest():
     with pytest.raises(UnknownNameError, match="Did you mean 'ttt_mlp-video_dit'"):
         default_registry().weight_map("ttt_mlp-videodit")
+
+
+@pytest.mark.parametrize(("variant", "other"), [("ttt_linear", "ttt_mlp"), ("ttt_mlp", "ttt_linear")])
+def test_a_map_of_another_variant_is_refused_both_ways(variant, other, layout):
+    block, weight_map = block_of(variant), default_registry().weight_map(f"{other}-{layout}")
+    before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+    with pytest.raises(
+        WeightMapError, match=r"differ in fast_bias\.1, fast_weight\.1\. Take the map of the block's own"
+    ):
+        import_weights(block, weight_map, theirs(other, layout))
+    with pytest.raises(WeightMapError, match="not for the block"):
+        export_weights(block, weight_map)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in block.named_parameters())
+
+
+@pytest.mark.parametrize("options", [{"bidirectional": True}, {"gate": {"alpha": "fixed"}, "causal": False}], ids=str)
+def test_gates_of_both_directions_go_along_and_a_fixed_one_does_not(options, layout):
+    config = parse_block({"variant": "ttt_linear", "chunk": C, **options}, registry=default_registry())
+    block, weight_map = (
+        BlockCase(variant="ttt_linear", config=config).block(),
+        default_registry().weight_map(f"ttt_linear-{layout}"),
+    )
+    with torch.no_grad():
+        for letter in "qkvo":
+            getattr(block, f"w{letter}").bias.zero_()
+    gates = {name for name in export_weights(block, weight_map) if "gating" in name}
+    both = {"gating_alpha", "backward_gating_alpha"} if options.get("bidirectional") else set()
+    assert gates == (both if layout == "video_dit" else set())
