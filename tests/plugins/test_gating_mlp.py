@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.plugins.gating import DIM, build, draw
 from torch import nn
 
 from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
@@ -18,28 +19,6 @@ from moshi_ttt.plugins.gating_mlp import ops, reference
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.gram import gram
-
-DIM = 6
-
-
-def build(*, mlp: nn.Module | None = None, dtype=torch.float64, excite=True, **options) -> GatingMLP:
-    mlp = mlp or ToyMLP(DIM, dtype, "cpu")
-    info = SiteInfo(
-        site=Site(0, SiteKind.FEED_FORWARD), dim=DIM, num_heads=1, device=torch.device("cpu"), dtype=dtype,
-        format=SequenceFormat(), mlp=mlp,
-    )  # fmt: skip
-    block = GatingMLP(GatingMLPConfig(**{"chunk": 4, **options}), info, FP32_STATE.roles(dtype))
-    generator = torch.Generator().manual_seed(0)
-    block.reset_parameters(generator)
-    if excite:
-        with torch.no_grad():
-            for parameter in block.parameters():
-                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return block
-
-
-def draw(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("padding", ["centered", "causal"])

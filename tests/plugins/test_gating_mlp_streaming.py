@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.plugins.gating import DIM, build, draw
 
 from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
 from moshi_ttt.core.errors import ConfigError, ContextError
 from moshi_ttt.core.format import SequenceFormat
-from moshi_ttt.core.precision import FP32_STATE, UNIFORM
+from moshi_ttt.core.precision import UNIFORM
 from moshi_ttt.core.testing import error
 from moshi_ttt.core.testing.toy_host import ToyMLP
 from moshi_ttt.plugins.gating_mlp import ops, reference
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.schedule import FoldSchedule, StepTables
-
-DIM = 6
-
-
-def build(dtype=torch.float64, **options) -> GatingMLP:
-    info = SiteInfo(
-        site=Site(0, SiteKind.FEED_FORWARD), dim=DIM, num_heads=1, device=torch.device("cpu"), dtype=dtype,
-        format=SequenceFormat(), mlp=ToyMLP(DIM, dtype, "cpu"),
-    )  # fmt: skip
-    block = GatingMLP(GatingMLPConfig(**{"chunk": 4, "lr": 0.2, **options}), info, FP32_STATE.roles(dtype))
-    generator = torch.Generator().manual_seed(0)
-    block.reset_parameters(generator)
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return block
-
-
-def draw(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def stream(block, x, target, state=None):

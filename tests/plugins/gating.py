@@ -1,0 +1,35 @@
+"""A small ``gating_mlp`` block in a toy MLP, for the tests of both its regimes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moshi_ttt.core.block import Site, SiteInfo, SiteKind
+from moshi_ttt.core.format import SequenceFormat
+from moshi_ttt.core.precision import FP32_STATE
+from moshi_ttt.core.testing.toy_host import ToyMLP
+from moshi_ttt.plugins.gating_mlp.block import GatingMLP
+from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
+
+DIM = 6
+
+
+def build(*, mlp: nn.Module | None = None, dtype=torch.float64, excite=True, **options) -> GatingMLP:
+    mlp = mlp or ToyMLP(DIM, dtype, "cpu")
+    info = SiteInfo(
+        site=Site(0, SiteKind.FEED_FORWARD), dim=DIM, num_heads=1, device=torch.device("cpu"), dtype=dtype,
+        format=SequenceFormat(), mlp=mlp,
+    )  # fmt: skip
+    block = GatingMLP(GatingMLPConfig(**{"chunk": 4, **options}), info, FP32_STATE.roles(dtype))
+    generator = torch.Generator().manual_seed(0)
+    block.reset_parameters(generator)
+    if excite:
+        with torch.no_grad():
+            for parameter in block.parameters():
+                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return block
+
+
+def draw(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
