@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
@@ -30,15 +31,15 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except MoshiTTTError as error:
-            _errors().print(f"[bold red]Error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        except (Exception, KeyboardInterrupt) as error:
+            if _was_interrupted(error):
+                _errors().print("\n[bold]Interrupted.[/] Nothing half-written was left behind.")
+                raise typer.Exit(EXIT_INTERRUPTED) from None
+            if not isinstance(error, (MoshiTTTError, OSError)):
+                raise
+            end = "." if isinstance(error, OSError) else ""
+            _errors().print(f"[bold red]Error:[/] {_plain(error)}{end}", highlight=False, soft_wrap=True)
             raise typer.Exit(EXIT_ERROR) from None
-        except OSError as error:
-            _errors().print(f"[bold red]Error:[/] {_plain(error)}.", highlight=False, soft_wrap=True)
-            raise typer.Exit(EXIT_ERROR) from None
-        except KeyboardInterrupt:
-            _errors().print("\n[bold]Interrupted.[/] Nothing half-written was left behind.")
-            raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 app = typer.Typer(
@@ -226,6 +227,13 @@ def verify(
         raise typer.Exit(EXIT_FAILED)
 
 
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether ``error`` is an interruption, or was raised by code that met one and made another error of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _console() -> Console:
     from rich.console import Console
 
@@ -252,10 +260,30 @@ def _show_warning(
     print(f"Warning: {message}", file=file or sys.stderr)
 
 
+class _Interrupted(KeyboardInterrupt):
+    """What Ctrl-C and a termination raise here.
+
+    A type of its own, because CPython remembers a plain KeyboardInterrupt that passes through ``exec`` of a string
+    (dataclasses and pydantic do that while they are imported) and then ends by a signal, although it was caught.
+    """
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # A module that is being imported may swallow whatever is raised inside it: wait until it is done.
+    signal.signal(signal.SIGALRM, _interrupt)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            return
+        frame = frame.f_back
+    raise _Interrupted
+
+
 def main() -> None:
     """The console entry point."""
     # A termination is an interruption: what is half-written is cleared away on the way out.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, _interrupt)
     app()
 
 

@@ -302,6 +302,52 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path, stop):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM"])
+def test_a_run_that_is_stopped_inside_an_exec_ends_with_the_code_of_an_interruption(tmp_path, stop):
+    (tmp_path / "stopped.py").write_text(
+        "import rich.console, rich.markup\n"  # a later exec would clear the trace of the first
+        "from moshi_ttt.apps import cli, plugins\n"
+        f"stop = 'import os, signal; os.kill(os.getpid(), signal.{stop}); print(1)'\n"
+        "plugins.render = lambda registry: exec(stop)\n"
+        "cli.main()\n"
+    )
+    command = [sys.executable, "-m", "stopped", "plugins"]  # python -m is what looks at that trace
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 130
+    assert "Interrupted." in done.stderr
+
+
+def test_a_run_that_is_stopped_inside_an_import_is_stopped_after_it(tmp_path):
+    (tmp_path / "careless.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\n    done = True\nexcept:\n    pass\n"
+    )
+    (tmp_path / "stopped.py").write_text(
+        "import time\n"
+        "from moshi_ttt.apps import cli, plugins\n"
+        "def render(registry):\n    import careless\n    print(careless.done, flush=True)\n    time.sleep(60)\n"
+        "plugins.render = render\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "stopped", "plugins"], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert done.returncode == 130
+    assert done.stdout == "True\n"
+
+
+def test_an_interruption_that_was_made_into_another_error_is_still_one(cli, monkeypatch):
+    def render(registry):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("cannot infer") from None
+
+    monkeypatch.setattr("moshi_ttt.apps.plugins.render", render)
+    result = cli("plugins")
+    assert result.exit_code == 130
+    assert "Interrupted." in result.said
+
+
 @pytest.mark.parametrize("value", ["-1", "4294967296", "1.5", "yes"])
 def test_a_seed_that_is_none_is_refused(cli, tmp_path, value):
     path = tmp_path / "config.yaml"
