@@ -114,6 +114,56 @@ def quickstart(
 
 
 @app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file as moshi-finetune reads it, or a packaged config's name.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, as in optim.lr=1e-5 resume=true.")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what would be trained and what it takes, and stop. Reads no weights.")
+    ] = False,
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="With --plan: ranks to share the model over.")] = 1,
+) -> None:
+    """Fine-tune Moshi: TTT blocks, LoRA, or everything, on one process or on many.
+
+    Several processes: torchrun --nproc-per-node 8 -m moshi_ttt train CONFIG. Ctrl-C or a termination saves a checkpoint
+    and ends; resume=true goes on from it.
+    """
+    from moshi_ttt.apps.train import settings as reading
+    from moshi_ttt.core.registry import default_registry
+
+    registry = default_registry()
+    settings = reading.read_settings(config, overrides or [], registry)
+    if plan:
+        from moshi_ttt.apps.train import planning
+
+        _console().print(planning.render(planning.plan(settings, registry, ranks=ranks)))
+        return
+    from moshi_ttt.apps.train.run import run
+
+    run(settings, registry, _console())
+
+
+@app.command()
+def encode(
+    config: Annotated[str, typer.Argument(help="The YAML file of the training, or a packaged config's name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It must be new, or empty.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes.")] = None,
+    held_out: Annotated[bool, typer.Option("--eval", help="Encode data.eval_data instead of data.train_data.")] = False,
+) -> None:
+    """Encode the recordings of a training once, into shards that it reads instead: data.train_data=OUT.
+
+    Every run that reads recordings themselves encodes them anew in every epoch; shards hold the very same numbers.
+    """
+    from moshi_ttt.apps.train import encoding
+    from moshi_ttt.apps.train import settings as reading
+    from moshi_ttt.core.registry import default_registry
+
+    settings = reading.read_settings(config, overrides or [], default_registry())
+    encoding.encode(settings, out, _console(), held_out=held_out)
+
+
+@app.command()
 def explain(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged config such as tiny-ttt-mlp.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON with exact numbers instead of tables.")] = False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +17,71 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moshi_ttt.core.atomic import atomic_folder
-from moshi_ttt.core.block import Site, assign
+from moshi_ttt.core.block import Site
 from moshi_ttt.core.config import BlockConfig
 from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import AdapterError, ConfigError, MoshiTTTError, PluginError
 from moshi_ttt.core.injection import Injection, Plan, PlannedBlock, make_plan
 from moshi_ttt.core.registry import Registry, default_registry
+from moshi_ttt.core.sharding import assign, whole
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TENSORS = "adapter.safetensors"
 MANIFEST = "adapter.json"
 EXTRA = "host."
 """Prefix of what a host was given beside the blocks: a LoRA's factors."""
-KEYS = {"format_version", "host", "fingerprint", "precision", "seed", "training_step", "sites"}
+KEYS = {"format_version", "host", "fingerprint", "precision", "seed", "training_step", "extra", "sites"}
+
+
+@dataclass(frozen=True)
+class AdapterContents:
+    """An adapter in memory: its tensors, on the CPU, and its manifest."""
+
+    tensors: Mapping[str, Tensor]
+    manifest: Mapping[str, Any]
+
+    def write(self, folder: str | Path) -> Path:
+        """Write to ``folder``, replacing an adapter that is there; see ``save_adapter``."""
+        folder = Path(folder).resolve()
+        _check_replaceable(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(folder) as temporary:
+            save_file(dict(self.tensors), temporary / TENSORS)
+            (temporary / MANIFEST).write_text(json.dumps(self.manifest, indent=2) + "\n", encoding="utf-8")
+        return folder
 
 
 def save_adapter(injection: Injection, folder: str | Path, *, training_step: int = 0) -> Path:
-    """Write the blocks' parameters to ``folder``, replacing an adapter that is there.
+    """Write the blocks' parameters, and what else the host was given (a LoRA), to ``folder``.
 
-    Written to a temporary folder beside it, synced, then renamed: a reader sees the old adapter or the new one.
-    Raises AdapterError when ``folder`` exists and is not an adapter.
+    Replaces an adapter that is there. Written to a temporary folder beside it, synced, then renamed: a reader sees the
+    old adapter or the new one. Raises AdapterError when ``folder`` exists and is not an adapter. Of a sharded model,
+    every rank calls ``collect_adapter`` and one writes what it gives.
     """
-    folder = Path(folder).resolve()
-    _check_replaceable(folder)
+    _check_replaceable(Path(folder).resolve())
+    return collect_adapter(injection, training_step=training_step).write(folder)
+
+
+def collect_adapter(
+    injection: Injection,
+    *,
+    training_step: int = 0,
+    fingerprint: Mapping[str, Any] | None = None,
+    extra: bool = True,
+) -> AdapterContents:
+    """What an adapter of this model holds, gathered from all ranks where it is sharded: every rank calls this.
+
+    Args:
+        injection: the blocks.
+        training_step: what the manifest says.
+        fingerprint: of the base model it belongs to, where that is not the one in memory.
+        extra: False leaves out what the host was given beside the blocks, which has been merged into that base model.
+
+    Raises:
+        AdapterError: the injection was removed, or its inner learning rate is in mid-schedule.
+    """
     planned = [block.site for block in injection.plan.blocks]
     if list(injection.blocks) != planned:
         raise AdapterError(
@@ -55,26 +95,26 @@ def save_adapter(injection: Injection, folder: str | Path, *, training_step: int
             "keep: whoever loads it would compute something else. Call injection.set_inner_lr_factor(1) when the "
             "schedule has ended. Nothing was saved."
         )
-    tensors = {name: _whole(parameter) for name, parameter in injection.named_parameters()}
-    tensors |= {EXTRA + name: _whole(p) for name, p in injection.host.extra_parameters(injection.model).items()}
+    tensors = {name: _copy(parameter) for name, parameter in injection.named_parameters()}
+    others = injection.host.extra_parameters(injection.model) if extra else {}
+    tensors |= {EXTRA + name: _copy(parameter) for name, parameter in others.items()}
     manifest = {
         "format_version": FORMAT_VERSION,
         "host": injection.host.name,
-        "fingerprint": injection.host.fingerprint(injection.model),
+        "fingerprint": dict(fingerprint or injection.host.fingerprint(injection.model)),
         "precision": injection.plan.policy.name,
         "seed": injection.plan.seed,
         "training_step": training_step,
+        "extra": injection.host.describe_extra(injection.model) if extra else {},
         "sites": [_describe(planned) for planned in injection.plan.blocks],
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(folder) as temporary:
-        save_file(tensors, temporary / TENSORS)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return folder
+    return AdapterContents(tensors, manifest)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | None = None) -> Injection:
     """Inject the blocks of an adapter into its base model and fill them; bit-equal to what was saved.
+
+    A LoRA that the adapter was trained with is added where the model has none, and filled in the model's dtype.
 
     Raises:
         AdapterError: the folder is not an adapter, is damaged or incomplete, belongs to another host or model, or needs
@@ -88,6 +128,12 @@ def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | N
     try:
         host = registry.host(str(manifest["host"]))
         _check_fingerprint(folder, manifest["fingerprint"], host.fingerprint(model))
+        present = host.describe_extra(model)
+        if present and present != manifest["extra"]:
+            raise AdapterError(
+                f"{folder} was trained with {manifest['extra'] or 'nothing'} beside the base model, and this model has "
+                f"{present}. Load the adapter into the base model alone: it brings what it needs."
+            )
         entries = [_parse_site(entry, registry) for entry in manifest["sites"]]
         policy = registry.policy(manifest["precision"])
         plan = make_plan(model, host, entries, policy=policy, registry=registry, seed=manifest["seed"])
@@ -98,9 +144,19 @@ def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | N
     except (MoshiTTTError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise AdapterError(f"{folder}: it does not fit this model or installation. {error}") from error
     tensors = _read_tensors(folder / TENSORS)
-    extra = host.extra_parameters(model)
-    _check_tensors(folder, plan, extra, tensors)
-    injection = plan.apply(model)
+    added = not present and bool(manifest["extra"])
+    try:
+        if added:
+            host.add_extra(model, manifest["extra"])
+        extra = host.extra_parameters(model)
+        _check_tensors(folder, plan, extra, tensors)
+        injection = plan.apply(model)
+    except Exception as error:
+        if added:
+            host.remove_extra(model)
+        if isinstance(error, MoshiTTTError):
+            raise
+        raise AdapterError(f"{folder}: it does not fit this model. {error}") from error
     for name, parameter in injection.named_parameters():
         assign(parameter, tensors[name])
     for name, parameter in extra.items():
@@ -170,9 +226,8 @@ def _describe(planned: PlannedBlock) -> dict[str, Any]:
     }
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    return tensor.detach().cpu().contiguous().clone()
+def _copy(parameter: Tensor) -> Tensor:
+    return whole(parameter).detach().cpu().contiguous().clone()
 
 
 def _check_fingerprint(folder: Path, saved: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
@@ -207,7 +262,7 @@ def _check_tensors(folder: Path, plan: Plan, extra: Mapping[str, nn.Parameter], 
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - expected.keys())]
     for name in sorted(expected.keys() & tensors.keys()):
         want, have = expected[name], tensors[name]
-        if want.shape != have.shape or want.dtype != have.dtype:
+        if want.shape != have.shape or (want.dtype != have.dtype and not name.startswith(EXTRA)):
             problems.append(
                 f"{name}: expected {list(want.shape)} {want.dtype}, the file has {list(have.shape)} {have.dtype}"
             )
@@ -215,5 +270,5 @@ def _check_tensors(folder: Path, plan: Plan, extra: Mapping[str, nn.Parameter], 
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         hint = ""
         if any(name.startswith(EXTRA) for name in expected.keys() ^ tensors.keys()):
-            hint = " The adapter and the model differ in their LoRA: apply the one it was trained with first."
+            hint = " What the adapter says it was trained with beside the blocks and what it holds differ."
         raise AdapterError(f"{folder}: {shown}. The adapter was not loaded.{hint}")

@@ -20,11 +20,19 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders for the owner alone
-        for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
-        _take_place(temporary, folder)
+        publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Make a finished folder appear as ``folder``, beside which it lies, in place of one that is there.
+
+    Everything in it is synced first: the name never means half of it, whatever fails.
+    """
+    for path in (*temporary.rglob("*"), temporary):
+        _sync(path)
+    _take_place(temporary, folder)
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moshi_ttt.core import state as states
 from moshi_ttt.core.config import BlockConfig, Length
@@ -133,15 +132,6 @@ class BlockContext:
     want_state: bool = True
 
 
-def assign(parameter: Tensor, value: Tensor) -> None:
-    """Write a whole ``value`` into a parameter or buffer, sharded or not; every rank calls this with the same value."""
-    with torch.no_grad():
-        if isinstance(parameter, DTensor):
-            value = value.to(device=parameter.device, dtype=parameter.dtype)
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(value)
-
-
 class SequenceBlock(nn.Module, ABC):
     """Base class of all blocks.
 
@@ -176,7 +166,7 @@ class SequenceBlock(nn.Module, ABC):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Fill every parameter with its initial value, drawing from ``generator`` (a CPU generator).
 
-        Write with ``assign(parameter, value)``, which knows what to do when the parameter is sharded.
+        Write with ``core.sharding.assign``, which knows what to do when the parameter is sharded.
         """
 
     @abstractmethod
@@ -264,6 +254,10 @@ class SequenceBlock(nn.Module, ABC):
             moved = moved + (state[name].double() - first).square().flatten(1).sum(1)
             size = size + first.square().sum()
         return (moved / size.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters that decide how much of the block is heard: training may give them their own rate."""
+        return []
 
     def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         """Scalars on the device that tell whether the block is healthy on ``x [B, T, D]``; nothing is read on the host.

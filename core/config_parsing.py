@@ -151,6 +151,11 @@ def load_config(
     path: str | Path, *, registry: Registry, sections: Mapping[str, type[FrozenConfig]] | None = None
 ) -> TTTConfig:
     """Read and validate a YAML file. Raises ConfigError for a missing file, bad YAML, or bad contents."""
+    return parse_config(read_mapping(path), registry=registry, sections=sections, where=Path(path).name)
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds, not validated. Raises ConfigError."""
     path = Path(path)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # a SafeLoader
@@ -160,4 +165,4 @@ def load_config(
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: expected a mapping with 'host' and 'ttt', got {type(values).__name__}.")
-    return parse_config(values, registry=registry, sections=sections, where=path.name)
+    return dict(values)

@@ -45,7 +45,9 @@ class HealthMonitor:
         if self._hooks:
             raise RuntimeError("This monitor is measuring already; leave it before entering it again.")
         for site, block in self.blocks.items():
-            self._hooks.append(block.register_forward_hook(self._measure(site), with_kwargs=True))
+            # Before any other hook: sharding takes a block's parameters away in one.
+            hook = block.register_forward_hook(self._measure(site), with_kwargs=True, prepend=True)
+            self._hooks.append(hook)
         return self
 
     def __exit__(

@@ -91,6 +91,18 @@ class HostModel(ABC):
         """Parameters that are neither the base's nor a block's, by name: a LoRA's factors. Adapters hold them."""
         return {}
 
+    def describe_extra(self, model: nn.Module) -> dict[str, Any]:
+        """JSON-able facts from which ``add_extra`` makes the same extra parameters; empty where there are none."""
+        return {}
+
+    def add_extra(self, model: nn.Module, description: Mapping[str, Any]) -> None:
+        """Give a model without extra parameters those of ``description``, before any block. Raises HostError."""
+        raise HostError(f"The host {self.name!r} knows nothing to add to its models, and was asked for {description}.")
+
+    def remove_extra(self, model: nn.Module) -> None:
+        """Undo ``add_extra``: the model is bit-identical to the base."""
+        raise HostError(f"The host {self.name!r} has nothing added to its models that it could remove.")
+
     @abstractmethod
     def carry(
         self,

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from moshi_ttt.core.block import SequenceBlock, assign
+from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.core.errors import WeightMapError
+from moshi_ttt.core.sharding import assign
 
 
 class WeightMap(ABC):

@@ -70,10 +70,11 @@ def make_optimizer(injection: Injection, config: TrainConfig) -> torch.optim.Ada
     """AdamW with three groups: matrices (decayed), vectors, and gates (their own rate, not decayed)."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
-    gates: list[nn.Parameter] = []
-    for name, parameter in injection.named_parameters():
-        group = gates if name.endswith(".gate") else matrices if parameter.dim() > 1 else vectors
-        group.append(parameter)
+    gates = [gate for block in injection.blocks.values() for gate in block.gate_parameters()]
+    known = {id(gate) for gate in gates}
+    for parameter in injection.parameters():
+        if id(parameter) not in known:
+            (matrices if parameter.dim() > 1 else vectors).append(parameter)
     groups = [
         {"params": matrices, "lr": config.learning_rate, "weight_decay": config.weight_decay},
         {"params": vectors, "lr": config.learning_rate, "weight_decay": 0.0},

@@ -11,11 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo, SiteKind, assign
+from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo, SiteKind
 from moshi_ttt.core.config import HostConfig, Seed
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.host import CarriedState, HostModel
+from moshi_ttt.core.sharding import assign
 from moshi_ttt.hosts.audio.model import AudioDenoiser, AudioLayer, denoising_loss
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moshi_ttt.core.block import assign
 from moshi_ttt.core.errors import HostError
+from moshi_ttt.core.sharding import assign
 from moshi_ttt.hosts.moshi.layers import BlockSite
 from moshi_ttt.hosts.moshi.upstream import LMModel, LoRALinear, StreamingMultiheadAttention
 
@@ -40,6 +40,12 @@ def base_names(model: LMModel) -> dict[str, str]:
         base = next((new + key.removeprefix(old) for old, new in frozen if key.startswith(old)), key)
         names[base] = key
     return names
+
+
+def parameter_names(model: LMModel) -> set[str]:
+    """The base names of parameters; the other base names are of buffers."""
+    parameters = {key for key, _ in model.named_parameters()}
+    return {name for name, key in base_names(model).items() if key in parameters}
 
 
 def base_state_dict(model: LMModel) -> dict[str, Tensor]:
@@ -87,6 +93,10 @@ def load_base(model: LMModel, state_dict: Mapping[str, Tensor]) -> None:
         else:
             for name, key in names.items():
                 assign(state[key], given[name])
+    if any(isinstance(state[key], DTensor) for key in names.values()):
+        chosen = parameter_names(model)
+        dtypes = {name: state[names[name]].dtype for name in chosen}
+        setattr(model, REMEMBERED, digest_of({name: given[name] for name in chosen}, dtypes))
 
 
 def remember_digest(model: LMModel) -> None:
@@ -119,12 +129,18 @@ def digest(model: LMModel) -> str | None:
     chosen = {name: parameters[key] for name, key in sorted(base_names(model).items()) if key in parameters}
     if any(tensor.is_meta or isinstance(tensor, DTensor) for tensor in chosen.values()):
         return remembered
+    return digest_of(chosen)
+
+
+def digest_of(parameters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None = None) -> str:
+    """The digest of base parameters given by their base names, none of them sharded, as if they had ``dtypes``."""
     sha = hashlib.sha256()
     with torch.no_grad():
-        heads = [_sample(tensor.detach().reshape(-1)).float().cpu() for tensor in chosen.values()]
-    for (name, tensor), head in zip(chosen.items(), heads, strict=True):
-        sha.update(f"{name} {list(tensor.shape)}\n".encode())
-        sha.update(head.contiguous().numpy().tobytes())
+        for name, tensor in sorted(parameters.items()):
+            head = _sample(tensor.detach().reshape(-1))
+            head = head.to(dtypes[name] if dtypes else head.dtype).float().cpu()
+            sha.update(f"{name} {list(tensor.shape)}\n".encode())
+            sha.update(head.contiguous().numpy().tobytes())
     return sha.hexdigest()
 
 

@@ -15,7 +15,7 @@ from moshi_ttt.core.config import HostConfig
 from moshi_ttt.core.errors import ContextError, HostError
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.host import CarriedState, HostModel
-from moshi_ttt.hosts.moshi import base_weights
+from moshi_ttt.hosts.moshi import base_weights, lora
 from moshi_ttt.hosts.moshi.layers import (
     MODULE_NAMES,
     BlockSite,
@@ -25,7 +25,7 @@ from moshi_ttt.hosts.moshi.layers import (
     clear_streaming_caches,
     open_carry,
 )
-from moshi_ttt.hosts.moshi.loading import load_skeleton, resolve_repo
+from moshi_ttt.hosts.moshi.loading import FILES, MoshiBundle, load_skeleton, resolve_repo
 from moshi_ttt.hosts.moshi.upstream import (
     FRAME_RATE,
     ActivationGating,
@@ -45,12 +45,27 @@ class MoshiHostConfig(HostConfig):
             ``builtin:moshi-7b`` (the published architecture; it has no weights).
         revision: a branch, tag or commit of the hub repository.
         dtype: what to load the weights as; None keeps the dtype they are stored in.
+        moshi_weights, mimi_weights, tokenizer, config_path: local files used instead of the repository's own.
     """
 
     name: str = "moshi"
     hf_repo: str
     revision: str | None = None
     dtype: Literal["bfloat16", "float32"] | None = None
+    moshi_weights: str | None = None
+    mimi_weights: str | None = None
+    tokenizer: str | None = None
+    config_path: str | None = None
+
+    def bundle(self) -> MoshiBundle:
+        """The files this names, downloaded if need be. Raises HostError."""
+        return resolve_repo(self.hf_repo, revision=self.revision, files=self.files)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files that replace the repository's own, by what they are."""
+        named = {name: getattr(self, name) for name in FILES}
+        return {name: path for name, path in named.items() if path is not None}
 
 
 class MoshiHost(HostModel):
@@ -67,12 +82,12 @@ class MoshiHost(HostModel):
         """The language model named by ``config``; ``dtype`` wins over ``config.dtype``. Raises HostError."""
         if dtype is None and config.dtype is not None:
             dtype = cast(torch.dtype, getattr(torch, config.dtype))
-        return resolve_repo(config.hf_repo, revision=config.revision).load_lm(device=device, dtype=dtype)
+        return config.bundle().load_lm(device=device, dtype=dtype)
 
     def skeleton(self, config: MoshiHostConfig) -> LMModel:
         """The architecture on the meta device; of a hub repository, only config.json is fetched. Raises HostError."""
         dtype = cast(torch.dtype, getattr(torch, config.dtype)) if config.dtype else None
-        return load_skeleton(config.hf_repo, revision=config.revision, dtype=dtype)
+        return load_skeleton(config.hf_repo, revision=config.revision, dtype=dtype, config_path=config.config_path)
 
     def sites(self, model: nn.Module) -> tuple[SiteInfo, ...]:
         model = require_lm(model)
@@ -162,6 +177,18 @@ class MoshiHost(HostModel):
     def extra_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The factors of Moshi's own LoRA, if it was applied."""
         return base_weights.lora_factors(require_lm(model))
+
+    def describe_extra(self, model: nn.Module) -> dict[str, Any]:
+        found = lora.describe_lora(require_lm(model))
+        return {"lora": found} if found else {}
+
+    def add_extra(self, model: nn.Module, description: Mapping[str, Any]) -> None:
+        if description.keys() != {"lora"}:
+            raise HostError(f"Moshi can be given a LoRA, and this asks for {', '.join(description) or 'nothing'}.")
+        lora.add_lora(require_lm(model), **description["lora"])
+
+    def remove_extra(self, model: nn.Module) -> None:
+        lora.remove_lora(require_lm(model))
 
     @contextmanager
     def carry(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from moshi_ttt.hosts.moshi.upstream import CheckpointInfo, LMModel, loaders
 BUILTIN_TINY = "builtin:tiny"
 BUILTIN_7B = "builtin:moshi-7b"
 BUNDLE = Path(__file__).parent / "bundle"
+FILES = ("moshi_weights", "mimi_weights", "tokenizer", "config_path")
+"""The files of a repository that a config can replace by local ones."""
 # What a config.json holds beside the options of the language model.
 _NOT_OPTIONS = {
     "moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name", "model_type", "lm_gen_config",
@@ -73,44 +76,53 @@ class MoshiBundle:
         )
 
 
-def resolve_repo(hf_repo: str, *, revision: str | None = None) -> MoshiBundle:
+def resolve_repo(hf_repo: str, *, revision: str | None = None, files: Mapping[str, str] | None = None) -> MoshiBundle:
     """The Moshi that ``hf_repo`` names.
 
     Args:
         hf_repo: ``builtin:tiny``; or an existing folder with a config.json and the files it names; or a repository
             name on the hub, which is downloaded or taken from the local cache.
         revision: a branch, tag or commit; for the hub only.
+        files: local files to use instead of the repository's own, by one of the names in ``FILES``.
 
     Raises:
         HostError: files are missing (all are named), the config is not a Moshi's, or the hub cannot deliver.
     """
+    own = {name: Path(path).expanduser() for name, path in (files or {}).items()}
+    if missing := [str(path) for path in own.values() if not path.is_file()]:
+        raise HostError(f"These files do not exist: {', '.join(missing)}. They were to replace those of {hf_repo}.")
     folder = _local_folder(hf_repo, revision)
     if folder is not None:
-        return MoshiBundle(hf_repo, _from_folder(folder))
+        return MoshiBundle(hf_repo, _from_folder(folder, own))
     try:
-        return MoshiBundle(hf_repo, CheckpointInfo.from_hf_repo(hf_repo, revision=revision))
+        return MoshiBundle(hf_repo, CheckpointInfo.from_hf_repo(hf_repo, revision=revision, **own))
     except (OSError, ValueError) as error:  # what the hub's client raises derives from these two
         raise _hub_failure(hf_repo, revision, error) from error
 
 
-def load_skeleton(hf_repo: str, *, revision: str | None = None, dtype: torch.dtype | None = None) -> LMModel:
+def load_skeleton(
+    hf_repo: str, *, revision: str | None = None, dtype: torch.dtype | None = None, config_path: str | None = None
+) -> LMModel:
     """The architecture that ``hf_repo`` names, on the meta device: config.json is all that is read, or downloaded.
 
-    ``builtin:moshi-7b`` is the published 7B architecture, for which nothing is read.
+    ``builtin:moshi-7b`` is the published 7B architecture, for which nothing is read. ``config_path`` is read instead of
+    the repository's config.json.
     ``dtype=None`` is the dtype of the weights where they lie beside the config, else bfloat16. Raises HostError.
     """
     if hf_repo == BUILTIN_7B:
         return loaders.get_moshi_lm(None, device="meta", dtype=dtype or torch.bfloat16)
-    folder = _local_folder(hf_repo, revision)
-    if folder is not None:
-        config_path = folder / "config.json"
+    folder = None if config_path else _local_folder(hf_repo, revision)
+    if config_path is not None:
+        path = Path(config_path).expanduser()
+    elif folder is not None:
+        path = folder / "config.json"
     else:
         try:
-            config_path = loaders.hf_get("config.json", hf_repo, revision=revision)
+            path = loaders.hf_get("config.json", hf_repo, revision=revision)
         except (OSError, ValueError) as error:
             raise _hub_failure(hf_repo, revision, error) from error
-    config = _read_config(config_path)
-    weights = config_path.parent / config.get("moshi_name", loaders.MOSHI_NAME)
+    config = _read_config(path)
+    weights = path.parent / config.get("moshi_name", loaders.MOSHI_NAME)
     options = {key: value for key, value in config.items() if key not in _NOT_OPTIONS}
     nothing = Path()
     info = CheckpointInfo(weights, nothing, nothing, lm_config=options, model_type=config.get("model_type", "moshi"))
@@ -118,7 +130,7 @@ def load_skeleton(hf_repo: str, *, revision: str | None = None, dtype: torch.dty
     try:
         return info.get_moshi(device="meta", dtype=dtype or bundle.stored_dtype(), load_weight=False)
     except (RuntimeError, TypeError, AssertionError, KeyError) as error:
-        raise bundle._unloadable(config_path, error) from error
+        raise bundle._unloadable(path, error) from error
 
 
 def _local_folder(hf_repo: str, revision: str | None) -> Path | None:
@@ -162,8 +174,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _from_folder(folder: Path) -> CheckpointInfo:
-    config_path = folder / "config.json"
+def _from_folder(folder: Path, own: Mapping[str, Path]) -> CheckpointInfo:
+    config_path = own.get("config_path", folder / "config.json")
     config = _read_config(config_path)
     # Paths, because Moshi would look for plain names on the hub.
     wanted = {
@@ -175,10 +187,11 @@ def _from_folder(folder: Path) -> CheckpointInfo:
     }
     elsewhere = {key: name for key, name in wanted.items() if name and name.startswith(("hf://", "file://"))}
     local = {key: folder / name for key, name in wanted.items() if name and key not in elsewhere}
+    local |= {key: path for key, path in own.items() if key != "config_path"}
     missing = sorted(path.name for path in local.values() if not path.is_file())
     if missing:
         raise HostError(f"{folder} is incomplete: {', '.join(missing)} missing. Its config.json names these files.")
-    return CheckpointInfo.from_hf_repo(str(folder), config_path=config_path, **local, **elsewhere)
+    return CheckpointInfo.from_hf_repo(str(folder), config_path=config_path, **(elsewhere | local))
 
 
 def _hub_failure(name: str, revision: str | None, error: Exception) -> HostError:

@@ -20,7 +20,7 @@ from moshi.models import loaders
 from moshi.models.lm import LMGen, LMModel
 from moshi.models.loaders import CheckpointInfo
 from moshi.modules.gating import ActivationGating
-from moshi.modules.lora import LoRALinear
+from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
 from moshi.modules.streaming import State, StreamingModule
 from moshi.modules.transformer import (
     RingKVCache,
@@ -52,4 +52,5 @@ __all__ = [
     "StreamingTransformer",
     "StreamingTransformerLayer",
     "loaders",
+    "replace_all_linear_with_lora",
 ]

@@ -15,10 +15,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo, assign
+from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo
 from moshi_ttt.core.config import BlockConfig, FrozenConfig
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.precision import DtypeRoles
+from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common import health, inner_loop
 from moshi_ttt.plugins.common.hybrid import (
@@ -189,6 +190,9 @@ class HybridBlock(SequenceBlock):
             return torch.full((size,), 1 / size, device=self.gate.device, dtype=self.gate.dtype)
         position = torch.arange(1, size + 1, device=self.gate.device, dtype=self.gate.dtype)
         return (1 / position + self.token_scale_offset).clamp(min=0)
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        return [gate for gate in self.gates() if isinstance(gate, nn.Parameter)]
 
     def weights(self, gate: Tensor | None = None) -> HybridWeights:
         """The parameters as the pure functions of ``hybrid`` take them, with the given gate or the (first) own."""

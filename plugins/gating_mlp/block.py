@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo, SiteKind, assign
+from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo, SiteKind
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.precision import DtypeRoles
+from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig

@@ -203,7 +203,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "not text": (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe\x00"), "damaged"),
     "JSON list": (lambda f: (f / MANIFEST).write_text("[]"), "incomplete"),
     "incomplete": (lambda f: (f / MANIFEST).write_text('{"format_version": 1}'), "incomplete"),
-    "format version": (lambda f: edit(f, format_version=99), "format version 99, this version reads 1"),
+    "format version": (lambda f: edit(f, format_version=99), "format version 99, this version reads 2"),
     "fingerprint": (lambda f: edit(f, fingerprint={"dim": 512}), "another base model: dim: adapter 512, model 8"),
     "fingerprint null": (lambda f: edit(f, fingerprint=None), "adapter"),
     "unknown host": (lambda f: edit(f, host="whisper"), "whisper"),

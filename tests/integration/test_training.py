@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from moshi.modules.lora import replace_all_linear_with_lora
 
 from moshi_ttt import default_registry, inject, load_adapter, make_plan, parse_config, save_adapter
@@ -193,7 +194,7 @@ def test_adapter_round_trip_on_moshi(variant, tmp_path):
         assert torch.equal(other.forward_text(codes(1, 9))[1], model.forward_text(codes(1, 9))[1])
 
 
-def test_an_adapter_holds_the_lora_and_asks_for_the_same_one(tmp_path):
+def test_an_adapter_brings_its_lora_and_refuses_another(tmp_path):
     def with_lora(rank: int):
         model = random_tiny_lm()
         replace_all_linear_with_lora(model, rank=rank, scaling=1.0)
@@ -210,14 +211,31 @@ def test_an_adapter_holds_the_lora_and_asks_for_the_same_one(tmp_path):
     x = torch.randint(0, 32, (1, 17, 9))
     expected = model.forward_text(x)[1]
     save_adapter(injection, tmp_path / "adapter")
-    other = with_lora(2)
-    load_adapter(other, tmp_path / "adapter")
-    assert torch.equal(other.forward_text(x)[1], expected)
-    for wrong in (random_tiny_lm(), with_lora(3)):
-        before = set(wrong.state_dict())
-        with pytest.raises(AdapterError, match="lora_A"):
-            load_adapter(wrong, tmp_path / "adapter")
-        assert set(wrong.state_dict()) == before
+    for other in (random_tiny_lm(), with_lora(2)):
+        load_adapter(other, tmp_path / "adapter")
+        assert torch.equal(other.forward_text(x)[1], expected)
+    wrong = with_lora(3)
+    before = set(wrong.state_dict())
+    with pytest.raises(AdapterError, match=r"'rank': 2.*'rank': 3"):
+        load_adapter(wrong, tmp_path / "adapter")
+    assert set(wrong.state_dict()) == before
+
+
+def test_a_lora_that_was_added_is_taken_away_when_the_adapter_does_not_fit(tmp_path):
+    model = random_tiny_lm()
+    MOSHI_HOST.add_extra(model, {"lora": {"rank": 2, "scaling": 1.0}})
+    config = parse_config(
+        {"host": {"name": "moshi", "hf_repo": "builtin:tiny"}, "ttt": []}, registry=default_registry()
+    )  # fmt: skip
+    folder = save_adapter(inject(model, config), tmp_path / "adapter")
+    tensors = load_file(folder / "adapter.safetensors")
+    save_file(dict(list(tensors.items())[1:]), folder / "adapter.safetensors")
+    base = random_tiny_lm()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    with pytest.raises(AdapterError, match="missing host"):
+        load_adapter(base, folder)
+    assert before.keys() == base.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 
 
 def test_a_removed_injection_is_not_saved(tmp_path):

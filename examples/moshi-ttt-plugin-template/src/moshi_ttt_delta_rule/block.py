@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from moshi_ttt.core.block import SequenceBlock, assign
+from moshi_ttt.core.block import SequenceBlock
+from moshi_ttt.core.sharding import assign
 from moshi_ttt_delta_rule.config import DeltaRuleConfig
 
 

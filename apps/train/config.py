@@ -1,0 +1,169 @@
+"""The config of a training run: moshi-finetune's keys, with their meaning and defaults, and ours beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from moshi_ttt.core.config import FrozenConfig, Seed
+
+DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
+
+
+class DataConfig(FrozenConfig):
+    """Where the recordings are.
+
+    Attributes:
+        train_data, eval_data: a jsonl manifest, a folder of them, or a folder of pre-encoded shards; several joined by
+            commas, each with a weight as in ``a.jsonl:2,b.jsonl:1``.
+        shuffle: draw segments (with ``carry_state``: recordings) in random order, anew each epoch.
+        transcripts: whether every recording needs a transcript beside it, may have one, or is read without.
+        max_bad_share: the largest share of a manifest's lines that may be unusable; they are reported and skipped.
+        num_workers: processes that read and encode; 0 does it in the training process.
+    """
+
+    train_data: str
+    eval_data: str = ""
+    shuffle: bool = True
+    transcripts: Literal["required", "optional", "none"] = "required"
+    max_bad_share: float = Field(default=0.01, ge=0.0, lt=1.0)
+    num_workers: int = Field(default=0, ge=0)
+
+
+class MoshiPaths(FrozenConfig):
+    """Which Moshi, as moshi-finetune says it: a repository, and files that replace the repository's own."""
+
+    hf_repo_id: str = DEFAULT_REPO
+    moshi_path: str | None = None
+    mimi_path: str | None = None
+    tokenizer_path: str | None = None
+    config_path: str | None = None
+
+
+class LoRAConfig(FrozenConfig):
+    """Moshi's own LoRA, on every linear layer; ``ft_embed`` trains the embeddings beside it."""
+
+    enable: bool = False
+    rank: int = Field(default=64, ge=1)
+    scaling: float = Field(default=2.0, gt=0.0)
+    ft_embed: bool = False
+
+
+class GroupRates(FrozenConfig):
+    """Learning rates of single groups; a group without one has ``optim.lr``."""
+
+    ttt: float | None = Field(default=None, ge=0.0)
+    gates: float | None = Field(default=None, ge=0.0)
+    lora: float | None = Field(default=None, ge=0.0)
+    base: float | None = Field(default=None, ge=0.0)
+
+
+class OptimConfig(FrozenConfig):
+    """AdamW (betas 0.9, 0.95) under a one-cycle schedule.
+
+    Attributes:
+        lr: the highest learning rate.
+        weight_decay: of LoRA and base parameters, and of the blocks' matrices; their vectors and gates are not decayed.
+        pct_start: share of all steps in which the rate rises.
+        eps: AdamW's; 1e-6 makes runs on different numbers of ranks agree more closely.
+        lr_groups: rates of single groups.
+    """
+
+    lr: float = Field(default=1e-4, ge=0.0)
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    pct_start: float = Field(default=0.05, ge=0.0, le=1.0)
+    eps: float = Field(default=1e-8, gt=0.0)
+    lr_groups: GroupRates = GroupRates()
+
+
+class WandbConfig(FrozenConfig):
+    """Weights & Biases; used where ``project`` is set, and installed apart."""
+
+    project: str | None = None
+    offline: bool = False
+    key: str | None = None
+    run_name: str | None = None
+
+
+class RunConfig(FrozenConfig):
+    """A training run. Everything but ``data`` and ``run_dir`` has a default.
+
+    Attributes:
+        run_dir: the folder of logs and checkpoints.
+        overwrite_run_dir: delete what an earlier run left in ``run_dir``.
+        resume: true goes on from the newest checkpoint in ``run_dir`` (and starts where there is none); or the path of
+            a checkpoint.
+        duration_sec: length of a segment.
+        batch_size: segments of a forward pass on one rank; one step sees batch_size x num_microbatches x ranks.
+        max_norm: the largest gradient norm; larger gradients are scaled down.
+        first_codebook_weight_multiplier, text_padding_weight: weights in the loss.
+        carry_state: read recordings segment by segment, each stream's memory carried on until its recording ends.
+        full_finetuning: train the base model too, without LoRA.
+        param_dtype: dtype in which the base model computes, and is stored where it is not trained.
+        gradient_checkpointing: compute each layer again in backward instead of keeping its activations.
+        compile: compile the blocks' forward passes with torch.compile.
+        shard_size: ranks that share one copy of the model; all when left out, fewer replicate it (HSDP).
+        device: what to compute on; CUDA where there is one when left out.
+        ckpt_freq: steps between checkpoints; 0 saves at the end alone.
+        num_ckpt_keep: checkpoints to keep; null keeps all.
+        save_adapters: export blocks and LoRA as they are; false merges LoRA into full weights.
+        do_eval, eval_freq: evaluate at the end, and every ``eval_freq`` steps if it is above 0.
+        max_bad_steps: steps in a row whose loss or gradient is not finite (they are skipped) before the run stops.
+        log_health: log the blocks' health at each logged step.
+        tensorboard: write TensorBoard files too.
+    """
+
+    data: DataConfig
+    run_dir: str = Field(min_length=1)
+    overwrite_run_dir: bool = False
+    resume: bool | str = False
+    seed: Seed = 0
+    moshi_paths: MoshiPaths = MoshiPaths()
+
+    duration_sec: float = Field(default=10.0, gt=0.0)
+    batch_size: int = Field(default=1, ge=1)
+    num_microbatches: int = Field(default=1, ge=1)
+    max_steps: int = Field(default=100, ge=1)
+    max_norm: float = Field(default=1.0, gt=0.0)
+    first_codebook_weight_multiplier: float = Field(default=1.0, ge=0.0)
+    text_padding_weight: float = Field(default=0.5, ge=0.0)
+    optim: OptimConfig = OptimConfig()
+    lora: LoRAConfig = LoRAConfig()
+    full_finetuning: bool = False
+    carry_state: bool = False
+
+    param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    gradient_checkpointing: bool = True
+    compile: bool = False
+    shard_size: int | None = Field(default=None, ge=1)
+    device: Literal["cpu", "cuda"] | None = None
+
+    log_freq: int = Field(default=1, ge=1)
+    log_health: bool = True
+    tensorboard: bool = False
+    wandb: WandbConfig = WandbConfig()
+    do_eval: bool = False
+    eval_freq: int = Field(default=0, ge=0)
+    do_ckpt: bool = True
+    ckpt_freq: int = 0
+    num_ckpt_keep: int | None = Field(default=3, ge=1)
+    save_adapters: bool = True
+    max_bad_steps: int = Field(default=5, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_default(cls, values: Any) -> Any:
+        """``lora: null`` is written for no LoRA."""
+        if isinstance(values, Mapping) and "lora" in values and values["lora"] is None:
+            return {**values, "lora": {}}
+        return values
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        if self.full_finetuning and self.lora.enable:
+            raise ValueError("full_finetuning and lora.enable exclude each other: set one of them to false")
+        if self.do_eval and not self.data.eval_data:
+            raise ValueError("do_eval needs data.eval_data: give a manifest, or set do_eval to false")
+        return self

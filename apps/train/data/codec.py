@@ -1,0 +1,171 @@
+"""Recordings to the tokens of one Moshi: which codec, which tokenizer, which channel is whom.
+
+Shape legend: C channels (1: Moshi; 2: Moshi left, the user right), S samples, K codebooks of one channel, T frames.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sphn
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moshi_ttt.apps.audio import resample
+from moshi_ttt.apps.train.data.manifest import DURATION_SECONDS, DataError, read_header
+from moshi_ttt.apps.train.data.text import Word, text_stream
+from moshi_ttt.core.errors import HostError
+
+SAMPLED = 32
+"""Values of each of Mimi's tensors that its fingerprint looks at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechCodec:
+    """Speech and words to tokens, for one language model.
+
+    Attributes:
+        mimi: the codec, on any device; what it returns is brought to the CPU.
+        tokenizer: a ``SentencePieceProcessor``.
+        text_padding, end_of_padding: text tokens where nothing is said, and just before something is.
+        zero_token: what stands where there is nothing to learn.
+        channels: C.
+        codebooks: K.
+    """
+
+    mimi: Any
+    tokenizer: Any
+    text_padding: int
+    end_of_padding: int
+    zero_token: int
+    channels: int
+    codebooks: int
+
+    @classmethod
+    def of(cls, model: Any, mimi: Any, tokenizer: Any) -> SpeechCodec:
+        """The codec of a language model, which may be on the meta device.
+
+        Raises HostError when the model does not speak with Mimi's codebooks, or hears with another number than none or
+        as many.
+        """
+        codebooks = int(mimi.num_codebooks)
+        if model.dep_q != codebooks or model.n_q not in (codebooks, 2 * codebooks):
+            raise HostError(
+                f"Training needs a Moshi that speaks with the codec's {codebooks} codebooks and hears with none or as "
+                f"many; this one speaks with {model.dep_q} and hears with {model.n_q - model.dep_q}."
+            )
+        return cls(
+            mimi=mimi, tokenizer=tokenizer, text_padding=model.text_padding_token_id,
+            end_of_padding=model.end_of_text_padding_id, zero_token=model.zero_token_id,
+            channels=model.n_q // codebooks, codebooks=codebooks,
+        )  # fmt: skip
+
+    @property
+    def rows(self) -> int:
+        """Q: one row of text, then K of each channel."""
+        return 1 + self.channels * self.codebooks
+
+    def frames_of(self, seconds: float) -> int:
+        """Frames of a recording; the last one need not be full."""
+        return math.ceil(round(seconds * int(self.mimi.sample_rate)) / int(self.mimi.frame_size))
+
+    def read_segment(self, path: Path, start_frame: int, frames: int) -> Tensor:
+        """``[C, S]`` float32 at Mimi's rate: ``frames`` frames from ``start_frame`` on, or to the recording's end.
+
+        Only this stretch is read. It starts at the right sample in a wav; in an ogg the decoder was seen to miss it by
+        up to 23 ms, less than a frame. A second channel that a recording does not have is silent.
+
+        Raises DataError: not audio, too many channels, shorter than its header says, or samples that are not finite.
+        """
+        header = read_header(path)
+        if header.channels > self.channels:
+            raise DataError(f"{path} has {header.channels} channels, and this model takes at most {self.channels}.")
+        rate, size = int(self.mimi.sample_rate), int(self.mimi.frame_size)
+        length = min(frames * size, round(header.seconds * rate) - start_frame * size)
+        if length <= 0:
+            raise DataError(f"{path} ends before frame {start_frame}.")
+        first = round(start_frame * size * header.rate / rate)
+        wanted = min(round(frames * size * header.rate / rate), round(header.seconds * header.rate) - first)
+        samples = _read(path, first, wanted, header.rate)
+        missing = wanted - samples.shape[1]
+        if missing > DURATION_SECONDS * header.rate:
+            raise DataError(
+                f"{path} ends at {(first + samples.shape[1]) / header.rate:.2f} s, and its header says "
+                f"{header.seconds:.2f} s. It was cut off: make it again."
+            )
+        if not np.isfinite(samples).all():
+            raise DataError(f"{path} has samples that are not finite numbers. Export the recording again.")
+        spoken = F.pad(torch.from_numpy(samples), (0, missing, 0, self.channels - samples.shape[0]))
+        return torch.stack([_at_rate(channel, header.rate, rate, length) for channel in spoken])
+
+    @torch.no_grad()
+    def encode_segment(self, samples: Tensor) -> Tensor:
+        """Mimi's codes ``[C * K, T]`` (int64, CPU) of ``samples [C, S]``, T = S / frame size rounded up.
+
+        Mimi starts afresh; a last frame that is not full is padded with silence.
+        """
+        device = next(self.mimi.parameters()).device
+        padded = F.pad(samples, (0, -samples.shape[1] % int(self.mimi.frame_size)))
+        codes: Tensor = self.mimi.encode(padded[:, None].to(device))  # [C, K, T]
+        return codes.flatten(0, 1).to("cpu", torch.int64)
+
+    def encode_text(self, words: Sequence[Word] | None, frames: int) -> Tensor:
+        """The text row ``[frames]`` of a recording (see ``text_stream``); None, no transcript, is the zero token."""
+        if words is None:
+            return torch.full((frames,), self.zero_token, dtype=torch.int64)
+        return text_stream(
+            words, frames, self.tokenizer, frame_rate=float(self.mimi.frame_rate),
+            padding=self.text_padding, end_of_padding=self.end_of_padding,
+        )  # fmt: skip
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digits that differ between codecs that make other tokens of the same recording."""
+        digest = hashlib.sha256()
+        sizes = (self.channels, self.codebooks, self.text_padding, self.end_of_padding)
+        digest.update(f"{sizes} {self.mimi.sample_rate} {self.mimi.frame_rate}".encode())
+        digest.update(self.tokenizer.serialized_model_proto())
+        for name, tensor in sorted(self.mimi.state_dict().items()):
+            step = max(1, tensor.numel() // SAMPLED)
+            values = tensor.detach().flatten()[::step].to("cpu", torch.float64)
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + values.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _read(path: Path, first: int, count: int, rate: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """``[channels, at most count]`` samples from sample ``first`` on."""
+    # The decoder turns seconds into samples by rounding down: half a sample more, and it finds the one that is meant.
+    start = None if first == 0 else (first + 0.5) / rate
+    try:
+        samples, _ = sphn.read(str(path), start_sec=start, duration_sec=(count + 0.5) / rate)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # damaged data can make the decoder panic, which is no Exception
+        raise DataError(
+            f"{path} cannot be read from {first / rate:.2f} s on ({error}). Make it again, for instance as wav."
+        ) from None
+    return np.ascontiguousarray(samples[:, :count], dtype=np.float32)
+
+
+def _at_rate(samples: Tensor, rate: int, new_rate: int, length: int) -> Tensor:
+    """``[length]`` at ``new_rate`` of ``samples [S]`` at ``rate``, in time with them."""
+    if rate != new_rate:
+        late = _delay(rate, new_rate)
+        tail = math.ceil((late + 1) * rate / new_rate)  # pushes the last samples out of the resampler
+        samples = resample(F.pad(samples, (0, tail)), rate, new_rate)[late:]
+    return F.pad(samples[:length], (0, max(0, length - samples.numel())))
+
+
+@lru_cache(maxsize=32)
+def _delay(rate: int, new_rate: int) -> int:
+    """Samples at ``new_rate`` by which the resampler's output is late."""
+    impulse = torch.zeros(2 * rate)
+    impulse[rate] = 1.0
+    return int(resample(impulse, rate, new_rate).argmax()) - new_rate

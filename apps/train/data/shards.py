@@ -1,0 +1,268 @@
+"""Pre-encoded shards: the tokens of whole recordings on disk, so that Mimi runs once and not in every epoch.
+
+A folder with ``index.json`` and ``shard_00000.safetensors``, ... In a shard each recording has ``KEY.audio [C * K, T]``
+(int16) and, where it has a transcript, ``KEY.text [T]`` (int32); C channels, K codebooks, T frames.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moshi_ttt.apps.output_folder import new_folder
+from moshi_ttt.apps.train.data.codec import SpeechCodec
+from moshi_ttt.apps.train.data.manifest import (
+    SHARD_INDEX,
+    DataError,
+    Entry,
+    Problem,
+    Transcripts,
+    check_share,
+    parse_sources,
+    read_manifest,
+)
+from moshi_ttt.apps.train.data.text import TranscriptError, read_words
+from moshi_ttt.core.config import FrozenConfig, parse_model
+from moshi_ttt.core.errors import ConfigError
+
+FORMAT_VERSION: Literal[1] = 1
+SHARD_SIZE = 256
+"""Recordings in a shard."""
+AGAIN = "Encode the recordings again."
+
+
+class EncodedRecording(FrozenConfig):
+    """Where a recording's ``frames`` tokens are, under ``key`` in the file ``shard``; and where it came from."""
+
+    name: str
+    shard: str = Field(pattern=r"^shard_\d+\.safetensors$")
+    key: str
+    frames: int = Field(ge=1)
+    has_text: bool
+    manifest: str
+    line: int = Field(ge=1)
+
+
+class ShardIndex(FrozenConfig):
+    """What ``index.json`` says. ``fingerprint`` is the codec's; Mimi started afresh every ``frames`` frames."""
+
+    format_version: Literal[1]
+    frames: int = Field(ge=1)
+    fingerprint: str
+    frame_rate: float = Field(gt=0.0)
+    codebooks: int = Field(ge=1)
+    channels: Literal[1, 2]
+    transcripts: Transcripts
+    recordings: tuple[EncodedRecording, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSummary:
+    """What ``write_shards`` wrote, and the recordings that it had to leave out."""
+
+    recordings: int
+    frames: int
+    seconds: float
+    shards: int
+    bytes: int
+    problems: tuple[Problem, ...]
+
+
+def write_shards(
+    source: str,
+    out: Path,
+    codec: SpeechCodec,
+    *,
+    frames: int,
+    transcripts: Transcripts = "required",
+    max_bad_share: float = 0.01,
+    shard_size: int = SHARD_SIZE,
+    progress: Callable[[int, int, str], None] | None = None,
+    made_by: str = "moshi-ttt encode",
+) -> ShardSummary:
+    """Encode every recording of the data string ``source`` into the new folder ``out``; it appears whole or not at all.
+
+    Args:
+        source: manifests, or folders of them, without weights.
+        frames: length of a segment: Mimi starts afresh at each, as it does in training on the manifests themselves.
+        transcripts, max_bad_share: as for ``open_corpus``.
+        shard_size: recordings in a shard.
+        progress: called with the number of recordings done, the number of all, and the name of the last.
+
+    Raises DataError, or OutputError when ``out`` is not new or empty.
+    """
+    if frames < 1 or shard_size < 1:
+        raise DataError(f"frames = {frames} and shard_size = {shard_size}: both are whole numbers from 1 on.")
+    with new_folder(out, made_by=made_by) as folder:
+        entries, problems = _list(source, codec, transcripts, max_bad_share)
+        total = len(entries) + len(problems)
+        writer = _Writer(folder, shard_size)
+        for done, entry in enumerate(entries, start=1):
+            try:
+                writer.add(entry, *_encode(entry, codec, frames))
+            except (DataError, TranscriptError) as error:
+                problems.append(Problem(entry.manifest, entry.line, str(error)))
+                check_share(problems, total, max_bad_share=max_bad_share, text=source)
+            if progress is not None:
+                progress(done, len(entries), entry.name)
+        writer.flush()
+        index = ShardIndex(
+            format_version=FORMAT_VERSION, frames=frames, fingerprint=codec.fingerprint(),
+            frame_rate=float(codec.mimi.frame_rate), codebooks=codec.codebooks, channels=_one_or_two(codec.channels),
+            transcripts=transcripts, recordings=tuple(writer.recordings),
+        )  # fmt: skip
+        (folder / SHARD_INDEX).write_text(json.dumps(index.model_dump(mode="json"), indent=1), encoding="utf-8")
+        written = sum(path.stat().st_size for path in folder.iterdir())
+    encoded = sum(recording.frames for recording in index.recordings)
+    return ShardSummary(
+        recordings=len(index.recordings), frames=encoded, seconds=encoded / index.frame_rate, shards=writer.shards,
+        bytes=written, problems=tuple(problems),
+    )  # fmt: skip
+
+
+def read_index(folder: Path) -> ShardIndex:
+    """The index of a folder of shards, compared with the headers of all its files.
+
+    Raises DataError: no index, another format version, or a file that is missing, damaged or not as the index says.
+    """
+    path = folder / SHARD_INDEX
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}). {AGAIN}") from None
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has format_version {version!r}, and this moshi-ttt reads {FORMAT_VERSION}. {AGAIN[:-1]} with it."
+        )
+    try:
+        index = parse_model(ShardIndex, values, str(path))
+    except ConfigError as error:
+        raise DataError(f"{error}\n{AGAIN}") from None
+    expected: dict[str, dict[str, list[int]]] = {}
+    for recording in index.recordings:
+        shapes = expected.setdefault(recording.shard, {})
+        shapes[f"{recording.key}.audio"] = [index.channels * index.codebooks, recording.frames]
+        if recording.has_text:
+            shapes[f"{recording.key}.text"] = [recording.frames]
+    for name, shapes in expected.items():
+        found = _shapes(folder / name)
+        wrong = sorted(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))
+        if wrong:
+            raise DataError(f"{folder / name} does not hold what {SHARD_INDEX} says: {', '.join(wrong[:5])}. {AGAIN}")
+    return index
+
+
+def check_codec(folder: Path, index: ShardIndex, codec: SpeechCodec, fingerprint: str) -> None:
+    """Raise DataError unless the shards were made with this codec, whose fingerprint is given."""
+    ours = (codec.channels, codec.codebooks, float(codec.mimi.frame_rate))
+    theirs = (index.channels, index.codebooks, index.frame_rate)
+    if ours != theirs:
+        names = "{} channels of {} codebooks at {:g} Hz"
+        raise DataError(f"{folder} holds {names.format(*theirs)}; the model has {names.format(*ours)}. {AGAIN}")
+    if index.fingerprint != fingerprint:
+        raise DataError(
+            f"{folder} was encoded with another Mimi or tokenizer ({index.fingerprint[:12]}) than the model's "
+            f"({fingerprint[:12]}). {AGAIN[:-1]} with this model's."
+        )
+
+
+def read_tokens(
+    folder: Path, recording: EncodedRecording, start: int, stop: int, *, text: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Frames ``start`` to ``stop`` (or the end) of a recording: audio ``[C * K, T]`` and text ``[T]``, int64.
+
+    The text is None where the recording has none, or ``text`` is false. Raises DataError.
+    """
+    try:
+        with safe_open(folder / recording.shard, framework="pt") as handle:  # type: ignore[no-untyped-call]
+            audio: Tensor = handle.get_slice(f"{recording.key}.audio")[:, start:stop]
+            words: Tensor | None = None
+            if text and recording.has_text:
+                words = handle.get_slice(f"{recording.key}.text")[start:stop].to(torch.int64)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{folder / recording.shard} cannot be read ({error}). {AGAIN}") from None
+    return audio.to(torch.int64), words
+
+
+@dataclass
+class _Writer:
+    """Collects recordings and writes a shard whenever it has enough."""
+
+    folder: Path
+    shard_size: int
+    shards: int = 0
+    recordings: list[EncodedRecording] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    waiting: int = 0
+
+    def add(self, entry: Entry, audio: Tensor, text: Tensor | None) -> None:
+        key = f"{len(self.recordings):08d}"
+        self.tensors[f"{key}.audio"] = audio.to(torch.int16)
+        if text is not None:
+            self.tensors[f"{key}.text"] = text.to(torch.int32)
+        self.recordings.append(
+            EncodedRecording(
+                name=entry.name, shard=self._name(), key=key, frames=audio.shape[1], has_text=text is not None,
+                manifest=str(entry.manifest), line=entry.line,
+            )
+        )  # fmt: skip
+        self.waiting += 1
+        if self.waiting == self.shard_size:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.waiting:
+            save_file(self.tensors, self.folder / self._name())
+            self.shards, self.waiting, self.tensors = self.shards + 1, 0, {}
+
+    def _name(self) -> str:
+        return f"shard_{self.shards:05d}.safetensors"
+
+
+def _list(
+    source: str, codec: SpeechCodec, transcripts: Transcripts, max_bad_share: float
+) -> tuple[list[Entry], list[Problem]]:
+    entries: list[Entry] = []
+    problems: list[Problem] = []
+    for spec in parse_sources(source):
+        if spec.encoded:
+            raise DataError(f"{spec.path} is encoded already: give the manifest that it was made from.")
+        if spec.weight != 1.0:
+            raise DataError(f"data {source!r}: the weight {spec.weight:g} means nothing here: give it to the training.")
+        for manifest in spec.manifests:
+            good, bad = read_manifest(manifest, transcripts=transcripts, channels=codec.channels)
+            entries += good
+            problems += bad
+    check_share(problems, len(entries) + len(problems), max_bad_share=max_bad_share, text=source)
+    return entries, problems
+
+
+def _encode(entry: Entry, codec: SpeechCodec, frames: int) -> tuple[Tensor, Tensor | None]:
+    """``[C * K, T]`` and ``[T]`` of a whole recording, encoded segment by segment."""
+    length = codec.frames_of(entry.seconds)
+    parts = [codec.encode_segment(codec.read_segment(entry.path, start, frames)) for start in range(0, length, frames)]
+    text = None if entry.transcript is None else codec.encode_text(read_words(entry.transcript), length)
+    return torch.cat(parts, dim=1), text
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    try:
+        with safe_open(path, framework="pt") as handle:  # type: ignore[no-untyped-call]
+            return {key: list(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read ({error}). {AGAIN}") from None
+
+
+def _one_or_two(channels: int) -> Any:
+    assert channels in (1, 2), channels
+    return channels

@@ -1,0 +1,43 @@
+"""Held-out recordings in batches: each from its beginning to its end, the same whatever the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from moshi_ttt.apps.train.data.corpus import Corpus
+from moshi_ttt.apps.train.data.dataset import Batch
+
+
+def evaluation_batches(corpus: Corpus, *, batch_size: int, rank: int, world_size: int) -> Iterator[Iterator[Batch]]:
+    """For ``batch_size`` recordings at a time on each rank, their consecutive segments.
+
+    Every rank gets equally many batches; where a recording has ended, or there is none, a row is the zero token.
+    Longest recordings first, so that those of a batch end together. Raises SegmentError when one cannot be read.
+    """
+    listed = [
+        (recording.segments, source, number)
+        for source, each in enumerate(corpus.sources)
+        for number, recording in enumerate(each.recordings)
+    ]
+    listed.sort(key=lambda item: (-item[0], *item[1:]))
+    group = batch_size * world_size
+    for first in range(0, len(listed), group):
+        together = listed[first : first + group]
+        mine = together[rank * batch_size :][:batch_size]
+        yield _segments(corpus, mine, batch_size, longest=together[0][0], first=first + rank * batch_size)
+
+
+def _segments(
+    corpus: Corpus, recordings: Sequence[tuple[int, int, int]], rows: int, *, longest: int, first: int
+) -> Iterator[Batch]:
+    nothing = torch.full((corpus.rows, corpus.frames), corpus.zero_token, dtype=torch.int64)
+    ids = torch.arange(first, first + rows)
+    for segment in range(longest):
+        codes = [
+            corpus.codes(source, number, segment) if segment < segments else nothing
+            for segments, source, number in recordings
+        ]
+        codes += [nothing] * (rows - len(codes))
+        yield Batch(torch.stack(codes), ids, ())

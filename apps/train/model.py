@@ -1,0 +1,136 @@
+"""The model of a run: planned on the meta device, sharded there, then filled, equally on any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+from moshi_ttt.apps.train.settings import Settings
+from moshi_ttt.core.errors import HostError
+from moshi_ttt.core.injection import Injection, make_plan
+from moshi_ttt.core.precision import DtypeRoles
+from moshi_ttt.core.registry import Registry
+from moshi_ttt.hosts.moshi import lora
+from moshi_ttt.hosts.moshi.fsdp import shard
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.hosts.moshi.loading import MoshiBundle
+
+Group = Literal["ttt", "gates", "lora", "base"]
+GROUPS: tuple[Group, ...] = ("ttt", "gates", "lora", "base")
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Moshi with what is trained in it.
+
+    Attributes:
+        model: the language model.
+        injection: its blocks; of none where there are none.
+        roles: the precision policy, resolved for the dtype in which the base computes.
+    """
+
+    model: Any
+    injection: Injection
+    roles: DtypeRoles
+
+    @property
+    def sharded(self) -> FSDPModule:
+        """The model as FSDP2 sees it."""
+        return cast(FSDPModule, self.model)
+
+    def groups(self) -> dict[Group, dict[str, nn.Parameter]]:
+        """Every trained parameter by its name in the model, in the group whose learning rate it has."""
+        gates = {id(gate) for block in self.injection.blocks.values() for gate in block.gate_parameters()}
+        blocks = {id(parameter) for parameter in self.injection.parameters()} - gates
+        factors = {id(parameter) for parameter in MOSHI_HOST.extra_parameters(self.model).values()}
+
+        def group_of(identity: int) -> Group:
+            if identity in gates:
+                return "gates"
+            return "ttt" if identity in blocks else "lora" if identity in factors else "base"
+
+        found: dict[Group, dict[str, nn.Parameter]] = {group: {} for group in GROUPS}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                found[group_of(id(parameter))][name] = parameter
+        return {group: members for group, members in found.items() if members}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by its name in the model."""
+        return {name: parameter for members in self.groups().values() for name, parameter in members.items()}
+
+
+def skeleton(settings: Settings, registry: Registry) -> TrainedModel:
+    """The model on the meta device, LoRA and blocks in it, with exactly the trained parameters requiring gradients.
+
+    Raises:
+        HostError: a model that cannot be trained here.
+        InjectionError: the plan does not fit the model.
+    """
+    run, host = settings.run, MOSHI_HOST
+    model = host.skeleton(settings.host)
+    if model.fuser is not None:
+        raise HostError(f"{settings.host.hf_repo} is driven by conditions, and this training knows of none.")
+    if model.depformer is None:
+        raise HostError(f"{settings.host.hf_repo} speaks no audio (it has no depformer), so there is no loss to train.")
+    policy = registry.policy(settings.ttt.precision)
+    roles = policy.roles(model.dtype)
+    if run.lora.enable:
+        lora.add_lora(model, rank=run.lora.rank, scaling=run.lora.scaling)
+    plan = make_plan(model, host, settings.ttt.ttt, policy=policy, registry=registry, seed=settings.ttt.seed)
+    built = TrainedModel(model, plan.apply(model), roles)
+    _choose_trained(built, full=run.full_finetuning, embeddings=run.lora.enable and run.lora.ft_embed)
+    for stack in (model.transformer, model.depformer):
+        stack.checkpointing = run.gradient_checkpointing
+    return built
+
+
+def build(settings: Settings, registry: Registry, mesh: DeviceMesh, device: torch.device) -> TrainedModel:
+    """The model of a run, sharded over ``mesh`` and filled: base weights from their file, the rest from the seed.
+
+    Equal on every number of ranks. Raises as ``skeleton``, and HostError when the weights are not this model's.
+    """
+    built = skeleton(settings, registry)
+    weights = _read(settings.host.bundle())
+    shard(built.model, built.roles, mesh)
+    built.model.to_empty(device=device)
+    MOSHI_HOST.load_base(built.model, weights)
+    lora.initialise_lora(built.model, settings.run.seed)
+    built.injection.initialise()
+    built.injection.check_precision("initialised")
+    built.model.train()
+    return built
+
+
+def _read(bundle: MoshiBundle) -> dict[str, Tensor]:
+    """The base weights, mapped from their file rather than read."""
+    path = bundle.info.moshi_weights
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise HostError(f"{bundle.name}: {path} cannot be read as safetensors: {error}. Training needs that.") from None
+
+
+def _choose_trained(built: TrainedModel, *, full: bool, embeddings: bool) -> None:
+    """Set ``requires_grad``, and give trained parameters of the base and of LoRA the master dtype."""
+    model = built.model
+    blocks = {id(parameter) for parameter in built.injection.parameters()}
+    chosen = set(blocks) | {id(parameter) for parameter in MOSHI_HOST.extra_parameters(model).values()}
+    if embeddings:
+        tables = (model.emb, model.text_emb, model.depformer_emb, model.depformer_text_emb)
+        chosen |= {id(parameter) for table in tables for parameter in table.parameters()}
+    for module in list(model.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            trained = full or id(parameter) in chosen
+            if trained and id(parameter) not in blocks and parameter.dtype != built.roles.master:
+                master = nn.Parameter(parameter.detach().to(built.roles.master))
+                module.register_parameter(name, master)
+                parameter = master
+            parameter.requires_grad_(trained)

@@ -1,0 +1,95 @@
+"""The processes of a run: one, or one a rank under torchrun, on CUDA with NCCL or on the CPU with gloo."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moshi_ttt.core.errors import ConfigError
+
+ValueT = TypeVar("ValueT")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among the others.
+
+    Attributes:
+        rank, world_size: which of how many.
+        device: what this process computes on.
+        mesh: the ranks over which the model is sharded; of two dimensions where copies of it are replicated.
+        saving: a gloo group of its own for checkpoints that are written while training goes on.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+    saving: dist.ProcessGroup
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that prints, logs and writes what there is one of."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """``values`` added up over the ranks, in float64 on the CPU; one small collective."""
+        total = values.double().to(self.device)
+        dist.all_reduce(total)
+        return total.cpu()
+
+    def agree(self, value: ValueT) -> ValueT:
+        """Rank 0's ``value`` on every rank: something small that can be sent."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        dist.barrier()
+
+
+@contextmanager
+def start(device: str | None, shard_size: int | None) -> Iterator[Runtime]:
+    """Join the other ranks, or be alone; leave them at the end.
+
+    Args:
+        device: ``cpu`` or ``cuda``; CUDA where there is one when None.
+        shard_size: ranks that share a copy of the model; all when None.
+
+    Raises:
+        ConfigError: no such device, or the number of ranks is no multiple of ``shard_size``.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, and this machine has no CUDA device. Set device: cpu, or leave it out.")
+    torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if torchrun else (0, 1)
+    if shard_size is not None and world % shard_size:
+        raise ConfigError(f"shard_size is {shard_size}, and {world} ranks are no multiple of it.")
+    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(here)
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    if torchrun:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    try:
+        shards = shard_size or world
+        if shards == world:
+            mesh = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+        else:
+            mesh = init_device_mesh(kind, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
+        yield Runtime(rank, world, here, mesh, dist.new_group(backend="gloo"))
+    finally:
+        dist.destroy_process_group()

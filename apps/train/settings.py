@@ -1,0 +1,135 @@
+"""From a YAML file and the command line to the settings of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moshi_ttt.apps.config_files import find_config
+from moshi_ttt.apps.train.config import MoshiPaths, RunConfig
+from moshi_ttt.core.config import TTTConfig, parse_model
+from moshi_ttt.core.config_parsing import parse_config, read_mapping
+from moshi_ttt.core.errors import ConfigError, nearest
+from moshi_ttt.core.registry import Registry
+from moshi_ttt.hosts.moshi.host import MoshiHostConfig
+
+MODEL_KEYS = ("host", "precision", "ttt")
+"""Top-level keys that describe the model, as in every other config; the others are a run's."""
+REPLACED = {
+    "moshi_path": "moshi_weights", "mimi_path": "mimi_weights", "tokenizer_path": "tokenizer",
+    "config_path": "config_path",
+}  # fmt: skip
+"""What ``moshi_paths`` calls a file, and what the host's config does."""
+FLAT = {"persistent_states": "carry_state", "gradient_checkpointing": "gradient_checkpointing"}
+"""What the flat ``ttt`` block calls an option of the run, and what the run does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A whole run: which model with which blocks, and how it is trained."""
+
+    ttt: TTTConfig
+    run: RunConfig
+    host: MoshiHostConfig
+
+
+def read_settings(name: str, overrides: Sequence[str], registry: Registry) -> Settings:
+    """The settings of the config ``name`` (a path or a packaged config), changed by ``key.of.it=value`` overrides.
+
+    Raises ConfigError with every problem found.
+    """
+    path = find_config(name)
+    values = read_mapping(path)
+    for override in overrides:
+        _override(values, override)
+    return parse_settings(values, registry=registry, where=path.name)
+
+
+def parse_settings(values: Mapping[str, Any], *, registry: Registry, where: str) -> Settings:
+    """The settings that plain values mean. Raises ConfigError with every problem found."""
+    values = dict(values)
+    _take_from_flat_block(values)
+    allowed = [*RunConfig.model_fields, *MODEL_KEYS]
+    problems = [f"{where}: unknown key {key!r}. {nearest(str(key), allowed)}" for key in values if key not in allowed]
+    if "host" in values and "moshi_paths" in values:
+        problems.append(f"{where}: 'host' and 'moshi_paths' both say which Moshi: leave one of them out.")
+    run = ttt = None
+    try:
+        run = parse_model(RunConfig, {key: values[key] for key in values if key in RunConfig.model_fields}, where)
+    except ConfigError as error:
+        problems.append(str(error))
+    model = {key: values[key] for key in MODEL_KEYS if values.get(key) is not None}
+    try:
+        model.setdefault("host", _host(values, where))
+        ttt = parse_config({**model, "seed": values.get("seed", 0)}, registry=registry, where=where)
+    except ConfigError as error:
+        problems += [line for line in str(error).splitlines() if line not in "\n".join(problems)]
+    if problems or run is None or ttt is None:
+        raise ConfigError("\n".join(problems))
+    host = ttt.host
+    if not isinstance(host, MoshiHostConfig):
+        raise ConfigError(f"{where}: host: training is written for the host 'moshi', got {host.name!r}.")
+    if not (ttt.ttt or run.lora.enable or run.full_finetuning):
+        raise ConfigError(
+            f"{where}: there is nothing to train. Add an entry to ttt, set lora.enable, or set full_finetuning."
+        )
+    if host.dtype not in (None, run.param_dtype) and "param_dtype" in values:
+        raise ConfigError(f"{where}: host.dtype is {host.dtype} and param_dtype {run.param_dtype}: leave one out.")
+    if host.dtype is None:
+        host = host.model_copy(update={"dtype": run.param_dtype})
+    return Settings(ttt=ttt.model_copy(update={"host": host}), run=run, host=host)
+
+
+def _host(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    paths = parse_model(MoshiPaths, values.get("moshi_paths") or {}, f"{where}: moshi_paths")
+    files = {ours: getattr(paths, theirs) for theirs, ours in REPLACED.items()}
+    return {"name": "moshi", "hf_repo": paths.hf_repo_id, **{key: path for key, path in files.items() if path}}
+
+
+def _take_from_flat_block(values: dict[str, Any]) -> None:
+    """What the flat ``ttt`` block says about training is the run's, unless the run says it itself."""
+    flat = values.get("ttt")
+    if isinstance(flat, Mapping):
+        for theirs, ours in FLAT.items():
+            if theirs in flat:
+                values.setdefault(ours, flat[theirs])
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"{override!r} is no override: write key=value, as in optim.lr=1e-5 or ttt.0.chunk=32.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{override!r}: the value is not valid YAML.") from None
+    place: Any = values
+    for index, part in enumerate(parts):
+        last = index == len(parts) - 1
+        if isinstance(place, list):
+            if not part.isdigit() or int(part) >= len(place):
+                raise ConfigError(f"{override!r}: {'.'.join(parts[:index])} is a list of {len(place)}, not {part!r}.")
+            if last:
+                place[int(part)] = value
+            else:
+                place = place[int(part)]
+        elif not isinstance(place, dict):
+            raise ConfigError(f"{override!r}: {'.'.join(parts[:index])} is {place!r}, which has nothing inside.")
+        elif last:
+            place[part] = value
+        else:
+            if place.get(part) is None:
+                place[part] = {}
+            place = place[part]
+
+
+def write_settings(settings: Settings, path: Path) -> None:
+    """The run as a config that runs again: every option, defaults included."""
+    values = settings.run.model_dump(mode="json", exclude={"moshi_paths"})
+    values |= settings.ttt.model_dump(mode="json", include={"host", "precision", "ttt"})
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

@@ -1,0 +1,222 @@
+"""One optimizer step, and an evaluation, on any number of ranks.
+
+The loss of a step is a weighted mean over the global batch: each micro-batch's sum is divided by the weight of all rows
+of all ranks, so gradients are the same however the rows are spread (up to the order of additions).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+
+from moshi_ttt.apps.train.config import RunConfig
+from moshi_ttt.apps.train.data.dataset import Batch
+from moshi_ttt.apps.train.losses import LossWeights, count, loss_sums
+from moshi_ttt.apps.train.model import TrainedModel
+from moshi_ttt.apps.train.optimisation import make_optimizer, make_schedule, prepare_state
+from moshi_ttt.apps.train.runtime import Runtime
+from moshi_ttt.core.errors import MoshiTTTError
+from moshi_ttt.core.host import CarriedState
+from moshi_ttt.core.sharding import whole
+
+
+class TrainingError(MoshiTTTError, RuntimeError):
+    """Training that cannot go on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Losses over a set of tokens.
+
+    Attributes:
+        text, audio: weighted means, as they are minimised; their sum is the loss.
+        text_nats, audio_nats: plain means in nats per token; NaN where there was no such token.
+        tokens: how many tokens were predicted.
+    """
+
+    text: float
+    audio: float
+    text_nats: float
+    audio_nats: float
+    tokens: int
+
+    @property
+    def total(self) -> float:
+        return self.text + self.audio
+
+    @classmethod
+    def of(cls, sums: Tensor, counts: Tensor) -> Losses:
+        """From the totals over all ranks of ``losses.SUMS`` and ``losses.COUNTS``."""
+        text, audio, text_nats, audio_nats = (float(value) for value in sums)
+        text_weight, audio_weight, text_tokens, audio_tokens = (float(value) for value in counts)
+        return cls(
+            text=text / text_weight if text_weight else 0.0,
+            audio=audio / audio_weight if audio_weight else 0.0,
+            text_nats=text_nats / text_tokens if text_tokens else math.nan,
+            audio_nats=audio_nats / audio_tokens if audio_tokens else math.nan,
+            tokens=int(text_tokens + audio_tokens),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one optimizer step did, the same on every rank.
+
+    Attributes:
+        number: from 1.
+        gradient_norm: before clipping.
+        skipped: the loss or the gradient was not finite, and nothing was changed.
+        stop: some rank was asked to stop.
+        ready: every rank says that its part of a checkpoint has been written.
+        problems: recordings that could not be read on this rank.
+        bad_segments: how many there were on all ranks.
+    """
+
+    number: int
+    losses: Losses
+    gradient_norm: float
+    skipped: bool
+    stop: bool
+    ready: bool
+    problems: tuple[str, ...]
+    bad_segments: int
+
+
+@dataclass
+class Trainer:
+    """The model, its optimizer, and where training is.
+
+    Attributes:
+        step: optimizer steps made (skipped ones included).
+        carried: with ``carry_state``, the state of the rows of each micro-batch.
+        skipped_in_a_row: steps that were skipped since the last that was not.
+    """
+
+    trained: TrainedModel
+    run: RunConfig
+    runtime: Runtime
+    step: int = 0
+    skipped_in_a_row: int = 0
+    carried: list[CarriedState | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.weights = LossWeights(
+            first_codebook=self.run.first_codebook_weight_multiplier, text_padding=self.run.text_padding_weight
+        )
+        self.parameters = list(self.trained.trained().values())
+        self.optimizer: AdamW = make_optimizer(self.trained, self.run.optim)
+        prepare_state(self.optimizer)
+        self.schedule: OneCycleLR = make_schedule(self.optimizer, self.run.optim, self.run.max_steps)
+        self.carried = self.carried or [None] * self.run.num_microbatches
+
+    @property
+    def rows(self) -> int:
+        """Rows of the global batch."""
+        return self.run.batch_size * self.run.num_microbatches * self.runtime.world_size
+
+    def make_step(self, batches: Sequence[Batch], *, stop: bool = False, ready: bool = False) -> Step:
+        """One optimizer step over this rank's micro-batches; every rank calls this.
+
+        Raises TrainingError, on every rank, when ``max_bad_steps`` steps in a row had to be skipped.
+        """
+        codes = [batch.codes.to(self.runtime.device) for batch in batches]
+        problems = tuple(problem for batch in batches for problem in batch.problems)
+        here = torch.stack([count(self.trained.model, part, self.weights) for part in codes]).sum(0).cpu()
+        said = torch.tensor([float(stop), float(ready), float(len(problems))], dtype=torch.float64)
+        totals = self.runtime.sum(torch.cat([here, said]))
+        counts, (stops, readies, bad) = totals[:4], totals[4:].tolist()
+        self.optimizer.zero_grad(set_to_none=True)
+        sums, after = self._accumulate(batches, codes, counts)
+        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.run.max_norm)))
+        losses = Losses.of(self.runtime.sum(sums), counts)
+        skipped = not (math.isfinite(losses.total) and math.isfinite(norm))
+        self.step += 1
+        if skipped:
+            self._skip(losses, norm)
+        else:
+            self.skipped_in_a_row = 0
+            self.optimizer.step()
+            self.carried = after
+        self.schedule.step()
+        return Step(
+            number=self.step, losses=losses, gradient_norm=norm, skipped=skipped, stop=stops > 0,
+            ready=readies == self.runtime.world_size, problems=problems, bad_segments=int(bad),
+        )  # fmt: skip
+
+    def _accumulate(
+        self, batches: Sequence[Batch], codes: Sequence[Tensor], counts: Tensor
+    ) -> tuple[Tensor, list[CarriedState | None]]:
+        """Backward through every micro-batch; the loss sums here, and the states the rows are in afterwards."""
+        model = self.trained.model
+        divisors = counts[:2].clamp(min=torch.finfo(torch.float32).tiny).to(self.runtime.device, torch.float32)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.runtime.device)
+        after: list[CarriedState | None] = []
+        for index, (batch, part) in enumerate(zip(batches, codes, strict=True)):
+            # Ranks exchange gradients once a step, with the last micro-batch.
+            self.trained.sharded.set_requires_gradient_sync(index == len(codes) - 1)
+            with self._carry(self.carried[index], batch) as state:
+                found = loss_sums(model, part, self.weights)
+                # Sharding averages gradients over ranks, and the divisors already count the rows of all.
+                loss = (found[:2] / divisors).sum() * self.runtime.world_size
+                loss.backward()
+            sums += found.detach().double()
+            after.append(state)
+        return sums, after
+
+    def _carry(self, state: CarriedState | None, batch: Batch) -> AbstractContextManager[CarriedState | None]:
+        if not self.run.carry_state:
+            return nullcontext(None)
+        ids = batch.document_ids.to(self.runtime.device)
+        return self.trained.injection.host.carry(self.trained.model, state, document_ids=ids)
+
+    def _skip(self, losses: Losses, norm: float) -> None:
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row < self.run.max_bad_steps:
+            return
+        broken = [name for name, p in self.trained.trained().items() if _broken(p)]
+        gradients = [name for name, p in self.trained.trained().items() if p.grad is not None and _broken(p.grad)]
+        raise TrainingError(
+            f"Training stopped at step {self.step}: {self.skipped_in_a_row} steps in a row were not finite (loss "
+            f"{losses.total}, gradient norm {norm}). Not finite on rank {self.runtime.rank} are parameters: "
+            f"{_some(broken)}; gradients: {_some(gradients)}. Lower optim.lr or the rate of that group, or the blocks' "
+            "base_lr; the last checkpoint is from before."
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Iterable[Batch]]) -> Losses:
+        """Losses over recordings, each a list of consecutive segments; every rank brings equally many batches.
+
+        With ``carry_state`` memory is carried along a recording. Nothing of the training's state changes.
+        """
+        model: Any = self.trained.model
+        model.eval()
+        sums = torch.zeros(4, dtype=torch.float64, device=self.runtime.device)
+        counts = torch.zeros(4, dtype=torch.float64, device=self.runtime.device)
+        for recordings in batches:
+            state: CarriedState | None = None
+            for batch in recordings:
+                codes = batch.codes.to(self.runtime.device)
+                counts += count(model, codes, self.weights)
+                with self._carry(state, batch) as after:
+                    sums += loss_sums(model, codes, self.weights).double()
+                state = after
+        model.train()
+        return Losses.of(self.runtime.sum(sums), self.runtime.sum(counts))
+
+
+def _broken(tensor: Tensor) -> bool:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return not bool(local.isfinite().all())
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5]) or "none"
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
