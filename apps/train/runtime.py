@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,7 @@ class Runtime:
 
 @contextmanager
 def start(device: str | None, shard_size: int | None) -> Iterator[Runtime]:
-    """Join the other ranks, or be alone; leave them at the end.
+    """Join the other ranks, or be alone; leave them at the end. Where they have been joined before, that is kept.
 
     Args:
         device: ``cpu`` or ``cuda``; CUDA where there is one when None.
@@ -72,18 +72,20 @@ def start(device: str | None, shard_size: int | None) -> Iterator[Runtime]:
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, and this machine has no CUDA device. Set device: cpu, or leave it out.")
-    torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if torchrun else (0, 1)
+    torchrun, joined = "RANK" in os.environ and "WORLD_SIZE" in os.environ, dist.is_initialized()
+    if joined:
+        rank, world = dist.get_rank(), dist.get_world_size()
+    else:
+        rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if torchrun else (0, 1)
     if shard_size is not None and world % shard_size:
         raise ConfigError(f"shard_size is {shard_size}, and {world} ranks are no multiple of it.")
     here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(here)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    if torchrun:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    if not joined:
+        alone: dict[str, Any] = {} if torchrun else {"store": HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **alone)
     try:
         shards = shard_size or world
         if shards == world:
@@ -92,4 +94,5 @@ def start(device: str | None, shard_size: int | None) -> Iterator[Runtime]:
             mesh = init_device_mesh(kind, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
         yield Runtime(rank, world, here, mesh, dist.new_group(backend="gloo"))
     finally:
-        dist.destroy_process_group()
+        if not joined:
+            dist.destroy_process_group()

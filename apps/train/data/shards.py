@@ -39,6 +39,9 @@ SHARD_SIZE = 256
 """Recordings in a shard."""
 AGAIN = "Encode the recordings again."
 
+_Form = tuple[str, list[int]]
+"""The dtype and shape of a stored tensor."""
+
 
 class EncodedRecording(FrozenConfig):
     """Where a recording's ``frames`` tokens are, under ``key`` in the file ``shard``; and where it came from."""
@@ -148,15 +151,15 @@ def read_index(folder: Path) -> ShardIndex:
         index = parse_model(ShardIndex, values, str(path))
     except ConfigError as error:
         raise DataError(f"{error}\n{AGAIN}") from None
-    expected: dict[str, dict[str, list[int]]] = {}
+    expected: dict[str, dict[str, _Form]] = {}
     for recording in index.recordings:
-        shapes = expected.setdefault(recording.shard, {})
-        shapes[f"{recording.key}.audio"] = [index.channels * index.codebooks, recording.frames]
+        forms = expected.setdefault(recording.shard, {})
+        forms[f"{recording.key}.audio"] = ("I16", [index.channels * index.codebooks, recording.frames])
         if recording.has_text:
-            shapes[f"{recording.key}.text"] = [recording.frames]
-    for name, shapes in expected.items():
-        found = _shapes(folder / name)
-        wrong = sorted(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))
+            forms[f"{recording.key}.text"] = ("I32", [recording.frames])
+    for name, forms in expected.items():
+        found = _forms(folder / name)
+        wrong = sorted(key for key in forms.keys() | found.keys() if forms.get(key) != found.get(key))
         if wrong:
             raise DataError(f"{folder / name} does not hold what {SHARD_INDEX} says: {', '.join(wrong[:5])}. {AGAIN}")
     return index
@@ -206,6 +209,7 @@ class _Writer:
     waiting: int = 0
 
     def add(self, entry: Entry, audio: Tensor, text: Tensor | None) -> None:
+        assert int(audio.max()) < 2**15, audio.max()
         key = f"{len(self.recordings):08d}"
         self.tensors[f"{key}.audio"] = audio.to(torch.int16)
         if text is not None:
@@ -255,10 +259,11 @@ def _encode(entry: Entry, codec: SpeechCodec, frames: int) -> tuple[Tensor, Tens
     return torch.cat(parts, dim=1), text
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
+def _forms(path: Path) -> dict[str, _Form]:
     try:
         with safe_open(path, framework="pt") as handle:  # type: ignore[no-untyped-call]
-            return {key: list(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+            slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
+            return {key: (each.get_dtype(), list(each.get_shape())) for key, each in slices.items()}
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read ({error}). {AGAIN}") from None
 

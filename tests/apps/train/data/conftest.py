@@ -68,9 +68,7 @@ def write_manifest(path: Path, entries: Sequence[object]) -> Path:
 
 
 def words_every(seconds: float, total: float) -> list[tuple[str, float, float]]:
-    return [
-        (WORDS[n % len(WORDS)], n * seconds, (n + 0.7) * seconds) for n in range(int(total / seconds))
-    ]
+    return [(WORDS[n % len(WORDS)], n * seconds, (n + 0.7) * seconds) for n in range(int(total / seconds))]
 
 
 def cut_off(path: Path, share: float) -> None:

@@ -79,10 +79,8 @@ def test_any_cut_gives_the_same_draws(shuffle):
 
 def test_draws_are_these():
     """A run is resumed by another version of Python and numpy: the numbers must not move."""
-    assert taken([5, 3], [2, 1], 10, seed=7) == DRAWS
-
-
-DRAWS: list[tuple[int, int]] = []
+    draws = [(1, 0), (1, 2), (0, 3), (0, 4), (0, 2), (0, 1), (1, 1), (1, 2), (0, 0), (1, 0)]
+    assert taken([5, 3], [2, 1], 10, seed=7) == draws
 
 
 @pytest.mark.parametrize("counts", [[7], [7, 3, 20]])
@@ -142,10 +140,13 @@ def test_an_epoch_of_documents_has_every_segment_once():
 def test_skipping_steps_is_stepping_without_looking(streams):
     whole = steps_of(StreamOrder(DOCUMENTS, [1, 2], 3, True, streams), 300)
     order = StreamOrder(DOCUMENTS, [1, 2], 3, True, streams)
-    for skipped, position in [(0, 0), (1, 1), (7, 10), (0, 12), (150, 163)]:
+    position = 0
+    for skipped in (0, 1, 7, 0, 150):
         order.skip(skipped)
+        position += skipped
         assert order.position == position
         assert steps_of(order, 2) == whole[position : position + 2]
+        position += 2
     order.skip(100)
     assert order.next_step() == whole[order.position - 1]
 
