@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
@@ -183,7 +184,10 @@ def load(trainer: Trainer, folder: Path, position: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{folder} is of a run that trained other parameters: {', '.join(apart[:6])}, ...")
     carried = _empty_carried(trainer, stored)
     random = {key: _empty(stored[key]) for key in _random(trainer.runtime) if key in stored}
-    load_tensors({**wanted, **carried, **random}, storage_reader=reader, process_group=trainer.runtime.saving)
+    try:
+        load_tensors({**wanted, **carried, **random}, storage_reader=reader, process_group=trainer.runtime.saving)
+    except CheckpointException as error:
+        raise CheckpointError(f"{folder} is damaged: {next(iter(error.failures.values()))[0]!r}.") from error
     _restore_carried(trainer, carried)
     _restore_random(trainer.runtime, random)
     trainer.step = int(state["step"])

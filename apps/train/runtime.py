@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -83,16 +84,33 @@ def start(device: str | None, shard_size: int | None) -> Iterator[Runtime]:
     if kind == "cuda":
         torch.cuda.set_device(here)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    if not joined:
-        alone: dict[str, Any] = {} if torchrun else {"store": HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, **alone)
     try:
-        shards = shard_size or world
-        if shards == world:
-            mesh = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
-        else:
-            mesh = init_device_mesh(kind, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
-        yield Runtime(rank, world, here, mesh, dist.new_group(backend="gloo"))
+        with _without_greetings() if world == 1 else nullcontext():
+            if not joined:
+                alone: dict[str, Any] = {} if torchrun else {"store": HashStore(), "rank": 0, "world_size": 1}
+                dist.init_process_group(backend, **alone)
+            shards = shard_size or world
+            if shards == world:
+                mesh = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+            else:
+                mesh = init_device_mesh(kind, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
+            saving = dist.new_group(backend="gloo")
+        yield Runtime(rank, world, here, mesh, saving)
     finally:
-        if not joined:
+        if not joined and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def _without_greetings() -> Iterator[None]:
+    """Gloo writes to standard output how many peers it found: a process that is alone need not hear it."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

@@ -65,6 +65,7 @@ def parse_settings(values: Mapping[str, Any], *, registry: Registry, where: str)
     model = {key: values[key] for key in MODEL_KEYS if values.get(key) is not None}
     try:
         model.setdefault("host", _host(values, where))
+        model.setdefault("ttt", [])  # LoRA, or everything, without blocks
         ttt = parse_config({**model, "seed": values.get("seed", 0)}, registry=registry, where=where)
     except ConfigError as error:
         problems += [line for line in str(error).splitlines() if line not in "\n".join(problems)]

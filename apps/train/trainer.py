@@ -21,7 +21,7 @@ from moshi_ttt.apps.train.config import RunConfig
 from moshi_ttt.apps.train.data.dataset import Batch
 from moshi_ttt.apps.train.losses import LossWeights, count, loss_sums
 from moshi_ttt.apps.train.model import TrainedModel
-from moshi_ttt.apps.train.optimisation import make_optimizer, make_schedule, prepare_state
+from moshi_ttt.apps.train.optimisation import advance, make_optimizer, make_schedule, prepare_state
 from moshi_ttt.apps.train.runtime import Runtime
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.core.host import CarriedState
@@ -145,7 +145,7 @@ class Trainer:
             self.skipped_in_a_row = 0
             self.optimizer.step()
             self.carried = after
-        self.schedule.step()
+        advance(self.schedule, 1)
         return Step(
             number=self.step, losses=losses, gradient_norm=norm, skipped=skipped, stop=stops > 0,
             ready=readies == self.runtime.world_size, problems=problems, bad_segments=int(bad),
