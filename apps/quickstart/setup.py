@@ -57,6 +57,8 @@ class Setup:
 def read_settings(request: Request) -> Settings:
     """Config and command line together. Raises ConfigError."""
     config = read_config(request.config)
+    if not config.extra:
+        raise ConfigError(f"{request.config} is the config of a training run: use `moshi-ttt train {request.config}`.")
     if not isinstance(config.host, MoshiHostConfig):
         raise ConfigError(f"The quickstart is written for the host 'moshi', the config names {config.host.name!r}.")
     if not config.ttt:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moshi_ttt.apps.train import export
-from moshi_ttt.apps.train.checkpoint import CheckpointWriter, find_checkpoints, load
+from moshi_ttt.apps.train.checkpoint import STATE, CheckpointWriter, find_checkpoints, load
 from moshi_ttt.apps.train.data.codec import SpeechCodec
 from moshi_ttt.apps.train.data.corpus import Corpus, open_corpus
 from moshi_ttt.apps.train.data.dataset import Batch, TrainingData, loader
@@ -58,19 +58,19 @@ def run(settings: Settings, registry: Registry, console: Console) -> Outcome:
     """Train to the end, or until a signal asks to stop. Raises a MoshiTTTError; every rank calls this."""
     export.check(settings)
     with start(settings.run.device, settings.run.shard_size) as runtime:
-        resumed = open_run_dir(settings, runtime)
+        resumed = check_run_dir(settings, runtime)
         return _train(settings, registry, runtime, console, resumed)
 
 
-def open_run_dir(settings: Settings, runtime: Runtime) -> Path | None:
-    """Make the run's folder ready, and return the checkpoint to go on from, if there is one.
+def check_run_dir(settings: Settings, runtime: Runtime) -> Path | None:
+    """The checkpoint to go on from, if there is one; nothing is written yet.
 
-    Raises ConfigError when the folder is in use and nothing says what to do with it.
+    Raises ConfigError when the run's folder is in use and nothing says what to do with it.
     """
     found: Path | str | None = None
     if runtime.first:
         try:
-            found = _open_run_dir(settings)
+            found = _check_run_dir(settings)
         except ConfigError as error:
             found = str(error)
     found = runtime.agree(found)
@@ -79,31 +79,40 @@ def open_run_dir(settings: Settings, runtime: Runtime) -> Path | None:
     return found
 
 
-def _open_run_dir(settings: Settings) -> Path | None:
+def _check_run_dir(settings: Settings) -> Path | None:
     run = settings.run
     folder = Path(run.run_dir)
-    resumed: Path | None = None
-    if isinstance(run.resume, str):
-        resumed = Path(run.resume)
-        if not (resumed / "state.json").is_file():
-            raise ConfigError(f"resume: {resumed} is no complete checkpoint: it has no state.json.")
-    elif run.resume:
-        resumed = next(reversed(find_checkpoints(folder)), None)
-    used = folder.is_dir() and any(folder.iterdir())
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run_dir: {folder} exists and is not a folder. Choose another.")
+    used = _in_use(folder)
     if used and not (folder / ARGS).is_file():
         raise ConfigError(f"run_dir: {folder} is not empty, and no run made it. Choose another, or empty it yourself.")
-    if used and run.overwrite_run_dir and not run.resume:
-        shutil.rmtree(folder)
-    elif used and not run.resume:
+    if isinstance(run.resume, str):
+        if not (Path(run.resume) / STATE).is_file():
+            raise ConfigError(f"resume: {run.resume} is no complete checkpoint: it has no {STATE}.")
+        return Path(run.resume)
+    if run.resume:
+        return next(reversed(find_checkpoints(folder)), None)
+    if used and not run.overwrite_run_dir:
         raise ConfigError(
             f"run_dir: {folder} holds an earlier run. Set resume: true to go on with it, overwrite_run_dir: true to "
             "delete it, or choose another folder."
         )
+    return None
+
+
+def _open_run_dir(settings: Settings) -> None:
+    """Make the run's folder, in place of an earlier run's where the config says so."""
+    run = settings.run
+    folder = Path(run.run_dir)
+    if _in_use(folder) and run.overwrite_run_dir and not run.resume:
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_settings(settings, folder / ARGS)
-    return resumed
+
+
+def _in_use(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _train(settings: Settings, registry: Registry, runtime: Runtime, console: Console, resumed: Path | None) -> Outcome:
@@ -122,6 +131,8 @@ def _train(settings: Settings, registry: Registry, runtime: Runtime, console: Co
     )  # fmt: skip
     batches = iter(loader(data, start_step=trainer.step, num_workers=run.data.num_workers))
     outcome = Outcome(step=trainer.step, stopped=False, checkpoint=resumed)
+    if runtime.first:
+        _open_run_dir(settings)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         log = stack.enter_context(RunLog(Path(run.run_dir), run, console, trainer.step)) if runtime.first else None

@@ -33,6 +33,8 @@ def test_the_surface_is_frozen():
         "quickstart": [
             "--audio", "--config", "--out", "--overwrite", "--seed", "--steps", "-c", "-o",
         ],
+        "train": ["--plan", "--ranks", "config", "overrides"],
+        "encode": ["--eval", "--out", "-o", "config", "overrides"],
         "doctor": ["--adapter", "--batches", "--json", "--length", "--seed", "config"],
         "explain": ["--json", "config"],
         "new-plugin": ["--out", "-o", "name"],

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from moshi.modules.lora import replace_all_linear_with_lora
+from safetensors.torch import load_file, save_file
 
 from moshi_ttt import default_registry, inject, load_adapter, make_plan, parse_config, save_adapter
 from moshi_ttt.core.errors import AdapterError, ContextError, PrecisionError
