@@ -86,7 +86,7 @@ def skeleton(settings: Settings, registry: Registry) -> TrainedModel:
         lora.add_lora(model, rank=run.lora.rank, scaling=run.lora.scaling)
     plan = make_plan(model, host, settings.ttt.ttt, policy=policy, registry=registry, seed=settings.ttt.seed)
     built = TrainedModel(model, plan.apply(model), roles)
-    _choose_trained(built, full=run.full_finetuning, embeddings=run.lora.enable and run.lora.ft_embed)
+    choose_trained(built, full=run.full_finetuning, embeddings=run.lora.enable and run.lora.ft_embed)
     for stack in (model.transformer, model.depformer):
         stack.checkpointing = run.gradient_checkpointing
     return built
@@ -118,7 +118,7 @@ def _read(bundle: MoshiBundle) -> dict[str, Tensor]:
         raise HostError(f"{bundle.name}: {path} cannot be read as safetensors: {error}. Training needs that.") from None
 
 
-def _choose_trained(built: TrainedModel, *, full: bool, embeddings: bool) -> None:
+def choose_trained(built: TrainedModel, *, full: bool, embeddings: bool) -> None:
     """Set ``requires_grad``, and give trained parameters of the base and of LoRA the master dtype."""
     model = built.model
     blocks = {id(parameter) for parameter in built.injection.parameters()}

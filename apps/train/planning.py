@@ -26,8 +26,8 @@ from moshi_ttt.hosts.moshi.host import MOSHI_HOST, main_layers
 from moshi_ttt.hosts.moshi.upstream import FRAME_RATE
 
 FROZEN = "frozen"
-WHOLE_MODEL = "outside the others"
-"""What the root unit is called: the parameters that no other unit contains."""
+ROOT = "root"
+"""What the last unit is called: the parameters that no other unit contains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class UnitPlan:
     """A unit of sharding, whose parameters are gathered together.
 
     Attributes:
-        name: the module's path in the model.
+        name: the module's path in the model; ``root`` for the model itself.
         gathered_bytes: its parameters, whole, in the dtype they are gathered in.
         unreduced_bytes: the gradients of those that are trained, whole, in the dtype they are added up in.
     """
@@ -98,6 +98,7 @@ class TrainingPlan:
         blocks: site and variant of each block.
         ranks: how many processes.
         shards: ranks that share one copy of the model.
+        microbatches: forward passes of a step.
         groups: the trained groups, then what is frozen.
         units: the units of sharding; the last one is the root.
         rank: bytes on the rank that holds most.
@@ -112,6 +113,7 @@ class TrainingPlan:
     blocks: tuple[str, ...]
     ranks: int
     shards: int
+    microbatches: int
     groups: tuple[GroupPlan, ...]
     units: tuple[UnitPlan, ...]
     rank: RankPlan
@@ -169,6 +171,7 @@ def plan_model(trained: TrainedModel, settings: Settings, *, ranks: int, shards:
         blocks=tuple(f"{block.site} ({block.variant.name})" for block in injection.plan.blocks),
         ranks=ranks,
         shards=shards,
+        microbatches=run.num_microbatches,
         groups=tuple(_groups(trained, settings)),
         units=units,
         rank=held,
@@ -191,27 +194,23 @@ def render(plan: TrainingPlan) -> RenderableType:
 
 
 def _rank_table(plan: TrainingPlan) -> Table:
-    rank, copies = plan.rank, plan.ranks // plan.shards
-    shared = f"{plan.shards} rank(s) to a copy of the model" + (f", {copies} copies" if copies > 1 else "")
+    rank, root = plan.rank, plan.units[-1].gathered_bytes
     largest = max((unit.gathered_bytes for unit in plan.units[:-1]), default=0)
-    table = Table(title=f"{plan.ranks} rank(s), {shared}: the one that holds most", title_justify="left")
+    waiting = "of all units: ranks exchange them once a step" if plan.microbatches > 1 else "of the largest unit"
+    table = Table(title=f"Bytes on {_which(plan)}", title_justify="left")
     table.add_column("what")
     table.add_column("bytes", justify="right", no_wrap=True)
     table.add_column("how it is counted")
-    several = rank.unreduced == sum(unit.unreduced_bytes for unit in plan.units)
     rows = [
-        ("parameters", rank.parameters, "this rank's rows of each, as stored"),
-        ("gradients", rank.gradients, "of what is trained"),
-        ("AdamW moments", rank.moments, "two of each gradient"),
+        ("parameters", rank.parameters, "its share of each, as stored"),
+        ("gradients", rank.gradients, "its share, of what is trained"),
+        ("AdamW moments", rank.moments, "two for each gradient"),
         (
-            "gathered", rank.gathered,
-            f"the root, whole from forward to backward ({human_bytes(plan.units[-1].gathered_bytes)}), and the largest "
-            f"other unit ({human_bytes(largest)}) twice: the next is fetched meanwhile",
+            "gathered parameters", rank.gathered,
+            f"the root, whole from forward to backward ({human_bytes(root)}), and the largest other unit twice "
+            f"({human_bytes(largest)} each): the next is fetched meanwhile",
         ),
-        (
-            "gradients not yet shared out", rank.unreduced,
-            "whole, of all units: ranks exchange them once a step" if several else "whole, of the largest unit",
-        ),
+        ("gradients not yet exchanged", rank.unreduced, f"whole, {waiting}"),
     ]  # fmt: skip
     if plan.carried_rows:
         counted = f"{plan.carried_rows} row(s) of {human_bytes(plan.state_bytes)}, before the step and after it"
@@ -223,9 +222,17 @@ def _rank_table(plan: TrainingPlan) -> Table:
     return table
 
 
+def _which(plan: TrainingPlan) -> str:
+    if plan.ranks == 1:
+        return "the one rank"
+    copies = plan.ranks // plan.shards
+    shared = f"{copies} copies of the model, each on {plan.shards}" if copies > 1 else "which share the model"
+    return f"the rank that holds most, of {plan.ranks}: {shared}"
+
+
 def _notes(plan: TrainingPlan) -> Iterator[str]:
-    largest = plan.largest_unit
-    yield f"{len(plan.units)} units of sharding; the largest is {largest.name}: {human_bytes(largest.gathered_bytes)}"
+    largest, whole = plan.largest_unit, human_bytes(plan.largest_unit.gathered_bytes)
+    yield f"{len(plan.units)} units of sharding; the largest of them, {largest.name}, is {whole} when it is whole"
     yield f"memory of the blocks: {human_bytes(plan.state_bytes)} a stream"
     yield (
         f"Activations are not in the total. At least {human_bytes(plan.layer_input_bytes)} of them: the inputs of the "
@@ -261,7 +268,7 @@ def _units(trained: TrainedModel) -> Iterator[UnitPlan]:
         own = [parameter for parameter in unit.parameters() if id(parameter) not in taken]
         taken |= {id(parameter) for parameter in own}
         yield UnitPlan(
-            name=paths[id(unit)] or WHOLE_MODEL,
+            name=paths[id(unit)] or ROOT,
             gathered_bytes=sum(
                 parameter.numel() * (parameter.dtype if id(unit) in as_stored else roles.param).itemsize
                 for parameter in own

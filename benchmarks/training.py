@@ -1,0 +1,137 @@
+"""What TTT adds to a training step: time and memory beside the same LoRA training without it.
+
+    OMP_NUM_THREADS=2 python benchmarks/training.py [--steps 8] [--json FILE]
+
+One Moshi of width 512 with 12 layers and random weights, float32, two segments of 30 s (375 frames), LoRA of rank 8 on
+every linear layer, and one TTT block in the last layer: a twelfth of the layers, as three of 32 are about a tenth. Each
+case makes a whole optimizer step in turn, so ratios are between steps of one run; memory is the most that a step
+allocates beyond what it found, by the allocator's events. The gate: with its gate closed every block leaves the loss as
+it is, bit for bit, with checkpointing and without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from moshi_ttt import default_registry, make_plan
+from moshi_ttt.apps.train.data.dataset import Batch
+from moshi_ttt.apps.train.model import TrainedModel, choose_trained
+from moshi_ttt.apps.train.runtime import Runtime, start
+from moshi_ttt.apps.train.settings import parse_settings
+from moshi_ttt.apps.train.trainer import Trainer
+from moshi_ttt.hosts.moshi.fsdp import shard
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.hosts.moshi.lora import add_lora, initialise_lora
+from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
+
+LAYERS, FRAMES, ROWS = 12, 375, 2
+CLOSED = {"gate": {"init": 0.0}}
+CASES: dict[str, dict[str, Any] | None] = {
+    "LoRA": None,
+    "+ TTT-Linear": {"variant": "ttt_linear", "chunk": 32, **CLOSED},
+    "+ TTT-MLP": {"variant": "ttt_mlp", "chunk": 32, **CLOSED},
+    "+ TTT multi-layer (3)": {"variant": "ttt_multilayer", "chunk": 32, "depth": 3, **CLOSED},
+    "+ in-place TTT": {"variant": "gating_mlp", "chunk": 128},
+}
+
+
+def trainer(block: dict[str, Any] | None, checkpointing: bool, runtime: Runtime) -> Trainer:
+    """A new trainer of the case, its gates closed."""
+    registry = default_registry()
+    entries = [] if block is None else [{**block, "layers": str(LAYERS - 1)}]
+    settings = parse_settings(
+        {
+            "data": {"train_data": "none"}, "run_dir": "none", "moshi_paths": {"hf_repo_id": "builtin:tiny"},
+            "param_dtype": "float32", "batch_size": ROWS, "lora": {"enable": True, "rank": 8}, "ttt": entries,
+            "gradient_checkpointing": checkpointing,
+        },
+        registry=registry, where="benchmark",
+    )  # fmt: skip
+    model: Any = random_tiny_lm(
+        dim=512, num_layers=LAYERS, num_heads=8, card=128, text_card=512, depformer_dim=128, context=250,
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    add_lora(model, rank=8, scaling=2.0)
+    initialise_lora(model, 0)
+    policy = registry.policy("fp32_state")
+    plan = make_plan(model, MOSHI_HOST, settings.ttt.ttt, policy=policy, registry=registry)
+    trained = TrainedModel(model, plan.apply(model), policy.roles(torch.float32))
+    choose_trained(trained, full=False, embeddings=False)
+    shard(model, trained.roles, runtime.mesh)
+    model.train()
+    return Trainer(trained, settings.run, runtime)
+
+
+def open_gates(made: Trainer) -> None:
+    with torch.no_grad():
+        for block in made.trained.injection.blocks.values():
+            for gate in block.gate_parameters():
+                gate.fill_(0.05)
+
+
+def batch() -> Batch:
+    codes = torch.randint(0, 128, (ROWS, 17, FRAMES), generator=torch.Generator().manual_seed(0))
+    return Batch(codes, torch.arange(ROWS), ())
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most that ``step`` has allocated at any moment beyond what was there, from the allocator's own events."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--json", help="also write the figures to this file")
+    arguments = parser.parse_args()
+    with start("cpu", None) as runtime:
+        made = {(name, ckpt): trainer(block, ckpt, runtime) for ckpt in (False, True) for name, block in CASES.items()}
+        losses = {key: each.make_step([batch()]).losses.total for key, each in made.items()}
+        print(f"gate: the first loss of every case is {losses['LoRA', False]:.6f}")
+        if len(set(losses.values())) != 1:
+            sys.exit(f"The gate is red, and no time is printed: {losses}")
+        times: dict[tuple[str, bool], list[float]] = {key: [] for key in made}
+        for each in made.values():
+            open_gates(each)
+        for count in range(arguments.steps + 1):
+            for key, each in made.items():
+                began = time.perf_counter()
+                each.make_step([batch()])
+                if count:
+                    times[key].append(time.perf_counter() - began)
+        rows = []
+        plain = {ckpt: times["LoRA", ckpt] for ckpt in (False, True)}
+        memory = {key: peak_bytes(lambda each=each: each.make_step([batch()])) for key, each in made.items()}
+        for (name, ckpt), taken in times.items():
+            ratio = statistics.median(mine / other for mine, other in zip(taken, plain[ckpt], strict=True))
+            rows.append({
+                "case": name, "checkpointing": ckpt, "ms": round(1_000 * statistics.median(taken), 1),
+                "frames_per_second": round(ROWS * FRAMES / statistics.median(taken)), "time / LoRA": round(ratio, 3),
+                "MiB": round(memory[name, ckpt] / 2**20, 1),
+                "memory / LoRA": round(memory[name, ckpt] / memory["LoRA", ckpt], 3),
+                "parameters": sum(p.numel() for p in made[name, ckpt].parameters),
+            })  # fmt: skip
+        print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
+        for row in rows:
+            print("| " + " | ".join(str(value) for value in row.values()) + " |")
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as handle:
+            json.dump({"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}, handle, indent=2)
+
+
+if __name__ == "__main__":
+    main()
