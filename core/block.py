@@ -274,6 +274,10 @@ class SequenceBlock(nn.Module, ABC):
         """``[B]`` int64: updates each stream left out as not finite. A variant that leaves none out says zero."""
         return torch.zeros(states.rows(state), dtype=torch.int64, device=next(iter(state.values())).device)
 
+    def compile_compute(self) -> None:
+        """Have ``compute`` compiled by torch.compile from its next call on, anew for every length of sequence."""
+        self.compute = torch.compile(self.compute, dynamic=False)  # type: ignore[method-assign]
+
     def state_bytes(self) -> int:
         """Bytes of state one stream occupies."""
         with torch.no_grad():

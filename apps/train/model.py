@@ -18,6 +18,7 @@ from moshi_ttt.core.injection import Injection, make_plan
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.hosts.moshi import lora
+from moshi_ttt.hosts.moshi.depformer import make_steps_contiguous
 from moshi_ttt.hosts.moshi.fsdp import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import MoshiBundle
@@ -89,6 +90,10 @@ def skeleton(settings: Settings, registry: Registry) -> TrainedModel:
     choose_trained(built, full=run.full_finetuning, embeddings=run.lora.enable and run.lora.ft_embed)
     for stack in (model.transformer, model.depformer):
         stack.checkpointing = run.gradient_checkpointing
+    make_steps_contiguous(model)
+    if run.compile:
+        for block in built.injection.blocks.values():
+            block.compile_compute()
     return built
 
 

@@ -73,7 +73,7 @@ class RankPlan:
         moments: AdamW's two.
         gathered: what is whole at a time: the root unit from forward to backward, a unit, and the next one.
         unreduced: gradients before ranks have exchanged them: of the largest unit; of all units where several
-            micro-batches add up, for ranks exchange gradients once a step.
+            micro-batches add up and ranks exchange gradients once a step.
         carried: with ``carry_state``, the states of all rows before the step and after it.
     """
 
@@ -98,7 +98,7 @@ class TrainingPlan:
         blocks: site and variant of each block.
         ranks: how many processes.
         shards: ranks that share one copy of the model.
-        microbatches: forward passes of a step.
+        waiting: whether gradients of several micro-batches add up before ranks exchange them.
         groups: the trained groups, then what is frozen.
         units: the units of sharding; the last one is the root.
         rank: bytes on the rank that holds most.
@@ -113,7 +113,7 @@ class TrainingPlan:
     blocks: tuple[str, ...]
     ranks: int
     shards: int
-    microbatches: int
+    waiting: bool
     groups: tuple[GroupPlan, ...]
     units: tuple[UnitPlan, ...]
     rank: RankPlan
@@ -153,6 +153,7 @@ def plan_model(trained: TrainedModel, settings: Settings, *, ranks: int, shards:
     units = tuple(_units(trained))
     stored = list(trained.model.parameters())
     learning = list(trained.trained().values())
+    waiting = run.num_microbatches > 1 and not run.full_finetuning  # see Trainer
     of_units = [unit.unreduced_bytes for unit in units]
     state_bytes = injection.plan.state_bytes
     carried_rows = run.batch_size * run.num_microbatches if run.carry_state else 0
@@ -161,7 +162,7 @@ def plan_model(trained: TrainedModel, settings: Settings, *, ranks: int, shards:
         gradients=_bytes_of_largest_shards(learning, shards),
         moments=2 * _bytes_of_largest_shards(learning, shards),
         gathered=units[-1].gathered_bytes + 2 * max((unit.gathered_bytes for unit in units[:-1]), default=0),
-        unreduced=sum(of_units) if run.num_microbatches > 1 else max(of_units),
+        unreduced=sum(of_units) if waiting else max(of_units),
         carried=2 * carried_rows * state_bytes,
     )
     layers = _layers_with_gradients(trained)
@@ -171,8 +172,8 @@ def plan_model(trained: TrainedModel, settings: Settings, *, ranks: int, shards:
         blocks=tuple(f"{block.site} ({block.variant.name})" for block in injection.plan.blocks),
         ranks=ranks,
         shards=shards,
-        microbatches=run.num_microbatches,
-        groups=tuple(_groups(trained, settings)),
+        waiting=waiting,
+        groups=tuple(group_plans(trained, settings)),
         units=units,
         rank=held,
         state_bytes=state_bytes,
@@ -184,19 +185,25 @@ def plan_model(trained: TrainedModel, settings: Settings, *, ranks: int, shards:
 
 def render(plan: TrainingPlan) -> RenderableType:
     """What is trained, and the bytes of a rank, as two tables and a few lines."""
-    groups = Table(title=f"{plan.model}: what is trained", title_justify="left")
-    for heading in ("group", "parameters", "tensors", "stored as", "learning rate"):
-        groups.add_column(heading, justify="right" if heading in ("parameters", "tensors") else "left")
-    for group in plan.groups:
-        rate = "" if group.learning_rate is None else f"{group.learning_rate:g}"
-        groups.add_row(group.name, f"{group.parameters:,}", str(group.tensors), group.stored_as, rate)
+    groups = groups_table(plan.groups, title=f"{plan.model}: what is trained")
     return Stack(groups, f"blocks: {', '.join(plan.blocks) or 'none'}", "", _rank_table(plan), *_notes(plan))
+
+
+def groups_table(groups: Iterable[GroupPlan], title: str | None = None) -> Table:
+    """What is trained, and what is frozen, a line for each group."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("group", "parameters", "tensors", "stored as", "learning rate"):
+        table.add_column(heading, justify="right" if heading in ("parameters", "tensors") else "left")
+    for group in groups:
+        rate = "" if group.learning_rate is None else f"{group.learning_rate:g}"
+        table.add_row(group.name, f"{group.parameters:,}", str(group.tensors), group.stored_as, rate)
+    return table
 
 
 def _rank_table(plan: TrainingPlan) -> Table:
     rank, root = plan.rank, plan.units[-1].gathered_bytes
     largest = max((unit.gathered_bytes for unit in plan.units[:-1]), default=0)
-    waiting = "of all units: ranks exchange them once a step" if plan.microbatches > 1 else "of the largest unit"
+    waiting = "of all units: ranks exchange them once a step" if plan.waiting else "of the largest unit"
     table = Table(title=f"Bytes on {_which(plan)}", title_justify="left")
     table.add_column("what")
     table.add_column("bytes", justify="right", no_wrap=True)
@@ -241,7 +248,8 @@ def _notes(plan: TrainingPlan) -> Iterator[str]:
     )
 
 
-def _groups(trained: TrainedModel, settings: Settings) -> Iterator[GroupPlan]:
+def group_plans(trained: TrainedModel, settings: Settings) -> Iterator[GroupPlan]:
+    """The trained groups with their highest learning rates, then what is frozen."""
     rate = rates(settings.run.optim)
     for name, members in trained.groups().items():
         yield _group(name, members.values(), rate[name])

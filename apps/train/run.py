@@ -24,7 +24,8 @@ from moshi_ttt.apps.train.data.manifest import DataError
 from moshi_ttt.apps.train.evaluation import evaluation_batches
 from moshi_ttt.apps.train.logs import RunLog, health_record, loss_record, memory_bytes, step_record
 from moshi_ttt.apps.train.model import TrainedModel, build
-from moshi_ttt.apps.train.optimisation import current_rates, rates
+from moshi_ttt.apps.train.optimisation import current_rates
+from moshi_ttt.apps.train.planning import group_plans, groups_table
 from moshi_ttt.apps.train.runtime import Runtime, start
 from moshi_ttt.apps.train.settings import Settings, write_settings
 from moshi_ttt.apps.train.stopping import StopRequest
@@ -257,19 +258,6 @@ def _position(settings: Settings, trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def trained_table(trained: TrainedModel, settings: Settings) -> Table:
-    """What is trained: parameters and highest learning rate of each group."""
-    table = Table("trained", "parameters", "tensors", "stored as", "learning rate", title=None)
-    rate = rates(settings.run.optim)
-    for name, members in trained.groups().items():
-        dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in members.values()}
-        numbers = sum(parameter.numel() for parameter in members.values())
-        table.add_row(name, f"{numbers:,}", str(len(members)), ", ".join(sorted(dtypes)), f"{rate[name]:g}")
-    frozen = sum(parameter.numel() for parameter in trained.model.parameters() if not parameter.requires_grad)
-    table.add_row("(frozen)", f"{frozen:,}", "", "", "")
-    return table
-
-
 def _introduction(
     settings: Settings, trainer: Trainer, corpus: Corpus, held_out: Corpus | None, resumed: Path | None
 ) -> Iterator[str | Table]:
@@ -277,7 +265,7 @@ def _introduction(
     blocks = trainer.trained.injection.plan.blocks
     where = ", ".join(f"{block.site} ({block.variant.name})" for block in blocks) or "none"
     yield f"{settings.host.hf_repo}; blocks: {where}; {runtime.world_size} rank(s) on {runtime.device.type}"
-    yield trained_table(trainer.trained, settings)
+    yield groups_table(group_plans(trainer.trained, settings))
     for name, each in (("train", corpus), ("held out", held_out)):
         if each is not None:
             recordings = sum(len(source.recordings) for source in each.sources)

@@ -160,8 +160,10 @@ class Trainer:
         sums = torch.zeros(4, dtype=torch.float64, device=self.runtime.device)
         after: list[CarriedState | None] = []
         for index, (batch, part) in enumerate(zip(batches, codes, strict=True)):
-            # Ranks exchange gradients once a step, with the last micro-batch.
-            self.trained.sharded.set_requires_gradient_sync(index == len(codes) - 1)
+            # Ranks exchange gradients once a step, with the last micro-batch. Until then each holds them whole, which
+            # of the whole model would take more memory than everything else.
+            exchange = self.run.full_finetuning or index == len(codes) - 1
+            self.trained.sharded.set_requires_gradient_sync(exchange)
             with self._carry(self.carried[index], batch) as state:
                 found = loss_sums(model, part, self.weights)
                 # Sharding averages gradients over ranks, and the divisors already count the rows of all.

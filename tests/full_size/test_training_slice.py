@@ -28,7 +28,7 @@ from moshi_ttt.hosts.moshi.upstream import loaders
 
 pytestmark = pytest.mark.full_size
 
-FRAMES = 17
+FRAMES = 40
 """A chunk of the block, and one frame that its update reaches."""
 LIMIT_GIB = 16
 

@@ -160,6 +160,10 @@ def test_gradients_wait_for_the_last_microbatch():
     assert once.rank.unreduced == max(unit.unreduced_bytes for unit in once.units) < 4 * trained
     assert often.rank.unreduced == 4 * trained
     assert "exchange them once a step" in said(often)
+    everything = {"full_finetuning": True, "num_microbatches": 3}  # whole, they would be more than all else
+    assert plan(ranks=4, **everything).rank.unreduced == max(
+        u.unreduced_bytes for u in plan(ranks=4, **everything).units
+    )
 
 
 def test_carried_memory_is_what_a_model_carries():

@@ -346,3 +346,13 @@ def test_embeddings_beside_blocks_need_merged_weights(train):
 def test_nothing_is_saved_when_asked_not_to(train, tmp_path):
     assert train(do_ckpt=False, max_steps=1).checkpoint is None
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["ttt_mlp", "gating_mlp"])
+def test_compiled_blocks_train_alike(train, tmp_path, variant):
+    blocks = [{"variant": variant, "layers": "2", "chunk": 6}]
+    for index, compiled in enumerate((False, True)):
+        train(run_dir=str(tmp_path / f"run{index}"), ttt=blocks, compile=compiled, max_steps=3, carry_state=True)
+    first, second = ([record["loss"] for record in records(tmp_path / f"run{index}")] for index in range(2))
+    assert first == pytest.approx(second, abs=1e-5)

@@ -1,4 +1,4 @@
-"""From ``moshi-ttt train`` to a stream that learns, on the CPU and, marked ``gpu``, on CUDA with NCCL and its graphs."""
+"""From ``moshi-ttt train`` to a stream that learns: on the CPU, and marked ``gpu`` on CUDA with NCCL and its graphs."""
 
 from __future__ import annotations
 
