@@ -8,13 +8,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-gpu test-full-size lint format clean
+.PHONY: help quickstart recipes test test-slow test-gpu test-full-size lint format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
 
 quickstart: $(VENV)/.installed-run ## Train a small Moshi with a memory on real speech, on the CPU, and write a report.
 	$(BIN)/moshi-ttt quickstart --out $(OUT) --overwrite
+
+recipes: $(VENV)/.installed-run ## Fetch real dialogue, fine-tune the small Moshi on it in eight ways, print a table.
+	test -d speech || $(BIN)/python scripts/fetch_speech.py speech
+	$(BIN)/python benchmarks/recipes.py speech --out recipes
 
 test: $(VENV)/.installed-dev ## Run the default test suite. ARGS='-k name' passes options to pytest.
 	$(BIN)/pytest $(ARGS)

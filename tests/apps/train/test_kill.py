@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from moshi_ttt.apps.train.checkpoint import find_checkpoints
 
@@ -80,3 +82,29 @@ def test_twenty_kills_lose_at_most_the_step_that_was_being_saved(encoded, tmp_pa
     process = start(config_of(tmp_path, encoded, max_steps=step_of(tmp_path) + 1))
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
+
+
+@pytest.mark.slow
+def test_ten_steps_a_kill_and_ten_more_are_twenty_steps_bit_for_bit(encoded, tmp_path):
+    changes = {"max_steps": 20, "carry_state": True, "num_microbatches": 2, "lora": {"enable": True, "rank": 2}}
+    runs = {}
+    for name in ("straight", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = config_of(folder, encoded, ckpt_freq=10, num_ckpt_keep=None, **changes)
+        process = start(config)
+        if name == "killed":
+            wait_for(process, folder, 10)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            assert step_of(folder) == 10
+            process = start(config)
+        said, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+        logged = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        last = find_checkpoints(folder / "run")[-1] / "adapter" / "adapter.safetensors"
+        runs[name] = ([record["loss"] for record in logged], load_file(last))
+    assert len(runs["straight"][0]) == 20
+    assert runs["straight"][0] == runs["killed"][0]
+    for name, tensor in runs["straight"][1].items():
+        assert torch.equal(tensor, runs["killed"][1][name]), name

@@ -355,4 +355,4 @@ def test_compiled_blocks_train_alike(train, tmp_path, variant):
     for index, compiled in enumerate((False, True)):
         train(run_dir=str(tmp_path / f"run{index}"), ttt=blocks, compile=compiled, max_steps=3, carry_state=True)
     first, second = ([record["loss"] for record in records(tmp_path / f"run{index}")] for index in range(2))
-    assert first == pytest.approx(second, abs=1e-5)
+    assert first == pytest.approx(second, rel=1e-5)
