@@ -5,7 +5,9 @@ Shape legend: S samples, K codebooks, T frames.
 
 from __future__ import annotations
 
+import math
 import wave
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import sphn
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moshi_ttt.core.errors import MoshiTTTError
 
@@ -53,13 +56,28 @@ def read_audio(path: str | Path, sample_rate: int) -> Tensor:
 
 
 def resample(samples: Tensor, rate: int, new_rate: int) -> Tensor:
-    """``samples [S]`` at ``rate`` to ``[S * new_rate / rate]`` (rounded) at ``new_rate``, float32."""
+    """``samples [S]`` at ``rate`` to ``[S * new_rate / rate]`` (rounded) at ``new_rate``, float32; nothing is late."""
     if rate == new_rate:
         return samples
+    late = _delay(rate, new_rate)
+    tail = math.ceil((late + 1) * rate / new_rate)  # pushes the last samples out of the resampler
+    made = _resampled(F.pad(samples, (0, tail)), rate, new_rate)[late:]
+    length = round(samples.numel() * new_rate / rate)
+    return F.pad(made[:length], (0, max(0, length - made.numel())))
+
+
+def _resampled(samples: Tensor, rate: int, new_rate: int) -> Tensor:
+    """What the resampler makes: whole blocks, and later than what went in."""
     made = sphn.resample(samples[None].numpy(), rate, new_rate)[0]
-    # The resampler works in whole blocks: what it adds at the end is not part of the recording.
-    made = made[: round(samples.numel() * new_rate / rate)]
     return torch.from_numpy(np.ascontiguousarray(made, dtype=np.float32))
+
+
+@lru_cache(maxsize=32)
+def _delay(rate: int, new_rate: int) -> int:
+    """Samples at ``new_rate`` by which the resampler's output is late."""
+    impulse = torch.zeros(2 * rate)
+    impulse[rate] = 1.0
+    return int(_resampled(impulse, rate, new_rate).argmax()) - new_rate
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -155,17 +154,6 @@ def _read(path: Path, first: int, count: int, rate: int) -> np.ndarray[Any, np.d
 
 
 def _at_rate(samples: Tensor, rate: int, new_rate: int, length: int) -> Tensor:
-    """``[length]`` at ``new_rate`` of ``samples [S]`` at ``rate``, in time with them."""
-    if rate != new_rate:
-        late = _delay(rate, new_rate)
-        tail = math.ceil((late + 1) * rate / new_rate)  # pushes the last samples out of the resampler
-        samples = resample(F.pad(samples, (0, tail)), rate, new_rate)[late:]
-    return F.pad(samples[:length], (0, max(0, length - samples.numel())))
-
-
-@lru_cache(maxsize=32)
-def _delay(rate: int, new_rate: int) -> int:
-    """Samples at ``new_rate`` by which the resampler's output is late."""
-    impulse = torch.zeros(2 * rate)
-    impulse[rate] = 1.0
-    return int(resample(impulse, rate, new_rate).argmax()) - new_rate
+    """``[length]`` at ``new_rate`` of ``samples [S]`` at ``rate``."""
+    made = resample(samples, rate, new_rate)[:length]
+    return F.pad(made, (0, length - made.numel()))
