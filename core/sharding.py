@@ -21,6 +21,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """``tensor`` itself, or this rank's part of a sharded one, which may be empty."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def placed_like(sharded: Tensor, local: Tensor) -> Tensor:
     """This rank's part ``local`` as a tensor sharded like ``sharded``: its mesh, placements, shape and strides.
 

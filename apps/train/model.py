@@ -90,6 +90,7 @@ def skeleton(settings: Settings, registry: Registry) -> TrainedModel:
     choose_trained(built, full=run.full_finetuning, embeddings=run.lora.enable and run.lora.ft_embed)
     for stack in (model.transformer, model.depformer):
         stack.checkpointing = run.gradient_checkpointing
+    check_trained(built, settings)
     make_steps_contiguous(model)
     if run.compile:
         for block in built.injection.blocks.values():
@@ -110,8 +111,29 @@ def build(settings: Settings, registry: Registry, mesh: DeviceMesh, device: torc
     lora.initialise_lora(built.model, settings.run.seed)
     built.injection.initialise()
     built.injection.check_precision("initialised")
+    check_trained(built, settings)
     built.model.train()
     return built
+
+
+def check_trained(built: TrainedModel, settings: Settings) -> None:
+    """Raise HostError unless what requires gradients is what the config declares, to the parameter."""
+    run, groups = settings.run, built.groups()
+    declared = {
+        "ttt": built.injection.plan.parameters,
+        "lora": sum(parameter.numel() for parameter in MOSHI_HOST.extra_parameters(built.model).values()),
+    }
+    actual = {name: sum(parameter.numel() for parameter in members.values()) for name, members in groups.items()}
+    actual["ttt"] = actual.get("ttt", 0) + actual.pop("gates", 0)
+    base = "base" in actual
+    if (
+        any(actual.get(name, 0) != count for name, count in declared.items())
+        or bool(declared["lora"]) != run.lora.enable
+        or base != (run.full_finetuning or (run.lora.enable and run.lora.ft_embed))
+    ):
+        raise HostError(
+            f"What is trained is not what the config declares: {declared} is declared, {actual} is trained."
+        )
 
 
 def _read(bundle: MoshiBundle) -> dict[str, Tensor]:

@@ -29,11 +29,12 @@ from moshi_ttt.apps.train.planning import group_plans, groups_table
 from moshi_ttt.apps.train.runtime import Runtime, start
 from moshi_ttt.apps.train.settings import Settings, write_settings
 from moshi_ttt.apps.train.stopping import StopRequest
-from moshi_ttt.apps.train.trainer import Losses, Step, Trainer
+from moshi_ttt.apps.train.trainer import Losses, Step, Trainer, some_of
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.health import HealthMonitor
 from moshi_ttt.core.registry import Registry
 
+CHECKED_STEP = 2
 ARGS = "args.yaml"
 """The settings of a run, in its folder: what tells that the folder is a run's."""
 
@@ -186,6 +187,8 @@ class _Loop:
         if step.ready and self.writer is not None:
             self.outcome.checkpoint = self.writer.commit() or self.outcome.checkpoint
         self._report_problems(step, segments)
+        if step.number == CHECKED_STEP and not step.skipped:
+            self._report_idle()
         if self.log is not None and (logged or step.skipped):
             record = step_record(step, current_rates(trainer.optimizer), seconds, memory_bytes(self.runtime.device))
             if monitor is not None:
@@ -210,6 +213,15 @@ class _Loop:
             self.log.say(
                 f"held out after step {number}: audio {losses.audio_nats:.4f} nats a token (perplexity "
                 f"{record['perplexity_audio']:,.1f}), text {losses.text_nats:.4f} nats, {losses.tokens:,} tokens"
+            )
+
+    def _report_idle(self) -> None:
+        """Say which trained parameters learn nothing: by the second step all that can have a gradient have one."""
+        idle = self.trainer.without_gradient()
+        if idle and self.log is not None:
+            self.log.say(
+                f"Warning: {len(idle)} trained tensors got no gradient in step {CHECKED_STEP}: {some_of(idle)}. "
+                "Is a segment longer than a block's chunk, and is there text to predict?"
             )
 
     def _report_problems(self, step: Step, segments: int) -> None:

@@ -25,7 +25,7 @@ from moshi_ttt.apps.train.optimisation import advance, make_optimizer, make_sche
 from moshi_ttt.apps.train.runtime import Runtime
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.core.host import CarriedState
-from moshi_ttt.core.sharding import whole
+from moshi_ttt.core.sharding import local, whole
 
 
 class TrainingError(MoshiTTTError, RuntimeError):
@@ -188,9 +188,20 @@ class Trainer:
         raise TrainingError(
             f"Training stopped at step {self.step}: {self.skipped_in_a_row} steps in a row were not finite (loss "
             f"{losses.total}, gradient norm {norm}). Not finite on rank {self.runtime.rank} are parameters: "
-            f"{_some(broken)}; gradients: {_some(gradients)}. Lower optim.lr or the rate of that group, or the blocks' "
+            f"{some_of(broken)}; gradients: {some_of(gradients)}. Lower optim.lr or the rate of that group, or the blocks' "
             "base_lr; the last checkpoint is from before."
         )
+
+    @torch.no_grad()
+    def without_gradient(self) -> list[str]:
+        """Trained parameters that the last step gave no gradient, or one of zeros; every rank calls this."""
+        named = self.trained.trained()
+        largest = torch.zeros(len(named), device=self.runtime.device)
+        for index, parameter in enumerate(named.values()):
+            if parameter.grad is not None and (mine := local(parameter.grad)).numel():
+                largest[index] = mine.abs().max()
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return [name for name, value in zip(named, largest.tolist(), strict=True) if not value > 0]
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Iterable[Batch]]) -> Losses:
@@ -215,10 +226,10 @@ class Trainer:
 
 
 def _broken(tensor: Tensor) -> bool:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return not bool(local.isfinite().all())
+    return not bool(local(tensor).isfinite().all())
 
 
-def _some(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
     shown = ", ".join(names[:5]) or "none"
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

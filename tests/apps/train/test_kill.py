@@ -61,6 +61,24 @@ def test_a_termination_saves_and_ends_well(encoded, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_termination_of_two_ranks_saves_one_checkpoint(encoded, tmp_path):
+    config = config_of(tmp_path, encoded, num_ckpt_keep=None, batch_size=1)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "moshi_ttt"]
+    process = subprocess.Popen(
+        [sys.executable, *torchrun, "train", str(config)], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    wait_for(process, tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=90)
+    assert "Stopped as asked after step" in said
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    alone = start(config_of(tmp_path, encoded, max_steps=step_of(tmp_path) + 1))
+    said, _ = alone.communicate(timeout=120)
+    assert alone.returncode == 0, said
+
+
+@pytest.mark.slow
 def test_twenty_kills_lose_at_most_the_step_that_was_being_saved(encoded, tmp_path):
     # A checkpoint after every step, so that most of the time one is being written.
     config, rng = config_of(tmp_path, encoded), random.Random(0)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from moshi.models import loaders
+from rich.console import Console
 from safetensors.torch import load_file
 
-from moshi_ttt import load_adapter
+from moshi_ttt import default_registry, load_adapter
+from moshi_ttt.apps.train import model as module
 from moshi_ttt.apps.train import run as running
 from moshi_ttt.apps.train.checkpoint import CheckpointError, find_checkpoints
 from moshi_ttt.apps.train.data.manifest import DataError
 from moshi_ttt.apps.train.trainer import Trainer, TrainingError
-from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.errors import ConfigError, HostError
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import resolve_repo
 
@@ -105,6 +109,56 @@ def test_health_is_logged_for_every_block(train, tmp_path):
         assert block["gate"] > 0
         assert block["inner_loss_after"] != block["inner_loss_before"]
         assert isinstance(block["red_flags"], list)
+
+
+def test_what_learns_nothing_is_named(settings, capsys):
+    # A segment of 12 frames, and a chunk of 16: nothing that is written to memory is ever read.
+    for chunk, idle in ((16, True), (4, False)):
+        chosen = settings(
+            ttt=[{"variant": "gating_mlp", "layers": "1", "chunk": chunk, "lr": 0.3}], max_steps=2,
+            overwrite_run_dir=True,
+        )  # fmt: skip
+        running.run(chosen, default_registry(), Console(width=200))
+        assert ("got no gradient" in capsys.readouterr().out) is idle
+
+
+def test_what_is_trained_is_checked_against_the_config(settings, monkeypatch):
+    def forgetful(built, *, full, embeddings):
+        real(built, full=full, embeddings=embeddings)
+        next(iter(built.injection.parameters())).requires_grad_(False)
+
+    real = module.choose_trained
+    monkeypatch.setattr(module, "choose_trained", forgetful)
+    with pytest.raises(HostError, match="not what the config declares"):
+        running.run(settings(), default_registry(), Console(quiet=True))
+
+
+def test_curves_go_to_tensorboard_and_wandb_where_asked_for(train, tmp_path, monkeypatch):
+    scalars, logged, started = [], [], {}
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "run" / "tensorboard")
+
+        def add_scalar(self, name, value, step):
+            scalars.append((name, step, value))
+
+        def close(self):
+            scalars.append("closed")
+
+    def begin(**options):
+        started.update(options)
+        return SimpleNamespace(log=lambda numbers, step: logged.append((step, numbers)), finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=begin, login=lambda key: started.update(key=key)))
+    train(max_steps=2, tensorboard=True, wandb={"project": "p", "offline": True, "key": "secret"})
+    losses = [record["loss"] for record in records(tmp_path / "run")]
+    assert [value for name, _, value in scalars[:-1] if name == "train/loss"] == losses
+    assert scalars[-1] == "closed"
+    assert [(step, numbers["train/loss"]) for step, numbers in logged] == [(1, losses[0]), (2, losses[1])]
+    assert (started["project"], started["mode"], started["key"]) == ("p", "offline", "secret")
+    assert "secret" not in str(started["config"])
 
 
 def test_measuring_changes_nothing(train, tmp_path):
@@ -233,14 +287,14 @@ def test_a_signal_saves_and_ends(train, tmp_path, monkeypatch, number):
 def test_a_step_that_is_not_finite_is_skipped_and_many_in_a_row_stop(train, tmp_path, monkeypatch):
     real = running.TrainingData.__getitem__
     poisoned = {1}
-    from moshi_ttt.apps.train import trainer as module
+    from moshi_ttt.apps.train import trainer as stepping
 
     def loss_sums(model, part, weights):
         found = real_sums(model, part, weights)
         return found * float("nan") if calls.append(0) or len(calls) - 1 in poisoned else found
 
-    real_sums, calls = module.loss_sums, []
-    monkeypatch.setattr(module, "loss_sums", loss_sums)
+    real_sums, calls = stepping.loss_sums, []
+    monkeypatch.setattr(stepping, "loss_sums", loss_sums)
     assert real is running.TrainingData.__getitem__
     train(max_steps=3, ckpt_freq=1)
     assert [record["skipped"] for record in records(tmp_path / "run")] == [False, True, False]
