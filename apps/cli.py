@@ -141,6 +141,7 @@ def train(
         return
     from moshi_ttt.apps.train.run import run
 
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own writing of checkpoints
     run(settings, registry, _console())
 
 

@@ -123,8 +123,10 @@ def check_trained(built: TrainedModel, settings: Settings) -> None:
         "ttt": built.injection.plan.parameters,
         "lora": sum(parameter.numel() for parameter in MOSHI_HOST.extra_parameters(built.model).values()),
     }
-    actual = {name: sum(parameter.numel() for parameter in members.values()) for name, members in groups.items()}
-    actual["ttt"] = actual.get("ttt", 0) + actual.pop("gates", 0)
+    actual: dict[str, int] = {}
+    for group, members in groups.items():
+        kind = "ttt" if group == "gates" else group
+        actual[kind] = actual.get(kind, 0) + sum(parameter.numel() for parameter in members.values())
     base = "base" in actual
     if (
         any(actual.get(name, 0) != count for name, count in declared.items())

@@ -188,8 +188,8 @@ class Trainer:
         raise TrainingError(
             f"Training stopped at step {self.step}: {self.skipped_in_a_row} steps in a row were not finite (loss "
             f"{losses.total}, gradient norm {norm}). Not finite on rank {self.runtime.rank} are parameters: "
-            f"{some_of(broken)}; gradients: {some_of(gradients)}. Lower optim.lr or the rate of that group, or the blocks' "
-            "base_lr; the last checkpoint is from before."
+            f"{some_of(broken)}; gradients: {some_of(gradients)}. Lower optim.lr or the rate of that group, or the "
+            "blocks' base_lr; the last checkpoint is from before."
         )
 
     @torch.no_grad()
