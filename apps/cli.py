@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
+from moshi_ttt.apps.evaluate.commands import app as evaluate_app
 from moshi_ttt.core.errors import MoshiTTTError
 
 if TYPE_CHECKING:
@@ -162,6 +163,9 @@ def encode(
 
     settings = reading.read_settings(config, overrides or [], default_registry())
     encoding.encode(settings, out, _console(), held_out=held_out)
+
+
+app.add_typer(evaluate_app, name="evaluate")
 
 
 @app.command()

@@ -35,31 +35,5 @@ def loss_by_frame(model: Any, codes: Tensor) -> Tensor:
     return total.sum(dim=(0, 1)) / count
 
 
-def delayed(model: Any, codes: Tensor) -> Tensor:
-    """``[Q, T + 1]``: the start token, then each row of ``codes [Q, T]`` right by its delay, as Moshi reads it."""
-    rows = []
-    for row, delay in enumerate(model.delays):
-        start = model.text_initial_token_id if row == 0 else model.initial_token_id
-        rows.append(torch.cat([codes.new_full((1 + delay,), start), codes[row, : codes.shape[1] - delay]]))
-    return torch.stack(rows)
-
-
-@torch.no_grad()
-def loss_of_outputs(model: Any, codes: Tensor, outputs: Tensor) -> Tensor:
-    """``loss_by_frame`` of ``codes [Q, T]``, given what the main transformer made of them, ``outputs [1, T, D]``."""
-    targets = delayed(model, codes)[None, :, 1:]
-    logits = model.forward_depformer_training(targets, outputs)[0]
-    losses = F.cross_entropy(
-        logits.transpose(1, 2).float(), _audio(model, targets)[0], reduction="none", ignore_index=model.initial_token_id
-    ).double()  # fmt: skip
-    delays = model.delays[model.audio_offset : model.audio_offset + model.dep_q]
-    total, count = torch.zeros(2, codes.shape[1], dtype=torch.float64)
-    for row, delay in zip(losses, delays, strict=True):
-        kept = len(row) - delay  # row is late by its delay, and its last codes are never predicted
-        total[:kept] += row[delay:]
-        count[:kept] += 1
-    return torch.div(total, count)
-
-
 def _audio(model: Any, codes: Tensor) -> Tensor:
     return codes[:, model.audio_offset : model.audio_offset + model.dep_q]

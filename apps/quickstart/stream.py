@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moshi_ttt.apps.options import StreamConfig
 from moshi_ttt.apps.quickstart.data import Codec
-from moshi_ttt.apps.quickstart.losses import delayed, loss_of_outputs
+from moshi_ttt.apps.teacher_forcing import delayed, stream_losses
 from moshi_ttt.core.block import Site
 from moshi_ttt.hosts.moshi.layers import BlockSite
 from moshi_ttt.hosts.moshi.upstream import LMGen
@@ -107,7 +107,7 @@ def compare_with_training(model: Any, codes: Tensor) -> Agreement:
     sequence = delayed(model, codes)[None]
     inputs, targets = sequence[:, :, :-1], sequence[:, :, 1:]
     whole, whole_text = model.forward_text(inputs)
-    pieces, pieces_text = _token_by_token(model, inputs, lambda frame: None)
+    pieces, pieces_text = _token_by_token(model, inputs)
     whole_audio, pieces_audio = (model.forward_depformer_training(targets, out) for out in (whole, pieces))
     return Agreement(
         frames=inputs.shape[2],
@@ -131,16 +131,14 @@ def loss_with_memory_cleared(model: Any, codes: Tensor, *, every: int) -> Tensor
             for site in block_sites(model):
                 site.reset_streaming()
 
-    outputs, _ = _token_by_token(model, delayed(model, codes)[None, :, :-1], clear)
-    return loss_of_outputs(model, codes, outputs)
+    return stream_losses(model, codes[None], before=clear).audio[0]
 
 
-def _token_by_token(model: Any, inputs: Tensor, before: Callable[[int], None]) -> tuple[Tensor, Tensor]:
-    """``forward_text`` of ``inputs [1, Q, T]`` in steps of one; ``before(t)`` is called before each."""
+def _token_by_token(model: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """``forward_text`` of ``inputs [1, Q, T]`` in steps of one."""
     steps = []
     with model.streaming(1):
         for frame in range(inputs.shape[2]):
-            before(frame)
             steps.append(model.forward_text(inputs[:, :, frame : frame + 1]))
     outputs, text = (torch.cat([step[i] for step in steps], dim=1 + i) for i in (0, 1))
     return outputs, text

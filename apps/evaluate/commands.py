@@ -1,0 +1,151 @@
+"""The subcommands of ``moshi-ttt evaluate``. Nothing heavy is imported until one runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moshi_ttt.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moshi_ttt.apps.evaluate.documents import Document, Layout
+    from moshi_ttt.apps.evaluate.subjects import Condition, Subject
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Does memory help? The base model and adapters by the same code on the same recordings, with intervals.",
+)
+Config = Annotated[str, typer.Argument(help="A config that names the base model: a YAML file, or a packaged one.")]
+Data = Annotated[str, typer.Option("--data", "-d", help="A manifest, a folder of shards, or a folder of recordings.")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", "-a", help="NAME=FOLDER of an adapter, or of a checkpoint that holds one; repeatable."),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It must be new, or empty.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --out if this command made it.")]
+LayoutOption = Annotated[str, typer.Option("--layout", help="Of a folder of recordings: files, or librilight.")]
+Seconds = Annotated[float | None, typer.Option("--max-seconds", min=0.1, help="Hear so much of each recording.")]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Recordings heard at a time.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of the bootstrap.")]
+
+
+@app.command("long-context")
+def long_context(
+    config: Config,
+    data: Data,
+    out: Out,
+    adapter: Adapters = None,
+    layout: LayoutOption = "files",
+    max_seconds: Seconds = None,
+    window: Annotated[int, typer.Option("--window", min=1, help="Frames of a window (12.5 are a second).")] = 64,
+    every: Annotated[
+        int | None, typer.Option("--every", min=1, help="Frames between resets or exchanges; the context if left out.")
+    ] = None,
+    batch_size: Batch = 4,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Loss by position over long recordings, token by token: updates on, off, memory reset, memory of another."""
+    from moshi_ttt.apps.evaluate import long_context as evaluation
+    from moshi_ttt.apps.evaluate.reporting import write_long_context
+    from moshi_ttt.apps.evaluate.subjects import CONDITIONS
+    from moshi_ttt.apps.output_folder import check_free, new_folder
+
+    made_by = "moshi-ttt evaluate long-context"
+    check_free(out, made_by=made_by, overwrite=overwrite)
+    subjects, documents, facts, rate = _prepare(config, data, adapter, layout, max_seconds)
+    conditions = _conditions(CONDITIONS, len(documents), batch_size)
+    options = evaluation.Options(
+        window=window, every=every or int(subjects[0].model.context or window), batch_size=batch_size,
+        conditions=conditions, seed=seed,
+    )  # fmt: skip
+    with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
+        result = evaluation.evaluate(subjects, documents, options)
+        result.facts.update(facts)
+        write_long_context(folder, result, made_by=made_by, frame_seconds=1 / rate)
+    typer.echo((out / "report.md").read_text(encoding="utf-8"))
+
+
+@app.command()
+def recall(
+    config: Config,
+    data: Data,
+    out: Out,
+    adapter: Adapters = None,
+    layout: LayoutOption = "files",
+    frames: Annotated[
+        int | None, typer.Option("--frames", min=2, help="Heard of each recording; three contexts if left out.")
+    ] = None,
+    batch_size: Batch = 4,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """The same recording heard twice, and again after another: what the later hearings save."""
+    from moshi_ttt.apps.evaluate import recall as evaluation
+    from moshi_ttt.apps.evaluate.reporting import write_recall
+    from moshi_ttt.apps.evaluate.subjects import CONDITIONS
+    from moshi_ttt.apps.output_folder import check_free, new_folder
+
+    made_by = "moshi-ttt evaluate recall"
+    check_free(out, made_by=made_by, overwrite=overwrite)
+    subjects, documents, facts, _ = _prepare(config, data, adapter, layout, None)
+    conditions = _conditions(CONDITIONS, len(documents), batch_size)
+    with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
+        result = evaluation.evaluate(
+            subjects, documents, frames=frames or 3 * int(subjects[0].model.context or 64), conditions=conditions,
+            batch_size=batch_size, seed=seed,
+        )  # fmt: skip
+        result.facts.update(facts)
+        write_recall(folder, result, made_by=made_by)
+    typer.echo((out / "report.md").read_text(encoding="utf-8"))
+
+
+def _conditions(known: tuple[Condition, ...], documents: int, batch_size: int) -> tuple[Condition, ...]:
+    """All of them; memory can be exchanged only where two recordings are heard at a time."""
+    if documents > 1 and batch_size > 1:
+        return known
+    return tuple(condition for condition in known if condition != "memory of another")
+
+
+def _prepare(
+    config: str, data: str, adapters: list[str] | None, layout: str, max_seconds: float | None
+) -> tuple[list[Subject], list[Document], dict[str, Any], float]:
+    """Everything that is loaded, what a report says of it, and frames a second."""
+    from typing import cast
+
+    import torch
+
+    from moshi_ttt.apps.config_files import read_config
+    from moshi_ttt.apps.evaluate.documents import read_documents
+    from moshi_ttt.apps.evaluate.subjects import load_subjects
+    from moshi_ttt.apps.train.data.codec import SpeechCodec
+    from moshi_ttt.core.registry import default_registry
+    from moshi_ttt.hosts.moshi.host import MoshiHostConfig
+
+    if layout not in ("files", "librilight"):
+        raise ConfigError(f"--layout {layout!r}: allowed are files and librilight.")
+    registry = default_registry()
+    host = read_config(config, registry=registry).host
+    if not isinstance(host, MoshiHostConfig):
+        raise ConfigError(f"Evaluations are written for the host 'moshi', and {config} names {host.name!r}.")
+    named = [_adapter(text) for text in adapters or []]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    subjects = load_subjects(host, named, registry, device)
+    bundle = host.bundle()
+    codec = SpeechCodec.of(subjects[0].model, bundle.load_mimi(device), bundle.tokenizer())
+    rate = float(codec.mimi.frame_rate)
+    documents = read_documents(
+        data, codec, layout=cast("Layout", layout), transcripts="optional",
+        limit=None if max_seconds is None else max(1, round(max_seconds * rate)),
+    )  # fmt: skip
+    facts = {"base model": host.hf_repo, "data": data, "subjects": {each.name: each.facts for each in subjects}}
+    return subjects, documents, facts, rate
+
+
+def _adapter(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise ConfigError(f"--adapter {text!r}: write NAME=FOLDER, as in ttt=runs/checkpoints/checkpoint_000150.")
+    return name, Path(folder)

@@ -1,0 +1,162 @@
+"""Loss by position over long recordings: does memory help beyond what attention sees, and does it keep helping?
+
+Every subject hears every recording from its beginning, token by token. Positions are counted from there; what is
+reported are means over windows of positions, and figures over the windows beyond the attention's context.
+
+Shape legend: R recordings, T frames, W windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moshi_ttt.apps.evaluate.documents import Document, batches
+from moshi_ttt.apps.evaluate.statistics import (
+    Interval,
+    bootstrap,
+    mean_of_recordings,
+    slope_per_window,
+    window_means,
+)
+from moshi_ttt.apps.evaluate.subjects import Condition, Subject, listen
+from moshi_ttt.apps.teacher_forcing import FrameLosses
+from moshi_ttt.core.errors import ConfigError
+
+STREAMS = ("audio", "text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How recordings are heard.
+
+    Attributes:
+        window: frames of a window.
+        every: frames between two interventions of the conditions that intervene.
+        batch_size: recordings heard at a time.
+        conditions: which are run.
+        seed: of the bootstrap.
+    """
+
+    window: int
+    every: int
+    batch_size: int
+    conditions: tuple[Condition, ...]
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One subject under one condition, on one stream of tokens.
+
+    Attributes:
+        windows: ``[R, W]`` nats per token, NaN where a recording has no such window.
+        first_beyond: the first window that begins beyond the attention's context.
+    """
+
+    subject: str
+    condition: Condition
+    stream: str
+    windows: Tensor
+    first_beyond: int
+
+    @property
+    def label(self) -> str:
+        return self.subject if self.subject == "base" else f"{self.subject}, {self.condition}"
+
+    @property
+    def beyond(self) -> Tensor:
+        """``[R, W']``: the windows beyond the attention's context."""
+        return self.windows[:, self.first_beyond :]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongContext:
+    """What came out.
+
+    Attributes:
+        curves: one for each subject, condition and stream.
+        recordings: their names, in the order of R.
+        left_out: recordings that do not reach beyond the attention's context.
+    """
+
+    curves: list[Curve]
+    recordings: list[str]
+    left_out: list[str]
+    context: int
+    options: Options
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def curve(self, subject: str, condition: Condition, stream: str) -> Curve:
+        """The one of these names. Raises KeyError."""
+        for curve in self.curves:
+            if (curve.subject, curve.condition, curve.stream) == (subject, condition, stream):
+                return curve
+        raise KeyError((subject, condition, stream))
+
+    def loss(self, curve: Curve) -> Interval:
+        """Mean loss beyond the attention's context."""
+        return bootstrap(curve.beyond, mean_of_recordings, seed=self.options.seed)
+
+    def slope(self, curve: Curve) -> Interval:
+        """Nats per 1,000 frames by which the loss rises beyond the attention's context."""
+        scale = 1_000 / self.options.window
+        return bootstrap(curve.beyond, lambda values: scale * slope_per_window(values), seed=self.options.seed)
+
+    def saved(self, curve: Curve, other: Curve) -> Interval:
+        """How much lower the loss of ``curve`` is than ``other``'s beyond the context, recording by recording."""
+        return bootstrap(other.beyond - curve.beyond, mean_of_recordings, seed=self.options.seed)
+
+
+def evaluate(
+    subjects: Sequence[Subject],
+    documents: Sequence[Document],
+    options: Options,
+    *,
+    on_batch: Callable[[], None] = lambda: None,
+) -> LongContext:
+    """Every subject on every document, under every condition that means something for it.
+
+    Raises ConfigError when no recording reaches a window beyond the attention's context.
+    """
+    context = int(subjects[0].model.context or 0)
+    first_beyond = -(-context // options.window)
+    needed = (first_beyond + 1) * options.window
+    kept = [document for document in documents if document.frames >= needed]
+    left_out = [f"{document.name} ({document.frames} frames)" for document in documents if document.frames < needed]
+    if not kept:
+        longest = max((document.frames for document in documents), default=0)
+        raise ConfigError(
+            f"No recording reaches beyond the attention's context: {needed} frames are needed (context {context}, one "
+            f"window of {options.window}), the longest has {longest}. Give longer recordings, or a smaller --window."
+        )
+    curves: list[Curve] = []
+    names: list[str] = []
+    padding = subjects[0].model.zero_token_id
+    for subject in subjects:
+        for condition in (each for each in options.conditions if each in subject.conditions):
+            found: list[FrameLosses] = []
+            names = []
+            for chosen, codes in batches(kept, options.batch_size, padding):
+                found.append(listen(subject, codes, condition, every=options.every))
+                names += [document.name for document in chosen]
+                on_batch()
+            for stream in STREAMS:
+                windows = window_means(_stack([getattr(losses, stream) for losses in found]), options.window)
+                curve = Curve(
+                    subject=subject.name, condition=condition, stream=stream, windows=windows,
+                    first_beyond=first_beyond,
+                )  # fmt: skip
+                curves.append(curve)
+    return LongContext(curves=curves, recordings=names, left_out=left_out, context=context, options=options)
+
+
+def _stack(losses: Sequence[Tensor]) -> Tensor:
+    """``[R, T]`` of parts ``[B, T']``, NaN beyond their ends."""
+    longest = max(part.shape[1] for part in losses)
+    return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=torch.nan) for part in losses])

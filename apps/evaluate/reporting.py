@@ -1,0 +1,143 @@
+"""What an evaluation leaves: metrics.json with every number, report.md with the tables, and plots."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from moshi_ttt.apps.evaluate.long_context import STREAMS, Curve, LongContext
+from moshi_ttt.apps.evaluate.recall import Recall
+from moshi_ttt.apps.evaluate.statistics import RESAMPLES, Interval
+from moshi_ttt.apps.output_folder import METRICS
+
+PALETTE = ("#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = {"updates on": "-", "updates off": "--", "memory reset": "-.", "memory of another": ":"}
+NOTE = (
+    f"Intervals: 95 %, percentile bootstrap over recordings, {RESAMPLES:,} resamples. Nats per token; lower losses are "
+    "better."
+)
+
+
+def versions() -> dict[str, str]:
+    """Of what computed the figures."""
+    return {name: version(name) for name in ("moshi-ttt", "moshi", "torch")}
+
+
+def write_long_context(folder: Path, result: LongContext, *, made_by: str, frame_seconds: float) -> None:
+    """metrics.json, report.md and a plot for each stream that has tokens."""
+    streams = [stream for stream in STREAMS if any(_any(c) for c in result.curves if c.stream == stream)]
+    values = {
+        "made_by": made_by, "versions": versions(), **result.facts, "context_frames": result.context,
+        "window_frames": result.options.window, "seed": result.options.seed, "every_frames": result.options.every,
+        "recordings": result.recordings, "left_out": result.left_out,
+        "curves": [_curve(result, curve) for curve in result.curves if curve.stream in streams],
+    }  # fmt: skip
+    (folder / METRICS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    lines = ["# Loss by position", "", *_facts(result.facts, result.recordings, result.left_out)]
+    beyond = result.curves[0].first_beyond * result.options.window * frame_seconds
+    for stream in streams:
+        lines += [
+            f"## {stream}", "", f"Beyond attention's context (from {beyond:.1f} s on):", "",
+            "| | loss | saved against base | rises per 1,000 frames |", "| --- | ---: | ---: | ---: |",
+        ]  # fmt: skip
+        base = result.curve("base", "updates on", stream)
+        for curve in result.curves:
+            if curve.stream == stream:
+                saved = "" if curve is base else str(result.saved(curve, base))
+                loss = result.loss(curve)
+                lines.append(
+                    f"| {curve.label} | {loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f}) | {saved} | "
+                    f"{result.slope(curve)} |"
+                )
+        lines += ["", f"![{stream}]({stream}_by_position.png)", ""]
+        _plot(folder / f"{stream}_by_position.png", result, stream, frame_seconds)
+    (folder / "report.md").write_text("\n".join([*lines, NOTE, ""]), encoding="utf-8")
+
+
+def write_recall(folder: Path, result: Recall, *, made_by: str) -> None:
+    """metrics.json and report.md."""
+    rows = [
+        {
+            "subject": gains.subject, "condition": gains.condition, "hearing": gains.hearing,
+            "gain": _interval(result.gain(gains)), "beyond_base": _interval(result.beyond_base(gains)),
+            "by_recording": [_number(value) for value in gains.values.tolist()],
+        }
+        for gains in result.gains
+    ]  # fmt: skip
+    values = {
+        "made_by": made_by, "versions": versions(), **result.facts, "frames": result.frames, "skipped": result.skip,
+        "seed": result.seed, "recordings": result.recordings, "left_out": result.left_out, "gains": rows,
+    }  # fmt: skip
+    (folder / METRICS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    lines = [
+        "# Recall", "", *_facts(result.facts, result.recordings, result.left_out),
+        f"{result.frames} frames of each recording; the first {result.skip} of a hearing are not counted. What a "
+        "hearing saves against the first, in nats per audio token; the second follows at once, the third after another "
+        "recording.", "", "| | hearing | gain | beyond the base model's |", "| --- | --- | ---: | ---: |",
+    ]  # fmt: skip
+    for gains in result.gains:
+        label = gains.subject if gains.subject == "base" else f"{gains.subject}, {gains.condition}"
+        beyond = "" if gains.subject == "base" else str(result.beyond_base(gains))
+        lines.append(f"| {label} | {gains.hearing} | {result.gain(gains)} | {beyond} |")
+    (folder / "report.md").write_text("\n".join([*lines, "", NOTE, ""]), encoding="utf-8")
+
+
+def _facts(facts: dict[str, Any], recordings: Sequence[str], left_out: Sequence[str]) -> list[str]:
+    lines = [f"- {name}: {value}" for name, value in facts.items() if name != "subjects"]
+    lines += [f"- {name}: {about}" for name, about in facts.get("subjects", {}).items()]
+    lines.append(f"- recordings: {len(recordings)}")
+    if left_out:
+        lines.append(f"- left out, too short: {', '.join(left_out)}")
+    lines.append("- " + ", ".join(f"{name} {number}" for name, number in versions().items()))
+    return [*lines, ""]
+
+
+def _curve(result: LongContext, curve: Curve) -> dict[str, Any]:
+    return {
+        "subject": curve.subject, "condition": curve.condition, "stream": curve.stream,
+        "loss_beyond_context": _interval(result.loss(curve)), "slope_per_1000_frames": _interval(result.slope(curve)),
+        "mean_by_window": [_number(value) for value in curve.windows.nanmean(0).tolist()],
+        "by_recording": [[_number(value) for value in row] for row in curve.windows.tolist()],
+    }  # fmt: skip
+
+
+def _interval(interval: Interval) -> dict[str, float | None]:
+    return {"value": _number(interval.value), "low": _number(interval.low), "high": _number(interval.high)}
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _any(curve: Curve) -> bool:
+    return not bool(curve.windows.isnan().all())
+
+
+def _plot(path: Path, result: LongContext, stream: str, frame_seconds: float) -> None:
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    subjects = list(dict.fromkeys(curve.subject for curve in result.curves))
+    width = result.options.window * frame_seconds
+    for curve in result.curves:
+        if curve.stream == stream:
+            mean = curve.windows.nanmean(0)
+            seconds = [(index + 0.5) * width for index in range(len(mean))]
+            colour = PALETTE[subjects.index(curve.subject) % len(PALETTE)]
+            axes.plot(seconds, mean, label=curve.label, color=colour, linestyle=STYLES[curve.condition], linewidth=2)
+    axes.axvline(result.context * frame_seconds, color="#BBBBBB", linewidth=1)
+    axes.annotate(
+        "attention's context", (result.context * frame_seconds, 0.02), xycoords=("data", "axes fraction"),
+        fontsize=8, color="#666666", xytext=(3, 0), textcoords="offset points",
+    )  # fmt: skip
+    axes.set_xlabel(f"position in the recording (s), windows of {width:.1f} s")
+    axes.set_ylabel(f"{stream} loss (nats per token)")
+    axes.set_title(f"Mean over {len(result.recordings)} recordings")
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)

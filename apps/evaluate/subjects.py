@@ -1,0 +1,124 @@
+"""Who is evaluated: the base model, or it with an adapter; and under which condition it listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from moshi_ttt.apps.teacher_forcing import FrameLosses, stream_losses
+from moshi_ttt.core.adapter import MANIFEST, load_adapter, read_manifest
+from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.injection import Injection
+from moshi_ttt.core.registry import Registry
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
+from moshi_ttt.hosts.moshi.layers import BlockSite
+
+Condition = Literal["updates on", "updates off", "memory reset", "memory of another"]
+CONDITIONS: tuple[Condition, ...] = get_args(Condition)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model to evaluate.
+
+    Attributes:
+        name: what the user calls it.
+        model: the language model, in eval mode.
+        injection: its blocks; None for the base model, and for an adapter without any.
+        facts: where it comes from: adapter folder, training step, parameters.
+    """
+
+    name: str
+    model: Any
+    injection: Injection | None
+    facts: dict[str, Any]
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """Those that mean something for it: without blocks there is no memory to change."""
+        return CONDITIONS if self.injection is not None else CONDITIONS[:1]
+
+
+def load_subjects(
+    host: MoshiHostConfig, adapters: list[tuple[str, Path]], registry: Registry, device: torch.device | str
+) -> list[Subject]:
+    """The base model, and one for each (name, folder): an adapter, or a checkpoint that holds one.
+
+    Raises ConfigError for a name twice or a folder without an adapter, AdapterError for one of another base model.
+    """
+    names = ["base", *(name for name, _ in adapters)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"Adapters need names of their own; twice given: {', '.join(twice)}. Write NAME=FOLDER.")
+    base = MOSHI_HOST.load(host, device=device)
+    subjects = [Subject(name="base", model=base, injection=None, facts={"parameters": 0})]
+    for name, given in adapters:
+        folder = find_adapter(given)
+        model = MOSHI_HOST.load(host, device=device)
+        injection = load_adapter(model, folder, registry=registry)
+        extra = MOSHI_HOST.extra_parameters(model)
+        own = [*injection.parameters(), *extra.values()]
+        facts = {
+            "adapter": str(folder), "training_step": read_manifest(folder)["training_step"],
+            "parameters": sum(parameter.numel() for parameter in own),
+        }  # fmt: skip
+        subjects.append(
+            Subject(name=name, model=model, injection=injection if injection.blocks else None, facts=facts)
+        )  # fmt: skip
+    return subjects
+
+
+def find_adapter(folder: Path) -> Path:
+    """``folder`` itself when it is an adapter, or the one inside a checkpoint. Raises ConfigError."""
+    for place in (folder, folder / "adapter"):
+        if (place / MANIFEST).is_file():
+            return place
+    raise ConfigError(f"{folder} is no adapter, and no checkpoint that holds one: there is no {MANIFEST} in it.")
+
+
+def listen(subject: Subject, codes: Tensor, condition: Condition, *, every: int) -> FrameLosses:
+    """The losses of ``codes [B, Q, T]`` under a condition; the subject is afterwards as it was.
+
+    ``memory reset`` puts the fast weights back to their start every ``every`` frames, ``memory of another`` hands each
+    row's memory to the next row as often (B must be 2 or more). Attention is left alone by both.
+    """
+    if condition == "memory of another" and codes.shape[0] < 2:
+        raise ConfigError("Memory can be exchanged between two recordings or more: give more, or a larger batch.")
+    actions: dict[Condition, Callable[[BlockSite], None]] = {
+        "memory reset": lambda site: site.reset_streaming(), "memory of another": _exchange,
+    }  # fmt: skip
+    act = actions.get(condition)
+    sites = [module for module in subject.model.modules() if isinstance(module, BlockSite)]
+
+    def before(frame: int) -> None:
+        if act is not None and frame and frame % every == 0:
+            for site in sites:
+                act(site)
+
+    with _rate(subject, 0.0 if condition == "updates off" else 1.0):
+        return stream_losses(subject.model, codes, before=before)
+
+
+@contextmanager
+def _rate(subject: Subject, factor: float) -> Iterator[None]:
+    if subject.injection is None:
+        yield
+        return
+    subject.injection.set_inner_lr_factor(factor)
+    try:
+        yield
+    finally:
+        subject.injection.set_inner_lr_factor(1.0)
+
+
+@torch.no_grad()
+def _exchange(site: BlockSite) -> None:
+    state = site._streaming_state
+    assert state is not None
+    for tensor in state.buffers.values():
+        tensor.copy_(tensor.roll(1, 0))
