@@ -216,6 +216,8 @@ class SequenceBlock(nn.Module, ABC):
             y, after = self.compute(tokens, state, context)
         if context.exec_mask is not None and state is not None and after:
             after = states.where_rows(context.exec_mask, after, state)
+        if context.want_state and not tokens.is_meta:
+            after = states.without_views(after, self.parameters())
         return self.info.format.from_tokens(y, x), after
 
     @torch.no_grad()

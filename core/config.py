@@ -90,7 +90,8 @@ def parse_model(model: type[ModelT], values: Mapping[str, Any], where: str) -> M
             elif problem["type"] == "missing":
                 lines.append(f"{where}: {path!r} is required.")
             else:
-                lines.append(f"{where}: {path} = {problem['input']!r}: {problem['msg']}.")
+                given = f" = {problem['input']!r}" if problem["loc"] else ""
+                lines.append(f"{where}: {path}{given}: {problem['msg']}.")
         raise ConfigError("\n".join(lines)) from None
 
 

@@ -8,7 +8,7 @@ Shape legend: B streams (rows).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -38,6 +38,17 @@ def detach(state: Mapping[str, Tensor]) -> BlockState:
 def clone(state: Mapping[str, Tensor]) -> BlockState:
     """A copy with storage of its own, contiguous: what streaming writes into."""
     return map_state(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format), state)
+
+
+def without_views(state: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> BlockState:
+    """The same values, with storage of its own where a tensor is a view of a parameter; gradients flow on.
+
+    What was never updated may be such a view, and sharding frees a gathered parameter when the forward pass ends.
+    """
+    taken = {parameter.untyped_storage().data_ptr() for parameter in parameters if not parameter.is_meta} - {0}
+    return map_state(
+        lambda tensor: tensor.clone() if tensor.untyped_storage().data_ptr() in taken else tensor, state
+    )  # fmt: skip
 
 
 def row_mask(mask: Tensor, like: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ Supported, by name:
 
 - ``swuggy``, ``sblimp``: the evaluation set of the Zero Resource Speech Challenge 2021, unpacked: ``lexical/dev`` and
   ``syntactic/dev``, each with wav files and a ``gold.csv``. The gold files of the test sets are not published.
-- ``storycloze``, ``topic-storycloze``: the spoken StoryCloze benchmark of Hassid et al. 2023 (arXiv 2305.13009), each of
-  the two archives unpacked: ``ID_correct.wav`` and ``ID_incorrect.wav`` in one folder, each the whole story.
+- ``storycloze``, ``topic-storycloze``: the spoken StoryCloze benchmark of Hassid et al. 2023 (arXiv 2305.13009), one
+  archive each, unpacked: ``ID_correct.wav`` and ``ID_incorrect.wav`` in one folder, each of them the whole story.
 - ``csv``: any pairs of one's own, a file with the columns ``right,wrong[,group]``.
 """
 

@@ -114,12 +114,20 @@ def encode(codec: SpeechCodec, path: Path) -> Tensor:
 
 @torch.no_grad()
 def score_codes(
-    model: Any, host: HostModel, codes: Tensor, *, updates: bool = True, codebooks: Codebooks = "all"
+    model: Any,
+    host: HostModel,
+    codes: Tensor,
+    *,
+    updates: bool = True,
+    codebooks: Codebooks = "all",
+    name: str = "The recording",
 ) -> Score:
     """The score of one recording, ``codes [Q, T]``, from the learned initial state on.
 
     The zero token is never predicted, nor, in a codebook that is late by some frames, are as many frames at the end.
     Nothing is left behind: no state, no draw from a generator, no gradient.
+
+    Raises ScoringError when nothing of the recording, called ``name``, is predicted.
     """
     batch = codes[None].to(model.device)
     with host.carry(model, None, updates=updates):
@@ -127,6 +135,8 @@ def score_codes(
     spoken = model.dep_q if codebooks == "all" else 1
     targets = batch[:, model.audio_offset : model.audio_offset + spoken]
     mask = out.mask[:, :spoken]
+    if not mask.any():
+        raise ScoringError(f"{name} has {codes.shape[1]} frames, and none is predicted. Give a longer recording.")
     losses = F.cross_entropy(out.logits[:, :spoken][mask].float(), targets[mask], reduction="none")
     return Score(float(losses.double().sum()), int(mask.sum()))
 
@@ -141,7 +151,8 @@ def score(
     codebooks: Codebooks = "all",
 ) -> Score:
     """The score of a recording: ``score_codes`` of what ``encode`` makes of it, and raises as that does."""
-    return score_codes(model, host, encode(codec, path), updates=updates, codebooks=codebooks)
+    codes = encode(codec, path)
+    return score_codes(model, host, codes, updates=updates, codebooks=codebooks, name=str(path))
 
 
 def accuracy(outcomes: Sequence[Outcome], *, seed: int = 0) -> Accuracy:
@@ -154,7 +165,7 @@ def accuracy(outcomes: Sequence[Outcome], *, seed: int = 0) -> Accuracy:
 
 
 def evaluate_pairs(pairs: Iterable[Pair], scorer: Callable[[Path], float], *, seed: int = 0) -> Evaluation:
-    """What ``scorer`` makes of ``pairs``; it gives a recording's score, the lower the likelier, once for each recording.
+    """What ``scorer`` makes of ``pairs``: asked once for each recording, it gives a score, the lower the likelier.
 
     Raises ScoringError: no pairs, or a score that is not a finite number.
     """
@@ -175,10 +186,10 @@ def evaluate_pairs(pairs: Iterable[Pair], scorer: Callable[[Path], float], *, se
     )  # fmt: skip
 
 
-def difference(better: Evaluation, base: Evaluation, *, seed: int = 0) -> Interval:
-    """By how much the accuracy of ``better`` exceeds that of ``base`` on the same pairs: the same items are resampled."""
-    assert [o.pair for o in better.outcomes] == [o.pair for o in base.outcomes]
-    return bootstrap(_by_item(better.outcomes) - _by_item(base.outcomes), _mean, seed=seed)
+def difference(evaluation: Evaluation, base: Evaluation, *, seed: int = 0) -> Interval:
+    """The accuracy of ``evaluation`` minus that of ``base``, both of the same pairs, resampled alike."""
+    assert [outcome.pair for outcome in evaluation.outcomes] == [outcome.pair for outcome in base.outcomes]
+    return bootstrap(_by_item(evaluation.outcomes) - _by_item(base.outcomes), _mean, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,9 +239,9 @@ class Results:
         normalised = "mean per predicted token" if self.normalisation == "token" else "sum, not normalised by length"
         lines = [
             f"## Zero-shot: {self.pairs.dataset}", "",
-            f"{overall.pairs} pairs of {overall.items} items{left_out}. Right is the lower negative log-likelihood over "
-            f"{scored} ({normalised}), ties count half, chance is {CHANCE:.0%}; intervals of {LEVEL:.0%} by bootstrap "
-            f"over items, seed {self.seed}.", "",
+            f"{overall.pairs} pairs of {overall.items} items{left_out}. Right is the lower negative log-likelihood "
+            f"over {scored} ({normalised}), ties count half, chance is {CHANCE:.0%}; intervals of {LEVEL:.0%} "
+            f"by bootstrap over items, seed {self.seed}.", "",
             f"| variant | accuracy, % | minus {names[0]}, points |", "| --- | ---: | ---: |",
         ]  # fmt: skip
         for name, found in self.evaluations.items():
@@ -240,7 +251,7 @@ class Results:
             lines += ["", f"| group | items | {' | '.join(names)} |", "| --- | ---: |" + " ---: |" * len(names)]
             for group, first in groups.items():
                 cells = " | ".join(_percent(self.evaluations[name].groups[group].share) for name in names)
-                lines.append(f"| {group} | {first.items} | {cells} |")
+                lines.append(f"| {group.replace('|', '/')} | {first.items} | {cells} |")
         return "\n".join(lines) + "\n"
 
 
@@ -271,7 +282,9 @@ def run(
     for done, path in enumerate(paths, start=1):
         codes = encode(codec, path)
         for name, variant in variants.items():
-            found = score_codes(variant.model, variant.host, codes, updates=variant.updates, codebooks=codebooks)
+            found = score_codes(
+                variant.model, variant.host, codes, updates=variant.updates, codebooks=codebooks, name=str(path)
+            )
             scores[name][path] = _finite(found.by(normalisation), path)
         if progress is not None:
             progress(done, len(paths))
@@ -301,14 +314,14 @@ def _check(variants: Mapping[str, Variant], codec: SpeechCodec, normalisation: s
                 f"The variant {name!r} takes {variant.model.num_codebooks} rows of codes, and the codec makes "
                 f"{codec.rows}. Give the codec that belongs to it."
             )
-    models = {id(variant.model): (name, variant) for name, variant in variants.items()}
-    bases = [(name, variant.host.fingerprint(variant.model)) for name, variant in models.values()]
-    for name, base in bases[1:]:
-        if different := sorted(
-            key for key in base.keys() | bases[0][1].keys() if base.get(key) != bases[0][1].get(key)
-        ):
+    models: dict[int, tuple[str, Variant]] = {}
+    for name, variant in variants.items():
+        models.setdefault(id(variant.model), (name, variant))
+    (first, base), *others = [(name, variant.host.fingerprint(variant.model)) for name, variant in models.values()]
+    for name, own in others:
+        if different := sorted(key for key in base.keys() | own.keys() if base.get(key) != own.get(key)):
             raise ScoringError(
-                f"The variants {bases[0][0]!r} and {name!r} are of different base models: they differ in "
+                f"The variants {first!r} and {name!r} are of different base models: they differ in "
                 f"{', '.join(different)}. Compare a base model with adapters that were made for it."
             )
 

@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +37,8 @@ STATE = "state.json"
 RESUME = "resume"
 NAME = re.compile(r"checkpoint_(\d{6,})")
 Export = Callable[[Path], None]
+FREE = ("ranks", "versions", "training", "bad_segments")
+"""Entries of ``state.json`` that a run that goes on may change."""
 
 
 class CheckpointError(MoshiTTTError, RuntimeError):
@@ -46,7 +48,7 @@ class CheckpointError(MoshiTTTError, RuntimeError):
 def find_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [path for path in (run_dir / "checkpoints").glob("checkpoint_*") if NAME.fullmatch(path.name)]
-    return sorted((path for path in found if (path / STATE).is_file()), key=lambda path: int(path.name.split("_")[1]))
+    return sorted((path for path in found if (path / STATE).is_file()), key=_step_of)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -72,12 +74,17 @@ class _Pending:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background and keeps the newest ``keep`` of them (all when None)."""
+    """Writes checkpoints in the background and keeps the newest ``keep`` of them (all when None).
 
-    def __init__(self, run_dir: Path, runtime: Runtime, keep: int | None) -> None:
+    Those of steps after ``step``, where this run begins, are of a run that was given up: they go when the first new one
+    is there.
+    """
+
+    def __init__(self, run_dir: Path, runtime: Runtime, keep: int | None, step: int) -> None:
         self.folder = run_dir / "checkpoints"
         self.runtime = runtime
         self.keep = keep
+        self._given_up = [path for path in find_checkpoints(run_dir) if _step_of(path) > step]
         self._pending: _Pending | None = None
         self._executor = ThreadPoolExecutor(1)
         if runtime.first:
@@ -116,20 +123,30 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is None:
             return None
-        pending.tensors.result()
-        pending.export.result()
-        if self.runtime.first:
-            text = json.dumps(pending.state, indent=2) + "\n"
-            (pending.temporary / STATE).write_text(text, encoding="utf-8")
-            publish(pending.temporary, pending.folder)
-            self._prune()
+        try:
+            pending.tensors.result()
+            pending.export.result()
+            if self.runtime.first:
+                text = json.dumps(pending.state, indent=2) + "\n"
+                (pending.temporary / STATE).write_text(text, encoding="utf-8")
+                for old in self._given_up:
+                    _remove(old)
+                self._given_up = []
+                publish(pending.temporary, pending.folder)
+                self._prune()
+        except (Exception, CheckpointException) as error:
+            if self.runtime.first:
+                shutil.rmtree(pending.temporary, ignore_errors=True)
+            raise CheckpointError(
+                f"{pending.folder} cannot be written: {_cause(error)}. Make room or check the disk, then go on with "
+                "resume: true from the checkpoint before."
+            ) from error
         return pending.folder
 
     def finish(self) -> Path | None:
         """Wait for the pending checkpoint and make it appear; every rank calls this."""
         if self._pending is not None:
-            self._pending.tensors.result()
-            self._pending.export.result()
+            wait([self._pending.tensors, self._pending.export])
             self.runtime.wait()
         folder = self.commit()
         self.runtime.wait()
@@ -143,9 +160,24 @@ class CheckpointWriter:
         if self.keep is None:
             return
         for old in find_checkpoints(self.folder.parent)[: -self.keep]:
-            going = old.with_name(f".{old.name}.old")
-            old.rename(going)  # at once: a reader never sees half of it
-            shutil.rmtree(going)
+            _remove(old)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.split("_")[1])
+
+
+def _remove(folder: Path) -> None:
+    going = folder.with_name(f".{folder.name}.old")
+    folder.rename(going)  # at once: a reader never sees half of it
+    shutil.rmtree(going)
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, in a line: torch wraps it in the tracebacks of all ranks."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}"
 
 
 def _nothing() -> Future[None]:
@@ -162,10 +194,13 @@ def load(trainer: Trainer, folder: Path, position: Mapping[str, Any]) -> None:
     Raises CheckpointError: other data, seed or global batch, or another set of trained parameters.
     """
     state = read_state(folder)
+    if int(state["step"]) > trainer.run.max_steps:
+        most = trainer.run.max_steps
+        raise CheckpointError(f"{folder} is at step {state['step']}, and max_steps is {most}: raise it.")
     different = [
         f"{key} was {state.get(key)!r} and is {value!r}"
         for key, value in position.items()
-        if key not in ("ranks", "versions") and state.get(key) != value
+        if key not in FREE and state.get(key) != value
     ]
     if different:
         hint = ""
@@ -187,11 +222,11 @@ def load(trainer: Trainer, folder: Path, position: Mapping[str, Any]) -> None:
     try:
         load_tensors({**wanted, **carried, **random}, storage_reader=reader, process_group=trainer.runtime.saving)
     except CheckpointException as error:
-        raise CheckpointError(f"{folder} is damaged: {next(iter(error.failures.values()))[0]!r}.") from error
+        raise CheckpointError(f"{folder} is damaged: {_cause(error)}.") from error
     _restore_carried(trainer, carried)
     _restore_random(trainer.runtime, random)
     trainer.step = int(state["step"])
-    advance(trainer.schedule, trainer.step)
+    advance(trainer.schedule, min(trainer.step, trainer.run.max_steps - 1))
 
 
 # ---- what a checkpoint holds, by name

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from moshi_ttt.core.config import FrozenConfig, Seed
 
+SECTIONS = ("lora", "optim", "wandb", "moshi_paths")
 DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
 
 
@@ -25,11 +26,11 @@ class DataConfig(FrozenConfig):
     """
 
     train_data: str
-    eval_data: str = ""
-    shuffle: bool = True
+    eval_data: str | None = ""
+    shuffle: bool = False
     transcripts: Literal["required", "optional", "none"] = "required"
     max_bad_share: float = Field(default=0.01, ge=0.0, lt=1.0)
-    num_workers: int = Field(default=0, ge=0)
+    num_workers: int = Field(default=0, ge=0, le=64)
 
 
 class MoshiPaths(FrozenConfig):
@@ -155,9 +156,9 @@ class RunConfig(FrozenConfig):
     @model_validator(mode="before")
     @classmethod
     def _null_means_default(cls, values: Any) -> Any:
-        """``lora: null`` is written for no LoRA."""
-        if isinstance(values, Mapping) and "lora" in values and values["lora"] is None:
-            return {**values, "lora": {}}
+        """``lora: null`` is written for no LoRA, and so for other sections."""
+        if isinstance(values, Mapping):
+            return {key: value for key, value in values.items() if value is not None or key not in SECTIONS}
         return values
 
     @model_validator(mode="after")

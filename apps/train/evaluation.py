@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from moshi_ttt.apps.train.data.corpus import Corpus
+from moshi_ttt.apps.train.data.corpus import Corpus, SegmentError
 from moshi_ttt.apps.train.data.dataset import Batch
 
 
@@ -14,7 +14,8 @@ def evaluation_batches(corpus: Corpus, *, batch_size: int, rank: int, world_size
     """For ``batch_size`` recordings at a time on each rank, their consecutive segments.
 
     Every rank gets equally many batches; where a recording has ended, or there is none, a row is the zero token.
-    Longest recordings first, so that those of a batch end together. Raises SegmentError when one cannot be read.
+    Longest recordings first, so that those of a batch end together. What cannot be read is the zero token too, and the
+    batch says so.
     """
     listed = [
         (recording.segments, source, number)
@@ -35,9 +36,11 @@ def _segments(
     nothing = torch.full((corpus.rows, corpus.frames), corpus.zero_token, dtype=torch.int64)
     ids = torch.arange(first, first + rows)
     for segment in range(longest):
-        codes = [
-            corpus.codes(source, number, segment) if segment < segments else nothing
-            for segments, source, number in recordings
-        ]
-        codes += [nothing] * (rows - len(codes))
-        yield Batch(torch.stack(codes), ids, ())
+        codes, problems = [nothing] * rows, []
+        for row, (segments, source, number) in enumerate(recordings):
+            if segment < segments:
+                try:
+                    codes[row] = corpus.codes(source, number, segment)
+                except SegmentError as error:
+                    problems.append(str(error))
+        yield Batch(torch.stack(codes), ids, tuple(problems))

@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import get_rank
 
 from moshi_ttt.apps.train.model import TrainedModel
 from moshi_ttt.apps.train.settings import Settings
@@ -47,11 +48,12 @@ def prepare(trained: TrainedModel, settings: Settings, step: int) -> Callable[[P
         adapter = collect_adapter(trained.injection, training_step=step)
     if run.lora.enable:
         blocks = {id(parameter) for parameter in trained.injection.parameters()}
-        weights = {
-            name: whole(parameter).detach().to("cpu", trained.roles.param, copy=True)
-            for name, parameter in trained.trained().items()
-            if id(parameter) not in blocks
-        }
+        weights = {}
+        for name, parameter in trained.trained().items():
+            if id(parameter) not in blocks:
+                gathered = whole(parameter).detach()  # by all ranks together; one of them writes
+                if get_rank() == 0:
+                    weights[name] = gathered.to("cpu", trained.roles.param, copy=True)
     config = {**_model_config(settings), "lora": True, "lora_rank": run.lora.rank, "lora_scaling": run.lora.scaling}
 
     def write(folder: Path) -> None:

@@ -59,10 +59,7 @@ def health_record(health: Mapping[Site, BlockHealth]) -> dict[str, Any]:
 
 
 class RunLog:
-    """Where the lines of one run go; only the first rank has one.
-
-    Raises ConfigError when TensorBoard or wandb is asked for and not installed.
-    """
+    """Where the lines of one run go; only the first rank has one. ``check_installed`` comes before it."""
 
     def __init__(self, run_dir: Path, run: RunConfig, console: Console, start: int) -> None:
         self.console = console
@@ -171,19 +168,29 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def check_installed(run: RunConfig) -> None:
+    """Raise ConfigError when TensorBoard or wandb is asked for and not installed."""
+    if run.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            raise ConfigError("tensorboard is true, and it is not installed: pip install tensorboard.") from None
+    if run.wandb.project:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise ConfigError("wandb.project is set, and wandb is not installed: pip install wandb.") from None
+
+
 def _tensorboard(run_dir: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError("tensorboard is true, and TensorBoard is not installed: pip install tensorboard.") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(run_dir / "tensorboard"))
 
 
 def _wandb(config: WandbConfig, run_dir: Path, run: RunConfig) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError("wandb.project is set, and wandb is not installed: pip install wandb.") from None
+    import wandb
+
     if config.key:
         wandb.login(key=config.key)
     return wandb.init(

@@ -49,10 +49,10 @@ def make_schedule(optimizer: AdamW, config: OptimConfig, max_steps: int) -> OneC
     The first beta moves the other way, between 0.85 and 0.95.
     """
     highest = [group["lr"] for group in optimizer.param_groups]
-    rising = config.pct_start
-    if rising * max_steps == 1:
+    rising, total = config.pct_start, max(2, max_steps)
+    if rising * total == 1:
         rising += 1e-6  # a rise of one step exactly is a division by zero in torch
-    return OneCycleLR(optimizer, max_lr=highest, total_steps=max(2, max_steps), pct_start=min(1.0, rising))
+    return OneCycleLR(optimizer, max_lr=highest, total_steps=total, pct_start=rising)
 
 
 def advance(schedule: OneCycleLR, steps: int) -> None:

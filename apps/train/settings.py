@@ -130,7 +130,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def write_settings(settings: Settings, path: Path) -> None:
-    """The run as a config that runs again: every option, defaults included."""
-    values = settings.run.model_dump(mode="json", exclude={"moshi_paths"})
+    """The run as a config that runs again: every option, defaults included, and no secret."""
+    values = settings.run.model_dump(mode="json", exclude={"moshi_paths": True, "wandb": {"key"}})
     values |= settings.ttt.model_dump(mode="json", include={"host", "precision", "ttt"})
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

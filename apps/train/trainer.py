@@ -7,7 +7,7 @@ of all ranks, so gradients are the same however the rows are spread (up to the o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,21 +122,26 @@ class Trainer:
         """Rows of the global batch."""
         return self.run.batch_size * self.run.num_microbatches * self.runtime.world_size
 
-    def make_step(self, batches: Sequence[Batch], *, stop: bool = False, ready: bool = False) -> Step:
+    def make_step(
+        self, batches: Sequence[Batch], *, stop: Callable[[], bool] = lambda: False, ready: bool = False
+    ) -> Step:
         """One optimizer step over this rank's micro-batches; every rank calls this.
+
+        ``stop`` is asked at its end whether this rank is to stop, so that all ranks learn of it with this step.
 
         Raises TrainingError, on every rank, when ``max_bad_steps`` steps in a row had to be skipped.
         """
         codes = [batch.codes.to(self.runtime.device) for batch in batches]
         problems = tuple(problem for batch in batches for problem in batch.problems)
         here = torch.stack([count(self.trained.model, part, self.weights) for part in codes]).sum(0).cpu()
-        said = torch.tensor([float(stop), float(ready), float(len(problems))], dtype=torch.float64)
+        said = torch.tensor([float(ready), float(len(problems))], dtype=torch.float64)
         totals = self.runtime.sum(torch.cat([here, said]))
-        counts, (stops, readies, bad) = totals[:4], totals[4:].tolist()
+        counts, (readies, bad) = totals[:4], totals[4:].tolist()
         self.optimizer.zero_grad(set_to_none=True)
         sums, after = self._accumulate(batches, codes, counts)
         norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.run.max_norm)))
-        losses = Losses.of(self.runtime.sum(sums), counts)
+        ended = self.runtime.sum(torch.cat([sums.cpu(), torch.tensor([float(stop())], dtype=torch.float64)]))
+        losses, stops = Losses.of(ended[:4], counts), float(ended[4])
         skipped = not (math.isfinite(losses.total) and math.isfinite(norm))
         self.step += 1
         if skipped:
@@ -145,7 +150,8 @@ class Trainer:
             self.skipped_in_a_row = 0
             self.optimizer.step()
             self.carried = after
-        advance(self.schedule, 1)
+        if self.step < self.run.max_steps:
+            advance(self.schedule, 1)
         return Step(
             number=self.step, losses=losses, gradient_norm=norm, skipped=skipped, stop=stops > 0,
             ready=readies == self.runtime.world_size, problems=problems, bad_segments=int(bad),
@@ -193,7 +199,7 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def without_gradient(self) -> list[str]:
+    def without_gradient(self) -> set[str]:
         """Trained parameters that the last step gave no gradient, or one of zeros; every rank calls this."""
         named = self.trained.trained()
         largest = torch.zeros(len(named), device=self.runtime.device)
@@ -201,28 +207,37 @@ class Trainer:
             if parameter.grad is not None and (mine := local(parameter.grad)).numel():
                 largest[index] = mine.abs().max()
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        return [name for name, value in zip(named, largest.tolist(), strict=True) if not value > 0]
+        return {name for name, value in zip(named, largest.tolist(), strict=True) if not value > 0}
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Iterable[Batch]]) -> Losses:
+    def evaluate(
+        self, batches: Iterable[Iterable[Batch]], *, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[Losses | None, list[str]]:
         """Losses over recordings, each a list of consecutive segments; every rank brings equally many batches.
 
-        With ``carry_state`` memory is carried along a recording. Nothing of the training's state changes.
+        With ``carry_state`` memory is carried along a recording. Nothing of the training's state changes. Also what
+        could not be read on this rank, which has no loss. No losses when some rank is to ``stop`` before the end.
         """
         model: Any = self.trained.model
         model.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self.runtime.device)
         counts = torch.zeros(4, dtype=torch.float64, device=self.runtime.device)
+        problems: list[str] = []
+        stopped = False
         for recordings in batches:
+            stopped = stopped or float(self.runtime.sum(torch.tensor([float(stop())]))) > 0
+            if stopped:
+                break
             state: CarriedState | None = None
             for batch in recordings:
+                problems += batch.problems
                 codes = batch.codes.to(self.runtime.device)
                 counts += count(model, codes, self.weights)
                 with self._carry(state, batch) as after:
                     sums += loss_sums(model, codes, self.weights).double()
                 state = after
         model.train()
-        return Losses.of(self.runtime.sum(sums), self.runtime.sum(counts))
+        return None if stopped else Losses.of(self.runtime.sum(sums), self.runtime.sum(counts)), problems
 
 
 def _broken(tensor: Tensor) -> bool:

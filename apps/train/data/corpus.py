@@ -5,6 +5,7 @@ Shape legend: Q rows of the language model (text, then C channels of K codebooks
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -148,6 +149,7 @@ class Corpus:
         rows: Q.
         zero_token: what stands beyond a recording's end, in every row.
         encodes_on: the type of the device that Mimi encodes on while training; None when all comes from shards.
+        notes: what a caller should know and could not see.
     """
 
     sources: tuple[Source, ...]
@@ -157,6 +159,13 @@ class Corpus:
     zero_token: int
     frame_rate: float
     encodes_on: str | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal digits that differ between corpora with other recordings, as far as their lengths tell."""
+        lengths = [(source.weight, [each.frames for each in source.recordings]) for source in self.sources]
+        return hashlib.sha256(repr(lengths).encode()).hexdigest()
 
     @property
     def num_segments(self) -> int:
@@ -206,11 +215,17 @@ def open_corpus(
         raise DataError(f"A segment of {frames} frames is none. Allowed: 1 and more; a longer duration_sec gives more.")
     sources: list[Source] = []
     problems: list[Problem] = []
+    notes: list[str] = []
     fingerprint = ""
     for spec in parse_sources(text):
         if spec.encoded:
             fingerprint = fingerprint or codec.fingerprint()
-            encoded, bad = _read_shards(spec, codec, fingerprint, transcripts)
+            encoded, bad, made_of = _read_shards(spec, codec, fingerprint, transcripts)
+            if made_of != frames:
+                notes.append(
+                    f"{spec.path} was encoded in segments of {made_of} frames and is read in segments of {frames}: the "
+                    "tokens differ a little from those of the recordings themselves, for Mimi started afresh elsewhere."
+                )
             sources.append(ShardSource(spec, encoded, codec, frames, text=transcripts != "none"))
         else:
             entries: list[Entry] = []
@@ -230,23 +245,24 @@ def open_corpus(
     return Corpus(
         sources=tuple(sources), problems=tuple(problems), frames=frames, rows=codec.rows, zero_token=codec.zero_token,
         frame_rate=float(codec.mimi.frame_rate),
-        encodes_on=next(codec.mimi.parameters()).device.type if encodes else None,
+        encodes_on=next(codec.mimi.parameters()).device.type if encodes else None, notes=tuple(notes),
     )  # fmt: skip
 
 
 def _read_shards(
     spec: SourceSpec, codec: SpeechCodec, fingerprint: str, transcripts: Transcripts
-) -> tuple[list[EncodedRecording], list[Problem]]:
+) -> tuple[list[EncodedRecording], list[Problem], int]:
+    """The recordings of a folder of shards, those without the text they need, and the segments they were encoded in."""
     index = read_index(spec.path)
     check_codec(spec.path, index, codec, fingerprint)
     if transcripts != "required":
-        return list(index.recordings), []
+        return list(index.recordings), [], index.frames
     without = [
         Problem(Path(each.manifest), each.line, no_transcript(f"{each.name} has no text in {spec.path / SHARD_INDEX}"))
         for each in index.recordings
         if not each.has_text
     ]
-    return [each for each in index.recordings if each.has_text], without
+    return [each for each in index.recordings if each.has_text], without, index.frames
 
 
 def _recording(name: str, length: int, frames: int, manifest: Path, line: int) -> Recording:

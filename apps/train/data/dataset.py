@@ -5,6 +5,7 @@ Shape legend: B segments of a batch, G segments of a step over all ranks and mic
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -121,6 +122,7 @@ def loader(data: TrainingData, *, start_step: int, num_workers: int) -> DataLoad
         # A fork shares the corpus and Mimi as they are; torch gives each worker a single thread.
         multiprocessing_context="fork" if num_workers > 0 else None,
         collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),  # else the global generator is drawn from, and training sees other numbers
     )
 
@@ -193,6 +195,12 @@ class _From(Sampler[int]):
         while True:
             yield index
             index += 1
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a termination reach the whole process group: a worker that ended would take the run with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -72,7 +72,7 @@ def train(settings) -> Callable[..., Outcome]:
 def values(encoded: Path, run_dir: Path) -> dict[str, Any]:
     """A small run as its YAML file would say it."""
     return {
-        "data": {"train_data": str(encoded)},
+        "data": {"train_data": str(encoded), "shuffle": True},
         "moshi_paths": {"hf_repo_id": "builtin:tiny"},
         "run_dir": str(run_dir),
         "param_dtype": "float32",

@@ -78,7 +78,14 @@ def test_defaults_are_moshi_finetunes():
     assert (run.batch_size, run.num_microbatches, run.max_steps, run.duration_sec) == (1, 1, 100, 10.0)
     assert (run.optim.lr, run.optim.weight_decay, run.optim.pct_start) == (1e-4, 0.1, 0.05)
     assert (run.lora.rank, run.lora.scaling, run.max_norm, run.num_ckpt_keep) == (64, 2.0, 1.0, 3)
+    assert run.data.shuffle is False
     assert (run.gradient_checkpointing, run.save_adapters, run.do_ckpt, run.do_eval) == (True, True, True, False)
+
+
+def test_null_is_the_default():
+    run = parse(optim=None, wandb=None, moshi_paths=None, data={"train_data": "a", "eval_data": None}).run
+    assert run.optim.lr == 1e-4
+    assert not run.data.eval_data
 
 
 def test_ours_stands_beside_it():
@@ -145,6 +152,8 @@ def test_the_flat_block_sets_the_runs_options():
         "another host": ({"host": {"name": "audio"}}, "written for the host 'moshi'"),
         "full and LoRA": ({"full_finetuning": True}, "exclude each other"),
         "evaluation of nothing": ({"do_eval": True}, "data.eval_data"),
+        "LoRA as a switch": ({"lora": True}, "lora cannot be true"),
+        "too many workers": ({"data": {"train_data": "a", "num_workers": 1000}}, "num_workers"),
         "a dtype": ({"param_dtype": "float16"}, "param_dtype"),
     }.values(),
     ids=lambda value: value if isinstance(value, str) else "",

@@ -1,0 +1,155 @@
+"""What happens around each step: log lines, evaluations, checkpoints, complaints about the data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moshi_ttt.apps.train import export
+from moshi_ttt.apps.train.checkpoint import CheckpointWriter
+from moshi_ttt.apps.train.data.corpus import Corpus
+from moshi_ttt.apps.train.data.dataset import Batch
+from moshi_ttt.apps.train.evaluation import evaluation_batches
+from moshi_ttt.apps.train.logs import RunLog, health_record, loss_record, memory_bytes, step_record
+from moshi_ttt.apps.train.optimisation import current_rates
+from moshi_ttt.apps.train.runtime import Runtime
+from moshi_ttt.apps.train.settings import Settings
+from moshi_ttt.apps.train.stopping import StopRequest
+from moshi_ttt.apps.train.trainer import Losses, Step, Trainer, TrainingError, some_of
+from moshi_ttt.core.health import HealthMonitor
+
+CHECKED_STEPS = 2
+"""Steps by which every trained parameter should have had a gradient."""
+
+
+@dataclass
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        step: the last step made.
+        stopped: a signal asked it to end before ``max_steps``.
+        losses: the evaluation losses by step.
+        checkpoint: the newest checkpoint.
+    """
+
+    step: int
+    stopped: bool
+    losses: dict[int, Losses] = field(default_factory=dict)
+    checkpoint: Path | None = None
+
+
+@dataclass
+class Loop:
+    """What happens around each step."""
+
+    settings: Settings
+    trainer: Trainer
+    runtime: Runtime
+    held_out: Corpus | None
+    log: RunLog | None
+    writer: CheckpointWriter | None
+    position: dict[str, Any]
+    outcome: Outcome
+    bad_segments: int = 0
+    idle: set[str] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
+
+    def advance(self, batches: Iterator[Batch], stop: StopRequest, *, segments: int) -> None:
+        """One step, and what is due after it: a log line, an evaluation, a checkpoint."""
+        run, trainer = self.settings.run, self.trainer
+        number = trainer.step + 1
+        logged = number % run.log_freq == 0 or number == run.max_steps
+        blocks = trainer.trained.injection.blocks
+        monitor = HealthMonitor(blocks) if logged and run.log_health and blocks else None
+        began = time.perf_counter()
+        mine = [next(batches) for _ in range(run.num_microbatches)]
+        ready = self.writer is not None and self.writer.ready
+        with monitor or nullcontext():
+            step = trainer.make_step(mine, stop=lambda: stop.asked, ready=ready)
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        self.outcome.step, self.outcome.stopped = step.number, step.stop
+        if step.ready and self.writer is not None:
+            self.outcome.checkpoint = self.writer.commit() or self.outcome.checkpoint
+        self._report_problems(step, segments)
+        if step.number <= CHECKED_STEPS and not step.skipped:
+            self._look_for_idle(step.number)
+        if self.log is not None and (logged or step.skipped):
+            record = step_record(step, current_rates(trainer.optimizer), seconds, memory_bytes(self.runtime.device))
+            if monitor is not None:
+                record["blocks"] = health_record(monitor.read())
+            self.log.write(record)
+            self.log.show(record)
+        last = step.number >= run.max_steps or step.stop
+        if self.writer is not None and (_due(step.number, run.ckpt_freq) or last):
+            write = export.prepare(trainer.trained, self.settings, step.number)
+            position = {**self.position, "bad_segments": self.bad_segments}
+            self.writer.save(trainer, position=position, export=write)
+        if self.held_out is not None and not step.stop and (_due(step.number, run.eval_freq) or last):
+            self._evaluate(self.held_out, step.number, stop)
+
+    def _evaluate(self, held_out: Corpus, number: int, stop: StopRequest) -> None:
+        runtime, size = self.runtime, self.settings.run.batch_size
+        parts = evaluation_batches(held_out, batch_size=size, rank=runtime.rank, world_size=runtime.world_size)
+        losses, problems = self.trainer.evaluate(parts, stop=lambda: stop.asked)
+        self._warn(problems)
+        bad = int(runtime.sum(torch.tensor([float(len(problems))])))
+        self._check_share(bad, held_out.num_segments, f"held-out segments could not be read after step {number}")
+        if losses is None:
+            self.outcome.stopped = True
+            return
+        self.outcome.losses[number] = losses
+        if self.log is not None:
+            record = {"kind": "eval", "step": number, **loss_record(losses), "bad_segments": bad}
+            self.log.write(record)
+            self.log.say(
+                f"held out after step {number}: audio {losses.audio_nats:.4f} nats a token (perplexity "
+                f"{record['perplexity_audio']:,.1f}), text {losses.text_nats:.4f} nats, {losses.tokens:,} tokens"
+            )
+
+    def _look_for_idle(self, number: int) -> None:
+        """Say which trained parameters learn nothing: in one of the first steps all that can have a gradient have one.
+
+        In the first, what LoRA and in-place TTT multiply by zero has none; later, with carried memory, what memory
+        starts from.
+        """
+        idle = self.trainer.without_gradient()
+        self.idle = idle if number == 1 else self.idle & idle
+        if number == CHECKED_STEPS and self.idle and self.log is not None:
+            self.log.say(
+                f"Warning: {len(self.idle)} trained tensors got no gradient in the first {number} steps: "
+                f"{some_of(sorted(self.idle))}. Is a segment longer than a block's chunk, and is there text to predict?"
+            )
+
+    def _report_problems(self, step: Step, segments: int) -> None:
+        """Say what could not be read, and stop when it is more than the config allows."""
+        self._warn(step.problems)
+        self.bad_segments += step.bad_segments
+        drawn = max(segments, step.number * self.trainer.rows)
+        self._check_share(self.bad_segments, drawn, f"segments could not be read by step {step.number}")
+
+    def _warn(self, problems: Sequence[str]) -> None:
+        for problem in problems:
+            if problem not in self.told:
+                self.told.add(problem)
+                print(f"Warning: skipped: {problem}", flush=True)
+
+    def _check_share(self, bad: int, all_of_them: int, what: str) -> None:
+        allowed = self.settings.run.data.max_bad_share
+        if bad > allowed * all_of_them:
+            raise TrainingError(
+                f"{bad} {what}, which is more than data.max_bad_share = {allowed} allows. Mend the recordings named "
+                "above, or raise it."
+            )
+
+
+def _due(number: int, every: int) -> bool:
+    return every > 0 and number % every == 0
