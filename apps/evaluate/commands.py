@@ -12,6 +12,7 @@ from moshi_ttt.core.errors import ConfigError
 if TYPE_CHECKING:
     from moshi_ttt.apps.evaluate.documents import Document, Layout
     from moshi_ttt.apps.evaluate.subjects import Condition, Subject
+    from moshi_ttt.apps.train.data.codec import SpeechCodec
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -102,6 +103,55 @@ def recall(
     typer.echo((out / "report.md").read_text(encoding="utf-8"))
 
 
+@app.command("zero-shot")
+def zero_shot(
+    config: Config,
+    dataset: Annotated[str, typer.Option("--dataset", help="swuggy, sblimp, storycloze, topic-storycloze, or csv.")],
+    source: Annotated[Path, typer.Option("--source", help="The dataset's folder; for csv the file.")],
+    out: Out,
+    adapter: Adapters = None,
+    normalisation: Annotated[str, typer.Option("--normalisation", help="Compare nats a token, or sum.")] = "token",
+    codebooks: Annotated[str, typer.Option("--codebooks", help="all, or semantic (the first).")] = "all",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Share of pairs of recordings whose right one is likelier: spoken words, sentences, endings of stories."""
+    import json
+    from typing import cast, get_args
+
+    from moshi_ttt.apps.evaluate import zero_shot as evaluation
+    from moshi_ttt.apps.evaluate.pairs import read_pairs
+    from moshi_ttt.apps.evaluate.reporting import versions
+    from moshi_ttt.apps.output_folder import METRICS, check_free, new_folder
+    from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+
+    for option, given, allowed in (
+        ("--normalisation", normalisation, get_args(evaluation.Normalisation)),
+        ("--codebooks", codebooks, get_args(evaluation.Codebooks)),
+    ):
+        if given not in allowed:
+            raise ConfigError(f"{option} {given!r}: allowed are {', '.join(allowed)}.")
+    made_by = "moshi-ttt evaluate zero-shot"
+    check_free(out, made_by=made_by, overwrite=overwrite)
+    pairs = read_pairs(dataset, source)
+    subjects, codec, facts = _load(config, adapter)
+    variants = {}
+    for subject in subjects:
+        named = {"updates on": True, "updates off": False} if subject.injection is not None else {"": True}
+        for condition, updates in named.items():
+            label = f"{subject.name}, {condition}" if condition else subject.name
+            variants[label] = evaluation.Variant(model=subject.model, host=MOSHI_HOST, updates=updates)
+    with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
+        results = evaluation.run(
+            variants, codec, pairs, normalisation=cast("evaluation.Normalisation", normalisation),
+            codebooks=cast("evaluation.Codebooks", codebooks), seed=seed,
+        )  # fmt: skip
+        values = {"made_by": made_by, "versions": versions(), **facts, **results.to_json(scores=True)}
+        (folder / METRICS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (folder / "report.md").write_text(results.to_markdown() + "\n", encoding="utf-8")
+    typer.echo((out / "report.md").read_text(encoding="utf-8"))
+
+
 def _conditions(known: tuple[Condition, ...], documents: int, batch_size: int) -> tuple[Condition, ...]:
     """All of them; memory can be exchanged only where two recordings are heard at a time."""
     if documents > 1 and batch_size > 1:
@@ -115,17 +165,29 @@ def _prepare(
     """Everything that is loaded, what a report says of it, and frames a second."""
     from typing import cast
 
+    from moshi_ttt.apps.evaluate.documents import read_documents
+
+    if layout not in ("files", "librilight"):
+        raise ConfigError(f"--layout {layout!r}: allowed are files and librilight.")
+    subjects, codec, facts = _load(config, adapters)
+    rate = float(codec.mimi.frame_rate)
+    documents = read_documents(
+        data, codec, layout=cast("Layout", layout), transcripts="optional",
+        limit=None if max_seconds is None else max(1, round(max_seconds * rate)),
+    )  # fmt: skip
+    return subjects, documents, {**facts, "data": data}, rate
+
+
+def _load(config: str, adapters: list[str] | None) -> tuple[list[Subject], SpeechCodec, dict[str, Any]]:
+    """The base model and the adapters, the codec, and what a report says of them."""
     import torch
 
     from moshi_ttt.apps.config_files import read_config
-    from moshi_ttt.apps.evaluate.documents import read_documents
     from moshi_ttt.apps.evaluate.subjects import load_subjects
     from moshi_ttt.apps.train.data.codec import SpeechCodec
     from moshi_ttt.core.registry import default_registry
     from moshi_ttt.hosts.moshi.host import MoshiHostConfig
 
-    if layout not in ("files", "librilight"):
-        raise ConfigError(f"--layout {layout!r}: allowed are files and librilight.")
     registry = default_registry()
     host = read_config(config, registry=registry).host
     if not isinstance(host, MoshiHostConfig):
@@ -135,13 +197,7 @@ def _prepare(
     subjects = load_subjects(host, named, registry, device)
     bundle = host.bundle()
     codec = SpeechCodec.of(subjects[0].model, bundle.load_mimi(device), bundle.tokenizer())
-    rate = float(codec.mimi.frame_rate)
-    documents = read_documents(
-        data, codec, layout=cast("Layout", layout), transcripts="optional",
-        limit=None if max_seconds is None else max(1, round(max_seconds * rate)),
-    )  # fmt: skip
-    facts = {"base model": host.hf_repo, "data": data, "subjects": {each.name: each.facts for each in subjects}}
-    return subjects, documents, facts, rate
+    return subjects, codec, {"base model": host.hf_repo, "subjects": {each.name: each.facts for each in subjects}}
 
 
 def _adapter(text: str) -> tuple[str, Path]:

@@ -34,6 +34,7 @@ def test_the_surface_is_frozen():
             "--audio", "--config", "--out", "--overwrite", "--seed", "--steps", "-c", "-o",
         ],
         "train": ["--plan", "--ranks", "config", "overrides"],
+        "evaluate": [],
         "encode": ["--eval", "--out", "-o", "config", "overrides"],
         "doctor": ["--adapter", "--batches", "--json", "--length", "--seed", "config"],
         "explain": ["--json", "config"],

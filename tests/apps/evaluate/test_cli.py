@@ -1,0 +1,110 @@
+"""``moshi-ttt evaluate`` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moshi_ttt import default_registry, inject, parse_config, save_adapter
+from moshi_ttt.hosts.moshi.loading import resolve_repo
+from moshi_ttt.hosts.moshi.tiny import speech_files
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    host = {"name": "moshi", "hf_repo": "builtin:tiny", "dtype": "float32"}
+    config = parse_config(
+        {"host": host, "ttt": [{"variant": "ttt_linear", "layers": "1", "chunk": 8}]}, registry=default_registry()
+    )
+    model = resolve_repo("builtin:tiny").load_lm(dtype=torch.float32)
+    return save_adapter(inject(model, config), tmp_path_factory.mktemp("checkpoint") / "adapter")
+
+
+@pytest.fixture
+def talks(tmp_path) -> Path:
+    """SPEAKER/BOOK/CHAPTER, two books of two chapters, of real speech."""
+    for book in range(2):
+        for chapter in range(2):
+            folder = tmp_path / "talks" / "1" / f"book{book}"
+            folder.mkdir(parents=True, exist_ok=True)
+            with wave.open(str(speech_files()[book * 2 + chapter])) as handle:
+                rate, samples = handle.getframerate(), handle.readframes(5 * handle.getframerate())
+            with wave.open(str(folder / f"{chapter}.wav"), "wb") as handle:
+                handle.setnchannels(1)
+                handle.setsampwidth(2)
+                handle.setframerate(rate)
+                handle.writeframes(samples)
+    return tmp_path / "talks"
+
+
+def test_long_context_of_a_folder_in_either_layout(cli, talks, adapter, tmp_path):
+    command = ["evaluate", "long-context", "train-cpu", "--data", talks, "-a", f"mine={adapter.parent}", "--window", 16]
+    result = cli(*command, "--out", tmp_path / "books", "--layout", "librilight", "--batch-size", 2)
+    assert result.exit_code == 0, result.said
+    metrics = json.loads((tmp_path / "books" / "metrics.json").read_text())
+    assert metrics["recordings"] == ["1/book0", "1/book1"]
+    assert metrics["subjects"]["mine"]["parameters"] > 0
+    assert "mine, memory of another" in result.said
+    assert not list(tmp_path.glob(".books*"))
+    again = cli(*command, "--out", tmp_path / "books", "--layout", "librilight")
+    assert again.exit_code == 2
+    assert "--overwrite" in again.said
+    short = cli(*command, "--out", tmp_path / "files")
+    assert short.exit_code == 2
+    assert "No recording reaches beyond the attention's context" in short.said
+    assert not (tmp_path / "files").exists()
+
+
+def test_recall(cli, talks, adapter, tmp_path):
+    result = cli(
+        "evaluate", "recall", "train-cpu", "--data", talks, "--layout", "librilight", "--frames", 80,
+        "-a", f"mine={adapter}", "--out", tmp_path / "recall",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.said
+    assert "| mine, updates on | third |" in result.said
+
+
+def test_zero_shot_of_pairs_of_ones_own(cli, talks, adapter, tmp_path):
+    files = sorted(talks.rglob("*.wav"))
+    for path in files:
+        samples = np.frombuffer(path.read_bytes()[44:], dtype="<i2")[:16_000]
+        with wave.open(str(path), "wb") as handle:
+            handle.setnchannels(1)
+            handle.setsampwidth(2)
+            handle.setframerate(24_000)
+            handle.writeframes(samples.tobytes())
+    (tmp_path / "pairs.csv").write_text(f"right,wrong\n{files[0]},{files[1]}\n{files[2]},{files[3]}\n")
+    result = cli(
+        "evaluate", "zero-shot", "train-cpu", "--dataset", "csv", "--source", tmp_path / "pairs.csv",
+        "-a", f"mine={adapter}", "--out", tmp_path / "zero",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.said
+    assert "mine, updates off" in result.said
+    assert json.loads((tmp_path / "zero" / "metrics.json").read_text())["made_by"] == "moshi-ttt evaluate zero-shot"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recall", "train-cpu", "--data", "nowhere"], "nowhere"),
+        (["recall", "train-cpu", "--data", "empty"], "holds no recordings"),
+        (["recall", "train-cpu", "--data", "empty", "--layout", "books"], "allowed are files and librilight"),
+        (["recall", "train-cpu", "--data", "empty", "-a", "folder"], "write NAME=FOLDER"),
+        (["recall", "train-cpu", "--data", "empty", "-a", "x=empty"], "is no adapter"),
+        (["recall", "nothing", "--data", "empty"], "No config 'nothing'"),
+        (["zero-shot", "train-cpu", "--dataset", "swuggy", "--source", "empty"], "empty"),
+        (["zero-shot", "train-cpu", "--dataset", "csv", "--source", "x", "--codebooks", "first"], "all, semantic"),
+    ],
+    ids=lambda value: " ".join(value[2:]) if isinstance(value, list) else "",
+)
+def test_mistakes_are_messages(cli, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    result = cli("evaluate", *arguments, "--out", "out")
+    assert result.exit_code == 2
+    assert message in result.said
+    assert not (tmp_path / "out").exists()
