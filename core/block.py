@@ -216,7 +216,7 @@ class SequenceBlock(nn.Module, ABC):
             y, after = self.compute(tokens, state, context)
         if context.exec_mask is not None and state is not None and after:
             after = states.where_rows(context.exec_mask, after, state)
-        if context.want_state and not tokens.is_meta:
+        if context.want_state and not tokens.is_meta and not torch.compiler.is_compiling():
             after = states.without_views(after, self.parameters())
         return self.info.format.from_tokens(y, x), after
 
@@ -265,6 +265,18 @@ class SequenceBlock(nn.Module, ABC):
         """Scalars on the device that tell whether the block is healthy on ``x [B, T, D]``; nothing is read on the host.
 
         From the learned initial state. What every block shares (drift, what is not finite) need not be here.
+        """
+        return {}
+
+    def inner_losses(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
+        """The inner loss of each token of ``x [B, T, D]``, from the learned initial state; empty for a variant without.
+
+        Each ``[B, H, T]``, floating point:
+
+        - ``initial``: at the learned initial fast weights;
+        - ``before``: at the fast weights that the token's chunk starts from: exactly ``initial`` in the first chunk;
+        - ``after``: at those after its chunk's update; NaN in an unfinished last chunk, which makes none;
+        - ``baseline``: of predicting the mean target of the row's T tokens, half the targets' variance.
         """
         return {}
 

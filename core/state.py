@@ -45,10 +45,8 @@ def without_views(state: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> 
 
     What was never updated may be such a view, and sharding frees a gathered parameter when the forward pass ends.
     """
-    taken = {parameter.untyped_storage().data_ptr() for parameter in parameters if not parameter.is_meta} - {0}
-    return map_state(
-        lambda tensor: tensor.clone() if tensor.untyped_storage().data_ptr() in taken else tensor, state
-    )  # fmt: skip
+    taken = {parameter.untyped_storage()._cdata for parameter in parameters}
+    return map_state(lambda tensor: tensor.clone() if tensor.untyped_storage()._cdata in taken else tensor, state)
 
 
 def row_mask(mask: Tensor, like: Tensor) -> Tensor:

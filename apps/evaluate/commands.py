@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moshi_ttt.apps.output_folder import METRICS
 from moshi_ttt.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -103,6 +105,44 @@ def recall(
     typer.echo((out / "report.md").read_text(encoding="utf-8"))
 
 
+@app.command("inner-loop")
+def inner_loop(
+    config: Config,
+    data: Data,
+    out: Out,
+    adapter: Adapters = None,
+    layout: LayoutOption = "files",
+    max_seconds: Seconds = 120.0,
+    smooth: Annotated[int, typer.Option("--smooth", min=1, help="Frames of the plots' running mean.")] = 32,
+    batch_size: Batch = 4,
+    overwrite: Overwrite = False,
+) -> None:
+    """Inner loss by position, layer and head: initial weights, before and after each update, and the mean target."""
+    from moshi_ttt.apps.evaluate import inner_loop as evaluation
+    from moshi_ttt.apps.output_folder import check_free, new_folder
+
+    made_by = "moshi-ttt evaluate inner-loop"
+    check_free(out, made_by=made_by, overwrite=overwrite)
+    subjects, documents, facts, rate = _prepare(config, data, adapter, layout, max_seconds)
+    remembering = [subject for subject in subjects if subject.injection is not None]
+    if not remembering:
+        raise ConfigError(
+            "There is no inner loop without blocks: give an adapter that has some, as in --adapter ttt=RUN."
+        )
+    with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
+        for subject in remembering:
+            result = evaluation.evaluate(subject, documents, batch_size=batch_size, smooth=smooth)
+            result.facts.update({key: value for key, value in facts.items() if key != "subjects"} | subject.facts)
+            place = folder if len(remembering) == 1 else folder / subject.name
+            place.mkdir(exist_ok=True)
+            evaluation.write_inner_loop(place, result, made_by=made_by, frame_seconds=1 / rate)
+        if len(remembering) > 1:
+            listed = {"made_by": made_by, "subjects": [subject.name for subject in remembering]}
+            (folder / METRICS).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+        reports = [path.read_text(encoding="utf-8") for path in sorted(folder.rglob("report.md"))]
+    typer.echo("\n".join(reports))
+
+
 @app.command("zero-shot")
 def zero_shot(
     config: Config,
@@ -116,13 +156,12 @@ def zero_shot(
     overwrite: Overwrite = False,
 ) -> None:
     """Share of pairs of recordings whose right one is likelier: spoken words, sentences, endings of stories."""
-    import json
     from typing import cast, get_args
 
     from moshi_ttt.apps.evaluate import zero_shot as evaluation
     from moshi_ttt.apps.evaluate.pairs import read_pairs
     from moshi_ttt.apps.evaluate.reporting import versions
-    from moshi_ttt.apps.output_folder import METRICS, check_free, new_folder
+    from moshi_ttt.apps.output_folder import check_free, new_folder
     from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 
     for option, given, allowed in (

@@ -21,7 +21,7 @@ from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState
-from moshi_ttt.plugins.common import health, inner_loop
+from moshi_ttt.plugins.common import health, inner_curves, inner_loop
 from moshi_ttt.plugins.common.hybrid import (
     HybridOptions,
     HybridWeights,
@@ -274,12 +274,17 @@ class HybridBlock(SequenceBlock):
             return tokens._replace(lr=torch.zeros_like(tokens.lr))
         return tokens if self.inner_lr_factor == 1 else tokens._replace(lr=self.inner_lr_factor * tokens.lr)
 
-    def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
-        weights, heads = self.weights(), self.info.num_heads
+    def _from_start(self, x: Tensor, context: BlockContext) -> tuple[HybridWeights, inner_loop.Tokens]:
+        """What enters the inner loop when ``x [B, T, D]`` starts a sequence."""
+        weights = self.weights()
         position = torch.arange(x.shape[1], device=x.device) % self.config.chunk
         if context.coordinates is not None:
             position = context.coordinates
-        tokens = self._tokens(x, position[None], weights, context)
+        return weights, self._tokens(x, position[None], weights, context)
+
+    def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
+        heads = self.info.num_heads
+        weights, tokens = self._from_start(x, context)
         value = weights.wv(x, self.roles.matmul).unflatten(-1, (heads, -1)).to(tokens.k)
         norm = inner_norm(weights, self.options, self.roles)
         scale = weights.token_scale.to(self.roles.state)
@@ -290,6 +295,15 @@ class HybridBlock(SequenceBlock):
             "token_scale_last": scale[-1],
             "gate": torch.tanh(torch.stack(self.gates())).abs().max(),
         }
+
+    @torch.no_grad()
+    def inner_losses(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
+        """As the base class says; of a bidirectional block, in the forward direction."""
+        with self._without_autocast(x):
+            weights, tokens = self._from_start(x, context)
+            norm = inner_norm(weights, self.options, self.roles)
+            scale = weights.token_scale.to(self.roles.state)
+            return inner_curves.hybrid(tokens, self.init_state(x.shape[0], x.device), norm, scale)
 
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:
         return health.red_flags(figures)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState
+from moshi_ttt.plugins.common import inner_curves
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.gram import gram
@@ -255,6 +257,34 @@ class GatingMLP(SequenceBlock):
             "unsound_tokens": (~sound).float().mean(),
             "filter": self.conv.abs().max(),
         }
+
+    @torch.no_grad()
+    def inner_losses(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
+        """1/2 || D h_t - v_t ||^2: the accumulated update D, without W_0, as a predictor of the target v_t. One head.
+
+        A diagnostic, not what is minimised: in-place TTT adds v_t h_t^T and reconstructs nothing. D is zero initially.
+        A sequence's end ends its last chunk for the filter, which may look ahead.
+        """
+        context = replace(context, want_state=True)
+        with self._without_autocast(x):
+            layout = self.info.format.chunks(x, self.chunk)
+            hidden, _ = self._host_mlp(x)
+            queries, heard = self._heard(layout, hidden, x, None, context)
+            projection = self.projection.to(queries)
+            target = layout.merge(heard.open[:, :, : self.chunk, :-1]) @ projection
+            start = delta = queries.new_zeros(x.shape[0], queries.shape[-1], x.shape[-1])
+            found: dict[str, list[Tensor]] = {"initial": [], "before": [], "after": []}
+            for n, asked in enumerate(queries.split(self.chunk, 1)):
+                scale = heard.scale[:, n]
+                values = heard.values[:, n] * scale[:, None, None]
+                found["initial"].append(asked @ start @ projection)
+                found["before"].append(asked @ delta @ projection)
+                if asked.shape[1] == self.chunk:
+                    ended = heard.complete[:, n]
+                    delta = ops.after_chunk(delta, heard.keys[n], values, ended, scale != 0, self.config.decay)
+                    found["after"].append(asked @ delta @ projection)
+            by_head = {name: [chunk[:, None] for chunk in chunks] for name, chunks in found.items()}
+            return inner_curves.curves(target[:, None], by_head)
 
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:
         if figures["unsound_tokens"] > 0:

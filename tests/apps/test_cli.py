@@ -24,17 +24,36 @@ PACKAGED = sorted(packaged_configs())
 
 
 def test_the_surface_is_frozen():
+    def options(command):
+        if hasattr(command, "commands"):
+            return {name: options(inner) for name, inner in command.commands.items()}
+        return sorted(option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts))
+
     group = typer.main.get_command(app)
-    surface = {
-        name: sorted(option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts))
-        for name, command in group.commands.items()
-    }
+    surface = options(group)
     assert surface == {
         "quickstart": [
             "--audio", "--config", "--out", "--overwrite", "--seed", "--steps", "-c", "-o",
         ],
         "train": ["--plan", "--ranks", "config", "overrides"],
-        "evaluate": [],
+        "evaluate": {
+            "long-context": [
+                "--adapter", "--batch-size", "--data", "--every", "--layout", "--max-seconds", "--out", "--overwrite",
+                "--seed", "--window", "-a", "-d", "-o", "config",
+            ],
+            "recall": [
+                "--adapter", "--batch-size", "--data", "--frames", "--layout", "--out", "--overwrite", "--seed", "-a",
+                "-d", "-o", "config",
+            ],
+            "inner-loop": [
+                "--adapter", "--batch-size", "--data", "--layout", "--max-seconds", "--out", "--overwrite", "--smooth",
+                "-a", "-d", "-o", "config",
+            ],
+            "zero-shot": [
+                "--adapter", "--codebooks", "--dataset", "--normalisation", "--out", "--overwrite", "--seed",
+                "--source", "-a", "-o", "config",
+            ],
+        },
         "encode": ["--eval", "--out", "-o", "config", "overrides"],
         "doctor": ["--adapter", "--batches", "--json", "--length", "--seed", "config"],
         "explain": ["--json", "config"],

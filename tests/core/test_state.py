@@ -89,3 +89,15 @@ def test_detach_cuts_the_graph():
 def test_num_bytes_counts_every_row():
     assert states.num_bytes(make_state(3)) == 3 * 4 * 4 + 3 * 8
     assert states.num_bytes({"w": torch.zeros(4).expand(3, -1)}) == 3 * 16
+
+
+def test_views_of_parameters_get_storage_of_their_own_and_gradients_flow_on():
+    parameter = torch.nn.Parameter(torch.ones(1, 3))
+    state = {"view": parameter.expand(2, 3), "itself": parameter, "made": 2 * parameter}
+    owned = states.without_views(state, [parameter])
+    assert all(torch.equal(owned[name], tensor) for name, tensor in state.items())
+    storage = parameter.untyped_storage().data_ptr()
+    assert all(tensor.untyped_storage().data_ptr() != storage for tensor in owned.values())
+    assert owned["made"] is state["made"]
+    owned["view"].sum().backward()
+    assert torch.equal(parameter.grad, torch.full((1, 3), 2.0))

@@ -69,6 +69,23 @@ def test_recall(cli, talks, adapter, tmp_path):
     assert "| mine, updates on | third |" in result.said
 
 
+@pytest.mark.parametrize("names", [["mine"], ["mine", "other"]])
+def test_inner_loop(cli, talks, adapter, tmp_path, names):
+    chosen = [part for name in names for part in ("-a", f"{name}={adapter}")]
+    result = cli("evaluate", "inner-loop", "train-cpu", "--data", talks, *chosen, "--out", tmp_path / "inner")
+    assert result.exit_code == 0, result.said
+    assert "layers.1.sequence" in result.said
+    folders = [tmp_path / "inner"] if len(names) == 1 else [tmp_path / "inner" / name for name in names]
+    for folder in folders:
+        assert list(folder.glob("*.png"))
+        assert json.loads((folder / "metrics.json").read_text())["made_by"] == "moshi-ttt evaluate inner-loop"
+    again = ["evaluate", "inner-loop", "train-cpu", "--data", talks, *chosen, "--out", tmp_path / "inner"]
+    assert cli(*again, "--overwrite").exit_code == 0
+    alone = cli("evaluate", "inner-loop", "train-cpu", "--data", talks, "--out", tmp_path / "none")
+    assert alone.exit_code == 2
+    assert "no inner loop without blocks" in alone.said
+
+
 def test_zero_shot_of_pairs_of_ones_own(cli, talks, adapter, tmp_path):
     files = sorted(talks.rglob("*.wav"))
     for path in files:
