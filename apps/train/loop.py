@@ -89,12 +89,19 @@ class Loop:
             self.log.write(record)
             self.log.show(record)
         last = step.number >= run.max_steps or step.stop
-        if self.writer is not None and (_due(step.number, run.ckpt_freq) or last):
-            write = export.prepare(trainer.trained, self.settings, step.number)
-            position = {**self.position, "bad_segments": self.bad_segments}
-            self.writer.save(trainer, position=position, export=write)
+        saved = _due(step.number, run.ckpt_freq) or last
+        if saved:
+            self._save()
         if self.held_out is not None and not step.stop and (_due(step.number, run.eval_freq) or last):
             self._evaluate(self.held_out, step.number, stop)
+            if self.outcome.stopped and not saved:  # it was asked to stop meanwhile
+                self._save()
+
+    def _save(self) -> None:
+        if self.writer is not None:
+            write = export.prepare(self.trainer.trained, self.settings, self.trainer.step)
+            position = {**self.position, "bad_segments": self.bad_segments}
+            self.writer.save(self.trainer, position=position, export=write)
 
     def _evaluate(self, held_out: Corpus, number: int, stop: StopRequest) -> None:
         runtime, size = self.runtime, self.settings.run.batch_size

@@ -208,6 +208,20 @@ def test_a_step_that_is_not_finite_is_skipped_and_many_in_a_row_stop(train, tmp_
         train(max_steps=10, overwrite_run_dir=True, max_bad_steps=2)
 
 
+def test_a_signal_while_evaluating_saves_and_ends(train, encoded, monkeypatch):
+    real = Trainer.evaluate
+
+    def evaluate(self, batches, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, batches, **kwargs)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    data = {"train_data": str(encoded), "eval_data": str(encoded)}
+    outcome = train(max_steps=50, data=data, do_eval=True, eval_freq=2)
+    assert (outcome.step, outcome.stopped, outcome.losses) == (2, True, {})
+    assert outcome.checkpoint.name == "checkpoint_000002"
+
+
 def test_a_signal_to_the_whole_group_spares_the_workers(train, encoded, tmp_path, monkeypatch):
     data = {"train_data": str(encoded), "num_workers": 2}
     real = Trainer.make_step
