@@ -1,42 +1,16 @@
-"""Config files: the ones that ship with the package, by name, and anyone's, by path."""
+"""Reading the configs that the apps share: a model's with its sections, or a training run's."""
 
 from __future__ import annotations
 
-from importlib import resources
-from pathlib import Path
-
+from moshi_ttt.apps.config_paths import find_config
 from moshi_ttt.apps.options import SECTIONS
+from moshi_ttt.apps.train.settings import parse_settings
 from moshi_ttt.core.config import TTTConfig
 from moshi_ttt.core.config_parsing import parse_config, read_mapping
-from moshi_ttt.core.errors import ConfigError, nearest
 from moshi_ttt.core.registry import Registry, default_registry
 
 RUN_KEY = "run_dir"
 """What only the config of a training run has."""
-
-
-def packaged_configs() -> dict[str, Path]:
-    """Name -> file of every config that ships with the package, sorted by name."""
-    folder = Path(str(resources.files("moshi_ttt.configs")))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def find_config(name: str) -> Path:
-    """The file that ``name`` means: a path, or the bare name of a packaged config.
-
-    A bare name (no folder, no ``.yaml``) is a packaged config even where a folder of that name lies beside.
-    Raises ConfigError that lists the packaged names.
-    """
-    packaged = packaged_configs()
-    if name in packaged:
-        return packaged[name]
-    path = Path(name)
-    if path.is_file():
-        return path
-    what = "is a folder" if path.is_dir() else "does not exist"
-    raise ConfigError(
-        f"No config {name!r}: as a path it {what}, and no packaged config has that name. {nearest(name, packaged)}"
-    )
 
 
 def read_config(name: str, *, registry: Registry | None = None) -> TTTConfig:
@@ -48,7 +22,5 @@ def read_config(name: str, *, registry: Registry | None = None) -> TTTConfig:
     path = find_config(name)
     values = read_mapping(path)
     if RUN_KEY in values:
-        from moshi_ttt.apps.train.settings import parse_settings  # which looks configs up here
-
         return parse_settings(values, registry=registry, where=path.name).ttt
     return parse_config(values, registry=registry, sections=SECTIONS, where=path.name)

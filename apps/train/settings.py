@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from moshi_ttt.apps.config_files import find_config
+from moshi_ttt.apps.config_paths import find_config
 from moshi_ttt.apps.train.config import MoshiPaths, RunConfig
 from moshi_ttt.core.config import TTTConfig, parse_model
 from moshi_ttt.core.config_parsing import parse_config, read_mapping

@@ -1,0 +1,32 @@
+"""Where configs are: the ones that ship with the package, by name, and anyone's, by path."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from moshi_ttt.core.errors import ConfigError, nearest
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Name -> file of every config that ships with the package, sorted by name."""
+    folder = Path(str(resources.files("moshi_ttt.configs")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(name: str) -> Path:
+    """The file that ``name`` means: a path, or the bare name of a packaged config.
+
+    A bare name (no folder, no ``.yaml``) is a packaged config even where a folder of that name lies beside.
+    Raises ConfigError that lists the packaged names.
+    """
+    packaged = packaged_configs()
+    if name in packaged:
+        return packaged[name]
+    path = Path(name)
+    if path.is_file():
+        return path
+    what = "is a folder" if path.is_dir() else "does not exist"
+    raise ConfigError(
+        f"No config {name!r}: as a path it {what}, and no packaged config has that name. {nearest(name, packaged)}"
+    )
