@@ -29,6 +29,7 @@ from moshi_ttt.apps.train.model import TrainedModel, choose_trained
 from moshi_ttt.apps.train.runtime import Runtime, start
 from moshi_ttt.apps.train.settings import parse_settings
 from moshi_ttt.apps.train.trainer import Trainer
+from moshi_ttt.hosts.moshi.depformer import make_steps_contiguous
 from moshi_ttt.hosts.moshi.fsdp import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.lora import add_lora, initialise_lora
@@ -67,6 +68,7 @@ def trainer(block: dict[str, Any] | None, checkpointing: bool, runtime: Runtime)
     plan = make_plan(model, MOSHI_HOST, settings.ttt.ttt, policy=policy, registry=registry)
     trained = TrainedModel(model, plan.apply(model), policy.roles(torch.float32))
     choose_trained(trained, full=False, embeddings=False)
+    make_steps_contiguous(model)
     shard(model, trained.roles, runtime.mesh)
     model.train()
     return Trainer(trained, settings.run, runtime)

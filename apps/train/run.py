@@ -19,7 +19,7 @@ from moshi_ttt.apps.train.data.corpus import Corpus, open_corpus
 from moshi_ttt.apps.train.data.dataset import TrainingData, loader
 from moshi_ttt.apps.train.logs import RunLog, check_installed
 from moshi_ttt.apps.train.loop import Loop, Outcome
-from moshi_ttt.apps.train.model import TrainedModel, build
+from moshi_ttt.apps.train.model import build
 from moshi_ttt.apps.train.planning import group_plans, groups_table
 from moshi_ttt.apps.train.run_dir import check_run_dir, open_run_dir
 from moshi_ttt.apps.train.runtime import Runtime, start
@@ -27,6 +27,7 @@ from moshi_ttt.apps.train.settings import Settings
 from moshi_ttt.apps.train.stopping import StopRequest
 from moshi_ttt.apps.train.trainer import Trainer, TrainingError
 from moshi_ttt.core.registry import Registry
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 
 TRAINING = ("optim", "max_steps", "max_norm", "first_codebook_weight_multiplier", "text_padding_weight")
 """Options that a run that goes on may change, and is told about."""
@@ -43,10 +44,10 @@ def run(settings: Settings, registry: Registry, console: Console) -> Outcome:
 
 def _train(settings: Settings, registry: Registry, runtime: Runtime, console: Console, resumed: Path | None) -> Outcome:
     run = settings.run
-    trained = build(settings, registry, runtime.mesh, runtime.device)
-    codec = _codec(settings, trained, runtime)
+    codec = _codec(settings, runtime)  # the data first: what is wrong with it should not wait for the weights
     corpus = _corpus(settings, codec, run.data.train_data)
     held_out = _corpus(settings, codec, run.data.eval_data or "") if run.do_eval else None
+    trained = build(settings, registry, runtime.mesh, runtime.device)
     trainer = Trainer(trained, run, runtime)
     position = _position(settings, trainer, corpus)
     state = read_state(resumed) if resumed is not None else {}
@@ -85,11 +86,11 @@ def _train(settings: Settings, registry: Registry, runtime: Runtime, console: Co
     return outcome
 
 
-def _codec(settings: Settings, trained: TrainedModel, runtime: Runtime) -> SpeechCodec:
+def _codec(settings: Settings, runtime: Runtime) -> SpeechCodec:
     bundle = settings.host.bundle()
     # Workers are forked, and a forked process cannot use the GPU.
     device = "cpu" if settings.run.data.num_workers else runtime.device
-    return SpeechCodec.of(trained.model, bundle.load_mimi(device), bundle.tokenizer())
+    return SpeechCodec.of(MOSHI_HOST.skeleton(settings.host), bundle.load_mimi(device), bundle.tokenizer())
 
 
 def _corpus(settings: Settings, codec: SpeechCodec, text: str) -> Corpus:
