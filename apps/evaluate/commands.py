@@ -191,6 +191,24 @@ def zero_shot(
     typer.echo((out / "report.md").read_text(encoding="utf-8"))
 
 
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that the other evaluations wrote.")],
+    out: Out,
+    overwrite: Overwrite = False,
+) -> None:
+    """Several evaluations of one base model in one table and one figure."""
+    from moshi_ttt.apps.evaluate.compare import read_results, write_comparison
+    from moshi_ttt.apps.output_folder import check_free, new_folder
+
+    made_by = "moshi-ttt evaluate compare"
+    check_free(out, made_by=made_by, overwrite=overwrite)
+    results, facts = read_results(folders)
+    with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
+        write_comparison(folder, results, facts, made_by=made_by)
+    typer.echo((out / "report.md").read_text(encoding="utf-8"))
+
+
 def _conditions(known: tuple[Condition, ...], documents: int, batch_size: int) -> tuple[Condition, ...]:
     """All of them; memory can be exchanged only where two recordings are heard at a time."""
     if documents > 1 and batch_size > 1:

@@ -38,6 +38,7 @@ def test_the_surface_is_frozen():
         ],
         "train": ["--plan", "--ranks", "config", "overrides"],
         "evaluate": {
+            "compare": ["--out", "--overwrite", "-o", "folders"],
             "long-context": [
                 "--adapter", "--batch-size", "--data", "--every", "--layout", "--max-seconds", "--out", "--overwrite",
                 "--seed", "--window", "-a", "-d", "-o", "config",
