@@ -50,6 +50,8 @@ def test_long_context_of_a_folder_in_either_layout(cli, talks, adapter, tmp_path
     assert metrics["recordings"] == ["1/book0", "1/book1"]
     assert metrics["subjects"]["mine"]["parameters"] > 0
     assert "mine, memory of another" in result.said
+    compared = cli("evaluate", "compare", tmp_path / "books", "--out", tmp_path / "compared")
+    assert "audio loss beyond attention" in compared.said
     assert not list(tmp_path.glob(".books*"))
     again = cli(*command, "--out", tmp_path / "books", "--layout", "librilight")
     assert again.exit_code == 2
@@ -67,6 +69,8 @@ def test_recall(cli, talks, adapter, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.said
     assert "| mine, updates on | third |" in result.said
+    compared = cli("evaluate", "compare", tmp_path / "recall", "--out", tmp_path / "compared")
+    assert "recall, third hearing" in compared.said
 
 
 @pytest.mark.parametrize("names", [["mine"], ["mine", "other"]])
@@ -103,6 +107,9 @@ def test_zero_shot_of_pairs_of_ones_own(cli, talks, adapter, tmp_path):
     assert result.exit_code == 0, result.said
     assert "mine, updates off" in result.said
     assert json.loads((tmp_path / "zero" / "metrics.json").read_text())["made_by"] == "moshi-ttt evaluate zero-shot"
+    compared = cli("evaluate", "compare", tmp_path / "zero", "--out", tmp_path / "compared")
+    assert "| mine, updates off |" in compared.said
+    assert "csv (share of pairs right)" in compared.said
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def folders(tmp_path) -> list[Path]:
     recall = write(tmp_path / "recall", made_by="moshi-ttt evaluate recall", gains=[gain])
     pairs = write(
         tmp_path / "pairs", made_by="moshi-ttt evaluate zero-shot", dataset="sblimp",
-        variants={"base": {"overall": {"share": interval(0.5, 0.4, 0.6)}}},
+        variants={"base": {"overall": {"accuracy": interval(0.5, 0.4, 0.6)}}},
     )  # fmt: skip
     return [context, recall, pairs]
 
