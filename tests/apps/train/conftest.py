@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from moshi_ttt import default_registry
 from moshi_ttt.apps.audio import read_audio
@@ -27,6 +28,8 @@ FRAMES = 12
 LENGTHS = (62, 20, 33)
 """Frames of the recordings: 6, 2 and 3 segments."""
 SECONDS = FRAMES / 12.5
+LORA = {"enable": True, "rank": 2, "scaling": 2.0}
+TTT = [{"variant": "ttt_linear", "layers": "1,3", "chunk": 4}]
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +85,7 @@ def values(encoded: Path, run_dir: Path) -> dict[str, Any]:
         "max_steps": 4,
         "optim": {"lr": 1e-3, "eps": 1e-6},
         "log_health": False,
-        "ttt": [{"variant": "ttt_linear", "layers": "1,3", "chunk": 4}],
+        "ttt": TTT,
     }
 
 
@@ -90,3 +93,13 @@ def records(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
     """The lines of a run's log."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [record for line in lines if (record := json.loads(line))["kind"] == kind]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter in a checkpoint."""
+    return load_file(folder / "adapter" / "adapter.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of tensors are bit-equal."""
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())

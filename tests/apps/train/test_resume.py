@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -19,29 +18,8 @@ from moshi_ttt.apps.train import run as running
 from moshi_ttt.apps.train.checkpoint import CheckpointError, find_checkpoints
 from moshi_ttt.apps.train.trainer import Trainer, TrainingError
 from moshi_ttt.core.errors import ConfigError
-from moshi_ttt.hosts.moshi.loading import resolve_repo
 
-from .conftest import records
-
-LORA = {"enable": True, "rank": 2, "scaling": 2.0}
-TTT = [{"variant": "ttt_linear", "layers": "1,3", "chunk": 4}]
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter.safetensors")
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-
-
-def base_model():
-    return resolve_repo("builtin:tiny").load_lm(dtype=torch.float32)
-
-
-def codes(seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 100, (1, 17, 20), generator=torch.Generator().manual_seed(seed))
-
+from .conftest import LORA, TTT, adapter, records, same
 
 # ---- going on
 

@@ -23,18 +23,7 @@ from moshi_ttt.core.errors import ConfigError, HostError
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import resolve_repo
 
-from .conftest import FRAMES, records
-
-LORA = {"enable": True, "rank": 2, "scaling": 2.0}
-TTT = [{"variant": "ttt_linear", "layers": "1,3", "chunk": 4}]
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter.safetensors")
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+from .conftest import FRAMES, LORA, adapter, records, same
 
 
 def base_model():
