@@ -79,13 +79,14 @@ def recall(
     adapter: Adapters = None,
     layout: LayoutOption = "files",
     frames: Annotated[
-        int | None, typer.Option("--frames", min=2, help="Heard of each recording; three contexts if left out.")
+        int | None, typer.Option("--frames", min=2, help="Of a piece; three contexts if left out.")
     ] = None,
+    pieces: Annotated[int, typer.Option("--pieces", min=1, help="Heard of each recording, at most.")] = 1,
     batch_size: Batch = 4,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """The same recording heard twice, and again after another: what the later hearings save."""
+    """Pieces of recordings heard twice, and again after one of another: what the later hearings save."""
     from moshi_ttt.apps.evaluate import recall as evaluation
     from moshi_ttt.apps.evaluate.reporting import write_recall
     from moshi_ttt.apps.evaluate.subjects import CONDITIONS
@@ -98,7 +99,7 @@ def recall(
     with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
         result = evaluation.evaluate(
             subjects, documents, frames=frames or 3 * int(subjects[0].model.context or 64), conditions=conditions,
-            batch_size=batch_size, seed=seed,
+            batch_size=batch_size, pieces=pieces, seed=seed,
         )  # fmt: skip
         result.facts.update(facts)
         write_recall(folder, result, made_by=made_by)

@@ -1,10 +1,10 @@
-"""Recall: the same recording heard twice, and a third time after another one.
+"""Recall: the same piece of a recording heard twice, and a third time after a piece of another one.
 
 A model that remembers predicts the second hearing better. What attention alone contributes is kept out in two ways:
 the first ``skip`` frames of each hearing are not counted (there attention still sees what came before), and the base
 model's own gain is subtracted, recording by recording.
 
-Shape legend: R recordings, T frames.
+Shape legend: R recordings, P pieces of all of them, Q rows of the language model, T frames of a piece.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from moshi_ttt.apps.evaluate.documents import Document
+from moshi_ttt.apps.evaluate.pieces import Piece, Row, heard_own, lay_out
 from moshi_ttt.apps.evaluate.statistics import Interval, bootstrap
 from moshi_ttt.apps.evaluate.subjects import Condition, Subject, listen
 from moshi_ttt.core.errors import ConfigError
 
 HEARINGS = ("second", "third")
+PLACES = {"first": 0, "second": 1, "third": 3}
+"""Where each hearing of A is in A, A, B, A."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,7 @@ class Gains:
 
     Attributes:
         hearing: ``second``, right after the first; ``third``, after another recording.
-        values: ``[R]``.
+        values: ``[R]``, the mean over each recording's pieces.
     """
 
     subject: str
@@ -40,14 +43,39 @@ class Gains:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ByPosition:
+    """The loss of each hearing by frame within it, in nats per audio token.
+
+    Attributes:
+        losses: ``[3, T]``, first, second and third hearing: the mean over recordings, each the mean of its pieces. The
+            last frames of the third are NaN: their late codebooks are never predicted.
+    """
+
+    subject: str
+    condition: Condition
+    losses: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recall:
-    """What came out; ``frames`` is the length that was heard of each recording, ``skip`` what is not counted of it."""
+    """What came out.
+
+    Attributes:
+        pieces: how many each of ``recordings`` had, ``asked`` at most.
+        frames, skip: the length of a piece, and what is not counted of it.
+        heard_own: by hearing, in how many pieces ``memory of another`` had heard the piece's own recording; None where
+            nobody was heard under that condition.
+    """
 
     gains: list[Gains]
+    by_position: list[ByPosition]
     recordings: list[str]
     left_out: list[str]
+    asked: int
+    pieces: list[int]
     frames: int
     skip: int
+    heard_own: dict[str, int] | None
     seed: int
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -75,17 +103,54 @@ def evaluate(
     frames: int,
     conditions: Sequence[Condition],
     batch_size: int,
+    pieces: int = 1,
     seed: int = 0,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Recall:
-    """Every subject hears A, A, B, A for each recording A, where B is the next one.
+    """Every subject hears A, A, B, A for each piece A, where B is a piece of another recording.
 
-    ``frames`` of each recording are heard. The frames that are not counted are the attention's context at the beginning
-    of each hearing. ``memory reset`` and ``memory of another`` act between hearings.
+    Of each recording up to ``pieces`` pieces of ``frames`` frames are heard, one after the other from its beginning.
+    The frames that are not counted are the attention's context at the beginning of each hearing. ``memory reset`` and
+    ``memory of another`` act between hearings.
 
-    Raises ConfigError when fewer than two recordings are long enough, or the context leaves nothing to count.
+    Raises ConfigError when fewer than two recordings have a piece, or the context leaves nothing to count.
     """
     skip = int(subjects[0].model.context or 0)
+    kept, left_out = _choose(documents, frames, pieces, skip)
+    counts = [min(pieces, document.frames // frames) for document in kept]
+    batches = lay_out(counts, batch_size, next_between=pieces == 1)  # so one piece of each gives the numbers it gave
+    owners = torch.tensor([row.own.recording for rows in batches for row in rows])
+
+    def of_recordings(values: Tensor) -> Tensor:
+        """``[R, ...]``: the mean of each recording's pieces, of ``values [P, ...]``."""
+        return torch.stack([values[owners == recording].nanmean(0) for recording in range(len(kept))])
+
+    gains, by_position, exchanged = [], [], False
+    for subject in subjects:
+        for condition in (each for each in conditions if each in subject.conditions):
+            exchanged = exchanged or condition == "memory of another"
+            parts = []
+            for rows in batches:
+                parts.append(listen(subject, _heard(kept, rows, frames), condition, every=frames).audio)
+                on_batch()
+            losses = torch.cat(parts).unflatten(1, (4, frames))  # [P, 4, T]
+            for hearing in HEARINGS:
+                saved = (losses[:, 0] - losses[:, PLACES[hearing]])[:, skip:].nanmean(1)
+                values = of_recordings(saved)
+                gains.append(Gains(subject=subject.name, condition=condition, hearing=hearing, values=values))
+            mean = _without_late(subject.model, of_recordings(losses).nanmean(0)[list(PLACES.values())])
+            by_position.append(ByPosition(subject=subject.name, condition=condition, losses=mean))
+    return Recall(
+        gains=gains, by_position=by_position, recordings=[document.name for document in kept], left_out=left_out,
+        asked=pieces, pieces=counts, frames=frames, skip=skip, heard_own=heard_own(batches) if exchanged else None,
+        seed=seed,
+    )  # fmt: skip
+
+
+def _choose(documents: Sequence[Document], frames: int, pieces: int, skip: int) -> tuple[list[Document], list[str]]:
+    """The recordings that have a piece, and a word on each that has none."""
+    if pieces < 1:
+        raise ConfigError(f"{pieces} pieces of each recording: give 1 or more.")
     if frames <= skip + 1:
         raise ConfigError(
             f"Of {frames} frames none is left beyond the attention's context of {skip}. Hear longer pieces: --frames "
@@ -98,20 +163,23 @@ def evaluate(
             f"Recall needs two recordings of {frames} frames or more, and {len(kept)} of {len(documents)} are as long. "
             "Give longer recordings, or a smaller --frames."
         )
-    pieces = torch.stack([document.codes[:, :frames] for document in kept])
-    heard = torch.cat([pieces, pieces, pieces.roll(-1, 0), pieces], dim=2)  # [R, Q, 4 frames]
-    gains = []
-    for subject in subjects:
-        for condition in (each for each in conditions if each in subject.conditions):
-            rows = []
-            for part in heard.tensor_split(max(1, len(kept) // batch_size)):
-                rows.append(listen(subject, part, condition, every=frames).audio)
-                on_batch()
-            hearings = torch.cat(rows).unflatten(1, (4, frames))[:, :, skip:]
-            for hearing, place in zip(HEARINGS, (1, 3), strict=True):
-                values = (hearings[:, 0] - hearings[:, place]).nanmean(1)
-                gains.append(Gains(subject=subject.name, condition=condition, hearing=hearing, values=values))
-    return Recall(
-        gains=gains, recordings=[document.name for document in kept], left_out=left_out, frames=frames, skip=skip,
-        seed=seed,
-    )  # fmt: skip
+    return kept, left_out
+
+
+def _heard(documents: Sequence[Document], rows: Sequence[Row], frames: int) -> Tensor:
+    """``[B, Q, 4 T]``: A, A, B, A of each row."""
+
+    def codes(piece: Piece) -> Tensor:
+        start = piece.number * frames
+        return documents[piece.recording].codes[:, start : start + frames]
+
+    return torch.stack(
+        [torch.cat([codes(row.own), codes(row.own), codes(row.between), codes(row.own)], dim=1) for row in rows]
+    )
+
+
+def _without_late(model: Any, losses: Tensor) -> Tensor:
+    """``losses [3, T]`` with NaN at the end of the third hearing, where the means lack the late codebooks."""
+    late = max(model.delays[model.audio_offset : model.audio_offset + model.dep_q])
+    losses[-1, losses.shape[1] - late :] = torch.nan
+    return losses

@@ -10,13 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from moshi_ttt.apps.evaluate.long_context import STREAMS, Curve, LongContext
-from moshi_ttt.apps.evaluate.recall import Recall
-from moshi_ttt.apps.evaluate.statistics import RESAMPLES, Interval
+from moshi_ttt.apps.evaluate.recall import PLACES, Recall
+from moshi_ttt.apps.evaluate.statistics import RESAMPLES, Interval, window_means
 from moshi_ttt.apps.output_folder import METRICS
 
 PALETTE = ("#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+HEARING_LOOKS: dict[str, dict[str, Any]] = {
+    "first": {"color": "#BBBBBB", "linewidth": 3.0},
+    "second": {"color": PALETTE[1], "linewidth": 1.5},
+    "third": {"color": PALETTE[2], "linewidth": 1.2, "linestyle": "--"},
+}
+"""Wide under narrow, so that hearings that lose the same are all seen."""
 STYLES = {"updates on": "-", "updates off": "--", "memory reset": "-.", "memory of another": ":"}
 NOTE = (
     f"Intervals: 95 %, percentile bootstrap over recordings, {RESAMPLES:,} resamples. Nats per token; lower losses are "
@@ -61,31 +68,56 @@ def write_long_context(folder: Path, result: LongContext, *, made_by: str, frame
 
 
 def write_recall(folder: Path, result: Recall, *, made_by: str) -> None:
-    """metrics.json and report.md."""
+    """metrics.json, report.md and a plot of the hearings by position."""
     rows = [
         {
             "subject": gains.subject, "condition": gains.condition, "hearing": gains.hearing,
             "gain": _interval(result.gain(gains)), "beyond_base": _interval(result.beyond_base(gains)),
-            "by_recording": [_number(value) for value in gains.values.tolist()],
+            "by_recording": _numbers(gains.values),
         }
         for gains in result.gains
     ]  # fmt: skip
+    by_position = [
+        {"subject": each.subject, "condition": each.condition}
+        | {hearing: _numbers(losses) for hearing, losses in zip(PLACES, each.losses, strict=True)}
+        for each in result.by_position
+    ]
     values = {
         "made_by": made_by, "versions": versions(), **result.facts, "frames": result.frames, "skipped": result.skip,
-        "seed": result.seed, "recordings": result.recordings, "left_out": result.left_out, "gains": rows,
+        "seed": result.seed, "recordings": result.recordings, "left_out": result.left_out,
+        "pieces_asked_for": result.asked, "pieces_by_recording": result.pieces,
+        "memory_of_another_had_heard_own": result.heard_own, "gains": rows, "loss_by_position": by_position,
     }  # fmt: skip
     (folder / METRICS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     lines = [
-        "# Recall", "", *_facts(result.facts, result.recordings, result.left_out),
-        f"{result.frames} frames of each recording; the first {result.skip} of a hearing are not counted. What a "
-        "hearing saves against the first, in nats per audio token; the second follows at once, the third after another "
-        "recording.", "", "| | hearing | gain | beyond the base model's |", "| --- | --- | ---: | ---: |",
+        "# Recall", "", *_facts(result.facts, result.recordings, result.left_out), *_heard(result), "",
+        "| | hearing | gain | beyond the base model's |", "| --- | --- | ---: | ---: |",
     ]  # fmt: skip
     for gains in result.gains:
         label = gains.subject if gains.subject == "base" else f"{gains.subject}, {gains.condition}"
         beyond = "" if gains.subject == "base" else str(result.beyond_base(gains))
         lines.append(f"| {label} | {gains.hearing} | {result.gain(gains)} | {beyond} |")
-    (folder / "report.md").write_text("\n".join([*lines, "", NOTE, ""]), encoding="utf-8")
+    lines += ["", "![hearings](recall_by_position.png)", "", NOTE, ""]
+    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    _plot_recall(folder / "recall_by_position.png", result)
+
+
+def _heard(result: Recall) -> list[str]:
+    """What was heard of the recordings, in words; and where memory of another was not only another's."""
+    total = sum(result.pieces)
+    lines = [
+        f"{total} pieces of {result.frames} frames, up to {result.asked} of each recording; the first {result.skip} "
+        "frames of a hearing are not counted. What a hearing saves against the first, in nats per audio token: the "
+        "mean over recordings, each the mean of its pieces. The second hearing follows at once, the third after a "
+        "piece of another recording.",
+    ]  # fmt: skip
+    for hearing, rows in (result.heard_own or {}).items():
+        if rows:
+            lines += [
+                "", f"Memory of another, {hearing} hearing: in {rows} of {total} pieces that memory had heard the "
+                "piece's own recording too. With --pieces 2 and four recordings in a batch it would not have.",
+            ]  # fmt: skip
+    return lines
 
 
 def _facts(facts: dict[str, Any], recordings: Sequence[str], left_out: Sequence[str]) -> list[str]:
@@ -102,8 +134,8 @@ def _curve(result: LongContext, curve: Curve) -> dict[str, Any]:
     return {
         "subject": curve.subject, "condition": curve.condition, "stream": curve.stream,
         "loss_beyond_context": _interval(result.loss(curve)), "slope_per_1000_frames": _interval(result.slope(curve)),
-        "mean_by_window": [_number(value) for value in curve.windows.nanmean(0).tolist()],
-        "by_recording": [[_number(value) for value in row] for row in curve.windows.tolist()],
+        "mean_by_window": _numbers(curve.windows.nanmean(0)),
+        "by_recording": [_numbers(row) for row in curve.windows],
     }  # fmt: skip
 
 
@@ -113,6 +145,10 @@ def _interval(interval: Interval) -> dict[str, float | None]:
 
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    return [_number(value) for value in values.tolist()]
 
 
 def _any(curve: Curve) -> bool:
@@ -140,4 +176,30 @@ def _plot(path: Path, result: LongContext, stream: str, frame_seconds: float) ->
     axes.set_title(f"Mean over {len(result.recordings)} recordings")
     axes.legend(fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_recall(path: Path, result: Recall) -> None:
+    """A panel for each subject, updates on: the loss of the three hearings by frame within the hearing."""
+    shown = [each for each in result.by_position if each.condition == "updates on"]
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    width = max(1, result.frames // 64)
+    frames = [(index + 0.5) * width for index in range(result.frames)]
+    figure = Figure(figsize=(1.6 + 2.8 * columns, 0.6 + 2.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes, each in zip(panels, shown, strict=False):
+        axes.axvspan(0, result.skip, color="#EEEEEE", linewidth=0, label="not counted")
+        for hearing, mean in zip(PLACES, window_means(each.losses, width), strict=True):
+            axes.plot(frames[: len(mean)], mean, label=f"{hearing} hearing", **HEARING_LOOKS[hearing])
+        axes.set_title(each.subject, fontsize=10)
+        axes.set_xlim(0, result.frames)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8, labelbottom=True)
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
+    averaged = f", means over {width}" if width > 1 else ""
+    figure.supxlabel(f"frame within the hearing{averaged}", fontsize=9)
+    figure.supylabel("audio loss (nats per token)", fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)

@@ -44,8 +44,8 @@ def test_the_surface_is_frozen():
                 "--seed", "--window", "-a", "-d", "-o", "config",
             ],
             "recall": [
-                "--adapter", "--batch-size", "--data", "--frames", "--layout", "--out", "--overwrite", "--seed", "-a",
-                "-d", "-o", "config",
+                "--adapter", "--batch-size", "--data", "--frames", "--layout", "--out", "--overwrite", "--pieces",
+                "--seed", "-a", "-d", "-o", "config",
             ],
             "inner-loop": [
                 "--adapter", "--batch-size", "--data", "--layout", "--max-seconds", "--out", "--overwrite", "--smooth",

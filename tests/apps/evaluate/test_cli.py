@@ -65,10 +65,11 @@ def test_long_context_of_a_folder_in_either_layout(cli, talks, adapter, tmp_path
 def test_recall(cli, talks, adapter, tmp_path):
     result = cli(
         "evaluate", "recall", "train-cpu", "--data", talks, "--layout", "librilight", "--frames", 80,
-        "-a", f"mine={adapter}", "--out", tmp_path / "recall",
+        "--pieces", 2, "-a", f"mine={adapter}", "--out", tmp_path / "recall",
     )  # fmt: skip
     assert result.exit_code == 0, result.said
     assert "| mine, updates on | third |" in result.said
+    assert json.loads((tmp_path / "recall" / "metrics.json").read_text())["pieces_by_recording"] == [1, 1]
     compared = cli("evaluate", "compare", tmp_path / "recall", "--out", tmp_path / "compared")
     assert "recall, third hearing" in compared.said
 
@@ -121,6 +122,7 @@ def test_zero_shot_of_pairs_of_ones_own(cli, talks, adapter, tmp_path):
         (["recall", "train-cpu", "--data", "empty", "-a", "folder"], "write NAME=FOLDER"),
         (["recall", "train-cpu", "--data", "empty", "-a", "x=empty"], "is no adapter"),
         (["recall", "nothing", "--data", "empty"], "No config 'nothing'"),
+        (["recall", "train-cpu", "--data", "empty", "--pieces", "0"], "'--pieces'"),
         (["zero-shot", "train-cpu", "--dataset", "swuggy", "--source", "empty"], "empty"),
         (["zero-shot", "train-cpu", "--dataset", "csv", "--source", "x", "--codebooks", "first"], "all, semantic"),
     ],

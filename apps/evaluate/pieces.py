@@ -1,0 +1,87 @@
+"""Which pieces of which recordings are heard together in ``recall``, and what is heard between their hearings.
+
+``memory of another`` hands the memory of each row of a batch to the next row between two hearings. It is another
+recording's only when the rows come from different recordings, so that is how they are put together.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Piece(NamedTuple):
+    """The ``number``-th piece, from 0, of the ``recording``-th recording."""
+
+    recording: int
+    number: int
+
+
+class Row(NamedTuple):
+    """One row of a batch: ``own`` is the A of A, A, B, A, and ``between`` the B."""
+
+    own: Piece
+    between: Piece
+
+
+def lay_out(counts: Sequence[int], batch_size: int, *, next_between: bool) -> list[list[Row]]:
+    """Every piece once, in batches of ``batch_size`` rows or a few more.
+
+    Args:
+        counts: how many pieces each recording has, one at least; two recordings or more.
+        next_between: B is always of the next recording. Otherwise it is of the first of the following recordings that
+            the next row is not of: ``memory of another`` would hand that row a memory that has just heard its own.
+    """
+    laid_out = []
+    for pieces in _batches(counts, batch_size):
+        rows = []
+        for own, receiver in zip(pieces, [*pieces[1:], pieces[0]], strict=True):
+            others = [(own.recording + step) % len(counts) for step in range(1, len(counts))]
+            clean = others if next_between else [other for other in others if other != receiver.recording]
+            other = (clean or others)[0]
+            rows.append(Row(own, Piece(other, own.number % counts[other])))
+        laid_out.append(rows)
+    return laid_out
+
+
+def heard_own(batches: Sequence[Sequence[Row]]) -> dict[str, int]:
+    """In how many rows ``memory of another`` is a memory that has heard the row's own recording, by hearing.
+
+    Handed on before each hearing, the memory of a row's second hearing was in the row before it; that of its third was
+    three rows back in the first hearing, two rows back in the second, and in the row before it while B was heard.
+    """
+    found = {"second": 0, "third": 0}
+    for rows in batches:
+        for index, row in enumerate(rows):
+            one, two, three = (rows[(index - back) % len(rows)] for back in (1, 2, 3))
+            found["second"] += row.own.recording == one.own.recording
+            found["third"] += row.own.recording in (
+                three.own.recording, two.own.recording, one.between.recording,
+            )  # fmt: skip
+    return found
+
+
+def _batches(counts: Sequence[int], size: int) -> Iterator[list[Piece]]:
+    """Recordings with the most pieces left come first: then one is twice in a batch only where it must be."""
+    left = list(counts)
+    for rows in torch.arange(sum(counts)).tensor_split(max(1, sum(counts) // size)):
+        pieces: list[Piece] = []
+        while len(pieces) < len(rows):
+            order = sorted((r for r in range(len(left)) if left[r]), key=lambda r: (-left[r], r))
+            for recording in order[: len(rows) - len(pieces)]:
+                pieces.append(Piece(recording, counts[recording] - left[recording]))
+                left[recording] -= 1
+        yield _apart(pieces)
+
+
+def _apart(pieces: list[Piece]) -> list[Piece]:
+    """The same pieces; those of one recording are not neighbours, nor first and last, unless they are most of all."""
+    often = Counter(piece.recording for piece in pieces)
+    if max(often.values()) == 1:
+        return pieces
+    ordered = sorted(pieces, key=lambda piece: (-often[piece.recording], piece))
+    places = [*range(0, len(pieces), 2), *range(1, len(pieces), 2)]
+    return [piece for _, piece in sorted(zip(places, ordered, strict=True))]
