@@ -169,6 +169,32 @@ app.add_typer(evaluate_app, name="evaluate")
 
 
 @app.command()
+def study(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of everything it makes; what is there is kept.")],
+    known: Annotated[
+        list[Path], typer.Option("--known", help="A folder with train.jsonl, valid.jsonl, test.jsonl; may be repeated.")
+    ],
+    unseen: Annotated[
+        list[Path] | None, typer.Option("--unseen", help="The same, of voices for testing alone; may be repeated.")
+    ] = None,
+    at_once: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time, which share the cores.")] = 1,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Very small: shows that everything runs.")] = False,
+) -> None:
+    """Train each variant and LoRA on a small Moshi with a short attention, and report what memory is worth.
+
+    It takes about an hour a seed. Interrupted, the same command goes on. The report is in OUT/report.
+    """
+    from moshi_ttt.apps.study import plan
+    from moshi_ttt.apps.study.command import make
+
+    report = make(
+        out, known=known, unseen=unseen or [], scale=plan.SMOKE if smoke else plan.FULL, subjects=plan.SUBJECTS,
+        ablations=plan.ABLATIONS, at_once=at_once, say=lambda text: typer.echo(text),
+    )  # fmt: skip
+    typer.echo((report / "report.md").read_text(encoding="utf-8"))
+
+
+@app.command()
 def explain(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged config such as tiny-ttt-mlp.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON with exact numbers instead of tables.")] = False,

@@ -100,6 +100,7 @@ class RunConfig(FrozenConfig):
         batch_size: segments of a forward pass on one rank; one step sees batch_size x num_microbatches x ranks.
         max_norm: the largest gradient norm; larger gradients are scaled down.
         first_codebook_weight_multiplier, text_padding_weight: weights in the loss.
+        inner_lr_warmup: let the blocks' inner learning rate rise with the main one, to its full value at its peak.
         carry_state: read recordings segment by segment, each stream's memory carried on until its recording ends.
         full_finetuning: train the base model too, without LoRA.
         param_dtype: dtype in which the base model computes, and is stored where it is not trained.
@@ -133,6 +134,7 @@ class RunConfig(FrozenConfig):
     optim: OptimConfig = OptimConfig()
     lora: LoRAConfig = LoRAConfig()
     full_finetuning: bool = False
+    inner_lr_warmup: bool = False
     carry_state: bool = False
 
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -138,7 +138,10 @@ class Trainer:
         totals = self.runtime.sum(torch.cat([here, said]))
         counts, (readies, bad) = totals[:4], totals[4:].tolist()
         self.optimizer.zero_grad(set_to_none=True)
+        blocks = self.trained.injection
+        blocks.set_inner_lr_factor(self._inner_lr_factor())
         sums, after = self._accumulate(batches, codes, counts)
+        blocks.set_inner_lr_factor(1.0)  # what is evaluated or saved has the full rate
         norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.run.max_norm)))
         ended = self.runtime.sum(torch.cat([sums.cpu(), torch.tensor([float(stop())], dtype=torch.float64)]))
         losses, stops = Losses.of(ended[:4], counts), float(ended[4])
@@ -156,6 +159,12 @@ class Trainer:
             number=self.step, losses=losses, gradient_norm=norm, skipped=skipped, stop=stops > 0,
             ready=readies == self.runtime.world_size, problems=problems, bad_segments=int(bad),
         )  # fmt: skip
+
+    def _inner_lr_factor(self) -> float:
+        """For the step to come: the share of the main learning rate's rise that is behind it."""
+        if not self.run.inner_lr_warmup:
+            return 1.0
+        return min(1.0, (self.step + 1) / max(1.0, self.run.optim.pct_start * self.run.max_steps))
 
     def _accumulate(
         self, batches: Sequence[Batch], codes: Sequence[Tensor], counts: Tensor

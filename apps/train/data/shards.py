@@ -7,7 +7,7 @@ A folder with ``index.json`` and ``shard_00000.safetensors``, ... In a shard eac
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -111,7 +111,7 @@ def write_shards(
         writer = _Writer(folder, shard_size)
         for done, entry in enumerate(entries, start=1):
             try:
-                writer.add(entry, *_encode(entry, codec, frames))
+                writer.add(entry.name, (entry.manifest, entry.line), *_encode(entry, codec, frames))
             except (DataError, TranscriptError) as error:
                 problems.append(Problem(entry.manifest, entry.line, str(error)))
                 check_share(problems, total, max_bad_share=max_bad_share, text=source)
@@ -130,6 +130,38 @@ def write_shards(
         recordings=len(index.recordings), frames=encoded, seconds=encoded / index.frame_rate, shards=writer.shards,
         bytes=written, problems=tuple(problems),
     )  # fmt: skip
+
+
+def rearrange_shards(
+    source: Path,
+    out: Path,
+    pieces: Callable[[int], Iterable[Tensor]],
+    *,
+    shard_size: int = SHARD_SIZE,
+    made_by: str = "rearrange_shards",
+) -> ShardIndex:
+    """A new folder of shards, whose recordings are made of frames of those in ``source``; whole or not there at all.
+
+    Args:
+        pieces: from the frames of a recording to the frames ``[T]`` (int64) of each new one, in the order to be heard.
+
+    Raises DataError as ``read_index``, or when no piece comes of any recording; OutputError when ``out`` is not new.
+    """
+    index = read_index(source)
+    with new_folder(out, made_by=made_by) as folder:
+        writer = _Writer(folder, shard_size)
+        for recording in index.recordings:
+            audio, text = read_tokens(source, recording, 0, recording.frames, text=True)
+            for number, frames in enumerate(pieces(recording.frames)):
+                name, where = f"{recording.name}#{number}", (Path(recording.manifest), recording.line)
+                writer.add(name, where, audio[:, frames], None if text is None else text[frames])
+        writer.flush()
+        if not writer.recordings:
+            longest = max(recording.frames for recording in index.recordings)
+            raise DataError(f"{source}: no piece comes of any recording; the longest has {longest} frames.")
+        made = index.model_copy(update={"recordings": tuple(writer.recordings)})
+        (folder / SHARD_INDEX).write_text(json.dumps(made.model_dump(mode="json"), indent=1), encoding="utf-8")
+    return made
 
 
 def read_index(folder: Path) -> ShardIndex:
@@ -208,7 +240,8 @@ class _Writer:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     waiting: int = 0
 
-    def add(self, entry: Entry, audio: Tensor, text: Tensor | None) -> None:
+    def add(self, name: str, where: tuple[Path, int], audio: Tensor, text: Tensor | None) -> None:
+        """``audio [C * K, T]`` and ``text [T]`` of a recording listed in a line of a manifest."""
         assert int(audio.max()) < 2**15, audio.max()
         key = f"{len(self.recordings):08d}"
         self.tensors[f"{key}.audio"] = audio.to(torch.int16)
@@ -216,8 +249,8 @@ class _Writer:
             self.tensors[f"{key}.text"] = text.to(torch.int32)
         self.recordings.append(
             EncodedRecording(
-                name=entry.name, shard=self._name(), key=key, frames=audio.shape[1], has_text=text is not None,
-                manifest=str(entry.manifest), line=entry.line,
+                name=name, shard=self._name(), key=key, frames=audio.shape[1], has_text=text is not None,
+                manifest=str(where[0]), line=where[1],
             )
         )  # fmt: skip
         self.waiting += 1

@@ -20,6 +20,7 @@ from moshi_ttt.apps.train import run as running
 from moshi_ttt.apps.train.checkpoint import find_checkpoints
 from moshi_ttt.apps.train.trainer import TrainingError
 from moshi_ttt.core.errors import ConfigError, HostError
+from moshi_ttt.core.injection import Injection
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import resolve_repo
 
@@ -266,3 +267,16 @@ def test_compiled_blocks_train_alike(train, tmp_path, variant):
         train(run_dir=str(tmp_path / f"run{index}"), ttt=blocks, compile=compiled, max_steps=3, carry_state=True)
     first, second = ([record["loss"] for record in records(tmp_path / f"run{index}")] for index in range(2))
     assert first == pytest.approx(second, rel=1e-5)
+
+
+def test_the_inner_learning_rate_rises_with_the_main_one(train, monkeypatch):
+    factors = []
+    set_factor = Injection.set_inner_lr_factor
+    monkeypatch.setattr(
+        Injection, "set_inner_lr_factor", lambda self, factor: (factors.append(factor), set_factor(self, factor))
+    )
+    train(inner_lr_warmup=True, optim={"lr": 1e-3, "pct_start": 0.5}, max_steps=4)
+    assert factors == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], "its share in a step, and all of it afterwards"
+    factors.clear()
+    train(optim={"lr": 1e-3, "pct_start": 0.5}, max_steps=2, overwrite_run_dir=True)
+    assert set(factors) == {1.0}

@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from moshi_ttt.apps.output_folder import OutputError
 from moshi_ttt.apps.train.data.manifest import DataError
-from moshi_ttt.apps.train.data.shards import check_codec, read_index, read_tokens, write_shards
+from moshi_ttt.apps.train.data.shards import (
+    check_codec,
+    read_index,
+    read_tokens,
+    rearrange_shards,
+    write_shards,
+)
 
 from .conftest import FRAME, cut_off, write_audio, write_manifest
 
@@ -175,3 +181,37 @@ def test_many_recordings_fill_shards(tmp_path, codec, speech):
     assert summary.shards == 3
     shards = [each.shard for each in read_index(tmp_path / "out").recordings]
     assert shards == [f"shard_0000{number}.safetensors" for number in (0, 0, 1, 1, 2)]
+
+
+# ---- shards of other shards' frames
+
+
+def test_frames_are_rearranged(shards, tmp_path):
+    def backwards_and_again(length):
+        if length > 30:
+            yield torch.arange(9, -1, -1).repeat(2)
+            yield torch.arange(length - 5, length)
+
+    index = rearrange_shards(shards, tmp_path / "new", backwards_and_again, shard_size=3)
+    assert index == read_index(tmp_path / "new")
+    source = read_index(shards)
+    assert (index.fingerprint, index.frames) == (source.fingerprint, source.frames)
+    names = [(each.name, each.frames, each.line) for each in index.recordings]
+    assert names == [("talk0.wav#0", 20, 1), ("talk0.wav#1", 5, 1), ("talk2.wav#0", 20, 3), ("talk2.wav#1", 5, 3)]
+    audio, text = read_tokens(shards, source.recordings[2], 0, 10, text=True)
+    found = read_tokens(tmp_path / "new", index.recordings[2], 0, 20, text=True)
+    assert torch.equal(found[0], audio.flip(1).repeat(1, 2))
+    assert torch.equal(found[1], text.flip(0).repeat(2))
+
+
+def test_no_piece_at_all_raises_and_leaves_nothing(shards, tmp_path):
+    with pytest.raises(DataError, match="no piece comes of any recording; the longest has 61 frames"):
+        rearrange_shards(shards, tmp_path / "new", lambda length: [])
+    assert not (tmp_path / "new").exists()
+
+
+def test_rearranging_into_a_folder_that_is_there_raises(shards, tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "mine").touch()
+    with pytest.raises(OutputError, match="not empty"):
+        rearrange_shards(shards, tmp_path / "new", lambda length: [torch.arange(3)])

@@ -1,0 +1,132 @@
+"""What the study compares, and at what size. Nothing here computes anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FRAME_RATE = 12.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """The size of a study.
+
+    Attributes:
+        context: frames that attention sees.
+        hearing: frames of a piece that is heard twice; a training segment is two of them.
+        batch: segments of a step.
+        base_steps: steps of preparing the base model, all of it trained.
+        steps: steps of each subject.
+        pieces: pieces of each recording in recall.
+        seconds: of each recording in loss by position.
+        window: frames of a window there.
+        seeds: of everything random: initial values, order of the recordings.
+    """
+
+    context: int = 16
+    hearing: int = 96
+    batch: int = 8
+    base_steps: int = 250
+    steps: int = 250
+    pieces: int = 2
+    seconds: float = 40.0
+    window: int = 50
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    @property
+    def segment_seconds(self) -> float:
+        return 2 * self.hearing / FRAME_RATE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Something that is trained on the frozen base model, by changes to the run's config.
+
+    Attributes:
+        candidates: what is tried on the validation recordings with the first seed, the best being kept.
+    """
+
+    name: str
+    changes: tuple[str, ...]
+    candidates: tuple[tuple[str, ...], ...] = ((),)
+
+    @property
+    def folder(self) -> str:
+        """Its name as a folder's."""
+        return "".join(letter if letter.isalnum() else "-" for letter in self.name.lower())
+
+
+FULL = Scale()
+SMOKE = Scale(
+    hearing=24, context=8, batch=2, base_steps=2, steps=2, pieces=1, seconds=8.0, window=16, seeds=(0, 1),
+)  # fmt: skip
+"""Shows that everything runs; its figures mean nothing."""
+
+# All have about 800,000 trained parameters. A block's gates learn faster than the rest.
+TTT = ("optim.lr=3e-3", "optim.lr_groups.gates=3e-2")
+SUBJECTS = (
+    Subject(
+        name="LoRA",
+        changes=("ttt=[]", "lora.enable=true", "lora.rank=17"),
+        candidates=(("optim.lr=1e-3",), ("optim.lr=3e-3",)),
+    ),
+    Subject(
+        name="TTT-Linear",
+        changes=TTT,
+        candidates=(
+            ('ttt=[{variant: ttt_linear, layers: "1,2,3", chunk: 16}]',),
+            ('ttt=[{variant: ttt_linear, layers: "1,2,3", chunk: 16, base_lr: 4}]',),
+        ),
+    ),
+    Subject(
+        name="TTT-MLP",
+        changes=TTT,
+        candidates=(
+            ('ttt=[{variant: ttt_mlp, layers: "1,3", chunk: 16}]',),
+            ('ttt=[{variant: ttt_mlp, layers: "1,3", chunk: 16, base_lr: 1}]',),
+        ),
+    ),
+    Subject(
+        name="TTT multi-layer (3)",
+        changes=TTT,
+        candidates=(
+            ('ttt=[{variant: ttt_multilayer, layers: "1,3", chunk: 16, depth: 3, expansion: 2}]',),
+            ('ttt=[{variant: ttt_multilayer, layers: "1,3", chunk: 16, depth: 3, expansion: 2, base_lr: 1}]',),
+        ),
+    ),
+    Subject(
+        name="in-place TTT",
+        changes=("optim.lr=3e-3",),
+        candidates=(
+            ('ttt=[{variant: gating_mlp, layers: "1,2,3", chunk: 16, lr: 1, train_w_down: true}]',),
+            ('ttt=[{variant: gating_mlp, layers: "1,2,3", chunk: 16, lr: 3, train_w_down: true}]',),
+        ),
+    ),
+    Subject(
+        name="in-place TTT + LoRA",
+        changes=("lora.enable=true", "lora.rank=13"),
+        candidates=(
+            ("optim.lr=1e-3", 'ttt=[{variant: gating_mlp, layers: "1,2,3", chunk: 16, lr: 1}]'),
+            ("optim.lr=3e-3", 'ttt=[{variant: gating_mlp, layers: "1,2,3", chunk: 16, lr: 1}]'),
+        ),
+    ),
+)
+
+
+def _linear(name: str, options: str, *changes: str) -> Subject:
+    """An ablation of TTT-Linear: its first candidate, with one thing changed."""
+    return Subject(
+        name=name, changes=(*TTT, f'ttt=[{{variant: ttt_linear, layers: "1,2,3", {options}}}]', *changes)
+    )  # fmt: skip
+
+
+ABLATIONS = (
+    _linear("as above (learned per channel, chunk 16)", "chunk: 16"),
+    _linear("gate learned per layer", "chunk: 16, gate: {alpha: layer}"),
+    _linear("gate fixed at 0.05", "chunk: 16, gate: {alpha: fixed}"),
+    _linear("chunk 32", "chunk: 32"),
+    _linear("chunk 64", "chunk: 64"),
+    _linear("chunk 128", "chunk: 128"),
+    _linear("inner rate rising with the main one", "chunk: 16", "inner_lr_warmup=true"),
+)
+"""Open questions about the hybrid layer; compared on validation recordings."""
