@@ -20,7 +20,7 @@ from moshi_ttt.apps.train.model import skeleton
 from moshi_ttt.apps.train.settings import read_settings
 from moshi_ttt.hosts.moshi.tiny import speech_files
 
-from ..train.data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript
+from tests.apps.train.data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript
 
 FRAMES = {"train": 130, "valid": 60, "test": 110}
 SUBJECTS = tuple(subject for subject in plan.SUBJECTS if subject.name in ("LoRA", "in-place TTT"))
@@ -73,7 +73,8 @@ def test_a_study_goes_on_where_it_was_and_reports(speech, tmp_path):
     }  # fmt: skip
     assert all(len(figure["by_seed"]) == 2 for figure in figures)
     chosen = numbers["choices"]["validation_loss"]["LoRA"]
-    assert len(chosen) == 2 and chosen[numbers["choices"]["chosen"]["LoRA"]] == min(chosen)
+    assert len(chosen) == 2
+    assert chosen[numbers["choices"]["chosen"]["LoRA"]] == min(chosen)
 
     again, said = study(speech, out)
     assert said == ["cost, report"], "everything was there"
