@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart recipes test test-slow test-gpu test-full-size lint format clean
+.PHONY: help quickstart recipes study test test-slow test-gpu test-full-size lint format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -19,6 +19,14 @@ quickstart: $(VENV)/.installed-run ## Train a small Moshi with a memory on real 
 recipes: $(VENV)/.installed-run ## Fetch real dialogue, fine-tune the small Moshi on it in eight ways, print a table.
 	test -d speech || $(BIN)/python scripts/fetch_speech.py speech
 	$(BIN)/python benchmarks/recipes.py speech --out recipes
+
+KNOWN := dialogue-cs dialogue-nl prompts-en prompts-es prompts-fr
+UNSEEN := prompts-it prompts-ru
+
+study: $(VENV)/.installed-run ## Fetch real speech, train every variant and LoRA with three seeds, report what memory is worth.
+	for voices in $(KNOWN) $(UNSEEN); do test -d voices/$$voices || $(BIN)/python scripts/fetch_speech.py \
+	  voices/$$voices --corpus $${voices%-*} --language $${voices#*-} || exit 1; done
+	$(BIN)/moshi-ttt study --out study --jobs 2 $(KNOWN:%=--known voices/%) $(UNSEEN:%=--unseen voices/%)
 
 test: $(VENV)/.installed-dev ## Run the default test suite. ARGS='-k name' passes options to pytest.
 	$(BIN)/pytest $(ARGS)

@@ -19,7 +19,6 @@ from moshi_ttt.apps.study.jobs import StudyError
 from moshi_ttt.apps.train.model import skeleton
 from moshi_ttt.apps.train.settings import read_settings
 from moshi_ttt.hosts.moshi.tiny import speech_files
-
 from tests.apps.train.data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript
 
 FRAMES = {"train": 130, "valid": 60, "test": 110}
