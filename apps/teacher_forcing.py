@@ -1,7 +1,7 @@
-"""What Moshi's language model loses on given tokens, frame by frame, streamed one token at a time.
+"""What Moshi's language model loses on given tokens, frame by frame: streamed token by token, or as training hears it.
 
 Streaming sees what a listener's Moshi sees: attention reaches back its whole context at every frame, memory as far as
-it likes. Nothing is sampled.
+it likes. Training sees one segment at a time: memory is carried to the next, attention is not. Nothing is sampled.
 
 Shape legend: B recordings, Q rows (text, then audio), K codebooks Moshi speaks, T frames, D width.
 """
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from moshi_ttt.core.host import CarriedState, HostModel
 
 PIECE = 64
 """Frames whose outputs are kept at a time, for the depformer."""
@@ -67,6 +69,44 @@ def stream_losses(
             text.append(_token_losses(logits, wanted[:, :1], (model.zero_token_id, model.text_initial_token_id)))
             audio.append(_audio_losses(model, outputs, wanted))
     return FrameLosses(torch.cat(text, dim=2)[:, 0], by_frame(model, torch.cat(audio, dim=2)))
+
+
+@torch.no_grad()
+def segment_losses(
+    model: Any,
+    codes: Tensor,
+    host: HostModel,
+    *,
+    frames: int,
+    between: Callable[[int, CarriedState], CarriedState | None] | None = None,
+) -> FrameLosses:
+    """The losses of ``codes [B, Q, T]`` in plain forward passes of ``frames`` frames, the last one of what is left.
+
+    Memory is carried from segment to segment, each row's own. All else restarts, as it does in training: a segment
+    begins with start tokens, attention sees nothing before it, and the late codebooks of its last frames are not
+    predicted. ``between(frame, state)`` is called where a segment other than the first begins, and returns the state to
+    begin it from; None is the learned initial one. What was carried is gone afterwards.
+    """
+    codes = codes.to(model.device)
+    state: CarriedState | None = None
+    text, audio = [], []
+    for first in range(0, codes.shape[2], frames):
+        if between is not None and state is not None:
+            state = between(first, state)
+        segment = codes[:, :, first : first + frames]
+        with host.carry(model, state) as after:
+            out = model(segment)
+        spoken = segment[:, model.audio_offset : model.audio_offset + model.dep_q]
+        text.append(_masked_losses(model, out.text_logits, segment[:, :1], out.text_mask)[:, 0])
+        audio.append(_masked_losses(model, out.logits, spoken, out.mask).nanmean(1))
+        state = after
+    return FrameLosses(torch.cat(text, dim=1), torch.cat(audio, dim=1))
+
+
+def _masked_losses(model: Any, logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """``[B, K, T]`` float64 on the CPU, of ``logits [B, K, T, card]``; NaN where ``mask [B, K, T]`` is false."""
+    zero = model.zero_token_id
+    return _token_losses(logits, torch.where(mask, targets, zero), (zero, zero))
 
 
 def _audio_losses(model: Any, outputs: Tensor, targets: Tensor) -> Tensor:

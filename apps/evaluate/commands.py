@@ -44,25 +44,42 @@ def long_context(
     max_seconds: Seconds = None,
     window: Annotated[int, typer.Option("--window", min=1, help="Frames of a window (12.5 are a second).")] = 64,
     every: Annotated[
-        int | None, typer.Option("--every", min=1, help="Frames between resets or exchanges; the context if left out.")
+        int | None,
+        typer.Option(
+            "--every",
+            min=1,
+            help="Frames between resets or exchanges; the context if left out, in whole segments where there are some.",
+        ),
+    ] = None,
+    segments: Annotated[
+        int | None,
+        typer.Option(
+            "--segments",
+            min=1,
+            help="Hear forward passes of so many frames, memory carried, attention restarted; token by token if left "
+            "out.",
+        ),
     ] = None,
     batch_size: Batch = 4,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Loss by position over long recordings, token by token: updates on, off, memory reset, memory of another."""
+    """Loss by position over long recordings: updates on, updates off, memory reset, memory of another."""
     from moshi_ttt.apps.evaluate import long_context as evaluation
     from moshi_ttt.apps.evaluate.reporting import write_long_context
-    from moshi_ttt.apps.evaluate.subjects import CONDITIONS
+    from moshi_ttt.apps.evaluate.subjects import CONDITIONS, refuse_uneven
     from moshi_ttt.apps.output_folder import check_free, new_folder
 
     made_by = "moshi-ttt evaluate long-context"
     check_free(out, made_by=made_by, overwrite=overwrite)
+    if every is not None:
+        refuse_uneven(CONDITIONS, every=every, segments=segments)  # before anything is loaded
     subjects, documents, facts, rate = _prepare(config, data, adapter, layout, max_seconds)
     conditions = _conditions(CONDITIONS, len(documents), batch_size)
+    context, step = int(subjects[0].model.context or window), segments or 1
     options = evaluation.Options(
-        window=window, every=every or int(subjects[0].model.context or window), batch_size=batch_size,
-        conditions=conditions, seed=seed,
+        window=window, every=every or -(-context // step) * step, batch_size=batch_size, conditions=conditions,
+        segments=segments, seed=seed,
     )  # fmt: skip
     with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
         result = evaluation.evaluate(subjects, documents, options)

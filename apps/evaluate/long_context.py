@@ -1,7 +1,8 @@
 """Loss by position over long recordings: does memory help beyond what attention sees, and does it keep helping?
 
-Every subject hears every recording from its beginning, token by token. Positions are counted from there; what is
-reported are means over windows of positions, and figures over the windows beyond the attention's context.
+Every subject hears every recording from its beginning: token by token, or in segments as training hears it, where
+attention starts afresh in each. Positions are counted from the recording's beginning; what is reported are means over
+windows of positions, and figures over the windows beyond what attention sees.
 
 Shape legend: R recordings, T frames, W windows.
 """
@@ -24,7 +25,7 @@ from moshi_ttt.apps.evaluate.statistics import (
     slope_per_window,
     window_means,
 )
-from moshi_ttt.apps.evaluate.subjects import Condition, Subject, listen
+from moshi_ttt.apps.evaluate.subjects import Condition, Subject, listen, refuse_uneven
 from moshi_ttt.apps.teacher_forcing import FrameLosses
 from moshi_ttt.core.errors import ConfigError
 
@@ -40,6 +41,7 @@ class Options:
         every: frames between two interventions of the conditions that intervene.
         batch_size: recordings heard at a time.
         conditions: which are run.
+        segments: frames of the forward passes a recording is heard in; None streams it token by token.
         seed: of the bootstrap.
     """
 
@@ -47,6 +49,7 @@ class Options:
     every: int
     batch_size: int
     conditions: tuple[Condition, ...]
+    segments: int | None = None
     seed: int = 0
 
 
@@ -56,7 +59,7 @@ class Curve:
 
     Attributes:
         windows: ``[R, W]`` nats per token, NaN where a recording has no such window.
-        first_beyond: the first window that begins beyond the attention's context.
+        first_beyond: the first window that begins beyond what attention sees.
     """
 
     subject: str
@@ -71,7 +74,7 @@ class Curve:
 
     @property
     def beyond(self) -> Tensor:
-        """``[R, W']``: the windows beyond the attention's context."""
+        """``[R, W']``: the windows beyond what attention sees."""
         return self.windows[:, self.first_beyond :]
 
 
@@ -82,13 +85,16 @@ class LongContext:
     Attributes:
         curves: one for each subject, condition and stream.
         recordings: their names, in the order of R.
-        left_out: recordings that do not reach beyond the attention's context.
+        left_out: recordings that do not reach beyond what attention sees.
+        context: frames of the model's attention.
+        reach: how many of them it can see: no more than a segment has.
     """
 
     curves: list[Curve]
     recordings: list[str]
     left_out: list[str]
     context: int
+    reach: int
     options: Options
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -100,16 +106,16 @@ class LongContext:
         raise KeyError((subject, condition, stream))
 
     def loss(self, curve: Curve) -> Interval:
-        """Mean loss beyond the attention's context."""
+        """Mean loss beyond what attention sees."""
         return bootstrap(curve.beyond, mean_of_recordings, seed=self.options.seed)
 
     def slope(self, curve: Curve) -> Interval:
-        """Nats per 1,000 frames by which the loss rises beyond the attention's context."""
+        """Nats per 1,000 frames by which the loss rises beyond what attention sees."""
         scale = 1_000 / self.options.window
         return bootstrap(curve.beyond, lambda values: scale * slope_per_window(values), seed=self.options.seed)
 
     def saved(self, curve: Curve, other: Curve) -> Interval:
-        """How much lower the loss of ``curve`` is than ``other``'s beyond the context, recording by recording."""
+        """How much lower the loss of ``curve`` is than ``other``'s, by recording, beyond what attention sees."""
         return bootstrap(other.beyond - curve.beyond, mean_of_recordings, seed=self.options.seed)
 
 
@@ -122,19 +128,18 @@ def evaluate(
 ) -> LongContext:
     """Every subject on every document, under every condition that means something for it.
 
-    Raises ConfigError when no recording reaches a window beyond the attention's context.
+    Raises ConfigError when no recording reaches a window beyond what attention sees, or a condition that is run would
+    act inside a segment.
     """
+    segments = options.segments
+    if segments is not None and segments < 1:
+        raise ConfigError(f"Segments of {segments} frames: give 1 or more, or none to stream.")
+    run = {condition for subject in subjects for condition in options.conditions if condition in subject.conditions}
+    refuse_uneven([each for each in options.conditions if each in run], every=options.every, segments=segments)
     context = int(subjects[0].model.context or 0)
-    first_beyond = -(-context // options.window)
-    needed = (first_beyond + 1) * options.window
-    kept = [document for document in documents if document.frames >= needed]
-    left_out = [f"{document.name} ({document.frames} frames)" for document in documents if document.frames < needed]
-    if not kept:
-        longest = max((document.frames for document in documents), default=0)
-        raise ConfigError(
-            f"No recording reaches beyond the attention's context: {needed} frames are needed (context {context}, one "
-            f"window of {options.window}), the longest has {longest}. Give longer recordings, or a smaller --window."
-        )
+    reach = context if segments is None else min(context or segments, segments)
+    first_beyond = -(-reach // options.window)
+    kept, left_out = _choose(documents, (first_beyond + 1) * options.window, context, options)
     curves: list[Curve] = []
     names: list[str] = []
     padding = subjects[0].model.zero_token_id
@@ -143,7 +148,7 @@ def evaluate(
             found: list[FrameLosses] = []
             names = []
             for chosen, codes in batches(kept, options.batch_size, padding):
-                found.append(listen(subject, codes, condition, every=options.every))
+                found.append(listen(subject, codes, condition, every=options.every, segments=segments))
                 names += [document.name for document in chosen]
                 on_batch()
             for stream in STREAMS:
@@ -153,7 +158,26 @@ def evaluate(
                     first_beyond=first_beyond,
                 )  # fmt: skip
                 curves.append(curve)
-    return LongContext(curves=curves, recordings=names, left_out=left_out, context=context, options=options)
+    return LongContext(
+        curves=curves, recordings=names, left_out=left_out, context=context, reach=reach, options=options
+    )  # fmt: skip
+
+
+def _choose(
+    documents: Sequence[Document], needed: int, context: int, options: Options
+) -> tuple[list[Document], list[str]]:
+    """The recordings of ``needed`` frames or more, and a word on each that is shorter."""
+    kept = [document for document in documents if document.frames >= needed]
+    left_out = [f"{document.name} ({document.frames} frames)" for document in documents if document.frames < needed]
+    if not kept:
+        longest = max((document.frames for document in documents), default=0)
+        segments = f", segments of {options.segments}" if options.segments is not None else ""
+        raise ConfigError(
+            f"No recording reaches beyond the attention's context: {needed} frames are needed (context {context}"
+            f"{segments}, one window of {options.window}), the longest has {longest}. Give longer recordings, or a "
+            "smaller --window."
+        )
+    return kept, left_out
 
 
 def _stack(losses: Sequence[Tensor]) -> Tensor:

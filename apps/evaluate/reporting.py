@@ -42,15 +42,18 @@ def write_long_context(folder: Path, result: LongContext, *, made_by: str, frame
     values = {
         "made_by": made_by, "versions": versions(), **result.facts, "context_frames": result.context,
         "window_frames": result.options.window, "seed": result.options.seed, "every_frames": result.options.every,
+        "segment_frames": result.options.segments, "attention_restarts": result.options.segments is not None,
+        "figures_from_frame": result.curves[0].first_beyond * result.options.window,
         "recordings": result.recordings, "left_out": result.left_out,
         "curves": [_curve(result, curve) for curve in result.curves if curve.stream in streams],
     }  # fmt: skip
     (folder / METRICS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     lines = ["# Loss by position", "", *_facts(result.facts, result.recordings, result.left_out)]
+    lines += [_how_heard(result, frame_seconds), ""]
     beyond = result.curves[0].first_beyond * result.options.window * frame_seconds
     for stream in streams:
         lines += [
-            f"## {stream}", "", f"Beyond attention's context (from {beyond:.1f} s on):", "",
+            f"## {stream}", "", f"Beyond what attention sees (from {beyond:.1f} s on):", "",
             "| | loss | saved against base | rises per 1,000 frames |", "| --- | ---: | ---: | ---: |",
         ]  # fmt: skip
         base = result.curve("base", "updates on", stream)
@@ -65,6 +68,19 @@ def write_long_context(folder: Path, result: LongContext, *, made_by: str, frame
         lines += ["", f"![{stream}]({stream}_by_position.png)", ""]
         _plot(folder / f"{stream}_by_position.png", result, stream, frame_seconds)
     (folder / "report.md").write_text("\n".join([*lines, NOTE, ""]), encoding="utf-8")
+
+
+def _how_heard(result: LongContext, frame_seconds: float) -> str:
+    segments = result.options.segments
+    if segments is None:
+        return "Heard token by token, as a listener's Moshi hears: attention reaches back its whole context everywhere."
+    return (
+        f"Heard in plain forward passes of {segments} frames ({segments * frame_seconds:.1f} s), as training hears. "
+        "Memory is carried from segment to segment. **Attention is not: it restarts at each segment** and sees nothing "
+        "of what was before, so the first frames of each are harder for every subject. Each segment begins with start "
+        "tokens, and the late codebooks of its last frames are not predicted. Compare only with results of the same "
+        "segments."
+    )
 
 
 def write_recall(folder: Path, result: Recall, *, made_by: str) -> None:

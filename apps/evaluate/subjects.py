@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from moshi_ttt.apps.teacher_forcing import FrameLosses, stream_losses
+from moshi_ttt.apps.teacher_forcing import FrameLosses, segment_losses, stream_losses
+from moshi_ttt.core import state as states
 from moshi_ttt.core.adapter import MANIFEST, load_adapter, read_manifest
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.host import CarriedState
 from moshi_ttt.core.injection import Injection
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
@@ -21,6 +23,7 @@ from moshi_ttt.hosts.moshi.layers import BlockSite
 
 Condition = Literal["updates on", "updates off", "memory reset", "memory of another"]
 CONDITIONS: tuple[Condition, ...] = get_args(Condition)
+INTERVENTIONS: tuple[Condition, ...] = ("memory reset", "memory of another")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +84,42 @@ def find_adapter(folder: Path) -> Path:
     raise ConfigError(f"{folder} is no adapter, and no checkpoint that holds one: there is no {MANIFEST} in it.")
 
 
-def listen(subject: Subject, codes: Tensor, condition: Condition, *, every: int) -> FrameLosses:
+def listen(
+    subject: Subject, codes: Tensor, condition: Condition, *, every: int, segments: int | None = None
+) -> FrameLosses:
     """The losses of ``codes [B, Q, T]`` under a condition; the subject is afterwards as it was.
 
     ``memory reset`` puts the fast weights back to their start every ``every`` frames, ``memory of another`` hands each
     row's memory to the next row as often (B must be 2 or more). Attention is left alone by both.
+
+    Args:
+        segments: None streams token by token; else the frames of the plain forward passes that are made instead, with
+            memory carried from one to the next and attention starting afresh in each.
+
+    Raises ConfigError: one row has no other's memory, or an intervention would fall inside a segment.
     """
+    refuse_uneven((condition,), every=every, segments=segments)
     if condition == "memory of another" and codes.shape[0] < 2:
         raise ConfigError("Memory can be exchanged between two recordings or more: give more, or a larger batch.")
+    with _rate(subject, 0.0 if condition == "updates off" else 1.0):
+        if segments is None:
+            return _streamed(subject, codes, condition, every)
+        return _in_segments(subject, codes, condition, every, segments)
+
+
+def refuse_uneven(conditions: Sequence[Condition], *, every: int, segments: int | None) -> None:
+    """Raise ConfigError where a condition would act inside a segment: a forward pass cannot be interrupted."""
+    acting = [condition for condition in conditions if condition in INTERVENTIONS]
+    if segments is not None and acting and every % segments:
+        below = every // segments * segments
+        raise ConfigError(
+            f"{' and '.join(acting).capitalize()} every {every} frames would act inside a segment of {segments}, which "
+            f"is one forward pass. Give --every as a multiple of --segments, such as "
+            f"{f'{below} or ' if below else ''}{below + segments}, or leave it out."
+        )
+
+
+def _streamed(subject: Subject, codes: Tensor, condition: Condition, every: int) -> FrameLosses:
     actions: dict[Condition, Callable[[BlockSite], None]] = {
         "memory reset": lambda site: site.reset_streaming(), "memory of another": _exchange,
     }  # fmt: skip
@@ -100,8 +131,16 @@ def listen(subject: Subject, codes: Tensor, condition: Condition, *, every: int)
             for site in sites:
                 act(site)
 
-    with _rate(subject, 0.0 if condition == "updates off" else 1.0):
-        return stream_losses(subject.model, codes, before=before)
+    return stream_losses(subject.model, codes, before=before)
+
+
+def _in_segments(subject: Subject, codes: Tensor, condition: Condition, every: int, frames: int) -> FrameLosses:
+    def between(frame: int, state: CarriedState) -> CarriedState | None:
+        if condition not in INTERVENTIONS or frame % every:
+            return state
+        return None if condition == "memory reset" else _exchanged(state)
+
+    return segment_losses(subject.model, codes, MOSHI_HOST, frames=frames, between=between)
 
 
 @contextmanager
@@ -122,3 +161,8 @@ def _exchange(site: BlockSite) -> None:
     assert state is not None
     for tensor in state.buffers.values():
         tensor.copy_(tensor.roll(1, 0))
+
+
+def _exchanged(state: CarriedState) -> CarriedState:
+    rolled = {site: states.map_state(lambda tensor: tensor.roll(1, 0), block) for site, block in state.blocks.items()}
+    return CarriedState(rolled, state.document_ids)

@@ -41,7 +41,7 @@ def test_the_surface_is_frozen():
             "compare": ["--out", "--overwrite", "-o", "folders"],
             "long-context": [
                 "--adapter", "--batch-size", "--data", "--every", "--layout", "--max-seconds", "--out", "--overwrite",
-                "--seed", "--window", "-a", "-d", "-o", "config",
+                "--seed", "--segments", "--window", "-a", "-d", "-o", "config",
             ],
             "recall": [
                 "--adapter", "--batch-size", "--data", "--frames", "--layout", "--out", "--overwrite", "--pieces",
@@ -56,6 +56,7 @@ def test_the_surface_is_frozen():
                 "--source", "-a", "-o", "config",
             ],
         },
+        "study": ["--jobs", "--known", "--out", "--smoke", "--unseen", "-o"],
         "encode": ["--eval", "--out", "-o", "config", "overrides"],
         "doctor": ["--adapter", "--batches", "--json", "--length", "--seed", "config"],
         "explain": ["--json", "config"],

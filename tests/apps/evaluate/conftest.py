@@ -15,9 +15,11 @@ from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 CONTEXT = 8
 
 
-def subject_with(variant: str | None, *, name: str | None = None, noise: float = 0.05, **options: Any) -> Subject:
+def subject_with(
+    variant: str | None, *, name: str | None = None, noise: float = 0.05, context: int = CONTEXT, **options: Any
+) -> Subject:
     """A random Moshi with a short attention, and a block of random weights where a variant is given."""
-    model = random_tiny_lm(context=CONTEXT)
+    model = random_tiny_lm(context=context)
     injection = None
     if variant:
         host = {"name": "moshi", "hf_repo": "builtin:tiny"}

@@ -62,6 +62,23 @@ def test_long_context_of_a_folder_in_either_layout(cli, talks, adapter, tmp_path
     assert not (tmp_path / "files").exists()
 
 
+def test_long_context_in_segments(cli, talks, adapter, tmp_path):
+    command = [
+        "evaluate", "long-context", "train-cpu", "--data", talks, "--layout", "librilight", "-a", f"mine={adapter}",
+        "--window", 16, "--segments", 25,
+    ]  # fmt: skip
+    result = cli(*command, "--out", tmp_path / "segments")
+    assert result.exit_code == 0, result.said
+    assert "Attention is not: it restarts at each segment" in result.said
+    metrics = json.loads((tmp_path / "segments" / "metrics.json").read_text())
+    assert (metrics["segment_frames"], metrics["every_frames"]) == (25, 75)  # the context of 64, in whole segments
+    uneven = cli(*command, "--every", 64, "--out", tmp_path / "uneven")
+    assert uneven.exit_code == 2
+    assert "every 64 frames would act inside a segment of 25" in uneven.said
+    assert "50 or 75" in uneven.said
+    assert not (tmp_path / "uneven").exists()
+
+
 def test_recall(cli, talks, adapter, tmp_path):
     result = cli(
         "evaluate", "recall", "train-cpu", "--data", talks, "--layout", "librilight", "--frames", 80,
