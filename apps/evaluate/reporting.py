@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from moshi_ttt.apps.evaluate.long_context import STREAMS, Curve, LongContext
@@ -24,6 +25,7 @@ HEARING_LOOKS: dict[str, dict[str, Any]] = {
     "third": {"color": PALETTE[2], "linewidth": 1.2, "linestyle": "--"},
 }
 """Wide under narrow, so that hearings that lose the same are all seen."""
+MARKERS = ("", "o", "s", "^")
 STYLES = {"updates on": "-", "updates off": "--", "memory reset": "-.", "memory of another": ":"}
 NOTE = (
     f"Intervals: 95 %, percentile bootstrap over recordings, {RESAMPLES:,} resamples. Nats per token; lower losses are "
@@ -172,27 +174,70 @@ def _any(curve: Curve) -> bool:
 
 
 def _plot(path: Path, result: LongContext, stream: str, frame_seconds: float) -> None:
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    subjects = list(dict.fromkeys(curve.subject for curve in result.curves))
+    """Above the loss by window, below what is saved against the base model; colours are subjects, dashes conditions."""
+    curves = [curve for curve in result.curves if curve.stream == stream]
+    base = result.curve("base", "updates on", stream)
+    subjects = list(dict.fromkeys(curve.subject for curve in curves))
+    panels = 1 if subjects == ["base"] else 2
+    figure = Figure(figsize=(9.5, 1.0 + 2.8 * panels), layout="constrained")
+    axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
     width = result.options.window * frame_seconds
-    for curve in result.curves:
-        if curve.stream == stream:
-            mean = curve.windows.nanmean(0)
-            seconds = [(index + 0.5) * width for index in range(len(mean))]
-            colour = PALETTE[subjects.index(curve.subject) % len(PALETTE)]
-            axes.plot(seconds, mean, label=curve.label, color=colour, linestyle=STYLES[curve.condition], linewidth=2)
-    axes.axvline(result.context * frame_seconds, color="#BBBBBB", linewidth=1)
-    axes.annotate(
-        "attention's context", (result.context * frame_seconds, 0.02), xycoords=("data", "axes fraction"),
-        fontsize=8, color="#666666", xytext=(3, 0), textcoords="offset points",
-    )  # fmt: skip
-    axes.set_xlabel(f"position in the recording (s), windows of {width:.1f} s")
-    axes.set_ylabel(f"{stream} loss (nats per token)")
-    axes.set_title(f"Mean over {len(result.recordings)} recordings")
-    axes.legend(fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    for curve in curves:
+        drawn = look(subjects, curve.subject, curve.condition)
+        seconds = [(index + 0.5) * width for index in range(curve.windows.shape[1])]
+        axes[0].plot(seconds, curve.windows.nanmean(0), **drawn)
+        if curve is not base:
+            axes[1].plot(seconds, (base.windows - curve.windows).nanmean(0), **drawn)
+    axes[0].set_ylabel(f"{stream} loss\n(nats per token)")
+    if panels == 2:
+        axes[1].axhline(0, **look(subjects, "base", "updates on"), zorder=1)
+        axes[1].set_ylabel("saved against base\n(nats per token, above 0 is better)")
+    _finish(figure, axes, result, frame_seconds)
+    _explain(figure, subjects, list(dict.fromkeys(curve.condition for curve in curves)))
     figure.savefig(path, dpi=120)
+
+
+def look(subjects: Sequence[str], subject: str, condition: str) -> dict[str, Any]:
+    """How a curve is drawn. Where there are more subjects than colours, markers tell them apart."""
+    again, place = divmod(subjects.index(subject), len(PALETTE))
+    return {
+        "color": PALETTE[place], "marker": MARKERS[again % len(MARKERS)], "markersize": 4, "markevery": 4,
+        "linestyle": STYLES[condition], "linewidth": 1.8 if condition == "updates on" else 1.2,
+    }  # fmt: skip
+
+
+def _finish(figure: Figure, axes: Sequence[Any], result: LongContext, frame_seconds: float) -> None:
+    """Titles, the line where attention ends, and the axis of positions."""
+    segments = result.options.segments
+    heard = f", segments of {segments * frame_seconds:.1f} s: attention restarts at each" if segments else ""
+    recordings = "1 recording" if len(result.recordings) == 1 else f"mean over {len(result.recordings)} recordings"
+    figure.suptitle(f"{recordings}{heard}", fontsize=10)
+    reach = result.reach * frame_seconds
+    for each in axes:
+        each.axvline(reach, color="#999999", linewidth=1, zorder=0)
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(axis="y", color="#EEEEEE")
+        each.set_axisbelow(True)  # or the grid would cross out the zero line
+        each.tick_params(labelsize=8)
+        each.yaxis.label.set_size(9)
+    axes[0].annotate(
+        f"attention reaches {reach:.1f} s", (reach, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+        textcoords="offset points", fontsize=8, color="#666666",
+    )  # fmt: skip
+    axes[-1].set_xlim(left=0)
+    axes[-1].set_xlabel(
+        f"position in the recording (s), windows of {result.options.window * frame_seconds:.1f} s", fontsize=9
+    )
+
+
+def _explain(figure: Figure, subjects: Sequence[str], conditions: Sequence[str]) -> None:
+    """Beside the panels: whose colour is whose, and which dashes are which condition's."""
+    handles = [Line2D([], [], **look(subjects, name, "updates on"), label=name) for name in subjects]
+    if len(conditions) > 1:
+        plain: list[dict[str, Any]] = [{"linestyle": STYLES[name], "label": name} for name in conditions]
+        handles.append(Line2D([], [], linestyle="", label=""))
+        handles += [Line2D([], [], color="#333333", linewidth=1.4, **each) for each in plain]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False, handlelength=3.2)
 
 
 def _plot_recall(path: Path, result: Recall) -> None:

@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from moshi_ttt.apps.evaluate.documents import batches
 from moshi_ttt.apps.evaluate.long_context import Options, evaluate
-from moshi_ttt.apps.evaluate.reporting import write_long_context
+from moshi_ttt.apps.evaluate.reporting import look, write_long_context
 from moshi_ttt.apps.evaluate.subjects import CONDITIONS, listen
 from moshi_ttt.apps.teacher_forcing import stream_losses
 from moshi_ttt.core.errors import ConfigError
@@ -123,3 +124,43 @@ def test_a_report_has_every_number_and_no_nan(base, tmp_path):
     for part in ("ttt_mlp, memory of another", "saved against base", "Intervals: 95 %", "made up"):
         assert part in report
     assert (tmp_path / "audio_by_position.png").stat().st_size > 5_000
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """The figures that are written, by which nothing is written."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+    return figures
+
+
+def test_the_plot_shows_losses_above_and_what_is_saved_below(base, drawn, tmp_path):
+    subject = subject_with("ttt_linear")
+    result = evaluate([base, subject], [document(24, n, text=False) for n in range(2)], options())
+    write_long_context(tmp_path, result, made_by="test", frame_seconds=0.08)
+    (figure,) = drawn
+    above, below = figure.axes
+    assert above.get_shared_x_axes().joined(above, below)
+    on = result.curve("ttt_linear", "updates on", "audio").windows
+    saved = (result.curve("base", "updates on", "audio").windows - on).nanmean(0)
+    lines = {tuple(round(float(y), 6) for y in line.get_ydata()) for line in below.lines}
+    assert tuple(round(float(y), 6) for y in saved) in lines
+    assert (0.0, 0.0) in lines
+    # The legend is beside the panels and over nothing.
+    (legend,) = figure.legends
+    figure.draw_without_rendering()
+    assert not any(legend.get_window_extent().overlaps(axes.get_tightbbox()) for axes in figure.axes)
+    named = [text.get_text() for text in legend.get_texts()]
+    assert named == ["base", "ttt_linear", "", *CONDITIONS]
+
+
+def test_the_base_alone_has_nothing_to_save(base, drawn, tmp_path):
+    result = evaluate([base], [document(24, 0, text=False)], options())
+    write_long_context(tmp_path, result, made_by="test", frame_seconds=0.08)
+    assert [len(figure.axes) for figure in drawn] == [1]
+
+
+def test_no_two_curves_look_alike():
+    subjects = ["base", *(f"subject {number}" for number in range(19))]
+    looks = [str(look(subjects, subject, condition)) for subject in subjects for condition in CONDITIONS]
+    assert len(set(looks)) == len(looks)
