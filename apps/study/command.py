@@ -44,7 +44,7 @@ def make(
         scale=scale,
         recall={group: read_group([out / f"seed_{seed}" / f"recall_{group}" for seed in seeds]) for group in groups},
         context={group: read_group([out / f"seed_{seed}" / f"context_{group}" for seed in seeds]) for group in groups},
-        ablations=read_group([out / "ablations" / f"seed_{seed}" for seed in seeds]) if ablations else None,
+        ablations=read_group([out / "ablations"]) if ablations else None,
         costs=cost.measure(_subjects(study)),
         choices=json.loads((out / "choices.json").read_text(encoding="utf-8")),
         made_by=MADE_BY,

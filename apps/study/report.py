@@ -66,7 +66,7 @@ class Report:
             lines += [title, "", *context_table(group), ""]
         lines += ["![loss by position](context.png)", "", "## Cost", "", *self._cost_table(), ""]
         if self.ablations is not None:
-            lines += ["## Ablations (recall, validation recordings)", "", *recall_table(self.ablations), ""]
+            lines += ["## Ablations (recall, validation recordings, first seed)", "", *recall_table(self.ablations), ""]
         lines += ["## Chosen on the validation recordings", "", *self._choices(), ""]
         return lines
 

@@ -83,7 +83,7 @@ def read_group(folders: Sequence[Path]) -> Group:
             key = (curve["stream"], curve["subject"], curve["condition"])
             by_window = _tensor(curve["by_recording"])
             windows.setdefault(key, []).append(by_window)
-            first = -(-values["context_frames"] // values["window_frames"])
+            first = values["figures_from_frame"] // values["window_frames"]
             figures.setdefault(key, []).append(by_window[:, first:])
     return Group(
         figures={key: Measured(torch.stack(parts)) for key, parts in figures.items()},

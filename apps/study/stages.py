@@ -11,13 +11,13 @@ OUT/seed_0/{recall,context}_{test,unseen}, OUT/ablations   evaluations
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moshi_ttt.apps.study.jobs import Job, StudyError, run_jobs
 from moshi_ttt.apps.study.material import heard_twice, shuffled_twice
-from moshi_ttt.apps.study.plan import FRAME_RATE, Scale, Subject
+from moshi_ttt.apps.study.plan import REFERENCES, Scale, Subject
 from moshi_ttt.apps.train.logs import METRICS
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.hosts.moshi.tiny import tiny_config
@@ -130,8 +130,8 @@ class Study:
         )  # fmt: skip
 
     def train_ablations(self) -> None:
-        """Each with every seed, for the figures are small."""
-        self._run(self.subject_job(subject, seed, 0) for seed in self.scale.seeds for subject in self.ablations)
+        """Each with the first seed."""
+        self._run(self.subject_job(subject, self.scale.seeds[0], 0) for subject in self.ablations)
 
     def chosen(self, subject: Subject) -> int:
         """The number of a subject's candidate; an ablation has one."""
@@ -184,27 +184,30 @@ class Study:
         """Recall and loss by position of the chosen subjects of each seed, once, on recordings not used so far."""
         groups = [group for group in GROUPS if self.encoded(group).exists()]
         self._run(
-            self._evaluation(kind, seed, self.subjects, group, self.out / f"seed_{seed}" / f"{kind}_{group}")
+            self._evaluation(
+                kind, seed, {each: self.chosen(each) for each in self.subjects}, group,
+                self.out / f"seed_{seed}" / f"{kind}_{group}",
+            )
             for seed in self.scale.seeds for group in groups for kind in ("recall", "context")
         )  # fmt: skip
 
     def evaluate_ablations(self) -> None:
-        """Recall of the ablations on the validation recordings."""
+        """Recall on the validation recordings, of the ablations and of what they change, with the first seed."""
         if self.ablations:
-            self._run(
-                self._evaluation("recall", seed, self.ablations, "valid", self.out / "ablations" / f"seed_{seed}")
-                for seed in self.scale.seeds
-            )
+            references = [subject for subject in REFERENCES if subject in self.subjects]
+            compared = dict.fromkeys([*references, *self.ablations], 0)
+            self._run([self._evaluation("recall", self.scale.seeds[0], compared, "valid", self.out / "ablations")])
 
-    def _evaluation(self, kind: str, seed: int, subjects: Sequence[Subject], group: str, place: Path) -> Job:
+    def _evaluation(self, kind: str, seed: int, compared: Mapping[Subject, int], group: str, place: Path) -> Job:
+        """Of subjects and the number of a candidate of each."""
         adapters: list[str] = []
-        for subject in subjects:
-            run_dir = self.run_dir(subject, seed, self.chosen(subject))
+        for subject, number in compared.items():
+            run_dir = self.run_dir(subject, seed, number)
             adapters += ["-a", f"{subject.name}={self.checkpoint(run_dir, self.scale.steps)}"]
             config = run_dir / "args.yaml"
         options = {
             "recall": ("recall", "--frames", str(self.scale.hearing), "--pieces", str(self.scale.pieces)),
-            "context": ("long-context", "--max-seconds", str(self.scale.seconds), "--window", str(self.scale.window)),
+            "context": ("long-context", "--segments", str(self.scale.segment), "--window", str(self.scale.window)),
         }  # fmt: skip
         return Job(
             name=f"evaluate {kind} {group}, seed {seed}",
@@ -215,8 +218,5 @@ class Study:
             result=place,
         )  # fmt: skip
 
-    def _run(self, jobs: object) -> None:
-        run_jobs(list(jobs), self.out / "logs", at_once=self.at_once, say=self.say)  # type: ignore[call-overload]
-
-
-__all__ = ["FRAME_RATE", "GROUPS", "Study"]
+    def _run(self, jobs: Iterable[Job]) -> None:
+        run_jobs(list(jobs), self.out / "logs", at_once=self.at_once, say=self.say)

@@ -44,7 +44,7 @@ def test_windows_within_the_attention_do_not_count(tmp_path):
     curve = {
         "subject": "base", "condition": "updates on", "stream": "audio", "by_recording": [[9, 1, 3], [9, 5, None]],
     }  # fmt: skip
-    group = read_group([evaluation(tmp_path / "0", curves=[curve], context_frames=16, window_frames=50)])
+    group = read_group([evaluation(tmp_path / "0", curves=[curve], figures_from_frame=50, window_frames=50)])
     own = group.of("audio", "base")
     assert own.values.shape == (1, 2, 2)
     assert own.by_seed == [3.5]
