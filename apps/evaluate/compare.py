@@ -38,20 +38,26 @@ class Result:
 def read_results(folders: Sequence[Path]) -> tuple[list[Result], list[dict[str, Any]]]:
     """The figures of folders that ``moshi-ttt evaluate`` wrote, and of each folder what it says about itself.
 
-    Raises ConfigError: no such result, or folders of different base models.
+    Raises ConfigError: no such result, folders of different base models, or two figures for the same thing.
     """
-    found: list[Result] = []
+    found: dict[tuple[str, str], Result] = {}
     facts: list[dict[str, Any]] = []
     for folder in folders:
         values = _read(folder)
         kind = str(values["made_by"]).removeprefix("moshi-ttt evaluate ")
-        found += {"long-context": _long_context, "recall": _recall, "zero-shot": _zero_shot}[kind](values)
+        for result in {"long-context": _long_context, "recall": _recall, "zero-shot": _zero_shot}[kind](values):
+            other = found.setdefault((result.what, result.subject), result)
+            if not math.isclose(other.value, result.value, rel_tol=1e-6) and math.isfinite(result.value):
+                raise ConfigError(
+                    f"{result.what} of {result.subject} is {result.value:.6f} in {folder}, and {other.value:.6f} in a "
+                    "folder before it. Compare evaluations of the same recordings, and give each adapter its own name."
+                )
         about = ("made_by", "data", "dataset", "base model", "seed", "subjects", "versions")
         facts.append({"folder": str(folder), **{key: values[key] for key in about if key in values}})
     bases = {fact.get("base model") for fact in facts}
     if len(bases) > 1:
         raise ConfigError(f"These results are of different base models: {', '.join(map(str, sorted(bases, key=str)))}.")
-    return found, facts
+    return list(found.values()), facts
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -68,8 +74,10 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _long_context(values: dict[str, Any]) -> Iterator[Result]:
+    segments = values.get("segment_frames")
+    heard = f", segments of {segments} frames" if segments else ""
     for curve in values["curves"]:
-        what = f"{curve['stream']} loss beyond attention (nats a token)"
+        what = f"{curve['stream']} loss beyond attention{heard} (nats a token)"
         yield _result(what, _label(curve), curve["loss_beyond_context"], lower_is_better=True)
 
 

@@ -51,6 +51,33 @@ def test_every_figure_is_in_the_table(cli, folders, tmp_path):
     assert (tmp_path / "all" / "comparison.png").stat().st_size > 5_000
 
 
+def test_results_of_segments_stand_in_a_column_of_their_own(cli, folders, tmp_path):
+    segments = tmp_path / "segments"
+    segments.mkdir()
+    values = json.loads((folders[0] / "metrics.json").read_text())
+    values["curves"][0]["loss_beyond_context"] = interval(3.0, 2.9, 3.1)
+    (segments / "metrics.json").write_text(json.dumps({**values, "segment_frames": 192}))
+    result = cli("evaluate", "compare", folders[0], segments, "--out", tmp_path / "all")
+    assert result.exit_code == 0, result.said
+    report = (tmp_path / "all" / "report.md").read_text()
+    assert "audio loss beyond attention, segments of 192 frames (nats a token)" in report
+    assert "| base | 2.5000 (2.4000 to 2.6000) | 3.0000 (2.9000 to 3.1000) |" in report
+
+
+def test_two_figures_for_the_same_thing_are_refused(cli, folders, tmp_path):
+    values = json.loads((folders[0] / "metrics.json").read_text())
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "metrics.json").write_text(json.dumps(values))
+    assert cli("evaluate", "compare", folders[0], again, "--out", tmp_path / "same").exit_code == 0
+    values["curves"][0]["loss_beyond_context"] = interval(2.75)
+    (again / "metrics.json").write_text(json.dumps(values))
+    said = cli("evaluate", "compare", folders[0], again, "--out", tmp_path / "all").said
+    assert "of base is 2.750000 in" in said
+    assert "Compare evaluations of the same recordings" in said
+    assert not (tmp_path / "all").exists()
+
+
 def test_what_cannot_be_compared_is_refused(cli, folders, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
