@@ -26,8 +26,8 @@ class Scale:
     hearing: int = 96
     batch: int = 8
     base_steps: int = 250
-    steps: int = 250
-    pieces: int = 2
+    steps: int = 150
+    pieces: int = 1
     window: int = 48
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -84,33 +84,27 @@ SUBJECTS = (
     Subject(
         name="TTT-MLP",
         changes=TTT,
-        candidates=(
-            ('ttt=[{variant: ttt_mlp, layers: "1,3", chunk: 16}]',),
-            ('ttt=[{variant: ttt_mlp, layers: "1,3", chunk: 16, base_lr: 1}]',),
-        ),
+        candidates=(('ttt=[{variant: ttt_mlp, layers: "1,3", chunk: 16}]',),),
     ),
     Subject(
         name="TTT multi-layer (3)",
         changes=TTT,
-        candidates=(
-            ('ttt=[{variant: ttt_multilayer, layers: "1,3", chunk: 16, depth: 3, expansion: 2}]',),
-            ('ttt=[{variant: ttt_multilayer, layers: "1,3", chunk: 16, depth: 3, expansion: 2, base_lr: 1}]',),
-        ),
+        candidates=(('ttt=[{variant: ttt_multilayer, layers: "1,3", chunk: 16, depth: 3, expansion: 2}]',),),
     ),
     Subject(
         name="in-place TTT",
         changes=("optim.lr=3e-3",),
         candidates=(
             ('ttt=[{variant: gating_mlp, layers: "1,2,3", chunk: 16, lr: 1, train_w_down: true}]',),
-            ('ttt=[{variant: gating_mlp, layers: "1,2,3", chunk: 16, lr: 3, train_w_down: true}]',),
+            ('ttt=[{variant: gating_mlp, layers: "1,2,3", chunk: 16, lr: 1, decay: 0.05, train_w_down: true}]',),
         ),
     ),
     Subject(
         name="in-place TTT + LoRA",
         changes=("lora.enable=true", "lora.rank=13"),
         candidates=(
-            ("optim.lr=1e-3", 'ttt=[{variant: gating_mlp, layers: "1,2,3", chunk: 16, lr: 1}]'),
             ("optim.lr=3e-3", 'ttt=[{variant: gating_mlp, layers: "1,2,3", chunk: 16, lr: 1}]'),
+            ("optim.lr=3e-3", 'ttt=[{variant: gating_mlp, layers: "1,2,3", chunk: 16, lr: 1, decay: 0.05}]'),
         ),
     ),
 )

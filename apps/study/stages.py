@@ -78,9 +78,14 @@ class Study:
     def encoded(self, name: str) -> Path:
         return self.out / "encoded" / name
 
-    def material(self, split: str) -> str:
-        """Recordings, pieces heard twice, and shuffled pieces, as many documents of each."""
-        return ",".join(str(self.out / kind / split) for kind in ("encoded", "twice", "shuffled"))
+    def training_material(self) -> str:
+        """Pieces heard twice, shuffled ones twice as often as others, and a recording to every fifty of them."""
+        weights = {"shuffled": 0.6, "twice": 0.3, "encoded": 0.02}
+        return ",".join(f"{self.out / kind / 'train'}:{weight}" for kind, weight in weights.items())
+
+    def validation_material(self) -> str:
+        """Pieces heard twice, and as many shuffled ones."""
+        return ",".join(str(self.out / kind / "valid") for kind in ("shuffled", "twice"))
 
     # ---- what is trained
 
@@ -155,7 +160,7 @@ class Study:
         changes = (
             f"moshi_paths.config_path={files / 'config.json'}",
             f"moshi_paths.moshi_path={files / 'consolidated.safetensors'}", "carry_state=true",
-            f"data.train_data={self.material('train')}", f"data.eval_data={self.material('valid')}",
+            f"data.train_data={self.training_material()}", f"data.eval_data={self.validation_material()}",
             *subject.changes, *subject.candidates[number],
         )  # fmt: skip
         name = f"{subject.name}, seed {seed}, candidate {number}"
@@ -173,7 +178,7 @@ class Study:
         )
 
     def validation_loss(self, subject: Subject, seed: int, number: int) -> float:
-        """Nats per audio token over all that is heard in validation, after the last step."""
+        """Nats per audio token of the validation material, after the last step."""
         lines = (self.run_dir(subject, seed, number) / METRICS).read_text(encoding="utf-8").splitlines()
         losses = [record["nats_audio"] for line in lines if (record := json.loads(line))["kind"] == "eval"]
         return float(losses[-1])
@@ -213,7 +218,7 @@ class Study:
             name=f"evaluate {kind} {group}, seed {seed}",
             arguments=(
                 "evaluate", *options[kind], str(config), "--data", str(self.encoded(group)), *adapters,
-                "--batch-size", "32", "--out", str(place),
+                "--batch-size", "64", "--out", str(place),
             ),
             result=place,
         )  # fmt: skip
