@@ -2,7 +2,7 @@
 
 OUT/encoded/{train,valid,test,unseen}   tokens of the recordings; unseen: voices that nothing is trained on
 OUT/twice, OUT/shuffled/{train,valid}   pieces heard twice, in order and in random order
-OUT/seed_0/base                         the tiny Moshi, its attention made short, trained on the same recordings
+OUT/seed_0/base                         a small Moshi with a short attention, trained on the same recordings
 OUT/seed_0/NAME/0, 1, ...               each subject's candidates; those of the first seed decide
 OUT/choices.json                        which candidate was best on the validation recordings
 OUT/seed_0/{recall,context}_{test,unseen}, OUT/ablations   evaluations
@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from moshi_ttt.apps.study.jobs import Job, StudyError, run_jobs
 from moshi_ttt.apps.study.material import heard_twice, shuffled_twice
-from moshi_ttt.apps.study.plan import REFERENCES, Scale, Subject
+from moshi_ttt.apps.study.plan import MODEL, REFERENCES, Scale, Subject
 from moshi_ttt.apps.train.logs import METRICS
 from moshi_ttt.core.atomic import atomic_file
-from moshi_ttt.hosts.moshi.tiny import tiny_config
+from moshi_ttt.hosts.moshi.tiny import random_tiny_lm, tiny_config
 
 CONFIG = "train-cpu"
 SPLITS = ("train", "valid", "test")
@@ -61,6 +63,7 @@ class Study:
                 name=f"encode {name}",
                 arguments=(
                     "encode", CONFIG, "--out", str(self.encoded(name)), f"duration_sec={self.scale.segment_seconds}",
+                    f"moshi_paths.config_path={self.base_config()}",
                     "data.transcripts=optional", f"data.train_data={','.join(map(str, paths))}",
                 ),
                 result=self.encoded(name),
@@ -90,22 +93,35 @@ class Study:
     # ---- what is trained
 
     def base_config(self) -> Path:
-        """The tiny Moshi's config, with a short attention."""
+        """The config of a Moshi smaller than the tiny one, with a short attention."""
         path = self.out / "base.json"
         self.out.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps({**tiny_config(), "context": self.scale.context}, indent=1))
+            temporary.write_text(json.dumps({**tiny_config(), **MODEL, "context": self.scale.context}, indent=1))
+        return path
+
+    def random_weights(self, seed: int) -> Path:
+        """What the base model of a seed starts from."""
+        path = self.out / f"seed_{seed}" / "random.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            values = json.loads(self.base_config().read_text(encoding="utf-8"))
+            options = {name: values[name] for name in values if name != "model_type" and not name.endswith("_name")}
+            model = random_tiny_lm(seed=seed, **options)
+            with atomic_file(path) as temporary:
+                save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
         return path
 
     def train_bases(self) -> None:
-        """The base model of each seed: all of it trained on the recordings, so that they are nothing new to it."""
+        """The base model of each seed, trained on the recordings as they are."""
         config = f"moshi_paths.config_path={self.base_config()}"
         self._run(
             self._training(
                 f"base, seed {seed}", self.base(seed), seed, self.scale.base_steps,
                 (
-                    config, "ttt=[]", "full_finetuning=true", "save_adapters=false", "carry_state=false",
-                    "optim.lr=1e-3", f"data.train_data={self.encoded('train')}",
+                    config, f"moshi_paths.moshi_path={self.random_weights(seed)}", "ttt=[]", "full_finetuning=true",
+                    "save_adapters=false", "carry_state=false", "optim.lr=3e-3",
+                    f"data.train_data={self.encoded('train')}",
                     f"data.eval_data={self.encoded('valid')}",
                 ),
             )

@@ -16,6 +16,7 @@ from moshi_ttt.apps.audio import read_audio
 from moshi_ttt.apps.study import plan
 from moshi_ttt.apps.study.command import make
 from moshi_ttt.apps.study.jobs import StudyError
+from moshi_ttt.apps.study.stages import Study
 from moshi_ttt.apps.train.model import skeleton
 from moshi_ttt.apps.train.settings import read_settings
 from moshi_ttt.hosts.moshi.tiny import speech_files
@@ -98,22 +99,26 @@ def test_a_report_folder_of_someone_else_is_not_replaced(speech, tmp_path):
 # ---- the plan
 
 
-def parameters(subject: plan.Subject, candidate: int = 0) -> int:
+def parameters(subject: plan.Subject, out: Path, candidate: int = 0) -> int:
     registry = default_registry()
-    changes = ["data.train_data=x", "run_dir=x", *subject.changes, *subject.candidates[candidate]]
+    base = Study(
+        out=out, known=(), unseen=(), scale=plan.FULL, subjects=(), ablations=(), at_once=1, say=print
+    ).base_config()  # fmt: skip
+    model = f"moshi_paths.config_path={base}"
+    changes = ["data.train_data=x", "run_dir=x", model, *subject.changes, *subject.candidates[candidate]]
     groups = skeleton(read_settings("train-cpu", changes, registry), registry).groups()
     return sum(parameter.numel() for members in groups.values() for parameter in members.values())
 
 
-def test_subjects_have_alike_many_parameters():
-    counts = {subject.name: parameters(subject) for subject in plan.SUBJECTS}
+def test_subjects_have_alike_many_parameters(tmp_path):
+    counts = {subject.name: parameters(subject, tmp_path) for subject in plan.SUBJECTS}
     assert max(counts.values()) <= 1.08 * counts["LoRA"], counts
     assert min(counts.values()) >= 0.92 * counts["LoRA"], counts
 
 
 @pytest.mark.parametrize("subject", [*plan.SUBJECTS, *plan.ABLATIONS], ids=lambda subject: subject.name)
-def test_every_candidate_is_a_valid_run(subject):
-    assert {parameters(subject, number) > 0 for number in range(len(subject.candidates))} == {True}
+def test_every_candidate_is_a_valid_run(subject, tmp_path):
+    assert {parameters(subject, tmp_path, number) > 0 for number in range(len(subject.candidates))} == {True}
 
 
 def test_names_give_folders_of_their_own():
