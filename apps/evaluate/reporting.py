@@ -249,7 +249,7 @@ def _plot_recall(path: Path, result: Recall) -> None:
     frames = [(index + 0.5) * width for index in range(result.frames)]
     figure = Figure(figsize=(1.6 + 2.8 * columns, 0.6 + 2.4 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-    for axes, each in zip(panels, shown, strict=False):
+    for axes, each in zip(panels[: len(shown)], shown, strict=True):
         axes.axvspan(0, result.skip, color="#EEEEEE", linewidth=0, label="not counted")
         for hearing, mean in zip(PLACES, window_means(each.losses, width), strict=True):
             axes.plot(frames[: len(mean)], mean, label=f"{hearing} hearing", **HEARING_LOOKS[hearing])
