@@ -42,6 +42,11 @@ def make(
     seeds, groups = scale.seeds, [group for group in GROUPS if study.encoded(group).exists()]
     report = Report(
         scale=scale,
+        speech={
+            group: [folder.name for folder in folders]
+            for group, folders in zip(GROUPS, (known, unseen), strict=True)
+            if folders
+        },
         recall={group: read_group([out / f"seed_{seed}" / f"recall_{group}" for seed in seeds]) for group in groups},
         context={group: read_group([out / f"seed_{seed}" / f"context_{group}" for seed in seeds]) for group in groups},
         ablations=read_group([out / "ablations"]) if ablations else None,

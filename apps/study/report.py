@@ -28,12 +28,14 @@ class Report:
     """Everything that is written.
 
     Attributes:
+        speech: names of the folders of recordings, by group.
         recall, context: by group of recordings.
         ablations: recall on the validation recordings, or None.
         choices: which candidate each subject was given, and the validation losses of all.
     """
 
     scale: Scale
+    speech: Mapping[str, Sequence[str]]
     recall: Mapping[str, Group]
     context: Mapping[str, Group]
     ablations: Group | None
@@ -56,6 +58,7 @@ class Report:
             f"{', '.join(map(str, scale.seeds))}; {scale.base_steps} steps of the base model, {scale.steps} of each "
             f"subject, {scale.batch} segments of {scale.segment_seconds:.1f} s a step. "
             + ", ".join(f"{name} {number}" for name, number in versions().items()) + ".",
+            *(f"{TITLES[name].capitalize()}: {', '.join(folders)}." for name, folders in self.speech.items()),
             "Means over seeds and recordings; in brackets 95 % percentile bootstrap intervals over recordings.", "",
         ]  # fmt: skip
         for name, group in self.recall.items():
@@ -92,7 +95,8 @@ class Report:
         groups |= {f"context, {name}": group for name, group in self.context.items()}
         groups |= {"ablations": self.ablations} if self.ablations is not None else {}
         return {
-            "made_by": self.made_by, "versions": versions(), "scale": vars(self.scale), "choices": self.choices,
+            "made_by": self.made_by, "versions": versions(), "scale": vars(self.scale), "speech": self.speech,
+            "choices": self.choices,
             "costs": {name: vars(cost) for name, cost in self.costs.items()},
             "groups": {name: _group_numbers(group) for name, group in groups.items()},
         }  # fmt: skip

@@ -61,7 +61,14 @@ def test_a_study_goes_on_where_it_was_and_reports(speech, tmp_path):
     report, said = study(speech, out)
     assert len([line for line in said if line.startswith("train base")]) == 2
     text = (report / "report.md").read_text()
-    for expected in ("voices heard in training (2 recordings)", "voices never heard", "in-place TTT", "Ablations"):
+    for expected in (
+        "Voices heard in training: known.",
+        "Voices never heard in training: unseen.",
+        "voices heard in training (2 recordings)",
+        "voices never heard",
+        "in-place TTT",
+        "Ablations",
+    ):
         assert expected in text
     for name in ("recall.png", "context.png"):
         assert (report / name).read_bytes().startswith(b"\x89PNG")
