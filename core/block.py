@@ -292,6 +292,16 @@ class SequenceBlock(nn.Module, ABC):
         """Have ``compute`` compiled by torch.compile from its next call on, anew for every length of sequence."""
         self.compute = torch.compile(self.compute, dynamic=False)  # type: ignore[method-assign]
 
+    def compile_step(self) -> None:
+        """Have ``step`` run as code compiled for this machine from its next call on, where the variant brings some.
+
+        Raises ConfigError where it has none, or where that cannot be built or does not serve this device or dtype.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} at {self.info.site} has no compiled step. Stream without compile_step: the results "
+            "are the same."
+        )
+
     def state_bytes(self) -> int:
         """Bytes of state one stream occupies."""
         with torch.no_grad():
@@ -303,43 +313,42 @@ class SequenceBlock(nn.Module, ABC):
 
     def _without_autocast(self, tokens: Tensor) -> AbstractContextManager[object]:
         """Autocast would round what the policy keeps in float32."""
-        device = tokens.device.type
-        if tokens.is_meta or not torch.is_autocast_enabled(device):
-            return nullcontext()
-        return torch.autocast(device, enabled=False)
+        return torch.autocast(tokens.device.type, enabled=False) if self._autocast_is_on(tokens) else nullcontext()
+
+    @staticmethod
+    def _autocast_is_on(tokens: Tensor) -> bool:
+        return not tokens.is_meta and torch.is_autocast_enabled(tokens.device.type)
 
     def _check_call(self, tokens: Tensor, state: BlockState | None, context: BlockContext) -> None:
-        if self.needs_input_embeddings and context.input_embeddings is None:
-            raise ContextError(
-                f"The block at {self.info.site} needs the input embeddings of the same tokens, and the context has "
-                "none. Call it through its host, or pass BlockContext(input_embeddings=...)."
-            )
-        given = context.input_embeddings
-        if self.needs_input_embeddings and given is not None and given.shape != tokens.shape:
-            raise ContextError(
-                f"The block at {self.info.site} got tokens of shape {tuple(tokens.shape)} and input embeddings of "
-                f"shape {tuple(given.shape)}. Give the embeddings of the same tokens."
-            )
-        if 0 in tokens.shape:
-            raise ContextError(f"The block at {self.info.site} got no tokens: shape {tuple(tokens.shape)}.")
-        if tokens.shape[-1] != self.info.dim:
-            raise ContextError(
-                f"The block at {self.info.site} is for width {self.info.dim}, got shape {tuple(tokens.shape)}."
-            )
-        for name, mask in (("exec_mask", context.exec_mask), ("reset", context.reset)):
-            if mask is not None and (mask.shape != tokens.shape[:1] or mask.dtype != torch.bool):
+        shape = tokens.shape
+        if self.needs_input_embeddings:
+            given = context.input_embeddings
+            if given is None:
                 raise ContextError(
-                    f"The block at {self.info.site} got {tokens.shape[0]} rows and {name} of shape "
-                    f"{tuple(mask.shape)} and dtype {mask.dtype}. Give one bool per row."
+                    f"The block at {self.info.site} needs the input embeddings of the same tokens, and the context has "
+                    "none. Call it through its host, or pass BlockContext(input_embeddings=...)."
                 )
+            if given.shape != shape:
+                raise ContextError(
+                    f"The block at {self.info.site} got tokens of shape {tuple(shape)} and input embeddings of shape "
+                    f"{tuple(given.shape)}. Give the embeddings of the same tokens."
+                )
+        if 0 in shape:
+            raise ContextError(f"The block at {self.info.site} got no tokens: shape {tuple(shape)}.")
+        if shape[-1] != self.info.dim:
+            raise ContextError(f"The block at {self.info.site} is for width {self.info.dim}, got shape {tuple(shape)}.")
+        if context.exec_mask is not None:
+            self._check_mask("exec_mask", context.exec_mask, shape[0])
+        if context.reset is not None:
+            self._check_mask("reset", context.reset, shape[0])
         if state is not None:
             if not self.causal:
                 raise ContextError(
                     f"The block at {self.info.site} is not causal: it has no state to continue from. Pass state=None."
                 )
-            if states.rows(state) != tokens.shape[0]:
+            if states.rows(state) != shape[0]:
                 raise ContextError(
-                    f"The block at {self.info.site} got {tokens.shape[0]} rows and a state of {states.rows(state)}. "
+                    f"The block at {self.info.site} got {shape[0]} rows and a state of {states.rows(state)}. "
                     "Every stream needs a row of its own."
                 )
         if not self._roles_checked and not tokens.is_meta:
@@ -349,6 +358,13 @@ class SequenceBlock(nn.Module, ABC):
             named = (state or self.init_state(1)).items()
             check_role("state", self.roles.state, named, self.roles.policy, f"first step, {self.info.site}")
             self._roles_checked = True
+
+    def _check_mask(self, name: str, mask: Tensor, rows: int) -> None:
+        if mask.dtype != torch.bool or mask.dim() != 1 or len(mask) != rows:
+            raise ContextError(
+                f"The block at {self.info.site} got {rows} rows and {name} of shape {tuple(mask.shape)} and dtype "
+                f"{mask.dtype}. Give one bool per row."
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SequenceBlock:
         # `.to(bfloat16)` on a whole model must not round fast weights and gates: a block's dtypes are its policy's.

@@ -101,11 +101,15 @@ def conformance_tests(
     *configs: Mapping[str, Any],
     registry: Registry | None = None,
     shapes: Sequence[Shape] | None = None,
+    compiled_step: bool = False,
 ) -> Callable[..., None]:
-    """A parametrised pytest test of every rule; assign it to a name that starts with ``test_``. See ``check_block``."""
+    """A parametrised pytest test of every rule; assign it to a name that starts with ``test_``. See ``check_block``.
+
+    ``compiled_step`` has the blocks stream by their compiled step, for a variant that brings one.
+    """
     import pytest
 
-    cases = default_cases(variant, configs or ({},), registry, shapes)
+    cases = default_cases(variant, configs or ({},), registry, shapes, compiled_step)
 
     @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
     @pytest.mark.parametrize("case", cases, ids=str)

@@ -61,7 +61,8 @@ class Shape:
 class BlockCase:
     """One variant with one set of options, at one shape and host dtype.
 
-    ``chunk`` is the length after which the block's fast weights change: the option of that name, or 4.
+    ``chunk`` is the length after which the block's fast weights change: the option of that name, or 4. With
+    ``compiled_step`` the block streams by its compiled step.
     """
 
     variant: str
@@ -71,11 +72,13 @@ class BlockCase:
     policy: PrecisionPolicy = FP32_STATE
     registry: Registry = field(default_factory=default_registry, repr=False)
     seed: int = 0
+    compiled_step: bool = False
 
     def __str__(self) -> str:
         options = self.config.model_dump(exclude_defaults=True, exclude={"variant", "layers"})
         listed = "-".join(f"{key}={value}" for key, value in options.items())
-        return f"{self.variant}-{listed or 'defaults'}-d{self.shape.dim}h{self.shape.heads}-{str(self.dtype)[6:]}"
+        name = f"{self.variant}-{listed or 'defaults'}-d{self.shape.dim}h{self.shape.heads}-{str(self.dtype)[6:]}"
+        return f"{name}-compiled" if self.compiled_step else name
 
     @property
     def chunk(self) -> int:
@@ -120,6 +123,8 @@ class BlockCase:
                 for parameter in block.parameters():
                     noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                     parameter.add_((0.2 * noise).to(parameter))
+            if self.compiled_step:
+                block.compile_step()
         return block
 
     def inputs(self, length: int, *, batch: int | None = None, seed: int = 1) -> Tensor:
@@ -147,6 +152,7 @@ def default_cases(
     configs: Sequence[Mapping[str, Any]],
     registry: Registry | None = None,
     shapes: Sequence[Shape] | None = None,
+    compiled_step: bool = False,
 ) -> tuple[BlockCase, ...]:
     """Every option set in float64, float32 and bfloat16, over two shapes."""
     registry = registry or default_registry()
@@ -156,5 +162,6 @@ def default_cases(
         config = parse_block({"variant": variant, **options}, registry=registry)
         for index, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16)):
             shape = shapes[index % len(shapes)]
-            cases.append(BlockCase(variant=variant, config=config, shape=shape, dtype=dtype, registry=registry))
+            case = BlockCase(variant=variant, config=config, shape=shape, dtype=dtype, registry=registry)
+            cases.append(case.at(compiled_step=compiled_step))
     return tuple(cases)

@@ -9,7 +9,7 @@ Shape legend: B streams, T tokens, N chunks, C tokens a chunk, d width, h hidden
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
@@ -25,6 +25,7 @@ from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common import inner_curves
 from moshi_ttt.plugins.gating_mlp import ops
+from moshi_ttt.plugins.gating_mlp.compiled import CompiledStepper
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.gram import gram
 from moshi_ttt.plugins.gating_mlp.memory import HeardChunks, Memory
@@ -72,7 +73,8 @@ class GatingMLP(SequenceBlock):
             self.w_down_change = nn.Parameter(torch.empty(dim, self.hidden_width, device=device, dtype=dtype))
         self._warned = False
         # Constants of a step for each shape of state that was allocated. Kept: a captured graph goes on reading them.
-        self._steppers: dict[tuple[int, torch.dtype, torch.device], Stepper] = {}
+        self._steppers: dict[tuple[int, torch.dtype, torch.device], Stepper | CompiledStepper] = {}
+        self._make_stepper: Callable[[Memory, Tensor], Stepper | CompiledStepper] = Stepper
 
     @property
     def causal(self) -> bool:
@@ -121,21 +123,26 @@ class GatingMLP(SequenceBlock):
             return y, {}
         return y, self.memory.after(state or self.init_state(x.shape[0], x.device), heard)
 
-    @torch.no_grad()
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
+        if torch.is_grad_enabled() or self._autocast_is_on(x):
+            with torch.no_grad(), self._without_autocast(x):  # only where needed: entering costs as much as a product
+                return self.step(x, state, context)
         context = context or BlockContext()
         tokens = self.info.format.to_tokens(x)
         if tokens.shape[1] != 1 or context.reset is not None:
             return super().step(x, state, context)
         self._check_call(tokens, state, context)
-        with self._without_autocast(tokens):
-            hidden, base = self._host_mlp(tokens)
-            key, target, rate = (part[:, 0] for part in self._token(hidden, tokens, context))
-            conv, projection = self.conv.to(key), self.projection.to(key)
-            stepper = self._stepper_for(state)
-            teaches = context.updates
-            added = stepper.step(state, (key, target, rate), conv, projection, context.exec_mask, teaches=teaches)
-            return self.info.format.from_tokens(self._add(base, added[:, None]), x)
+        hidden, base = self._host_mlp(tokens)
+        token = self._token(hidden, tokens, context)
+        weights = self.conv.to(token[0]), self.projection.to(token[0])
+        stepper = self._stepper_for(state)
+        added = stepper.step(state, token, *weights, context.exec_mask, teaches=context.updates)
+        return self.info.format.from_tokens(self._add(base, added), x)
+
+    def compile_step(self) -> None:
+        CompiledStepper(self.memory, torch.empty(0, dtype=self.roles.state, device=self.conv.device))
+        self._make_stepper = CompiledStepper
+        self._steppers = {}
 
     def _host_mlp(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The host's own hidden activation ``[B, T, h]``, and the output ``[B, T, d]`` of the learned W_0."""
@@ -149,6 +156,8 @@ class GatingMLP(SequenceBlock):
         return hidden, base
 
     def _add(self, base: Tensor, added: Tensor) -> Tensor:
+        if base.dtype == added.dtype == self.roles.output:
+            return base + added
         return (base.to(self.roles.output) + added.to(self.roles.output)).to(base.dtype)
 
     def _token(self, hidden: Tensor, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,17 +165,16 @@ class GatingMLP(SequenceBlock):
         source = context.input_embeddings if self.config.target == "input_embed" else x
         assert source is not None
         dtype = self.roles.state
-        return hidden.to(dtype), source.to(dtype), self._rate(x, context.updates).to(dtype)
+        return hidden.to(dtype), source.to(dtype), self._rate(x, context.updates)
 
     def _rate(self, x: Tensor, updates: bool) -> Tensor:
-        """``[B, T, 1]``: the learning rate of each token."""
-        if not updates:
-            return x.new_zeros(*x.shape[:2], 1)
-        if not self.config.learned_lr:
-            return x.new_full((*x.shape[:2], 1), self.inner_lr_factor * self.config.lr, dtype=self.roles.compute)
+        """``[B, T, 1]``: the learning rate of each token, in the state's dtype."""
+        if not updates or not self.config.learned_lr:
+            rate = self.inner_lr_factor * self.config.lr if updates else 0.0
+            return x.new_full((x.shape[0], x.shape[1], 1), rate, dtype=self.roles.state)
         wide = x.to(self.roles.compute)
         score = (wide * self.lr_weight.to(wide)).sum(-1, keepdim=True) + self.lr_bias.to(wide)
-        return self.inner_lr_factor * self.config.lr * 2 * torch.sigmoid(score)
+        return (self.inner_lr_factor * self.config.lr * 2 * torch.sigmoid(score)).to(self.roles.state)
 
     def _heard(
         self, layout: ChunkLayout, hidden: Tensor, x: Tensor, state: BlockState | None, context: BlockContext
@@ -222,11 +230,11 @@ class GatingMLP(SequenceBlock):
         """``[d, 1, K]``: the filter's taps that can reach a token of the same chunk."""
         return self.conv[..., self.memory.first_tap : self.memory.first_tap + self.memory.taps]
 
-    def _stepper_for(self, state: BlockState) -> Stepper:
+    def _stepper_for(self, state: BlockState) -> Stepper | CompiledStepper:
         like = state["delta"]
         key = (like.shape[0], like.dtype, like.device)
         if key not in self._steppers:
-            self._steppers[key] = Stepper(self.memory, like)
+            self._steppers[key] = self._make_stepper(self.memory, like)
         return self._steppers[key]
 
     def _warn_short(self, length: int) -> None:

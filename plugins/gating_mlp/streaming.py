@@ -38,22 +38,23 @@ class Stepper:
         self, state: BlockState, token: tuple[Tensor, Tensor, Tensor], conv: Tensor, projection: Tensor,
         active: Tensor | None, *, teaches: bool = True,
     ) -> Tensor:  # fmt: skip
-        """What the earlier chunks' updates add to the token's output, ``[B, d]``; the token goes into ``state``.
+        """What the earlier chunks' updates add to the token's output, ``[B, 1, d]``; the token goes into ``state``.
 
         Args:
-            token: key (the hidden activation) ``[B, h]``, target ``[B, d]`` and rate ``[B, 1]``, in the state's dtype.
+            token: key (the hidden activation) ``[B, 1, h]``, target ``[B, 1, d]`` and rate ``[B, 1, 1]``, in the
+                state's dtype.
             conv: ``[d, 1, kernel]``; projection: ``[d, d]``.
             active: ``[B]`` bool, or None for all; the state of a row that is not stays as it is.
             teaches: False for a token that nothing is learned from (its rate is zero).
         """
-        query = token[0]
+        query = token[0][:, 0]
         columns, channels, sources, key_slots, value_slots, folded, done, following = self.tables.at(
             state["position"], active
         )
         given, slices = self._recall(state, query, columns, folded)
         self._fold(state["delta"], channels, slices)
 
-        row = torch.cat(token, dim=-1)
+        row = torch.cat(token, dim=-1)[:, 0]
         sound = row.abs().amax(-1) < self.limit
         row = torch.where(sound[:, None], row, 0)
         key, heard = row.split_with_sizes([query.shape[1], row.shape[1] - query.shape[1]], dim=1)
@@ -84,7 +85,7 @@ class Stepper:
             _advance(state["square"], square[0], ends, active)
         _count(state, spoiled, scale, ends)
         state["position"].copy_(following[:, 0])
-        return given @ projection
+        return (given @ projection)[:, None]
 
     def _recall(self, state: BlockState, query: Tensor, columns: Tensor, folded: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, d]``, what the dense and the factored update give; ``[B, w, d]``, the slice to fold."""
@@ -114,7 +115,7 @@ class Stepper:
         # A pair of different tokens counts twice, with the later one; tokens that have not come count nothing.
         weight = 1 + torch.sign((state["position"][:, None] + self.window)[..., None] - self.order)
         products = torch.bmm(keys, state["keys"][:, start:end].mT)
-        products *= torch.bmm(values @ (projection @ projection.mT), state["values"][:, start:end].mT)
+        products *= torch.bmm(values @ projection @ projection.mT, state["values"][:, start:end].mT)
         added = torch.where(weight > 0, products * weight, 0).sum(-1)
         settled = state["square"] + added[:, 0]
         return settled, settled + added[:, 1:].sum(-1)

@@ -81,12 +81,12 @@ class Streamed(_InPlace):
         )  # fmt: skip
         state = memory.initial(hidden.shape[0], hidden.dtype, hidden.device)
         stepper = Stepper(memory, state["delta"])
-        rate = hidden.new_full((hidden.shape[0], 1), float(metadata["learning_rate"]))
+        rate = hidden.new_full((hidden.shape[0], 1, 1), float(metadata["learning_rate"]))
         added = [
             stepper.step(state, (h, t, rate), inputs["conv"], _projection(inputs), None)
-            for h, t in zip(hidden.unbind(1), target.unbind(1), strict=True)
+            for h, t in zip(hidden.split(1, 1), target.split(1, 1), strict=True)
         ]
-        return {"y": hidden @ inputs["linear_out"].T + torch.stack(added, dim=1)}
+        return {"y": hidden @ inputs["linear_out"].T + torch.cat(added, dim=1)}
 
 
 def _projection(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 DIM = 6
 
 
-def build(*, mlp: nn.Module | None = None, dtype=torch.float64, excite=True, **options) -> GatingMLP:
+def build(*, mlp: nn.Module | None = None, dtype=torch.float64, excite=True, compiled=False, **options) -> GatingMLP:
     mlp = mlp or ToyMLP(DIM, dtype, "cpu")
     info = SiteInfo(
         site=Site(0, SiteKind.FEED_FORWARD), dim=DIM, num_heads=1, device=torch.device("cpu"), dtype=dtype,
@@ -28,6 +28,8 @@ def build(*, mlp: nn.Module | None = None, dtype=torch.float64, excite=True, **o
         with torch.no_grad():
             for parameter in block.parameters():
                 parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    if compiled:
+        block.compile_step()
     return block
 
 

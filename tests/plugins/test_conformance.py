@@ -29,6 +29,12 @@ test_gating_mlp = conformance_tests(
     {"chunk": 3, "lr": 0.1, "conv_kernel": 2, "padding": "causal", "decay": 0.2},
     {"chunk": "0.48s", "lr": 0.1, "conv_kernel": 2, "train_w_down": True},
 )
+test_gating_mlp_compiled = conformance_tests(
+    "gating_mlp",
+    {"chunk": 4, "lr": 0.1},
+    {"chunk": 5, "lr": 0.1, "conv_kernel": 4, "target": "hidden_states", "learned_lr": True, "decay": 0.1, "clip": 0.5},
+    compiled_step=True,
+)
 
 
 @pytest.mark.slow

@@ -18,6 +18,11 @@ from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.schedule import FoldSchedule, StepTables
 
 
+@pytest.fixture(params=[False, True], ids=["tensor operations", "compiled"])
+def compiled(request):
+    return request.param
+
+
 def stream(block, x, target, state=None):
     state = block.allocate_state(x.shape[0]) if state is None else state
     outputs = [
@@ -105,8 +110,8 @@ def test_a_masked_step_does_nothing():
 )
 @pytest.mark.parametrize("padding", ["centered", "causal"])
 @pytest.mark.parametrize(("chunk", "kernel"), [(1, 1), (1, 3), (2, 5), (3, 4), (5, 12), (8, 1), (9, 5), (16, 2)])
-def test_a_stream_equals_the_definition(chunk, kernel, padding, options):
-    block = build(chunk=chunk, conv_kernel=kernel, padding=padding, **options)
+def test_a_stream_equals_the_definition(chunk, kernel, padding, options, compiled):
+    block = build(compiled=compiled, chunk=chunk, conv_kernel=kernel, padding=padding, **options)
     length = 4 * chunk + 3
     x, target = draw(3, length, DIM), draw(3, length, DIM, seed=2)
     y, state = stream(block, x, target)
@@ -119,8 +124,8 @@ def test_a_stream_equals_the_definition(chunk, kernel, padding, options):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e80], ids=str)
 @pytest.mark.parametrize("where", ["activations", "target"])
 @pytest.mark.parametrize("options", [{}, {"decay": 0.2, "clip": 0.6}], ids=str)
-def test_an_update_that_is_not_finite_is_skipped_and_counted_in_its_own_row(options, where, bad):
-    block = build(**options)
+def test_an_update_that_is_not_finite_is_skipped_and_counted_in_its_own_row(options, where, bad, compiled):
+    block = build(compiled=compiled, **options)
     x, target = draw(3, 19, DIM), draw(3, 19, DIM, seed=2)
     clean, _ = stream(block, x, target)
     (x if where == "activations" else target)[1, 5, 2] = bad
@@ -147,8 +152,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted_in_its_own_row(opti
 
 
 @pytest.mark.parametrize("options", [{"lr": 1e12}, {"lr": 1e9, "clip": 1.0}], ids=str)
-def test_a_rate_far_too_high_teaches_nothing_and_is_counted(options):
-    block = build(dtype=torch.float32, **options)
+def test_a_rate_far_too_high_teaches_nothing_and_is_counted(options, compiled):
+    block = build(compiled=compiled, dtype=torch.float32, **options)
     x, target = 50 * draw(2, 17, DIM).float(), 1e9 * draw(2, 17, DIM, seed=2).float()
     y, state = stream(block, x, target)
     assert torch.equal(y, torch.cat([block.info.mlp(x[:, t : t + 1]) for t in range(17)], dim=1))
@@ -157,9 +162,9 @@ def test_a_rate_far_too_high_teaches_nothing_and_is_counted(options):
     assert carried["skipped"].tolist() == [4, 4]
 
 
-def test_what_a_stream_reads_beyond_its_tokens_is_never_used():
+def test_what_a_stream_reads_beyond_its_tokens_is_never_used(compiled):
     """Slots and channels that hold nothing yet are zero in a new stream: an equal output when they are not."""
-    block = build(chunk=8)
+    block = build(compiled=compiled, chunk=8)
     x, target = draw(2, 6, DIM), draw(2, 6, DIM, seed=2)
     expected, _ = stream(block, x, target)
     state = block.allocate_state(2)
@@ -169,8 +174,8 @@ def test_what_a_stream_reads_beyond_its_tokens_is_never_used():
 
 
 @pytest.mark.parametrize("offset", [0, 1, 3])
-def test_an_off_token_that_is_not_finite_spoils_its_chunk_in_a_step_as_in_one_call(offset):
-    block = build()
+def test_an_off_token_that_is_not_finite_spoils_its_chunk_in_a_step_as_in_one_call(offset, compiled):
+    block = build(compiled=compiled)
     x, target = draw(2, 12, DIM), draw(2, 12, DIM, seed=2)
     x[0, 4 + offset] = torch.nan
     state, carried = block.allocate_state(2), block.allocate_state(2)

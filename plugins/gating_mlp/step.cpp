@@ -1,0 +1,279 @@
+// One streamed token of in-place TTT on a CPU: what streaming.py computes by tensor operations, in one call. The state
+// is described in memory.py, the order of work in schedule.py. Each row has its own place in its chunk, so what has
+// nothing to do at that place (channels that are folded already, keys of a chunk that is folded whole) is not read.
+//
+// Shape legend: B streams, C tokens a chunk, d width, h hidden width, K taps, R of them looking ahead, w channels folded
+// a step, W = R + 1 tokens whose values the step changes.
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+
+struct Plan {  // FoldSchedule and the filter's place in it
+  int64_t chunk, staged, moves, slice, look_ahead, first_tap, taps;
+};
+
+struct State {
+  Tensor position, delta, keys, values, open, scale, spoiled, skipped;
+  std::optional<Tensor> square;
+};
+
+template <typename T>
+T* row_of(const Tensor& tensor, int64_t row) {
+  return tensor.data_ptr<T>() + row * tensor.stride(0);
+}
+
+template <typename T>
+bool below(const T* numbers, int64_t count, T limit) {
+  bool all = true;
+  for (int64_t i = 0; i < count; ++i) all &= std::abs(numbers[i]) < limit;  // a nan is not below
+  return all;
+}
+
+template <typename T>
+class Row {
+ public:
+  Row(const Plan& plan, const State& state, int64_t row)
+      : plan_(plan), state_(state), row_(row), hidden_(state.keys.size(2)), width_(state.values.size(2)),
+        keys_(state.keys[row]), values_(state.values[row]), position_(row_of<int64_t>(state.position, row)[0]),
+        folded_(std::min(hidden_, position_ * plan.slice)), end_(std::min(hidden_, folded_ + plan.slice)) {
+    TORCH_CHECK(0 <= position_ && position_ < plan.chunk, "The state's 'position' is ", position_, " in row ", row,
+                ", and a chunk has ", plan.chunk, " tokens. Take the state from the block's allocate_state.");
+  }
+
+  bool has_unfolded() const { return folded_ < hidden_; }
+
+  // The query that the dense update is asked: what is not folded yet has not decayed in it either.
+  void ask(const T* query, T* kept, T decay) const {
+    std::copy(query, query + folded_, kept);
+    std::transform(query + folded_, query + hidden_, kept + folded_, [decay](T x) { return (1 - decay) * x; });
+  }
+
+  // left [1 + w, C]: the last finished chunk's scores for the query, and its keys in the channels to fold, all scaled.
+  void ask_finished(const Tensor& query, const Tensor& left) const {
+    const T scale = row_of<T>(state_.scale, row_)[0];
+    const int64_t unfolded = hidden_ - folded_, size = plan_.chunk;
+    Tensor scores = left[0];
+    at::mv_out(scores, keys_.narrow(0, 0, size).narrow(1, folded_, unfolded), query.narrow(0, folded_, unfolded));
+    const T* keys = keys_.template data_ptr<T>();
+    T* score = left.data_ptr<T>();
+    T* part = score + size;
+    for (int64_t token = 0; token < size; ++token) score[token] *= scale;
+    for (int64_t token = 0; token < size; ++token)
+      for (int64_t channel = folded_; channel < end_; ++channel)
+        part[(channel - folded_) * size + token] = scale * keys[token * hidden_ + channel];
+  }
+
+  void fold(const T* slices, T decay) const {
+    T* delta = row_of<T>(state_.delta, row_) + folded_ * width_;
+    for (int64_t i = 0; i < (end_ - folded_) * width_; ++i) delta[i] = (1 - decay) * delta[i] + slices[i];
+  }
+
+  // What the unfinished chunk's tokens add to the filter's output at K tokens from R before this one on, with rates.
+  // Gives whether the token is sound.
+  bool hear(const T* key, const T* target, T rate, const T* conv, int64_t kernel, T limit, T* sums) const {
+    const int64_t wide = width_ + 1, earlier = (plan_.taps - 1) * wide;
+    const T* open = row_of<T>(state_.open, row_);
+    std::copy(open, open + earlier, sums);
+    std::fill(sums + earlier, sums + earlier + wide, T(0));
+    const bool sound = below(key, hidden_, limit) && below(target, width_, limit) && std::abs(rate) < limit;
+    if (sound)
+      for (int64_t channel = 0; channel < width_; ++channel)
+        for (int64_t i = 0; i < plan_.taps; ++i)
+          sums[i * wide + channel] +=
+              conv[channel * kernel + plan_.first_tap + plan_.taps - 1 - i] * target[channel];
+    sums[plan_.look_ahead * wide + width_] = sound ? rate : T(0);
+    const int64_t before_the_chunk = std::max<int64_t>(0, plan_.look_ahead - position_);
+    std::fill(sums, sums + before_the_chunk * wide, T(0));
+    return sound;
+  }
+
+  // Moves the staged tokens whose turn it is, and writes the step's key (null for none) and the values it changes.
+  void write(const T* key, const T* sums) const {
+    T* keys = keys_.template data_ptr<T>();
+    T* values = values_.template data_ptr<T>();
+    if (position_ >= plan_.staged) {
+      const int64_t late = position_ - plan_.staged;
+      for (int64_t token = late * plan_.moves; token < std::min(plan_.staged, (late + 1) * plan_.moves); ++token) {
+        const int64_t from = plan_.chunk + token;
+        std::copy(keys + from * hidden_, keys + (from + 1) * hidden_, keys + token * hidden_);
+        std::copy(values + from * width_, values + (from + 1) * width_, values + token * width_);
+      }
+    }
+    for (int64_t token = std::max<int64_t>(0, position_ - plan_.look_ahead); token <= position_; ++token) {
+      const T* sum = sums + (token - position_ + plan_.look_ahead) * (width_ + 1);
+      std::transform(sum, sum + width_, values + slot(token) * width_, [sum, this](T x) { return x * sum[width_]; });
+    }
+    T* place = keys + slot(position_) * hidden_;
+    if (key) std::copy(key, key + hidden_, place);
+    else std::fill(place, place + hidden_, T(0));
+  }
+
+  // The unfinished update's squared norm over the settled tokens, and if the chunk ended now.
+  std::pair<T, T> square(const Tensor& projection) const {
+    // A chunk's tokens lie in these C slots in the order S, ..., C - 1, 0, ..., S - 1.
+    const int64_t size = plan_.chunk, first = std::max<int64_t>(0, position_ - plan_.look_ahead);
+    Tensor keys = keys_.narrow(0, plan_.staged, size), values = values_.narrow(0, plan_.staged, size);
+    std::vector<int64_t> places;
+    for (int64_t token = first; token <= position_; ++token) places.push_back(slot(token) - plan_.staged);
+    Tensor window = at::tensor(places, at::kLong);
+    Tensor changed = at::mm(at::mm(values.index_select(0, window), projection), projection.t());
+    Tensor products = at::mm(keys.index_select(0, window), keys.t()).mul_(at::mm(changed, values.t()));
+    const T* product = products.data_ptr<T>();
+    T settled = row_of<T>(*state_.square, row_)[0], total = 0;
+    for (int64_t token = first; token <= position_; ++token, product += size) {
+      T added = 0;
+      for (int64_t place = 0; place < size; ++place) {
+        const int64_t other = (place + plan_.staged) % size;
+        if (other <= token) added += (other < token ? 2 : 1) * product[place];  // a pair counts with its later token
+      }
+      (token == position_ - plan_.look_ahead ? settled : total) += added;
+    }
+    return {settled, settled + total};
+  }
+
+  void advance(bool sound, const T* sums, std::optional<std::pair<T, T>> square, T clip) const {
+    const bool ends = position_ + 1 == plan_.chunk;
+    const int64_t wide = width_ + 1, earlier = (plan_.taps - 1) * wide;
+    T* open = row_of<T>(state_.open, row_);
+    if (ends) std::fill(open, open + earlier, T(0));
+    else std::copy(sums + wide, sums + wide + earlier, open);
+    int64_t& spoiled = *row_of<int64_t>(state_.spoiled, row_);
+    spoiled += !sound;
+    if (square) *row_of<T>(*state_.square, row_) = ends ? T(0) : square->first;
+    if (ends) {
+      T scale = spoiled == 0 ? 1 : 0;
+      if (square) scale *= clip_scale(square->second, clip);
+      *row_of<T>(state_.scale, row_) = scale;
+      *row_of<int64_t>(state_.skipped, row_) += scale == 0;
+      spoiled = 0;
+    }
+    *row_of<int64_t>(state_.position, row_) = ends ? 0 : position_ + 1;
+  }
+
+ private:
+  // Where a token lies while its value can change, and until it moves.
+  int64_t slot(int64_t token) const { return token >= plan_.staged ? token : plan_.chunk + token; }
+
+  static T clip_scale(T square, T clip) {
+    if (!std::isfinite(square)) return 0;
+    return square > 0 ? std::min(T(1), clip / std::sqrt(square)) : T(1);
+  }
+
+  const Plan& plan_;
+  const State& state_;
+  const int64_t row_, hidden_, width_;
+  const Tensor keys_, values_;
+  const int64_t position_, folded_, end_;
+};
+
+struct Token {
+  Tensor key, target, rate;  // [B, 1, h], [B, 1, d], [B, 1, 1]
+  const bool* active;        // [B], or null for all
+  bool teaches;
+};
+
+struct Options {
+  double decay, limit;
+  std::optional<double> clip;
+};
+
+template <typename T>
+Tensor run(const Plan& plan, const State& state, const Token& token, const Tensor& conv, const Tensor& projection,
+           const Options& options) {
+  const int64_t batch = token.key.size(0), hidden = token.key.size(2), width = token.target.size(2);
+  const T decay = options.decay;
+  std::vector<Row<T>> rows;
+  for (int64_t b = 0; b < batch; ++b) rows.emplace_back(plan, state, b);
+  const bool any_unfolded =
+      std::any_of(rows.begin(), rows.end(), [](const Row<T>& row) { return row.has_unfolded(); });
+
+  Tensor kept = decay == 0 ? token.key : at::empty_like(token.key);
+  Tensor left = any_unfolded ? at::zeros({batch, 1 + plan.slice, plan.chunk}, token.key.options()) : Tensor();
+  for (int64_t b = 0; b < batch; ++b) {
+    if (decay != 0) rows[b].ask(row_of<T>(token.key, b), row_of<T>(kept, b), decay);
+    if (rows[b].has_unfolded()) rows[b].ask_finished(token.key[b][0], left[b]);
+  }
+  Tensor given = at::bmm(kept, state.delta.narrow(1, 0, hidden));
+  Tensor slices;  // [B, 1 + w, d]: what the last finished chunk gives, and what is to be folded
+  if (any_unfolded) {
+    slices = at::bmm(left, state.values.narrow(1, 0, plan.chunk));
+    for (int64_t b = 0; b < batch; ++b) {
+      const T* factored = row_of<T>(slices, b);
+      T* sum = row_of<T>(given, b);
+      for (int64_t channel = 0; channel < width; ++channel) sum[channel] += factored[channel];
+    }
+  }
+
+  Tensor buffer = at::empty({plan.taps, width + 1}, token.key.options());
+  T* sums = buffer.data_ptr<T>();
+  for (int64_t b = 0; b < batch; ++b) {
+    if (token.active && !token.active[b]) continue;
+    const Row<T>& row = rows[b];
+    const T* key = row_of<T>(token.key, b);
+    if (row.has_unfolded()) row.fold(row_of<T>(slices, b) + width, decay);
+    const bool sound = row.hear(key, row_of<T>(token.target, b), row_of<T>(token.rate, b)[0], conv.data_ptr<T>(),
+                                conv.size(2), T(options.limit), sums);
+    row.write(sound && token.teaches ? key : nullptr, sums);
+    std::optional<std::pair<T, T>> square;
+    if (options.clip) square = row.square(projection);
+    row.advance(sound, sums, square, T(options.clip.value_or(0)));
+  }
+  return at::mm(given.view({batch, width}), projection).unsqueeze(1);
+}
+
+void check(const char* name, const Tensor& part, at::IntArrayRef sizes) {
+  TORCH_CHECK(part.sizes() == sizes && part.is_contiguous(), "The state's '", name, "' has shape ", part.sizes(),
+              part.is_contiguous() ? "" : ", not contiguous", ", and this block's has ", sizes,
+              ". Take the state from the block's allocate_state.");
+}
+
+// What streaming.Stepper.step computes; the parts of the state are changed in place.
+Tensor step(Tensor position, Tensor delta, Tensor keys, Tensor values, Tensor open, Tensor scale, Tensor spoiled,
+            Tensor skipped, std::optional<Tensor> square, const Tensor& key, const Tensor& target, const Tensor& rate,
+            const Tensor& conv, const Tensor& projection, const std::optional<Tensor>& active, bool teaches,
+            at::IntArrayRef plan, double decay, double limit, std::optional<double> clip) {
+  const Plan places{plan[0], plan[1], plan[2], plan[3], plan[4], plan[5], plan[6]};
+  const int64_t batch = key.size(0), hidden = key.size(2), width = target.size(2);
+  const int64_t slots = places.chunk + places.staged + 1;
+  check("delta", delta, {batch, hidden + 1, width});
+  check("keys", keys, {batch, slots, hidden});
+  check("values", values, {batch, slots, width});
+  check("open", open, {batch, places.taps - 1, width + 1});
+  check("position", position, {batch});
+  check("scale", scale, {batch});
+  check("spoiled", spoiled, {batch});
+  check("skipped", skipped, {batch});
+  TORCH_CHECK(square.has_value() == clip.has_value(), "The state has 'square' where updates are clipped, and only there.");
+  if (square) check("square", *square, {batch});
+  const Tensor mask = active ? active->contiguous() : Tensor();
+  const Token token{key.contiguous(), target.contiguous(), rate.contiguous(),
+                    active ? mask.data_ptr<bool>() : nullptr, teaches};
+  const State state{position, delta, keys, values, open, scale, spoiled, skipped, square};
+  Tensor given;
+  AT_DISPATCH_FLOATING_TYPES(key.scalar_type(), "in_place_step", [&] {
+    given = run<scalar_t>(places, state, token, conv.contiguous(), projection, {decay, limit, clip});
+  });
+  return given;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(moshi_ttt_gating_mlp, library) {
+  library.def(
+      "step(Tensor(a!) position, Tensor(b!) delta, Tensor(c!) keys, Tensor(d!) values, Tensor(e!) open, "
+      "Tensor(f!) scale, Tensor(g!) spoiled, Tensor(h!) skipped, Tensor(i!)? square, Tensor key, Tensor target, "
+      "Tensor rate, Tensor conv, Tensor projection, Tensor? active, bool teaches, int[] plan, float decay, float limit, "
+      "float? clip) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(moshi_ttt_gating_mlp, CPU, library) { library.impl("step", &step); }
