@@ -2,8 +2,8 @@
 // is described in memory.py, the order of work in schedule.py. Each row has its own place in its chunk, so what has
 // nothing to do at that place (channels that are folded already, keys of a chunk that is folded whole) is not read.
 //
-// Shape legend: B streams, C tokens a chunk, d width, h hidden width, K taps, R of them looking ahead, w channels folded
-// a step, W = R + 1 tokens whose values the step changes.
+// Shape legend: B streams, C tokens a chunk, d width, h hidden width, K taps, R of them looking ahead, S tokens staged,
+// w channels folded a step.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
