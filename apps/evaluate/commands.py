@@ -272,7 +272,7 @@ def _load(config: str, adapters: list[str] | None) -> tuple[list[Subject], Speec
     subjects = load_subjects(host, named, registry, device)
     bundle = host.bundle()
     codec = SpeechCodec.of(subjects[0].model, bundle.load_mimi(device), bundle.tokenizer())
-    return subjects, codec, {"base model": host.hf_repo, "subjects": {each.name: each.facts for each in subjects}}
+    return subjects, codec, {"base model": host.described, "subjects": {each.name: each.facts for each in subjects}}
 
 
 def _adapter(text: str) -> tuple[str, Path]:

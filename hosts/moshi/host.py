@@ -67,6 +67,12 @@ class MoshiHostConfig(HostConfig):
         named = {name: getattr(self, name) for name in FILES}
         return {name: path for name, path in named.items() if path is not None}
 
+    @property
+    def described(self) -> str:
+        """Which model this is, for reports: the repository, its revision, and the files that replace its own."""
+        revision = [f"revision {self.revision}"] if self.revision else []
+        return ", ".join([self.hf_repo, *revision, *(f"{name} {path}" for name, path in self.files.items())])
+
 
 class MoshiHost(HostModel):
     """Moshi's main transformer: a ``sequence`` site in every layer, and a ``feed_forward`` site where it is gated."""

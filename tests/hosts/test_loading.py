@@ -206,6 +206,12 @@ def test_the_builtin_model_loads_and_hears_its_speech():
     assert bundle.tokenizer().encode("press one")
 
 
+def test_a_config_says_which_model_it_is():
+    assert MoshiHostConfig(hf_repo="a/b").described == "a/b"
+    named = MoshiHostConfig(hf_repo="a/b", revision="v1", config_path="c.json", moshi_weights="w.safetensors")
+    assert named.described == "a/b, revision v1, moshi_weights w.safetensors, config_path c.json"
+
+
 def test_config_is_frozen_and_closed():
     with pytest.raises(ValidationError):
         MoshiHostConfig(hf_repo="a/b", dtype="float16")

@@ -79,6 +79,8 @@ def test_a_study_goes_on_where_it_was_and_reports(speech, tmp_path):
         ("base", "updates on"), ("LoRA", "updates on"), ("in-place TTT", "memory of another"),
     }  # fmt: skip
     assert all(len(figure["by_seed"]) == 2 for figure in figures)
+    bases = {json.loads(path.read_text())["base model"] for path in out.glob("seed_*/recall_test/metrics.json")}
+    assert len(bases) == 2, "the evaluations say which seed's base model they are of"
     chosen = numbers["choices"]["validation_loss"]["LoRA"]
     assert len(chosen) == 2
     assert chosen[numbers["choices"]["chosen"]["LoRA"]] == min(chosen)
