@@ -34,12 +34,14 @@ class Gains:
     Attributes:
         hearing: ``second``, right after the first; ``third``, after another recording.
         values: ``[R]``, the mean over each recording's pieces.
+        losses: ``[R]``, of the hearing itself.
     """
 
     subject: str
     condition: Condition
     hearing: str
     values: Tensor
+    losses: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,11 @@ class Recall:
         base = self.of("base", "updates on", gains.hearing)
         return bootstrap(gains.values - base.values, lambda values: values.mean(1), seed=self.seed)
 
+    def saved(self, gains: Gains) -> Interval:
+        """What the hearing itself costs less than the base model's: a gain can also come of a worse first hearing."""
+        base = self.of("base", "updates on", gains.hearing)
+        return bootstrap(base.losses - gains.losses, lambda values: values.mean(1), seed=self.seed)
+
 
 def evaluate(
     subjects: Sequence[Subject],
@@ -136,8 +143,13 @@ def evaluate(
             losses = torch.cat(parts).unflatten(1, (4, frames))  # [P, 4, T]
             for hearing in HEARINGS:
                 saved = (losses[:, 0] - losses[:, PLACES[hearing]])[:, skip:].nanmean(1)
-                values = of_recordings(saved)
-                gains.append(Gains(subject=subject.name, condition=condition, hearing=hearing, values=values))
+                own = of_recordings(losses[:, PLACES[hearing], skip:].nanmean(1))
+                gains.append(
+                    Gains(
+                        subject=subject.name, condition=condition, hearing=hearing, values=of_recordings(saved),
+                        losses=own,
+                    )
+                )  # fmt: skip
             mean = _without_late(subject.model, of_recordings(losses).nanmean(0)[list(PLACES.values())])
             by_position.append(ByPosition(subject=subject.name, condition=condition, losses=mean))
     return Recall(

@@ -92,6 +92,7 @@ def write_recall(folder: Path, result: Recall, *, made_by: str) -> None:
             "subject": gains.subject, "condition": gains.condition, "hearing": gains.hearing,
             "gain": _interval(result.gain(gains)), "beyond_base": _interval(result.beyond_base(gains)),
             "by_recording": _numbers(gains.values),
+            "saved_against_base": _interval(result.saved(gains)), "loss_by_recording": _numbers(gains.losses),
         }
         for gains in result.gains
     ]  # fmt: skip
@@ -109,12 +110,14 @@ def write_recall(folder: Path, result: Recall, *, made_by: str) -> None:
     (folder / METRICS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     lines = [
         "# Recall", "", *_facts(result.facts, result.recordings, result.left_out), *_heard(result), "",
-        "| | hearing | gain | beyond the base model's |", "| --- | --- | ---: | ---: |",
+        "| | hearing | gain | beyond the base model's | loss of this hearing, saved against the base model's |",
+        "| --- | --- | ---: | ---: | ---: |",
     ]  # fmt: skip
     for gains in result.gains:
         label = gains.subject if gains.subject == "base" else f"{gains.subject}, {gains.condition}"
-        beyond = "" if gains.subject == "base" else str(result.beyond_base(gains))
-        lines.append(f"| {label} | {gains.hearing} | {result.gain(gains)} | {beyond} |")
+        against = (result.beyond_base(gains), result.saved(gains))
+        beyond, saved = ("", "") if gains.subject == "base" else map(str, against)
+        lines.append(f"| {label} | {gains.hearing} | {result.gain(gains)} | {beyond} | {saved} |")
     lines += ["", "![hearings](recall_by_position.png)", "", NOTE, ""]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
     _plot_recall(folder / "recall_by_position.png", result)

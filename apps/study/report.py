@@ -63,6 +63,7 @@ class Report:
         ]  # fmt: skip
         for name, group in self.recall.items():
             lines += [f"## Recall, {TITLES[name]} ({len(group.recordings)} recordings)", "", *recall_table(group), ""]
+            lines += [*hearings_table(group), ""]
         lines += ["![recall](recall.png)", ""]
         for name, group in self.context.items():
             title = f"## Audio loss beyond attention, {TITLES[name]} ({len(group.recordings)} recordings)"
@@ -128,6 +129,20 @@ def recall_table(group: Group) -> list[str]:
             f"{controls[0]} | {controls[1]} | "
             f"{_short((group.of('third', BASE) if subject == BASE else third).interval)} |"
         )
+    return lines
+
+
+def hearings_table(group: Group) -> list[str]:
+    """The losses of the hearings themselves: a gain could also come of a first hearing that is worse."""
+    hearings = ("first", "second", "third")
+    lines = [
+        "Nats saved per audio token in each hearing itself, against the base model in the same hearing.", "",
+        f"| | {' | '.join(hearings)} |", "| --- | ---: | ---: | ---: |",
+    ]  # fmt: skip
+    for subject in group.subjects():
+        if subject != BASE:
+            saved = (group.of(f"loss, {each}", BASE).minus(group.of(f"loss, {each}", subject)) for each in hearings)
+            lines.append(f"| {subject} | {' | '.join(str(each.interval) for each in saved)} |")
     return lines
 
 

@@ -47,7 +47,8 @@ class Group:
     """One evaluation of every seed, on one group of recordings.
 
     Attributes:
-        figures: by (what, subject, condition); what is ``second``, ``third`` or a stream's name.
+        figures: by (what, subject, condition); what is ``second`` or ``third``, for gains; ``loss, first`` and so on,
+            for the hearings themselves; or a stream's name.
         parameters: of each subject.
         windows: the same keys for streams, with all windows ``[S, R, W]``, those within attention's context too.
         recordings: their names.
@@ -78,7 +79,11 @@ def read_group(folders: Sequence[Path]) -> Group:
     for values in found:
         for gain in values.get("gains", []):
             key = (gain["hearing"], gain["subject"], gain["condition"])
-            figures.setdefault(key, []).append(_tensor(gain["by_recording"])[:, None])
+            figures.setdefault(key, []).append(gained := _tensor(gain["by_recording"])[:, None])
+            loss = _tensor(gain["loss_by_recording"])[:, None]
+            figures.setdefault((f"loss, {gain['hearing']}", *key[1:]), []).append(loss)
+            if gain["hearing"] == "second":
+                figures.setdefault(("loss, first", *key[1:]), []).append(loss + gained)
         for curve in values.get("curves", []):
             key = (curve["stream"], curve["subject"], curve["condition"])
             by_window = _tensor(curve["by_recording"])

@@ -1,9 +1,9 @@
 """When a stream folds a finished chunk into its fast weight, and where its tokens lie meanwhile.
 
 A finished chunk takes effect at the next token, so it is used as it is, factored (keys and values), and folded into the
-dense update over the next chunk's steps: w channels of the hidden activation a step, the same work at every step. While
-it lies in place, the first S tokens of the new chunk wait in a staging area; from step S on the old chunk is folded and
-its place is free: new tokens go straight there, and the waiting ones move over, m a step.
+dense update over the next chunk's first steps, w channels of the hidden activation a step, so that none waits for a
+chunk's end. While it lies in place, the first S tokens of the new chunk wait in a staging area; from step S on the old
+chunk is folded and its place is free: new tokens go straight there, and the waiting ones move over, m a step.
 
 A filter that looks ahead changes a token's value until R more tokens have come; only settled tokens move.
 
@@ -29,8 +29,12 @@ class FoldSchedule:
 
     @cached_property
     def staged(self) -> int:
-        """S: three quarters of the chunk, or as many as can move over in time."""
-        for staged in range(3 * self.chunk // 4, 0, -1):
+        """S: a quarter of the chunk, or as many as can move over in time.
+
+        More would spread the folding over more steps; fewer steps with an old chunk to read, and less to keep, is worth
+        more.
+        """
+        for staged in range(self.chunk // 4, 0, -1):
             moves = -(-staged // (self.chunk - staged))
             steps = range(staged, self.chunk)
             if all(min(staged, (step - staged + 1) * moves) <= step - self.look_ahead for step in steps):

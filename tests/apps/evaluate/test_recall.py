@@ -53,6 +53,18 @@ def test_gains_are_differences_by_recording(base):
         for hearing, values in (("second", second), ("third", third)):
             actual = result.of("base", "updates on", hearing).values[row]
             torch.testing.assert_close(actual, (first - values).nanmean(), rtol=1e-3, atol=1e-5)
+            own = result.of("base", "updates on", hearing).losses[row]
+            torch.testing.assert_close(own, values.nanmean(), rtol=1e-3, atol=1e-5)
+
+
+def test_a_gain_that_comes_of_a_worse_first_hearing_shows(base):
+    """What a hearing itself saves is against the base model's own loss in it, whatever the first one was."""
+    result = run([base, subject_with("ttt_mlp", base_lr=1.0, gate={"init": 1.0})])
+    for hearing in ("second", "third"):
+        base_loss = result.of("base", "updates on", hearing).losses
+        own = result.of("ttt_mlp", "updates on", hearing)
+        assert result.saved(own).value == pytest.approx(float((base_loss - own.losses).mean()))
+        assert result.saved(result.of("base", "updates on", hearing)).value == 0
 
 
 def losses_by_definition(model, documents, rows, frames=FRAMES):

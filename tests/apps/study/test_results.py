@@ -23,7 +23,10 @@ def evaluation(folder: Path, **values: Any) -> Path:
 
 
 def gain(subject: str, values: list[float | None], condition: str = "updates on") -> dict[str, Any]:
-    return {"subject": subject, "condition": condition, "hearing": "second", "by_recording": values}
+    return {
+        "subject": subject, "condition": condition, "hearing": "second", "by_recording": values,
+        "loss_by_recording": [None if value is None else 10 - value for value in values],
+    }  # fmt: skip
 
 
 def test_gains_of_seeds_are_averaged_recording_by_recording(tmp_path):
@@ -38,6 +41,8 @@ def test_gains_of_seeds_are_averaged_recording_by_recording(tmp_path):
     assert saved.by_seed == [2.0, 3.5]
     assert saved.interval.value == 2.75
     assert (saved.interval.low, saved.interval.high) == (2.0, 3.5)  # the two recordings alone, by chance equal
+    assert group.of("loss, second", "ttt").by_seed == [8.0, 6.0]
+    assert group.of("loss, first", "ttt").by_seed == [10.0, 10.0]
 
 
 def test_windows_within_the_attention_do_not_count(tmp_path):
