@@ -56,6 +56,44 @@ def test_generation_sees_the_logits_that_training_would(variant, dtype):
     assert error(whole, frozen) > 1e-2, "the blocks take part"
 
 
+def compiled_gating(dtype=torch.float32):
+    model, injection = tiny_with({"variant": "gating_mlp", "layers": "1,3", "chunk": 4}, dtype=dtype)
+    for block in injection.blocks.values():
+        block.compile_step()
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_steps_generate_what_training_would(dtype):
+    model = compiled_gating(dtype)
+    inputs, streamed = generate(model, user_codes(2))
+    with torch.no_grad():
+        whole = model.forward_text(inputs)[1][:, 0]
+    assert error(streamed, whole) < (1e-4 if dtype == torch.float32 else 5e-2)
+
+
+def test_a_saved_stream_goes_on_in_compiled_steps(tmp_path):
+    plain, _ = tiny_with({"variant": "gating_mlp", "layers": "1,3", "chunk": 4})
+    codes = user_codes(2)
+    generator = LMGen(plain, use_sampling=False, support_out_of_sync=True)
+    with generator.streaming(2):
+        for t in range(10):
+            generator.step(codes[..., t : t + 1])
+        path = save_stream_state(tmp_path / "stream.safetensors", generator)
+        for t in range(10, STEPS):
+            generator.step(codes[..., t : t + 1])
+        expected = stream_state(generator)
+    again = LMGen(compiled_gating(), use_sampling=False, support_out_of_sync=True)
+    with again.streaming(2):
+        load_stream_state(path, again)
+        for t in range(10, STEPS):
+            again.step(codes[..., t : t + 1])
+        actual = stream_state(again)
+    kept = [name for name in expected if "/buffers." in name]
+    assert kept
+    assert all(error(actual[name].float(), expected[name].float()) < 1e-4 for name in kept)
+
+
 def test_guidance_gives_every_row_of_the_doubled_batch_its_own_state(variant):
     model, _ = tiny_with({"variant": variant, "layers": "last:1", "chunk": 4})
     generator = LMGen(model, use_sampling=False, cfg_coef=2.0, cfg_is_no_text=True)
