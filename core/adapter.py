@@ -165,6 +165,78 @@ def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | N
     return injection
 
 
+def find_adapter(folder: str | Path) -> Path:
+    """``folder`` itself when it is an adapter, or the one inside a checkpoint of a run. Raises AdapterError."""
+    folder = Path(folder)
+    for place in (folder, folder / "adapter"):
+        if (place / MANIFEST).is_file():
+            return place
+    raise AdapterError(f"{folder} is no adapter, and no checkpoint that holds one: there is no {MANIFEST} in it.")
+
+
+def adapter_entries(folder: str | Path) -> dict[str, Any]:
+    """What a config says to get the blocks of an adapter: ``precision``, and ``ttt`` with an entry for each block.
+
+    Raises AdapterError.
+    """
+    manifest = read_manifest(folder)
+    try:
+        entries = [{**entry["config"], "layers": Site.parse(entry["site"]).layer} for entry in manifest["sites"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterError(f"{Path(folder) / MANIFEST}: its sites cannot be read: {error!r}.") from None
+    return {"precision": manifest["precision"], "ttt": entries}
+
+
+def fill_from_adapter(injection: Injection, folder: str | Path) -> list[str]:
+    """Give the blocks of a model, sharded or not, the values of an adapter; every rank calls this.
+
+    The adapter's blocks must be those of the model: the same sites and variants, and parameters of the same names,
+    shapes and dtypes. Their other options may differ. The adapter's LoRA goes into the model's, which must be of the
+    same rank and scaling; where the adapter has none, the model's LoRA keeps its values.
+
+    Returns:
+        A sentence for each block whose options are not those that the adapter was trained with.
+
+    Raises:
+        AdapterError: the adapter is damaged, or of another base model, or does not fit. No value was written.
+    """
+    folder, host, model = Path(folder), injection.host, injection.model
+    manifest = read_manifest(folder)
+    _check_fingerprint(folder, manifest["fingerprint"], host.fingerprint(model))
+    saved = {str(entry["site"]): entry["config"] for entry in manifest["sites"]}
+    planned = {str(block.site): block for block in injection.plan.blocks}
+    have = {site: block.variant.name for site, block in planned.items()}
+    given = {site: config["variant"] for site, config in saved.items()}
+    if have != given:
+        raise AdapterError(
+            f"{folder} holds the blocks {_listed(given)}, and this model has {_listed(have)}. Ask for the same blocks "
+            "in `ttt`."
+        )
+    beside = manifest["extra"]
+    if beside and beside != host.describe_extra(model):
+        raise AdapterError(
+            f"{folder} was trained with {beside} beside the base model, and this model has "
+            f"{host.describe_extra(model) or 'nothing'}. Ask for the same."
+        )
+    extra = host.extra_parameters(model) if beside else {}
+    tensors = _read_tensors(folder / TENSORS)
+    _check_tensors(folder, injection.plan, extra, tensors)
+    for name, parameter in [*injection.named_parameters(), *((EXTRA + name, p) for name, p in extra.items())]:
+        assign(parameter, tensors[name])
+    notes = []
+    for site, block in planned.items():
+        now = block.config.model_dump(mode="json", exclude={"layers"})
+        changed = {key: (saved[site].get(key), now.get(key)) for key in sorted({*saved[site], *now})}
+        listed = [f"{key} was {old!r} and is {new!r}" for key, (old, new) in changed.items() if old != new]
+        if listed:
+            notes.append(f"{site}: the adapter was trained with other options: {'; '.join(listed)}.")
+    return notes
+
+
+def _listed(blocks: Mapping[str, str]) -> str:
+    return ", ".join(f"{site} ({variant})" for site, variant in sorted(blocks.items())) or "of no site"
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The contents of ``adapter.json``, checked for completeness. Raises AdapterError."""
     path = Path(folder) / MANIFEST

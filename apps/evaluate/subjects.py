@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moshi_ttt.apps.teacher_forcing import FrameLosses, segment_losses, stream_losses
 from moshi_ttt.core import state as states
-from moshi_ttt.core.adapter import MANIFEST, load_adapter, read_manifest
+from moshi_ttt.core.adapter import find_adapter, load_adapter, read_manifest
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.host import CarriedState
 from moshi_ttt.core.injection import Injection
@@ -53,7 +53,7 @@ def load_subjects(
 ) -> list[Subject]:
     """The base model, and one for each (name, folder): an adapter, or a checkpoint that holds one.
 
-    Raises ConfigError for a name twice or a folder without an adapter, AdapterError for one of another base model.
+    Raises ConfigError for a name twice, AdapterError for a folder without an adapter or one of another base model.
     """
     names = ["base", *(name for name, _ in adapters)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -74,14 +74,6 @@ def load_subjects(
             Subject(name=name, model=model, injection=injection if injection.blocks else None, facts=facts)
         )  # fmt: skip
     return subjects
-
-
-def find_adapter(folder: Path) -> Path:
-    """``folder`` itself when it is an adapter, or the one inside a checkpoint. Raises ConfigError."""
-    for place in (folder, folder / "adapter"):
-        if (place / MANIFEST).is_file():
-            return place
-    raise ConfigError(f"{folder} is no adapter, and no checkpoint that holds one: there is no {MANIFEST} in it.")
 
 
 def listen(

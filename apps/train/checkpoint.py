@@ -56,10 +56,36 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is no complete checkpoint: {STATE} cannot be read ({error}).") from None
+        raise _damaged(folder, f"{STATE} cannot be read: {error}") from None
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{folder}: this version reads checkpoints of format {FORMAT_VERSION}, not this one.")
     return state
+
+
+def _damaged(folder: Path, why: str) -> CheckpointError:
+    """The error of a checkpoint that cannot be read; it names the newest older one of the same run that can."""
+    number = NAME.fullmatch(folder.name)
+    older = find_checkpoints(folder.parent.parent) if number else []
+    for other in reversed([each for each in older if _step_of(each) < _step_of(folder)]):
+        if _seems_whole(other):
+            hint = f"{other} can be read: go on from it with resume={other}."
+            return CheckpointError(f"{folder} is damaged: {why}. {hint}")
+    return CheckpointError(f"{folder} is damaged: {why}. There is no older checkpoint of this run to go on from.")
+
+
+def _seems_whole(folder: Path) -> bool:
+    """Whether a checkpoint's own records can be read, and every file that they name is there and long enough."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        metadata = FileSystemReader(folder / RESUME).read_metadata()
+        ends: dict[str, int] = {}
+        for place in (metadata.storage_data or {}).values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        return state["format_version"] == FORMAT_VERSION and all(
+            (folder / RESUME / name).stat().st_size >= end for name, end in ends.items()
+        )
+    except Exception:  # whatever is wrong with it, it is not one to offer
+        return False
 
 
 @dataclass
@@ -211,7 +237,7 @@ def load(trainer: Trainer, folder: Path, position: Mapping[str, Any]) -> None:
         reader = FileSystemReader(folder / RESUME)
         stored = reader.read_metadata().state_dict_metadata
     except Exception as error:
-        raise CheckpointError(f"{folder} is damaged: {type(error).__name__}: {error}.") from error
+        raise _damaged(folder, f"{type(error).__name__}: {error}") from error
     wanted = _parameters(trainer)
     saved = {key for key in stored if key.startswith(("model/", "optimizer/"))}
     if wanted.keys() != saved:
@@ -222,7 +248,7 @@ def load(trainer: Trainer, folder: Path, position: Mapping[str, Any]) -> None:
     try:
         load_tensors({**wanted, **carried, **random}, storage_reader=reader, process_group=trainer.runtime.saving)
     except CheckpointException as error:
-        raise CheckpointError(f"{folder} is damaged: {_cause(error)}.") from error
+        raise _damaged(folder, _cause(error)) from error
     _restore_carried(trainer, carried)
     _restore_random(trainer.runtime, random)
     trainer.step = int(state["step"])

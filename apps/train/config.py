@@ -53,7 +53,11 @@ class LoRAConfig(FrozenConfig):
 
 
 class GroupRates(FrozenConfig):
-    """Learning rates of single groups; a group without one has ``optim.lr``."""
+    """Learning rates of single groups.
+
+    A group without one has ``optim.lr``; the blocks (``ttt``) at least 3e-4 and their gates at least 3e-3, because they
+    start at random values.
+    """
 
     ttt: float | None = Field(default=None, ge=0.0)
     gates: float | None = Field(default=None, ge=0.0)
@@ -96,6 +100,8 @@ class RunConfig(FrozenConfig):
         overwrite_run_dir: delete what an earlier run left in ``run_dir``.
         resume: true goes on from the newest checkpoint in ``run_dir`` (and starts where there is none); or the path of
             a checkpoint.
+        adapter: start from the values of this adapter, or of the one in this checkpoint: blocks, and LoRA where it has
+            one. Its blocks are those of ``ttt``, or ``ttt`` is left out. A run that is resumed does not read it again.
         duration_sec: length of a segment.
         batch_size: segments of a forward pass on one rank; one step sees batch_size x num_microbatches x ranks.
         max_norm: the largest gradient norm; larger gradients are scaled down.
@@ -123,6 +129,7 @@ class RunConfig(FrozenConfig):
     resume: bool | str = False
     seed: Seed = 0
     moshi_paths: MoshiPaths = MoshiPaths()
+    adapter: str | None = Field(default=None, min_length=1)
 
     duration_sec: float = Field(default=10.0, gt=0.0)
     batch_size: int = Field(default=1, ge=1)

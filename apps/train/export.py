@@ -22,6 +22,11 @@ from moshi_ttt.hosts.moshi.upstream import loaders
 
 ADAPTER = "adapter"
 CONSOLIDATED = "consolidated"
+WITHOUT_BLOCKS = (
+    f"{CONSOLIDATED}/ does not hold the test-time-training blocks: a Moshi that loads it computes without them. The "
+    f"blocks are in {ADAPTER}/."
+)
+"""What is said where a ``consolidated/`` is written that lacks the blocks of its model."""
 
 
 def check(settings: Settings) -> None:
@@ -32,6 +37,12 @@ def check(settings: Settings) -> None:
             "lora.ft_embed trains embeddings, which an adapter of TTT blocks does not hold. "
             "Set save_adapters: false, which merges them into full weights, or lora.ft_embed: false."
         )
+
+
+def lacks_blocks(settings: Settings) -> bool:
+    """Whether the run writes a ``consolidated/``, and trains blocks that are not in it."""
+    run = settings.run
+    return bool(settings.ttt.ttt) and (run.lora.enable or run.full_finetuning)
 
 
 def prepare(trained: TrainedModel, settings: Settings, step: int) -> Callable[[Path], None]:
@@ -58,7 +69,7 @@ def prepare(trained: TrainedModel, settings: Settings, step: int) -> Callable[[P
 
     def write(folder: Path) -> None:
         if weights is not None:
-            _write_weights(folder, "lora.safetensors", weights, config)
+            _write_weights(folder, "lora.safetensors", weights, config, settings)
         if adapter is not None:
             adapter.write(folder / ADAPTER)
 
@@ -78,7 +89,7 @@ def _merged(trained: TrainedModel, settings: Settings, step: int) -> Callable[[P
     config = {**_model_config(settings), "lora": False}
 
     def write(folder: Path) -> None:
-        _write_weights(folder, "consolidated.safetensors", weights, config)
+        _write_weights(folder, "consolidated.safetensors", weights, config, settings)
         if adapter is not None:
             adapter.write(folder / ADAPTER)
 
@@ -91,8 +102,12 @@ def _model_config(settings: Settings) -> dict[str, Any]:
     return dict(loaders._lm_kwargs if own is None else own)
 
 
-def _write_weights(folder: Path, name: str, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
+def _write_weights(
+    folder: Path, name: str, weights: dict[str, Tensor], config: dict[str, Any], settings: Settings
+) -> None:
     target = folder / CONSOLIDATED
     target.mkdir()
     save_file(weights, target / name)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if lacks_blocks(settings):
+        (target / "README.txt").write_text(WITHOUT_BLOCKS + "\n", encoding="utf-8")

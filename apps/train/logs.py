@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -41,11 +42,11 @@ def loss_record(losses: Losses) -> dict[str, float | int | None]:
     }  # fmt: skip
 
 
-def step_record(step: Step, rates: Mapping[str, float], seconds: float, memory: int) -> dict[str, Any]:
+def step_record(step: Step, seconds: float, memory: int) -> dict[str, Any]:
     """One line of ``metrics.jsonl``. ``seconds`` is what the step took, ``memory`` bytes."""
     return {
         "kind": "train", "step": step.number, **loss_record(step.losses), "gradient_norm": _finite(step.gradient_norm),
-        "skipped": step.skipped, "bad_segments": step.bad_segments, "learning_rates": dict(rates),
+        "skipped": step.skipped, "bad_segments": step.bad_segments, "learning_rates": dict(step.learning_rates),
         "seconds": seconds, "tokens_per_second": step.losses.tokens / seconds, "memory_bytes": memory,
     }  # fmt: skip
 
@@ -73,6 +74,7 @@ class RunLog:
             TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal,
         )  # fmt: skip
         self._task = self._progress.add_task("", total=run.max_steps, completed=start, note="")
+        self._total, self._start, self._began = run.max_steps, start, time.monotonic()
 
     def __enter__(self) -> RunLog:
         self._progress.start()
@@ -101,10 +103,12 @@ class RunLog:
 
     def show(self, record: Mapping[str, Any]) -> None:
         """The record of a training step as the progress line; where there is no terminal, a line of its own."""
-        note = summary(record)
-        self._progress.update(self._task, completed=record["step"], note=note)
+        note, step = summary(record), int(record["step"])
+        self._progress.update(self._task, completed=step, note=note)
         if self._progress.disable:
-            self.say(f"step {record['step']}: {note}")
+            # From the time that steps took so far with all between them: evaluations, checkpoints.
+            each = (time.monotonic() - self._began) / max(1, step - self._start)
+            self.say(f"step {step}/{self._total}: {note}  {_duration(each * (self._total - step))} left")
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -114,6 +118,10 @@ class RunLog:
 def summary(record: Mapping[str, Any]) -> str:
     """A training step in one line."""
     parts = [f"text {record['loss_text']:.3f}", f"audio {record['loss_audio']:.3f}"]
+    norm, rates = record["gradient_norm"], record["learning_rates"]
+    parts.append(f"gradient norm {'not finite' if norm is None else f'{norm:.3g}'}")
+    parts.append(f"lr {' '.join(f'{group} {rate:.2g}' for group, rate in rates.items())}")
+    parts.append(f"{record['seconds']:.2f} s/step")
     parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     parts.append(f"{record['memory_bytes'] / 2**30:.1f} GiB")
     blocks = list(record.get("blocks", {}).values())
@@ -132,6 +140,13 @@ def summary(record: Mapping[str, Any]) -> str:
     if record["skipped"]:
         parts.append("NOT FINITE, skipped")
     return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -17,7 +17,6 @@ from moshi_ttt.apps.train.data.corpus import Corpus
 from moshi_ttt.apps.train.data.dataset import Batch
 from moshi_ttt.apps.train.evaluation import evaluation_batches
 from moshi_ttt.apps.train.logs import RunLog, health_record, loss_record, memory_bytes, step_record
-from moshi_ttt.apps.train.optimisation import current_rates
 from moshi_ttt.apps.train.runtime import Runtime
 from moshi_ttt.apps.train.settings import Settings
 from moshi_ttt.apps.train.stopping import StopRequest
@@ -83,7 +82,7 @@ class Loop:
         if step.number <= CHECKED_STEPS and not step.skipped:
             self._look_for_idle(step.number)
         if self.log is not None and (logged or step.skipped):
-            record = step_record(step, current_rates(trainer.optimizer), seconds, memory_bytes(self.runtime.device))
+            record = step_record(step, seconds, memory_bytes(self.runtime.device))
             if monitor is not None:
                 record["blocks"] = health_record(monitor.read())
             self.log.write(record)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from moshi_ttt.apps.train.settings import Settings
+from moshi_ttt.core.adapter import fill_from_adapter, find_adapter
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.injection import Injection, make_plan
 from moshi_ttt.core.precision import DtypeRoles
@@ -35,11 +36,13 @@ class TrainedModel:
         model: the language model.
         injection: its blocks; of none where there are none.
         roles: the precision policy, resolved for the dtype in which the base computes.
+        notes: what to say of the adapter that the values come from.
     """
 
     model: Any
     injection: Injection
     roles: DtypeRoles
+    notes: tuple[str, ...] = ()
 
     @property
     def sharded(self) -> FSDPModule:
@@ -98,10 +101,14 @@ def skeleton(settings: Settings, registry: Registry) -> TrainedModel:
     return built
 
 
-def build(settings: Settings, registry: Registry, mesh: DeviceMesh, device: torch.device) -> TrainedModel:
-    """The model of a run, sharded over ``mesh`` and filled: base weights from their file, the rest from the seed.
+def build(
+    settings: Settings, registry: Registry, mesh: DeviceMesh, device: torch.device, *, resumed: bool = False
+) -> TrainedModel:
+    """The model of a run, sharded over ``mesh`` and filled: base weights from their file, the rest from the adapter
+    that the run starts from, or from the seed.
 
-    Equal on every number of ranks. Raises as ``skeleton``, and HostError when the weights are not this model's.
+    Equal on every number of ranks. Raises as ``skeleton``, HostError when the weights are not this model's, and
+    AdapterError when the adapter is not. ``resumed`` leaves the adapter alone: a checkpoint has all values.
     """
     built = skeleton(settings, registry)
     weights = _read(settings.host.bundle())
@@ -110,6 +117,9 @@ def build(settings: Settings, registry: Registry, mesh: DeviceMesh, device: torc
     MOSHI_HOST.load_base(built.model, weights)
     lora.initialise_lora(built.model, settings.run.seed)
     built.injection.initialise()
+    if settings.run.adapter is not None and not resumed:
+        notes = fill_from_adapter(built.injection, find_adapter(settings.run.adapter))
+        built = replace(built, notes=tuple(notes))
     built.injection.check_precision("initialised")
     check_trained(built, settings)
     built.model.train()

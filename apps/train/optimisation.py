@@ -15,13 +15,41 @@ from moshi_ttt.apps.train.model import Group, TrainedModel
 BETAS = (0.9, 0.95)
 
 
+LOWEST: dict[Group, float] = {"ttt": 3e-4, "gates": 3e-3}
+"""Blocks start at random values, the base model does not: a rate that fine-tunes the base leaves a block as it is. A
+group without a rate of its own has ``optim.lr``, and never less than this."""
+INITIAL_SCALE: dict[Group, float] = {"ttt": 0.02, "gates": 0.05}
+"""How large the built-in blocks' parameters are when training starts."""
+
+
 def rates(config: OptimConfig) -> dict[Group, float]:
     """The highest learning rate of each group."""
     own: dict[Group, float | None] = {
         "ttt": config.lr_groups.ttt, "gates": config.lr_groups.gates,
         "lora": config.lr_groups.lora, "base": config.lr_groups.base,
     }  # fmt: skip
-    return {group: config.lr if rate is None else rate for group, rate in own.items()}
+    return {
+        group: max(config.lr, LOWEST.get(group, 0.0)) if rate is None else rate for group, rate in own.items()
+    }  # fmt: skip
+
+
+def reach(rate: float, max_steps: int) -> float:
+    """About the most that AdamW moves a parameter in a run: its step is at most about the rate (Kingma and Ba 2015,
+    section 2.1), and the rates of one cycle, a rise and a cosine, have a mean of half the highest.
+    """
+    return rate * max_steps / 2
+
+
+def too_low(config: OptimConfig, group: Group, max_steps: int) -> str | None:
+    """What to do about a rate that cannot train a group of new blocks, or None. A rate of 0 is a decision."""
+    rate, scale = rates(config)[group], INITIAL_SCALE.get(group)
+    if scale is None or rate == 0 or reach(rate, max_steps) >= scale / 2:
+        return None
+    return (
+        f"the learning rate of {group}, {rate:g}, moves a parameter by {reach(rate, max_steps):.1g} at most in "
+        f"{max_steps} steps, and new blocks start at a scale of {scale:g}: they stay almost as they were drawn. Set "
+        f"optim.lr_groups.{group} to {scale / max_steps:.1g} or more, or train longer."
+    )
 
 
 def make_optimizer(trained: TrainedModel, config: OptimConfig) -> AdamW:
@@ -64,7 +92,7 @@ def advance(schedule: OneCycleLR, steps: int) -> None:
 
 
 def current_rates(optimizer: AdamW) -> dict[str, float]:
-    """Group -> its learning rate now."""
+    """Group -> its learning rate in the step to come."""
     return {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
 
 

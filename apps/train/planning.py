@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moshi_ttt.apps.explain import human_bytes
 from moshi_ttt.apps.train import export
 from moshi_ttt.apps.train.model import TrainedModel, skeleton
-from moshi_ttt.apps.train.optimisation import rates
+from moshi_ttt.apps.train.optimisation import rates, reach, too_low
 from moshi_ttt.apps.train.settings import Settings
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.registry import Registry
@@ -39,6 +39,7 @@ class GroupPlan:
         parameters, tensors: how many there are.
         stored_as: dtypes, joined by commas.
         learning_rate: the highest one; None where nothing is trained.
+        reach: about the most by which training moves a parameter; None where nothing is trained.
     """
 
     name: str
@@ -46,6 +47,7 @@ class GroupPlan:
     tensors: int
     stored_as: str
     learning_rate: float | None
+    reach: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,7 @@ class TrainingPlan:
         shards: ranks that share one copy of the model.
         waiting: whether gradients of several micro-batches add up before ranks exchange them.
         groups: the trained groups, then what is frozen.
+        low_rates: what to do about groups of new blocks whose learning rate cannot train them.
         units: the units of sharding; the last one is the root.
         rank: bytes on the rank that holds most.
         state_bytes: memory of one stream in all blocks.
@@ -115,6 +118,7 @@ class TrainingPlan:
     shards: int
     waiting: bool
     groups: tuple[GroupPlan, ...]
+    low_rates: tuple[str, ...]
     units: tuple[UnitPlan, ...]
     rank: RankPlan
     state_bytes: int
@@ -174,6 +178,7 @@ def plan_model(trained: TrainedModel, settings: Settings, *, ranks: int, shards:
         shards=shards,
         waiting=waiting,
         groups=tuple(group_plans(trained, settings)),
+        low_rates=tuple(low_rates(trained, settings)),
         units=units,
         rank=held,
         state_bytes=state_bytes,
@@ -186,17 +191,20 @@ def plan_model(trained: TrainedModel, settings: Settings, *, ranks: int, shards:
 def render(plan: TrainingPlan) -> RenderableType:
     """What is trained, and the bytes of a rank, as two tables and a few lines."""
     groups = groups_table(plan.groups, title=f"{plan.model}: what is trained")
-    return Stack(groups, f"blocks: {', '.join(plan.blocks) or 'none'}", "", _rank_table(plan), *_notes(plan))
+    warnings = [f"Warning: {problem}" for problem in plan.low_rates]
+    blocks = f"blocks: {', '.join(plan.blocks) or 'none'}"
+    return Stack(groups, *warnings, blocks, "", _rank_table(plan), *_notes(plan))
 
 
 def groups_table(groups: Iterable[GroupPlan], title: str | None = None) -> Table:
     """What is trained, and what is frozen, a line for each group."""
     table = Table(title=title, title_justify="left")
-    for heading in ("group", "parameters", "tensors", "stored as", "learning rate"):
+    for heading in ("group", "parameters", "tensors", "stored as", "learning rate", "moves a parameter by at most"):
         table.add_column(heading, justify="right" if heading in ("parameters", "tensors") else "left")
     for group in groups:
         rate = "" if group.learning_rate is None else f"{group.learning_rate:g}"
-        table.add_row(group.name, f"{group.parameters:,}", str(group.tensors), group.stored_as, rate)
+        moves = "" if group.reach is None else f"{group.reach:.1g}"
+        table.add_row(group.name, f"{group.parameters:,}", str(group.tensors), group.stored_as, rate, moves)
     return table
 
 
@@ -250,19 +258,27 @@ def _notes(plan: TrainingPlan) -> Iterator[str]:
 
 def group_plans(trained: TrainedModel, settings: Settings) -> Iterator[GroupPlan]:
     """The trained groups with their highest learning rates, then what is frozen."""
-    rate = rates(settings.run.optim)
+    rate, steps = rates(settings.run.optim), settings.run.max_steps
     for name, members in trained.groups().items():
-        yield _group(name, members.values(), rate[name])
+        yield _group(name, members.values(), rate[name], reach(rate[name], steps))
     frozen = [parameter for parameter in trained.model.parameters() if not parameter.requires_grad]
-    yield _group(FROZEN, frozen, None)
+    yield _group(FROZEN, frozen, None, None)
 
 
-def _group(name: str, members: Iterable[Tensor], rate: float | None) -> GroupPlan:
+def low_rates(trained: TrainedModel, settings: Settings) -> Iterator[str]:
+    """A sentence for each group of new blocks whose learning rate cannot train it."""
+    if settings.run.adapter is None:  # blocks that have been trained may be moved a little
+        for group in trained.groups():
+            if (problem := too_low(settings.run.optim, group, settings.run.max_steps)) is not None:
+                yield problem
+
+
+def _group(name: str, members: Iterable[Tensor], rate: float | None, moves: float | None) -> GroupPlan:
     members = list(members)
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in members})
     return GroupPlan(
         name=name, parameters=sum(parameter.numel() for parameter in members), tensors=len(members),
-        stored_as=", ".join(dtypes), learning_rate=rate,
+        stored_as=", ".join(dtypes), learning_rate=rate, reach=moves,
     )  # fmt: skip
 
 

@@ -20,17 +20,18 @@ from moshi_ttt.apps.train.data.dataset import TrainingData, loader
 from moshi_ttt.apps.train.logs import RunLog, check_installed
 from moshi_ttt.apps.train.loop import Loop, Outcome
 from moshi_ttt.apps.train.model import build
-from moshi_ttt.apps.train.planning import group_plans, groups_table
+from moshi_ttt.apps.train.planning import group_plans, groups_table, low_rates
 from moshi_ttt.apps.train.run_dir import check_run_dir, open_run_dir
 from moshi_ttt.apps.train.runtime import Runtime, start
 from moshi_ttt.apps.train.settings import Settings
 from moshi_ttt.apps.train.stopping import StopRequest
 from moshi_ttt.apps.train.trainer import Trainer, TrainingError
+from moshi_ttt.core.adapter import find_adapter
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 
-TRAINING = ("optim", "max_steps", "max_norm", "first_codebook_weight_multiplier", "text_padding_weight")
-"""Options that a run that goes on may change, and is told about."""
+NOT_COMPARED = {"run_dir", "overwrite_run_dir", "resume", "moshi_paths", "adapter", "wandb"}
+"""Options that say where a run is written and what it starts from: a run that is resumed may change them freely."""
 
 
 def run(settings: Settings, registry: Registry, console: Console) -> Outcome:
@@ -47,7 +48,7 @@ def _train(settings: Settings, registry: Registry, runtime: Runtime, console: Co
     codec = _codec(settings, runtime)  # the data first: what is wrong with it should not wait for the weights
     corpus = _corpus(settings, codec, run.data.train_data)
     held_out = _corpus(settings, codec, run.data.eval_data or "") if run.do_eval else None
-    trained = build(settings, registry, runtime.mesh, runtime.device)
+    trained = build(settings, registry, runtime.mesh, runtime.device, resumed=resumed is not None)
     trainer = Trainer(trained, run, runtime)
     position = _position(settings, trainer, corpus)
     state = read_state(resumed) if resumed is not None else {}
@@ -83,6 +84,8 @@ def _train(settings: Settings, registry: Registry, runtime: Runtime, console: Co
             outcome.checkpoint = writer.finish() or outcome.checkpoint
         if log is not None:
             log.say(_conclusion(outcome, run.max_steps))
+            if outcome.checkpoint is not None and export.lacks_blocks(settings):
+                log.say(export.WITHOUT_BLOCKS)
     return outcome
 
 
@@ -119,7 +122,9 @@ def _position(settings: Settings, trainer: Trainer, corpus: Corpus) -> dict[str,
         "ttt": [entry.model_dump(mode="json") for entry in ttt.ttt],
         "lora": run.lora.model_dump(mode="json"),
         "full_finetuning": run.full_finetuning,
-        "training": run.model_dump(mode="json", include=set(TRAINING)),
+        "param_dtype": run.param_dtype,
+        "inner_lr_warmup": run.inner_lr_warmup,
+        "training": run.model_dump(mode="json", exclude=NOT_COMPARED),
         "ranks": trainer.runtime.world_size,
         "versions": {name: version(name) for name in ("moshi-ttt", "torch", "moshi")},
     }
@@ -133,6 +138,10 @@ def _introduction(
     where = ", ".join(f"{block.site} ({block.variant.name})" for block in blocks) or "none"
     yield f"{settings.host.hf_repo}; blocks: {where}; {runtime.world_size} rank(s) on {runtime.device.type}"
     yield groups_table(group_plans(trainer.trained, settings))
+    yield from (f"Warning: {problem}" for problem in low_rates(trainer.trained, settings))
+    if run.adapter is not None and resumed is None:
+        yield f"starting from the values of {find_adapter(run.adapter)}"
+        yield from (f"Warning: {note}" for note in trainer.trained.notes)
     for name, each in (("train", corpus), ("held out", held_out)):
         if each is not None:
             recordings = sum(len(source.recordings) for source in each.sources)
@@ -145,10 +154,19 @@ def _introduction(
     )
     if resumed is not None:
         yield f"going on from {resumed}, after step {trainer.step}"
-        now = run.model_dump(mode="json", include=set(TRAINING))
-        changed = [f"{key} from {old!r} to {now[key]!r}" for key, old in state["training"].items() if now[key] != old]
+        now = _position(settings, trainer, corpus)
+        changed = [change for key in ("training", "ranks", "versions") for change in _changes(state.get(key), now[key])]
         if changed:
             yield f"Warning: changed since: {'; '.join(changed)}"
+
+
+def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    """What differs between two plain values, by the dotted names of options; what only one of them has is left out."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in (key for key in old if key in new):
+            yield from _changes(old[key], new[key], f"{name}.{key}" if name else key)
+    elif old != new:
+        yield f"{name or 'ranks'} from {old!r} to {new!r}"
 
 
 def _conclusion(outcome: Outcome, max_steps: int) -> str:

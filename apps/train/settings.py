@@ -11,6 +11,7 @@ import yaml
 
 from moshi_ttt.apps.config_paths import find_config
 from moshi_ttt.apps.train.config import MoshiPaths, RunConfig
+from moshi_ttt.core.adapter import adapter_entries, find_adapter
 from moshi_ttt.core.config import TTTConfig, parse_model
 from moshi_ttt.core.config_parsing import parse_config, read_mapping
 from moshi_ttt.core.errors import ConfigError, nearest
@@ -53,6 +54,7 @@ def parse_settings(values: Mapping[str, Any], *, registry: Registry, where: str)
     """The settings that plain values mean. Raises ConfigError with every problem found."""
     values = dict(values)
     _take_from_flat_block(values)
+    _take_from_adapter(values)
     allowed = [*RunConfig.model_fields, *MODEL_KEYS]
     problems = [f"{where}: unknown key {key!r}. {nearest(str(key), allowed)}" for key in values if key not in allowed]
     if "host" in values and "moshi_paths" in values:
@@ -98,6 +100,15 @@ def _take_from_flat_block(values: dict[str, Any]) -> None:
         for theirs, ours in FLAT.items():
             if theirs in flat:
                 values.setdefault(ours, flat[theirs])
+
+
+def _take_from_adapter(values: dict[str, Any]) -> None:
+    """Blocks and precision that the config leaves out are those of the adapter that training starts from."""
+    adapter = values.get("adapter")
+    if isinstance(adapter, str) and adapter and values.get("ttt") is None:
+        found = adapter_entries(find_adapter(adapter))
+        values["ttt"] = found["ttt"]
+        values.setdefault("precision", found["precision"])
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -7,7 +7,7 @@ of all ranks, so gradients are the same however the rows are spread (up to the o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from moshi_ttt.apps.train.config import RunConfig
 from moshi_ttt.apps.train.data.dataset import Batch
 from moshi_ttt.apps.train.losses import LossWeights, count, loss_sums
 from moshi_ttt.apps.train.model import TrainedModel
-from moshi_ttt.apps.train.optimisation import advance, make_optimizer, make_schedule, prepare_state
+from moshi_ttt.apps.train.optimisation import advance, current_rates, make_optimizer, make_schedule, prepare_state
 from moshi_ttt.apps.train.runtime import Runtime
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.core.host import CarriedState
@@ -73,6 +73,7 @@ class Step:
     Attributes:
         number: from 1.
         gradient_norm: before clipping.
+        learning_rates: group -> the rate that this step was made with.
         skipped: the loss or the gradient was not finite, and nothing was changed.
         stop: some rank was asked to stop.
         ready: every rank says that its part of a checkpoint has been written.
@@ -83,6 +84,7 @@ class Step:
     number: int
     losses: Losses
     gradient_norm: float
+    learning_rates: Mapping[str, float]
     skipped: bool
     stop: bool
     ready: bool
@@ -146,6 +148,7 @@ class Trainer:
         ended = self.runtime.sum(torch.cat([sums.cpu(), torch.tensor([float(stop())], dtype=torch.float64)]))
         losses, stops = Losses.of(ended[:4], counts), float(ended[4])
         skipped = not (math.isfinite(losses.total) and math.isfinite(norm))
+        used = current_rates(self.optimizer)
         self.step += 1
         if skipped:
             self._skip(losses, norm)
@@ -156,7 +159,7 @@ class Trainer:
         if self.step < self.run.max_steps:
             advance(self.schedule, 1)
         return Step(
-            number=self.step, losses=losses, gradient_norm=norm, skipped=skipped, stop=stops > 0,
+            number=self.step, losses=losses, gradient_norm=norm, learning_rates=used, skipped=skipped, stop=stops > 0,
             ready=readies == self.runtime.world_size, problems=problems, bad_segments=int(bad),
         )  # fmt: skip
 

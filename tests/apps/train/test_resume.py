@@ -75,6 +75,8 @@ def test_going_on_from_a_checkpoint_by_its_path(train, tmp_path):
         ({"ttt": [{**TTT[0], "base_lr": 7.0}]}, "ttt was"),
         ({"ttt": [{**TTT[0], "chunk": 5}]}, "ttt was"),
         ({"precision": "fp32"}, "precision was"),
+        ({"param_dtype": "bfloat16"}, "param_dtype was 'float32' and is 'bfloat16'"),
+        ({"inner_lr_warmup": True}, "inner_lr_warmup was False and is True"),
         ({"full_finetuning": True}, "full_finetuning was"),
         ({"data": "reversed"}, "data was"),
     ],
@@ -95,6 +97,25 @@ def test_a_damaged_checkpoint_is_refused(train, tmp_path, wrong):
         train(max_steps=2, resume=True)
 
 
+@pytest.mark.parametrize("wrong", ["state.json", "resume/.metadata", "resume/__0_0.distcp"])
+def test_a_damaged_checkpoint_names_the_newest_older_one_that_is_whole(train, tmp_path, wrong):
+    train(max_steps=4, ckpt_freq=1, num_ckpt_keep=None)
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "checkpoint_000004" / wrong).write_bytes(b"nonsense")
+    (folder / "checkpoint_000003" / "resume" / "__0_0.distcp").write_bytes(b"cut")
+    with pytest.raises(CheckpointError) as error:
+        train(max_steps=5, resume=True)
+    hint = f"{folder / 'checkpoint_000002'} can be read: go on from it with resume={folder / 'checkpoint_000002'}."
+    assert str(error.value).endswith(hint)
+    assert train(max_steps=5, resume=str(folder / "checkpoint_000002")).step == 5
+
+
+def test_a_damaged_checkpoint_without_an_older_one_says_so(train):
+    (train(max_steps=1).checkpoint / "state.json").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match=r"is damaged: state.json .* There is no older checkpoint"):
+        train(max_steps=2, resume=True)
+
+
 def test_what_a_killed_save_left_is_swept_away(train, tmp_path):
     train(max_steps=1)
     left = tmp_path / "run" / "checkpoints" / ".checkpoint_000002"
@@ -109,10 +130,28 @@ def test_a_smaller_max_steps_is_refused(train):
         train(max_steps=2, resume=True)
 
 
-def test_other_options_of_training_are_pointed_out(train, settings, capsys):
+def test_every_other_option_is_pointed_out(train, settings, capsys, monkeypatch):
     train(max_steps=1)
-    running.run(settings(max_steps=2, resume=True, max_norm=0.5), default_registry(), Console(width=500))
-    assert "changed since: max_steps from 1 to 2; max_norm from 1.0 to 0.5" in capsys.readouterr().out
+    changed = settings(
+        max_steps=2, resume=True, max_norm=0.5, gradient_checkpointing=True, optim={"lr": 1e-4, "eps": 1e-6},
+        log_freq=3, num_ckpt_keep=None,
+    )  # fmt: skip
+    monkeypatch.setattr(running, "version", lambda name: f"{name} 9")
+    running.run(changed, default_registry(), Console(width=1000))
+    shown = capsys.readouterr().out
+    for part in (
+        "max_steps from 1 to 2", "max_norm from 1.0 to 0.5", "gradient_checkpointing from False to True",
+        "optim.lr from 0.001 to 0.0001", "log_freq from 1 to 3", "num_ckpt_keep from 3 to None", "to 'torch 9'",
+    ):  # fmt: skip
+        assert part in shown, shown
+    assert "eps from" not in shown
+    assert "resume from" not in shown
+
+
+def test_a_run_resumed_as_it_was_says_nothing_of_changes(train, settings, capsys):
+    train(max_steps=2, ckpt_freq=1, num_ckpt_keep=None)
+    running.run(settings(max_steps=2, ckpt_freq=1, num_ckpt_keep=None, resume=True), default_registry(), Console())
+    assert "changed since" not in capsys.readouterr().out
 
 
 def test_going_on_from_an_older_checkpoint_replaces_the_newer_ones(train, tmp_path):

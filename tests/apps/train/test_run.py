@@ -238,6 +238,19 @@ def test_merged_weights_are_a_moshi_and_the_blocks_belong_to_it(train, settings,
         load_adapter(base, outcome.checkpoint / "adapter")
 
 
+@pytest.mark.parametrize(
+    ("changes", "lacking"),
+    [({"lora": LORA}, True), ({"full_finetuning": True}, True), ({"lora": LORA, "ttt": []}, False), ({}, False)],
+)
+def test_consolidated_weights_say_that_they_lack_the_blocks(settings, tmp_path, capsys, changes, lacking):
+    running.run(settings(max_steps=1, **changes), default_registry(), Console(width=500))
+    note = tmp_path / "run" / "checkpoints" / "checkpoint_000001" / "consolidated" / "README.txt"
+    assert note.is_file() is lacking
+    assert ("does not hold the test-time-training blocks" in capsys.readouterr().out) is lacking
+    if lacking:
+        assert "adapter/" in note.read_text()
+
+
 def own_config(checkpoint: Path) -> dict:
     config = json.loads((checkpoint / "consolidated" / "config.json").read_text())
     for name in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "model_type", "lm_gen_config"):
