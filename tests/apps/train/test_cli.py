@@ -24,7 +24,7 @@ def test_train_says_what_it_trains_and_where_it_saved(cli, config, tmp_path):
     assert result.exit_code == 0, result.said
     for part in (
         "builtin:tiny; blocks: layers.1.sequence (ttt_linear); 1 rank(s) on cpu", "│ ttt", "│ gates", "│ frozen",
-        "3 recordings", "11 segments", "step 2: text", "Done: 2 steps; checkpoint:", "checkpoint_000002",
+        "3 recordings", "11 segments", "step 2/2: text", "Done: 2 steps; checkpoint:", "checkpoint_000002",
     ):  # fmt: skip
         assert part in result.said
     assert len(records(tmp_path / "run")) == 2

@@ -144,7 +144,7 @@ def test_every_other_option_is_pointed_out(train, settings, capsys, monkeypatch)
         "optim.lr from 0.001 to 0.0001", "log_freq from 1 to 3", "num_ckpt_keep from 3 to None", "to 'torch 9'",
     ):  # fmt: skip
         assert part in shown, shown
-    assert "eps from" not in shown
+    assert "optim.eps" not in shown
     assert "resume from" not in shown
 
 
