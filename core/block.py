@@ -212,6 +212,8 @@ class SequenceBlock(nn.Module, ABC):
             state = self.init_state(tokens.shape[0], tokens.device)
         elif state is not None and context.reset is not None:
             state = states.where_rows(context.reset, self.init_state(tokens.shape[0], tokens.device), state)
+        if state is not None:
+            state = states.contiguous(state)
         with self._without_autocast(tokens):
             y, after = self.compute(tokens, state, context)
         if context.exec_mask is not None and state is not None and after:

@@ -40,6 +40,15 @@ def clone(state: Mapping[str, Tensor]) -> BlockState:
     return map_state(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format), state)
 
 
+def contiguous(state: Mapping[str, Tensor]) -> BlockState:
+    """The same values, each tensor contiguous; what is so already is the same tensor, and gradients flow on.
+
+    A matrix product over other strides may round differently, and on some CPUs does. So a call computes on one layout,
+    whether its state was expanded from the learned initial one, chosen row by row, or streamed into buffers.
+    """
+    return map_state(Tensor.contiguous, state)
+
+
 def without_views(state: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> BlockState:
     """The same values, with storage of its own where a tensor is a view of a parameter; gradients flow on.
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moshi_ttt.core import state as states
-from moshi_ttt.core.block import SequenceBlock
+from moshi_ttt.core.block import BlockContext, SequenceBlock
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.core.testing.case import (
     BlockCase,
@@ -218,6 +218,57 @@ def check_reset(case: BlockCase) -> None:
         y, _ = case.call(block, x, untouched, reset=torch.ones(x.shape[0], dtype=torch.bool))
         expected, _ = case.call(block, x, block.init_state(x.shape[0]))
     assert_equal(y, expected, "a reset in the context, against a fresh stream")
+
+
+def check_layouts(case: BlockCase) -> None:
+    """Equal values laid out otherwise in memory give equal results.
+
+    A call computes on one layout of the state, whatever it was given, so states that differ in layout alone give
+    bit-equal results: what starts from an expanded initial state and what was reset row by row compute the same. On the
+    developer's CPU a product over other strides may well round alike; the layout that ``compute`` sees does not depend
+    on the CPU. Activations laid out otherwise give results within the tolerance.
+    """
+    block, x = case.block(), case.inputs(case.chunk + 2)
+    with torch.no_grad():
+        expected, final = case.call(block, x)
+        for name, given in layouts(x).items():
+            y, after = case.call(block, given)
+            assert_close(y, expected, case.tolerance, f"activations {name}")
+            assert_states_close(after, final, case.tolerance, f"activations {name}")
+        if not case.causal:
+            return
+        seen: list[dict[str, tuple[int, ...]]] = []
+        compute = block.compute
+
+        def recording(x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
+            seen.append({name: tensor.stride() for name, tensor in (state or {}).items()})
+            return compute(x, state, context)
+
+        block.compute = recording  # type: ignore[method-assign]
+        rows = x.shape[0]
+        _, used = case.call(block, x, block.init_state(rows))
+        everyone = torch.ones(rows, dtype=torch.bool)
+        fresh, _ = case.call(block, x, block.init_state(rows))
+        reset, _ = case.call(block, x, used, reset=everyone)
+        assert_equal(reset, fresh, "a reset in the context, against a fresh stream")
+        for name in ("expanded", "contiguous", "transposed"):
+            state = {key: layouts(tensor).get(name, tensor) for key, tensor in block.init_state(rows).items()}
+            y, _ = case.call(block, x, state)
+            assert_equal(y, fresh, f"a state laid out {name}")
+    strides = {tuple(sorted(each.items())) for each in seen}
+    assert len(strides) == 1, f"compute saw the same state in several memory layouts: {strides}"
+
+
+def layouts(tensor: Tensor) -> dict[str, Tensor]:
+    """The values of ``tensor [B, ...]`` laid out in memory in other ways, by the name of each."""
+    storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    offset = storage[1:].view(tensor.shape).copy_(tensor)
+    found = {"contiguous": tensor.clone(memory_format=torch.contiguous_format), "offset by one element": offset}
+    if tensor.dim() > 1:
+        found["transposed"] = tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if torch.equal(tensor, tensor[:1].expand_as(tensor)):
+        found["expanded"] = tensor[:1].clone().expand_as(tensor)
+    return found
 
 
 def check_updates_off(case: BlockCase) -> None:

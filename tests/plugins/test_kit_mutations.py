@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -90,6 +91,14 @@ class ReadsOnHost(TTTLinear):
         if int(state["position"][0]) >= 0:
             return super().step(x, state, context)
         return x
+
+
+class KeepsLayout(TTTLinear):
+    """A call computes on the state as it lies in memory: expanded, or contiguous after a reset."""
+
+    def forward(self, x, state=None, context=None):
+        with mock.patch("moshi_ttt.core.state.contiguous", dict):
+            return super().forward(x, state, context)
 
 
 class DropsTail(TTTLinear):
@@ -243,6 +252,7 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     ForgetsMask: {kit.check_exec_mask},
     ResetsToZero: {kit.check_reset},
     ReadsOnHost: {kit.check_no_host_read},
+    KeepsLayout: {kit.check_layouts},
     DropsTail: {kit.check_splits},
     DeadParameter: {kit.check_trainable_set},
     DetachedGate: {kit.check_gradients_numerically},
