@@ -6,8 +6,9 @@ A file is safetensors: ``in.*`` inputs, ``out.*`` results, ``grad.X`` the gradie
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.registry import Registry
-from moshi_ttt.core.verification import Verifier
+from moshi_ttt.core.verification import Verifier, metadata_problems, tensor_problems
 
 FLOAT32_TOLERANCE = 1e-4
+CHECKSUMS = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,18 @@ class Comparison:
 
 @dataclass(frozen=True)
 class FileReport:
-    """All comparisons of one file; none means that no verifier takes it."""
+    """All comparisons of one file. With ``problems`` the file is not what it should be, and nothing was compared;
+    without either, no verifier takes it.
+    """
 
     file: Path
     metadata: Mapping[str, str]
     comparisons: tuple[Comparison, ...]
+    problems: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        return bool(self.comparisons) and all(comparison.passed for comparison in self.comparisons)
+        return not self.problems and bool(self.comparisons) and all(each.passed for each in self.comparisons)
 
 
 def expand(paths: Iterable[Path]) -> list[Path]:
@@ -72,14 +77,51 @@ def expand(paths: Iterable[Path]) -> list[Path]:
 
 
 def verify_file(path: Path, registry: Registry) -> FileReport:
-    """Run every verifier that accepts the file, in float64 and float32. Raises ConfigError for an unreadable file."""
+    """Run every verifier that accepts the file, in float64 and float32. Raises ConfigError for an unreadable file.
+
+    A file that lacks something its operation has, or has something else, is not compared: its report says what.
+    """
     tensors, metadata = _read(path)
+    verifiers = [
+        (name, verifier)
+        for name, verifier in zip(registry.names("verifier"), registry.verifiers(), strict=True)
+        if verifier.operation == metadata["op"]
+    ]
+    problems = list(_problems(path, tensors, metadata, [verifier for _, verifier in verifiers]))
     comparisons: list[Comparison] = []
-    for name, verifier in zip(registry.names("verifier"), registry.verifiers(), strict=True):
+    for name, verifier in verifiers if not problems else ():
         if verifier.accepts(metadata):
             for dtype in (torch.float64, torch.float32):
                 comparisons += _compare(path, name, verifier, tensors, metadata, dtype)
-    return FileReport(path, metadata, tuple(comparisons))
+    return FileReport(path, metadata, tuple(comparisons), tuple(problems))
+
+
+def _problems(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], verifiers: Sequence[Verifier]
+) -> Iterator[str]:
+    """What is wrong with a file, before anything is computed from it; a checksum beside it sees every change."""
+    yield from _checksum_problems(path)
+    wrong: dict[str, None] = {}  # each once, in order: verifiers of one operation share its schema
+    for verifier in verifiers:
+        found = metadata_problems(verifier.metadata(), metadata)
+        found = found or list(tensor_problems(verifier.schema(metadata, frozenset(tensors)), tensors))
+        wrong |= dict.fromkeys(found)
+    yield from wrong
+
+
+def _checksum_problems(path: Path) -> Iterator[str]:
+    """Whether the file is the one that ``SHA256SUMS`` in its folder (as ``sha256sum`` writes it) names, if it does."""
+    try:
+        lines = (path.parent / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        yield f"{CHECKSUMS} beside it cannot be read: {error}"
+        return
+    for line in lines:
+        digest, _, name = line.partition("  ")
+        if name == path.name and digest != hashlib.sha256(path.read_bytes()).hexdigest():
+            yield f"its checksum is not the one in {CHECKSUMS}: the file was changed or damaged"
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -89,8 +131,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} cannot be read as safetensors: {error}.") from None
-    if "op" not in metadata or "out.y" not in tensors:
-        raise ConfigError(f"{path} is not a file of reference vectors: it needs metadata 'op' and a tensor 'out.y'.")
+    if "op" not in metadata:
+        raise ConfigError(f"{path} is not a file of reference vectors: it has no metadata 'op'.")
     return tensors, metadata
 
 
@@ -104,16 +146,19 @@ def _compare(
 ) -> list[Comparison]:
     tolerance = verifier.tolerance(metadata) if dtype == torch.float64 else FLOAT32_TOLERANCE
     inputs = {key.removeprefix("in."): t.to(dtype) for key, t in tensors.items() if key.startswith("in.")}
-    cotangent = inputs.pop("cotangent", None)
+    cotangent = inputs.pop("cotangent")
     wanted = [key.removeprefix("grad.") for key in tensors if key.startswith("grad.")]
-    differentiate = verifier.differentiable and cotangent is not None
+    differentiate = verifier.differentiable
     if differentiate:
         inputs = {key: t.clone().requires_grad_(key in wanted) for key, t in inputs.items()}
     outputs = verifier.run(inputs, metadata)
     produced: dict[str, Tensor | None] = {f"out.{key}": value for key, value in outputs.items()}
-    if differentiate and cotangent is not None:
+    if differentiate:
         (outputs["y"] * cotangent).sum().backward()
-        produced |= {f"grad.{key}": inputs[key].grad for key in wanted}
+        for key in wanted:
+            # No path to y, as from an update that nothing follows: the gradient is zero.
+            grad = inputs[key].grad
+            produced[f"grad.{key}"] = torch.zeros_like(inputs[key]) if grad is None else grad
     expected = {k: t for k, t in tensors.items() if k.startswith("out.") or (k.startswith("grad.") and differentiate)}
     return [
         _measure(path, name, dtype, key, produced.get(key), tensor, tolerance)
@@ -136,6 +181,11 @@ def render(report: FileReport, *, every: bool = False) -> RenderableType:
     """A table of one file: a line per verifier and dtype with its worst output, or all of them."""
     operation = ", ".join(f"{key} {value}" for key, value in sorted(report.metadata.items()))
     table = Table(title=report.file.name, caption=operation, title_justify="left", caption_justify="left")
+    if report.problems:
+        return Text.assemble(
+            (f"{report.file.name}: ", "bold"), ("FAIL", "bold red"), f" {'; '.join(report.problems)}. See the format "
+            "in docs/reference_vectors.md.",
+        )  # fmt: skip
     if not report.comparisons:
         return Text.assemble(
             (f"{report.file.name}: ", "bold"), ("FAIL", "bold red"),
@@ -169,11 +219,14 @@ def worst(comparisons: Iterable[Comparison]) -> list[Comparison]:
 def summary(reports: Sequence[FileReport]) -> Text:
     """One line for all files."""
     comparisons = [comparison for report in reports for comparison in report.comparisons]
-    good, untaken = sum(report.passed for report in reports), sum(not report.comparisons for report in reports)
+    good, damaged = sum(report.passed for report in reports), sum(bool(report.problems) for report in reports)
+    untaken = sum(not report.comparisons and not report.problems for report in reports)
     text = (
         f"{good} of {len(reports)} files pass; "
         f"{sum(c.passed for c in comparisons)} of {len(comparisons)} comparisons within tolerance"
     )
+    if damaged:
+        text += f"; {damaged} not as their operation asks"
     if untaken:
         text += f"; {untaken} taken by no verifier"
     return Text(text + ". error = max|a-b| / max(1, max|b|).", style="green" if good == len(reports) else "red")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,27 +11,87 @@ from torch import Tensor
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.precision import FP32_STATE
 from moshi_ttt.core.state import BlockState, clone
-from moshi_ttt.core.verification import Verifier
+from moshi_ttt.core.verification import Kind, Shape, VectorSchema, Verifier
 from moshi_ttt.plugins.common import hybrid, inner_loop, reference
+
+INNER_LOOP: Mapping[str, Kind] = {
+    "chunk_size": "count", "layers": "count", "causal": "flag", "norm_eps": "number", "activation": "text",
+}  # fmt: skip
+HYBRID: Mapping[str, Kind] = {
+    **INNER_LOOP, "num_heads": "count", "base_lr": "number", "rope_theta": "number", "target_eps": "number",
+    "post_norm_eps": "number",
+}  # fmt: skip
+
+
+def _widths(layers: int) -> list[str]:
+    """Names of the widths of a fast network: the head's at both ends, one for each hidden layer between them."""
+    return ["D", *(f"hidden {i}" for i in range(1, layers)), "D"]
+
+
+def _fast_shapes(layers: int, batch: tuple[str, ...] = ()) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {}
+    for i, (fan_in, fan_out) in enumerate(pairwise(_widths(layers))):
+        shapes[f"weight.{i}"] = (*batch, "H", fan_in, fan_out)
+        shapes[f"bias.{i}"] = (*batch, "H", 1, fan_out)
+    return shapes
 
 
 class _FastNetworkVerifier(Verifier):
     """For fast networks of ``layers`` layers, or of ``at_least`` so many. Forms differ in how they compute the same."""
-
-    operation: ClassVar[str]
 
     def __init__(self, *, layers: int | None = None, at_least: int = 1) -> None:
         self.layers = layers
         self.at_least = at_least
 
     def accepts(self, metadata: Mapping[str, str]) -> bool:
-        if metadata.get("op") != self.operation or metadata.get("activation") != "gelu_tanh":
-            return False
-        given = metadata.get("layers", "")
-        return given.isdecimal() and int(given) >= self.at_least and self.layers in (None, int(given))
+        given = int(metadata["layers"])
+        fits = given >= self.at_least and self.layers in (None, given)
+        return fits and metadata["activation"] == "gelu_tanh"
 
     def tolerance(self, metadata: Mapping[str, str]) -> float:
-        return 1e-9 if metadata["layers"] == "1" else 1e-8
+        return 1e-9
+
+
+class _InnerLoopVerifier(_FastNetworkVerifier):
+    operation = "inner_loop"
+
+    def metadata(self) -> Mapping[str, Kind]:
+        return INNER_LOOP
+
+    def schema(self, metadata: Mapping[str, str], names: frozenset[str]) -> VectorSchema:
+        layers, tokens = int(metadata["layers"]), ("B", "H", "T", "D")
+        inputs: dict[str, Shape] = {
+            **dict.fromkeys("qkv", tokens), "lr": ("B", "H", "T"), "token_scale": ("C",), "norm_weight": ("H", "D"),
+            "norm_bias": ("H", "D"), **_fast_shapes(layers),
+        }  # fmt: skip
+        return VectorSchema(
+            metadata=INNER_LOOP, inputs=inputs, outputs={"y": tokens, **_fast_shapes(layers, ("B",))},
+            sizes={"C": int(metadata["chunk_size"])},
+        )  # fmt: skip
+
+
+class _HybridVerifier(_FastNetworkVerifier):
+    operation = "hybrid"
+
+    def metadata(self) -> Mapping[str, Kind]:
+        return HYBRID
+
+    def schema(self, metadata: Mapping[str, str], names: frozenset[str]) -> VectorSchema:
+        layers, tokens = int(metadata["layers"]), ("B", "H", "T", "D")
+        linears: dict[str, Shape] = {}
+        for name in ("wq", "wk", "wv", "wo"):
+            linears |= {f"{name}.weight": ("H*D", "H*D"), f"{name}.bias": ("H*D",)}
+        inputs: dict[str, Shape] = {
+            "norm_weight": ("H", "D"), "norm_bias": ("H", "D"), "x": ("B", "T", "H*D"), **linears,
+            "lr_weight": ("H", 1, "H*D"), "lr_bias": ("H", 1),
+            "post_norm.weight": ("H*D",), "post_norm.bias": ("H*D",), "token_scale": ("C",),
+            "alpha": ("H*D",), **_fast_shapes(layers),
+        }  # fmt: skip
+        return VectorSchema(
+            metadata=HYBRID, inputs=inputs, outputs={"y": ("B", "T", "H*D"), **dict.fromkeys("qkv", tokens)},
+            sizes={"C": int(metadata["chunk_size"]), "H": int(metadata["num_heads"])},
+            without_gradient=frozenset({"token_scale"}),
+        )  # fmt: skip
 
 
 def _fast(inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -43,10 +103,8 @@ def _final(state: BlockState) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name.startswith(("weight.", "bias."))}
 
 
-class Reference(_FastNetworkVerifier):
+class Reference(_InnerLoopVerifier):
     """The inner loop, token by token from the definition."""
-
-    operation = "inner_loop"
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         weights, biases = _fast(inputs, metadata)
@@ -73,10 +131,8 @@ def _per_head(y: Tensor, heads: int) -> Tensor:
     return y.view(*y.shape[:2], heads, -1).transpose(1, 2)
 
 
-class Chunked(_FastNetworkVerifier):
+class Chunked(_InnerLoopVerifier):
     """The inner loop in its dual form: what training runs."""
-
-    operation = "inner_loop"
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         batch, heads, length, _ = inputs["q"].shape
@@ -92,14 +148,13 @@ class Chunked(_FastNetworkVerifier):
         return {"y": _per_head(y, heads), **_final(state)}
 
 
-class Streamed(_FastNetworkVerifier):
+class Streamed(_InnerLoopVerifier):
     """The inner loop token by token with a state updated in place: what streaming runs. No gradients, causal only."""
 
-    operation = "inner_loop"
     differentiable = False
 
     def accepts(self, metadata: Mapping[str, str]) -> bool:
-        return super().accepts(metadata) and metadata.get("causal") == "true"
+        return super().accepts(metadata) and metadata["causal"] == "true"
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         batch, heads, length, _ = inputs["q"].shape
@@ -111,10 +166,8 @@ class Streamed(_FastNetworkVerifier):
         return {"y": _per_head(torch.cat(outputs, dim=1), heads), **_final(state)}
 
 
-class HybridReference(_FastNetworkVerifier):
+class HybridReference(_HybridVerifier):
     """The hybrid layer from its definition."""
-
-    operation = "hybrid"
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         given = dict(inputs)
@@ -135,10 +188,8 @@ class HybridReference(_FastNetworkVerifier):
         }  # fmt: skip
 
 
-class Hybrid(_FastNetworkVerifier):
+class Hybrid(_HybridVerifier):
     """The hybrid layer by the functions the block is made of."""
-
-    operation = "hybrid"
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         x = inputs["x"]

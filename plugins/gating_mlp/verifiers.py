@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.core.format import ChunkLayout
-from moshi_ttt.core.verification import Verifier
+from moshi_ttt.core.verification import Kind, Shape, VectorSchema, Verifier
 from moshi_ttt.plugins.gating_mlp import ops, reference
 from moshi_ttt.plugins.gating_mlp.gram import gram
 from moshi_ttt.plugins.gating_mlp.memory import Memory
@@ -18,9 +18,30 @@ from moshi_ttt.plugins.gating_mlp.streaming import Stepper
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
+METADATA: Mapping[str, Kind] = {
+    "chunk_size": "count", "learning_rate": "number", "conv_kernel_size": "count", "activation": "text",
+}  # fmt: skip
+
+
 class _InPlace(Verifier):
+    operation = "in_place"
+
+    def metadata(self) -> Mapping[str, Kind]:
+        return METADATA
+
+    def schema(self, metadata: Mapping[str, str], names: frozenset[str]) -> VectorSchema:
+        tokens = ("B", "T", "d")
+        inputs: dict[str, Shape] = {
+            "x": tokens, "target": tokens, "linear_out": ("d", "h"), "linear_in": ("2*h", "d"), "conv": ("d", 1, "K"),
+        }  # fmt: skip
+        if names & {"in.proj", "grad.proj"}:  # without either, the projection is the identity
+            inputs["proj"] = ("d", "d")
+        return VectorSchema(
+            metadata=METADATA, inputs=inputs, outputs={"y": tokens}, sizes={"K": int(metadata["conv_kernel_size"])}
+        )
+
     def accepts(self, metadata: Mapping[str, str]) -> bool:
-        return metadata.get("op") == "in_place" and metadata.get("activation") in ACTIVATIONS
+        return metadata["activation"] in ACTIVATIONS
 
     def tolerance(self, metadata: Mapping[str, str]) -> float:
         return 1e-9
