@@ -8,7 +8,8 @@ both ways and checks everything before the model is touched. Saving is atomic: t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from moshi_ttt.core.config import BlockConfig
 from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import AdapterError, ConfigError, MoshiTTTError, PluginError
 from moshi_ttt.core.injection import Injection, Plan, PlannedBlock, make_plan
+from moshi_ttt.core.registrar import RUNTIME, Provenance
 from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.core.sharding import assign, whole
 
@@ -83,7 +85,7 @@ def collect_adapter(
         AdapterError: the injection was removed, or its inner learning rate is in mid-schedule.
     """
     planned = [block.site for block in injection.plan.blocks]
-    if list(injection.blocks) != planned:
+    if set(injection.blocks) != set(planned):  # a host lists the sites of a layer in its own order
         raise AdapterError(
             f"The model has blocks at {', '.join(map(str, injection.blocks)) or 'no site'}, this injection made "
             f"{', '.join(map(str, planned)) or 'none'}: it was removed, or another took its place. Nothing was saved."
@@ -95,7 +97,7 @@ def collect_adapter(
             "keep: whoever loads it would compute something else. Call injection.set_inner_lr_factor(1) when the "
             "schedule has ended. Nothing was saved."
         )
-    tensors = {name: _copy(parameter) for name, parameter in injection.named_parameters()}
+    tensors = {name: _copy(tensor) for name, tensor in _own_tensors(injection).items()}
     others = injection.host.extra_parameters(injection.model) if extra else {}
     tensors |= {EXTRA + name: _copy(parameter) for name, parameter in others.items()}
     manifest = {
@@ -135,9 +137,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | N
                 f"{present}. Load the adapter into the base model alone: it brings what it needs."
             )
         entries = [_parse_site(entry, registry) for entry in manifest["sites"]]
+        _check_provenance(folder, manifest["sites"], registry)
         policy = registry.policy(manifest["precision"])
         plan = make_plan(model, host, entries, policy=policy, registry=registry, seed=manifest["seed"])
-        if [str(block.site) for block in plan.blocks] != [entry["site"] for entry in manifest["sites"]]:
+        if sorted(str(block.site) for block in plan.blocks) != sorted(entry["site"] for entry in manifest["sites"]):
             raise AdapterError(f"{folder}: the sites in {MANIFEST} are not those that its blocks take.")
     except AdapterError:
         raise
@@ -157,8 +160,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | N
         if isinstance(error, MoshiTTTError):
             raise
         raise AdapterError(f"{folder}: it does not fit this model. {error}") from error
-    for name, parameter in injection.named_parameters():
-        assign(parameter, tensors[name])
+    for name, tensor in _own_tensors(injection).items():
+        assign(tensor, tensors[name])
     for name, parameter in extra.items():
         assign(parameter, tensors[EXTRA + name])
     injection.check_precision("load")
@@ -187,7 +190,7 @@ def adapter_entries(folder: str | Path) -> dict[str, Any]:
     return {"precision": manifest["precision"], "ttt": entries}
 
 
-def fill_from_adapter(injection: Injection, folder: str | Path) -> list[str]:
+def fill_from_adapter(injection: Injection, folder: str | Path, *, registry: Registry | None = None) -> list[str]:
     """Give the blocks of a model, sharded or not, the values of an adapter; every rank calls this.
 
     The adapter's blocks must be those of the model: the same sites and variants, and parameters of the same names,
@@ -203,7 +206,11 @@ def fill_from_adapter(injection: Injection, folder: str | Path) -> list[str]:
     folder, host, model = Path(folder), injection.host, injection.model
     manifest = read_manifest(folder)
     _check_fingerprint(folder, manifest["fingerprint"], host.fingerprint(model))
-    saved = {str(entry["site"]): entry["config"] for entry in manifest["sites"]}
+    try:
+        _check_provenance(folder, manifest["sites"], registry or default_registry())
+        saved = {str(entry["site"]): entry["config"] for entry in manifest["sites"]}
+    except (ConfigError, PluginError, KeyError, TypeError) as error:
+        raise AdapterError(f"{folder}: it does not fit this installation. {error}") from error
     planned = {str(block.site): block for block in injection.plan.blocks}
     have = {site: block.variant.name for site, block in planned.items()}
     given = {site: config["variant"] for site, config in saved.items()}
@@ -221,8 +228,8 @@ def fill_from_adapter(injection: Injection, folder: str | Path) -> list[str]:
     extra = host.extra_parameters(model) if beside else {}
     tensors = _read_tensors(folder / TENSORS)
     _check_tensors(folder, injection.plan, extra, tensors)
-    for name, parameter in [*injection.named_parameters(), *((EXTRA + name, p) for name, p in extra.items())]:
-        assign(parameter, tensors[name])
+    for name, tensor in {**_own_tensors(injection), **{EXTRA + name: p for name, p in extra.items()}}.items():
+        assign(tensor, tensors[name])
     notes = []
     for site, block in planned.items():
         now = block.config.model_dump(mode="json", exclude={"layers"})
@@ -298,6 +305,47 @@ def _describe(planned: PlannedBlock) -> dict[str, Any]:
     }
 
 
+def _own_tensors(injection: Injection) -> dict[str, Tensor]:
+    """What an adapter holds of the blocks: parameters, which may be sharded, and persistent buffers."""
+    try:
+        return {**dict(injection.named_parameters()), **dict(injection.named_buffers())}
+    except ConfigError as error:
+        raise AdapterError(f"{error} Nothing was saved.") from error
+
+
+def _check_provenance(folder: Path, sites: Iterable[Mapping[str, Any]], registry: Registry) -> None:
+    """Raise AdapterError where a variant of the name is installed, and is not what the adapter was trained with.
+
+    A variant registered at run time is what the caller says it is: it is accepted with a warning.
+    """
+    for entry in sites:
+        name, here = entry["config"]["variant"], registry.block(entry["config"]["variant"]).provenance
+        made = Provenance(entry["plugin"], entry["distribution"], entry["version"])
+        if RUNTIME.distribution in (made.distribution, here.distribution):
+            if made.distribution != here.distribution:
+                warnings.warn(
+                    f"{folder}: {entry['site']} was trained with {name!r} of {made}, and here it is of {here}. It is "
+                    "taken for the same.",
+                    stacklevel=3,
+                )
+        elif made.distribution != here.distribution:
+            raise AdapterError(
+                f"{folder}: {entry['site']} was trained with {name!r} of {made}, and the {name!r} that is installed is "
+                f"of {here}, another distribution. Install {made.distribution}, and uninstall {here.distribution} or "
+                "leave it out by MOSHI_TTT_PLUGINS. The model was not touched."
+            )
+        elif _major(made.version) != _major(here.version):
+            raise AdapterError(
+                f"{folder}: {entry['site']} was trained with {name!r} of {made}, and version {here.version} is "
+                f"installed: another major version may compute something else. Install "
+                f"{made.distribution}=={_major(made.version)}.*. The model was not touched."
+            )
+
+
+def _major(version: str) -> str:
+    return str(version).lstrip("v").partition(".")[0]
+
+
 def _copy(parameter: Tensor) -> Tensor:
     return whole(parameter).detach().cpu().contiguous().clone()
 
@@ -329,7 +377,8 @@ def _check_tensors(folder: Path, plan: Plan, extra: Mapping[str, nn.Parameter], 
     expected: dict[str, Tensor] = {EXTRA + name: parameter for name, parameter in extra.items()}
     for planned in plan.blocks:
         trial = planned.variant.factory(planned.config, planned.info.on(torch.device("meta")), planned.roles)
-        expected |= {f"{planned.site}.{name}": parameter for name, parameter in trial.named_parameters()}
+        own: dict[str, Tensor] = {**dict(trial.named_parameters()), **trial.persistent_buffers()}
+        expected |= {f"{planned.site}.{name}": tensor for name, tensor in own.items()}
     problems = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - expected.keys())]
     for name in sorted(expected.keys() & tensors.keys()):

@@ -164,7 +164,7 @@ class SequenceBlock(nn.Module, ABC):
 
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Fill every parameter with its initial value, drawing from ``generator`` (a CPU generator).
+        """Fill every parameter and persistent buffer with its initial value, drawing from ``generator`` (on the CPU).
 
         Write with ``core.sharding.assign``, which knows what to do when the parameter is sharded.
         """
@@ -258,6 +258,22 @@ class SequenceBlock(nn.Module, ABC):
             moved = moved + (state[name].double() - first).square().flatten(1).sum(1)
             size = size + first.square().sum()
         return (moved / size.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+
+    def persistent_buffers(self) -> dict[str, Tensor]:
+        """The buffers that belong to the trained block, by name: adapters and checkpoints hold them.
+
+        They are whole on every rank. A block that changes them in training keeps them equal on all ranks. Raises
+        ConfigError for state that is no tensor (``get_extra_state``), which neither can hold.
+        """
+        known = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        saved = self.state_dict().keys() - known
+        found = {name: buffer for name, buffer in self.named_buffers(remove_duplicate=False) if name in saved}
+        if lost := sorted(saved - found.keys()):
+            raise ConfigError(
+                f"{type(self).__name__} at {self.info.site} keeps {', '.join(lost)}, which is neither a parameter nor "
+                "a buffer, and an adapter cannot hold it. Register it as a persistent buffer."
+            )
+        return found
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """The trained parameters that decide how much of the block is heard: training may give them their own rate."""

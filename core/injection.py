@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo
 from moshi_ttt.core.config import BlockConfig, TTTConfig
@@ -124,6 +124,12 @@ class Injection:
         """The blocks' parameters: what an optimizer for training the blocks alone gets."""
         for _, parameter in self.named_parameters():
             yield parameter
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The blocks' persistent buffers: ``layers.3.sequence.NAME`` and buffer. Raises as ``persistent_buffers``."""
+        for site, block in self.blocks.items():
+            for name, buffer in block.persistent_buffers().items():
+                yield f"{site}.{name}", buffer
 
     def freeze_base(self) -> None:
         """Make the blocks' parameters the only ones that require gradients."""

@@ -239,7 +239,7 @@ def load(trainer: Trainer, folder: Path, position: Mapping[str, Any]) -> None:
     except Exception as error:
         raise _damaged(folder, f"{type(error).__name__}: {error}") from error
     wanted = _parameters(trainer)
-    saved = {key for key in stored if key.startswith(("model/", "optimizer/"))}
+    saved = {key for key in stored if key.startswith(("model/", "optimizer/", "buffer/"))}
     if wanted.keys() != saved:
         apart = sorted(wanted.keys() ^ saved)
         raise CheckpointError(f"{folder} is of a run that trained other parameters: {', '.join(apart[:6])}, ...")
@@ -268,6 +268,8 @@ def _parameters(trainer: Trainer) -> dict[str, Tensor]:
         found[f"model/{name}"] = parameter.detach()
         for key, value in trainer.optimizer.state[parameter].items():
             found[f"optimizer/{name}/{key}"] = value
+    for name, buffer in trainer.trained.injection.named_buffers():
+        found[f"buffer/{name}"] = buffer
     return found
 
 

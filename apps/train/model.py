@@ -118,7 +118,7 @@ def build(
     lora.initialise_lora(built.model, settings.run.seed)
     built.injection.initialise()
     if settings.run.adapter is not None and not resumed:
-        notes = fill_from_adapter(built.injection, find_adapter(settings.run.adapter))
+        notes = fill_from_adapter(built.injection, find_adapter(settings.run.adapter), registry=registry)
         built = replace(built, notes=tuple(notes))
     built.injection.check_precision("initialised")
     check_trained(built, settings)

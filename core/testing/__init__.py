@@ -19,6 +19,7 @@ from moshi_ttt.core.registry import Registry
 from moshi_ttt.core.testing.case import BlockCase, Shape, default_cases, error
 from moshi_ttt.core.testing.checks_lifecycle import (
     check_adapter_round_trip,
+    check_buffers,
     check_config_keys,
     check_dtypes,
     check_plan_figures,
@@ -79,6 +80,7 @@ CHECKS: tuple[Check, ...] = (
     check_gradients_numerically,
     check_plan_figures,
     check_adapter_round_trip,
+    check_buffers,
     check_config_keys,
     check_dtypes,
 )

@@ -15,7 +15,7 @@ from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.core.config import BlockConfig
 from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import MoshiTTTError
-from moshi_ttt.core.injection import Injection, Plan, make_plan
+from moshi_ttt.core.injection import Injection, Plan, initialise_blocks, make_plan
 from moshi_ttt.core.testing.case import BlockCase, assert_equal
 from moshi_ttt.core.testing.toy_host import TOY_HOST, ToyHost, ToyModel, toy_registry
 
@@ -79,6 +79,29 @@ def check_adapter_round_trip(case: BlockCase) -> None:
         assert_equal(parameter.detach(), saved[name].detach(), f"{name} after loading")
     with torch.no_grad():
         assert_equal(other(x), expected, "the model after loading")
+
+
+def check_buffers(case: BlockCase) -> None:
+    """Persistent buffers get values from ``reset_parameters``, and survive saving and loading with their dtypes."""
+    fresh, late = _model(case), _model(case)
+    first = _plan(case, fresh).apply(fresh)
+    block = next(iter(_plan(case, late).apply(late).blocks.values()))
+    with torch.no_grad():
+        for tensor in (*block.parameters(), *block.persistent_buffers().values()):
+            tensor.copy_(torch.full_like(tensor, 1))  # what a build on the meta device leaves undefined
+    initialise_blocks({next(iter(first.blocks)): block}, first.plan.seed)
+    for name, buffer in next(iter(first.blocks.values())).persistent_buffers().items():
+        assert_equal(block.persistent_buffers()[name], buffer, f"buffer {name!r} after reset_parameters")
+    for _, buffer in first.named_buffers():
+        buffer.copy_(buffer + torch.ones_like(buffer))
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(first, Path(folder) / "adapter")
+        registry = toy_registry(case.registry, causal=case.causal)
+        loaded = load_adapter(_model(case), Path(folder) / "adapter", registry=registry)
+    have = dict(loaded.named_buffers())
+    for name, buffer in first.named_buffers():
+        assert have[name].dtype == buffer.dtype, f"buffer {name}: {have[name].dtype} after loading"
+        assert_equal(have[name], buffer, f"buffer {name} after loading")
 
 
 def check_config_keys(case: BlockCase) -> None:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moshi_ttt.core.adapter import MANIFEST, TENSORS, load_adapter, read_manifest, save_adapter
+from moshi_ttt.core.adapter import MANIFEST, TENSORS, fill_from_adapter, load_adapter, read_manifest, save_adapter
+from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import AdapterError, MoshiTTTError
 from moshi_ttt.core.injection import Injection, make_plan
 from moshi_ttt.core.precision import FP32_STATE, UNIFORM, PrecisionPolicy
-from moshi_ttt.core.registry import Registry
+from moshi_ttt.core.registry import Registry, default_registry
 from tests.core.test_injection import Untouched
 from tests.core.toy import AnyNameConfig, Gate, ToyBlock, ToyConfig, ToyModel, toy_registry
 
@@ -44,6 +45,139 @@ def injected(
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# ---- buffers, sites of one layer, who made the variant
+
+
+class WithBuffers(ToyBlock):
+    """A block with persistent buffers of several dtypes, and one that is not persistent."""
+
+    def __init__(self, config, info, roles):
+        super().__init__(config, info, roles)
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.int64, device=info.device))
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.bfloat16, device=info.device))
+        self.register_buffer("cache", torch.zeros(1, device=info.device), persistent=False)
+
+    def reset_parameters(self, generator=None):
+        super().reset_parameters(generator)
+        self.seen.zero_()
+        self.mean.fill_(0.5)
+
+
+class WithExtraState(ToyBlock):
+    def get_extra_state(self):
+        return {"python": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def registry_of(block: type[ToyBlock]) -> Registry:
+    registry = toy_registry()
+    registry.register_block("buffered", config=AnyNameConfig, block=block)
+    return registry
+
+
+def test_persistent_buffers_are_saved_and_loaded_with_their_dtypes(tmp_path):
+    registry = registry_of(WithBuffers)
+    injection = injected(AnyNameConfig(variant="buffered", layers="1"), registry=registry)
+    block = next(iter(injection.blocks.values()))
+    block.seen.copy_(torch.tensor([3, -4]))
+    block.mean.copy_(torch.tensor([1.5, -2.0, 3.0]))
+    block.cache.fill_(7)
+    folder = save_adapter(injection, tmp_path / "adapter")
+    names = load_file(folder / TENSORS).keys()
+    assert {name.rpartition(".")[2] for name in names} >= {"seen", "mean"}
+    assert not any(name.endswith("cache") for name in names)
+    loaded = next(iter(load_adapter(ToyModel(dtype=torch.float32), folder, registry=registry).blocks.values()))
+    for name in ("seen", "mean"):
+        assert getattr(loaded, name).dtype == getattr(block, name).dtype
+        assert torch.equal(getattr(loaded, name), getattr(block, name))
+
+
+def test_an_adapter_without_a_buffer_of_its_block_is_refused(tmp_path):
+    registry = registry_of(WithBuffers)
+    folder = save_adapter(injected(AnyNameConfig(variant="buffered", layers="1"), registry=registry), tmp_path / "a")
+    tensors = load_file(folder / TENSORS)
+    save_file({name: t for name, t in tensors.items() if not name.endswith("seen")}, folder / TENSORS)
+    with pytest.raises(AdapterError, match=r"missing layers\.1\.sequence\.seen"):
+        load_adapter(ToyModel(dtype=torch.float32), folder, registry=registry)
+
+
+def test_state_that_an_adapter_cannot_hold_is_refused(tmp_path):
+    injection = injected(AnyNameConfig(variant="buffered", layers="1"), registry=registry_of(WithExtraState))
+    with pytest.raises(AdapterError, match=r"_extra_state, which is neither a parameter.*Nothing was saved"):
+        save_adapter(injection, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def made_with(folder: Path, **changes: str) -> Path:
+    """The adapter as if another distribution or version had made its first block."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["sites"][0] |= changes
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+def inject_tiny(model: torch.nn.Module) -> Injection:
+    registry = default_registry()
+    blocks = [
+        {"variant": "gating_mlp", "layers": "2", "chunk": 4}, {"variant": "ttt_linear", "layers": "2", "chunk": 4},
+        {"variant": "ttt_mlp", "layers": "0", "chunk": 4},
+    ]  # fmt: skip
+    entries = [parse_block(entry, registry=registry) for entry in blocks]
+    return make_plan(model, registry.host("moshi"), entries, policy=FP32_STATE, registry=registry).apply(model)
+
+
+def tiny() -> torch.nn.Module:
+    host = default_registry().host("moshi")
+    return host.load(host.config_class(name="moshi", hf_repo="builtin:tiny", dtype="float32"))
+
+
+def test_two_blocks_in_one_layer_are_saved_and_loaded(tmp_path):
+    model = tiny()
+    injection = inject_tiny(model)
+    folder = save_adapter(injection, tmp_path / "adapter")
+    loaded = load_adapter(tiny(), folder)
+    assert set(loaded.blocks) == set(injection.blocks)
+    assert all(torch.equal(p, dict(loaded.named_parameters())[name]) for name, p in injection.named_parameters())
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["sites"].reverse()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert set(load_adapter(tiny(), folder).blocks) == set(injection.blocks), "the order of sites means nothing"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"distribution": "other-ttt", "plugin": "theirs"},
+            r"other-ttt 0.* another distribution\. Install other-ttt",
+        ),
+        ({"version": "1.2.0"}, r"moshi-ttt 1\.2\.0 .* another major version .* Install moshi-ttt==1\.\*"),
+    ],
+)
+def test_a_variant_of_another_distribution_or_major_version_is_refused(tmp_path, changes, message):
+    injection = inject_tiny(tiny())
+    folder = made_with(save_adapter(injection, tmp_path / "adapter"), **changes)
+    model = tiny()
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(model, folder)
+    assert not default_registry().host("moshi").blocks(model)
+    with pytest.raises(AdapterError, match=message):
+        fill_from_adapter(injection, folder)
+
+
+def test_another_minor_version_is_accepted(tmp_path):
+    folder = made_with(save_adapter(inject_tiny(tiny()), tmp_path / "adapter"), version="0.999")
+    assert load_adapter(tiny(), folder).blocks
+
+
+def test_a_variant_registered_at_run_time_is_taken_with_a_warning(tmp_path):
+    folder = made_with(save_adapter(injected(), tmp_path / "adapter"), distribution="other-ttt", version="3")
+    with pytest.warns(UserWarning, match=r"of other-ttt 3 .* It is taken for the same"):
+        assert load_adapter(ToyModel(dtype=torch.float32), folder, registry=toy_registry()).blocks
 
 
 # ---- round trips

@@ -101,6 +101,14 @@ class KeepsLayout(TTTLinear):
             return super().forward(x, state, context)
 
 
+class ForgetsBuffer(TTTLinear):
+    """A persistent buffer gets no value when the block is initialized."""
+
+    def __init__(self, config, info, roles):
+        super().__init__(config, info, roles)
+        self.register_buffer("steps", torch.zeros(3, dtype=torch.int64, device=info.device))
+
+
 class DropsTail(TTTLinear):
     """A call that ends inside a chunk forgets the unfinished chunk."""
 
@@ -252,6 +260,7 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     ForgetsMask: {kit.check_exec_mask},
     ResetsToZero: {kit.check_reset},
     ReadsOnHost: {kit.check_no_host_read},
+    ForgetsBuffer: {kit.check_buffers},
     KeepsLayout: {kit.check_layouts},
     DropsTail: {kit.check_splits},
     DeadParameter: {kit.check_trainable_set},

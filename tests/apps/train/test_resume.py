@@ -30,8 +30,9 @@ from .conftest import LORA, TTT, adapter, records, same
         {"ttt": TTT, "carry_state": True, "num_microbatches": 2},
         {"ttt": [{"variant": "gating_mlp", "layers": "2", "chunk": 4}], "lora": LORA},
         {"ttt": [], "full_finetuning": True, "gradient_checkpointing": True},
+        {"ttt": [TTT[0], {"variant": "gating_mlp", "layers": "3", "chunk": 4}], "carry_state": True},
     ],
-    ids=["carried", "with LoRA", "full"],
+    ids=["carried", "with LoRA", "full", "two blocks in a layer"],
 )
 def test_a_run_that_is_resumed_ends_bit_for_bit_where_one_that_was_not(train, tmp_path, changes):
     straight, parted = (str(tmp_path / name) for name in ("straight", "parted"))
