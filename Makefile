@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart recipes study test test-slow test-gpu test-full-size lint format clean
+.PHONY: help quickstart recipes study test test-slow test-machines test-gpu test-full-size lint format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -33,6 +33,9 @@ test: $(VENV)/.installed-dev ## Run the default test suite. ARGS='-k name' passe
 
 test-slow: $(VENV)/.installed-dev ## Run the tests that take minutes.
 	$(BIN)/pytest -m slow $(ARGS)
+
+test-machines: $(VENV)/.installed-dev ## Run the conformance suites with the instruction sets of other CPUs.
+	$(BIN)/python scripts/other_machines.py
 
 test-gpu: $(VENV)/.installed-dev ## Run the tests that need a CUDA device.
 	$(BIN)/pytest -m gpu $(ARGS)

@@ -59,7 +59,7 @@ def errors(seed: int, steps: int) -> dict[str, float]:
         injection.freeze_base()
         train(model, injection.parameters(), steps, first_seed=seed * 1_000_000 + 500_000)
         found[name] = held_out(model) / base
-        with host.carry(model, updates=False):
+        with host.updates(model, False):
             found[f"{name}, updates off"] = held_out(model) / base
         injection.remove()
         if held_out(model) != base:

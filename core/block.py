@@ -118,8 +118,8 @@ class BlockContext:
         input_embeddings: ``[B, T, D]``, the host's token embeddings of the same tokens.
         exec_mask: ``[B]`` bool; a row where it is false keeps its state (its output means nothing).
         reset: ``[B]`` bool; a row where it is true starts from the learned initial state before this call.
-        updates: False lets no token of this call teach the fast weights anything: what the model does without
-            test-time learning. What an unfinished chunk had learned before still takes effect when the chunk ends.
+        updates: False disables test-time updates for the tokens of this call; ``[B]`` bool does so row by row. What
+            earlier tokens of an unfinished chunk contribute still takes effect when the chunk ends.
         coordinates: ``[T, axes]`` int64, where each token is on the host's grid; the block's format sets it.
         want_state: False when nobody will use the state after this call: a block may then return an empty one.
     """
@@ -127,9 +127,21 @@ class BlockContext:
     input_embeddings: Tensor | None = None
     exec_mask: Tensor | None = None
     reset: Tensor | None = None
-    updates: bool = True
+    updates: bool | Tensor = True
     coordinates: Tensor | None = None
     want_state: bool = True
+
+    def updates_mask(self, like: Tensor) -> Tensor | None:
+        """``updates`` as ``[B]`` bool on the device of ``like [B, ...]``; None where they are enabled for all rows."""
+        if isinstance(self.updates, Tensor):
+            return self.updates
+        return None if self.updates else torch.zeros(like.shape[0], dtype=torch.bool, device=like.device)
+
+    def where_updated(self, value: Tensor) -> Tensor:
+        """``value [B, ...]`` where test-time updates are enabled, zero elsewhere: for a rate, or for an update."""
+        if isinstance(self.updates, Tensor):
+            return torch.where(states.row_mask(self.updates, value), value, 0)
+        return value if self.updates else torch.zeros_like(value)
 
 
 class SequenceBlock(nn.Module, ABC):
@@ -143,6 +155,8 @@ class SequenceBlock(nn.Module, ABC):
     kind: ClassVar[SiteKind] = SiteKind.SEQUENCE
     needs_input_embeddings: bool = False
     """Whether the context must have the input embeddings; a block may set it from its options."""
+    scales_inner_lr: ClassVar[bool] = False
+    """Whether the block multiplies its inner learning rate by ``inner_lr_factor``: a training schedule needs that."""
     learned_state: ClassVar[bool] = True
     """Whether the initial state depends on the block's own parameters (a fast weight may start at the host's)."""
 
@@ -240,6 +254,20 @@ class SequenceBlock(nn.Module, ABC):
         device = next(iter(state.values())).device
         fresh = self.init_state(states.rows(state), device)
         states.copy_(state, states.where_rows(mask.to(device), fresh, state))
+
+    def memory_names(self) -> frozenset[str]:
+        """Names of the state's entries that are memory: what test-time updates write, and what belongs to it.
+
+        All of them by default. A cache that a block only computes with (the last tokens of a causal convolution) is
+        state and not memory: a block that keeps one leaves it out. Evaluations reset and exchange memory alone.
+        """
+        return frozenset(self.init_state(1))
+
+    def forget(self, state: BlockState) -> BlockState:
+        """``state`` with every row's memory at its learned initial values; other entries are the same tensors."""
+        fresh = self.init_state(states.rows(state), next(iter(state.values())).device)
+        names = self.memory_names()
+        return {name: fresh[name] if name in names else tensor for name, tensor in state.items()}
 
     @torch.no_grad()
     def drift(self, state: BlockState) -> Tensor:
@@ -359,6 +387,8 @@ class SequenceBlock(nn.Module, ABC):
             self._check_mask("exec_mask", context.exec_mask, shape[0])
         if context.reset is not None:
             self._check_mask("reset", context.reset, shape[0])
+        if isinstance(context.updates, Tensor):
+            self._check_mask("updates", context.updates, shape[0])
         if state is not None:
             if not self.causal:
                 raise ContextError(

@@ -110,12 +110,23 @@ class HostModel(ABC):
         state: CarriedState | None = None,
         *,
         document_ids: Tensor | None = None,
-        updates: bool = True,
     ) -> AbstractContextManager[CarriedState]:
         """Forward passes inside this context continue from ``state`` and leave theirs in the returned object.
 
         Functional: ``state`` itself is not changed. ``document_ids [B]`` that differ from the state's reset the row.
-        ``updates=False`` freezes the fast weights: the model without test-time learning.
+        """
+
+    @abstractmethod
+    def updates(self, model: nn.Module, enabled: bool | Tensor) -> AbstractContextManager[None]:
+        """Inside this context test-time updates are enabled or disabled: in forward passes, in training and in streams.
+
+        ``enabled`` is one answer for all rows, or ``[B]`` bool, one for each; it reaches every block by its context. A
+        row whose updates are disabled keeps its fast weights, and other rows do not notice. Contexts nest: the
+        innermost decides, and the one outside holds again after it, also after an error. A stream that was captured in
+        a graph follows, and one that starts inside starts with it.
+
+        Raises ContextError where ``enabled`` does not have a row for each row of a running stream. With guidance an
+        LMGen streams two rows for each voice, b and B + b.
         """
 
     def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:

@@ -140,12 +140,28 @@ class Injection:
     def set_inner_lr_factor(self, factor: float) -> None:
         """Multiply every block's inner learning rate by ``factor`` from now on: a schedule's value at this step.
 
-        Not saved: a schedule ends at 1, and an adapter is saved there. Raises ValueError for less than 0.
+        Not saved: a schedule ends at 1, and an adapter is saved there. To disable updates, use ``host.updates``.
+
+        Raises:
+            ValueError: less than 0.
+            InjectionError: not 1, and a block does not scale its inner learning rate.
         """
         if not 0 <= factor < float("inf"):
             raise ValueError(f"An inner learning rate's factor is a number of 0 or more, got {factor}.")
+        if factor != 1:
+            self.check_scales_inner_lr()
         for block in self.blocks.values():
             block.inner_lr_factor = float(factor)
+
+    def check_scales_inner_lr(self) -> None:
+        """Raise InjectionError where a block does not declare that it scales its inner learning rate."""
+        deaf = [f"{site} ({type(block).__name__})" for site, block in self.blocks.items() if not block.scales_inner_lr]
+        if deaf:
+            raise InjectionError(
+                f"A schedule of the inner learning rate would have no effect on {', '.join(deaf)}: the block does not "
+                "declare scales_inner_lr. Leave inner_lr_warmup out, or have the block multiply its inner learning "
+                "rate by self.inner_lr_factor and declare scales_inner_lr = True."
+            )
 
     def initialise(self) -> None:
         """Give every block its initial values (again): after ``to_empty`` on a model built on the meta device."""

@@ -44,7 +44,7 @@ injection = inject(model, config, registry=registry)
 injection.freeze_base()
 train(injection.parameters(), steps, seed=5_000)
 learned = held_out()
-with host.carry(model, updates=False):
+with host.updates(model, False):
     frozen = held_out()
 print(f"held-out error: base {base:.4f}, with the layers {learned:.4f}, with their learning switched off {frozen:.4f}")
 injection.remove()

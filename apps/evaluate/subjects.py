@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from moshi_ttt.apps.teacher_forcing import FrameLosses, segment_losses, stream_losses
-from moshi_ttt.core import state as states
 from moshi_ttt.core.adapter import find_adapter, load_adapter, read_manifest
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.host import CarriedState
@@ -93,7 +91,7 @@ def listen(
     refuse_uneven((condition,), every=every, segments=segments)
     if condition == "memory of another" and codes.shape[0] < 2:
         raise ConfigError("Memory can be exchanged between two recordings or more: give more, or a larger batch.")
-    with _rate(subject, 0.0 if condition == "updates off" else 1.0):
+    with MOSHI_HOST.updates(subject.model, condition != "updates off"):
         if segments is None:
             return _streamed(subject, codes, condition, every)
         return _in_segments(subject, codes, condition, every, segments)
@@ -112,16 +110,18 @@ def refuse_uneven(conditions: Sequence[Condition], *, every: int, segments: int 
 
 
 def _streamed(subject: Subject, codes: Tensor, condition: Condition, every: int) -> FrameLosses:
-    actions: dict[Condition, Callable[[BlockSite], None]] = {
-        "memory reset": lambda site: site.reset_streaming(), "memory of another": _exchange,
-    }  # fmt: skip
-    act = actions.get(condition)
     sites = [module for module in subject.model.modules() if isinstance(module, BlockSite)]
 
     def before(frame: int) -> None:
-        if act is not None and frame and frame % every == 0:
-            for site in sites:
-                act(site)
+        if condition not in INTERVENTIONS or not frame or frame % every:
+            return
+        for site in sites:
+            state = site._streaming_state
+            assert state is not None
+            if condition == "memory reset":
+                state.forget()
+            else:
+                state.exchange()
 
     return stream_losses(subject.model, codes, before=before)
 
@@ -130,31 +130,21 @@ def _in_segments(subject: Subject, codes: Tensor, condition: Condition, every: i
     def between(frame: int, state: CarriedState) -> CarriedState | None:
         if condition not in INTERVENTIONS or frame % every:
             return state
-        return None if condition == "memory reset" else _exchanged(state)
+        assert subject.injection is not None
+        return _changed(subject.injection, state, condition)
 
     return segment_losses(subject.model, codes, MOSHI_HOST, frames=frames, between=between)
 
 
-@contextmanager
-def _rate(subject: Subject, factor: float) -> Iterator[None]:
-    if subject.injection is None:
-        yield
-        return
-    subject.injection.set_inner_lr_factor(factor)
-    try:
-        yield
-    finally:
-        subject.injection.set_inner_lr_factor(1.0)
-
-
 @torch.no_grad()
-def _exchange(site: BlockSite) -> None:
-    state = site._streaming_state
-    assert state is not None
-    for tensor in state.buffers.values():
-        tensor.copy_(tensor.roll(1, 0))
-
-
-def _exchanged(state: CarriedState) -> CarriedState:
-    rolled = {site: states.map_state(lambda tensor: tensor.roll(1, 0), block) for site, block in state.blocks.items()}
-    return CarriedState(rolled, state.document_ids)
+def _changed(injection: Injection, state: CarriedState, condition: Condition) -> CarriedState:
+    """A carried state with its memory reset, or handed to the next row; what is not memory stays."""
+    found = {}
+    for site, carried in state.blocks.items():
+        block = injection.blocks[site]
+        if condition == "memory reset":
+            found[site] = block.forget(carried)
+        else:
+            names = block.memory_names()
+            found[site] = {name: t.roll(1, 0) if name in names else t for name, t in carried.items()}
+    return CarriedState(found, state.document_ids)

@@ -130,7 +130,7 @@ def score_codes(
     Raises ScoringError when nothing of the recording, called ``name``, is predicted.
     """
     batch = codes[None].to(model.device)
-    with host.carry(model, None, updates=updates):
+    with host.updates(model, updates), host.carry(model):
         out = model(batch)
     spoken = model.dep_q if codebooks == "all" else 1
     targets = batch[:, model.audio_offset : model.audio_offset + spoken]

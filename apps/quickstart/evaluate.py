@@ -56,7 +56,7 @@ class Difference:
 
 def evaluate(model: Any, host: HostModel, codes: Tensor, *, name: str, updates: bool = True) -> Curve:
     """The curve of ``model`` over one document, ``codes [Q, T]``, from the learned initial state on."""
-    with host.carry(model, updates=updates):
+    with host.updates(model, updates), host.carry(model):
         return Curve(name=name, values=loss_by_frame(model, codes[None]))
 
 

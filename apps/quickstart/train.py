@@ -9,7 +9,6 @@ import math
 import random
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,7 +106,7 @@ def train(
     started = time.perf_counter()
     model.train()
     for step in range(config.steps):
-        with nullcontext() if updates else injection.host.carry(model, updates=False):
+        with injection.host.updates(model, updates):
             loss, audio = training_loss(model, segments.batch(), text_weight=config.text_weight)
         if not updates and not loss.requires_grad:
             break

@@ -201,9 +201,16 @@ def check_host_carry(case: HostVariantCase) -> None:
     assert not torch.equal(carried[1], plain[1]), "the carried state changes nothing"
     assert_equal(one_new[0], carried[0], "a row whose document goes on")
     assert_close(one_new[1], plain[1], TOLERANCE[case.dtype], "a row whose document is new")
-    with host.carry(model, updates=False):
+    learned = case.on.logits(model, first)
+    with host.updates(model, False):
         frozen = case.on.logits(model, first)
-    assert not torch.equal(frozen, case.on.logits(model, first)), "freezing the updates changes nothing"
+        with host.updates(model, torch.tensor([True, False])):
+            mixed = case.on.logits(model, first)
+        assert_equal(case.on.logits(model, first), frozen, "updates are off again")
+    assert not torch.equal(frozen, learned), "disabling updates changes nothing"
+    assert_equal(mixed[0], learned[0], "the row whose updates are enabled")
+    assert_equal(mixed[1], frozen[1], "the row whose updates are disabled")
+    assert_equal(case.on.logits(model, first), learned, "updates are on again")
 
 
 def check_host_weights(case: HostVariantCase) -> None:

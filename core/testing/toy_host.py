@@ -59,7 +59,7 @@ class ToyModel(nn.Module):
         self.dim, self.num_heads = dim, num_heads
         self.layers = nn.ModuleList(ToyLayer(dim, dtype, device) for _ in range(num_layers))
         self.carried: CarriedState | None = None
-        self.updates = True
+        self.updates: bool | Tensor = True
 
     def forward(self, x: Tensor) -> Tensor:
         context = BlockContext(input_embeddings=x, updates=self.updates)
@@ -164,15 +164,22 @@ class ToyHost(HostModel):
         state: CarriedState | None = None,
         *,
         document_ids: Tensor | None = None,
-        updates: bool = True,
     ) -> Iterator[CarriedState]:
         model = self._checked(model)
         model.carried = CarriedState(dict(state.blocks) if state else {}, document_ids)
-        model.updates = updates
         try:
             yield model.carried
         finally:
-            model.carried, model.updates = None, True
+            model.carried = None
+
+    @contextmanager
+    def updates(self, model: nn.Module, enabled: bool | Tensor) -> Iterator[None]:
+        model = self._checked(model)
+        before, model.updates = model.updates, enabled
+        try:
+            yield
+        finally:
+            model.updates = before
 
     def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> torch.Tensor:
         x = torch.randn(batch_size, length, self._checked(model).dim, generator=torch.Generator().manual_seed(seed))

@@ -121,13 +121,17 @@ class AudioHost(HostModel):
         state: CarriedState | None = None,
         *,
         document_ids: Tensor | None = None,
-        updates: bool = True,
     ) -> Iterator[CarriedState]:
-        """Each recording is whole: nothing is carried, and ``updates=False`` freezes the fast weights inside."""
+        """Each recording is whole: nothing is carried."""
+        _checked(model)
+        yield CarriedState()
+
+    @contextmanager
+    def updates(self, model: nn.Module, enabled: bool | Tensor) -> Iterator[None]:
         model = _checked(model)
-        before, model.updates = model.updates, updates
+        before, model.updates = model.updates, enabled
         try:
-            yield CarriedState()
+            yield
         finally:
             model.updates = before
 

@@ -24,7 +24,7 @@ class AudioLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.ttt: SequenceBlock | None = None
 
-    def forward(self, x: Tensor, updates: bool) -> Tensor:
+    def forward(self, x: Tensor, updates: bool | Tensor) -> Tensor:
         heard = self.norm_attention(x)
         x = x + cast(Tensor, self.attention(heard, heard, heard, need_weights=False)[0])
         if self.ttt is not None:
@@ -40,8 +40,8 @@ class AudioDenoiser(nn.Module):
         self.dim, self.num_heads, self.frame = dim, num_heads, frame
         self.encode, self.decode = nn.Linear(frame, dim), nn.Linear(dim, frame)
         self.layers = nn.ModuleList(AudioLayer(dim, num_heads) for _ in range(num_layers))
-        self.updates = True
-        """False freezes the blocks' fast weights."""
+        self.updates: bool | Tensor = True
+        """Whether the blocks' test-time updates are enabled, for all rows or ``[B]`` bool."""
 
     def forward(self, samples: Tensor) -> Tensor:
         x = self.encode(samples.unflatten(1, (-1, self.frame)))

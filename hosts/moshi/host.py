@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -24,6 +24,7 @@ from moshi_ttt.hosts.moshi.layers import (
     block_sites,
     clear_streaming_caches,
     open_carry,
+    updates_enabled,
 )
 from moshi_ttt.hosts.moshi.loading import FILES, MoshiBundle, load_skeleton, resolve_repo
 from moshi_ttt.hosts.moshi.upstream import (
@@ -203,7 +204,6 @@ class MoshiHost(HostModel):
         state: CarriedState | None = None,
         *,
         document_ids: Tensor | None = None,
-        updates: bool = True,
     ) -> Iterator[CarriedState]:
         """Forward passes inside continue from ``state`` and leave theirs, detached, in the object this yields.
 
@@ -218,7 +218,7 @@ class MoshiHost(HostModel):
             raise HostError("host.carry is for training, and this model is streaming: leave streaming first.")
         if getattr(transformer, "_carry", None) is not None:
             raise ContextError("This model is already inside host.carry(...): contexts do not nest.")
-        carry = open_carry(self.blocks(model), state, document_ids, updates)
+        carry = open_carry(self.blocks(model), state, document_ids)
         if not isinstance(transformer, TTTStreamingTransformer):
             yield carry.state
             return
@@ -227,6 +227,13 @@ class MoshiHost(HostModel):
             yield carry.state
         finally:
             del transformer._carry
+
+    @contextmanager
+    def updates(self, model: nn.Module, enabled: bool | Tensor) -> Iterator[None]:
+        transformer = require_lm(model).transformer
+        blocks = isinstance(transformer, TTTStreamingTransformer)
+        with updates_enabled(cast(TTTStreamingTransformer, transformer), enabled) if blocks else nullcontext():
+            yield
 
     def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
         """Moshi's audio loss on uniformly random tokens."""

@@ -13,7 +13,8 @@ Shape legend: B streams, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -38,14 +39,14 @@ class Frame:
         input_embeddings: ``[B, T, D]``, the transformer's input: the sum of the token embeddings.
         initial: the states this pass continues from; a site that is missing starts from its learned state.
         reset: ``[B]`` bool, rows that start from the learned state whatever ``initial`` holds.
-        updates: False freezes the fast weights.
+        updates: whether test-time updates are enabled, for all rows or ``[B]`` bool.
         final: where the state after this pass goes, or None when nobody asked for it.
     """
 
     input_embeddings: Tensor | None = None
     initial: Mapping[Site, BlockState] = field(default_factory=dict)
     reset: Tensor | None = None
-    updates: bool = True
+    updates: bool | Tensor = True
     final: dict[Site, BlockState] | None = None
 
     def record(self, site: Site, state: BlockState) -> None:
@@ -61,19 +62,18 @@ class Frame:
 class Carry:
     """An open ``host.carry``: what the next forward pass continues from."""
 
-    def __init__(self, state: CarriedState, reset: Tensor | None, updates: bool) -> None:
+    def __init__(self, state: CarriedState, reset: Tensor | None) -> None:
         self.state = state
         self.reset = reset
-        self.updates = updates
 
-    def frame(self, input_embeddings: Tensor) -> Frame:
+    def frame(self, input_embeddings: Tensor, updates: bool | Tensor) -> Frame:
         """The frame of the next forward pass. Raises ContextError when its rows are not those of the document ids."""
         ids = self.state.document_ids
         if ids is not None and ids.shape[0] != input_embeddings.shape[0]:
             raise ContextError(
                 f"document_ids has {ids.shape[0]} rows and this batch {input_embeddings.shape[0]}: give one per row."
             )
-        return Frame(input_embeddings, dict(self.state.blocks), self.reset, self.updates, {})
+        return Frame(input_embeddings, dict(self.state.blocks), self.reset, updates, {})
 
     def advance(self, frame: Frame) -> None:
         """Continue after a forward pass that has ended: from its final states, with no row to reset."""
@@ -86,11 +86,16 @@ MODULE_NAMES: dict[SiteKind, str] = {SiteKind.SEQUENCE: "ttt", SiteKind.FEED_FOR
 
 
 class BlockSite(StreamingModule[BlockStreamState]):
-    """The module that is added to a layer: one block, and its state while Moshi streams."""
+    """The module that is added to a layer: one block, and its state while Moshi streams.
+
+    Attributes:
+        updates: whether a stream that starts now starts with test-time updates enabled, for all rows or ``[B]`` bool.
+    """
 
     def __init__(self, block: SequenceBlock) -> None:
         super().__init__()
         self.block = block
+        self.updates: bool | Tensor = True
 
     @property
     def site(self) -> Site:
@@ -100,13 +105,29 @@ class BlockSite(StreamingModule[BlockStreamState]):
         refuse_sharded(self.block)
         parameter = next(self.block.parameters(), None)
         device = self.block.info.device if parameter is None else parameter.device
-        return BlockStreamState(batch_size, device, self.block, self.block.allocate_state(batch_size, device))
+        self.check_rows(batch_size)
+        state = BlockStreamState(batch_size, device, self.block, self.block.allocate_state(batch_size, device))
+        state.set_updates(self.updates)
+        return state
+
+    def check_rows(self, rows: int) -> None:
+        """Raise ContextError where updates are enabled row by row, and a stream would have another number of rows."""
+        if isinstance(self.updates, Tensor) and len(self.updates) != rows:
+            raise ContextError(_rows_differ(self.updates, rows))
+
+    def set_updates(self, enabled: bool | Tensor) -> None:
+        """Enable or disable test-time updates, of the stream that is running too."""
+        self.updates = enabled
+        if self._streaming_state is not None:
+            self._streaming_state.set_updates(enabled)
 
     def forward(self, x: Tensor, frame: Frame) -> Tensor:
         """``x [B, T, D]`` through the block, in the regime that the host is in."""
         streaming = self._streaming_state
         if streaming is not None:
-            context = BlockContext(exec_mask=streaming.exec_mask, input_embeddings=frame.input_embeddings)
+            context = BlockContext(
+                exec_mask=streaming.exec_mask, input_embeddings=frame.input_embeddings, updates=streaming.updates
+            )
             return self.block.step(x, streaming.buffers, context)
         context = BlockContext(
             input_embeddings=frame.input_embeddings,
@@ -164,11 +185,12 @@ class TTTStreamingTransformer(StreamingTransformer):
     """The main transformer: makes the frame of each forward pass."""
 
     _carry: Carry | None = None
+    _updates: bool | Tensor = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``x [B, T, D]``, the input embeddings, to ``[B, T, D]``."""
         carry = self._carry
-        frame = Frame(x) if carry is None else carry.frame(x)
+        frame = Frame(x, updates=self._updates) if carry is None else carry.frame(x, self._updates)
         y: Tensor = super().forward(x, *args, ttt=frame, **kwargs)
         if carry is not None:
             carry.advance(frame)
@@ -181,6 +203,7 @@ class TTTStreamingTransformer(StreamingTransformer):
         for layer in self.layers:
             for site in block_sites(layer):
                 refuse_sharded(site.block)
+                site.check_rows(batch_size)
         return super()._init_streaming_state(batch_size)
 
 
@@ -188,7 +211,6 @@ def open_carry(
     blocks: Mapping[Site, SequenceBlock],
     state: CarriedState | None,
     document_ids: Tensor | None,
-    updates: bool,
 ) -> Carry:
     """A carry that starts from ``state``; compares ``document_ids [B]`` with the state's on the device.
 
@@ -224,7 +246,44 @@ def open_carry(
         {site: states.detach(block) for site, block in before.blocks.items()},
         known if document_ids is None else document_ids.detach().clone(),
     )
-    return Carry(started, reset, updates)
+    return Carry(started, reset)
+
+
+@contextmanager
+def updates_enabled(transformer: TTTStreamingTransformer, enabled: bool | Tensor) -> Iterator[None]:
+    """See ``HostModel.updates``. The tensor is copied: the caller may change theirs."""
+    sites = [site for layer in transformer.layers for site in block_sites(layer)]
+    if isinstance(enabled, Tensor):
+        if enabled.dtype != torch.bool or enabled.dim() != 1:
+            raise ContextError(
+                f"updates: expected a bool, or [B] bool with one answer a row, got shape {tuple(enabled.shape)} and "
+                f"dtype {enabled.dtype}."
+            )
+        enabled = enabled.detach().to(sites[0].block.info.device if sites else enabled.device, copy=True)
+        for site in sites:
+            if site._streaming_state is not None and site._streaming_state.batch_size != len(enabled):
+                raise ContextError(_rows_differ(enabled, site._streaming_state.batch_size))
+    elif not isinstance(enabled, bool):
+        raise ContextError(f"updates: expected a bool, or [B] bool with one answer a row, got {enabled!r}.")
+    before = transformer._updates
+    try:
+        _set_updates(transformer, sites, enabled)
+        yield
+    finally:
+        _set_updates(transformer, sites, before)
+
+
+def _set_updates(transformer: TTTStreamingTransformer, sites: list[BlockSite], enabled: bool | Tensor) -> None:
+    transformer._updates = enabled
+    for site in sites:
+        site.set_updates(enabled)
+
+
+def _rows_differ(enabled: Tensor, rows: int) -> str:
+    return (
+        f"updates has {len(enabled)} rows, and the stream has {rows}: give one answer a row. With guidance an LMGen "
+        "streams two rows for each voice, b and B + b."
+    )
 
 
 def clear_streaming_caches(model: torch.nn.Module) -> None:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moshi_ttt.core import state as states
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.core.errors import HostError
@@ -39,7 +40,7 @@ FORMAT = {"format": "moshi_ttt.stream_state", "version": "1"}
 # Made anew by every stream, and the same in each: configuration, callbacks, captured graphs.
 _NOT_CARRIED = {
     "batch_size", "device", "block", "graphed_main", "graphed_depth", "exit_stack", "reset_callback",
-    "set_exec_mask_callback", "_set_exec_mask_graphed", "skipped_before",
+    "set_exec_mask_callback", "_set_exec_mask_graphed", "skipped_before", "updates",
 }  # fmt: skip
 # Filled by the first step, None before: the keys and values of what cross-attention looks at.
 _FILLED_LATER = ("k_cross", "v_cross")
@@ -47,7 +48,11 @@ _FILLED_LATER = ("k_cross", "v_cross")
 
 @dataclass
 class BlockStreamState(State):
-    """Streaming state of one block: buffers of B rows that ``block.step`` updates in place."""
+    """Streaming state of one block: buffers of B rows that ``block.step`` updates in place.
+
+    Attributes:
+        updates: ``[B]`` bool, the rows whose test-time updates are enabled; a tensor, so that a captured graph follows.
+    """
 
     block: SequenceBlock
     buffers: BlockState
@@ -55,6 +60,26 @@ class BlockStreamState(State):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.skipped_before = torch.zeros_like(self.block.skipped_updates(self.buffers))
+        self.updates = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
+
+    @torch.no_grad()
+    def set_updates(self, enabled: bool | Tensor) -> None:
+        """Enable or disable test-time updates, for all rows or ``[B]`` bool, from the next step on."""
+        if isinstance(enabled, Tensor):
+            self.updates.copy_(enabled)
+        else:
+            self.updates.fill_(enabled)
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Put every row's memory back to the learned initial one; caches that are not memory stay."""
+        states.copy_(self.buffers, self.block.forget(self.buffers))
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Hand every row's memory to the next row."""
+        for name in self.block.memory_names():
+            self.buffers[name].copy_(self.buffers[name].roll(1, 0))
 
     def reset(self, reset_mask: Tensor) -> None:
         """Put the rows where ``reset_mask [B]`` is true back to the learned initial state."""

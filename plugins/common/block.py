@@ -104,6 +104,7 @@ class HybridBlock(SequenceBlock):
     """Hybrid layer with a fast network whose layer widths a subclass gives."""
 
     config: HybridConfig
+    scales_inner_lr = True
 
     gate: Tensor
     gate_reversed: Tensor
@@ -270,9 +271,8 @@ class HybridBlock(SequenceBlock):
 
     def _tokens(self, x: Tensor, position: Tensor, weights: HybridWeights, context: BlockContext) -> inner_loop.Tokens:
         tokens = inner_inputs(x, position, weights, self.options, self.roles)
-        if not context.updates:
-            return tokens._replace(lr=torch.zeros_like(tokens.lr))
-        return tokens if self.inner_lr_factor == 1 else tokens._replace(lr=self.inner_lr_factor * tokens.lr)
+        lr = tokens.lr if self.inner_lr_factor == 1 else self.inner_lr_factor * tokens.lr
+        return tokens._replace(lr=context.where_updated(lr))
 
     def _from_start(self, x: Tensor, context: BlockContext) -> tuple[HybridWeights, inner_loop.Tokens]:
         """What enters the inner loop when ``x [B, T, D]`` starts a sequence."""

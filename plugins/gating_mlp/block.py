@@ -37,6 +37,7 @@ INIT_STD = 0.02
 class GatingMLP(SequenceBlock):
     """Returns the MLP's output ``[B, T, d]`` without the residual."""
 
+    scales_inner_lr = True
     kind: ClassVar[SiteKind] = SiteKind.FEED_FORWARD
     learned_state: ClassVar[bool] = False
     config: GatingMLPConfig
@@ -136,7 +137,7 @@ class GatingMLP(SequenceBlock):
         token = self._token(hidden, tokens, context)
         weights = self.conv.to(token[0]), self.projection.to(token[0])
         stepper = self._stepper_for(state)
-        added = stepper.step(state, token, *weights, context.exec_mask, teaches=context.updates)
+        added = stepper.step(state, token, *weights, context.exec_mask, context.updates_mask(tokens))
         return self.info.format.from_tokens(self._add(base, added), x)
 
     def compile_step(self) -> None:
@@ -165,12 +166,12 @@ class GatingMLP(SequenceBlock):
         source = context.input_embeddings if self.config.target == "input_embed" else x
         assert source is not None
         dtype = self.roles.state
-        return hidden.to(dtype), source.to(dtype), self._rate(x, context.updates)
+        return hidden.to(dtype), source.to(dtype), context.where_updated(self._rate(x))
 
-    def _rate(self, x: Tensor, updates: bool) -> Tensor:
+    def _rate(self, x: Tensor) -> Tensor:
         """``[B, T, 1]``: the learning rate of each token, in the state's dtype."""
-        if not updates or not self.config.learned_lr:
-            rate = self.inner_lr_factor * self.config.lr if updates else 0.0
+        if not self.config.learned_lr:
+            rate = self.inner_lr_factor * self.config.lr
             return x.new_full((x.shape[0], x.shape[1], 1), rate, dtype=self.roles.state)
         wide = x.to(self.roles.compute)
         score = (wide * self.lr_weight.to(wide)).sum(-1, keepdim=True) + self.lr_bias.to(wide)
@@ -188,7 +189,7 @@ class GatingMLP(SequenceBlock):
         queries = keys if state is None else layout.split(keys).flatten(1, 2)
         remembered = list(keys.split(size, 1))
         if context.want_state or state is not None:
-            remembered = list(layout.split(torch.where(sound & context.updates, keys, 0)).unbind(1))
+            remembered = list(layout.split(torch.where(sound, context.where_updated(keys), 0)).unbind(1))
         beyond = self.memory.taps if context.want_state else 0
         sums = ops.filtered(target, self._reaching().to(target), self.memory.left, beyond)
         rate = F.pad(rate, (0, 0, 0, beyond))

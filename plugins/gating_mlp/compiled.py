@@ -48,12 +48,12 @@ class CompiledStepper:
 
     def step(
         self, state: BlockState, token: tuple[Tensor, Tensor, Tensor], conv: Tensor, projection: Tensor,
-        active: Tensor | None, *, teaches: bool = True,
+        active: Tensor | None, updated: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See ``Stepper.step``."""
         added: Tensor = self.run(
             state["position"], state["delta"], state["keys"], state["values"], state["open"], state["scale"],
-            state["spoiled"], state["skipped"], state.get("square"), *token, conv, projection, active, teaches,
+            state["spoiled"], state["skipped"], state.get("square"), *token, conv, projection, active, updated,
             self.plan, self.decay, self.limit, self.clip,
         )  # fmt: skip
         return added

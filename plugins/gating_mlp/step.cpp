@@ -179,7 +179,7 @@ class Row {
 struct Token {
   Tensor key, target, rate;  // [B, 1, h], [B, 1, d], [B, 1, 1]
   const bool* active;        // [B], or null for all
-  bool teaches;
+  const bool* updated;  // [batch], or null for all: nothing is learned from a row that is not
 };
 
 struct Options {
@@ -223,7 +223,7 @@ Tensor run(const Plan& plan, const State& state, const Token& token, const Tenso
     if (row.has_unfolded()) row.fold(row_of<T>(slices, b) + width, decay);
     const bool sound = row.hear(key, row_of<T>(token.target, b), row_of<T>(token.rate, b)[0], conv.data_ptr<T>(),
                                 conv.size(2), T(options.limit), sums);
-    row.write(sound && token.teaches ? key : nullptr, sums);
+    row.write(sound && (!token.updated || token.updated[b]) ? key : nullptr, sums);
     std::optional<std::pair<T, T>> square;
     if (options.clip) square = row.square(projection);
     row.advance(sound, sums, square, T(options.clip.value_or(0)));
@@ -240,8 +240,8 @@ void check(const char* name, const Tensor& part, at::IntArrayRef sizes) {
 // What streaming.Stepper.step computes; the parts of the state are changed in place.
 Tensor step(Tensor position, Tensor delta, Tensor keys, Tensor values, Tensor open, Tensor scale, Tensor spoiled,
             Tensor skipped, std::optional<Tensor> square, const Tensor& key, const Tensor& target, const Tensor& rate,
-            const Tensor& conv, const Tensor& projection, const std::optional<Tensor>& active, bool teaches,
-            at::IntArrayRef plan, double decay, double limit, std::optional<double> clip) {
+            const Tensor& conv, const Tensor& projection, const std::optional<Tensor>& active,
+            const std::optional<Tensor>& updated, at::IntArrayRef plan, double decay, double limit, std::optional<double> clip) {
   const Plan places{plan[0], plan[1], plan[2], plan[3], plan[4], plan[5], plan[6]};
   const int64_t batch = key.size(0), hidden = key.size(2), width = target.size(2);
   const int64_t slots = places.chunk + places.staged + 1;
@@ -255,9 +255,9 @@ Tensor step(Tensor position, Tensor delta, Tensor keys, Tensor values, Tensor op
   check("skipped", skipped, {batch});
   TORCH_CHECK(square.has_value() == clip.has_value(), "The state has 'square' where updates are clipped, and only there.");
   if (square) check("square", *square, {batch});
-  const Tensor mask = active ? active->contiguous() : Tensor();
+  const Tensor mask = active ? active->contiguous() : Tensor(), taught = updated ? updated->contiguous() : Tensor();
   const Token token{key.contiguous(), target.contiguous(), rate.contiguous(),
-                    active ? mask.data_ptr<bool>() : nullptr, teaches};
+                    active ? mask.data_ptr<bool>() : nullptr, updated ? taught.data_ptr<bool>() : nullptr};
   const State state{position, delta, keys, values, open, scale, spoiled, skipped, square};
   Tensor given;
   AT_DISPATCH_FLOATING_TYPES(key.scalar_type(), "in_place_step", [&] {
@@ -272,7 +272,7 @@ TORCH_LIBRARY(moshi_ttt_gating_mlp, library) {
   library.def(
       "step(Tensor(a!) position, Tensor(b!) delta, Tensor(c!) keys, Tensor(d!) values, Tensor(e!) open, "
       "Tensor(f!) scale, Tensor(g!) spoiled, Tensor(h!) skipped, Tensor(i!)? square, Tensor key, Tensor target, "
-      "Tensor rate, Tensor conv, Tensor projection, Tensor? active, bool teaches, int[] plan, float decay, float limit, "
+      "Tensor rate, Tensor conv, Tensor projection, Tensor? active, Tensor? updated, int[] plan, float decay, float limit, "
       "float? clip) -> Tensor");
 }
 

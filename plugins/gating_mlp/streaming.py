@@ -36,7 +36,7 @@ class Stepper:
 
     def step(
         self, state: BlockState, token: tuple[Tensor, Tensor, Tensor], conv: Tensor, projection: Tensor,
-        active: Tensor | None, *, teaches: bool = True,
+        active: Tensor | None, updated: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """What the earlier chunks' updates add to the token's output, ``[B, 1, d]``; the token goes into ``state``.
 
@@ -45,7 +45,7 @@ class Stepper:
                 state's dtype.
             conv: ``[d, 1, kernel]``; projection: ``[d, d]``.
             active: ``[B]`` bool, or None for all; the state of a row that is not stays as it is.
-            teaches: False for a token that nothing is learned from (its rate is zero).
+            updated: ``[B]`` bool, or None for all; the token of a row that is not (its rate is 0) updates nothing.
         """
         query = token[0][:, 0]
         columns, channels, sources, key_slots, value_slots, folded, done, following = self.tables.at(
@@ -58,8 +58,8 @@ class Stepper:
         sound = row.abs().amax(-1) < self.limit
         row = torch.where(sound[:, None], row, 0)
         key, heard = row.split_with_sizes([query.shape[1], row.shape[1] - query.shape[1]], dim=1)
-        if not teaches:
-            key = torch.zeros_like(key)
+        if updated is not None:
+            key = torch.where(updated[:, None], key, 0)
         sums = torch.cat([state["open"], self.unheard], dim=1)
         taps = conv.view(-1).index_select(0, self.taps).view(self.memory.taps, -1)
         sums[..., :-1].addcmul_(taps, heard[:, None, :-1])

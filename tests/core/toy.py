@@ -196,6 +196,9 @@ class ToyHost(HostModel):
     def carry(self, model: nn.Module, state: Any = None, **options: Any) -> AbstractContextManager[CarriedState]:
         raise NotImplementedError("No test of core carries state through a host.")
 
+    def updates(self, model: nn.Module, enabled: Any) -> AbstractContextManager[None]:
+        raise NotImplementedError("No test of core switches updates through a host.")
+
     def fsdp_units(self, model: nn.Module) -> Sequence[nn.Module]:
         return list(model.layers)  # type: ignore[arg-type]
 

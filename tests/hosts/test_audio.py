@@ -64,7 +64,7 @@ def test_learning_switched_off_is_another_model_and_switches_back():
     model, _ = injected(bidirectional=True)
     x = recordings()
     on = model(x)
-    with AUDIO_HOST.carry(model, updates=False):
+    with AUDIO_HOST.updates(model, False):
         off = model(x)
     assert not torch.equal(on, off)
     assert torch.equal(model(x), on)

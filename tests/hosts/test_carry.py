@@ -47,7 +47,7 @@ def test_a_second_segment_starts_from_the_firsts_state():
 def test_frozen_updates_keep_the_state():
     model = toy_lm()
     codes = random_codes(model, 1, 12)
-    with torch.no_grad(), MOSHI_HOST.carry(model, updates=False) as carried:
+    with torch.no_grad(), MOSHI_HOST.updates(model, False), MOSHI_HOST.carry(model) as carried:
         frozen = logits(model, codes)
         assert torch.equal(logits(model, codes), frozen)
     block = next(iter(MOSHI_HOST.blocks(model).values()))
@@ -57,7 +57,7 @@ def test_frozen_updates_keep_the_state():
 @pytest.mark.parametrize("updates", [True, False])
 def test_carried_state_is_detached_and_has_storage_of_its_own(updates):
     model = toy_lm((0,))
-    with MOSHI_HOST.carry(model, updates=updates) as carried:
+    with MOSHI_HOST.updates(model, updates), MOSHI_HOST.carry(model) as carried:
         logits(model, random_codes(model, 2, 3)).sum().backward()  # without updates, W is a view of the parameter
     (block,), (state,) = MOSHI_HOST.blocks(model).values(), carried.blocks.values()
     assert not any(tensor.requires_grad for tensor in state.values())

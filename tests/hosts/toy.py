@@ -64,8 +64,10 @@ class ToyBlock(SequenceBlock):
         outputs = []
         for t in range(x.shape[1]):
             outputs.append(weights * mixed[:, t])
-            if context.updates:
-                pending, position = pending + target[:, t], position + 1
+            if context.updates is not False:
+                mask = context.updates_mask(x)
+                count = 1 if mask is None else mask.long()
+                pending, position = pending + context.where_updated(target[:, t]), position + count
                 full = (position == self.config.chunk)[:, None]
                 weights = torch.where(full, 0.9 * weights + 0.1 * pending, weights)
                 pending = torch.where(full, 0, pending)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -107,6 +108,42 @@ class ForgetsBuffer(TTTLinear):
     def __init__(self, config, info, roles):
         super().__init__(config, info, roles)
         self.register_buffer("steps", torch.zeros(3, dtype=torch.int64, device=info.device))
+
+
+class NamesNothing(TTTLinear):
+    """The names of memory are not those of the state."""
+
+    def memory_names(self):
+        return frozenset({"fast_weights"})
+
+
+class CallsMemoryACache(TTTLinear):
+    """Fast weights are left out of memory."""
+
+    def memory_names(self):
+        return super().memory_names() - {"weight.0"}
+
+
+class DeafToTheSchedule(TTTLinear):
+    """The factor of the inner learning rate is declared and ignored."""
+
+    def compute(self, x, state, context):
+        self.inner_lr_factor = 1.0
+        return super().compute(x, state, context)
+
+
+class UndeclaredSchedule(TTTLinear):
+    """The factor of the inner learning rate has an effect and is not declared."""
+
+    scales_inner_lr = False
+
+
+class IgnoresRowsOfUpdates(TTTLinear):
+    """Updates are disabled for all rows where they are for one."""
+
+    def compute(self, x, state, context):
+        updates = context.updates
+        return super().compute(x, state, replace(context, updates=bool(torch.as_tensor(updates).all())))
 
 
 class DropsTail(TTTLinear):
@@ -260,6 +297,11 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     ForgetsMask: {kit.check_exec_mask},
     ResetsToZero: {kit.check_reset},
     ReadsOnHost: {kit.check_no_host_read},
+    NamesNothing: {kit.check_memory},
+    CallsMemoryACache: {kit.check_memory},
+    DeafToTheSchedule: {kit.check_inner_lr_factor},
+    UndeclaredSchedule: {kit.check_inner_lr_factor},
+    IgnoresRowsOfUpdates: {kit.check_updates_off},
     ForgetsBuffer: {kit.check_buffers},
     KeepsLayout: {kit.check_layouts},
     DropsTail: {kit.check_splits},

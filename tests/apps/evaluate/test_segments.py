@@ -50,7 +50,7 @@ def test_updates_off_in_one_segment_is_one_forward_without_learning(variant):
     subject = subject_with(variant)
     codes = codes_of(20, 0)
     heard = listen(subject, codes, "updates off", every=20, segments=20).audio
-    with torch.no_grad(), MOSHI_HOST.carry(subject.model, None, updates=False):
+    with torch.no_grad(), MOSHI_HOST.updates(subject.model, False), MOSHI_HOST.carry(subject.model):
         out = subject.model(codes)
     wanted = torch.where(out.mask, codes[:, 1:9], 0)
     losses = F.cross_entropy(out.logits.movedim(-1, 1), wanted, reduction="none").masked_fill(~out.mask, torch.nan)

@@ -19,6 +19,7 @@ class DeltaRule(SequenceBlock):
 
     config: DeltaRuleConfig
     causal = True
+    scales_inner_lr = True
 
     def __init__(self, config, info, roles):
         super().__init__(config, info, roles)
@@ -48,8 +49,8 @@ class DeltaRule(SequenceBlock):
         k = functional.normalize(k, dim=-2)
         recalled = []
         for query, key, value in zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True):  # each [B, H, Dh, 1]
-            if context.updates:
-                memory = memory + self.config.lr * (value - memory @ key) @ key.mT
+            update = self.inner_lr_factor * self.config.lr * (value - memory @ key) @ key.mT
+            memory = memory + context.where_updated(update)
             recalled.append((memory @ query).flatten(1))
         update = torch.tanh(self.gate.to(self.roles.output)) * torch.stack(recalled, dim=1).to(self.roles.output)
         return (x.to(self.roles.output) + update).to(x.dtype), {"memory": memory}
