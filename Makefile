@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart recipes study test test-slow test-machines test-gpu test-full-size lint format clean
+.PHONY: help quickstart recipes study test test-slow test-machines test-gpu gpu-check test-full-size lint format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -39,6 +39,9 @@ test-machines: $(VENV)/.installed-dev ## Run the conformance suites with the ins
 
 test-gpu: $(VENV)/.installed-dev ## Run the tests that need a CUDA device.
 	$(BIN)/pytest -m gpu $(ARGS)
+
+gpu-check: $(VENV)/.installed-run ## Check and time everything on one NVIDIA GPU, in about 8 minutes; ARGS='--budget 300'.
+	$(BIN)/python scripts/gpu_check.py --out gpu-check $(ARGS)
 
 test-full-size: $(VENV)/.installed-dev ## Run the 7B shapes on the CPU; needs about 20 GiB of memory.
 	$(BIN)/pytest -m full_size $(ARGS)
