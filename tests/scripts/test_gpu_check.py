@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py, whose logic runs on a CPU: green where all is well, red where something is wrong or left out."""
+"""scripts/gpu_check.py on a CPU: green where all is well, red where something is wrong or was left out."""
 
 from __future__ import annotations
 
