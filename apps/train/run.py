@@ -43,9 +43,10 @@ def run(settings: Settings, registry: Registry, console: Console) -> Outcome:
     system.check_workers(settings.run.data.num_workers)
     with start(settings.run.device, settings.run.shard_size) as runtime:
         resumed = check_run_dir(settings, runtime)
-        codec = _codec(settings, runtime)
-        parameters = threads.largest(MOSHI_HOST.skeleton(settings.host), codec.mimi)
-        with threads.computing(parameters, settings.run.threads, workers=settings.run.data.num_workers):
+        skeleton = MOSHI_HOST.skeleton(settings.host)
+        codec = _codec(settings, runtime, skeleton)
+        size, workers = threads.largest(skeleton, codec.mimi), settings.run.data.num_workers
+        with threads.computing(size, settings.run.threads, workers=workers):
             return _train(settings, registry, runtime, console, codec, resumed)
 
 
@@ -97,11 +98,11 @@ def _train(
     return outcome
 
 
-def _codec(settings: Settings, runtime: Runtime) -> SpeechCodec:
+def _codec(settings: Settings, runtime: Runtime, skeleton: Any) -> SpeechCodec:
     bundle = settings.host.bundle()
     # Workers are forked, and a forked process cannot use the GPU.
     device = "cpu" if settings.run.data.num_workers else runtime.device
-    return SpeechCodec.of(MOSHI_HOST.skeleton(settings.host), bundle.load_mimi(device), bundle.tokenizer())
+    return SpeechCodec.of(skeleton, bundle.load_mimi(device), bundle.tokenizer())
 
 
 def _corpus(settings: Settings, codec: SpeechCodec, text: str) -> Corpus:
