@@ -5,8 +5,12 @@ Nothing heavy is imported until a command runs: ``--help`` and ``--version`` mus
 
 from __future__ import annotations
 
+import _thread
+import io
+import os
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 from types import FrameType
@@ -15,7 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
+from moshi_ttt.apps.arguments import PATH, Threads
 from moshi_ttt.apps.evaluate.commands import app as evaluate_app
+from moshi_ttt.apps.threads import computing, prepare_environment
 from moshi_ttt.core.errors import MoshiTTTError
 
 if TYPE_CHECKING:
@@ -77,7 +83,7 @@ def _options(
 
 @app.command()
 def quickstart(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It must be new, or empty.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", **PATH, help="Folder to write. It must be new, or empty.")] = Path(
         "quickstart-run"
     ),
     config: Annotated[
@@ -88,7 +94,11 @@ def quickstart(
     ] = None,
     audio: Annotated[
         Path | None,
-        typer.Option("--audio", help="Your own recording to stream (wav, ogg, flac, mp3); a held-out one if left out."),
+        typer.Option(
+            "--audio",
+            **PATH,
+            help="Your own recording to stream (wav, ogg, flac, mp3); a held-out one if left out.",
+        ),
     ] = None,
     seed: Annotated[
         int | None,
@@ -102,16 +112,20 @@ def quickstart(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace --out if an earlier quickstart made it.")
     ] = False,
+    threads: Threads = None,
 ) -> None:
     """Train test-time-training layers inside a small Moshi on real speech, stream a recording, write a report.
 
-    Takes about a minute and a half on two CPU cores. Everything it needs ships with the package. The folder it writes
+    Takes about two minutes on a CPU. Everything it needs ships with the package. The folder it writes
     has the trained adapter, report.md, plots, the generated audio, and every number in metrics.json.
     """
     from moshi_ttt.apps.quickstart.run import run
     from moshi_ttt.apps.quickstart.setup import Request
 
-    run(Request(out=out, config=config, steps=steps, audio=audio, seed=seed, overwrite=overwrite), _console())
+    request = Request(
+        out=out, config=config, steps=steps, audio=audio, seed=seed, overwrite=overwrite, threads=threads
+    )  # fmt: skip
+    run(request, _console())
 
 
 @app.command()
@@ -149,7 +163,7 @@ def train(
 @app.command()
 def encode(
     config: Annotated[str, typer.Argument(help="The YAML file of the training, or a packaged config's name.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It must be new, or empty.")],
+    out: Annotated[Path, typer.Option("--out", "-o", **PATH, help="Folder to write. It must be new, or empty.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes.")] = None,
     held_out: Annotated[bool, typer.Option("--eval", help="Encode data.eval_data instead of data.train_data.")] = False,
 ) -> None:
@@ -170,14 +184,26 @@ app.add_typer(evaluate_app, name="evaluate")
 
 @app.command()
 def study(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of everything it makes; what is there is kept.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", **PATH, help="Folder of everything it makes; what is there is kept."),
+    ],
     known: Annotated[
-        list[Path], typer.Option("--known", help="A folder with train.jsonl, valid.jsonl, test.jsonl; may be repeated.")
+        list[Path],
+        typer.Option(
+            "--known",
+            **PATH,
+            help="A folder with train.jsonl, valid.jsonl, test.jsonl; may be repeated.",
+        ),
     ],
     unseen: Annotated[
-        list[Path] | None, typer.Option("--unseen", help="The same, of voices for testing alone; may be repeated.")
+        list[Path] | None,
+        typer.Option("--unseen", **PATH, help="The same, of voices for testing alone; may be repeated."),
     ] = None,
-    at_once: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time, which share the cores.")] = 1,
+    at_once: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Processor threads of each run; one if left out.")
+    ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Very small: shows that everything runs.")] = False,
 ) -> None:
     """Train each variant and LoRA on a small Moshi with a short attention, and report what memory is worth.
@@ -189,7 +215,7 @@ def study(
 
     report = make(
         out, known=known, unseen=unseen or [], scale=plan.SMOKE if smoke else plan.FULL, subjects=plan.SUBJECTS,
-        ablations=plan.ABLATIONS, at_once=at_once, say=lambda text: typer.echo(text),
+        ablations=plan.ABLATIONS, at_once=at_once, threads=threads, say=lambda text: typer.echo(text),
     )  # fmt: skip
     typer.echo((report / "report.md").read_text(encoding="utf-8"))
 
@@ -218,7 +244,8 @@ def explain(
 def doctor(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged config such as tiny-ttt-mlp.")],
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="Examine this trained adapter; new blocks if left out.")
+        Path | None,
+        typer.Option("--adapter", **PATH, help="Examine this trained adapter; new blocks if left out."),
     ] = None,
     batches: Annotated[int, typer.Option("--batches", min=1, help="Training passes to look at.")] = 3,
     length: Annotated[
@@ -226,6 +253,7 @@ def doctor(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the made-up tokens.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    threads: Threads = None,
 ) -> None:
     """Run a few training passes on made-up tokens and report what is wrong with each block. Nothing is changed.
 
@@ -234,7 +262,10 @@ def doctor(
     from moshi_ttt.apps import doctor as examining
     from moshi_ttt.core.registry import default_registry
 
-    found = examining.examine(config, default_registry(), adapter=adapter, batches=batches, length=length, seed=seed)
+    found = examining.examine(
+        config, default_registry(), adapter=adapter, batches=batches, length=length, seed=seed,
+        processor_threads=threads,
+    )  # fmt: skip
     if as_json:
         import json
 
@@ -264,7 +295,8 @@ def plugins() -> None:
 def new_plugin(
     name: Annotated[str, typer.Argument(help="What the variant will be called, as in my_memory.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder to write, which must not exist; moshi-ttt-NAME here.")
+        Path | None,
+        typer.Option("--out", "-o", **PATH, help="Folder to write, which must not exist; moshi-ttt-NAME here."),
     ] = None,
 ) -> None:
     """Write a plugin of your own: a distribution with a small working variant, its tests and a config.
@@ -283,7 +315,10 @@ def new_plugin(
 @app.command()
 def verify(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="FILE_OR_FOLDER...", help="Files of reference vectors, or folders of them.")
+        list[Path],
+        typer.Argument(
+            metavar="FILE_OR_FOLDER...", parser=PATH["parser"], help="Files of reference vectors, or folders of them."
+        ),
     ],
     show_all: Annotated[
         bool, typer.Option("--all", help="Show every output and gradient, not the worst alone.")
@@ -300,9 +335,10 @@ def verify(
     registry = default_registry()
     console = _console()
     reports = []
-    for path in verifying.expand(paths):
-        reports.append(verifying.verify_file(path, registry))
-        console.print(verifying.render(reports[-1], every=show_all))
+    with computing(parameters=0):  # reference vectors are small
+        for path in verifying.expand(paths):
+            reports.append(verifying.verify_file(path, registry))
+            console.print(verifying.render(reports[-1], every=show_all))
     console.print(verifying.summary(reports))
     if not all(report.passed for report in reports):
         raise typer.Exit(EXIT_FAILED)
@@ -351,17 +387,31 @@ class _Interrupted(KeyboardInterrupt):
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     # A module that is being imported may swallow whatever is raised inside it: wait until it is done.
-    signal.signal(signal.SIGALRM, _interrupt)
     while frame is not None:
         if frame.f_globals.get("__name__") == "importlib._bootstrap":
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            _ask_again()
             return
         frame = frame.f_back
     raise _Interrupted
 
 
+def _ask_again() -> None:
+    """Call ``_interrupt`` once more in a moment."""
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, _interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        return
+    timer = threading.Timer(0.05, _thread.interrupt_main)  # Windows has no alarm
+    timer.daemon = True
+    timer.start()
+
+
 def main() -> None:
     """The console entry point."""
+    prepare_environment(os.environ)  # before anything imports torch or NumPy
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter shows a question mark for it
+            stream.reconfigure(errors="replace")
     # A termination is an interruption: what is half-written is cleared away on the way out.
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, _interrupt)

@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from moshi_ttt.core.errors import ConfigError, nearest
+from moshi_ttt.core.paths import user_path
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -23,7 +24,7 @@ def find_config(name: str) -> Path:
     packaged = packaged_configs()
     if name in packaged:
         return packaged[name]
-    path = Path(name)
+    path = user_path(name)
     if path.is_file():
         return path
     what = "is a folder" if path.is_dir() else "does not exist"

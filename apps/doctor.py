@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moshi_ttt.apps import threads
 from moshi_ttt.apps.config_files import read_config
 from moshi_ttt.core.adapter import load_adapter
 from moshi_ttt.core.block import SequenceBlock, Site
@@ -36,11 +37,19 @@ class Examination:
 
 
 def examine(
-    config: str, registry: Registry, *, adapter: Path | None, batches: int, length: int | None, seed: int
+    config: str,
+    registry: Registry,
+    *,
+    adapter: Path | None,
+    batches: int,
+    length: int | None,
+    seed: int,
+    processor_threads: int | None = None,
 ) -> Examination:
     """Load the config's model, add its blocks (or an adapter's), and look at them.
 
-    ``length=None`` is two chunks and a token of the longest chunk, and 64 tokens at least. Raises MoshiTTTError.
+    ``length=None`` is two chunks and a token of the longest chunk, and 64 tokens at least;
+    ``processor_threads=None`` chooses by the model's size. Raises MoshiTTTError.
     """
     parsed = read_config(config, registry=registry)
     model = registry.host(parsed.host.name).load(parsed.host)
@@ -52,7 +61,8 @@ def examine(
         raise ConfigError(f"{config} has no blocks to examine. Give its ttt list an entry.")
     injection.freeze_base()
     length = length or max(64, 1 + 2 * max(_chunk(block) for block in injection.blocks.values()))
-    found = measure(injection, batches=batches, length=length, seed=seed)
+    with threads.computing(threads.largest(model), processor_threads):
+        found = measure(injection, batches=batches, length=length, seed=seed)
     return Examination(config=config, batches=batches, length=length, blocks=found)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from gating_mlp import CHUNK, DIM, HIDDEN, PlainMLP, build
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from moshi_ttt.apps.system import peak_memory
 from moshi_ttt.core.block import BlockContext
 from moshi_ttt.plugins.gating_mlp import ops, reference
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
@@ -153,7 +153,7 @@ def measure_hour(block: GatingMLP) -> dict[str, Any]:
         y = block.step(inputs[step % 1_000], state, contexts[step % 1_000])
         times.append(1_000 * (time.perf_counter() - start))
         if step in (999, HOUR - 1):
-            resident.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1_024)
+            resident.append((peak_memory() or 0) / 2**20)
     finite = all(bool(t.isfinite().all()) for t in [y, *state.values()])
     return {
         "steps": HOUR,

@@ -73,7 +73,7 @@ def train(name: str, seed: int, steps: int, shards: dict[str, Path], out: Path, 
     began = time.perf_counter()
     outcome = run(settings, registry, Console())
     losses = outcome.losses[outcome.step]
-    logged = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    logged = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
     steps_logged = [record for record in logged if record["kind"] == "train"]
     return {
         "name": name, "seed": seed, "parameters": 0 if name == "base" else trained, "split": split,
@@ -110,7 +110,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     shards = encoded(arguments.speech, arguments.out)
     kept = arguments.out / "rows.json"
-    rows: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.is_file() else []
+    rows: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
     for seed in arguments.seeds:
         for name in ROWS:
             if any((row["name"], row["seed"], row["split"]) == (name, seed, arguments.split) for row in rows):
@@ -118,9 +118,9 @@ def main() -> None:
             print(f"== {name}, seed {seed}", flush=True)
             rows.append(train(name, seed, arguments.steps, shards, arguments.out, arguments.split))
             with atomic_file(kept) as temporary:
-                temporary.write_text(json.dumps(rows, indent=2) + "\n")
+                temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     text = table([row for row in rows if row["split"] == arguments.split])
-    (arguments.out / "table.md").write_text(text + "\n")
+    (arguments.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

@@ -25,6 +25,7 @@ from moshi_ttt.core.config import BlockConfig
 from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import AdapterError, ConfigError, MoshiTTTError, PluginError
 from moshi_ttt.core.injection import Injection, Plan, PlannedBlock, make_plan
+from moshi_ttt.core.paths import user_path
 from moshi_ttt.core.registrar import RUNTIME, Provenance
 from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.core.sharding import assign, whole
@@ -46,7 +47,7 @@ class AdapterContents:
 
     def write(self, folder: str | Path) -> Path:
         """Write to ``folder``, replacing an adapter that is there; see ``save_adapter``."""
-        folder = Path(folder).resolve()
+        folder = user_path(folder).resolve()
         _check_replaceable(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as temporary:
@@ -62,7 +63,7 @@ def save_adapter(injection: Injection, folder: str | Path, *, training_step: int
     old adapter or the new one. Raises AdapterError when ``folder`` exists and is not an adapter. Of a sharded model,
     every rank calls ``collect_adapter`` and one writes what it gives.
     """
-    _check_replaceable(Path(folder).resolve())
+    _check_replaceable(user_path(folder).resolve())
     return collect_adapter(injection, training_step=training_step).write(folder)
 
 
@@ -123,7 +124,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | N
             a plugin that is not installed. The model is untouched.
     """
     registry = registry or default_registry()
-    folder = Path(folder)
+    folder = user_path(folder)
     manifest = read_manifest(folder)
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise AdapterError(f"{folder}: the model is on the meta device and cannot hold values; load its weights first.")
@@ -170,7 +171,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | N
 
 def find_adapter(folder: str | Path) -> Path:
     """``folder`` itself when it is an adapter, or the one inside a checkpoint of a run. Raises AdapterError."""
-    folder = Path(folder)
+    folder = user_path(folder)
     for place in (folder, folder / "adapter"):
         if (place / MANIFEST).is_file():
             return place
@@ -186,7 +187,7 @@ def adapter_entries(folder: str | Path) -> dict[str, Any]:
     try:
         entries = [{**entry["config"], "layers": Site.parse(entry["site"]).layer} for entry in manifest["sites"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AdapterError(f"{Path(folder) / MANIFEST}: its sites cannot be read: {error!r}.") from None
+        raise AdapterError(f"{user_path(folder) / MANIFEST}: its sites cannot be read: {error!r}.") from None
     return {"precision": manifest["precision"], "ttt": entries}
 
 
@@ -203,7 +204,7 @@ def fill_from_adapter(injection: Injection, folder: str | Path, *, registry: Reg
     Raises:
         AdapterError: the adapter is damaged, or of another base model, or does not fit. No value was written.
     """
-    folder, host, model = Path(folder), injection.host, injection.model
+    folder, host, model = user_path(folder), injection.host, injection.model
     manifest = read_manifest(folder)
     _check_fingerprint(folder, manifest["fingerprint"], host.fingerprint(model))
     try:
@@ -246,11 +247,11 @@ def _listed(blocks: Mapping[str, str]) -> str:
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The contents of ``adapter.json``, checked for completeness. Raises AdapterError."""
-    path = Path(folder) / MANIFEST
+    path = user_path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise AdapterError(f"{folder} is not an adapter: it has no {MANIFEST}.") from None
+        raise AdapterError(f"{path.parent} is not an adapter: it has no {MANIFEST}.") from None
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} cannot be read: {error}. The adapter is damaged; save it again.") from None
     if not isinstance(manifest, dict) or not manifest.keys() >= KEYS:

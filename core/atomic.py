@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,11 @@ def _take_place(temporary: Path, folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have the disk hold a file's contents, or a folder's names."""
+    windows = sys.platform == "win32"
+    if windows and path.is_dir():
+        return  # Windows opens no folder, and writes the names in it by its own journal
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)  # Windows syncs only what may be written to
     try:
         os.fsync(descriptor)
     finally:

@@ -16,6 +16,7 @@ import yaml
 from moshi_ttt.core.config import BlockConfig, FrozenConfig, HostConfig, Seed, TTTConfig, parse_model
 from moshi_ttt.core.errors import ConfigError, nearest
 from moshi_ttt.core.flat_config import native_entries
+from moshi_ttt.core.paths import user_path
 from moshi_ttt.core.registry import Registry
 
 
@@ -156,7 +157,7 @@ def load_config(
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """The mapping that a YAML file holds, not validated. Raises ConfigError."""
-    path = Path(path)
+    path = user_path(path)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:

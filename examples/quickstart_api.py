@@ -17,6 +17,7 @@ from moshi_ttt.hosts.moshi.loading import resolve_repo
 from moshi_ttt.hosts.moshi.tiny import speech_files
 
 steps, folder = int(sys.argv[1]) if len(sys.argv) > 1 else 120, sys.argv[2] if len(sys.argv) > 2 else "my-adapter"
+torch.set_num_threads(1)  # the tensors of so small a model are not worth sharing
 registry, bundle = default_registry(), resolve_repo("builtin:tiny")
 model = bundle.load_lm(dtype=torch.float32)
 codec = Codec.of(model, bundle.load_mimi(), bundle.tokenizer())

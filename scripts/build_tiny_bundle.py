@@ -372,14 +372,16 @@ def assemble(work: Path, out: Path, root: Path) -> None:
         "mimi_config_name": "mimi_config.json",
         "tokenizer_name": SPM_NAME,
     }
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (out / "mimi_config.json").write_text(json.dumps(MIMI_CONFIG, indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (out / "mimi_config.json").write_text(json.dumps(MIMI_CONFIG, indent=2) + "\n", encoding="utf-8")
     speech = out / "speech"
     speech.mkdir(exist_ok=True)
     texts = transcripts(root)
     for name in EXCERPT:
         shutil.copy(root / VOICE / f"{name}.wav", speech / f"{name}.wav")
-    (speech / "transcripts.json").write_text(json.dumps({n: texts[n] for n in EXCERPT}, indent=2) + "\n")
+    (speech / "transcripts.json").write_text(
+        json.dumps({n: texts[n] for n in EXCERPT}, indent=2) + "\n", encoding="utf-8"
+    )
     shutil.copy(root / COPYRIGHT, speech / "LICENSE")  # ATTRIBUTION.md beside it is written by hand
     log(f"bundle in {out}: {sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 

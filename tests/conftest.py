@@ -6,8 +6,12 @@ import os
 
 # Moshi compiles `LMModel.out_norm` at its first forward unless this is set before it is imported: 20 s on a CPU.
 os.environ["NO_TORCH_COMPILE"] = "1"
-# The processes that tests spawn (gloo ranks, the command line) inherit this. See below for why one thread.
+# The processes that tests spawn (gloo ranks, the command line) inherit these. See below for why one thread. Whoever
+# takes more waits without spinning, and torch.compile compiles in the process itself, not in one helper a core.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 # No test may reach the network: what a user would download is in the package or in a temporary folder.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

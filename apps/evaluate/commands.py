@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moshi_ttt.apps.arguments import PATH, Threads
 from moshi_ttt.apps.output_folder import METRICS
+from moshi_ttt.apps.system import check_file_names
+from moshi_ttt.apps.threads import computing, largest
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.paths import user_path
 
 if TYPE_CHECKING:
     from moshi_ttt.apps.evaluate.documents import Document, Layout
@@ -26,7 +30,7 @@ Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", "-a", help="NAME=FOLDER of an adapter, or of a checkpoint that holds one; repeatable."),
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It must be new, or empty.")]
+Out = Annotated[Path, typer.Option("--out", "-o", **PATH, help="Folder to write. It must be new, or empty.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --out if this command made it.")]
 LayoutOption = Annotated[str, typer.Option("--layout", help="Of a folder of recordings: files, or librilight.")]
 Seconds = Annotated[float | None, typer.Option("--max-seconds", min=0.1, help="Hear so much of each recording.")]
@@ -36,6 +40,7 @@ Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of the 
 
 @app.command("long-context")
 def long_context(
+    ctx: typer.Context,
     config: Config,
     data: Data,
     out: Out,
@@ -63,6 +68,7 @@ def long_context(
     batch_size: Batch = 4,
     seed: Seed = 0,
     overwrite: Overwrite = False,
+    threads: Threads = None,
 ) -> None:
     """Loss by position over long recordings: updates on, updates off, memory reset, memory of another."""
     from moshi_ttt.apps.evaluate import long_context as evaluation
@@ -74,7 +80,7 @@ def long_context(
     check_free(out, made_by=made_by, overwrite=overwrite)
     if every is not None:
         refuse_uneven(CONDITIONS, every=every, segments=segments)  # before anything is loaded
-    subjects, documents, facts, rate = _prepare(config, data, adapter, layout, max_seconds)
+    subjects, documents, facts, rate = _prepare(ctx, config, data, adapter, layout, max_seconds, threads)
     conditions = _conditions(CONDITIONS, len(documents), batch_size)
     context, step = int(subjects[0].model.context or window), segments or 1
     options = evaluation.Options(
@@ -90,6 +96,7 @@ def long_context(
 
 @app.command()
 def recall(
+    ctx: typer.Context,
     config: Config,
     data: Data,
     out: Out,
@@ -102,6 +109,7 @@ def recall(
     batch_size: Batch = 4,
     seed: Seed = 0,
     overwrite: Overwrite = False,
+    threads: Threads = None,
 ) -> None:
     """Pieces of recordings heard twice, and again after one of another: what the later hearings save."""
     from moshi_ttt.apps.evaluate import recall as evaluation
@@ -111,7 +119,7 @@ def recall(
 
     made_by = "moshi-ttt evaluate recall"
     check_free(out, made_by=made_by, overwrite=overwrite)
-    subjects, documents, facts, _ = _prepare(config, data, adapter, layout, None)
+    subjects, documents, facts, _ = _prepare(ctx, config, data, adapter, layout, None, threads)
     conditions = _conditions(CONDITIONS, len(documents), batch_size)
     with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
         result = evaluation.evaluate(
@@ -125,6 +133,7 @@ def recall(
 
 @app.command("inner-loop")
 def inner_loop(
+    ctx: typer.Context,
     config: Config,
     data: Data,
     out: Out,
@@ -134,6 +143,7 @@ def inner_loop(
     smooth: Annotated[int, typer.Option("--smooth", min=1, help="Frames of the plots' running mean.")] = 32,
     batch_size: Batch = 4,
     overwrite: Overwrite = False,
+    threads: Threads = None,
 ) -> None:
     """Inner loss by position, layer and head: initial weights, before and after each update, and the mean target."""
     from moshi_ttt.apps.evaluate import inner_loop as evaluation
@@ -141,7 +151,8 @@ def inner_loop(
 
     made_by = "moshi-ttt evaluate inner-loop"
     check_free(out, made_by=made_by, overwrite=overwrite)
-    subjects, documents, facts, rate = _prepare(config, data, adapter, layout, max_seconds)
+    check_file_names(_adapter(text)[0] for text in adapter or [])  # each gets a folder
+    subjects, documents, facts, rate = _prepare(ctx, config, data, adapter, layout, max_seconds, threads)
     remembering = [subject for subject in subjects if subject.injection is not None]
     if not remembering:
         raise ConfigError(
@@ -163,15 +174,17 @@ def inner_loop(
 
 @app.command("zero-shot")
 def zero_shot(
+    ctx: typer.Context,
     config: Config,
     dataset: Annotated[str, typer.Option("--dataset", help="swuggy, sblimp, storycloze, topic-storycloze, or csv.")],
-    source: Annotated[Path, typer.Option("--source", help="The dataset's folder; for csv the file.")],
+    source: Annotated[Path, typer.Option("--source", **PATH, help="The dataset's folder; for csv the file.")],
     out: Out,
     adapter: Adapters = None,
     normalisation: Annotated[str, typer.Option("--normalisation", help="Compare nats a token, or sum.")] = "token",
     codebooks: Annotated[str, typer.Option("--codebooks", help="all, or semantic (the first).")] = "all",
     seed: Seed = 0,
     overwrite: Overwrite = False,
+    threads: Threads = None,
 ) -> None:
     """Share of pairs of recordings whose right one is likelier: spoken words, sentences, endings of stories."""
     from typing import cast, get_args
@@ -191,7 +204,7 @@ def zero_shot(
     made_by = "moshi-ttt evaluate zero-shot"
     check_free(out, made_by=made_by, overwrite=overwrite)
     pairs = read_pairs(dataset, source)
-    subjects, codec, facts = _load(config, adapter)
+    subjects, codec, facts = _load(ctx, config, adapter, threads)
     variants = {}
     for subject in subjects:
         named = {"updates on": True, "updates off": False} if subject.injection is not None else {"": True}
@@ -211,7 +224,7 @@ def zero_shot(
 
 @app.command()
 def compare(
-    folders: Annotated[list[Path], typer.Argument(help="Folders that the other evaluations wrote.")],
+    folders: Annotated[list[Path], typer.Argument(**PATH, help="Folders that the other evaluations wrote.")],
     out: Out,
     overwrite: Overwrite = False,
 ) -> None:
@@ -235,8 +248,14 @@ def _conditions(known: tuple[Condition, ...], documents: int, batch_size: int) -
 
 
 def _prepare(
-    config: str, data: str, adapters: list[str] | None, layout: str, max_seconds: float | None
-) -> tuple[list[Subject], list[Document], dict[str, Any], float]:
+    ctx: typer.Context,
+    config: str,
+    data: str,
+    adapters: list[str] | None,
+    layout: str,
+    max_seconds: float | None,
+    threads: int | None,
+) -> tuple[list[Subject], list[Document], dict[str, Any], float]:  # fmt: skip
     """Everything that is loaded, what a report says of it, and frames a second."""
     from typing import cast
 
@@ -244,7 +263,7 @@ def _prepare(
 
     if layout not in ("files", "librilight"):
         raise ConfigError(f"--layout {layout!r}: allowed are files and librilight.")
-    subjects, codec, facts = _load(config, adapters)
+    subjects, codec, facts = _load(ctx, config, adapters, threads)
     rate = float(codec.mimi.frame_rate)
     documents = read_documents(
         data, codec, layout=cast("Layout", layout), transcripts="optional",
@@ -253,8 +272,13 @@ def _prepare(
     return subjects, documents, {**facts, "data": data}, rate
 
 
-def _load(config: str, adapters: list[str] | None) -> tuple[list[Subject], SpeechCodec, dict[str, Any]]:
-    """The base model and the adapters, the codec, and what a report says of them."""
+def _load(
+    ctx: typer.Context, config: str, adapters: list[str] | None, threads: int | None
+) -> tuple[list[Subject], SpeechCodec, dict[str, Any]]:
+    """The base model and the adapters, the codec, and what a report says of them.
+
+    The rest of the command computes with ``threads``, or as many as the models are worth.
+    """
     import torch
 
     from moshi_ttt.apps.config_files import read_config
@@ -272,6 +296,7 @@ def _load(config: str, adapters: list[str] | None) -> tuple[list[Subject], Speec
     subjects = load_subjects(host, named, registry, device)
     bundle = host.bundle()
     codec = SpeechCodec.of(subjects[0].model, bundle.load_mimi(device), bundle.tokenizer())
+    ctx.with_resource(computing(largest(subjects[0].model, codec.mimi), threads))
     return subjects, codec, {"base model": host.described, "subjects": {each.name: each.facts for each in subjects}}
 
 
@@ -279,4 +304,4 @@ def _adapter(text: str) -> tuple[str, Path]:
     name, equals, folder = text.partition("=")
     if not (name and equals and folder):
         raise ConfigError(f"--adapter {text!r}: write NAME=FOLDER, as in ttt=runs/checkpoints/checkpoint_000150.")
-    return name, Path(folder)
+    return name, user_path(folder)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from moshi_ttt.apps.train.data.codec import SpeechCodec
 from moshi_ttt.apps.train.data.corpus import open_corpus
 from moshi_ttt.apps.train.data.manifest import SHARD_INDEX, DataError, Transcripts, read_header
+from moshi_ttt.core.paths import user_path
 
 SUFFIXES = (".flac", ".mp3", ".ogg", ".wav")
 SEGMENT_FRAMES = 250
@@ -48,7 +49,7 @@ def read_documents(
 
     Raises DataError: nothing to read, or a recording that cannot be read.
     """
-    folder = Path(data)
+    folder = user_path(data)
     if folder.is_dir() and not (folder / SHARD_INDEX).is_file() and not list(folder.glob("*.jsonl")):
         groups = _groups(folder, layout)
         return [Document(name, _join(files, codec, limit)) for name, files in groups.items()]

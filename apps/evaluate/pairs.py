@@ -18,6 +18,7 @@ from pathlib import Path
 
 from moshi_ttt.apps.train.data.manifest import LISTED, DataError, read_header
 from moshi_ttt.core.errors import MoshiTTTError, nearest
+from moshi_ttt.core.paths import user_path
 
 RIGHT, WRONG, STORY = "_correct.wav", "_incorrect.wav", "_mutual.wav"
 BANDS = ((1, "never heard"), (5, "1 to 4"), (20, "5 to 19"), (100, "20 to 99"))
@@ -85,7 +86,7 @@ def read_pairs(dataset: str, source: Path, *, max_bad_share: float = 0.01) -> Pa
         raise PairsError(f"There is no data set {dataset!r}. {nearest(dataset, DATASETS)}")
     if not 0.0 <= max_bad_share < 1.0:
         raise PairsError(f"max_bad_share = {max_bad_share}: allowed are shares from 0 to below 1, such as 0.01.")
-    source = source.expanduser()
+    source = user_path(source)
     pairs: list[Pair] = []
     problems: list[str] = []
     known: dict[Path, str] = {}

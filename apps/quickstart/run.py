@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from moshi_ttt.apps import threads
 from moshi_ttt.apps.audio import decode, write_wav
 from moshi_ttt.apps.output_folder import check_free, new_folder
 from moshi_ttt.apps.quickstart import evaluate as evaluating
@@ -23,6 +24,7 @@ from moshi_ttt.apps.quickstart.stream import compare_with_training, listen, loss
 from moshi_ttt.apps.quickstart.train import Segments, train
 from moshi_ttt.core.adapter import save_adapter
 from moshi_ttt.core.injection import Injection
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 
 MADE_BY = "moshi-ttt quickstart"
 COMPARED_FRAMES = 150
@@ -37,7 +39,8 @@ def run(request: Request, console: Console) -> Path:
     started = time.perf_counter()
     check_free(request.out, made_by=MADE_BY, overwrite=request.overwrite)
     settings = read_settings(request)
-    with new_folder(request.out, made_by=MADE_BY, overwrite=request.overwrite) as folder:
+    computing = threads.computing(threads.largest(MOSHI_HOST.skeleton(settings.host)), request.threads)
+    with computing, new_folder(request.out, made_by=MADE_BY, overwrite=request.overwrite) as folder:
         setup = prepare(settings, request.audio)
         seconds = {"prepare": time.perf_counter() - started}
         console.print(summary.introduction(setup))

@@ -29,6 +29,7 @@ class Request:
     audio: Path | None = None
     seed: int | None = None
     overwrite: bool = False
+    threads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from moshi_ttt.apps.study.plan import Subject as Trained
 from moshi_ttt.apps.study.report import Report
 from moshi_ttt.apps.study.results import read_group
 from moshi_ttt.apps.study.stages import GROUPS, Study
+from moshi_ttt.apps.threads import computing, largest
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.hosts.moshi.host import MoshiHostConfig
 
@@ -23,12 +24,12 @@ MADE_BY = "moshi-ttt study"
 
 def make(
     out: Path, *, known: Sequence[Path], unseen: Sequence[Path], scale: Scale, subjects: Sequence[Trained],
-    ablations: Sequence[Trained], at_once: int, say: Callable[[str], None],
+    ablations: Sequence[Trained], at_once: int, say: Callable[[str], None], threads: int | None = None,
 ) -> Path:  # fmt: skip
     """Run whatever is not done yet in ``out``, and write ``out/report``; that folder. Raises a MoshiTTTError."""
     study = Study(
         out=out, known=tuple(known), unseen=tuple(unseen), scale=scale, subjects=tuple(subjects),
-        ablations=tuple(ablations), at_once=at_once, say=say,
+        ablations=tuple(ablations), at_once=at_once, say=say, threads=threads,
     )  # fmt: skip
     check_free(out / "report", made_by=MADE_BY, overwrite=True)
     study.encode()
@@ -40,6 +41,9 @@ def make(
     study.evaluate_ablations()
     say("cost, report")
     seeds, groups = scale.seeds, [group for group in GROUPS if study.encoded(group).exists()]
+    compared = _subjects(study)
+    with computing(largest(compared[0].model), threads):
+        costs = cost.measure(compared)
     report = Report(
         scale=scale,
         speech={
@@ -50,7 +54,7 @@ def make(
         recall={group: read_group([out / f"seed_{seed}" / f"recall_{group}" for seed in seeds]) for group in groups},
         context={group: read_group([out / f"seed_{seed}" / f"context_{group}" for seed in seeds]) for group in groups},
         ablations=read_group([out / "ablations"]) if ablations else None,
-        costs=cost.measure(_subjects(study)),
+        costs=costs,
         choices=json.loads((out / "choices.json").read_text(encoding="utf-8")),
         made_by=MADE_BY,
     )

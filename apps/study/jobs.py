@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
+from moshi_ttt.apps.threads import of_job
 from moshi_ttt.core.errors import MoshiTTTError
 
 TAIL = 15
@@ -40,8 +41,10 @@ class Job:
         return self.result.exists()
 
 
-def run_jobs(jobs: Sequence[Job], logs: Path, *, at_once: int, say: Callable[[str], None]) -> None:
-    """Run the jobs that are not done, ``at_once`` at a time, with an equal share of the processor's cores each.
+def run_jobs(
+    jobs: Sequence[Job], logs: Path, *, at_once: int, say: Callable[[str], None], threads: int | None = None
+) -> None:
+    """Run the jobs that are not done, ``at_once`` at a time, each with ``threads`` threads (``threads.of_job``).
 
     The others are ended (they keep what they have saved) when one fails or the study is interrupted.
 
@@ -49,7 +52,7 @@ def run_jobs(jobs: Sequence[Job], logs: Path, *, at_once: int, say: Callable[[st
     """
     waiting = [job for job in jobs if not job.done]
     logs.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // at_once)
+    each = of_job(threads, at_once, os.environ)
     running: set[subprocess.Popen[bytes]] = set()
     stopped = Event()
 
@@ -58,7 +61,7 @@ def run_jobs(jobs: Sequence[Job], logs: Path, *, at_once: int, say: Callable[[st
             return
         say(job.name)
         path = logs / f"{job.name.replace('/', '_').replace(' ', '_')}.log"
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(each)}
         with path.open("ab") as log:
             command = [sys.executable, "-m", "moshi_ttt", *job.arguments]
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)

@@ -37,6 +37,7 @@ class Study:
     Attributes:
         known, unseen: folders with train.jsonl, valid.jsonl and test.jsonl; of the unseen all are for testing.
         at_once: commands run at a time.
+        threads: processor threads of each; see ``run_jobs``.
     """
 
     out: Path
@@ -47,6 +48,7 @@ class Study:
     ablations: tuple[Subject, ...]
     at_once: int
     say: Callable[[str], None]
+    threads: int | None = None
 
     # ---- what is heard
 
@@ -97,7 +99,9 @@ class Study:
         path = self.out / "base.json"
         self.out.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps({**tiny_config(), **MODEL, "context": self.scale.context}, indent=1))
+            temporary.write_text(
+                json.dumps({**tiny_config(), **MODEL, "context": self.scale.context}, indent=1), "utf-8"
+            )
         return path
 
     def random_weights(self, seed: int) -> Path:
@@ -141,7 +145,7 @@ class Study:
         }
         chosen = {name: tried.index(min(tried)) for name, tried in losses.items()}
         with atomic_file(self.out / "choices.json") as temporary:
-            temporary.write_text(json.dumps({"chosen": chosen, "validation_loss": losses}, indent=1))
+            temporary.write_text(json.dumps({"chosen": chosen, "validation_loss": losses}, indent=1), encoding="utf-8")
 
     def train_subjects(self) -> None:
         """The chosen candidates with every seed."""
@@ -240,4 +244,4 @@ class Study:
         )  # fmt: skip
 
     def _run(self, jobs: Iterable[Job]) -> None:
-        run_jobs(list(jobs), self.out / "logs", at_once=self.at_once, say=self.say)
+        run_jobs(list(jobs), self.out / "logs", at_once=self.at_once, say=self.say, threads=self.threads)

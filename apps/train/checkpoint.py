@@ -37,7 +37,7 @@ STATE = "state.json"
 RESUME = "resume"
 NAME = re.compile(r"checkpoint_(\d{6,})")
 Export = Callable[[Path], None]
-FREE = ("ranks", "versions", "training", "bad_segments")
+FREE = ("ranks", "threads", "versions", "training", "bad_segments")
 """Entries of ``state.json`` that a run that goes on may change."""
 
 

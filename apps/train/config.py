@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moshi_ttt.core.config import FrozenConfig, Seed
+from moshi_ttt.core.paths import user_path
 
 SECTIONS = ("lora", "optim", "wandb", "moshi_paths")
 DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
@@ -114,6 +115,7 @@ class RunConfig(FrozenConfig):
         compile: compile the blocks' forward passes with torch.compile.
         shard_size: ranks that share one copy of the model; all when left out, fewer replicate it (HSDP).
         device: what to compute on; CUDA where there is one when left out.
+        threads: processor threads of each rank; when left out, one for a small model (``apps/threads.py``).
         ckpt_freq: steps between checkpoints; 0 saves at the end alone.
         num_ckpt_keep: checkpoints to keep; null keeps all.
         save_adapters: export blocks and LoRA as they are; false merges LoRA into full weights.
@@ -149,6 +151,7 @@ class RunConfig(FrozenConfig):
     compile: bool = False
     shard_size: int | None = Field(default=None, ge=1)
     device: Literal["cpu", "cuda"] | None = None
+    threads: int | None = Field(default=None, ge=1)
 
     log_freq: int = Field(default=1, ge=1)
     log_health: bool = True
@@ -169,6 +172,12 @@ class RunConfig(FrozenConfig):
         if isinstance(values, Mapping):
             return {key: value for key, value in values.items() if value is not None or key not in SECTIONS}
         return values
+
+    @field_validator("run_dir", "resume", "adapter")
+    @classmethod
+    def _home(cls, value: str | bool | None) -> str | bool | None:
+        """``~`` is the user's home, as a shell has it: no shell reads a config."""
+        return str(user_path(value)) if isinstance(value, str) and value.startswith("~") else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moshi_ttt.apps import threads
 from moshi_ttt.apps.train.data.codec import SpeechCodec
 from moshi_ttt.apps.train.data.shards import write_shards
 from moshi_ttt.apps.train.settings import Settings
@@ -26,9 +27,11 @@ def encode(settings: Settings, out: Path, console: Console, *, held_out: bool) -
         raise ConfigError("The config has no data.eval_data, so there is nothing to encode. Leave out --eval.")
     bundle = settings.host.bundle()
     device = settings.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    codec = SpeechCodec.of(MOSHI_HOST.skeleton(settings.host), bundle.load_mimi(device), bundle.tokenizer())
+    model = MOSHI_HOST.skeleton(settings.host)
+    codec = SpeechCodec.of(model, bundle.load_mimi(device), bundle.tokenizer())
     columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    computing = threads.computing(threads.largest(model, codec.mimi), settings.run.threads)
+    with computing, Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=None)
         summary = write_shards(
             source, out, codec, frames=codec.frames_of(settings.run.duration_sec), transcripts=data.transcripts,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moshi_ttt.apps.system import peak_memory
 from moshi_ttt.apps.train.config import RunConfig, WandbConfig
 from moshi_ttt.apps.train.trainer import Losses, Step
 from moshi_ttt.core.atomic import atomic_file
@@ -25,11 +25,11 @@ from moshi_ttt.core.health import BlockHealth
 METRICS = "metrics.jsonl"
 
 
-def memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held: allocated on a CUDA device, or resident on the CPU."""
+def memory_bytes(device: torch.device) -> int | None:
+    """The most memory this process has held: allocated on a CUDA device, or resident on the CPU; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory()
 
 
 def loss_record(losses: Losses) -> dict[str, float | int | None]:
@@ -42,7 +42,7 @@ def loss_record(losses: Losses) -> dict[str, float | int | None]:
     }  # fmt: skip
 
 
-def step_record(step: Step, seconds: float, memory: int) -> dict[str, Any]:
+def step_record(step: Step, seconds: float, memory: int | None) -> dict[str, Any]:
     """One line of ``metrics.jsonl``. ``seconds`` is what the step took, ``memory`` bytes."""
     return {
         "kind": "train", "step": step.number, **loss_record(step.losses), "gradient_norm": _finite(step.gradient_norm),
@@ -123,7 +123,8 @@ def summary(record: Mapping[str, Any]) -> str:
     parts.append(f"lr {' '.join(f'{group} {rate:.2g}' for group, rate in rates.items())}")
     parts.append(f"{record['seconds']:.2f} s/step")
     parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
-    parts.append(f"{record['memory_bytes'] / 2**30:.1f} GiB")
+    if record["memory_bytes"] is not None:
+        parts.append(f"{record['memory_bytes'] / 2**30:.1f} GiB")
     blocks = list(record.get("blocks", {}).values())
     gates = [block["gate"] for block in blocks if block.get("gate") is not None]
     gains = [

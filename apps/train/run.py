@@ -8,9 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from moshi_ttt.apps import system, threads
 from moshi_ttt.apps.train import export
 from moshi_ttt.apps.train.checkpoint import CheckpointWriter, load, read_state
 from moshi_ttt.apps.train.config import RunConfig
@@ -30,7 +32,7 @@ from moshi_ttt.core.adapter import find_adapter
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 
-NOT_COMPARED = {"run_dir", "overwrite_run_dir", "resume", "moshi_paths", "adapter", "wandb"}
+NOT_COMPARED = {"run_dir", "overwrite_run_dir", "resume", "moshi_paths", "adapter", "wandb", "threads"}
 """Options that say where a run is written and what it starts from: a run that is resumed may change them freely."""
 
 
@@ -38,14 +40,21 @@ def run(settings: Settings, registry: Registry, console: Console) -> Outcome:
     """Train to the end, or until a signal asks to stop. Raises a MoshiTTTError; every rank calls this."""
     export.check(settings)
     check_installed(settings.run)
+    system.check_workers(settings.run.data.num_workers)
     with start(settings.run.device, settings.run.shard_size) as runtime:
         resumed = check_run_dir(settings, runtime)
-        return _train(settings, registry, runtime, console, resumed)
+        skeleton = MOSHI_HOST.skeleton(settings.host)
+        codec = _codec(settings, runtime, skeleton)
+        size, workers = threads.largest(skeleton, codec.mimi), settings.run.data.num_workers
+        with threads.computing(size, settings.run.threads, workers=workers):
+            return _train(settings, registry, runtime, console, codec, resumed)
 
 
-def _train(settings: Settings, registry: Registry, runtime: Runtime, console: Console, resumed: Path | None) -> Outcome:
+def _train(
+    settings: Settings, registry: Registry, runtime: Runtime, console: Console, codec: SpeechCodec, resumed: Path | None
+) -> Outcome:
     run = settings.run
-    codec = _codec(settings, runtime)  # the data first: what is wrong with it should not wait for the weights
+    # The data first: what is wrong with it should not wait for the weights.
     corpus = _corpus(settings, codec, run.data.train_data)
     held_out = _corpus(settings, codec, run.data.eval_data or "") if run.do_eval else None
     trained = build(settings, registry, runtime.mesh, runtime.device, resumed=resumed is not None)
@@ -89,11 +98,11 @@ def _train(settings: Settings, registry: Registry, runtime: Runtime, console: Co
     return outcome
 
 
-def _codec(settings: Settings, runtime: Runtime) -> SpeechCodec:
+def _codec(settings: Settings, runtime: Runtime, skeleton: Any) -> SpeechCodec:
     bundle = settings.host.bundle()
     # Workers are forked, and a forked process cannot use the GPU.
     device = "cpu" if settings.run.data.num_workers else runtime.device
-    return SpeechCodec.of(MOSHI_HOST.skeleton(settings.host), bundle.load_mimi(device), bundle.tokenizer())
+    return SpeechCodec.of(skeleton, bundle.load_mimi(device), bundle.tokenizer())
 
 
 def _corpus(settings: Settings, codec: SpeechCodec, text: str) -> Corpus:
@@ -126,6 +135,7 @@ def _position(settings: Settings, trainer: Trainer, corpus: Corpus) -> dict[str,
         "inner_lr_warmup": run.inner_lr_warmup,
         "training": run.model_dump(mode="json", exclude=NOT_COMPARED),
         "ranks": trainer.runtime.world_size,
+        "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("moshi-ttt", "torch", "moshi")},
     }
 
@@ -136,7 +146,8 @@ def _introduction(
     run, runtime = settings.run, trainer.runtime
     blocks = trainer.trained.injection.plan.blocks
     where = ", ".join(f"{block.site} ({block.variant.name})" for block in blocks) or "none"
-    yield f"{settings.host.hf_repo}; blocks: {where}; {runtime.world_size} rank(s) on {runtime.device.type}"
+    ranks = f"{runtime.world_size} rank(s) on {runtime.device.type}, {torch.get_num_threads()} thread(s) each"
+    yield f"{settings.host.hf_repo}; blocks: {where}; {ranks}"
     yield groups_table(group_plans(trainer.trained, settings))
     yield from (f"Warning: {problem}" for problem in low_rates(trainer.trained, settings))
     if run.adapter is not None and resumed is None:
@@ -155,9 +166,15 @@ def _introduction(
     if resumed is not None:
         yield f"going on from {resumed}, after step {trainer.step}"
         now = _position(settings, trainer, corpus)
-        changed = [change for key in ("training", "ranks", "versions") for change in _changes(state.get(key), now[key])]
+        changed = list(_changes(_free_to_change(state), _free_to_change(now)))
         if changed:
             yield f"Warning: changed since: {'; '.join(changed)}"
+
+
+def _free_to_change(position: Any) -> dict[str, Any]:
+    """What a run that is resumed may have otherwise than the checkpoint, and is told about."""
+    counts = {key: position[key] for key in ("ranks", "threads") if key in position}
+    return {**position.get("training", {}), **counts, **position.get("versions", {})}
 
 
 def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
@@ -166,7 +183,7 @@ def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
         for key in (key for key in old if key in new):
             yield from _changes(old[key], new[key], f"{name}.{key}" if name else key)
     elif old != new:
-        yield f"{name or 'ranks'} from {old!r} to {new!r}"
+        yield f"{name} from {old!r} to {new!r}"
 
 
 def _conclusion(outcome: Outcome, max_steps: int) -> str:

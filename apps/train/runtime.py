@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moshi_ttt.apps.system import check_training
 from moshi_ttt.core.errors import ConfigError
 
 ValueT = TypeVar("ValueT")
@@ -73,6 +74,7 @@ def start(device: str | None, shard_size: int | None) -> Iterator[Runtime]:
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, and this machine has no CUDA device. Set device: cpu, or leave it out.")
+    check_training(kind)
     torchrun, joined = "RANK" in os.environ and "WORLD_SIZE" in os.environ, dist.is_initialized()
     if joined:
         rank, world = dist.get_rank(), dist.get_world_size()

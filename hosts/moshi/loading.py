@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moshi_ttt.core.errors import HostError
+from moshi_ttt.core.paths import user_path
 from moshi_ttt.hosts.moshi.upstream import CheckpointInfo, LMModel, loaders
 
 BUILTIN_TINY = "builtin:tiny"
@@ -88,7 +89,7 @@ def resolve_repo(hf_repo: str, *, revision: str | None = None, files: Mapping[st
     Raises:
         HostError: files are missing (all are named), the config is not a Moshi's, or the hub cannot deliver.
     """
-    own = {name: Path(path).expanduser() for name, path in (files or {}).items()}
+    own = {name: user_path(path) for name, path in (files or {}).items()}
     if missing := [str(path) for path in own.values() if not path.is_file()]:
         raise HostError(f"These files do not exist: {', '.join(missing)}. They were to replace those of {hf_repo}.")
     folder = _local_folder(hf_repo, revision)
@@ -113,7 +114,7 @@ def load_skeleton(
         return loaders.get_moshi_lm(None, device="meta", dtype=dtype or torch.bfloat16)
     folder = None if config_path else _local_folder(hf_repo, revision)
     if config_path is not None:
-        path = Path(config_path).expanduser()
+        path = user_path(config_path)
     elif folder is not None:
         path = folder / "config.json"
     else:
@@ -149,7 +150,7 @@ def _local_folder(hf_repo: str, revision: str | None) -> Path | None:
         )
     if hf_repo.startswith("builtin:"):
         raise HostError(f"There is no {hf_repo!r}: built in are {BUILTIN_TINY!r} and, for planning, {BUILTIN_7B!r}.")
-    folder = Path(hf_repo).expanduser()
+    folder = user_path(hf_repo)
     if folder.is_dir():
         if revision is not None:
             raise HostError(f"{hf_repo} is a local folder, and a folder has no revisions: leave out {revision!r}.")

@@ -93,7 +93,7 @@ def _build(library: Path) -> None:
             f"-I{torch_folder / 'include'}", str(SOURCE), "-o", str(built),
             f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10",
         ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         if result.returncode != 0:
             lines = result.stderr.strip().splitlines()
             said = next((line for line in lines if "error" in line), "it said nothing")

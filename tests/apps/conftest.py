@@ -29,6 +29,16 @@ def cli(monkeypatch, tmp_path) -> Callable[..., Result]:
     return run
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's home, an empty folder ``home`` in ``tmp_path``."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("USERPROFILE", str(folder))
+    return folder
+
+
 def write_wav(path: Path, samples: np.ndarray, rate: int = 8_000) -> Path:
     """16-bit mono."""
     with wave.open(str(path), "wb") as handle:

@@ -34,31 +34,31 @@ def test_the_surface_is_frozen():
     surface = options(group)
     assert surface == {
         "quickstart": [
-            "--audio", "--config", "--out", "--overwrite", "--seed", "--steps", "-c", "-o",
+            "--audio", "--config", "--out", "--overwrite", "--seed", "--steps", "--threads", "-c", "-o",
         ],
         "train": ["--plan", "--ranks", "config", "overrides"],
         "evaluate": {
             "compare": ["--out", "--overwrite", "-o", "folders"],
             "long-context": [
                 "--adapter", "--batch-size", "--data", "--every", "--layout", "--max-seconds", "--out", "--overwrite",
-                "--seed", "--segments", "--window", "-a", "-d", "-o", "config",
+                "--seed", "--segments", "--threads", "--window", "-a", "-d", "-o", "config",
             ],
             "recall": [
                 "--adapter", "--batch-size", "--data", "--frames", "--layout", "--out", "--overwrite", "--pieces",
-                "--seed", "-a", "-d", "-o", "config",
+                "--seed", "--threads", "-a", "-d", "-o", "config",
             ],
             "inner-loop": [
                 "--adapter", "--batch-size", "--data", "--layout", "--max-seconds", "--out", "--overwrite", "--smooth",
-                "-a", "-d", "-o", "config",
+                "--threads", "-a", "-d", "-o", "config",
             ],
             "zero-shot": [
                 "--adapter", "--codebooks", "--dataset", "--normalisation", "--out", "--overwrite", "--seed",
-                "--source", "-a", "-o", "config",
+                "--source", "--threads", "-a", "-o", "config",
             ],
         },
-        "study": ["--jobs", "--known", "--out", "--smoke", "--unseen", "-o"],
+        "study": ["--jobs", "--known", "--out", "--smoke", "--threads", "--unseen", "-o"],
         "encode": ["--eval", "--out", "-o", "config", "overrides"],
-        "doctor": ["--adapter", "--batches", "--json", "--length", "--seed", "config"],
+        "doctor": ["--adapter", "--batches", "--json", "--length", "--seed", "--threads", "config"],
         "explain": ["--json", "config"],
         "new-plugin": ["--out", "-o", "name"],
         "plugins": [],
