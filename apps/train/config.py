@@ -7,9 +7,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from moshi_ttt.apps.train.data.speakers import MAIN_SPEAKER, SIDES, Side
 from moshi_ttt.core.config import FrozenConfig, Seed
 
 SECTIONS = ("lora", "optim", "wandb", "moshi_paths")
+IGNORED = ("world_size",)
+"""What moshi-finetune writes into its args.yaml and does not read: torchrun says how many ranks there are."""
 DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
 
 
@@ -21,6 +24,9 @@ class DataConfig(FrozenConfig):
             commas, each with a weight as in ``a.jsonl:2,b.jsonl:1``.
         shuffle: draw segments (with ``carry_state``: recordings) in random order, anew each epoch.
         transcripts: whether every recording needs a transcript beside it, may have one, or is read without.
+        speaker_label: the label, in the transcripts, of the speaker who is Moshi.
+        moshi_channel: the channel of a stereo recording on which Moshi is, ``left`` or ``right`` (also 0 or 1); the user
+            is on the other.
         max_bad_share: the largest share of a manifest's lines that may be unusable; they are reported and skipped.
         num_workers: processes that read and encode; 0 does it in the training process.
     """
@@ -29,18 +35,41 @@ class DataConfig(FrozenConfig):
     eval_data: str | None = ""
     shuffle: bool = False
     transcripts: Literal["required", "optional", "none"] = "required"
+    speaker_label: str = Field(default=MAIN_SPEAKER, min_length=1)
+    moshi_channel: Side = "left"
     max_bad_share: float = Field(default=0.01, ge=0.0, lt=1.0)
     num_workers: int = Field(default=0, ge=0, le=64)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _channels_by_number(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and type(values.get("moshi_channel")) is int:
+            return {**values, "moshi_channel": SIDES.get(values["moshi_channel"], values["moshi_channel"])}
+        return values
+
 
 class MoshiPaths(FrozenConfig):
-    """Which Moshi, as moshi-finetune says it: a repository, and files that replace the repository's own."""
+    """Which Moshi, as moshi-finetune says it: a repository, and files that replace the repository's own.
 
-    hf_repo_id: str = DEFAULT_REPO
+    ``hf_repo_id`` may be null where the files are all given.
+    """
+
+    hf_repo_id: str | None = DEFAULT_REPO
     moshi_path: str | None = None
     mimi_path: str | None = None
     tokenizer_path: str | None = None
     config_path: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> MoshiPaths:
+        files = self.model_dump(exclude={"hf_repo_id"})
+        missing = [name for name, path in files.items() if not path]
+        if not self.hf_repo_id and missing:
+            raise ValueError(
+                f"hf_repo_id is {self.hf_repo_id!r}, so every file must be given, and {', '.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} missing; leave hf_repo_id out for {DEFAULT_REPO}"
+            )
+        return self
 
 
 class LoRAConfig(FrozenConfig):
@@ -114,7 +143,7 @@ class RunConfig(FrozenConfig):
         compile: compile the blocks' forward passes with torch.compile.
         shard_size: ranks that share one copy of the model; all when left out, fewer replicate it (HSDP).
         device: what to compute on; CUDA where there is one when left out.
-        ckpt_freq: steps between checkpoints; 0 saves at the end alone.
+        ckpt_freq: steps between checkpoints; 0 or less saves at the end alone.
         num_ckpt_keep: checkpoints to keep; null keeps all.
         save_adapters: export blocks and LoRA as they are; false merges LoRA into full weights.
         do_eval, eval_freq: evaluate at the end, and every ``eval_freq`` steps if it is above 0.
@@ -155,7 +184,7 @@ class RunConfig(FrozenConfig):
     tensorboard: bool = False
     wandb: WandbConfig = WandbConfig()
     do_eval: bool = False
-    eval_freq: int = Field(default=0, ge=0)
+    eval_freq: int = 0
     do_ckpt: bool = True
     ckpt_freq: int = 0
     num_ckpt_keep: int | None = Field(default=3, ge=1)
@@ -165,9 +194,13 @@ class RunConfig(FrozenConfig):
     @model_validator(mode="before")
     @classmethod
     def _null_means_default(cls, values: Any) -> Any:
-        """``lora: null`` is written for no LoRA, and so for other sections."""
+        """``lora: null`` is written for no LoRA, and so for other sections; what is not obeyed is left out."""
         if isinstance(values, Mapping):
-            return {key: value for key, value in values.items() if value is not None or key not in SECTIONS}
+            return {
+                key: value
+                for key, value in values.items()
+                if key not in IGNORED and (value is not None or key not in SECTIONS)
+            }
         return values
 
     @model_validator(mode="after")

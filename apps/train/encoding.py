@@ -26,7 +26,10 @@ def encode(settings: Settings, out: Path, console: Console, *, held_out: bool) -
         raise ConfigError("The config has no data.eval_data, so there is nothing to encode. Leave out --eval.")
     bundle = settings.host.bundle()
     device = settings.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    codec = SpeechCodec.of(MOSHI_HOST.skeleton(settings.host), bundle.load_mimi(device), bundle.tokenizer())
+    codec = SpeechCodec.of(
+        MOSHI_HOST.skeleton(settings.host), bundle.load_mimi(device), bundle.tokenizer(),
+        moshi_channel=data.moshi_channel, speaker_label=data.speaker_label,
+    )  # fmt: skip
     columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=None)
@@ -37,6 +40,10 @@ def encode(settings: Settings, out: Path, console: Console, *, held_out: bool) -
         )  # fmt: skip
     for problem in summary.problems:
         console.print(f"Warning: left out: {problem}", highlight=False, markup=False, soft_wrap=True)
+    for note in summary.notes:
+        console.print(f"Warning: {note}", highlight=False, markup=False, soft_wrap=True)
+    if summary.words is not None:
+        console.print(str(summary.words), highlight=False, markup=False, soft_wrap=True)
     key = "data.eval_data" if held_out else "data.train_data"
     console.print(
         f"{summary.recordings:,} recordings, {summary.seconds / 60:,.1f} min, {summary.bytes / 1e6:,.1f} MB in "

@@ -40,8 +40,11 @@ def test_sources_have_weights_and_folders_their_manifests(tmp_path, monkeypatch)
     [
         ("", "'' is empty"),
         (" , ", "is empty"),
-        ("a.jsonl,", "empty part"),
-        ("a.jsonl,,a.jsonl", "empty part"),
+        (",,", "is empty"),
+        ("a.jsonl,,a.jsonl", "a.jsonl twice"),
+        ("a.jsonl:2,./a.jsonl", "a.jsonl twice"),
+        ("x" * 5000, "does not exist"),
+        ("a\0.jsonl", "does not exist"),
         ("b.jsonl", "'b.jsonl' does not exist"),
         ("b.jsonl:2", "'b.jsonl:2' does not exist"),
         ("a.jsonl:0", "weight '0' is not a number above 0"),
@@ -50,7 +53,7 @@ def test_sources_have_weights_and_folders_their_manifests(tmp_path, monkeypatch)
         ("a.jsonl:inf", "weight 'inf'"),
         ("a.jsonl:", "weight ''"),
         ("a.jsonl:much", "weight 'much'"),
-        ("empty", "neither *.jsonl files nor a shard set's index.json"),
+        ("empty", "no *.jsonl or *.jsonl.gz files at any depth, and no index.json"),
     ],
 )
 def test_sources_that_raise(tmp_path, monkeypatch, text, said):
@@ -100,7 +103,7 @@ def test_transcripts_can_be_ignored_even_when_damaged(folder):
         ('{"path": "a.wav", "duration": 1e999}', "duration is inf"),
         ('{"path": "a.wav", "duration": 1' + "0" * 400 + "}", "duration is 1000"),
         ('{"path": "c.wav", "duration": 2}', "c.wav does not exist"),
-        ('{"path": ".", "duration": 2}', "does not exist"),
+        ('{"path": ".", "duration": 2}', "is a folder"),
         ('{"path": "a.wav", "duration": 2.2}', "a.wav lasts 2.00 s, not 2.2 s"),
         ('{"path": "b.wav", "duration": 1.5}', "no transcript b.json beside it"),
         ('{"path": "text.wav", "duration": 2}', "text.wav cannot be read as audio"),
