@@ -92,7 +92,7 @@ def refusal(path: Path, *, stretches: bool) -> str | None:
 def _wav_refusal(path: Path, stretches: bool) -> str | None:
     wav = read_wav(path)
     if wav is None:
-        return f"{path} is a wav file without a description of its samples: its header is damaged. Make it again."
+        return f"{path} cannot be read as audio: its header does not describe the samples. Make it again."
     if wav.codec not in WAV_CODECS and (stretches or wav.codec not in (0x02, 0x11)):
         name = COMPRESSED.get(wav.codec, f"coding 0x{wav.codec:04x}")
         return (

@@ -15,8 +15,9 @@ DECODER_DELAY = 529
 """Samples by which every decoder's filters are late."""
 ENCODER_DELAY = 576
 """Samples by which LAME's are, and what is assumed of a file whose encoder does not say."""
-PREROLL_FRAMES = 20
-"""Frames decoded before a stretch: a frame's bits may begin in up to nine frames before it, and each frame overlaps."""
+PREROLL_FRAMES = 30
+"""Frames decoded before a stretch. A frame's bits may begin up to 255 bytes before it (511 in MPEG-1), which are
+at most 24 frames of the smallest kind (24 bytes, 11 of them sound), and what it decodes to overlaps the one before."""
 
 _RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
 _BITRATES = {

@@ -25,8 +25,8 @@ class DataConfig(FrozenConfig):
         shuffle: draw segments (with ``carry_state``: recordings) in random order, anew each epoch.
         transcripts: whether every recording needs a transcript beside it, may have one, or is read without.
         speaker_label: the label, in the transcripts, of the speaker who is Moshi.
-        moshi_channel: the channel of a stereo recording on which Moshi is, ``left`` or ``right`` (also 0 or 1); the user
-            is on the other.
+        moshi_channel: the channel of a stereo recording on which Moshi is, ``left`` or ``right`` (also 0 or 1); the
+            user is on the other.
         max_bad_share: the largest share of a manifest's lines that may be unusable; they are reported and skipped.
         num_workers: processes that read and encode; 0 does it in the training process.
     """
@@ -43,9 +43,8 @@ class DataConfig(FrozenConfig):
     @model_validator(mode="before")
     @classmethod
     def _channels_by_number(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and type(values.get("moshi_channel")) is int:
-            return {**values, "moshi_channel": SIDES.get(values["moshi_channel"], values["moshi_channel"])}
-        return values
+        channel = values.get("moshi_channel") if isinstance(values, Mapping) else None
+        return {**values, "moshi_channel": SIDES[str(channel)]} if str(channel) in SIDES else values
 
 
 class MoshiPaths(FrozenConfig):

@@ -249,8 +249,8 @@ def open_corpus(
             if index.frames != frames:
                 notes.append(
                     f"{spec.path} was encoded in segments of {index.frames} frames and is read in segments of "
-                    f"{frames}: the tokens differ a little from those of the recordings themselves, because Mimi started "
-                    "afresh elsewhere."
+                    f"{frames}: the tokens differ a little from those of the recordings themselves, because Mimi "
+                    "started afresh elsewhere."
                 )
             with_text = transcripts != "none"
             sources.append(ShardSource(spec, encoded, codec, frames, text=with_text, words=index.words))

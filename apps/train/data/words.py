@@ -74,7 +74,7 @@ class WordCounts(FrozenConfig):
         if sum(self.others.values()) > self.kept:
             sentences.append(
                 f"data.speaker_label is {speaker!r}, and the transcripts have {self._labels()}: set it to the label of "
-                "the speaker who is Moshi."
+                f"the speaker who is Moshi{', if that is another' if self.kept else ''}."
             )
         if self.outside > self.kept:
             if 2 * self.if_milliseconds > self.outside:
@@ -83,6 +83,8 @@ class WordCounts(FrozenConfig):
                 sentences.append("Times are seconds from the recording's start: are these transcripts of other files?")
         if self.backwards > self.kept:
             sentences.append("A word's times are [start, end], in seconds.")
+        if self.empty > self.kept:
+            sentences.append('A word\'s text comes first: ["word", [start, end], label].')
         if not (self.kept or self.dropped):
             sentences.append("Their lists of alignments are empty.")
         return " ".join(sentences)
@@ -98,7 +100,8 @@ def count_words(transcript: Transcript, seconds: float, frame_rate: float) -> Wo
     frames = math.ceil(seconds * frame_rate - 1e-6)
     counts: Counter[str] = Counter()
     firsts = [first_frame(word, frame_rate) for word in transcript.words]
-    for word, first, following in zip(transcript.words, firsts, [*firsts[1:], frames], strict=True):
+    for place, (word, first) in enumerate(zip(transcript.words, firsts, strict=True)):
+        following = firsts[place + 1] if place + 1 < len(firsts) else frames
         if not word.text.strip():
             counts["empty"] += 1
         elif first >= frames:
