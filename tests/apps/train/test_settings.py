@@ -10,6 +10,8 @@ import yaml
 from moshi_ttt import default_registry
 from moshi_ttt.apps.train.settings import parse_settings, read_settings, write_settings
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.hosts.moshi.tiny import BUNDLE
 
 # Every key of moshi-finetune's example and options, with its spelling of numbers.
 FINETUNE = """
@@ -207,6 +209,12 @@ def test_without_a_repository_every_file_is_named(tmp_path):
     files = {name: str(tmp_path / name) for name in ("moshi_path", "mimi_path", "tokenizer_path", "config_path")}
     host = parse(moshi_paths={"hf_repo_id": None, **files}).host
     assert set(host.files.values()) == set(files.values())
+    ours = {"moshi_path": "model", "mimi_path": "tokenizer-tiny-mimi", "config_path": "config"}
+    tiny = {name: str(next(BUNDLE.glob(f"{stem}.*"))) for name, stem in ours.items()}
+    tiny["tokenizer_path"] = str(next(BUNDLE.glob("*.model")))
+    host = parse(moshi_paths={"hf_repo_id": None, **tiny}).host
+    assert host.bundle().tokenizer().get_piece_size() == 512
+    assert MOSHI_HOST.skeleton(host).dep_q == 8
     del files["mimi_path"]
     with pytest.raises(ConfigError, match="hf_repo_id is None, so every file must be given, and mimi_path is missing"):
         parse(moshi_paths={"hf_repo_id": None, **files})
