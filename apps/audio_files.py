@@ -95,7 +95,8 @@ def _read_header(path: Path, stretches: bool, size: int, changed: int) -> Header
 def read_samples(path: Path, header: Header, first: int, count: int) -> Samples:
     """``[C, S]``: ``count`` samples from ``first`` on at the recording's own rate, fewer where the file ends.
 
-    A stretch starts at the right sample in wav, flac and mp3; in an ogg the decoder was seen to miss it by up to 23 ms.
+    A stretch starts at the right sample in wav, flac and mp3; in an ogg the decoder was seen to miss it by up to
+    32 ms, less than half a frame.
 
     Raises AudioError when the file cannot be decoded there.
     """

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from moshi_ttt.apps.train.data.codec import SpeechCodec
 from moshi_ttt.apps.train.data.corpus import open_corpus
-from moshi_ttt.apps.train.data.manifest import DataError, SourceSpec, Transcripts, read_header
+from moshi_ttt.apps.train.data.manifest import APPLE_DOUBLE, DataError, SourceSpec, Transcripts, read_header
 
 SUFFIXES = (".flac", ".mp3", ".ogg", ".wav")
 SEGMENT_FRAMES = 250
@@ -89,7 +89,8 @@ def batches(documents: Sequence[Document], size: int, padding: int) -> Iterator[
 
 
 def _groups(folder: Path, layout: Layout) -> dict[str, list[Path]]:
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = sorted(path for path in found if not path.name.startswith(APPLE_DOUBLE))
     if not files:
         raise DataError(f"{folder} holds no recordings ({', '.join(SUFFIXES)}), no manifest and no shards.")
     if layout == "files":

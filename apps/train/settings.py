@@ -89,7 +89,10 @@ def parse_settings(values: Mapping[str, Any], *, registry: Registry, where: str)
 
 
 def _host(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    paths = parse_model(MoshiPaths, values.get("moshi_paths") or {}, f"{where}: moshi_paths")
+    try:
+        paths = parse_model(MoshiPaths, values.get("moshi_paths") or {}, f"{where}: moshi_paths")
+    except ConfigError:  # what is wrong with them is reported with the rest of the run
+        paths = MoshiPaths()
     files = {ours: getattr(paths, theirs) for theirs, ours in REPLACED.items()}
     repo = paths.hf_repo_id or str(Path(paths.config_path or "").parent)  # not read: every file is given
     return {"name": "moshi", "hf_repo": repo, **{key: path for key, path in files.items() if path}}

@@ -28,6 +28,8 @@ SHARD_INDEX = "index.json"
 """The file by which a folder of pre-encoded shards is recognised."""
 SUFFIXES = ("*.jsonl", "*.jsonl.gz")
 """What manifests are called."""
+APPLE_DOUBLE = "._"
+"""How the files begin that macOS lays beside others on a foreign disk: they have the names but not the contents."""
 LISTED = 10
 """Problems that an error message spells out."""
 DURATION_SECONDS, DURATION_SHARE = 0.1, 0.01
@@ -61,7 +63,8 @@ class SourceSpec:
             return ()
         if not self.path.is_dir():
             return (self.path,)
-        return tuple(sorted(path for suffix in SUFFIXES for path in self.path.rglob(suffix) if path.is_file()))
+        found = (path for suffix in SUFFIXES for path in self.path.rglob(suffix) if path.is_file())
+        return tuple(sorted(path for path in found if not path.name.startswith(APPLE_DOUBLE)))
 
 
 @dataclass(frozen=True)
@@ -342,7 +345,8 @@ def _read_line(line: str) -> tuple[str, float]:
         raise DataError(f"is {line.strip()[:60]!r}. {wanted}")
     missing = [key for key in ("path", "duration") if key not in values]
     if missing:
-        raise DataError(f"has no {' and no '.join(missing)}. {wanted}")
+        keys = f"; its keys are {', '.join(map(repr, values))}"[:200] if values else ""
+        raise DataError(f"has no {' and no '.join(missing)}{keys}. {wanted}")
     name, duration = values["path"], values["duration"]
     if not isinstance(name, str) or not name:
         raise DataError(f"path is {name!r}. {wanted}")

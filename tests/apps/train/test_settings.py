@@ -216,8 +216,11 @@ def test_without_a_repository_every_file_is_named(tmp_path):
     assert host.bundle().tokenizer().get_piece_size() == 512
     assert MOSHI_HOST.skeleton(host).dep_q == 8
     del files["mimi_path"]
-    with pytest.raises(ConfigError, match="hf_repo_id is None, so every file must be given, and mimi_path is missing"):
+    with pytest.raises(
+        ConfigError, match="hf_repo_id is None, so every file must be given, and mimi_path is missing"
+    ) as e:
         parse(moshi_paths={"hf_repo_id": None, **files})
+    assert len(str(e.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ def test_transcripts_can_be_ignored_even_when_damaged(folder):
         ('["a.wav", 2]', "Expected: {"),
         ('{"duration": 2}', "has no path"),
         ("{}", "has no path and no duration"),
+        ('{"audio_filepath": "a.wav"}', "has no path and no duration; its keys are 'audio_filepath'"),
         ('{"path": "a.wav"}', "has no duration"),
         ('{"path": "", "duration": 2}', "path is ''"),
         ('{"path": 7, "duration": 2}', "path is 7"),
@@ -213,7 +214,7 @@ def test_nothing_usable_raises_whatever_the_share(tmp_path):
 
 
 def test_a_folder_is_searched_at_any_depth(tmp_path):
-    for name in ("a.jsonl", "sub/b.jsonl.gz", "sub/deeper/c.jsonl", "sub/deeper/no.json"):
+    for name in ("a.jsonl", "._a.jsonl", "sub/b.jsonl.gz", "sub/deeper/c.jsonl", "sub/deeper/no.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.jsonl").mkdir()
