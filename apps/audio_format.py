@@ -77,10 +77,7 @@ def refusal(path: Path, *, stretches: bool) -> str | None:
                 f"{path} is {inside} in an Ogg file; of Ogg files only Vorbis and FLAC can be read. {converted(path)}"
             )
     if head[:4] == b"fLaC" and len(head) >= 26 and not int.from_bytes(head[21:26], "big") & 0xFFFFFFFFF:
-        return (
-            f"{path} does not say how many samples it has: it was written into a pipe. "
-            f"{converted(path.with_suffix(''), to='flac')}"
-        )
+        return f"{path} does not say how many samples it has: it was written into a pipe. {converted(path, to='flac')}"
     if stretches and head[0] == 0xFF and head[1:2] and head[1] & 0xF6 == 0xF0:
         return f"{path} is raw AAC, which does not say how long it is nor where its sound begins. {converted(path)}"
     for place, mark, name in OTHERS:

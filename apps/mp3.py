@@ -19,6 +19,11 @@ PREROLL_FRAMES = 30
 """Frames decoded before a stretch. A frame's bits may begin up to 255 bytes before it (511 in MPEG-1), which are
 at most 24 frames of the smallest kind (24 bytes, 11 of them sound), and what it decodes to overlaps the one before."""
 
+SEARCHED = 1 << 16
+"""Bytes in which the first frame must begin: other things may lie before it, but not a whole file of them."""
+OTHERS = (b"fLaC", b"OggS", b"RIFF", b"FORM", b"caff")
+"""How other recordings begin, in which bytes that look like frames can be found."""
+
 _RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
 _BITRATES = {
     True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -57,7 +62,7 @@ def read_mp3(path: Path) -> Mp3 | None:
         return None
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         start = _after_id3(data)
-        if data[start : start + 4] in (b"fLaC", b"OggS", b"RIFF"):
+        if data[start : start + 4] in OTHERS:
             return None
         first = _first_frame(data, start)
         if first is None:
@@ -88,14 +93,15 @@ def _after_id3(data: mmap.mmap) -> int:
 
 def _first_frame(data: mmap.mmap, start: int) -> int | None:
     """Where the first frame begins that another of its kind follows, or that ends the file."""
-    place = data.find(b"\xff", start)
+    end = start + SEARCHED
+    place = data.find(b"\xff", start, end)
     while place != -1:
         length = _length(data[place : place + 4])
         if length:
             after = data[place + length : place + length + 4]
             if place + length == len(data) or (_length(after) and _same(data[place : place + 4], after)):
                 return place
-        place = data.find(b"\xff", place + 1)
+        place = data.find(b"\xff", place + 1, end)
     return None
 
 

@@ -193,13 +193,9 @@ class RunConfig(FrozenConfig):
     @model_validator(mode="before")
     @classmethod
     def _null_means_default(cls, values: Any) -> Any:
-        """``lora: null`` is written for no LoRA, and so for other sections; what is not obeyed is left out."""
+        """``lora: null`` is written for no LoRA, and so for other sections."""
         if isinstance(values, Mapping):
-            return {
-                key: value
-                for key, value in values.items()
-                if key not in IGNORED and (value is not None or key not in SECTIONS)
-            }
+            return {key: value for key, value in values.items() if value is not None or key not in SECTIONS}
         return values
 
     @model_validator(mode="after")

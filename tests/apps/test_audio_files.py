@@ -215,7 +215,7 @@ REFUSED = {
     "WebM": ("a.wav", b"\x1aE\xdf\xa3\x9f", "is a Matroska or WebM file"),
     "AAC": ("a.aac", b"\xff\xf1\x58\x80\x15\x9f\xfc" + bytes(60), "raw AAC"),
     "flac from a pipe": (
-        "a.flac", b"fLaC\0\0\0\x22" + bytes(10) + b"\x05\xdc\x00\xf0" + bytes(20), "written into a pipe"
+        "a.flac", b"fLaC\0\0\0\x22" + bytes(10) + b"\x05\xdc\x00\xf0" + bytes(20), r"pipe\. .* -i a.flac converted.flac"
     ),
     "gzip": ("a.wav", gzip.compress(b"x"), "is compressed with gzip"),
     "Git LFS": ("a.wav", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),

@@ -104,7 +104,7 @@ class Entry:
 def parse_sources(text: str) -> tuple[SourceSpec, ...]:
     """The sources that a data string such as ``a.jsonl:2,folder`` names, each with its weight (1 where none is said).
 
-    Parts without anything in them are passed over, as moshi-finetune does: a comma may stand at the end.
+    Parts without anything in them are passed over: a comma may stand at the end.
 
     Raises DataError: nothing is named, something twice or what does not exist, or a weight is not a number above 0.
     """
