@@ -17,15 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moshi_ttt.core.errors import MoshiTTTError
+from moshi_ttt.apps.audio_files import AudioError, read_header, read_samples
 
-FORMATS = "wav, ogg, flac or mp3"
 MIN_FRAMES = 2
 """A model of sequences needs something to predict and something to predict it from."""
-
-
-class AudioError(MoshiTTTError, ValueError):
-    """A recording that cannot be used."""
 
 
 def read_audio(path: str | Path, sample_rate: int) -> Tensor:
@@ -34,25 +29,14 @@ def read_audio(path: str | Path, sample_rate: int) -> Tensor:
     Raises AudioError: no such file, not audio, no samples, or samples that are not finite numbers.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise AudioError(f"{path} {what}. Give one recording ({FORMATS}).")
-    if path.stat().st_size == 0:
-        raise AudioError(f"{path} is an empty file. Give a recording ({FORMATS}).")
-    try:
-        samples, rate = sphn.read(str(path))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a damaged header makes the decoder panic, which is no Exception
-        raise AudioError(
-            f"{path} cannot be read as audio ({error}). Allowed: {FORMATS}. Convert it, for instance to wav."
-        ) from None
+    header = read_header(path, stretches=False)
+    samples = read_samples(path, header, 0, header.samples)
     if samples.size == 0:
         raise AudioError(f"{path} has no samples. Give a recording that is not empty.")
     if not np.isfinite(samples).all():
         bad = int((~np.isfinite(samples)).sum())
         raise AudioError(f"{path}: {bad} of {samples.size} samples are not finite numbers. Export the recording again.")
-    return resample(torch.from_numpy(samples.mean(axis=0, dtype=np.float32)), rate, sample_rate)
+    return resample(torch.from_numpy(samples.mean(axis=0, dtype=np.float32)), header.rate, sample_rate)
 
 
 def resample(samples: Tensor, rate: int, new_rate: int) -> Tensor:

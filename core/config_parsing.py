@@ -18,6 +18,7 @@ from moshi_ttt.core.errors import ConfigError, nearest
 from moshi_ttt.core.flat_config import native_entries
 from moshi_ttt.core.paths import user_path
 from moshi_ttt.core.registry import Registry
+from moshi_ttt.core.text_files import read_text
 
 
 def parse_config(
@@ -159,8 +160,8 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     """The mapping that a YAML file holds, not validated. Raises ConfigError."""
     path = user_path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # a SafeLoader
-    except (OSError, UnicodeDecodeError) as error:
+        values = yaml.load(read_text(path), Loader=_UniqueKeyLoader)  # a SafeLoader
+    except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot read the config {path}: {error}.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None

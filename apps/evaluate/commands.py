@@ -33,6 +33,14 @@ Adapters = Annotated[
 Out = Annotated[Path, typer.Option("--out", "-o", **PATH, help="Folder to write. It must be new, or empty.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --out if this command made it.")]
 LayoutOption = Annotated[str, typer.Option("--layout", help="Of a folder of recordings: files, or librilight.")]
+Label = Annotated[
+    str | None,
+    typer.Option("--speaker-label", help="Of Moshi's words in the transcripts; the config's, or SPEAKER_MAIN."),
+]
+Channel = Annotated[
+    str | None,
+    typer.Option("--moshi-channel", help="Of stereo recordings, left or right; the config's, or left."),
+]
 Seconds = Annotated[float | None, typer.Option("--max-seconds", min=0.1, help="Hear so much of each recording.")]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Recordings heard at a time.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of the bootstrap.")]
@@ -46,6 +54,8 @@ def long_context(
     out: Out,
     adapter: Adapters = None,
     layout: LayoutOption = "files",
+    speaker_label: Label = None,
+    moshi_channel: Channel = None,
     max_seconds: Seconds = None,
     window: Annotated[int, typer.Option("--window", min=1, help="Frames of a window (12.5 are a second).")] = 64,
     every: Annotated[
@@ -80,7 +90,10 @@ def long_context(
     check_free(out, made_by=made_by, overwrite=overwrite)
     if every is not None:
         refuse_uneven(CONDITIONS, every=every, segments=segments)  # before anything is loaded
-    subjects, documents, facts, rate = _prepare(ctx, config, data, adapter, layout, max_seconds, threads)
+    speakers = (speaker_label, moshi_channel)
+    subjects, documents, facts, rate = _prepare(
+        ctx, config, data, adapter, layout, max_seconds, speakers, threads
+    )  # fmt: skip
     conditions = _conditions(CONDITIONS, len(documents), batch_size)
     context, step = int(subjects[0].model.context or window), segments or 1
     options = evaluation.Options(
@@ -102,6 +115,8 @@ def recall(
     out: Out,
     adapter: Adapters = None,
     layout: LayoutOption = "files",
+    speaker_label: Label = None,
+    moshi_channel: Channel = None,
     frames: Annotated[
         int | None, typer.Option("--frames", min=2, help="Of a piece; three contexts if left out.")
     ] = None,
@@ -119,7 +134,8 @@ def recall(
 
     made_by = "moshi-ttt evaluate recall"
     check_free(out, made_by=made_by, overwrite=overwrite)
-    subjects, documents, facts, _ = _prepare(ctx, config, data, adapter, layout, None, threads)
+    speakers = (speaker_label, moshi_channel)
+    subjects, documents, facts, _ = _prepare(ctx, config, data, adapter, layout, None, speakers, threads)
     conditions = _conditions(CONDITIONS, len(documents), batch_size)
     with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
         result = evaluation.evaluate(
@@ -139,6 +155,8 @@ def inner_loop(
     out: Out,
     adapter: Adapters = None,
     layout: LayoutOption = "files",
+    speaker_label: Label = None,
+    moshi_channel: Channel = None,
     max_seconds: Seconds = 120.0,
     smooth: Annotated[int, typer.Option("--smooth", min=1, help="Frames of the plots' running mean.")] = 32,
     batch_size: Batch = 4,
@@ -152,7 +170,10 @@ def inner_loop(
     made_by = "moshi-ttt evaluate inner-loop"
     check_free(out, made_by=made_by, overwrite=overwrite)
     check_file_names(_adapter(text)[0] for text in adapter or [])  # each gets a folder
-    subjects, documents, facts, rate = _prepare(ctx, config, data, adapter, layout, max_seconds, threads)
+    speakers = (speaker_label, moshi_channel)
+    subjects, documents, facts, rate = _prepare(
+        ctx, config, data, adapter, layout, max_seconds, speakers, threads
+    )  # fmt: skip
     remembering = [subject for subject in subjects if subject.injection is not None]
     if not remembering:
         raise ConfigError(
@@ -254,20 +275,29 @@ def _prepare(
     adapters: list[str] | None,
     layout: str,
     max_seconds: float | None,
+    speakers: tuple[str | None, str | None],
     threads: int | None,
-) -> tuple[list[Subject], list[Document], dict[str, Any], float]:  # fmt: skip
-    """Everything that is loaded, what a report says of it, and frames a second."""
+) -> tuple[list[Subject], list[Document], dict[str, Any], float]:
+    """Everything that is loaded, what a report says of it, and frames a second.
+
+    ``speakers``: the label of Moshi's words and Moshi's channel, where the command line says them.
+    """
+    from dataclasses import replace
     from typing import cast
 
+    from moshi_ttt.apps.config_files import read_speakers
     from moshi_ttt.apps.evaluate.documents import read_documents
 
     if layout not in ("files", "librilight"):
         raise ConfigError(f"--layout {layout!r}: allowed are files and librilight.")
+    label, side = read_speakers(config, *speakers)
     subjects, codec, facts = _load(ctx, config, adapters, threads)
+    codec = replace(codec, speaker_label=label, moshi_channel=side)
     rate = float(codec.mimi.frame_rate)
     documents = read_documents(
         data, codec, layout=cast("Layout", layout), transcripts="optional",
         limit=None if max_seconds is None else max(1, round(max_seconds * rate)),
+        report=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
     return subjects, documents, {**facts, "data": data}, rate
 

@@ -5,7 +5,7 @@ Shape legend: B recordings, Q rows of the language model, T frames.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from moshi_ttt.apps.train.data.codec import SpeechCodec
 from moshi_ttt.apps.train.data.corpus import open_corpus
-from moshi_ttt.apps.train.data.manifest import SHARD_INDEX, DataError, Transcripts, read_header
+from moshi_ttt.apps.train.data.manifest import APPLE_DOUBLE, DataError, SourceSpec, Transcripts, read_header
 from moshi_ttt.core.paths import user_path
 
 SUFFIXES = (".flac", ".mp3", ".ogg", ".wav")
@@ -38,7 +38,13 @@ class Document:
 
 
 def read_documents(
-    data: str, codec: SpeechCodec, *, layout: Layout, transcripts: Transcripts, limit: int | None
+    data: str,
+    codec: SpeechCodec,
+    *,
+    layout: Layout,
+    transcripts: Transcripts,
+    limit: int | None,
+    report: Callable[[str], None] | None = None,
 ) -> list[Document]:
     """The recordings that ``data`` names, at most ``limit`` frames of each.
 
@@ -46,14 +52,20 @@ def read_documents(
         data: manifests or shards as a training names them, or a folder of recordings.
         layout: of a folder of recordings: ``files``, each a recording of its own; or ``librilight``,
             SPEAKER/BOOK/CHAPTER files, the chapters of a book joined in the order of their names.
+        report: called with how many words the transcripts have, and with warnings.
 
     Raises DataError: nothing to read, or a recording that cannot be read.
     """
     folder = user_path(data)
-    if folder.is_dir() and not (folder / SHARD_INDEX).is_file() and not list(folder.glob("*.jsonl")):
+    if folder.is_dir() and not SourceSpec(folder).encoded and not SourceSpec(folder).manifests:
         groups = _groups(folder, layout)
         return [Document(name, _join(files, codec, limit)) for name, files in groups.items()]
     corpus = open_corpus(data, codec, frames=SEGMENT_FRAMES, transcripts=transcripts, max_bad_share=0.0)
+    if report is not None:
+        if corpus.words is not None:
+            report(f"{data}: {corpus.words}")
+        for note in corpus.notes:
+            report(f"Warning: {note}")
     found = []
     for number, source in enumerate(corpus.sources):
         for index, recording in enumerate(source.recordings):
@@ -78,7 +90,8 @@ def batches(documents: Sequence[Document], size: int, padding: int) -> Iterator[
 
 
 def _groups(folder: Path, layout: Layout) -> dict[str, list[Path]]:
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = sorted(path for path in found if not path.name.startswith(APPLE_DOUBLE))
     if not files:
         raise DataError(f"{folder} holds no recordings ({', '.join(SUFFIXES)}), no manifest and no shards.")
     if layout == "files":

@@ -7,10 +7,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from moshi_ttt.apps.train.data.speakers import MAIN_SPEAKER, SIDES, Side
 from moshi_ttt.core.config import FrozenConfig, Seed
 from moshi_ttt.core.paths import user_path
 
 SECTIONS = ("lora", "optim", "wandb", "moshi_paths")
+IGNORED = ("world_size",)
+"""What moshi-finetune writes into its args.yaml and does not read: torchrun says how many ranks there are."""
 DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
 
 
@@ -22,6 +25,9 @@ class DataConfig(FrozenConfig):
             commas, each with a weight as in ``a.jsonl:2,b.jsonl:1``.
         shuffle: draw segments (with ``carry_state``: recordings) in random order, anew each epoch.
         transcripts: whether every recording needs a transcript beside it, may have one, or is read without.
+        speaker_label: the label, in the transcripts, of the speaker who is Moshi.
+        moshi_channel: the channel of a stereo recording on which Moshi is, ``left`` or ``right`` (also 0 or 1); the
+            user is on the other.
         max_bad_share: the largest share of a manifest's lines that may be unusable; they are reported and skipped.
         num_workers: processes that read and encode; 0 does it in the training process.
     """
@@ -30,18 +36,40 @@ class DataConfig(FrozenConfig):
     eval_data: str | None = ""
     shuffle: bool = False
     transcripts: Literal["required", "optional", "none"] = "required"
+    speaker_label: str = Field(default=MAIN_SPEAKER, min_length=1)
+    moshi_channel: Side = "left"
     max_bad_share: float = Field(default=0.01, ge=0.0, lt=1.0)
     num_workers: int = Field(default=0, ge=0, le=64)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _channels_by_number(cls, values: Any) -> Any:
+        channel = values.get("moshi_channel") if isinstance(values, Mapping) else None
+        return {**values, "moshi_channel": SIDES[str(channel)]} if str(channel) in SIDES else values
+
 
 class MoshiPaths(FrozenConfig):
-    """Which Moshi, as moshi-finetune says it: a repository, and files that replace the repository's own."""
+    """Which Moshi, as moshi-finetune says it: a repository, and files that replace the repository's own.
 
-    hf_repo_id: str = DEFAULT_REPO
+    ``hf_repo_id`` may be null where the files are all given.
+    """
+
+    hf_repo_id: str | None = DEFAULT_REPO
     moshi_path: str | None = None
     mimi_path: str | None = None
     tokenizer_path: str | None = None
     config_path: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> MoshiPaths:
+        files = self.model_dump(exclude={"hf_repo_id"})
+        missing = [name for name, path in files.items() if not path]
+        if not self.hf_repo_id and missing:
+            raise ValueError(
+                f"hf_repo_id is {self.hf_repo_id!r}, so every file must be given, and {', '.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} missing; leave hf_repo_id out for {DEFAULT_REPO}"
+            )
+        return self
 
 
 class LoRAConfig(FrozenConfig):
@@ -116,7 +144,7 @@ class RunConfig(FrozenConfig):
         shard_size: ranks that share one copy of the model; all when left out, fewer replicate it (HSDP).
         device: what to compute on; CUDA where there is one when left out.
         threads: processor threads of each rank; when left out, one for a small model (``apps/threads.py``).
-        ckpt_freq: steps between checkpoints; 0 saves at the end alone.
+        ckpt_freq: steps between checkpoints; 0 or less saves at the end alone.
         num_ckpt_keep: checkpoints to keep; null keeps all.
         save_adapters: export blocks and LoRA as they are; false merges LoRA into full weights.
         do_eval, eval_freq: evaluate at the end, and every ``eval_freq`` steps if it is above 0.
@@ -158,7 +186,7 @@ class RunConfig(FrozenConfig):
     tensorboard: bool = False
     wandb: WandbConfig = WandbConfig()
     do_eval: bool = False
-    eval_freq: int = Field(default=0, ge=0)
+    eval_freq: int = 0
     do_ckpt: bool = True
     ckpt_freq: int = 0
     num_ckpt_keep: int | None = Field(default=3, ge=1)

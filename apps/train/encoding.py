@@ -28,7 +28,10 @@ def encode(settings: Settings, out: Path, console: Console, *, held_out: bool) -
     bundle = settings.host.bundle()
     device = settings.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = MOSHI_HOST.skeleton(settings.host)
-    codec = SpeechCodec.of(model, bundle.load_mimi(device), bundle.tokenizer())
+    codec = SpeechCodec.of(
+        model, bundle.load_mimi(device), bundle.tokenizer(), moshi_channel=data.moshi_channel,
+        speaker_label=data.speaker_label,
+    )  # fmt: skip
     columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     computing = threads.computing(threads.largest(model, codec.mimi), settings.run.threads)
     with computing, Progress(*columns, console=console) as progress:
@@ -40,6 +43,10 @@ def encode(settings: Settings, out: Path, console: Console, *, held_out: bool) -
         )  # fmt: skip
     for problem in summary.problems:
         console.print(f"Warning: left out: {problem}", highlight=False, markup=False, soft_wrap=True)
+    for note in summary.notes:
+        console.print(f"Warning: {note}", highlight=False, markup=False, soft_wrap=True)
+    if summary.words is not None:
+        console.print(str(summary.words), highlight=False, markup=False, soft_wrap=True)
     key = "data.eval_data" if held_out else "data.train_data"
     console.print(
         f"{summary.recordings:,} recordings, {summary.seconds / 60:,.1f} min, {summary.bytes / 1e6:,.1f} MB in "

@@ -102,7 +102,11 @@ def _codec(settings: Settings, runtime: Runtime, skeleton: Any) -> SpeechCodec:
     bundle = settings.host.bundle()
     # Workers are forked, and a forked process cannot use the GPU.
     device = "cpu" if settings.run.data.num_workers else runtime.device
-    return SpeechCodec.of(skeleton, bundle.load_mimi(device), bundle.tokenizer())
+    data = settings.run.data
+    return SpeechCodec.of(
+        skeleton, bundle.load_mimi(device), bundle.tokenizer(), moshi_channel=data.moshi_channel,
+        speaker_label=data.speaker_label,
+    )  # fmt: skip
 
 
 def _corpus(settings: Settings, codec: SpeechCodec, text: str) -> Corpus:
@@ -123,7 +127,13 @@ def _position(settings: Settings, trainer: Trainer, corpus: Corpus) -> dict[str,
     return {
         "rows": trainer.rows,
         "seed": run.seed,
-        "data": {"recordings": corpus.digest, "shuffle": run.data.shuffle, "transcripts": run.data.transcripts},
+        "data": {
+            "recordings": corpus.digest,
+            "shuffle": run.data.shuffle,
+            "transcripts": run.data.transcripts,
+            "speaker_label": run.data.speaker_label,
+            "moshi_channel": run.data.moshi_channel,
+        },
         "duration_sec": run.duration_sec,
         "carry_state": run.carry_state,
         "base": trainer.trained.injection.host.fingerprint(trainer.trained.model)["weights"],
@@ -157,6 +167,8 @@ def _introduction(
         if each is not None:
             recordings = sum(len(source.recordings) for source in each.sources)
             yield f"{name}: {recordings:,} recordings, {each.seconds / 60:,.1f} min, {each.num_segments:,} segments"
+            if each.words is not None:
+                yield f"{name}: {each.words}"
             yield from (f"Warning: left out: {problem}" for problem in each.problems)
             yield from (f"Warning: {note}" for note in each.notes)
     yield (

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from moshi_ttt.apps.config_paths import find_config
-from moshi_ttt.apps.train.config import MoshiPaths, RunConfig
+from moshi_ttt.apps.train.config import IGNORED, MoshiPaths, RunConfig
 from moshi_ttt.core.adapter import adapter_entries, find_adapter
 from moshi_ttt.core.config import TTTConfig, parse_model
 from moshi_ttt.core.config_parsing import parse_config, read_mapping
@@ -55,6 +55,7 @@ def parse_settings(values: Mapping[str, Any], *, registry: Registry, where: str)
     values = dict(values)
     _take_from_flat_block(values)
     _take_from_adapter(values)
+    values = {key: value for key, value in values.items() if key not in IGNORED}
     allowed = [*RunConfig.model_fields, *MODEL_KEYS]
     problems = [f"{where}: unknown key {key!r}. {nearest(str(key), allowed)}" for key in values if key not in allowed]
     if "host" in values and "moshi_paths" in values:
@@ -88,9 +89,13 @@ def parse_settings(values: Mapping[str, Any], *, registry: Registry, where: str)
 
 
 def _host(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    paths = parse_model(MoshiPaths, values.get("moshi_paths") or {}, f"{where}: moshi_paths")
+    try:
+        paths = parse_model(MoshiPaths, values.get("moshi_paths") or {}, f"{where}: moshi_paths")
+    except ConfigError:  # what is wrong with them is reported with the rest of the run
+        paths = MoshiPaths()
     files = {ours: getattr(paths, theirs) for theirs, ours in REPLACED.items()}
-    return {"name": "moshi", "hf_repo": paths.hf_repo_id, **{key: path for key, path in files.items() if path}}
+    repo = paths.hf_repo_id or str(Path(paths.config_path or "").parent)  # not read: every file is given
+    return {"name": "moshi", "hf_repo": repo, **{key: path for key, path in files.items() if path}}
 
 
 def _take_from_flat_block(values: dict[str, Any]) -> None:

@@ -40,16 +40,17 @@ def test_the_surface_is_frozen():
         "evaluate": {
             "compare": ["--out", "--overwrite", "-o", "folders"],
             "long-context": [
-                "--adapter", "--batch-size", "--data", "--every", "--layout", "--max-seconds", "--out", "--overwrite",
-                "--seed", "--segments", "--threads", "--window", "-a", "-d", "-o", "config",
+                "--adapter", "--batch-size", "--data", "--every", "--layout", "--max-seconds", "--moshi-channel",
+                "--out", "--overwrite", "--seed", "--segments", "--speaker-label", "--threads", "--window", "-a", "-d",
+                "-o", "config",
             ],
             "recall": [
-                "--adapter", "--batch-size", "--data", "--frames", "--layout", "--out", "--overwrite", "--pieces",
-                "--seed", "--threads", "-a", "-d", "-o", "config",
+                "--adapter", "--batch-size", "--data", "--frames", "--layout", "--moshi-channel", "--out",
+                "--overwrite", "--pieces", "--seed", "--speaker-label", "--threads", "-a", "-d", "-o", "config",
             ],
             "inner-loop": [
-                "--adapter", "--batch-size", "--data", "--layout", "--max-seconds", "--out", "--overwrite", "--smooth",
-                "--threads", "-a", "-d", "-o", "config",
+                "--adapter", "--batch-size", "--data", "--layout", "--max-seconds", "--moshi-channel", "--out",
+                "--overwrite", "--smooth", "--speaker-label", "--threads", "-a", "-d", "-o", "config",
             ],
             "zero-shot": [
                 "--adapter", "--codebooks", "--dataset", "--normalisation", "--out", "--overwrite", "--seed",

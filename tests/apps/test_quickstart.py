@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from moshi_ttt import default_registry, inject, load_adapter, parse_config
-from moshi_ttt.apps.audio import AudioError, read_audio
+from moshi_ttt.apps.audio import read_audio
+from moshi_ttt.apps.audio_files import AudioError
 from moshi_ttt.apps.output_folder import new_folder
 from moshi_ttt.apps.quickstart import run as running
 from moshi_ttt.apps.quickstart.evaluate import Curve, compare, evaluate

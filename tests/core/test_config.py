@@ -6,7 +6,7 @@ import pydantic
 import pytest
 
 from moshi_ttt.core.config import FrozenConfig
-from moshi_ttt.core.config_parsing import load_config, parse_config
+from moshi_ttt.core.config_parsing import load_config, parse_config, read_mapping
 from moshi_ttt.core.errors import ConfigError, PluginError
 from tests.core.toy import AnyNameConfig, Gate, ToyBlock, ToyConfig, toy_registry
 
@@ -198,3 +198,19 @@ def test_config_of_one_variant_is_refused_by_another():
     registry.register_block("plain", config=AnyNameConfig, block=ToyBlock)
     with pytest.raises(ConfigError, match="rates"):
         parse_config(values(ttt=[{"variant": "plain", "rates": 1}]), registry=registry)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_file_of_another_program_is_read(tmp_path, encoding):
+    path = tmp_path / "c.yaml"
+    path.write_bytes("name: ä\r\nlist:\r\n  - 1\r\n".encode(encoding))
+    assert read_mapping(path) == {"name": "ä", "list": [1]}
+
+
+@pytest.mark.parametrize(("contents", "said"), [(b"a: \xff", "UTF-16"), (b"day: 2024-13-45", "month must be in 1..12")])
+def test_a_file_that_is_no_text_or_no_date_says_so(tmp_path, contents, said):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(contents)
+    with pytest.raises(ConfigError, match="Cannot read the config") as error:
+        read_mapping(path)
+    assert said in str(error.value)

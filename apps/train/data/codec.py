@@ -1,6 +1,6 @@
 """Recordings to the tokens of one Moshi: which codec, which tokenizer, which channel is whom.
 
-Shape legend: C channels (1: Moshi; 2: Moshi left, the user right), S samples, K codebooks of one channel, T frames.
+Shape legend: C channels (1: Moshi; 2: Moshi, then the user), S samples, K codebooks of one channel, T frames.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sphn
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.apps.audio import resample
+from moshi_ttt.apps.audio_files import AudioError, read_samples
 from moshi_ttt.apps.train.data.manifest import DURATION_SECONDS, DataError, read_header
+from moshi_ttt.apps.train.data.speakers import MAIN_SPEAKER, Side
 from moshi_ttt.apps.train.data.text import Word, text_stream
 from moshi_ttt.core.errors import HostError
 
@@ -38,6 +39,8 @@ class SpeechCodec:
         zero_token: what stands where there is nothing to learn.
         channels: C.
         codebooks: K.
+        moshi_channel: on which side of a stereo recording Moshi is; the user is on the other.
+        speaker_label: whose words in a transcript are Moshi's.
     """
 
     mimi: Any
@@ -47,9 +50,13 @@ class SpeechCodec:
     zero_token: int
     channels: int
     codebooks: int
+    moshi_channel: Side = "left"
+    speaker_label: str = MAIN_SPEAKER
 
     @classmethod
-    def of(cls, model: Any, mimi: Any, tokenizer: Any) -> SpeechCodec:
+    def of(
+        cls, model: Any, mimi: Any, tokenizer: Any, *, moshi_channel: Side = "left", speaker_label: str = MAIN_SPEAKER
+    ) -> SpeechCodec:
         """The codec of a language model, which may be on the meta device.
 
         Raises HostError when the model does not speak with Mimi's codebooks, or hears with another number than none or
@@ -64,7 +71,8 @@ class SpeechCodec:
         return cls(
             mimi=mimi, tokenizer=tokenizer, text_padding=model.text_padding_token_id,
             end_of_padding=model.end_of_text_padding_id, zero_token=model.zero_token_id,
-            channels=model.n_q // codebooks, codebooks=codebooks,
+            channels=model.n_q // codebooks, codebooks=codebooks, moshi_channel=moshi_channel,
+            speaker_label=speaker_label,
         )  # fmt: skip
 
     @property
@@ -79,8 +87,8 @@ class SpeechCodec:
     def read_segment(self, path: Path, start_frame: int, frames: int) -> Tensor:
         """``[C, S]`` float32 at Mimi's rate: ``frames`` frames from ``start_frame`` on, or to the recording's end.
 
-        Only this stretch is read. It starts at the right sample in a wav; in an ogg the decoder was seen to miss it by
-        up to 23 ms, less than a frame. A second channel that a recording does not have is silent.
+        Only this stretch is read, from the right sample on (see ``read_samples``). Moshi's channel comes first; a
+        second channel that a recording does not have is silent.
 
         Raises DataError: not audio, too many channels, shorter than its header says, or samples that are not finite.
         """
@@ -92,8 +100,11 @@ class SpeechCodec:
         if length <= 0:
             raise DataError(f"{path} ends before frame {start_frame}.")
         first = round(start_frame * size * header.rate / rate)
-        wanted = min(round(frames * size * header.rate / rate), round(header.seconds * header.rate) - first)
-        samples = _read(path, first, wanted, header.rate)
+        wanted = min(round(frames * size * header.rate / rate), header.samples - first)
+        try:
+            samples = read_samples(path, header, first, wanted)
+        except AudioError as error:
+            raise DataError(str(error)) from None
         missing = wanted - samples.shape[1]
         if missing > DURATION_SECONDS * header.rate:
             raise DataError(
@@ -102,6 +113,8 @@ class SpeechCodec:
             )
         if not np.isfinite(samples).all():
             raise DataError(f"{path} has samples that are not finite numbers. Export the recording again.")
+        if samples.shape[0] == 2 and self.moshi_channel == "right":
+            samples = samples[::-1].copy()  # [Moshi, user] as everywhere below
         spoken = F.pad(torch.from_numpy(samples), (0, missing, 0, self.channels - samples.shape[0]))
         return torch.stack([_at_rate(channel, header.rate, rate, length) for channel in spoken])
 
@@ -136,21 +149,6 @@ class SpeechCodec:
             values = tensor.detach().flatten()[::step].to("cpu", torch.float64)
             digest.update(f"{name} {tuple(tensor.shape)}".encode() + values.numpy().tobytes())
         return digest.hexdigest()
-
-
-def _read(path: Path, first: int, count: int, rate: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """``[channels, at most count]`` samples from sample ``first`` on."""
-    # The decoder turns seconds into samples by rounding down: half a sample more, and it finds the one that is meant.
-    start = None if first == 0 else (first + 0.5) / rate
-    try:
-        samples, _ = sphn.read(str(path), start_sec=start, duration_sec=(count + 0.5) / rate)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # damaged data can make the decoder panic, which is no Exception
-        raise DataError(
-            f"{path} cannot be read from {first / rate:.2f} s on ({error}). Make it again, for instance as wav."
-        ) from None
-    return np.ascontiguousarray(samples[:, :count], dtype=np.float32)
 
 
 def _at_rate(samples: Tensor, rate: int, new_rate: int, length: int) -> Tensor:

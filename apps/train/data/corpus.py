@@ -27,12 +27,15 @@ from moshi_ttt.apps.train.data.manifest import (
     SourceSpec,
     Transcripts,
     check_share,
+    check_words,
+    listed_twice,
     no_transcript,
     parse_sources,
     read_manifest,
 )
-from moshi_ttt.apps.train.data.shards import EncodedRecording, check_codec, read_index, read_tokens
+from moshi_ttt.apps.train.data.shards import EncodedRecording, ShardIndex, check_codec, read_index, read_tokens
 from moshi_ttt.apps.train.data.text import TranscriptError, read_words
+from moshi_ttt.apps.train.data.words import WordCounts, total_words
 
 CACHED_TEXTS = 64
 """Recordings of a source whose text stream is kept."""
@@ -63,11 +66,15 @@ class Recording:
 
 
 class Source(ABC):
-    """One part of a data string; ``weight`` is how often it is drawn from, relative to the other parts."""
+    """One part of a data string; ``weight`` is how often it is drawn from, relative to the other parts.
 
-    def __init__(self, spec: SourceSpec, recordings: Sequence[Recording]) -> None:
+    ``words`` counts those of its transcripts; None where it has no transcripts, or nobody counted.
+    """
+
+    def __init__(self, spec: SourceSpec, recordings: Sequence[Recording], words: WordCounts | None = None) -> None:
         self.path = spec.path
         self.weight = spec.weight
+        self.words = words
         self.recordings = tuple(recordings)
         self._first = [0, *accumulate(recording.segments for recording in self.recordings)]
 
@@ -105,6 +112,7 @@ class ManifestSource(Source):
                 _recording(entry.name, length, frames, entry.manifest, entry.line)
                 for entry, length in zip(entries, lengths, strict=True)
             ],
+            total_words(entry.words for entry in entries),
         )
 
     def tokens(self, recording: int, start: int, frames: int) -> Tensor:
@@ -114,7 +122,7 @@ class ManifestSource(Source):
     def _read_text(self, recording: int) -> Tensor:
         """``[T]``: the text row of a whole recording."""
         transcript = self._entries[recording].transcript
-        words = None if transcript is None else read_words(transcript)
+        words = None if transcript is None else read_words(transcript, self._codec.speaker_label)
         return self._codec.encode_text(words, self.recordings[recording].frames)
 
 
@@ -122,13 +130,22 @@ class ShardSource(Source):
     """Recordings that were encoded before; their segments are cut anew, of any length."""
 
     def __init__(
-        self, spec: SourceSpec, encoded: Sequence[EncodedRecording], codec: SpeechCodec, frames: int, *, text: bool
+        self,
+        spec: SourceSpec,
+        encoded: Sequence[EncodedRecording],
+        codec: SpeechCodec,
+        frames: int,
+        *,
+        text: bool,
+        words: WordCounts | None,
     ) -> None:
         self._encoded = encoded
         self._codec = codec
         self._with_text = text
         super().__init__(
-            spec, [_recording(each.name, each.frames, frames, Path(each.manifest), each.line) for each in encoded]
+            spec,
+            [_recording(each.name, each.frames, frames, Path(each.manifest), each.line) for each in encoded],
+            words if text else None,
         )
 
     def tokens(self, recording: int, start: int, frames: int) -> Tensor:
@@ -166,6 +183,11 @@ class Corpus:
         """Hexadecimal digits that differ between corpora with other recordings, as far as their lengths tell."""
         lengths = [(source.weight, [each.frames for each in source.recordings]) for source in self.sources]
         return hashlib.sha256(repr(lengths).encode()).hexdigest()
+
+    @property
+    def words(self) -> WordCounts | None:
+        """Of all transcripts together, as far as they are counted."""
+        return total_words(source.words for source in self.sources)
 
     @property
     def num_segments(self) -> int:
@@ -209,38 +231,50 @@ def open_corpus(
         max_bad_share: the largest share of all recordings that may be unusable.
 
     Raises DataError: a source cannot be read or has no recording left, shards are of another codec, or too many
-    recordings are unusable (the first of them are listed).
+    recordings are unusable (the first of them are listed), or transcripts are required and give no word.
     """
     if frames < 1:
         raise DataError(f"A segment of {frames} frames is none. Allowed: 1 and more; a longer duration_sec gives more.")
     sources: list[Source] = []
     problems: list[Problem] = []
     notes: list[str] = []
+    listed: list[Entry] = []
     fingerprint = ""
     for spec in parse_sources(text):
         if spec.encoded:
             fingerprint = fingerprint or codec.fingerprint()
-            encoded, bad, made_of = _read_shards(spec, codec, fingerprint, transcripts)
-            if made_of != frames:
+            index = read_index(spec.path)
+            check_codec(spec.path, index, codec, fingerprint, text=transcripts != "none")
+            encoded, bad = _with_text(spec, index, transcripts)
+            if index.frames != frames:
                 notes.append(
-                    f"{spec.path} was encoded in segments of {made_of} frames and is read in segments of {frames}: the "
-                    "tokens differ a little from those of the recordings themselves, for Mimi started afresh elsewhere."
+                    f"{spec.path} was encoded in segments of {index.frames} frames and is read in segments of "
+                    f"{frames}: the tokens differ a little from those of the recordings themselves, because Mimi "
+                    "started afresh elsewhere."
                 )
-            sources.append(ShardSource(spec, encoded, codec, frames, text=transcripts != "none"))
+            with_text = transcripts != "none"
+            sources.append(ShardSource(spec, encoded, codec, frames, text=with_text, words=index.words))
         else:
             entries: list[Entry] = []
             bad = []
             for manifest in spec.manifests:
-                found, wrong = read_manifest(manifest, transcripts=transcripts, channels=codec.channels)
+                found, wrong = read_manifest(
+                    manifest, transcripts=transcripts, channels=codec.channels, speaker=codec.speaker_label,
+                    frame_rate=float(codec.mimi.frame_rate),
+                )  # fmt: skip
                 entries += found
                 bad += wrong
             sources.append(ManifestSource(spec, entries, codec, frames))
+            listed += entries
         problems += bad
     total = len(problems) + sum(len(source.recordings) for source in sources)
     check_share(problems, total, max_bad_share=max_bad_share, text=text)
     for source in sources:
         if not source.recordings:
             raise DataError(f"data {text!r}: {source.path} has no usable recording. Mend it, or leave it out.")
+    counts = [(source.path, source.words) for source in sources]
+    notes += check_words(counts, transcripts=transcripts, speaker=codec.speaker_label, text=text)
+    notes += listed_twice(listed)
     encodes = any(isinstance(source, ManifestSource) for source in sources)
     return Corpus(
         sources=tuple(sources), problems=tuple(problems), frames=frames, rows=codec.rows, zero_token=codec.zero_token,
@@ -249,20 +283,18 @@ def open_corpus(
     )  # fmt: skip
 
 
-def _read_shards(
-    spec: SourceSpec, codec: SpeechCodec, fingerprint: str, transcripts: Transcripts
-) -> tuple[list[EncodedRecording], list[Problem], int]:
-    """The recordings of a folder of shards, those without the text they need, and the segments they were encoded in."""
-    index = read_index(spec.path)
-    check_codec(spec.path, index, codec, fingerprint)
+def _with_text(
+    spec: SourceSpec, index: ShardIndex, transcripts: Transcripts
+) -> tuple[list[EncodedRecording], list[Problem]]:
+    """The recordings of a folder of shards, and what is wrong with those that lack the text they need."""
     if transcripts != "required":
-        return list(index.recordings), [], index.frames
+        return list(index.recordings), []
     without = [
         Problem(Path(each.manifest), each.line, no_transcript(f"{each.name} has no text in {spec.path / SHARD_INDEX}"))
         for each in index.recordings
         if not each.has_text
     ]
-    return [each for each in index.recordings if each.has_text], without, index.frames
+    return [each for each in index.recordings if each.has_text], without
 
 
 def _recording(name: str, length: int, frames: int, manifest: Path, line: int) -> Recording:

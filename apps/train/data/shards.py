@@ -27,10 +27,14 @@ from moshi_ttt.apps.train.data.manifest import (
     Problem,
     Transcripts,
     check_share,
+    check_words,
+    listed_twice,
     parse_sources,
     read_manifest,
 )
+from moshi_ttt.apps.train.data.speakers import MAIN_SPEAKER, Side
 from moshi_ttt.apps.train.data.text import TranscriptError, read_words
+from moshi_ttt.apps.train.data.words import WordCounts, total_words
 from moshi_ttt.core.config import FrozenConfig, parse_model
 from moshi_ttt.core.errors import ConfigError
 
@@ -56,7 +60,11 @@ class EncodedRecording(FrozenConfig):
 
 
 class ShardIndex(FrozenConfig):
-    """What ``index.json`` says. ``fingerprint`` is the codec's; Mimi started afresh every ``frames`` frames."""
+    """What ``index.json`` says. ``fingerprint`` is the codec's; Mimi started afresh every ``frames`` frames.
+
+    ``moshi_channel`` and ``speaker_label`` say which channel and whose words were taken for Moshi's, ``words`` how many
+    words the transcripts had; shards of before these were known have their first values.
+    """
 
     format_version: Literal[1]
     frames: int = Field(ge=1)
@@ -65,19 +73,24 @@ class ShardIndex(FrozenConfig):
     codebooks: int = Field(ge=1)
     channels: Literal[1, 2]
     transcripts: Transcripts
+    moshi_channel: Side = "left"
+    speaker_label: str = MAIN_SPEAKER
+    words: WordCounts | None = None
     recordings: tuple[EncodedRecording, ...] = Field(min_length=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSummary:
-    """What ``write_shards`` wrote, and the recordings that it had to leave out."""
+    """What ``write_shards`` wrote, the recordings that it had to leave out, and what else a caller should know."""
 
     recordings: int
     frames: int
     seconds: float
     shards: int
     bytes: int
+    words: WordCounts | None
     problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
 
 
 def write_shards(
@@ -106,12 +119,14 @@ def write_shards(
     if frames < 1 or shard_size < 1:
         raise DataError(f"frames = {frames} and shard_size = {shard_size}: both are whole numbers from 1 on.")
     with new_folder(out, made_by=made_by) as folder:
-        entries, problems = _list(source, codec, transcripts, max_bad_share)
+        entries, problems, notes = _list(source, codec, transcripts, max_bad_share)
         total = len(entries) + len(problems)
         writer = _Writer(folder, shard_size)
+        counts: list[WordCounts | None] = []
         for done, entry in enumerate(entries, start=1):
             try:
                 writer.add(entry.name, (entry.manifest, entry.line), *_encode(entry, codec, frames))
+                counts.append(entry.words)
             except (DataError, TranscriptError) as error:
                 problems.append(Problem(entry.manifest, entry.line, str(error)))
                 check_share(problems, total, max_bad_share=max_bad_share, text=source)
@@ -121,14 +136,15 @@ def write_shards(
         index = ShardIndex(
             format_version=FORMAT_VERSION, frames=frames, fingerprint=codec.fingerprint(),
             frame_rate=float(codec.mimi.frame_rate), codebooks=codec.codebooks, channels=_one_or_two(codec.channels),
-            transcripts=transcripts, recordings=tuple(writer.recordings),
+            transcripts=transcripts, moshi_channel=codec.moshi_channel, speaker_label=codec.speaker_label,
+            words=total_words(counts), recordings=tuple(writer.recordings),
         )  # fmt: skip
         (folder / SHARD_INDEX).write_text(json.dumps(index.model_dump(mode="json"), indent=1), encoding="utf-8")
         written = sum(path.stat().st_size for path in folder.iterdir())
     encoded = sum(recording.frames for recording in index.recordings)
     return ShardSummary(
         recordings=len(index.recordings), frames=encoded, seconds=encoded / index.frame_rate, shards=writer.shards,
-        bytes=written, problems=tuple(problems),
+        bytes=written, words=index.words, problems=tuple(problems), notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -159,7 +175,7 @@ def rearrange_shards(
         if not writer.recordings:
             longest = max(recording.frames for recording in index.recordings)
             raise DataError(f"{source}: no piece comes of any recording; the longest has {longest} frames.")
-        made = index.model_copy(update={"recordings": tuple(writer.recordings)})
+        made = index.model_copy(update={"recordings": tuple(writer.recordings), "words": None})
         (folder / SHARD_INDEX).write_text(json.dumps(made.model_dump(mode="json"), indent=1), encoding="utf-8")
     return made
 
@@ -197,13 +213,24 @@ def read_index(folder: Path) -> ShardIndex:
     return index
 
 
-def check_codec(folder: Path, index: ShardIndex, codec: SpeechCodec, fingerprint: str) -> None:
-    """Raise DataError unless the shards were made with this codec, whose fingerprint is given."""
+def check_codec(folder: Path, index: ShardIndex, codec: SpeechCodec, fingerprint: str, *, text: bool = True) -> None:
+    """Raise DataError unless the shards were made with this codec, whose fingerprint is given.
+
+    ``text`` says whether their text is used: else it does not matter whose it is.
+    """
     ours = (codec.channels, codec.codebooks, float(codec.mimi.frame_rate))
     theirs = (index.channels, index.codebooks, index.frame_rate)
     if ours != theirs:
         names = "{} channels of {} codebooks at {:g} Hz"
         raise DataError(f"{folder} holds {names.format(*theirs)}; the model has {names.format(*ours)}. {AGAIN}")
+    others: list[tuple[str, str, str]] = []
+    if index.moshi_channel != codec.moshi_channel and index.channels == 2:
+        others.append(("data.moshi_channel", index.moshi_channel, codec.moshi_channel))
+    if index.speaker_label != codec.speaker_label and text and any(each.has_text for each in index.recordings):
+        others.append(("data.speaker_label", index.speaker_label, codec.speaker_label))
+    if others:
+        listed = " and ".join(f"{key} {theirs!r}, and is read with {wanted!r}" for key, theirs, wanted in others)
+        raise DataError(f"{folder} was encoded with {listed}. Set the same, or encode the recordings again.")
     if index.fingerprint != fingerprint:
         raise DataError(
             f"{folder} was encoded with another Mimi or tokenizer ({index.fingerprint[:12]}) than the model's "
@@ -268,7 +295,9 @@ class _Writer:
 
 def _list(
     source: str, codec: SpeechCodec, transcripts: Transcripts, max_bad_share: float
-) -> tuple[list[Entry], list[Problem]]:
+) -> tuple[list[Entry], list[Problem], list[str]]:
+    """The recordings that a data string names, what is wrong with others, and what to warn of."""
+    counts: list[tuple[Path, WordCounts | None]] = []
     entries: list[Entry] = []
     problems: list[Problem] = []
     for spec in parse_sources(source):
@@ -276,19 +305,29 @@ def _list(
             raise DataError(f"{spec.path} is encoded already: give the manifest that it was made from.")
         if spec.weight != 1.0:
             raise DataError(f"data {source!r}: the weight {spec.weight:g} means nothing here: give it to the training.")
+        before = len(entries)
         for manifest in spec.manifests:
-            good, bad = read_manifest(manifest, transcripts=transcripts, channels=codec.channels)
+            good, bad = read_manifest(
+                manifest, transcripts=transcripts, channels=codec.channels, speaker=codec.speaker_label,
+                frame_rate=float(codec.mimi.frame_rate),
+            )  # fmt: skip
             entries += good
             problems += bad
+        counts.append((spec.path, total_words(entry.words for entry in entries[before:])))
     check_share(problems, len(entries) + len(problems), max_bad_share=max_bad_share, text=source)
-    return entries, problems
+    notes = check_words(counts, transcripts=transcripts, speaker=codec.speaker_label, text=source)
+    return entries, problems, notes + listed_twice(entries)
 
 
 def _encode(entry: Entry, codec: SpeechCodec, frames: int) -> tuple[Tensor, Tensor | None]:
     """``[C * K, T]`` and ``[T]`` of a whole recording, encoded segment by segment."""
     length = codec.frames_of(entry.seconds)
     parts = [codec.encode_segment(codec.read_segment(entry.path, start, frames)) for start in range(0, length, frames)]
-    text = None if entry.transcript is None else codec.encode_text(read_words(entry.transcript), length)
+    text = (
+        None
+        if entry.transcript is None
+        else codec.encode_text(read_words(entry.transcript, codec.speaker_label), length)
+    )
     return torch.cat(parts, dim=1), text
 
 

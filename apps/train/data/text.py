@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moshi_ttt.apps.train.data.speakers import MAIN_SPEAKER
 from moshi_ttt.core.errors import MoshiTTTError
+from moshi_ttt.core.text_files import read_text
 
-MAIN_SPEAKER = "SPEAKER_MAIN"
-"""Whom the language model speaks for; what others say is not part of its text."""
 EXPECTED = f'{{"alignments": [["word", [start, end], "{MAIN_SPEAKER}"], ...]}}, times in seconds'
 
 
@@ -30,29 +31,59 @@ class Word(NamedTuple):
     end: float
 
 
-def read_words(path: Path) -> tuple[Word, ...]:
-    """The main speaker's words of a transcript, by their start; words that do not end after their start are left out.
+class Transcript(NamedTuple):
+    """The words of one speaker, by their start, and how many more a transcript has.
+
+    Attributes:
+        others: words of other speakers, by their label.
+        backwards: words of the speaker that do not end after their start.
+    """
+
+    words: tuple[Word, ...]
+    others: Counter[str]
+    backwards: int
+
+
+def read_transcript(path: Path, speaker: str = MAIN_SPEAKER) -> Transcript:
+    """The words of a transcript that ``speaker`` says.
 
     Raises TranscriptError: no such file, not JSON, or not laid out as ``EXPECTED``.
     """
     try:
-        transcript = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        transcript = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise TranscriptError(f"transcript {path} cannot be read ({error}). Expected: {EXPECTED}.") from None
     alignments = transcript.get("alignments") if isinstance(transcript, dict) else None
     if not isinstance(alignments, list):
-        raise TranscriptError(f"transcript {path} has no list of alignments. Expected: {EXPECTED}.")
-    words = []
+        keys = f"; its keys are {', '.join(map(repr, transcript))}"[:200] if isinstance(transcript, dict) else ""
+        raise TranscriptError(f"transcript {path} has no list of alignments{keys}. Expected: {EXPECTED}.")
+    words: list[Word] = []
+    others: Counter[str] = Counter()
+    backwards = 0
     for number, alignment in enumerate(alignments):
         match alignment:
-            case [str(text), [start, end], speaker] if _is_time(start) and _is_time(end):
-                if speaker == MAIN_SPEAKER and start < end:
+            case [str(text), [start, end], label] if _is_time(start) and _is_time(end):
+                if label != speaker:
+                    others[str(label)] += 1
+                elif start < end:
                     words.append(Word(text, float(start), float(end)))
+                else:
+                    backwards += 1
             case _:
                 raise TranscriptError(
                     f"transcript {path}: alignment {number} is {str(alignment)[:60]!r}. Expected: {EXPECTED}."
                 )
-    return tuple(sorted(words, key=lambda word: word.start))
+    return Transcript(tuple(sorted(words, key=lambda word: word.start)), others, backwards)
+
+
+def read_words(path: Path, speaker: str = MAIN_SPEAKER) -> tuple[Word, ...]:
+    """The words of ``read_transcript`` alone."""
+    return read_transcript(path, speaker).words
+
+
+def first_frame(word: Word, frame_rate: float) -> int:
+    """The frame in which a word starts."""
+    return max(0, math.floor(word.start * frame_rate))
 
 
 def text_stream(
@@ -70,7 +101,7 @@ def text_stream(
         frame_rate: frames a second.
     """
     stream = [padding] * frames
-    first_frames = [max(0, math.floor(word.start * frame_rate)) for word in words] + [frames]
+    first_frames = [first_frame(word, frame_rate) for word in words] + [frames]
     for number, word in enumerate(words):
         first, stop = first_frames[number], first_frames[number + 1]
         tokens = tokenizer.encode(word.text.strip())[: max(0, min(stop, frames) - first)]

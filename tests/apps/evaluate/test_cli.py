@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import wave
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from moshi_ttt import default_registry, inject, parse_config, save_adapter
-from moshi_ttt.hosts.moshi.loading import resolve_repo
+from moshi_ttt.apps.audio import read_audio
+from moshi_ttt.apps.config_files import read_speakers
+from moshi_ttt.apps.evaluate.documents import read_documents
+from moshi_ttt.apps.train.data.codec import SpeechCodec
+from moshi_ttt.hosts.moshi.loading import load_skeleton, resolve_repo
 from moshi_ttt.hosts.moshi.tiny import speech_files
+from tests.apps.train.data.conftest import write_audio, write_manifest, write_transcript
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +158,50 @@ def test_mistakes_are_messages(cli, tmp_path, arguments, message):
     assert result.exit_code == 2
     assert message in result.said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def dialogue(tmp_path) -> Path:
+    """A manifest of a stereo recording: speech on the right, said by ``SPEAKER_00``; silence on the left."""
+    samples = read_audio(speech_files()[0], 24_000).numpy()[: 40 * 1920]
+    write_audio(tmp_path / "a.wav", np.stack([0 * samples, samples]))
+    write_transcript(tmp_path / "a.json", [("hello", 0.5, 0.9), ("there", 1.0, 1.4)], speaker="SPEAKER_00")
+    return write_manifest(tmp_path / "t.jsonl", [{"path": "a.wav", "duration": 3.2}])
+
+
+def test_documents_know_who_moshi_is(dialogue):
+    bundle = resolve_repo("builtin:tiny")
+    codec = SpeechCodec.of(load_skeleton("builtin:tiny"), bundle.load_mimi(), bundle.tokenizer())
+    other = replace(codec, speaker_label="SPEAKER_00", moshi_channel="right")
+    said: list[str] = []
+
+    def read(codec):
+        (document,) = read_documents(
+            str(dialogue), codec, layout="files", transcripts="optional", limit=None, report=said.append
+        )
+        return document.codes
+
+    first, second = read(codec), read(other)
+    assert torch.equal(first[1:9], second[9:])
+    assert torch.equal(first[9:], second[1:9])
+    assert set(bundle.tokenizer().encode("hello")) <= set(second[0].tolist())
+    assert len(set(first[0].tolist())) == 1
+    assert [line.startswith("Warning") for line in said] == [False, True, False]
+    assert "'SPEAKER_00' (2)" in said[1]
+
+
+def test_who_moshi_is_comes_from_the_command_line_or_the_runs_config(cli, tmp_path, dialogue):
+    run = {"run_dir": "out", "lora": {"enable": True}, "moshi_paths": {"hf_repo_id": "builtin:tiny"}}
+    data = {"train_data": "x", "speaker_label": "A", "moshi_channel": 1}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**run, "data": data}))
+    config = str(tmp_path / "run.yaml")
+    assert read_speakers(config) == ("A", "right")
+    assert read_speakers(config, "B") == ("B", "right")
+    assert read_speakers(config, None, "0") == ("A", "left")
+    assert read_speakers("quickstart") == ("SPEAKER_MAIN", "left")
+    result = cli("evaluate", "recall", config, "--data", dialogue, "--out", "o", "--moshi-channel", "middle")
+    assert result.exit_code == 2
+    assert "moshi_channel = 'middle'" in result.said
+    result = cli("evaluate", "recall", config, "--data", dialogue, "--out", "o", "--frames", 8, "--batch-size", 1)
+    assert "0 words kept, 2 dropped" in result.said
+    assert "Warning" in result.said

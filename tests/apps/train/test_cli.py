@@ -6,10 +6,12 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import yaml
 
 from .conftest import FRAMES, records, values
+from .data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript
 
 
 @pytest.fixture
@@ -101,3 +103,42 @@ def test_a_missing_recording_is_named_with_its_line(cli, encoded, config, tmp_pa
     allowed = cli("train", config, f"data.train_data={folder / 'train.jsonl'}", "data.max_bad_share=0.5", "max_steps=1")
     assert allowed.exit_code == 0, allowed.said
     assert "Warning: left out:" in allowed.said
+
+
+@pytest.fixture
+def dialogue(tmp_path):
+    """A manifest of a silent stereo recording whose words are those of ``SPEAKER_00``, deep in a folder."""
+    folder = tmp_path / "data" / "deep"
+    folder.mkdir(parents=True)
+    write_audio(folder / "a.wav", np.zeros((2, 4 * FRAMES * FRAME)))
+    write_transcript(folder / "a.json", words_every(0.5, 3.0), speaker="SPEAKER_00")
+    write_manifest(folder / "train.jsonl", [{"path": "a.wav", "duration": 4 * FRAMES * FRAME / RATE}])
+    return folder.parent
+
+
+@pytest.mark.parametrize("command", ["train", "encode"])
+def test_a_corpus_without_a_word_trains_nobody_to_be_silent(cli, config, dialogue, tmp_path, command):
+    where = ["--out", tmp_path / "out"] if command == "encode" else []
+    result = cli(command, config, f"data.train_data={dialogue}", *where)
+    assert result.exit_code == 2
+    assert "not one word of the transcripts is used, and Moshi would be trained to be silent" in result.said
+    assert "6 of other speakers: 'SPEAKER_00' (6)" in result.said
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_who_moshi_is_is_said_once_and_remembered(cli, config, dialogue, tmp_path):
+    who = ["data.speaker_label=SPEAKER_00", "data.moshi_channel=1"]
+    made = cli("encode", config, f"data.train_data={dialogue}", *who, "--out", tmp_path / "out")
+    assert made.exit_code == 0, made.said
+    assert "6 words kept, 0 dropped" in made.said
+    shards = f"data.train_data={tmp_path / 'out'},"  # a comma may be left over
+    refused = cli("train", config, shards, "data.speaker_label=SPEAKER_00")
+    assert refused.exit_code == 2
+    assert "data.moshi_channel 'right', and is read with 'left'" in refused.said
+    trained = cli("train", config, shards, *who, "max_steps=1", "world_size=8", "eval_freq=-1")
+    assert trained.exit_code == 0, trained.said
+    assert "train: 6 words kept, 0 dropped" in trained.said
+    other = cli("train", config, f"data.train_data={dialogue}", "max_steps=2", "resume=true", who[0])
+    assert other.exit_code == 2
+    assert "'moshi_channel': 'right'" in other.said

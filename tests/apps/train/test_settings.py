@@ -10,6 +10,8 @@ import yaml
 from moshi_ttt import default_registry
 from moshi_ttt.apps.train.settings import parse_settings, read_settings, write_settings
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.hosts.moshi.tiny import BUNDLE
 
 # Every key of moshi-finetune's example and options, with its spelling of numbers.
 FINETUNE = """
@@ -185,3 +187,52 @@ def test_overrides_that_mean_nothing(tmp_path, override, message):
     with pytest.raises(ConfigError) as caught:
         read_settings(str(path), [override], default_registry())
     assert message in str(caught.value)
+
+
+def test_what_moshi_finetune_writes_beside_its_checkpoints_is_read(tmp_path):
+    """Its args.yaml has every key of its own, some of which it does not read again."""
+    path = tmp_path / "args.yaml"
+    values = yaml.safe_load(FINETUNE) | {"world_size": 8, "eval_freq": -1, "ckpt_freq": -1, "num_ckpt_keep": None}
+    values["moshi_paths"] = {
+        "hf_repo_id": "kyutai/moshiko-pytorch-bf16", "mimi_path": None, "moshi_path": None, "tokenizer_path": None,
+        "config_path": None,
+    }  # fmt: skip
+    values["wandb"] = {"project": None, "offline": False, "key": None, "run_name": None}
+    path.write_bytes(yaml.safe_dump(values).replace("\n", "\r\n").encode("utf-8-sig"))
+    run = read_settings(str(path), [], default_registry()).run
+    assert (run.eval_freq, run.ckpt_freq, run.num_ckpt_keep) == (-1, -1, None)
+    path.write_bytes(yaml.safe_dump(values).encode("utf-16"))
+    assert read_settings(str(path), [], default_registry()).run == run
+
+
+def test_without_a_repository_every_file_is_named(tmp_path):
+    files = {name: str(tmp_path / name) for name in ("moshi_path", "mimi_path", "tokenizer_path", "config_path")}
+    host = parse(moshi_paths={"hf_repo_id": None, **files}).host
+    assert set(host.files.values()) == set(files.values())
+    ours = {"moshi_path": "model", "mimi_path": "tokenizer-tiny-mimi", "config_path": "config"}
+    tiny = {name: str(next(BUNDLE.glob(f"{stem}.*"))) for name, stem in ours.items()}
+    tiny["tokenizer_path"] = str(next(BUNDLE.glob("*.model")))
+    host = parse(moshi_paths={"hf_repo_id": None, **tiny}).host
+    assert host.bundle().tokenizer().get_piece_size() == 512
+    assert MOSHI_HOST.skeleton(host).dep_q == 8
+    del files["mimi_path"]
+    with pytest.raises(
+        ConfigError, match="hf_repo_id is None, so every file must be given, and mimi_path is missing"
+    ) as e:
+        parse(moshi_paths={"hf_repo_id": None, **files})
+    assert len(str(e.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "side"), [("left", "left"), ("right", "right"), (0, "left"), (1, "right"), ("1", "right")]
+)
+def test_moshis_channel_by_name_or_number(value, side):
+    data = {"train_data": "a", "moshi_channel": value, "speaker_label": "SPEAKER_00"}
+    settings = parse(data=data)
+    assert (settings.run.data.moshi_channel, settings.run.data.speaker_label) == (side, "SPEAKER_00")
+
+
+@pytest.mark.parametrize("value", ["middle", 2, -1, True, None, 1.0])
+def test_another_channel_raises(value):
+    with pytest.raises(ConfigError, match="moshi_channel"):
+        parse(data={"train_data": "a", "moshi_channel": value})

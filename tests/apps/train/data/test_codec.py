@@ -164,7 +164,8 @@ def test_a_decoder_that_panics_raises_an_error_that_names_the_file(tmp_path, cod
     with pytest.raises(DataError, match=r"a\.wav cannot be read from 0.00 s on \(index out of range\)"):
         codec.read_segment(path, 0, 5)
     monkeypatch.setattr("sphn.FileReader", panic)
-    with pytest.raises(DataError, match=r"a\.wav cannot be read as audio \(index out of range\)"):
+    path = write_audio(tmp_path / "b.wav", np.zeros((1, RATE)))
+    with pytest.raises(DataError, match=r"b\.wav cannot be read as audio \(index out of range\)"):
         codec.read_segment(path, 0, 5)
 
 
