@@ -9,13 +9,13 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
 
 from moshi_ttt.apps.evaluate.commands import app as evaluate_app
+from moshi_ttt.apps.interruption import Interruption, handle, stop_signals
 from moshi_ttt.core.errors import MoshiTTTError
 
 if TYPE_CHECKING:
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_ERROR = 2
+EXIT_STOPPED = 75
+"""A training that was asked to stop, saved what it had and can be resumed: EX_TEMPFAIL, "try again later"."""
 EXIT_INTERRUPTED = 130
+
+_interruption = Interruption()
+"""What a signal does in a process of the command line, until a training takes it over."""
 
 
 class _Commands(TyperGroup):
@@ -129,6 +134,9 @@ def train(
 
     Several processes: torchrun --nproc-per-node 8 -m moshi_ttt train CONFIG. Ctrl-C or a termination saves a checkpoint
     and ends; resume=true goes on from it.
+
+    Exit code 0 when the run is done, 75 when it was stopped as asked and can be resumed, 2 for an error, 130 when a
+    second Ctrl-C ended it without saving. torchrun makes 1 of the last three; "status" in RUN_DIR/run.json tells them.
     """
     from moshi_ttt.apps.train import settings as reading
     from moshi_ttt.core.registry import default_registry
@@ -141,9 +149,20 @@ def train(
         _console().print(planning.render(planning.plan(settings, registry, ranks=ranks)))
         return
     from moshi_ttt.apps.train.run import run
+    from moshi_ttt.apps.train.stopping import StopRequest
 
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own writing of checkpoints
-    run(settings, registry, _console())
+    with StopRequest(final=(_interruption,)) as stop:
+        try:
+            outcome = run(settings, registry, _console(), stop)
+        except (Exception, KeyboardInterrupt) as error:
+            # A rank that another one has left meets an error of its own.
+            if stop.started or not (stop.asked or _was_interrupted(error)):
+                raise
+            _errors().print("Stopped as asked before the first step; there was nothing to save.")
+            raise typer.Exit(EXIT_STOPPED) from None
+        if outcome.stopped:
+            raise typer.Exit(EXIT_STOPPED)
 
 
 @app.command()
@@ -341,31 +360,15 @@ def _show_warning(
     print(f"Warning: {message}", file=file or sys.stderr)
 
 
-class _Interrupted(KeyboardInterrupt):
-    """What Ctrl-C and a termination raise here.
-
-    A type of its own, because CPython remembers a plain KeyboardInterrupt that passes through ``exec`` of a string
-    (dataclasses and pydantic do that while they are imported) and then ends by a signal, although it was caught.
-    """
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    # A module that is being imported may swallow whatever is raised inside it: wait until it is done.
-    signal.signal(signal.SIGALRM, _interrupt)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "importlib._bootstrap":
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
-            return
-        frame = frame.f_back
-    raise _Interrupted
-
-
 def main() -> None:
     """The console entry point."""
     # A termination is an interruption: what is half-written is cleared away on the way out.
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, _interrupt)
-    app()
+    handle(stop_signals(), _interruption)
+    try:
+        app()
+    finally:
+        # The exit code is decided. Another signal of the stop that ended this would replace it.
+        handle(stop_signals(), signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def new_folder(folder: Path, *, made_by: str, overwrite: bool = False) -> Iterat
     created = [parent for parent in folder.parents if not parent.exists()]
     done = False
     with ExitStack() as stack:
-        stack.callback(lambda: None if done else _remove_empty(created))
+        stack.callback(lambda: None if done else remove_empty(created))
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             temporary = stack.enter_context(atomic_folder(folder))
@@ -58,7 +58,7 @@ def new_folder(folder: Path, *, made_by: str, overwrite: bool = False) -> Iterat
         done = True
 
 
-def _remove_empty(folders: list[Path]) -> None:
+def remove_empty(folders: list[Path]) -> None:
     """Remove the parents that were made for nothing, innermost first."""
     for folder in folders:
         try:
