@@ -153,15 +153,16 @@ def train(
 
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own writing of checkpoints
     with StopRequest(final=(_interruption,)) as stop:
+        outcome = None
         try:
             outcome = run(settings, registry, _console(), stop)
         except (Exception, KeyboardInterrupt) as error:
-            # A rank that another one has left meets an error of its own.
+            # Asked to stop, a rank leaves; one that is waiting for it meets an error of its own.
             if stop.started or not (stop.asked or _was_interrupted(error)):
                 raise
+        if outcome is None:
             _errors().print("Stopped as asked before the first step; there was nothing to save.")
-            raise typer.Exit(EXIT_STOPPED) from None
-        if outcome.stopped:
+        if outcome is None or outcome.stopped:
             raise typer.Exit(EXIT_STOPPED)
 
 
