@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moshi_ttt.apps.folder_lock import LOCK, hold
+from moshi_ttt.apps.output_folder import LITTER
 from moshi_ttt.apps.train.checkpoint import NAME, STATE, find_checkpoints
 from moshi_ttt.apps.train.logs import METRICS
 from moshi_ttt.apps.train.loop import Outcome
@@ -120,7 +121,7 @@ def _check(settings: Settings) -> Path | None:
     run = settings.run
     folder = Path(run.run_dir)
     earlier = _read(folder)
-    if earlier is None and any(path.name != LOCK for path in folder.iterdir()):
+    if earlier is None and any(path.name not in {LOCK, *LITTER} for path in folder.iterdir()):
         raise ConfigError(_strange(folder))
     if strange := [path.name for path in _named_as_checkpoints(folder) if not (path / STATE).is_file()]:
         raise ConfigError(
