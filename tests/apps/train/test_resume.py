@@ -183,7 +183,7 @@ def test_any_rise_of_the_rate_ends_well(train, pct_start, steps):
 # ---- stopping
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_ends(train, tmp_path, monkeypatch, number):
     real = Trainer.make_step
 
