@@ -27,7 +27,8 @@ from .conftest import write_wav
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "quickstart_api.py"
 FILES = {
-    ".made_by.json", "adapter", "generated.wav", "loss_by_position.png", "metrics.json", "report.md", "state.png", "training.png",
+    ".made_by.json", "adapter", "generated.wav", "loss_by_position.png", "metrics.json", "report.md", "state.png",
+    "training.png",
 }  # fmt: skip
 
 
