@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -82,13 +83,19 @@ class Interruption:
 
     def _raise_outside_imports(self, frame: FrameType | None) -> None:
         # A module that is being imported may swallow whatever is raised inside it: wait until it is done.
-        signal.signal(signal.SIGALRM, lambda number, frame: self._raise_outside_imports(frame))
-        while frame is not None:
-            if frame.f_globals.get("__name__") == "importlib._bootstrap":
-                signal.setitimer(signal.ITIMER_REAL, 0.05)
-                return
-            frame = frame.f_back
+        if sys.platform != "win32" and _is_importing(frame):
+            signal.signal(signal.SIGALRM, lambda number, frame: self._raise_outside_imports(frame))
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            return
         raise Interrupted
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def handle(numbers: list[int], handler: Callable[[int, FrameType | None], None] | int) -> None:

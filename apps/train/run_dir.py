@@ -84,7 +84,8 @@ class RunDir:
             ended = {"status": status, "step": outcome.step, "checkpoint": checkpoint}
             # Where the run failed because nothing can be written, that is the error to report.
             with suppress(OSError) if status == "failed" else nullcontext():
-                self._write({**(_read(self.folder) or {}), **ended})
+                if (known := _read(self.folder)) is not None:
+                    self._write({**known, **ended})
 
     def _write(self, values: dict[str, Any]) -> None:
         with atomic_file(self.folder / RUN) as temporary:

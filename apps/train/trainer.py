@@ -138,7 +138,10 @@ class Trainer:
             StepGivenUpError: on every rank, at a safe point; everything is then as it was before the step.
             TrainingError: on every rank, when ``max_bad_steps`` steps in a row had to be skipped.
         """
-        random = _random_state(self.runtime.device)
+        random, buffers = _random_state(self.runtime.device), dict(self.trained.injection.named_buffers())
+        kept = {
+            name: buffer.clone() for name, buffer in buffers.items()
+        }  # what a checkpoint has, and forward may change
         try:
             return self._make_step(batches, safe, ready)
         except StepGivenUpError:
@@ -146,6 +149,8 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self._reshard()
             _set_random_state(random, self.runtime.device)
+            for name, buffer in buffers.items():
+                buffer.copy_(kept[name])
             raise
 
     def _make_step(self, batches: Sequence[Batch], safe: SafePoints | None, ready: bool) -> Step:

@@ -70,6 +70,17 @@ def test_a_step_is_given_up_and_made_again_bit_for_bit(train, tmp_path, monkeypa
         assert same(adapter(resumed.checkpoint), adapter(straight.checkpoint))
 
 
+def test_buffers_of_a_step_that_is_given_up_are_as_before(train, monkeypatch):
+    from moshi_ttt.core.injection import Injection
+
+    counter, real = torch.zeros(1), stepping.loss_sums
+    monkeypatch.setattr(Injection, "named_buffers", lambda self: iter([("counter", counter)]))
+    monkeypatch.setattr(stepping, "loss_sums", lambda *args: (counter.add_(1), real(*args))[1])
+    signals_in_forward(monkeypatch, call=8)
+    assert train(num_microbatches=3, batch_size=1, stop_grace_sec=0, max_steps=9, save_adapters=False).step == 2
+    assert counter.item() == 6
+
+
 def test_a_step_that_there_is_time_for_is_finished(train, monkeypatch):
     signals_in_forward(monkeypatch, call=8)
     outcome = train(num_microbatches=3, batch_size=1, stop_grace_sec=600, max_steps=9)
