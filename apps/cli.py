@@ -15,11 +15,13 @@ import typer
 from typer.core import TyperGroup
 
 from moshi_ttt.apps.evaluate.commands import app as evaluate_app
-from moshi_ttt.apps.interruption import Interruption, handle, stop_signals
+from moshi_ttt.apps.interruption import Interruption, StopRequest, handle, stop_signals
 from moshi_ttt.core.errors import MoshiTTTError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from moshi_ttt.apps.train.loop import Outcome
 
 EXIT_FAILED = 1
 EXIT_ERROR = 2
@@ -138,32 +140,37 @@ def train(
     Exit code 0 when the run is done, 75 when it was stopped as asked and can be resumed, 2 for an error, 130 when a
     second Ctrl-C ended it without saving. torchrun makes 1 of the last three; "status" in RUN_DIR/run.json tells them.
     """
-    from moshi_ttt.apps.train import settings as reading
-    from moshi_ttt.core.registry import default_registry
-
-    registry = default_registry()
-    settings = reading.read_settings(config, overrides or [], registry)
-    if plan:
-        from moshi_ttt.apps.train import planning
-
-        _console().print(planning.render(planning.plan(settings, registry, ranks=ranks)))
-        return
-    from moshi_ttt.apps.train.run import run
-    from moshi_ttt.apps.train.stopping import StopRequest
-
-    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own writing of checkpoints
     with StopRequest(final=(_interruption,)) as stop:
-        outcome = None
         try:
-            outcome = run(settings, registry, _console(), stop)
+            outcome = _train(config, overrides or [], stop, plan=plan, ranks=ranks)
         except (Exception, KeyboardInterrupt) as error:
             # Asked to stop, a rank leaves; one that is waiting for it meets an error of its own.
             if stop.started or not (stop.asked or _was_interrupted(error)):
                 raise
-        if outcome is None:
             _errors().print("Stopped as asked before the first step; there was nothing to save.")
-        if outcome is None or outcome.stopped:
+            stopped = True
+        else:
+            stopped = outcome is not None and outcome.stopped
+        if stopped:
             raise typer.Exit(EXIT_STOPPED)
+
+
+def _train(config: str, overrides: list[str], stop: StopRequest, *, plan: bool, ranks: int) -> Outcome | None:
+    """Train; or show what would be, and nothing comes of it."""
+    from moshi_ttt.apps.train import settings as reading
+    from moshi_ttt.core.registry import default_registry
+
+    registry = default_registry()
+    settings = reading.read_settings(config, overrides, registry)
+    if plan:
+        from moshi_ttt.apps.train import planning
+
+        _console().print(planning.render(planning.plan(settings, registry, ranks=ranks)))
+        return None
+    from moshi_ttt.apps.train.run import run
+
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own writing of checkpoints
+    return run(settings, registry, _console(), stop)
 
 
 @app.command()
@@ -363,10 +370,11 @@ def _show_warning(
 
 def main() -> None:
     """The console entry point."""
+    command = typer.main.get_command(app)  # until now a signal ends the process by itself
     # A termination is an interruption: what is half-written is cleared away on the way out.
     handle(stop_signals(), _interruption)
     try:
-        app()
+        command()
     finally:
         # The exit code is decided. Another signal of the stop that ended this would replace it.
         handle(stop_signals(), signal.SIG_IGN)

@@ -10,8 +10,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from types import FrameType
+from collections.abc import Callable, Collection
+from types import FrameType, TracebackType
+from typing import Any
 
 AGAIN_SEC = 2.0
 """A second Ctrl-C counts when it comes so many seconds after the first, or later."""
@@ -88,6 +89,55 @@ class Interruption:
             signal.setitimer(signal.ITIMER_REAL, 0.05)
             return
         raise Interrupted
+
+
+class StopRequest:
+    """Inside ``with StopRequest() as stop:``, from ``stop.start`` on, a signal sets ``stop.asked`` and nothing else.
+
+    Before that signals do what they did. After it a second Ctrl-C raises ``Interrupted``; see ``Requests``.
+
+    Args:
+        final: handlers that only a process of the command line has. Where one of them was set before, signals are
+            ignored after the context: the process is about to end, and says by its exit code how the run ended.
+
+    Attributes:
+        started: all ranks have seen that none was asked to stop before there was anything to save.
+    """
+
+    def __init__(self, *, final: Collection[Any] = ()) -> None:
+        self.requests = Requests()
+        self.started = False
+        self._final = final
+        self._before: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        return self.requests.made
+
+    def start(self, asked_anywhere: Callable[[], bool]) -> None:
+        """From now on a signal is a request, and interrupts nothing. A collective.
+
+        Raises Interrupted on every rank when some rank was asked to stop meanwhile.
+        """
+        for number in stop_signals():
+            self._before.setdefault(number, signal.signal(number, self._handle))
+        if asked_anywhere():
+            raise Interrupted
+        self.started = True
+
+    def __enter__(self) -> StopRequest:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            # None: a handler that was not set from Python, and cannot be set again from here.
+            signal.signal(number, signal.SIG_IGN if handler in self._final else handler or signal.SIG_DFL)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requests.again(number):
+            raise Interrupted
 
 
 def _is_importing(frame: FrameType | None) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moshi_ttt.apps.interruption import StopRequest
 from moshi_ttt.apps.train import export
 from moshi_ttt.apps.train.checkpoint import CheckpointWriter, load, num_bytes, read_state
 from moshi_ttt.apps.train.config import RunConfig
@@ -25,7 +26,7 @@ from moshi_ttt.apps.train.planning import group_plans, groups_table, low_rates
 from moshi_ttt.apps.train.run_dir import RunDir, hold_run_dir
 from moshi_ttt.apps.train.runtime import Runtime, start
 from moshi_ttt.apps.train.settings import Settings
-from moshi_ttt.apps.train.stopping import Pace, SafePoints, StopRequest, launcher_warnings
+from moshi_ttt.apps.train.stopping import Pace, SafePoints, launcher_warnings
 from moshi_ttt.apps.train.trainer import Trainer, TrainingError
 from moshi_ttt.core.adapter import find_adapter
 from moshi_ttt.core.registry import Registry

@@ -7,17 +7,13 @@ end, and between the segments of an evaluation. Whether a step that has begun is
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from types import FrameType, TracebackType
-from typing import Any
 
 import torch
 
-from moshi_ttt.apps.interruption import Interrupted, Requests, launched_by_torchrun, stop_signals
+from moshi_ttt.apps.interruption import StopRequest, launched_by_torchrun
 from moshi_ttt.apps.train.runtime import Runtime
 
 SAFETY = 1.5
@@ -25,55 +21,6 @@ SAFETY = 1.5
 TORCHRUN_SEC = 30
 BYTES_PER_SEC = 200e6
 """How fast a checkpoint is taken to be written on a rank before one has been measured."""
-
-
-class StopRequest:
-    """Inside ``with StopRequest() as stop:``, from ``stop.start`` on, a signal sets ``stop.asked`` and nothing else.
-
-    Before that signals do what they did. After it a second Ctrl-C raises ``Interrupted``; see ``Requests``.
-
-    Args:
-        final: handlers that only a process of the command line has. Where one of them was set before, signals are
-            ignored after the context: the process is about to end, and says by its exit code how the run ended.
-
-    Attributes:
-        started: all ranks have seen that none was asked to stop before there was anything to save.
-    """
-
-    def __init__(self, *, final: Collection[Any] = ()) -> None:
-        self.requests = Requests()
-        self.started = False
-        self._final = final
-        self._before: dict[int, Any] = {}
-
-    @property
-    def asked(self) -> bool:
-        return self.requests.made
-
-    def start(self, asked_anywhere: Callable[[], bool]) -> None:
-        """From now on a signal is a request, and interrupts nothing. A collective.
-
-        Raises Interrupted on every rank when some rank was asked to stop meanwhile.
-        """
-        for number in stop_signals():
-            self._before.setdefault(number, signal.signal(number, self._handle))
-        if asked_anywhere():
-            raise Interrupted
-        self.started = True
-
-    def __enter__(self) -> StopRequest:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            # None: a handler that was not set from Python, and cannot be set again from here.
-            signal.signal(number, signal.SIG_IGN if handler in self._final else handler or signal.SIG_DFL)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requests.again(number):
-            raise Interrupted
 
 
 def launcher_warnings(grace: float) -> list[str]:

@@ -277,10 +277,8 @@ def test_stopped_before_there_is_anything_to_save_is_75_too(cli, config, tmp_pat
     if not late:
         monkeypatch.setattr(running, "build", asked)
     else:
-        from moshi_ttt.apps.train import stopping
-
-        stop = stopping.StopRequest()
-        monkeypatch.setattr(stopping, "StopRequest", lambda **_: stop)
+        stop = interruption.StopRequest()
+        monkeypatch.setattr("moshi_ttt.apps.cli.StopRequest", lambda **_: stop)
     result = cli("train", config)
     assert result.exit_code == STOPPED
     assert "nothing to save" in result.said
@@ -372,33 +370,34 @@ CAMPAIGN = {
 """When a stop comes: what the config changes, who is signalled, how often each: a hundred in all."""
 
 
+def test_the_campaign_is_a_hundred_stops():
+    assert sum(len(hows) * times for _, hows, times in CAMPAIGN.values()) == 100
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
-def test_a_hundred_stops(encoded, tmp_path, seed):
+@pytest.mark.parametrize("name", CAMPAIGN)
+def test_a_hundred_stops(encoded, tmp_path, name, seed):
+    changes, hows, times = CAMPAIGN[name]
     rng, table = random.Random(seed), []
-    assert sum(len(hows) * times for _, hows, times in CAMPAIGN.values()) == 100
-    for name, (changes, hows, times) in CAMPAIGN.items():
-        data = {"train_data": str(encoded), "eval_data": str(encoded), "shuffle": True}
-        data |= {"num_workers": 2} if name == "data workers" else {}
-        (tmp_path / name).mkdir()
-        runs = Runs(tmp_path / name, small(encoded, data=data, carry_state=True, **changes))
-        moment = name if name in WHEN else "short steps"
-        if name == "start":
-            check(stop_once(runs, "launcher", "short steps", rng))  # something that could be lost
-        for how in hows * times:
-            saved = runs.saved_step()
-            stop = stop_once(runs, how, moment, rng)
-            table.append((name, how, stop))
-            print(f"{name:14} {how:16} {stop.seconds:5.1f} s  {stop.ranks} {stop.status} {stop.saved}", flush=True)
-            if name == "start" and stop.saved == saved:
-                # Before Python has come to our first line a signal ends a process by itself.
-                assert set(stop.ranks) <= {STOPPED, -signal.SIGTERM}, stop.said
-                assert (stop.left, stop.launcher) == ([], 1), stop.said
-            else:
-                check(stop)
-        assert runs.losses()[: runs.saved_step()] == reference(runs, tmp_path / name / "reference"), name
-    for name in CAMPAIGN:
-        seconds = [stop.seconds for each, _, stop in table if each == name]
-        print(
-            f"{name}: {len(seconds)} stops, {max(seconds):.1f} s at most, {sum(seconds) / len(seconds):.1f} on average"
-        )
+    data = {"train_data": str(encoded), "eval_data": str(encoded), "shuffle": True}
+    data |= {"num_workers": 2} if name == "data workers" else {}
+    (tmp_path / "runs").mkdir()
+    runs = Runs(tmp_path / "runs", small(encoded, data=data, carry_state=True, **changes))
+    moment = name if name in WHEN else "short steps"
+    if name == "start":
+        check(stop_once(runs, "launcher", "short steps", rng))  # something that could be lost
+    for how in hows * times:
+        saved = runs.saved_step()
+        stop = stop_once(runs, how, moment, rng)
+        table.append(stop)
+        print(f"{name:14} {how:16} {stop.seconds:5.1f} s  {stop.ranks} {stop.status} {stop.saved}", flush=True)
+        if name == "start" and stop.saved == saved:
+            # Before Python has come to our first line a signal ends a process by itself.
+            assert set(stop.ranks) <= {STOPPED, -signal.SIGTERM}, stop.said
+            assert (stop.left, stop.launcher) == ([], 1), stop.said
+        else:
+            check(stop)
+    assert runs.losses()[: runs.saved_step()] == reference(runs, tmp_path / "reference")
+    seconds = [stop.seconds for stop in table]
+    print(f"{name}: {len(seconds)} stops, {max(seconds):.1f} s at most, {sum(seconds) / len(seconds):.1f} on average")
