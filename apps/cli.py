@@ -5,15 +5,12 @@ Nothing heavy is imported until a command runs: ``--help`` and ``--version`` mus
 
 from __future__ import annotations
 
-import _thread
 import io
 import os
 import signal
 import sys
-import threading
 import warnings
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
@@ -21,15 +18,23 @@ from typer.core import TyperGroup
 
 from moshi_ttt.apps.arguments import PATH, Threads
 from moshi_ttt.apps.evaluate.commands import app as evaluate_app
+from moshi_ttt.apps.interruption import Interruption, StopRequest, handle, stop_signals
 from moshi_ttt.apps.threads import computing, prepare_environment
 from moshi_ttt.core.errors import MoshiTTTError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moshi_ttt.apps.train.loop import Outcome
+
 EXIT_FAILED = 1
 EXIT_ERROR = 2
+EXIT_STOPPED = 75
+"""A training that was asked to stop, saved what it had and can be resumed: EX_TEMPFAIL, "try again later"."""
 EXIT_INTERRUPTED = 130
+
+_interruption = Interruption()
+"""What a signal does in a process of the command line, until a training takes it over."""
 
 
 class _Commands(TyperGroup):
@@ -143,21 +148,41 @@ def train(
 
     Several processes: torchrun --nproc-per-node 8 -m moshi_ttt train CONFIG. Ctrl-C or a termination saves a checkpoint
     and ends; resume=true goes on from it.
+
+    Exit code 0 when the run is done, 75 when it was stopped as asked and can be resumed, 2 for an error, 130 when a
+    second Ctrl-C ended it without saving. torchrun makes 1 of the last three; "status" in RUN_DIR/run.json tells them.
     """
+    with StopRequest(final=(_interruption,)) as stop:
+        try:
+            outcome = _train(config, overrides or [], stop, plan=plan, ranks=ranks)
+        except (Exception, KeyboardInterrupt) as error:
+            # Asked to stop, a rank leaves; one that is waiting for it meets an error of its own.
+            if stop.started or not (stop.asked or _was_interrupted(error)):
+                raise
+            _errors().print("Stopped as asked before the first step; there was nothing to save.")
+            stopped = True
+        else:
+            stopped = outcome is not None and outcome.stopped
+        if stopped:
+            raise typer.Exit(EXIT_STOPPED)
+
+
+def _train(config: str, overrides: list[str], stop: StopRequest, *, plan: bool, ranks: int) -> Outcome | None:
+    """Train; or show what would be, and nothing comes of it."""
     from moshi_ttt.apps.train import settings as reading
     from moshi_ttt.core.registry import default_registry
 
     registry = default_registry()
-    settings = reading.read_settings(config, overrides or [], registry)
+    settings = reading.read_settings(config, overrides, registry)
     if plan:
         from moshi_ttt.apps.train import planning
 
         _console().print(planning.render(planning.plan(settings, registry, ranks=ranks)))
-        return
+        return None
     from moshi_ttt.apps.train.run import run
 
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own writing of checkpoints
-    run(settings, registry, _console())
+    return run(settings, registry, _console(), stop)
 
 
 @app.command()
@@ -377,45 +402,20 @@ def _show_warning(
     print(f"Warning: {message}", file=file or sys.stderr)
 
 
-class _Interrupted(KeyboardInterrupt):
-    """What Ctrl-C and a termination raise here.
-
-    A type of its own, because CPython remembers a plain KeyboardInterrupt that passes through ``exec`` of a string
-    (dataclasses and pydantic do that while they are imported) and then ends by a signal, although it was caught.
-    """
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    # A module that is being imported may swallow whatever is raised inside it: wait until it is done.
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "importlib._bootstrap":
-            _ask_again()
-            return
-        frame = frame.f_back
-    raise _Interrupted
-
-
-def _ask_again() -> None:
-    """Call ``_interrupt`` once more in a moment."""
-    if hasattr(signal, "SIGALRM"):
-        signal.signal(signal.SIGALRM, _interrupt)
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        return
-    timer = threading.Timer(0.05, _thread.interrupt_main)  # Windows has no alarm
-    timer.daemon = True
-    timer.start()
-
-
 def main() -> None:
     """The console entry point."""
     prepare_environment(os.environ)  # before anything imports torch or NumPy
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter shows a question mark for it
             stream.reconfigure(errors="replace")
+    command = typer.main.get_command(app)  # until now a signal ends the process by itself
     # A termination is an interruption: what is half-written is cleared away on the way out.
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, _interrupt)
-    app()
+    handle(stop_signals(), _interruption)
+    try:
+        command()
+    finally:
+        # The exit code is decided. Another signal of the stop that ended this would replace it.
+        handle(stop_signals(), signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from moshi_ttt.apps.config_files import read_config
 from moshi_ttt.apps.evaluate.subjects import Subject, load_subjects
-from moshi_ttt.apps.output_folder import check_free, new_folder
+from moshi_ttt.apps.folder_lock import LOCK, hold
+from moshi_ttt.apps.output_folder import LITTER, OutputError, check_free, new_folder
 from moshi_ttt.apps.study import cost
 from moshi_ttt.apps.study.plan import Scale
 from moshi_ttt.apps.study.plan import Subject as Trained
@@ -16,10 +18,12 @@ from moshi_ttt.apps.study.report import Report
 from moshi_ttt.apps.study.results import read_group
 from moshi_ttt.apps.study.stages import GROUPS, Study
 from moshi_ttt.apps.threads import computing, largest
+from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.hosts.moshi.host import MoshiHostConfig
 
 MADE_BY = "moshi-ttt study"
+MARKER = "study.json"
 
 
 def make(
@@ -31,7 +35,43 @@ def make(
         out=out, known=tuple(known), unseen=tuple(unseen), scale=scale, subjects=tuple(subjects),
         ablations=tuple(ablations), at_once=at_once, say=say, threads=threads,
     )  # fmt: skip
-    check_free(out / "report", made_by=MADE_BY, overwrite=True)
+    study.manifests()
+    with hold(out):
+        _claim(study)
+        check_free(out / "report", made_by=MADE_BY, overwrite=True)
+        return _make(study)
+
+
+def _claim(study: Study) -> None:
+    """Write into the folder of a study which study it is; ``study.json`` lets the same one go on there, and no other.
+
+    Raises OutputError when the folder holds something, and that is not this study's.
+    """
+    known, unseen = ([folder.name for folder in folders] for folders in (study.known, study.unseen))
+    scale = {name: value for name, value in asdict(study.scale).items() if name != "seeds"}  # others may be added
+    claim = {"made_by": MADE_BY, "known": known, "unseen": unseen, "scale": scale}
+    path = study.out / MARKER
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or found.get("made_by") != MADE_BY:
+        if any(other.name not in {LOCK, *LITTER} for other in study.out.iterdir()):
+            raise OutputError(
+                f"{study.out} is not empty and was not made by `{MADE_BY}` (it has no {MARKER} of its). Choose another "
+                "folder with --out, or empty it yourself."
+            )
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(claim, indent=1) + "\n", encoding="utf-8")
+    elif different := [f"{key} {found.get(key)} and not {claim[key]}" for key in claim if found.get(key) != claim[key]]:
+        raise OutputError(
+            f"{study.out} holds another study: of {'; of '.join(different)}. What is there would be taken for this "
+            "one's. Choose another folder with --out."
+        )
+
+
+def _make(study: Study) -> Path:
+    out, scale = study.out, study.scale
     study.encode()
     study.train_bases()
     study.tune()
@@ -39,21 +79,21 @@ def make(
     study.evaluate()
     study.train_ablations()
     study.evaluate_ablations()
-    say("cost, report")
+    study.say("cost, report")
     seeds, groups = scale.seeds, [group for group in GROUPS if study.encoded(group).exists()]
     compared = _subjects(study)
-    with computing(largest(compared[0].model), threads):
+    with computing(largest(compared[0].model), study.threads):
         costs = cost.measure(compared)
     report = Report(
         scale=scale,
         speech={
             group: [folder.name for folder in folders]
-            for group, folders in zip(GROUPS, (known, unseen), strict=True)
+            for group, folders in zip(GROUPS, (study.known, study.unseen), strict=True)
             if folders
         },
         recall={group: read_group([out / f"seed_{seed}" / f"recall_{group}" for seed in seeds]) for group in groups},
         context={group: read_group([out / f"seed_{seed}" / f"context_{group}" for seed in seeds]) for group in groups},
-        ablations=read_group([out / "ablations"]) if ablations else None,
+        ablations=read_group([out / "ablations"]) if study.ablations else None,
         costs=costs,
         choices=json.loads((out / "choices.json").read_text(encoding="utf-8")),
         made_by=MADE_BY,

@@ -52,14 +52,19 @@ class Study:
 
     # ---- what is heard
 
-    def encode(self) -> None:
-        """The tokens of all recordings, and the pieces made of them."""
+    def manifests(self) -> dict[str, list[Path]]:
+        """What each split is made of. Raises StudyError when some of it is not there."""
         sources = {split: [folder / f"{split}.jsonl" for folder in self.known] for split in SPLITS}
         sources["unseen"] = [folder / f"{split}.jsonl" for folder in self.unseen for split in SPLITS]
         if missing := [str(path) for paths in sources.values() for path in paths if not path.is_file()]:
             raise StudyError(
                 f"There is no {', '.join(missing)}. scripts/fetch_speech.py makes such folders; `make study` calls it."
             )
+        return sources
+
+    def encode(self) -> None:
+        """The tokens of all recordings, and the pieces made of them."""
+        sources = self.manifests()
         self._run(
             Job(
                 name=f"encode {name}",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from moshi_ttt.core.atomic import publish
 from moshi_ttt.core.block import Site
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.core.host import CarriedState
+from moshi_ttt.core.sharding import local
 
 FORMAT_VERSION = 1
 STATE = "state.json"
@@ -97,6 +99,8 @@ class _Pending:
     tensors: Future[Any]
     export: Future[None]
     state: Mapping[str, Any]
+    began: float
+    ended: list[float]
 
 
 class CheckpointWriter:
@@ -104,6 +108,9 @@ class CheckpointWriter:
 
     Those of steps after ``step``, where this run begins, are of a run that was given up: they go when the first new one
     is there.
+
+    Attributes:
+        seconds: what the checkpoint that was committed last took on this rank.
     """
 
     def __init__(self, run_dir: Path, runtime: Runtime, keep: int | None, step: int) -> None:
@@ -113,25 +120,33 @@ class CheckpointWriter:
         self._given_up = [path for path in find_checkpoints(run_dir) if _step_of(path) > step]
         self._pending: _Pending | None = None
         self._executor = ThreadPoolExecutor(1)
+        self.seconds = 0.0
+        latest = None
         if runtime.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(".checkpoint_*"):
                 shutil.rmtree(left)
-        runtime.wait()
+            latest = step if any(_step_of(path) == step for path in find_checkpoints(run_dir)) else None
+        self._latest: int | None = runtime.agree(latest)
 
     @property
     def ready(self) -> bool:
         """Whether this rank has written its part of the pending checkpoint, if there is one."""
         return self._pending is not None and self._pending.tensors.done() and self._pending.export.done()
 
-    def save(self, trainer: Trainer, *, position: Mapping[str, Any], export: Export) -> None:
-        """Begin to write a checkpoint of this moment; every rank calls this. An earlier one is finished first.
+    def has(self, step: int) -> bool:
+        """Whether the newest checkpoint of this run, written or being written, is of this step; equal on every rank."""
+        return self._latest == step
+
+    def save(self, trainer: Trainer, *, position: Mapping[str, Any], export: Export, began: float) -> None:
+        """Begin to write a checkpoint of this moment; every rank calls this. An earlier one must be finished first.
 
         Args:
             position: what ``state.json`` holds beside the step.
             export: writes what others use into a folder; called on rank 0, in the background.
+            began: when preparing it began, by ``time.monotonic``.
         """
-        self.finish()
+        assert self._pending is None
         name = f"checkpoint_{trainer.step:06d}"
         temporary = self.folder / f".{name}"
         if self.runtime.first:
@@ -142,7 +157,13 @@ class CheckpointWriter:
         tensors = async_save(_tensors(trainer), storage_writer=writer, process_group=self.runtime.saving)
         written = self._executor.submit(export, temporary) if self.runtime.first else _nothing()
         state = {"format_version": FORMAT_VERSION, "step": trainer.step, **position}
-        self._pending = _Pending(temporary, self.folder / name, cast(Future[Any], tensors), written, state)
+        ended: list[float] = []
+        for part in (cast(Future[Any], tensors), written):
+            part.add_done_callback(lambda _: ended.append(time.monotonic()))
+        self._pending = _Pending(
+            temporary, self.folder / name, cast(Future[Any], tensors), written, state, began, ended
+        )
+        self._latest = trainer.step
 
     def commit(self) -> Path | None:
         """Make the pending checkpoint appear, once every rank is ``ready``; None where there is none."""
@@ -167,6 +188,7 @@ class CheckpointWriter:
                 f"{pending.folder} cannot be written: {_cause(error)}. Make room or check the disk, then go on with "
                 "resume: true from the checkpoint before."
             ) from error
+        self.seconds = max(pending.ended, default=time.monotonic()) - pending.began  # callbacks come after results
         return pending.folder
 
     def finish(self) -> Path | None:
@@ -260,6 +282,11 @@ def load(trainer: Trainer, folder: Path, position: Mapping[str, Any]) -> None:
 
 def _tensors(trainer: Trainer) -> dict[str, Tensor]:
     return {**_parameters(trainer), **_carried(trainer), **_random(trainer.runtime)}
+
+
+def num_bytes(trainer: Trainer) -> int:
+    """How much a checkpoint holds on this rank, before anything is carried."""
+    return sum(local(tensor).nbytes for tensor in _parameters(trainer).values())
 
 
 def _parameters(trainer: Trainer) -> dict[str, Tensor]:

@@ -148,6 +148,9 @@ class RunConfig(FrozenConfig):
         num_ckpt_keep: checkpoints to keep; null keeps all.
         save_adapters: export blocks and LoRA as they are; false merges LoRA into full weights.
         do_eval, eval_freq: evaluate at the end, and every ``eval_freq`` steps if it is above 0.
+        stop_grace_sec: seconds from a signal that asks the run to stop (SIGTERM, Ctrl-C) to the moment when its
+            launcher or scheduler kills it; torchrun does after 30. A step that is running is finished where that and
+            saving fit in; else it is given up.
         max_bad_steps: steps in a row whose loss or gradient is not finite (they are skipped) before the run stops.
         log_health: log the blocks' health at each logged step.
         tensorboard: write TensorBoard files too.
@@ -191,6 +194,7 @@ class RunConfig(FrozenConfig):
     ckpt_freq: int = 0
     num_ckpt_keep: int | None = Field(default=3, ge=1)
     save_adapters: bool = True
+    stop_grace_sec: float = Field(default=30.0, ge=0.0, allow_inf_nan=False)
     max_bad_steps: int = Field(default=5, ge=1)
 
     @model_validator(mode="before")

@@ -19,7 +19,7 @@ from moshi_ttt.apps.train.evaluation import evaluation_batches
 from moshi_ttt.apps.train.logs import RunLog, health_record, loss_record, memory_bytes, step_record
 from moshi_ttt.apps.train.runtime import Runtime
 from moshi_ttt.apps.train.settings import Settings
-from moshi_ttt.apps.train.stopping import StopRequest
+from moshi_ttt.apps.train.stopping import SafePoints, StepGivenUpError
 from moshi_ttt.apps.train.trainer import Losses, Step, Trainer, TrainingError, some_of
 from moshi_ttt.core.health import HealthMonitor
 
@@ -33,7 +33,7 @@ class Outcome:
 
     Attributes:
         step: the last step made.
-        stopped: a signal asked it to end before ``max_steps``.
+        stopped: a signal asked it to end before the last step and its evaluation.
         losses: the evaluation losses by step.
         checkpoint: the newest checkpoint.
     """
@@ -56,11 +56,12 @@ class Loop:
     writer: CheckpointWriter | None
     position: dict[str, Any]
     outcome: Outcome
+    safe: SafePoints
     bad_segments: int = 0
     idle: set[str] = field(default_factory=set)
     told: set[str] = field(default_factory=set)
 
-    def advance(self, batches: Iterator[Batch], stop: StopRequest, *, segments: int) -> None:
+    def advance(self, batches: Iterator[Batch], *, segments: int) -> None:
         """One step, and what is due after it: a log line, an evaluation, a checkpoint."""
         run, trainer = self.settings.run, self.trainer
         number = trainer.step + 1
@@ -68,16 +69,22 @@ class Loop:
         blocks = trainer.trained.injection.blocks
         monitor = HealthMonitor(blocks) if logged and run.log_health and blocks else None
         began = time.perf_counter()
-        mine = [next(batches) for _ in range(run.num_microbatches)]
+        self.safe.began = time.monotonic()
+        mine = self._read(batches)
         ready = self.writer is not None and self.writer.ready
-        with monitor or nullcontext():
-            step = trainer.make_step(mine, stop=lambda: stop.asked, ready=ready)
+        try:
+            with monitor or nullcontext():
+                step = trainer.make_step(mine, safe=self.safe, ready=ready)
+        except StepGivenUpError:
+            self._stop()
+            return
         if self.runtime.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-        self.outcome.step, self.outcome.stopped = step.number, step.stop
+        self.safe.pace.steps.append(seconds)
+        self.outcome.step = step.number
         if step.ready and self.writer is not None:
-            self.outcome.checkpoint = self.writer.commit() or self.outcome.checkpoint
+            self._committed(self.writer.commit())
         self._report_problems(step, segments)
         if step.number <= CHECKED_STEPS and not step.skipped:
             self._look_for_idle(step.number)
@@ -87,30 +94,75 @@ class Loop:
                 record["blocks"] = health_record(monitor.read())
             self.log.write(record)
             self.log.show(record)
-        last = step.number >= run.max_steps or step.stop
-        saved = _due(step.number, run.ckpt_freq) or last
-        if saved:
+        self._warn_of_grace()
+        self._end_step(step)
+
+    def _read(self, batches: Iterator[Batch]) -> list[Batch]:
+        """This rank's micro-batches of a step; what is left is not read once the rank has been asked to stop."""
+        mine: list[Batch] = []
+        while len(mine) < self.settings.run.num_microbatches and not self.safe.request.asked:
+            mine.append(next(batches))
+        return mine
+
+    def _end_step(self, step: Step) -> None:
+        """Save and evaluate where that is due; every rank has the same ``step.stop``."""
+        last = step.number >= self.settings.run.max_steps
+        if step.stop and not last:
+            self._stop()
+            return
+        if last or _due(step.number, self.settings.run.ckpt_freq):
             self._save()
-        if self.held_out is not None and not step.stop and (_due(step.number, run.eval_freq) or last):
-            self._evaluate(self.held_out, step.number, stop)
-            if self.outcome.stopped and not saved:  # it was asked to stop meanwhile
-                self._save()
+        if self.evaluation_due(step.number):
+            self.evaluate(step.number)
+
+    def evaluation_due(self, number: int) -> bool:
+        """Whether there is an evaluation after this step."""
+        run = self.settings.run
+        return self.held_out is not None and (_due(number, run.eval_freq) or number >= run.max_steps)
+
+    def _stop(self) -> None:
+        """End here, with a checkpoint unless this run has one of this step, or has made no step at all."""
+        self.outcome.stopped = True
+        if self.trainer.step > 0:
+            self._save()
 
     def _save(self) -> None:
-        if self.writer is not None:
-            write = export.prepare(self.trainer.trained, self.settings, self.trainer.step)
-            position = {**self.position, "bad_segments": self.bad_segments}
-            self.writer.save(self.trainer, position=position, export=write)
+        if self.writer is None or self.writer.has(self.trainer.step):
+            return
+        self.finish()  # an earlier checkpoint first
+        began = time.monotonic()
+        write = export.prepare(self.trainer.trained, self.settings, self.trainer.step)
+        position = {**self.position, "bad_segments": self.bad_segments}
+        self.writer.save(self.trainer, position=position, export=write, began=began)
 
-    def _evaluate(self, held_out: Corpus, number: int, stop: StopRequest) -> None:
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one; every rank calls this."""
+        if self.writer is not None:
+            self._committed(self.writer.finish())
+
+    def _committed(self, folder: Path | None) -> None:
+        if folder is not None and self.writer is not None:
+            self.outcome.checkpoint = folder
+            self.safe.pace.saved(self.writer.seconds)
+
+    def _warn_of_grace(self) -> None:
+        run = self.settings.run
+        for kind, warning in self.safe.pace.warnings(run.stop_grace_sec, run.num_microbatches).items():
+            if self.log is not None and self.writer is not None and kind not in self.told:
+                self.told.add(kind)
+                self.log.say(warning)
+
+    def evaluate(self, number: int) -> None:
+        """Losses on the held-out recordings. When a stop comes first, they are made when the run is resumed."""
+        assert self.held_out is not None
         runtime, size = self.runtime, self.settings.run.batch_size
-        parts = evaluation_batches(held_out, batch_size=size, rank=runtime.rank, world_size=runtime.world_size)
-        losses, problems = self.trainer.evaluate(parts, stop=lambda: stop.asked)
+        parts = evaluation_batches(self.held_out, batch_size=size, rank=runtime.rank, world_size=runtime.world_size)
+        losses, problems = self.trainer.evaluate(parts, safe=self.safe)
         self._warn(problems)
         bad = int(runtime.sum(torch.tensor([float(len(problems))])))
-        self._check_share(bad, held_out.num_segments, f"held-out segments could not be read after step {number}")
+        self._check_share(bad, self.held_out.num_segments, f"held-out segments could not be read after step {number}")
         if losses is None:
-            self.outcome.stopped = True
+            self._stop()
             return
         self.outcome.losses[number] = losses
         if self.log is not None:

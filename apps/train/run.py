@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -13,47 +14,60 @@ from rich.console import Console
 from rich.table import Table
 
 from moshi_ttt.apps import system, threads
+from moshi_ttt.apps.interruption import StopRequest
 from moshi_ttt.apps.train import export
-from moshi_ttt.apps.train.checkpoint import CheckpointWriter, load, read_state
+from moshi_ttt.apps.train.checkpoint import CheckpointWriter, load, num_bytes, read_state
 from moshi_ttt.apps.train.config import RunConfig
 from moshi_ttt.apps.train.data.codec import SpeechCodec
 from moshi_ttt.apps.train.data.corpus import Corpus, open_corpus
 from moshi_ttt.apps.train.data.dataset import TrainingData, loader
-from moshi_ttt.apps.train.logs import RunLog, check_installed
+from moshi_ttt.apps.train.logs import METRICS, RunLog, check_installed
 from moshi_ttt.apps.train.loop import Loop, Outcome
 from moshi_ttt.apps.train.model import build
 from moshi_ttt.apps.train.planning import group_plans, groups_table, low_rates
-from moshi_ttt.apps.train.run_dir import check_run_dir, open_run_dir
+from moshi_ttt.apps.train.run_dir import RunDir, hold_run_dir
 from moshi_ttt.apps.train.runtime import Runtime, start
 from moshi_ttt.apps.train.settings import Settings
-from moshi_ttt.apps.train.stopping import StopRequest
+from moshi_ttt.apps.train.stopping import Pace, SafePoints, launcher_warnings
 from moshi_ttt.apps.train.trainer import Trainer, TrainingError
 from moshi_ttt.core.adapter import find_adapter
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 
-NOT_COMPARED = {"run_dir", "overwrite_run_dir", "resume", "moshi_paths", "adapter", "wandb", "threads"}
+NOT_COMPARED = {
+    "run_dir", "overwrite_run_dir", "resume", "moshi_paths", "adapter", "wandb", "threads", "stop_grace_sec",
+}  # fmt: skip
 """Options that say where a run is written and what it starts from: a run that is resumed may change them freely."""
 
 
-def run(settings: Settings, registry: Registry, console: Console) -> Outcome:
-    """Train to the end, or until a signal asks to stop. Raises a MoshiTTTError; every rank calls this."""
+def run(settings: Settings, registry: Registry, console: Console, stop: StopRequest | None = None) -> Outcome:
+    """Train to the end, or until a signal asks to stop. Every rank calls this.
+
+    Args:
+        stop: what the signals ask; left out, it is made here. Until it is ``started`` there is nothing to save, and an
+            interruption ends the run at once.
+
+    Raises a MoshiTTTError.
+    """
     export.check(settings)
     check_installed(settings.run)
     system.check_workers(settings.run.data.num_workers)
-    with start(settings.run.device, settings.run.shard_size) as runtime:
-        resumed = check_run_dir(settings, runtime)
+    with ExitStack() as stack:
+        stop = stop or stack.enter_context(StopRequest())
+        runtime = stack.enter_context(start(settings.run.device, settings.run.shard_size))
+        folder = stack.enter_context(hold_run_dir(settings, runtime))
         skeleton = MOSHI_HOST.skeleton(settings.host)
         codec = _codec(settings, runtime, skeleton)
         size, workers = threads.largest(skeleton, codec.mimi), settings.run.data.num_workers
-        with threads.computing(size, settings.run.threads, workers=workers):
-            return _train(settings, registry, runtime, console, codec, resumed)
+        stack.enter_context(threads.computing(size, settings.run.threads, workers=workers))
+        return _train(settings, registry, runtime, console, codec, folder, stop)
 
 
 def _train(
-    settings: Settings, registry: Registry, runtime: Runtime, console: Console, codec: SpeechCodec, resumed: Path | None
-) -> Outcome:
-    run = settings.run
+    settings: Settings, registry: Registry, runtime: Runtime, console: Console, codec: SpeechCodec, folder: RunDir,
+    stop: StopRequest,
+) -> Outcome:  # fmt: skip
+    run, resumed = settings.run, folder.resumed
     # The data first: what is wrong with it should not wait for the weights.
     corpus = _corpus(settings, codec, run.data.train_data)
     held_out = _corpus(settings, codec, run.data.eval_data or "") if run.do_eval else None
@@ -67,12 +81,13 @@ def _train(
         corpus, batch_size=run.batch_size, microbatches=run.num_microbatches, rank=runtime.rank,
         world_size=runtime.world_size, seed=run.seed, shuffle=run.data.shuffle, carry=run.carry_state,
     )  # fmt: skip
+    safe = SafePoints(stop, runtime, Pace.expecting(num_bytes(trainer)), run.stop_grace_sec)
+    stop.start(safe.asked_anywhere)
     batches = iter(loader(data, start_step=trainer.step, num_workers=run.data.num_workers))
     outcome = Outcome(step=trainer.step, stopped=False, checkpoint=resumed)
-    if runtime.first:
-        open_run_dir(settings)
     with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
+        if runtime.first:
+            stack.enter_context(folder.opened(outcome))
         log = stack.enter_context(RunLog(Path(run.run_dir), run, console, trainer.step)) if runtime.first else None
         writer = _writer(run, runtime, trainer.step) if run.do_ckpt else None
         if writer is not None:
@@ -80,22 +95,31 @@ def _train(
         if log is not None:
             for line in _introduction(settings, trainer, corpus, held_out, resumed, state):
                 log.say(line) if isinstance(line, str) else console.print(line)
-        loop = Loop(settings, trainer, runtime, held_out, log, writer, position, outcome)
+        loop = Loop(settings, trainer, runtime, held_out, log, writer, position, outcome, safe)
         loop.bad_segments = int(state.get("bad_segments", 0))
+        if folder.same and loop.evaluation_due(trainer.step) and not _evaluated(folder, runtime, trainer.step):
+            loop.evaluate(trainer.step)  # the run that is resumed ended before it had
         try:
             while trainer.step < run.max_steps and not outcome.stopped:
-                loop.advance(batches, stop, segments=corpus.num_segments)
+                loop.advance(batches, segments=corpus.num_segments)
         except TrainingError:  # raised by every rank alike: what is being written can still be finished
-            if writer is not None:
-                writer.finish()
+            loop.finish()
             raise
-        if writer is not None:
-            outcome.checkpoint = writer.finish() or outcome.checkpoint
+        loop.finish()
         if log is not None:
-            log.say(_conclusion(outcome, run.max_steps))
+            log.say(_conclusion(outcome, run))
             if outcome.checkpoint is not None and export.lacks_blocks(settings):
                 log.say(export.WITHOUT_BLOCKS)
     return outcome
+
+
+def _evaluated(folder: RunDir, runtime: Runtime, step: int) -> bool:
+    """Whether the log has an evaluation after this step; equal on every rank."""
+    found = False
+    if runtime.first:
+        lines = (folder.folder / METRICS).read_text(encoding="utf-8").splitlines()
+        found = any((record := json.loads(line))["kind"] == "eval" and record["step"] == step for line in lines)
+    return runtime.agree(found)
 
 
 def _codec(settings: Settings, runtime: Runtime, skeleton: Any) -> SpeechCodec:
@@ -171,6 +195,7 @@ def _introduction(
                 yield f"{name}: {each.words}"
             yield from (f"Warning: left out: {problem}" for problem in each.problems)
             yield from (f"Warning: {note}" for note in each.notes)
+    yield from (f"Warning: {note}" for note in launcher_warnings(run.stop_grace_sec))
     yield (
         f"{run.max_steps} steps of {trainer.rows} segments of {run.duration_sec:g} s, "
         f"{'memory carried along recordings' if run.carry_state else 'each segment on its own'}; {run.run_dir}"
@@ -198,8 +223,12 @@ def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
         yield f"{name} from {old!r} to {new!r}"
 
 
-def _conclusion(outcome: Outcome, max_steps: int) -> str:
+def _conclusion(outcome: Outcome, run: RunConfig) -> str:
     saved = f"checkpoint: {outcome.checkpoint}" if outcome.checkpoint else "nothing was saved (do_ckpt: false)"
-    if outcome.stopped:
-        return f"Stopped as asked after step {outcome.step} of {max_steps}; {saved}. Go on with resume=true."
-    return f"Done: {outcome.step} steps; {saved}."
+    if not outcome.stopped:
+        return f"Done: {outcome.step} steps; {saved}."
+    if outcome.step == 0:
+        return "Stopped as asked before the first step; there was nothing to save."
+    if outcome.step >= run.max_steps:
+        return f"Stopped as asked after the last step, before its evaluation; {saved}. Go on with resume=true."
+    return f"Stopped as asked after step {outcome.step} of {run.max_steps}; {saved}. Go on with resume=true."

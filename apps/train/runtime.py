@@ -30,6 +30,7 @@ class Runtime:
         device: what this process computes on.
         mesh: the ranks over which the model is sharded; of two dimensions where copies of it are replicated.
         saving: a gloo group of its own for checkpoints that are written while training goes on.
+        control: another, for what ranks agree on in the middle of a step, without waiting for a device.
     """
 
     rank: int
@@ -37,6 +38,7 @@ class Runtime:
     device: torch.device
     mesh: DeviceMesh
     saving: dist.ProcessGroup
+    control: dist.ProcessGroup
 
     @property
     def first(self) -> bool:
@@ -48,6 +50,12 @@ class Runtime:
         total = values.double().to(self.device)
         dist.all_reduce(total)
         return total.cpu()
+
+    def most(self, values: Tensor) -> Tensor:
+        """The largest of each of ``values`` over the ranks, in float64 on the CPU; asks nothing of the device."""
+        largest = values.double()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
+        return largest
 
     def agree(self, value: ValueT) -> ValueT:
         """Rank 0's ``value`` on every rank: something small that can be sent."""
@@ -96,8 +104,8 @@ def start(device: str | None, shard_size: int | None) -> Iterator[Runtime]:
                 mesh = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
             else:
                 mesh = init_device_mesh(kind, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
-            saving = dist.new_group(backend="gloo")
-        yield Runtime(rank, world, here, mesh, saving)
+            saving, control = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+        yield Runtime(rank, world, here, mesh, saving, control)
     finally:
         if not joined and dist.is_initialized():
             dist.destroy_process_group()

@@ -7,13 +7,14 @@ of all ranks, so gradients are the same however the rows are spread (up to the o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -23,6 +24,7 @@ from moshi_ttt.apps.train.losses import LossWeights, count, loss_sums
 from moshi_ttt.apps.train.model import TrainedModel
 from moshi_ttt.apps.train.optimisation import advance, current_rates, make_optimizer, make_schedule, prepare_state
 from moshi_ttt.apps.train.runtime import Runtime
+from moshi_ttt.apps.train.stopping import SafePoints, StepGivenUpError
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.core.host import CarriedState
 from moshi_ttt.core.sharding import local, whole
@@ -124,28 +126,52 @@ class Trainer:
         """Rows of the global batch."""
         return self.run.batch_size * self.run.num_microbatches * self.runtime.world_size
 
-    def make_step(
-        self, batches: Sequence[Batch], *, stop: Callable[[], bool] = lambda: False, ready: bool = False
-    ) -> Step:
+    def make_step(self, batches: Sequence[Batch], *, safe: SafePoints | None = None, ready: bool = False) -> Step:
         """One optimizer step over this rank's micro-batches; every rank calls this.
 
-        ``stop`` is asked at its end whether this rank is to stop, so that all ranks learn of it with this step.
+        Args:
+            batches: all of this rank's micro-batches; fewer only where it has been asked to stop while it read them.
+            safe: where the step can be left; None: it is made to its end.
+            ready: this rank has written its part of the pending checkpoint.
 
-        Raises TrainingError, on every rank, when ``max_bad_steps`` steps in a row had to be skipped.
+        Raises:
+            StepGivenUpError: on every rank, at a safe point; everything is then as it was before the step.
+            TrainingError: on every rank, when ``max_bad_steps`` steps in a row had to be skipped.
         """
+        random, buffers = _random_state(self.runtime.device), dict(self.trained.injection.named_buffers())
+        kept = {
+            name: buffer.clone() for name, buffer in buffers.items()
+        }  # what a checkpoint has, and forward may change
+        try:
+            return self._make_step(batches, safe, ready)
+        except StepGivenUpError:
+            self.trained.injection.set_inner_lr_factor(1.0)
+            self.optimizer.zero_grad(set_to_none=True)
+            self._reshard()
+            _set_random_state(random, self.runtime.device)
+            for name, buffer in buffers.items():
+                buffer.copy_(kept[name])
+            raise
+
+    def _make_step(self, batches: Sequence[Batch], safe: SafePoints | None, ready: bool) -> Step:
+        stop = safe is not None and safe.request.asked
         codes = [batch.codes.to(self.runtime.device) for batch in batches]
         problems = tuple(problem for batch in batches for problem in batch.problems)
-        here = torch.stack([count(self.trained.model, part, self.weights) for part in codes]).sum(0).cpu()
-        said = torch.tensor([float(ready), float(len(problems))], dtype=torch.float64)
+        counted = [count(self.trained.model, part, self.weights) for part in codes]
+        here = torch.stack(counted).sum(0).cpu() if counted else torch.zeros(4, dtype=torch.float64)
+        said = torch.tensor([float(ready), float(len(problems)), float(stop)], dtype=torch.float64)
         totals = self.runtime.sum(torch.cat([here, said]))
-        counts, (readies, bad) = totals[:4], totals[4:].tolist()
+        counts, (readies, bad, stops) = totals[:4], totals[4:].tolist()
+        if stops:  # no step is begun
+            raise StepGivenUpError
         self.optimizer.zero_grad(set_to_none=True)
         blocks = self.trained.injection
         blocks.set_inner_lr_factor(self._inner_lr_factor())
-        sums, after = self._accumulate(batches, codes, counts)
+        sums, after = self._accumulate(batches, codes, counts, safe)
         blocks.set_inner_lr_factor(1.0)  # what is evaluated or saved has the full rate
         norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.run.max_norm)))
-        ended = self.runtime.sum(torch.cat([sums.cpu(), torch.tensor([float(stop())], dtype=torch.float64)]))
+        stop = safe is not None and safe.request.asked
+        ended = self.runtime.sum(torch.cat([sums.cpu(), torch.tensor([float(stop)], dtype=torch.float64)]))
         losses, stops = Losses.of(ended[:4], counts), float(ended[4])
         skipped = not (math.isfinite(losses.total) and math.isfinite(norm))
         used = current_rates(self.optimizer)
@@ -170,7 +196,7 @@ class Trainer:
         return min(1.0, (self.step + 1) / max(1.0, self.run.optim.pct_start * self.run.max_steps))
 
     def _accumulate(
-        self, batches: Sequence[Batch], codes: Sequence[Tensor], counts: Tensor
+        self, batches: Sequence[Batch], codes: Sequence[Tensor], counts: Tensor, safe: SafePoints | None
     ) -> tuple[Tensor, list[CarriedState | None]]:
         """Backward through every micro-batch; the loss sums here, and the states the rows are in afterwards."""
         model = self.trained.model
@@ -182,10 +208,14 @@ class Trainer:
             # of the whole model would take more memory than everything else.
             exchange = self.run.full_finetuning or index == len(codes) - 1
             self.trained.sharded.set_requires_gradient_sync(exchange)
+            if safe is not None and index:
+                safe.pass_or_leave()
             with self._carry(self.carried[index], batch) as state:
                 found = loss_sums(model, part, self.weights)
                 # Sharding averages gradients over ranks, and the divisors already count the rows of all.
                 loss = (found[:2] / divisors).sum() * self.runtime.world_size
+                if safe is not None:
+                    safe.pass_or_leave()
                 loss.backward()
             sums += found.detach().double()
             after.append(state)
@@ -223,12 +253,13 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(
-        self, batches: Iterable[Iterable[Batch]], *, stop: Callable[[], bool] = lambda: False
+        self, batches: Iterable[Iterable[Batch]], *, safe: SafePoints | None = None
     ) -> tuple[Losses | None, list[str]]:
         """Losses over recordings, each a list of consecutive segments; every rank brings equally many batches.
 
         With ``carry_state`` memory is carried along a recording. Nothing of the training's state changes. Also what
-        could not be read on this rank, which has no loss. No losses when some rank is to ``stop`` before the end.
+        could not be read on this rank, which has no loss. No losses when some rank was asked to stop before the end,
+        which is seen between segments (``safe``).
         """
         model: Any = self.trained.model
         model.eval()
@@ -237,19 +268,39 @@ class Trainer:
         problems: list[str] = []
         stopped = False
         for recordings in batches:
-            stopped = stopped or float(self.runtime.sum(torch.tensor([float(stop())]))) > 0
-            if stopped:
-                break
             state: CarriedState | None = None
             for batch in recordings:
+                if safe is not None and (stopped := safe.asked_anywhere()):
+                    break
                 problems += batch.problems
                 codes = batch.codes.to(self.runtime.device)
                 counts += count(model, codes, self.weights)
                 with self._carry(state, batch) as after:
                     sums += loss_sums(model, codes, self.weights).double()
                 state = after
+            if stopped:
+                break
         model.train()
+        self._reshard()
         return None if stopped else Losses.of(self.runtime.sum(sums), self.runtime.sum(counts)), problems
+
+    def _reshard(self) -> None:
+        """Put every unit's own part in its place again: the root stays whole after a forward pass without backward."""
+        for module in self.trained.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """Of the generators that a step may draw from: the CPU's, and the device's own."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def _broken(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from moshi_ttt import default_registry, inject, load_adapter, parse_config
 from moshi_ttt.apps.audio import read_audio
 from moshi_ttt.apps.audio_files import AudioError
-from moshi_ttt.apps.output_folder import new_folder
+from moshi_ttt.apps.output_folder import OutputError, new_folder
 from moshi_ttt.apps.quickstart import run as running
 from moshi_ttt.apps.quickstart.evaluate import Curve, compare, evaluate
 from moshi_ttt.apps.quickstart.results import verdict
@@ -28,7 +28,8 @@ from .conftest import write_wav
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "quickstart_api.py"
 FILES = {
-    "adapter", "generated.wav", "loss_by_position.png", "metrics.json", "report.md", "state.png", "training.png",
+    ".made_by.json", "adapter", "generated.wav", "loss_by_position.png", "metrics.json", "report.md", "state.png",
+    "training.png",
 }  # fmt: skip
 
 
@@ -173,6 +174,37 @@ def test_overwrite_replaces_what_quickstart_made_and_only_when_it_succeeds(tmp_p
     make(3)
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["number"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "adapter/mine.txt", "empty/"])
+def test_overwrite_does_not_delete_what_was_put_beside_a_result(tmp_path, name):
+    def make() -> None:
+        with new_folder(tmp_path / "run", made_by=running.MADE_BY, overwrite=True) as folder:
+            (folder / "adapter").mkdir()
+            (folder / "adapter" / "adapter.json").touch()
+
+    make()
+    mine = tmp_path / "run" / name
+    mine.mkdir() if name.endswith("/") else mine.write_text("years of work")
+    with pytest.raises(OutputError, match=f"holds {name.rstrip('/')}, which .* did not put there"):
+        make()
+    assert mine.exists()
+    mine.rmdir() if name.endswith("/") else mine.unlink()
+    (tmp_path / "run" / ".DS_Store").touch()  # of a file manager
+    make()
+
+
+@pytest.mark.parametrize("marker", ["", '{"made_by": "moshi-ttt evaluate recall", "files": ["thesis.tex"]}', "[]"])
+def test_overwrite_replaces_what_this_command_made_and_no_other(tmp_path, marker):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".made_by.json").write_text(marker)
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps({"made_by": running.MADE_BY}))  # anyone's may say so
+    with (
+        pytest.raises(OutputError, match="not empty and was not made by"),
+        new_folder(tmp_path / "run", made_by=running.MADE_BY, overwrite=True),
+    ):
+        pass
+    assert len(list((tmp_path / "run").iterdir())) == 2
 
 
 def test_a_folder_with_something_else_is_not_replaced(cli, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from moshi_ttt.apps.interruption import handle, stop_signals
 from moshi_ttt.apps.train.data.corpus import Corpus, SegmentError
 from moshi_ttt.apps.train.data.manifest import DataError
 from moshi_ttt.apps.train.data.order import SegmentOrder, StreamOrder
@@ -199,8 +200,7 @@ class _From(Sampler[int]):
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and a termination reach the whole process group: a worker that ended would take the run with it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    handle(stop_signals(), signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

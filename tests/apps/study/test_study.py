@@ -13,6 +13,7 @@ import torch
 
 from moshi_ttt import default_registry
 from moshi_ttt.apps.audio import read_audio
+from moshi_ttt.apps.output_folder import OutputError
 from moshi_ttt.apps.study import plan
 from moshi_ttt.apps.study.command import make
 from moshi_ttt.apps.study.jobs import StudyError
@@ -98,11 +99,31 @@ def test_recordings_that_are_not_there_raise_before_anything_runs(tmp_path):
     assert not (tmp_path / "study" / "logs").exists()
 
 
-def test_a_report_folder_of_someone_else_is_not_replaced(speech, tmp_path):
-    (tmp_path / "study" / "report").mkdir(parents=True)
-    (tmp_path / "study" / "report" / "mine.txt").touch()
-    with pytest.raises(ValueError, match="not empty and was not made by `moshi-ttt study`"):
+@pytest.mark.parametrize("name", ["report/mine.txt", "base.json", "encoded/train/index.json", "study.json"])
+def test_a_folder_of_someone_else_is_not_a_study(speech, tmp_path, name):
+    mine = tmp_path / "study" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}")
+    with pytest.raises(OutputError, match="not empty and was not made by `moshi-ttt study`"):
         study(speech, tmp_path / "study")
+    assert [path for path in (tmp_path / "study").rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "{}"
+
+
+def test_another_study_does_not_go_on_in_the_same_folder(speech, tmp_path, monkeypatch):
+    def nothing(study: Study) -> None:
+        raise StudyError("interrupted")
+
+    monkeypatch.setattr(Study, "encode", nothing)
+    for _ in range(2):
+        with pytest.raises(StudyError, match="interrupted"):  # the same one goes on
+            study(speech, tmp_path / "study")
+    for changes, named in (
+        ({"scale": replace(plan.SMOKE, context=99)}, "scale"),
+        ({"unseen": []}, r"unseen \['unseen'\] and not \[\]"),
+    ):
+        with pytest.raises(OutputError, match=rf"holds another study.*{named}"):
+            study(speech, tmp_path / "study", **changes)
 
 
 # ---- the plan

@@ -55,7 +55,7 @@ def test_a_run_that_is_resumed_does_not_start_again(train, first, tmp_path):
     checkpoint = first()
     train(adapter=str(checkpoint), max_steps=4, ckpt_freq=2, num_ckpt_keep=None)
     straight = adapter(find_checkpoints(tmp_path / "run")[-1])
-    (find_checkpoints(tmp_path / "run")[-1] / "state.json").unlink()
+    shutil.rmtree(find_checkpoints(tmp_path / "run")[-1])
     shutil.rmtree(checkpoint)
     train(adapter=str(checkpoint), max_steps=4, resume=True)
     resumed = adapter(find_checkpoints(tmp_path / "run")[-1])

@@ -38,8 +38,8 @@ def test_the_folder(recordings, codec, tmp_path):
     assert done == [(1, 3, "talk0.wav"), (2, 3, "talk1.wav"), (3, 3, "talk2.wav")]
     assert (summary.recordings, summary.frames, summary.shards, summary.problems) == (3, 114, 2, ())
     assert summary.seconds == pytest.approx(114 / 12.5)
-    assert summary.bytes == sum(path.stat().st_size for path in folder.iterdir())
-    names = ["index.json", "shard_00000.safetensors", "shard_00001.safetensors"]
+    assert summary.bytes == sum(path.stat().st_size for path in folder.iterdir() if path.name != ".made_by.json")
+    names = [".made_by.json", "index.json", "shard_00000.safetensors", "shard_00001.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == names
     index = read_index(folder)
     assert (index.frames, index.channels, index.codebooks, index.frame_rate) == (16, 2, 8, 12.5)
