@@ -111,7 +111,7 @@ def recall(
 
     made_by = "moshi-ttt evaluate recall"
     check_free(out, made_by=made_by, overwrite=overwrite)
-    subjects, documents, facts, _ = _prepare(config, data, adapter, layout, None)
+    subjects, documents, facts, _ = _prepare(config, data, adapter, layout, None, audio_for="recall")
     conditions = _conditions(CONDITIONS, len(documents), batch_size)
     with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
         result = evaluation.evaluate(
@@ -191,7 +191,7 @@ def zero_shot(
     made_by = "moshi-ttt evaluate zero-shot"
     check_free(out, made_by=made_by, overwrite=overwrite)
     pairs = read_pairs(dataset, source)
-    subjects, codec, facts = _load(config, adapter)
+    subjects, codec, facts = _load(config, adapter, audio_for="zero-shot")
     variants = {}
     for subject in subjects:
         named = {"updates on": True, "updates off": False} if subject.injection is not None else {"": True}
@@ -235,33 +235,46 @@ def _conditions(known: tuple[Condition, ...], documents: int, batch_size: int) -
 
 
 def _prepare(
-    config: str, data: str, adapters: list[str] | None, layout: str, max_seconds: float | None
-) -> tuple[list[Subject], list[Document], dict[str, Any], float]:
-    """Everything that is loaded, what a report says of it, and frames a second."""
+    config: str, data: str, adapters: list[str] | None, layout: str, max_seconds: float | None,
+    audio_for: str | None = None,
+) -> tuple[list[Subject], list[Document], dict[str, Any], float]:  # fmt: skip
+    """Everything that is loaded, what a report says of it, and frames a second; ``audio_for`` as in ``_load``."""
     from typing import cast
 
     from moshi_ttt.apps.evaluate.documents import read_documents
 
     if layout not in ("files", "librilight"):
         raise ConfigError(f"--layout {layout!r}: allowed are files and librilight.")
-    subjects, codec, facts = _load(config, adapters)
+    subjects, codec, facts = _load(config, adapters, audio_for=audio_for)
     rate = float(codec.mimi.frame_rate)
     documents = read_documents(
-        data, codec, layout=cast("Layout", layout), transcripts="optional",
+        data, codec, layout=cast("Layout", layout),
+        transcripts="required" if subjects[0].model.depformer is None else "optional",  # text is all it predicts
         limit=None if max_seconds is None else max(1, round(max_seconds * rate)),
     )  # fmt: skip
     return subjects, documents, {**facts, "data": data}, rate
 
 
-def _load(config: str, adapters: list[str] | None) -> tuple[list[Subject], SpeechCodec, dict[str, Any]]:
-    """The base model and the adapters, the codec, and what a report says of them."""
+def _load(
+    config: str, adapters: list[str] | None, *, audio_for: str | None = None
+) -> tuple[list[Subject], SpeechCodec, dict[str, Any]]:
+    """The base model and the adapters, the codec, and what a report says of them.
+
+    ``audio_for`` is the evaluation that needs a model which predicts audio.
+    """
     import torch
 
     from moshi_ttt.apps.config_files import read_config
     from moshi_ttt.apps.evaluate.subjects import load_subjects
     from moshi_ttt.apps.train.data.codec import SpeechCodec
     from moshi_ttt.core.registry import default_registry
+    from moshi_ttt.hosts.moshi.fit import require_audio, require_unconditioned
     from moshi_ttt.hosts.moshi.host import MoshiHostConfig
+
+    def require(model: Any, name: str) -> None:
+        require_unconditioned(model, name)
+        if audio_for is not None:
+            require_audio(model, name, audio_for)
 
     registry = default_registry()
     host = read_config(config, registry=registry).host
@@ -269,9 +282,8 @@ def _load(config: str, adapters: list[str] | None) -> tuple[list[Subject], Speec
         raise ConfigError(f"Evaluations are written for the host 'moshi', and {config} names {host.name!r}.")
     named = [_adapter(text) for text in adapters or []]
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    codec = SpeechCodec.load(host, device, require=require)  # what does not fit is refused before weights are read
     subjects = load_subjects(host, named, registry, device)
-    bundle = host.bundle()
-    codec = SpeechCodec.of(subjects[0].model, bundle.load_mimi(device), bundle.tokenizer())
     return subjects, codec, {"base model": host.described, "subjects": {each.name: each.facts for each in subjects}}
 
 

@@ -12,7 +12,7 @@ from moshi_ttt.apps.train.data.codec import SpeechCodec
 from moshi_ttt.apps.train.data.shards import write_shards
 from moshi_ttt.apps.train.settings import Settings
 from moshi_ttt.core.errors import ConfigError
-from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.hosts.moshi.fit import require_trainable
 
 
 def encode(settings: Settings, out: Path, console: Console, *, held_out: bool) -> None:
@@ -24,9 +24,8 @@ def encode(settings: Settings, out: Path, console: Console, *, held_out: bool) -
     source = data.eval_data if held_out else data.train_data
     if not source:
         raise ConfigError("The config has no data.eval_data, so there is nothing to encode. Leave out --eval.")
-    bundle = settings.host.bundle()
     device = settings.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    codec = SpeechCodec.of(MOSHI_HOST.skeleton(settings.host), bundle.load_mimi(device), bundle.tokenizer())
+    codec = SpeechCodec.load(settings.host, device, require=require_trainable)
     columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=None)

@@ -20,6 +20,7 @@ from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.hosts.moshi import lora
 from moshi_ttt.hosts.moshi.depformer import make_steps_contiguous
+from moshi_ttt.hosts.moshi.fit import require_trainable
 from moshi_ttt.hosts.moshi.fsdp import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import MoshiBundle
@@ -80,10 +81,7 @@ def skeleton(settings: Settings, registry: Registry) -> TrainedModel:
     """
     run, host = settings.run, MOSHI_HOST
     model = host.skeleton(settings.host)
-    if model.fuser is not None:
-        raise HostError(f"{settings.host.hf_repo} is driven by conditions, and this training knows of none.")
-    if model.depformer is None:
-        raise HostError(f"{settings.host.hf_repo} speaks no audio (it has no depformer), so there is no loss to train.")
+    require_trainable(model, settings.host.hf_repo)
     policy = registry.policy(settings.ttt.precision)
     roles = policy.roles(model.dtype)
     if run.lora.enable:

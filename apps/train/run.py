@@ -28,7 +28,7 @@ from moshi_ttt.apps.train.stopping import StopRequest
 from moshi_ttt.apps.train.trainer import Trainer, TrainingError
 from moshi_ttt.core.adapter import find_adapter
 from moshi_ttt.core.registry import Registry
-from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.hosts.moshi.fit import require_trainable
 
 NOT_COMPARED = {"run_dir", "overwrite_run_dir", "resume", "moshi_paths", "adapter", "wandb"}
 """Options that say where a run is written and what it starts from: a run that is resumed may change them freely."""
@@ -90,10 +90,9 @@ def _train(settings: Settings, registry: Registry, runtime: Runtime, console: Co
 
 
 def _codec(settings: Settings, runtime: Runtime) -> SpeechCodec:
-    bundle = settings.host.bundle()
     # Workers are forked, and a forked process cannot use the GPU.
     device = "cpu" if settings.run.data.num_workers else runtime.device
-    return SpeechCodec.of(MOSHI_HOST.skeleton(settings.host), bundle.load_mimi(device), bundle.tokenizer())
+    return SpeechCodec.load(settings.host, device, require=require_trainable)
 
 
 def _corpus(settings: Settings, codec: SpeechCodec, text: str) -> Corpus:

@@ -16,6 +16,7 @@ from moshi_ttt.core.errors import ContextError, HostError
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.host import CarriedState, HostModel
 from moshi_ttt.hosts.moshi import base_weights, lora
+from moshi_ttt.hosts.moshi.fit import require_unconditioned
 from moshi_ttt.hosts.moshi.layers import (
     MODULE_NAMES,
     BlockSite,
@@ -236,12 +237,19 @@ class MoshiHost(HostModel):
             yield
 
     def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
-        """Moshi's audio loss on uniformly random tokens."""
+        """Moshi's audio loss on uniformly random tokens; the text loss of a model that predicts text alone.
+
+        Raises HostError for a conditional model.
+        """
         model = require_lm(model)
+        require_unconditioned(model, "This model")
         generator = torch.Generator().manual_seed(seed)
         text = torch.randint(0, model.text_card, (batch_size, 1, length), generator=generator)
         audio = torch.randint(0, model.card, (batch_size, model.num_audio_codebooks, length), generator=generator)
         codes = torch.cat([text, audio], dim=1).to(model.device)
+        if model.depformer is None:
+            _, logits = model.forward_text(codes[..., :-1])  # [B, 1, T - 1, text_card]
+            return nn.functional.cross_entropy(logits.float().flatten(0, 2), codes[:, :1, 1:].flatten())
         out = model(codes)
         targets = codes[:, model.audio_offset : model.audio_offset + model.dep_q]
         return nn.functional.cross_entropy(out.logits[out.mask].float(), targets[out.mask])

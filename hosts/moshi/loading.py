@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moshi_ttt.core.errors import HostError
+from moshi_ttt.hosts.moshi.fit import speech_layout
 from moshi_ttt.hosts.moshi.upstream import CheckpointInfo, LMModel, loaders
 
 BUILTIN_TINY = "builtin:tiny"
@@ -47,9 +48,16 @@ class MoshiBundle:
             raise self._unloadable(self.info.moshi_weights, error) from error
 
     def load_mimi(self, device: torch.device | str = "cpu") -> Any:
-        """The codec, a ``MimiModel`` in eval mode, set to the number of codebooks the language model has."""
+        """The codec, a ``MimiModel`` in eval mode, set to the codebooks of one voice of the language model.
+
+        Where it has fewer it is set to all of them, which ``require_fit`` refuses. Raises HostError.
+        """
+        model: Mapping[str, Any] = self.info.lm_config or loaders._lm_kwargs
+        codec: Mapping[str, Any] = self.info.mimi_config or loaders._mimi_config
         try:
-            return self.info.get_mimi(device=device)
+            layout = speech_layout(model["n_q"], model["dep_q"], model["delays"][1:])
+            codebooks = min(layout.codebooks, int(codec["quantizer"]["n_q"]))
+            return loaders.get_mimi(self.info.mimi_weights, codec, num_codebooks=codebooks, device=device)
         except (RuntimeError, OSError, SafetensorError, TypeError, AssertionError, KeyError) as error:
             raise self._unloadable(self.info.mimi_weights, error) from error
 
@@ -59,6 +67,11 @@ class MoshiBundle:
             return self.info.get_text_tokenizer()
         except (RuntimeError, OSError) as error:
             raise self._unloadable(self.info.tokenizer, error) from error
+
+    @property
+    def text_delay(self) -> float:
+        """Seconds by which the model's text follows what is said; 0 but for speech to text."""
+        return float(self.info.stt_config.get("audio_delay_seconds", 0.0))
 
     def stored_dtype(self) -> torch.dtype:
         """The dtype of the stored text embedding; bfloat16 (Moshi's own) where the file does not say."""
