@@ -53,7 +53,7 @@ class MoshiBundle:
         Where it has fewer it is set to all of them, which ``require_fit`` refuses. Raises HostError.
         """
         model: Mapping[str, Any] = self.info.lm_config or loaders._lm_kwargs
-        codec: Mapping[str, Any] = self.info.mimi_config or loaders._mimi_config
+        codec: dict[str, Any] = self.info.mimi_config or loaders._mimi_config
         try:
             layout = speech_layout(model["n_q"], model["dep_q"], model["delays"][1:])
             codebooks = min(layout.codebooks, int(codec["quantizer"]["n_q"]))

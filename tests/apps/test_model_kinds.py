@@ -10,7 +10,7 @@ import pytest
 from moshi_ttt.apps.audio import read_audio
 from moshi_ttt.hosts.moshi.tiny import speech_files
 
-from ..repositories import make_codec, make_repository, make_tokenizer
+from .repositories import make_codec, make_repository, make_tokenizer
 from .train.data.conftest import RATE, words_every, write_audio, write_manifest, write_transcript
 
 CONDITIONAL = "needs conditions (description), and training and evaluating with conditions are not supported"
