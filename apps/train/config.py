@@ -34,9 +34,13 @@ class DataConfig(FrozenConfig):
 
 
 class MoshiPaths(FrozenConfig):
-    """Which Moshi, as moshi-finetune says it: a repository, and files that replace the repository's own."""
+    """Which Moshi, as moshi-finetune says it: a repository, and files that replace the repository's own.
 
-    hf_repo_id: str = DEFAULT_REPO
+    ``hf_repo_id: null`` is a model of local files alone: the folder of ``config_path`` or of ``moshi_path``, and the
+    other paths for what does not lie there.
+    """
+
+    hf_repo_id: str | None = DEFAULT_REPO
     moshi_path: str | None = None
     mimi_path: str | None = None
     tokenizer_path: str | None = None
@@ -174,6 +178,8 @@ class RunConfig(FrozenConfig):
     def _fits_together(self) -> RunConfig:
         if self.full_finetuning and self.lora.enable:
             raise ValueError("full_finetuning and lora.enable exclude each other: set one of them to false")
+        if self.lora.ft_embed and not (self.lora.enable or self.full_finetuning):
+            raise ValueError("lora.ft_embed trains the embeddings beside a LoRA: set lora.enable, or ft_embed to false")
         if self.do_eval and not self.data.eval_data:
             raise ValueError("do_eval needs data.eval_data: give a manifest, or set do_eval to false")
         return self

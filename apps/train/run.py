@@ -19,7 +19,7 @@ from moshi_ttt.apps.train.data.corpus import Corpus, open_corpus
 from moshi_ttt.apps.train.data.dataset import TrainingData, loader
 from moshi_ttt.apps.train.logs import RunLog, check_installed
 from moshi_ttt.apps.train.loop import Loop, Outcome
-from moshi_ttt.apps.train.model import build
+from moshi_ttt.apps.train.model import build, continued_lora
 from moshi_ttt.apps.train.planning import group_plans, groups_table, low_rates
 from moshi_ttt.apps.train.run_dir import check_run_dir, open_run_dir
 from moshi_ttt.apps.train.runtime import Runtime, start
@@ -46,6 +46,7 @@ def run(settings: Settings, registry: Registry, console: Console) -> Outcome:
 def _train(settings: Settings, registry: Registry, runtime: Runtime, console: Console, resumed: Path | None) -> Outcome:
     run = settings.run
     codec = _codec(settings, runtime)  # the data first: what is wrong with it should not wait for the weights
+    continued_lora(settings, settings.host.bundle())
     corpus = _corpus(settings, codec, run.data.train_data)
     held_out = _corpus(settings, codec, run.data.eval_data or "") if run.do_eval else None
     trained = build(settings, registry, runtime.mesh, runtime.device, resumed=resumed is not None)

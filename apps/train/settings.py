@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from moshi_ttt.apps.config_paths import find_config
-from moshi_ttt.apps.train.config import MoshiPaths, RunConfig
+from moshi_ttt.apps.train.config import DEFAULT_REPO, MoshiPaths, RunConfig
 from moshi_ttt.core.adapter import adapter_entries, find_adapter
 from moshi_ttt.core.config import TTTConfig, parse_model
 from moshi_ttt.core.config_parsing import parse_config, read_mapping
@@ -89,8 +89,17 @@ def parse_settings(values: Mapping[str, Any], *, registry: Registry, where: str)
 
 def _host(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     paths = parse_model(MoshiPaths, values.get("moshi_paths") or {}, f"{where}: moshi_paths")
-    files = {ours: getattr(paths, theirs) for theirs, ours in REPLACED.items()}
-    return {"name": "moshi", "hf_repo": paths.hf_repo_id, **{key: path for key, path in files.items() if path}}
+    files = {ours: path for theirs, ours in REPLACED.items() if (path := getattr(paths, theirs))}
+    repository = paths.hf_repo_id
+    if repository is None:
+        local = files.get("config_path") or files.get("moshi_weights")
+        if local is None:
+            raise ConfigError(
+                f"{where}: moshi_paths.hf_repo_id is null, and neither config_path nor moshi_path says where the model "
+                f"is. Give them, or leave hf_repo_id out for {DEFAULT_REPO}."
+            )
+        repository = str(Path(local).parent)
+    return {"name": "moshi", "hf_repo": repository, **files}
 
 
 def _take_from_flat_block(values: dict[str, Any]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from moshi_ttt.core.adapter import read_manifest
 from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo, SiteKind
 from moshi_ttt.core.config import HostConfig
 from moshi_ttt.core.errors import ContextError, HostError
@@ -85,12 +87,27 @@ class MoshiHost(HostModel):
     config_class: ClassVar[type[HostConfig]] = MoshiHostConfig
 
     def load(
-        self, config: MoshiHostConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        self,
+        config: MoshiHostConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        lora: bool = True,
     ) -> LMModel:
-        """The language model named by ``config``; ``dtype`` wins over ``config.dtype``. Raises HostError."""
+        """The language model named by ``config``; ``dtype`` wins over ``config.dtype``. Raises HostError.
+
+        A LoRA that comes with it is merged into the weights, or with ``lora=False`` left out.
+        """
         if dtype is None and config.dtype is not None:
             dtype = cast(torch.dtype, getattr(torch, config.dtype))
-        return config.bundle().load_lm(device=device, dtype=dtype)
+        return config.bundle().load_lm(device=device, dtype=dtype, lora=lora)
+
+    def load_for_adapter(
+        self, config: MoshiHostConfig, folder: str | Path, *, device: torch.device | str = "cpu"
+    ) -> LMModel:
+        """The base model that the adapter in ``folder`` was trained on: an adapter with a LoRA continues the one that
+        comes with the model, so that is left out. Raises HostError, and AdapterError for no adapter."""
+        return self.load(config, device=device, lora=not read_manifest(folder)["extra"])
 
     def skeleton(self, config: MoshiHostConfig) -> LMModel:
         """The architecture on the meta device; of a hub repository, only config.json is fetched. Raises HostError."""
