@@ -113,7 +113,7 @@ def build(
     continued = continued_lora(settings, bundle)
     weights = bundle.base_weights(built.model, lora=continued is None)
     if continued is not None:
-        weights |= {name: tensor.to(weights[name].dtype) for name, tensor in continued.read()[1].items()}
+        weights |= {name: tensor.to(weights[name].dtype) for name, tensor in continued.trained_beside().items()}
     shard(built.model, built.roles, mesh)
     built.model.to_empty(device=device)
     MOSHI_HOST.load_base(built.model, weights)
@@ -166,7 +166,7 @@ def continued_lora(settings: Settings, bundle: MoshiBundle) -> StoredLoRA | None
             f"and lora asks for rank {run.lora.rank} and scaling {run.lora.scaling:g}. Ask for the same to train it "
             "further, or set lora.enable: false, which merges it into the base weights."
         )
-    if (beside := sorted(stored.read()[1])) and not run.lora.ft_embed:
+    if (beside := sorted(stored.trained_beside())) and not run.lora.ft_embed:
         raise HostError(
             f"{stored.path} holds embeddings that were trained beside its LoRA ({beside[0]} and others). Set "
             "lora.ft_embed: true to train both further, or lora.enable: false, which merges both into the base weights."

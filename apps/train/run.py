@@ -142,6 +142,8 @@ def _introduction(
     if run.adapter is not None and resumed is None:
         yield f"starting from the values of {find_adapter(run.adapter)}"
         yield from (f"Warning: {note}" for note in trainer.trained.notes)
+    if (stored := settings.host.bundle().lora) is not None:
+        yield f"the LoRA in {stored.path} is {'trained further' if run.lora.enable else 'merged into the base weights'}"
     for name, each in (("train", corpus), ("held out", held_out)):
         if each is not None:
             recordings = sum(len(source.recordings) for source in each.sources)

@@ -81,7 +81,7 @@ class MoshiBundle:
         except (OSError, SafetensorError) as error:
             raise HostError(f"{self.name}: {path} cannot be read as safetensors: {error}.") from None
         weights = base_weights.present_names(model, weights)
-        return with_stored_lora(weights, self.lora) if self.lora is not None and lora else weights
+        return with_stored_lora(model, weights, self.lora) if self.lora is not None and lora else weights
 
     def load_mimi(self, device: torch.device | str = "cpu") -> Any:
         """The codec, a ``MimiModel`` in eval mode, set to the codebooks of one voice of the language model.

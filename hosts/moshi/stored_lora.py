@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.sharding import assign
-from moshi_ttt.hosts.moshi.base_weights import lora_factors
+from moshi_ttt.hosts.moshi.base_weights import lora_factors, present_names
 from moshi_ttt.hosts.moshi.upstream import LMModel
 
 LORA_FILE = "lora.safetensors"
@@ -28,13 +28,12 @@ class StoredLoRA:
     rank: int
     scaling: float
 
-    def read(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The factors, and the base weights that were trained beside them, by their names. Raises HostError."""
-        try:
-            tensors = load_file(self.path)
-        except (OSError, SafetensorError) as error:
-            raise HostError(f"{self.path} cannot be read as safetensors: {error}.") from None
-        factors = {name: tensor for name, tensor in tensors.items() if name.endswith((A, B))}
+    def factors(self, model: LMModel) -> dict[str, Tensor]:
+        """The factors, by the names they have in ``model``. Raises HostError."""
+        stored = {name: tensor for name, tensor in self._read().items() if name.endswith((A, B))}
+        if not stored:
+            raise HostError(f"{self.path} holds no LoRA: no name in it ends with {A}. Give the file that was saved.")
+        factors = present_names(model, stored)
         for name, tensor in factors.items():
             other = name.removesuffix(A) + B if name.endswith(A) else name.removesuffix(B) + A
             if other not in factors:
@@ -42,17 +41,24 @@ class StoredLoRA:
             rank = tensor.shape[0 if name.endswith(A) else -1]
             if rank != self.rank:
                 raise HostError(
-                    f"{self.path} holds a LoRA of rank {rank}, and the config.json beside it says lora_rank "
+                    f"{self.path} holds a LoRA of rank {rank}, and the config.json that belongs to it says lora_rank "
                     f"{self.rank}. Give the two that were saved together."
                 )
-        if not factors:
-            raise HostError(f"{self.path} holds no LoRA: no name in it ends with {A}. Give the file that was saved.")
-        return factors, {name: tensor for name, tensor in tensors.items() if name not in factors}
+        return factors
+
+    def trained_beside(self) -> dict[str, Tensor]:
+        """The base weights that were trained beside the LoRA, by their names: embeddings, or none. Raises HostError."""
+        return {name: tensor for name, tensor in self._read().items() if not name.endswith((A, B))}
+
+    def _read(self) -> dict[str, Tensor]:
+        try:
+            return load_file(self.path)
+        except (OSError, SafetensorError) as error:
+            raise HostError(f"{self.path} cannot be read as safetensors: {error}.") from None
 
     def fill(self, model: LMModel) -> None:
         """Give the LoRA of ``model``, sharded or not, the factors of the file. Raises HostError unless they fit."""
-        factors, _ = self.read()
-        own = lora_factors(model)
+        factors, own = self.factors(model), lora_factors(model)
         problems = [f"missing {name}" for name in sorted(own.keys() - factors.keys())]
         problems += [f"unexpected {name}" for name in sorted(factors.keys() - own.keys())]
         problems += [
@@ -76,12 +82,12 @@ def is_lora(path: Path) -> bool:
     return any(name.endswith(A) for name in names) and not any(name.startswith("out_norm.") for name in names)
 
 
-def with_stored_lora(weights: Mapping[str, Tensor], lora: StoredLoRA) -> dict[str, Tensor]:
-    """The base weights with a LoRA merged into them in float32, each in the dtype that it has in ``weights``.
+def with_stored_lora(model: LMModel, weights: Mapping[str, Tensor], lora: StoredLoRA) -> dict[str, Tensor]:
+    """The base weights of ``model`` with a LoRA merged into them in float32, each in its dtype in ``weights``.
 
     Base weights that were trained beside the LoRA take the place of the model's. Raises HostError unless all fit.
     """
-    factors, trained = lora.read()
+    factors, trained = lora.factors(model), lora.trained_beside()
     layers = {name.removesuffix(A) + ".weight": name.removesuffix(A) for name in factors if name.endswith(A)}
     shapes: dict[str, tuple[int, ...]] = {
         name: (factors[layer + B].shape[0], factors[layer + A].shape[1]) for name, layer in layers.items()
