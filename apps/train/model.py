@@ -113,7 +113,7 @@ def build(
     continued = continued_lora(settings, bundle)
     weights = bundle.base_weights(built.model, lora=continued is None)
     if continued is not None:
-        weights |= {name: tensor.to(weights[name].dtype) for name, tensor in continued.trained_beside().items()}
+        weights |= continued.trained_beside()
     shard(built.model, built.roles, mesh)
     built.model.to_empty(device=device)
     MOSHI_HOST.load_base(built.model, weights)

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from moshi_ttt.apps.audio import read_audio
-from moshi_ttt.hosts.moshi.tiny import speech_files
+from moshi_ttt.apps.evaluate.zero_shot import score_codes
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.hosts.moshi.tiny import random_tiny_lm, speech_files
 
-from .repositories import make_codec, make_repository, make_tokenizer
+from .repositories import VOICE, make_codec, make_repository, make_tokenizer
 from .train.data.conftest import RATE, words_every, write_audio, write_manifest, write_transcript
 
 CONDITIONAL = "needs conditions (description), and training and evaluating with conditions are not supported"
@@ -155,3 +158,11 @@ def test_a_codec_with_more_codebooks_than_a_voice_is_cut_to_it(command, tmp_path
     repository = make_repository(tmp_path / "model")
     make_codec(repository, codebooks=12)
     assert command("encode", repository).exit_code == 0
+
+
+def test_zero_shot_scores_moshis_voice_alone():
+    """The user's voice is silence in the recordings of pairs, whoever predicts it."""
+    both = random_tiny_lm(n_q=16, dep_q=16, delays=[0, *VOICE, *VOICE])
+    codes = torch.randint(0, both.card, (17, 10), generator=torch.Generator().manual_seed(0))
+    codes[0] = both.zero_token_id
+    assert score_codes(both, MOSHI_HOST, codes).tokens == 10 + 7 * 9  # seven codebooks are a frame late
