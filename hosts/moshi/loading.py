@@ -81,6 +81,9 @@ class MoshiBundle:
         except (OSError, SafetensorError) as error:
             raise HostError(f"{self.name}: {path} cannot be read as safetensors: {error}.") from None
         weights = base_weights.present_names(model, weights)
+        if self.info.model_type == "hibiki":  # as Moshi loads such a model: the end of the sequence is padding
+            weights["text_emb.weight"] = weights["text_emb.weight"].clone()
+            weights["text_emb.weight"][2] = weights["text_emb.weight"][3]
         return with_stored_lora(model, weights, self.lora) if self.lora is not None and lora else weights
 
     def load_mimi(self, device: torch.device | str = "cpu") -> Any:

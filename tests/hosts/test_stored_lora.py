@@ -122,6 +122,16 @@ def test_weights_by_older_names_take_the_lora_too(repository):
     assert all(torch.equal(tensor, have[name]) for name, tensor in want.items())
 
 
+def test_weights_for_training_are_those_that_moshi_loads(repository):
+    """Moshi changes a row of a Hibiki's text embedding: an adapter must find the same weights wherever it is loaded."""
+    edit(repository / "config.json", model_type="hibiki")
+    bundle = resolve_repo(str(repository))
+    loaded = bundle.load_lm()
+    weights = bundle.base_weights(loaded)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
+    assert torch.equal(loaded.text_emb.weight[2], loaded.text_emb.weight[3])
+
+
 def test_embeddings_trained_beside_the_lora_take_the_place_of_the_models(repository):
     path = repository / "run" / "lora.safetensors"
     rewrite(path, load_file(path) | {"text_emb.weight": torch.ones(49, 32)})
