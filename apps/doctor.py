@@ -11,15 +11,17 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from moshi_ttt.apps import threads
 from moshi_ttt.apps.config_files import read_config
-from moshi_ttt.core.adapter import load_adapter
+from moshi_ttt.core.adapter import find_adapter, load_adapter
 from moshi_ttt.core.block import SequenceBlock, Site
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.health import BlockHealth, HealthMonitor, dead_block_flag
 from moshi_ttt.core.injection import Injection, inject
 from moshi_ttt.core.registry import Registry
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +54,15 @@ def examine(
     ``processor_threads=None`` chooses by the model's size. Raises MoshiTTTError.
     """
     parsed = read_config(config, registry=registry)
-    model = registry.host(parsed.host.name).load(parsed.host)
     if adapter is None:
-        injection = inject(model, parsed, registry=registry)
+        injection = inject(registry.host(parsed.host.name).load(parsed.host), parsed, registry=registry)
     else:
-        injection = load_adapter(model, adapter, registry=registry)
+        folder = find_adapter(adapter)
+        if isinstance(parsed.host, MoshiHostConfig):
+            model: nn.Module = MOSHI_HOST.load_for_adapter(parsed.host, folder)
+        else:
+            model = registry.host(parsed.host.name).load(parsed.host)
+        injection = load_adapter(model, folder, registry=registry)
     if not injection.blocks:
         raise ConfigError(f"{config} has no blocks to examine. Give its ttt list an entry.")
     injection.freeze_base()

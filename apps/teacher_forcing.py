@@ -67,7 +67,7 @@ def stream_losses(
             logits = torch.cat([step[1] for step in steps], dim=2)
             wanted = targets[:, :, first : first + piece]
             text.append(_token_losses(logits, wanted[:, :1], (model.zero_token_id, model.text_initial_token_id)))
-            audio.append(_audio_losses(model, outputs, wanted))
+            audio.append(_audio_losses(model, outputs, wanted))  # [B, K, T]; K is 0 without a depformer
     return FrameLosses(torch.cat(text, dim=2)[:, 0], by_frame(model, torch.cat(audio, dim=2)))
 
 
@@ -95,12 +95,27 @@ def segment_losses(
             state = between(first, state)
         segment = codes[:, :, first : first + frames]
         with host.carry(model, state) as after:
-            out = model(segment)
-        spoken = segment[:, model.audio_offset : model.audio_offset + model.dep_q]
-        text.append(_masked_losses(model, out.text_logits, segment[:, :1], out.text_mask)[:, 0])
-        audio.append(_masked_losses(model, out.logits, spoken, out.mask).nanmean(1))
+            losses = _text_alone(model, segment) if model.depformer is None else _of_forward(model, segment)
+        text.append(losses.text)
+        audio.append(losses.audio)
         state = after
     return FrameLosses(torch.cat(text, dim=1), torch.cat(audio, dim=1))
+
+
+def _of_forward(model: Any, codes: Tensor) -> FrameLosses:
+    """The losses of ``codes [B, Q, T]`` in one forward pass as training makes it."""
+    out = model(codes)
+    spoken = codes[:, model.audio_offset : model.audio_offset + model.dep_q]
+    text = _masked_losses(model, out.text_logits, codes[:, :1], out.text_mask)[:, 0]
+    return FrameLosses(text, _masked_losses(model, out.logits, spoken, out.mask).nanmean(1))
+
+
+def _text_alone(model: Any, codes: Tensor) -> FrameLosses:
+    """The same for a model without a depformer, whose own forward pass needs one."""
+    sequence = delayed(model, codes)
+    _, logits = model.forward_text(sequence[:, :, :-1])  # [B, 1, T, text_card]
+    losses = _token_losses(logits, sequence[:, :1, 1:], (model.zero_token_id, model.text_initial_token_id))
+    return FrameLosses(losses[:, 0], torch.full_like(losses[:, 0], torch.nan))
 
 
 def _masked_losses(model: Any, logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
@@ -111,6 +126,8 @@ def _masked_losses(model: Any, logits: Tensor, targets: Tensor, mask: Tensor) ->
 
 def _audio_losses(model: Any, outputs: Tensor, targets: Tensor) -> Tensor:
     """``[B, K, T]``: losses of the audio tokens of ``targets [B, Q, T]``, given ``outputs [B, T, D]``."""
+    if model.depformer is None:
+        return torch.empty(targets.shape[0], 0, targets.shape[2], dtype=torch.float64)
     logits = model.forward_depformer_training(targets, outputs)
     wanted = targets[:, model.audio_offset : model.audio_offset + model.dep_q]
     return _token_losses(logits, wanted, (model.zero_token_id, model.initial_token_id))
@@ -124,7 +141,12 @@ def _token_losses(logits: Tensor, targets: Tensor, never: tuple[int, int]) -> Te
 
 
 def by_frame(model: Any, losses: Tensor) -> Tensor:
-    """``[B, T]``: the mean over codebooks of ``losses [B, K, T]`` at the frame they belong to, their delays undone."""
+    """``[B, T]``: the mean over codebooks of ``losses [B, K, T]`` at the frame they belong to, their delays undone.
+
+    NaN where there are none.
+    """
+    if not losses.shape[1]:
+        return losses.new_full((losses.shape[0], losses.shape[2]), torch.nan)
     delays = model.delays[model.audio_offset : model.audio_offset + model.dep_q]
     rows = []
     for row, delay in zip(losses.unbind(1), delays, strict=True):

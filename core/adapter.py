@@ -359,6 +359,13 @@ def _check_fingerprint(folder: Path, saved: Mapping[str, Any], actual: Mapping[s
     }
     if different:
         facts = "; ".join(f"{key}: adapter {a!r}, model {b!r}" for key, (a, b) in different.items())
+        if different.keys() == {"weights"}:
+            raise AdapterError(
+                f"{folder} was made for another base model: {facts}. The architecture is the same. Load the weights "
+                "that it was trained on: where its training merged what it learned into the base model (a LoRA with "
+                "save_adapters: false, or full_finetuning), those are the merged ones, in consolidated/ of the same "
+                "checkpoint."
+            )
         raise AdapterError(f"{folder} was made for another base model: {facts}. Load the model it was trained on.")
 
 

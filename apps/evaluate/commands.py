@@ -135,7 +135,9 @@ def recall(
     made_by = "moshi-ttt evaluate recall"
     check_free(out, made_by=made_by, overwrite=overwrite)
     speakers = (speaker_label, moshi_channel)
-    subjects, documents, facts, _ = _prepare(ctx, config, data, adapter, layout, None, speakers, threads)
+    subjects, documents, facts, _ = _prepare(
+        ctx, config, data, adapter, layout, None, speakers, threads, audio_for="recall"
+    )  # fmt: skip
     conditions = _conditions(CONDITIONS, len(documents), batch_size)
     with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
         result = evaluation.evaluate(
@@ -225,7 +227,7 @@ def zero_shot(
     made_by = "moshi-ttt evaluate zero-shot"
     check_free(out, made_by=made_by, overwrite=overwrite)
     pairs = read_pairs(dataset, source)
-    subjects, codec, facts = _load(ctx, config, adapter, threads)
+    subjects, codec, facts = _load(ctx, config, adapter, threads, audio_for="zero-shot")
     variants = {}
     for subject in subjects:
         named = {"updates on": True, "updates off": False} if subject.injection is not None else {"": True}
@@ -277,10 +279,12 @@ def _prepare(
     max_seconds: float | None,
     speakers: tuple[str | None, str | None],
     threads: int | None,
+    audio_for: str | None = None,
 ) -> tuple[list[Subject], list[Document], dict[str, Any], float]:
     """Everything that is loaded, what a report says of it, and frames a second.
 
-    ``speakers``: the label of Moshi's words and Moshi's channel, where the command line says them.
+    ``speakers``: the label of Moshi's words and Moshi's channel, where the command line says them; ``audio_for`` as in
+    ``_load``.
     """
     from dataclasses import replace
     from typing import cast
@@ -291,11 +295,12 @@ def _prepare(
     if layout not in ("files", "librilight"):
         raise ConfigError(f"--layout {layout!r}: allowed are files and librilight.")
     label, side = read_speakers(config, *speakers)
-    subjects, codec, facts = _load(ctx, config, adapters, threads)
+    subjects, codec, facts = _load(ctx, config, adapters, threads, audio_for=audio_for)
     codec = replace(codec, speaker_label=label, moshi_channel=side)
     rate = float(codec.mimi.frame_rate)
     documents = read_documents(
-        data, codec, layout=cast("Layout", layout), transcripts="optional",
+        data, codec, layout=cast("Layout", layout),
+        transcripts="required" if subjects[0].model.depformer is None else "optional",  # text is all it predicts
         limit=None if max_seconds is None else max(1, round(max_seconds * rate)),
         report=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
@@ -303,11 +308,12 @@ def _prepare(
 
 
 def _load(
-    ctx: typer.Context, config: str, adapters: list[str] | None, threads: int | None
+    ctx: typer.Context, config: str, adapters: list[str] | None, threads: int | None, *, audio_for: str | None = None
 ) -> tuple[list[Subject], SpeechCodec, dict[str, Any]]:
     """The base model and the adapters, the codec, and what a report says of them.
 
-    The rest of the command computes with ``threads``, or as many as the models are worth.
+    The rest of the command computes with ``threads``, or as many as the models are worth. ``audio_for`` is the
+    evaluation that needs a model which predicts audio.
     """
     import torch
 
@@ -315,7 +321,13 @@ def _load(
     from moshi_ttt.apps.evaluate.subjects import load_subjects
     from moshi_ttt.apps.train.data.codec import SpeechCodec
     from moshi_ttt.core.registry import default_registry
+    from moshi_ttt.hosts.moshi.fit import require_audio, require_unconditioned
     from moshi_ttt.hosts.moshi.host import MoshiHostConfig
+
+    def require(model: Any, name: str) -> None:
+        require_unconditioned(model, name)
+        if audio_for is not None:
+            require_audio(model, name, audio_for)
 
     registry = default_registry()
     host = read_config(config, registry=registry).host
@@ -323,9 +335,8 @@ def _load(
         raise ConfigError(f"Evaluations are written for the host 'moshi', and {config} names {host.name!r}.")
     named = [_adapter(text) for text in adapters or []]
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    codec = SpeechCodec.load(host, device, require=require)  # what does not fit is refused before weights are read
     subjects = load_subjects(host, named, registry, device)
-    bundle = host.bundle()
-    codec = SpeechCodec.of(subjects[0].model, bundle.load_mimi(device), bundle.tokenizer())
     ctx.with_resource(computing(largest(subjects[0].model, codec.mimi), threads))
     return subjects, codec, {"base model": host.described, "subjects": {each.name: each.facts for each in subjects}}
 

@@ -158,6 +158,11 @@ def evaluate(
                     first_beyond=first_beyond,
                 )  # fmt: skip
                 curves.append(curve)
+    if all(curve.windows.isnan().all() for curve in curves):
+        raise ConfigError(
+            "Nothing in these recordings is predicted. A model of text alone needs recordings with transcripts: give a "
+            "manifest of them as --data."
+        )
     return LongContext(
         curves=curves, recordings=names, left_out=left_out, context=context, reach=reach, options=options
     )  # fmt: skip

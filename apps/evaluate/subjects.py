@@ -60,7 +60,7 @@ def load_subjects(
     subjects = [Subject(name="base", model=base, injection=None, facts={"parameters": 0})]
     for name, given in adapters:
         folder = find_adapter(given)
-        model = MOSHI_HOST.load(host, device=device)
+        model = MOSHI_HOST.load_for_adapter(host, folder, device=device)
         injection = load_adapter(model, folder, registry=registry)
         extra = MOSHI_HOST.extra_parameters(model)
         own = [*injection.parameters(), *extra.values()]

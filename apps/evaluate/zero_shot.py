@@ -31,6 +31,7 @@ from moshi_ttt.apps.train.data.codec import SpeechCodec
 from moshi_ttt.apps.train.data.manifest import DataError, read_header
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.core.host import HostModel
+from moshi_ttt.hosts.moshi.fit import layout_of
 
 Normalisation = Literal["token", "sum"]
 Codebooks = Literal["all", "semantic"]
@@ -132,7 +133,7 @@ def score_codes(
     batch = codes[None].to(model.device)
     with host.updates(model, updates), host.carry(model):
         out = model(batch)
-    spoken = model.dep_q if codebooks == "all" else 1
+    spoken = layout_of(model).codebooks if codebooks == "all" else 1  # Moshi's voice, not the user's
     targets = batch[:, model.audio_offset : model.audio_offset + spoken]
     mask = out.mask[:, :spoken]
     if not mask.any():

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from moshi_ttt.apps.audio import encode, read_audio, resample
 from moshi_ttt.core.errors import HostError
+from moshi_ttt.hosts.moshi.fit import require_fit
 
 SPEEDS = (1.0, 0.94, 1.06)
 """Training hears every recording at these speeds too (pitch included): two minutes of speech are little."""
@@ -50,11 +51,14 @@ class Codec:
 
     @classmethod
     def of(cls, model: Any, mimi: Any, tokenizer: Any) -> Codec:
-        """Raises HostError when the language model has no two speakers of the codec's number of codebooks."""
-        if model.dep_q != mimi.num_codebooks or model.n_q - model.dep_q != mimi.num_codebooks:
+        """Raises HostError unless the three fit together, and the model predicts one of two voices."""
+        layout = require_fit(model, mimi, tokenizer)
+        if (layout.voices, layout.predicted) != (2, 1):
+            predicted = ("text alone", "its own voice", "both voices")[layout.predicted]
             raise HostError(
-                f"The quickstart needs a Moshi that speaks and hears with the codec's {mimi.num_codebooks} codebooks; "
-                f"this one speaks with {model.dep_q} and hears with {model.n_q - model.dep_q}."
+                f"The quickstart streams a recording as the user's voice into a Moshi that answers. This model reads "
+                f"{layout.voices} voice(s) and predicts {predicted}. Give one that reads two and predicts its own, or "
+                "use `moshi-ttt train` and `moshi-ttt evaluate`."
             )
         with torch.no_grad():  # the first frames of silence still hold the codec's start
             silence = mimi.encode(torch.zeros(1, 1, 40 * mimi.frame_size))[0][:, 20:]

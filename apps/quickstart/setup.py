@@ -14,8 +14,9 @@ from moshi_ttt.core.config import TTTConfig
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.injection import Plan, make_plan
 from moshi_ttt.core.registry import default_registry
-from moshi_ttt.hosts.moshi.host import MoshiHostConfig
-from moshi_ttt.hosts.moshi.loading import MoshiBundle, resolve_repo
+from moshi_ttt.hosts.moshi.fit import require_unconditioned
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
+from moshi_ttt.hosts.moshi.loading import MoshiBundle
 from moshi_ttt.hosts.moshi.tiny import speech_files
 
 
@@ -78,11 +79,13 @@ def prepare(settings: Settings, audio: Path | None) -> Setup:
     """Load and check everything; the model has no blocks yet."""
     registry = default_registry()
     host = registry.host(settings.host.name)
-    bundle: MoshiBundle = resolve_repo(settings.host.hf_repo, revision=settings.host.revision)
+    bundle: MoshiBundle = settings.host.bundle()
+    skeleton = MOSHI_HOST.skeleton(settings.host)
+    require_unconditioned(skeleton, settings.host.hf_repo)
+    codec = Codec.of(skeleton, bundle.load_mimi(), bundle.tokenizer())  # refused before the weights are read
     model: Any = host.load(settings.host)
     policy = registry.policy(settings.ttt.precision)
     plan = make_plan(model, host, settings.ttt.ttt, policy=policy, registry=registry, seed=settings.ttt.seed)
-    codec = Codec.of(model, bundle.load_mimi(), bundle.tokenizer())
     streamed = None if audio is None else codec.recording(audio)
     speech = load_speech(codec, speech_files())
     return Setup(

@@ -51,7 +51,8 @@ class DataConfig(FrozenConfig):
 class MoshiPaths(FrozenConfig):
     """Which Moshi, as moshi-finetune says it: a repository, and files that replace the repository's own.
 
-    ``hf_repo_id`` may be null where the files are all given.
+    ``hf_repo_id: null`` is a model of local files alone: the folder of ``config_path`` or of ``moshi_path``, and the
+    other paths for what does not lie there.
     """
 
     hf_repo_id: str | None = DEFAULT_REPO
@@ -59,17 +60,6 @@ class MoshiPaths(FrozenConfig):
     mimi_path: str | None = None
     tokenizer_path: str | None = None
     config_path: str | None = None
-
-    @model_validator(mode="after")
-    def _complete(self) -> MoshiPaths:
-        files = self.model_dump(exclude={"hf_repo_id"})
-        missing = [name for name, path in files.items() if not path]
-        if not self.hf_repo_id and missing:
-            raise ValueError(
-                f"hf_repo_id is {self.hf_repo_id!r}, so every file must be given, and {', '.join(missing)} "
-                f"{'is' if len(missing) == 1 else 'are'} missing; leave hf_repo_id out for {DEFAULT_REPO}"
-            )
-        return self
 
 
 class LoRAConfig(FrozenConfig):
@@ -215,6 +205,8 @@ class RunConfig(FrozenConfig):
     def _fits_together(self) -> RunConfig:
         if self.full_finetuning and self.lora.enable:
             raise ValueError("full_finetuning and lora.enable exclude each other: set one of them to false")
+        if self.lora.ft_embed and not (self.lora.enable or self.full_finetuning):
+            raise ValueError("lora.ft_embed trains the embeddings beside a LoRA: set lora.enable, or ft_embed to false")
         if self.do_eval and not self.data.eval_data:
             raise ValueError("do_eval needs data.eval_data: give a manifest, or set do_eval to false")
         return self

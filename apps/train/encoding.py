@@ -13,6 +13,7 @@ from moshi_ttt.apps.train.data.codec import SpeechCodec
 from moshi_ttt.apps.train.data.shards import write_shards
 from moshi_ttt.apps.train.settings import Settings
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.hosts.moshi.fit import require_trainable
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 
 
@@ -25,11 +26,10 @@ def encode(settings: Settings, out: Path, console: Console, *, held_out: bool) -
     source = data.eval_data if held_out else data.train_data
     if not source:
         raise ConfigError("The config has no data.eval_data, so there is nothing to encode. Leave out --eval.")
-    bundle = settings.host.bundle()
     device = settings.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = MOSHI_HOST.skeleton(settings.host)
-    codec = SpeechCodec.of(
-        model, bundle.load_mimi(device), bundle.tokenizer(), moshi_channel=data.moshi_channel,
+    codec = SpeechCodec.load(
+        settings.host, device, require=require_trainable, model=model, moshi_channel=data.moshi_channel,
         speaker_label=data.speaker_label,
     )  # fmt: skip
     columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moshi_ttt.hosts.moshi.fit import layout_of
+
 SUMS = ("text", "audio", "text_nats", "audio_nats")
 COUNTS = ("text", "audio", "text_tokens", "audio_tokens")
 
@@ -24,7 +26,7 @@ class LossWeights:
     """How much tokens count.
 
     Attributes:
-        first_codebook: weight of the first codebook, which carries meaning, beside 1 for the others.
+        first_codebook: weight of the first codebook of each voice, which carries meaning, beside 1 for the others.
         text_padding: weight of text padding beside 1 for words.
     """
 
@@ -43,7 +45,7 @@ def token_weights(model: Any, codes: Tensor, weights: LossWeights) -> tuple[Tens
     padding = (text == model.text_padding_token_id) | (text == model.end_of_text_padding_id)
     of_text = torch.where(padding, of_text * weights.text_padding, of_text)
     of_audio = _predicted(model, audio, model.delays[first:last]).float()
-    of_audio[:, 0] *= weights.first_codebook
+    of_audio[:, :: layout_of(model).codebooks] *= weights.first_codebook  # of each voice that is predicted
     return of_text, of_audio
 
 

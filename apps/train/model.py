@@ -6,9 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
@@ -20,9 +18,11 @@ from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.hosts.moshi import lora
 from moshi_ttt.hosts.moshi.depformer import make_steps_contiguous
+from moshi_ttt.hosts.moshi.fit import require_trainable
 from moshi_ttt.hosts.moshi.fsdp import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import MoshiBundle
+from moshi_ttt.hosts.moshi.stored_lora import StoredLoRA
 
 Group = Literal["ttt", "gates", "lora", "base"]
 GROUPS: tuple[Group, ...] = ("ttt", "gates", "lora", "base")
@@ -80,10 +80,7 @@ def skeleton(settings: Settings, registry: Registry) -> TrainedModel:
     """
     run, host = settings.run, MOSHI_HOST
     model = host.skeleton(settings.host)
-    if model.fuser is not None:
-        raise HostError(f"{settings.host.hf_repo} is driven by conditions, and this training knows of none.")
-    if model.depformer is None:
-        raise HostError(f"{settings.host.hf_repo} speaks no audio (it has no depformer), so there is no loss to train.")
+    require_trainable(model, settings.host.hf_repo)
     policy = registry.policy(settings.ttt.precision)
     roles = policy.roles(model.dtype)
     if run.lora.enable:
@@ -112,12 +109,17 @@ def build(
     Equal on every number of ranks. Raises as ``skeleton``, HostError when the weights are not this model's, and
     AdapterError when the adapter is not. ``resumed`` leaves the adapter alone: a checkpoint has all values.
     """
-    built = skeleton(settings, registry)
-    weights = _read(settings.host.bundle())
+    built, bundle = skeleton(settings, registry), settings.host.bundle()
+    continued = continued_lora(settings, bundle)
+    weights = bundle.base_weights(built.model, lora=continued is None)
+    if continued is not None:
+        weights |= continued.trained_beside()
     shard(built.model, built.roles, mesh)
     built.model.to_empty(device=device)
     MOSHI_HOST.load_base(built.model, weights)
     lora.initialise_lora(built.model, settings.run.seed)
+    if continued is not None:
+        continued.fill(built.model)
     built.injection.initialise()
     if settings.run.adapter is not None and not resumed:
         notes = fill_from_adapter(built.injection, find_adapter(settings.run.adapter), registry=registry)
@@ -150,13 +152,26 @@ def check_trained(built: TrainedModel, settings: Settings) -> None:
         )
 
 
-def _read(bundle: MoshiBundle) -> dict[str, Tensor]:
-    """The base weights, mapped from their file rather than read."""
-    path = bundle.info.moshi_weights
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise HostError(f"{bundle.name}: {path} cannot be read as safetensors: {error}. Training needs that.") from None
+def continued_lora(settings: Settings, bundle: MoshiBundle) -> StoredLoRA | None:
+    """The LoRA that comes with the model where the run trains it further; otherwise it is merged into the weights.
+
+    Raises HostError when the run's LoRA is not of its size, or would leave out embeddings that were trained beside it.
+    """
+    run, stored = settings.run, bundle.lora
+    if stored is None or not run.lora.enable:
+        return None
+    if (run.lora.rank, run.lora.scaling) != (stored.rank, stored.scaling):
+        raise HostError(
+            f"{bundle.name} comes with a LoRA of rank {stored.rank} and scaling {stored.scaling:g} ({stored.path}), "
+            f"and lora asks for rank {run.lora.rank} and scaling {run.lora.scaling:g}. Ask for the same to train it "
+            "further, or set lora.enable: false, which merges it into the base weights."
+        )
+    if (beside := sorted(stored.trained_beside())) and not run.lora.ft_embed:
+        raise HostError(
+            f"{stored.path} holds embeddings that were trained beside its LoRA ({beside[0]} and others). Set "
+            "lora.ft_embed: true to train both further, or lora.enable: false, which merges both into the base weights."
+        )
+    return stored
 
 
 def choose_trained(built: TrainedModel, *, full: bool, embeddings: bool) -> None:

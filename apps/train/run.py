@@ -23,7 +23,7 @@ from moshi_ttt.apps.train.data.corpus import Corpus, open_corpus
 from moshi_ttt.apps.train.data.dataset import TrainingData, loader
 from moshi_ttt.apps.train.logs import METRICS, RunLog, check_installed
 from moshi_ttt.apps.train.loop import Loop, Outcome
-from moshi_ttt.apps.train.model import build
+from moshi_ttt.apps.train.model import build, continued_lora
 from moshi_ttt.apps.train.planning import group_plans, groups_table, low_rates
 from moshi_ttt.apps.train.run_dir import RunDir, hold_run_dir
 from moshi_ttt.apps.train.runtime import Runtime, start
@@ -32,6 +32,7 @@ from moshi_ttt.apps.train.stopping import Pace, SafePoints, launcher_warnings
 from moshi_ttt.apps.train.trainer import Trainer, TrainingError
 from moshi_ttt.core.adapter import find_adapter
 from moshi_ttt.core.registry import Registry
+from moshi_ttt.hosts.moshi.fit import require_trainable
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 
 NOT_COMPARED = {
@@ -68,6 +69,7 @@ def _train(
     stop: StopRequest,
 ) -> Outcome:  # fmt: skip
     run, resumed = settings.run, folder.resumed
+    continued_lora(settings, settings.host.bundle())
     # The data first: what is wrong with it should not wait for the weights.
     corpus = _corpus(settings, codec, run.data.train_data)
     held_out = _corpus(settings, codec, run.data.eval_data or "") if run.do_eval else None
@@ -123,12 +125,11 @@ def _evaluated(folder: RunDir, runtime: Runtime, step: int) -> bool:
 
 
 def _codec(settings: Settings, runtime: Runtime, skeleton: Any) -> SpeechCodec:
-    bundle = settings.host.bundle()
     # Workers are forked, and a forked process cannot use the GPU.
     device = "cpu" if settings.run.data.num_workers else runtime.device
     data = settings.run.data
-    return SpeechCodec.of(
-        skeleton, bundle.load_mimi(device), bundle.tokenizer(), moshi_channel=data.moshi_channel,
+    return SpeechCodec.load(
+        settings.host, device, require=require_trainable, model=skeleton, moshi_channel=data.moshi_channel,
         speaker_label=data.speaker_label,
     )  # fmt: skip
 
@@ -187,6 +188,8 @@ def _introduction(
     if run.adapter is not None and resumed is None:
         yield f"starting from the values of {find_adapter(run.adapter)}"
         yield from (f"Warning: {note}" for note in trainer.trained.notes)
+    if (stored := settings.host.bundle().lora) is not None:
+        yield f"the LoRA in {stored.path} is {'trained further' if run.lora.enable else 'merged into the base weights'}"
     for name, each in (("train", corpus), ("held out", held_out)):
         if each is not None:
             recordings = sum(len(source.recordings) for source in each.sources)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from moshi_ttt.apps.config_paths import find_config
-from moshi_ttt.apps.train.config import IGNORED, MoshiPaths, RunConfig
+from moshi_ttt.apps.train.config import DEFAULT_REPO, IGNORED, MoshiPaths, RunConfig
 from moshi_ttt.core.adapter import adapter_entries, find_adapter
 from moshi_ttt.core.config import TTTConfig, parse_model
 from moshi_ttt.core.config_parsing import parse_config, read_mapping
@@ -93,9 +93,17 @@ def _host(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         paths = parse_model(MoshiPaths, values.get("moshi_paths") or {}, f"{where}: moshi_paths")
     except ConfigError:  # what is wrong with them is reported with the rest of the run
         paths = MoshiPaths()
-    files = {ours: getattr(paths, theirs) for theirs, ours in REPLACED.items()}
-    repo = paths.hf_repo_id or str(Path(paths.config_path or "").parent)  # not read: every file is given
-    return {"name": "moshi", "hf_repo": repo, **{key: path for key, path in files.items() if path}}
+    files = {ours: path for theirs, ours in REPLACED.items() if (path := getattr(paths, theirs))}
+    repository = paths.hf_repo_id
+    if repository is None:
+        local = files.get("config_path") or files.get("moshi_weights")
+        if local is None:
+            raise ConfigError(
+                f"{where}: moshi_paths.hf_repo_id is null, and neither config_path nor moshi_path says where the model "
+                f"is. Give them, or leave hf_repo_id out for {DEFAULT_REPO}."
+            )
+        repository = str(Path(local).parent)
+    return {"name": "moshi", "hf_repo": repository, **files}
 
 
 def _take_from_flat_block(values: dict[str, Any]) -> None:

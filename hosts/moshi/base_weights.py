@@ -54,6 +54,15 @@ def base_state_dict(model: LMModel) -> dict[str, Tensor]:
     return {name: state[key] for name, key in base_names(model).items()}
 
 
+def present_names(model: LMModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same base weights, by the names that ``model`` has for what older checkpoints call otherwise."""
+    given = dict(state_dict)
+    for path, module in model.named_modules():
+        if isinstance(module, StreamingMultiheadAttention):
+            StreamingMultiheadAttention._load_hook(module, given, f"{path}.")  # type: ignore[no-untyped-call]
+    return given
+
+
 def load_base(model: LMModel, state_dict: Mapping[str, Tensor]) -> None:
     """Load base weights, older names included, cast to the model's dtypes.
 
@@ -62,11 +71,7 @@ def load_base(model: LMModel, state_dict: Mapping[str, Tensor]) -> None:
     it was.
     """
     names, state = base_names(model), model.state_dict()
-    given = dict(state_dict)
-    for path, module in model.named_modules():
-        if isinstance(module, StreamingMultiheadAttention):
-            # Renames what older checkpoints hold.
-            StreamingMultiheadAttention._load_hook(module, given, f"{path}.")  # type: ignore[no-untyped-call]
+    given = present_names(model, state_dict)
     problems = [f"missing {name}" for name in sorted(names.keys() - given.keys())]
     problems += [f"unexpected {name}" for name in sorted(given.keys() - names.keys())]
     problems += [

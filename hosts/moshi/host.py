@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from moshi_ttt.core.adapter import read_manifest
 from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo, SiteKind
 from moshi_ttt.core.config import HostConfig
 from moshi_ttt.core.errors import ContextError, HostError
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.host import CarriedState, HostModel
 from moshi_ttt.hosts.moshi import base_weights, lora
+from moshi_ttt.hosts.moshi.fit import require_unconditioned
 from moshi_ttt.hosts.moshi.layers import (
     MODULE_NAMES,
     BlockSite,
@@ -84,12 +87,27 @@ class MoshiHost(HostModel):
     config_class: ClassVar[type[HostConfig]] = MoshiHostConfig
 
     def load(
-        self, config: MoshiHostConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        self,
+        config: MoshiHostConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        lora: bool = True,
     ) -> LMModel:
-        """The language model named by ``config``; ``dtype`` wins over ``config.dtype``. Raises HostError."""
+        """The language model named by ``config``; ``dtype`` wins over ``config.dtype``. Raises HostError.
+
+        A LoRA that comes with it is merged into the weights, or with ``lora=False`` left out.
+        """
         if dtype is None and config.dtype is not None:
             dtype = cast(torch.dtype, getattr(torch, config.dtype))
-        return config.bundle().load_lm(device=device, dtype=dtype)
+        return config.bundle().load_lm(device=device, dtype=dtype, lora=lora)
+
+    def load_for_adapter(
+        self, config: MoshiHostConfig, folder: str | Path, *, device: torch.device | str = "cpu"
+    ) -> LMModel:
+        """The base model that the adapter in ``folder`` was trained on: an adapter with a LoRA continues the one that
+        comes with the model, so that is left out. Raises HostError, and AdapterError for no adapter."""
+        return self.load(config, device=device, lora=not read_manifest(folder)["extra"])
 
     def skeleton(self, config: MoshiHostConfig) -> LMModel:
         """The architecture on the meta device; of a hub repository, only config.json is fetched. Raises HostError."""
@@ -236,12 +254,19 @@ class MoshiHost(HostModel):
             yield
 
     def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
-        """Moshi's audio loss on uniformly random tokens."""
+        """Moshi's audio loss on uniformly random tokens; the text loss of a model that predicts text alone.
+
+        Raises HostError for a conditional model.
+        """
         model = require_lm(model)
+        require_unconditioned(model, "This model")
         generator = torch.Generator().manual_seed(seed)
         text = torch.randint(0, model.text_card, (batch_size, 1, length), generator=generator)
         audio = torch.randint(0, model.card, (batch_size, model.num_audio_codebooks, length), generator=generator)
         codes = torch.cat([text, audio], dim=1).to(model.device)
+        if model.depformer is None:
+            _, logits = model.forward_text(codes[..., :-1])  # [B, 1, T - 1, text_card]
+            return nn.functional.cross_entropy(logits.float().flatten(0, 2), codes[:, :1, 1:].flatten())
         out = model(codes)
         targets = codes[:, model.audio_offset : model.audio_offset + model.dep_q]
         return nn.functional.cross_entropy(out.logits[out.mask].float(), targets[out.mask])

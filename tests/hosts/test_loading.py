@@ -176,13 +176,13 @@ def test_a_hub_failure_says_what_was_tried(monkeypatch):
 
 
 def test_a_hub_name_and_revision_are_passed_on(monkeypatch):
-    seen = {}
+    seen, info = {}, loading.CheckpointInfo(Path("m"), Path("c"), Path("t"))
     monkeypatch.setattr(
         loading.CheckpointInfo,
         "from_hf_repo",
-        staticmethod(lambda name, revision=None: seen.update(name=name, revision=revision) or "info"),
+        staticmethod(lambda name, revision=None: seen.update(name=name, revision=revision) or info),
     )
-    assert resolve_repo("owner/name", revision="v1").info == "info"
+    assert resolve_repo("owner/name", revision="v1").info == info
     assert seen == {"name": "owner/name", "revision": "v1"}
 
 

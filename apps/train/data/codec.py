@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from moshi_ttt.apps.audio_files import AudioError, read_samples
 from moshi_ttt.apps.train.data.manifest import DURATION_SECONDS, DataError, read_header
 from moshi_ttt.apps.train.data.speakers import MAIN_SPEAKER, Side
 from moshi_ttt.apps.train.data.text import Word, text_stream
-from moshi_ttt.core.errors import HostError
+from moshi_ttt.hosts.moshi.fit import require_fit
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 
 SAMPLED = 32
 """Values of each of Mimi's tensors that its fingerprint looks at."""
@@ -41,6 +42,7 @@ class SpeechCodec:
         codebooks: K.
         moshi_channel: on which side of a stereo recording Moshi is; the user is on the other.
         speaker_label: whose words in a transcript are Moshi's.
+        text_delay: seconds by which the text follows what is said; above 0 in models of speech to text.
     """
 
     mimi: Any
@@ -50,29 +52,41 @@ class SpeechCodec:
     zero_token: int
     channels: int
     codebooks: int
+    text_delay: float = 0.0
     moshi_channel: Side = "left"
     speaker_label: str = MAIN_SPEAKER
 
     @classmethod
     def of(
-        cls, model: Any, mimi: Any, tokenizer: Any, *, moshi_channel: Side = "left", speaker_label: str = MAIN_SPEAKER
-    ) -> SpeechCodec:
-        """The codec of a language model, which may be on the meta device.
-
-        Raises HostError when the model does not speak with Mimi's codebooks, or hears with another number than none or
-        as many.
-        """
-        codebooks = int(mimi.num_codebooks)
-        if model.dep_q != codebooks or model.n_q not in (codebooks, 2 * codebooks):
-            raise HostError(
-                f"Training needs a Moshi that speaks with the codec's {codebooks} codebooks and hears with none or as "
-                f"many; this one speaks with {model.dep_q} and hears with {model.n_q - model.dep_q}."
-            )
+        cls, model: Any, mimi: Any, tokenizer: Any, *, text_delay: float = 0.0, moshi_channel: Side = "left",
+        speaker_label: str = MAIN_SPEAKER,
+    ) -> SpeechCodec:  # fmt: skip
+        """The codec of a language model, which may be on the meta device. Raises HostError unless they fit together."""
+        layout = require_fit(model, mimi, tokenizer)
         return cls(
             mimi=mimi, tokenizer=tokenizer, text_padding=model.text_padding_token_id,
             end_of_padding=model.end_of_text_padding_id, zero_token=model.zero_token_id,
-            channels=model.n_q // codebooks, codebooks=codebooks, moshi_channel=moshi_channel,
+            channels=layout.voices, codebooks=layout.codebooks, text_delay=text_delay, moshi_channel=moshi_channel,
             speaker_label=speaker_label,
+        )  # fmt: skip
+
+    @classmethod
+    def load(
+        cls, host: MoshiHostConfig, device: torch.device | str, *, require: Callable[[Any, str], None],
+        model: Any = None, moshi_channel: Side = "left", speaker_label: str = MAIN_SPEAKER,
+    ) -> SpeechCodec:  # fmt: skip
+        """The codec of the model that ``host`` names, before any of the model's weights is read.
+
+        ``model`` is its architecture where it is at hand. ``require`` is given it and its name, and raises HostError
+        for one that cannot be used. Raises HostError as it does, and where files are missing or do not fit together.
+        """
+        if model is None:
+            model = MOSHI_HOST.skeleton(host)
+        require(model, host.hf_repo)
+        bundle = host.bundle()
+        return cls.of(
+            model, bundle.load_mimi(device), bundle.tokenizer(), text_delay=bundle.text_delay,
+            moshi_channel=moshi_channel, speaker_label=speaker_label,
         )  # fmt: skip
 
     @property
@@ -133,8 +147,9 @@ class SpeechCodec:
         """The text row ``[frames]`` of a recording (see ``text_stream``); None, no transcript, is the zero token."""
         if words is None:
             return torch.full((frames,), self.zero_token, dtype=torch.int64)
+        late = [word._replace(start=word.start + self.text_delay, end=word.end + self.text_delay) for word in words]
         return text_stream(
-            words, frames, self.tokenizer, frame_rate=float(self.mimi.frame_rate),
+            late, frames, self.tokenizer, frame_rate=float(self.mimi.frame_rate),
             padding=self.text_padding, end_of_padding=self.end_of_padding,
         )  # fmt: skip
 
@@ -143,6 +158,8 @@ class SpeechCodec:
         digest = hashlib.sha256()
         sizes = (self.channels, self.codebooks, self.text_padding, self.end_of_padding)
         digest.update(f"{sizes} {self.mimi.sample_rate} {self.mimi.frame_rate}".encode())
+        if self.text_delay:
+            digest.update(f"{self.text_delay}".encode())
         digest.update(self.tokenizer.serialized_model_proto())
         for name, tensor in sorted(self.mimi.state_dict().items()):
             step = max(1, tensor.numel() // SAMPLED)

@@ -63,6 +63,13 @@ def test_weights_are_zero_exactly_where_the_model_predicts_nothing(model):
     assert torch.equal(audio > 0, out.mask)
 
 
+def test_the_first_codebook_of_each_predicted_voice_counts_more():
+    voice = [0, 1, 1, 1, 1, 1, 1, 1]
+    both = random_tiny_lm(n_q=16, dep_q=16, delays=[0, *voice, *voice])
+    _, audio = token_weights(both, codes_of(both)[2:, :, :6], WEIGHTS)
+    assert audio[0, :, 0].tolist() == ([100.0] + [1.0] * 7) * 2
+
+
 def test_sums_add_up_over_rows(model):
     codes = codes_of(model)
     whole = loss_sums(model, codes, WEIGHTS).detach()

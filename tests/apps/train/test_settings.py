@@ -215,10 +215,8 @@ def test_without_a_repository_every_file_is_named(tmp_path):
     host = parse(moshi_paths={"hf_repo_id": None, **tiny}).host
     assert host.bundle().tokenizer().get_piece_size() == 512
     assert MOSHI_HOST.skeleton(host).dep_q == 8
-    del files["mimi_path"]
-    with pytest.raises(
-        ConfigError, match="hf_repo_id is None, so every file must be given, and mimi_path is missing"
-    ) as e:
+    del files["moshi_path"], files["config_path"]
+    with pytest.raises(ConfigError, match="hf_repo_id is null, and neither config_path nor moshi_path says where") as e:
         parse(moshi_paths={"hf_repo_id": None, **files})
     assert len(str(e.value).splitlines()) == 1
 

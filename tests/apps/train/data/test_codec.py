@@ -24,23 +24,60 @@ def mono(codec) -> SpeechCodec:
     return dataclasses.replace(codec, channels=1)
 
 
-def model(n_q: int, dep_q: int) -> SimpleNamespace:
+def model(n_q: int, dep_q: int, delays: list[int] | None = None) -> SimpleNamespace:
     return SimpleNamespace(
-        n_q=n_q, dep_q=dep_q, text_padding_token_id=3, end_of_text_padding_id=0, zero_token_id=-1
+        n_q=n_q, dep_q=dep_q, delays=[0, *(delays or [0] * n_q)], audio_offset=1, card=128, text_card=512,
+        text_padding_token_id=3, end_of_text_padding_id=0, zero_token_id=-1,
     )  # fmt: skip
 
 
-def test_one_channel_or_two(codec):
-    assert (codec.channels, codec.codebooks, codec.rows) == (2, 8, 17)
-    assert (codec.text_padding, codec.end_of_padding, codec.zero_token) == (3, 0, -1)
-    one = SpeechCodec.of(model(8, 8), codec.mimi, codec.tokenizer)
-    assert (one.channels, one.rows) == (1, 9)
+VOICE = [0, 1, 1, 1, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize(("n_q", "dep_q"), [(24, 8), (16, 16), (12, 8), (8, 0)])
-def test_other_numbers_of_codebooks_raise(codec, n_q, dep_q):
-    with pytest.raises(HostError, match=f"speaks with {dep_q} and hears with {n_q - dep_q}"):
-        SpeechCodec.of(model(n_q, dep_q), codec.mimi, codec.tokenizer)
+@pytest.mark.parametrize(
+    ("n_q", "dep_q", "delays", "channels"),
+    [(16, 8, VOICE * 2, 2), (8, 8, VOICE, 1), (8, 8, None, 1), (16, 16, VOICE * 2, 2), (8, 0, None, 1),
+     (16, 0, VOICE * 2, 2)],
+)  # fmt: skip
+def test_one_channel_or_two(codec, n_q, dep_q, delays, channels):
+    made = SpeechCodec.of(model(n_q, dep_q, delays), codec.mimi, codec.tokenizer)
+    assert (made.channels, made.codebooks, made.rows) == (channels, 8, 1 + 8 * channels)
+    assert (made.text_padding, made.end_of_padding, made.zero_token) == (3, 0, -1)
+
+
+@pytest.mark.parametrize(
+    ("n_q", "dep_q", "delays", "message"),
+    [
+        (24, 8, None, "predicts 8 of the 24 codebooks"),
+        (12, 8, None, "predicts 8 of the 12 codebooks"),
+        (24, 24, VOICE * 3, "predicts 24 of the 24 codebooks"),
+        (16, 16, [*VOICE, 0, 2, 2, 2, 2, 2, 2, 2], "predicts 16 of the 16 codebooks"),
+        (16, 16, [0] + [1] * 15, "has 8 codebooks, and a voice of the model 16"),
+        (4, 4, None, "has 8 codebooks, and a voice of the model 4"),
+    ],
+)
+def test_other_layouts_raise(codec, n_q, dep_q, delays, message):
+    with pytest.raises(HostError, match=message):
+        SpeechCodec.of(model(n_q, dep_q, delays), codec.mimi, codec.tokenizer)
+
+
+def test_everything_that_does_not_fit_is_named(codec):
+    mimi = SimpleNamespace(num_codebooks=8, cardinality=2048, frame_rate=25.0)
+    tokenizer = SimpleNamespace(get_piece_size=lambda: 511)
+    with pytest.raises(HostError) as caught:
+        SpeechCodec.of(model(16, 8), mimi, tokenizer)
+    assert "2048 codes in a codebook, and the model 128" in str(caught.value)
+    assert "25 frames a second, and Moshi takes 12.5" in str(caught.value)
+    assert "511 pieces, and the model's text table is for 512: its tokens mean other words" in str(caught.value)
+
+
+def test_text_of_speech_to_text_is_late(codec):
+    words = [Word("hello", 1.0, 1.4), Word("there", 2.0, 2.2)]
+    late = dataclasses.replace(codec, text_delay=0.48)  # 6 frames
+    plain = codec.encode_text(words, 40)
+    assert torch.equal(late.encode_text(words, 40)[6:], plain[:-6])
+    assert (plain != 3).any()
+    assert late.fingerprint() != codec.fingerprint()
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 24_000, 44_100, 48_000])
