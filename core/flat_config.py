@@ -13,7 +13,7 @@ import yaml
 
 from moshi_ttt.core.errors import ConfigError, nearest
 
-SHARED = {"enable", "enabled", "layers"}
+SHARED = {"enable", "enabled", "layers", "layer_frequency", "start_layer"}
 HYBRID = {
     "base_lr", "ttt_base_lr", "mini_batch_size", "initial_gating_alpha", "gating_alpha_init", "ttt_mlp_layers",
     "ttt_mlp_expansion_factor", "ttt_mlp_hidden_dims",
@@ -24,14 +24,24 @@ ELSEWHERE = {
     "gradient_checkpointing": "checkpointing is the host's: set it on the model",
     "model_dim": "the width is the host's",
     "num_heads": "the number of heads is the host's",
-    "log_inner_loop_losses": "not an entry's option",
-    "inner_loop_log_interval": "not an entry's option",
-    "save_inner_loop_plots": "not an entry's option",
-    "inner_loop_plot_dir": "not an entry's option",
-    "ttt_fig5_enable": "not an entry's option",
+    "log_inner_loop_losses": "`moshi-ttt train` reads it as inner_losses.enable",
+    "inner_loop_log_interval": "`moshi-ttt train` reads it as inner_losses.interval",
+    "save_inner_loop_plots": "`moshi-ttt train` reads it as inner_losses.plots",
+    "inner_loop_plot_dir": "`moshi-ttt train` reads it as inner_losses.plot_dir",
+    "ttt_fig5_enable": "`moshi-ttt train` reads it as inner_losses.enable",
     "librilight_evaluation_mode": "not an entry's option",
 }
-KEYS = {*SHARED, *HYBRID, *IN_PLACE, *ELSEWHERE}
+REFUSED = {
+    "unfreeze_ttt_layers": (
+        "it trains the down projections themselves. Write `ttt` as a list of entries, and train_w_down: true in "
+        "that of gating_mlp"
+    ),
+    "yarn": (
+        "rotary frequencies are scaled nowhere here, and the blocks' positions begin anew in each chunk. Leave it out"
+    ),
+}
+"""What the earlier code can do and this one does not; accepted where it is off."""
+KEYS = {*SHARED, *HYBRID, *IN_PLACE, *ELSEWHERE, *REFUSED}
 DEFAULT_LAYERS, DEFAULT_BASE_LR, DEFAULT_CHUNK, DEFAULT_ALPHA = "29,30,31", 1.0, 32, 0.05
 IN_PLACE_OPTIONS = {"chunk_size": ("chunk", 256), "learning_rate": ("lr", 1e-3), "conv_kernel_size": ("conv_kernel", 2)}
 """Key -> our option, and the default that the earlier code has."""
@@ -49,6 +59,12 @@ def native_entries(flat: Mapping[str, Any], where: str) -> tuple[list[dict[str, 
     unknown = [f"{where}: ttt: unknown key {key!r}. {nearest(str(key), KEYS)}" for key in flat if key not in KEYS]
     if unknown:
         raise ConfigError("\n".join(unknown))
+    asked = [
+        f"{where}: ttt: {key} = {flat[key]!r}: {why}." for key, why in REFUSED.items() if not _is_off(flat.get(key))
+    ]
+    if asked:
+        raise ConfigError("\n".join(asked))
+    flat = _with_layers(flat, where)
     enabled = _one_of(flat, "enabled", "enable", True, where)
     if not isinstance(enabled, bool):
         raise ConfigError(f"{where}: ttt: enabled = {enabled!r}: give true or false.")
@@ -68,6 +84,30 @@ def native_entries(flat: Mapping[str, Any], where: str) -> tuple[list[dict[str, 
     if "ttt_mlp_expansion_factor" in flat and not any("expansion" in entry for entry in entries):
         notes += "\n- ttt_mlp_expansion_factor: without effect, for no hidden layer's width follows from it."
     return entries, f"{where}: the flat ttt block is read as\n{shown}{notes and f'{chr(10)}Not part of it:{notes}'}"
+
+
+def _is_off(value: Any) -> bool:
+    """Whether an option asks for nothing: absent, false, empty, or a section that is not enabled."""
+    if isinstance(value, Mapping):
+        said = [value[key] for key in ("enable", "enabled") if key in value]
+        return not value or (bool(said) and not any(said))
+    return not value
+
+
+def _with_layers(flat: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """``layer_frequency`` F and ``start_layer`` S as the layers they mean, ``every:F@S``."""
+    frequency, start = flat.get("layer_frequency"), flat.get("start_layer")
+    rest = {key: value for key, value in flat.items() if key not in ("layer_frequency", "start_layer")}
+    if frequency is None and start is None:
+        return rest
+    if rest.get("layers") is not None:
+        raise ConfigError(
+            f"{where}: ttt: layers says which layers, and so do layer_frequency and start_layer. Leave one out."
+        )
+    for key, value, least in (("layer_frequency", frequency, 1), ("start_layer", start, 0)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise ConfigError(f"{where}: ttt: {key} = {value!r}: give a whole number of {least} or more.")
+    return {**rest, "layers": f"every:{1 if frequency is None else frequency}@{0 if start is None else start}"}
 
 
 def _hybrid(flat: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -11,54 +11,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moshi_ttt.apps.evaluate.documents import Document
-from moshi_ttt.apps.evaluate.reporting import PALETTE, versions
+from moshi_ttt.apps.evaluate.reporting import versions
 from moshi_ttt.apps.evaluate.subjects import Subject
+from moshi_ttt.apps.inner_losses import SiteCurves, Sums, measured, numbers, plot_site
 from moshi_ttt.apps.output_folder import METRICS
 from moshi_ttt.apps.teacher_forcing import delayed
-from moshi_ttt.core.block import BlockContext, SequenceBlock, Site
 from moshi_ttt.core.errors import ConfigError
 
-CURVES = {
-    "initial": "initial weights", "before": "before the chunk's update", "after": "after the chunk's update",
-    "baseline": "mean target",
-}  # fmt: skip
 TENSORS = "curves.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteCurves:
-    """What one block did.
-
-    Attributes:
-        by_position: by the names of ``CURVES``, ``[H, T]`` float64: means over the recordings that have a value there,
-            NaN where none has.
-        first_updated: the first position whose weights differ from the initial ones; T when no update took effect.
-        means: by the names of ``CURVES``, ``[H]``: over the same tokens for each, those of whole chunks from
-            ``first_updated`` on, of all recordings; NaN when there are none.
-        tokens: how many those are, in one head.
-        not_finite: losses at ``initial`` or ``before`` that are no numbers, over all heads and recordings.
-    """
-
-    site: str
-    variant: str
-    by_position: dict[str, Tensor]
-    first_updated: int
-    means: dict[str, Tensor]
-    tokens: int
-    not_finite: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,44 +42,6 @@ class InnerLoop:
     frames: int
     smooth: int
     facts: dict[str, Any] = field(default_factory=dict)
-
-
-class _Sums:
-    """Sums over the recordings of one site, by position: all values, and those of tokens that have all four."""
-
-    def __init__(self, block: SequenceBlock, frames: int) -> None:
-        self.block = block
-        self.frames = self.first_updated = frames
-        self.not_finite = 0
-        self.values: dict[str, Tensor] = {}
-
-    def add(self, losses: Mapping[str, Tensor]) -> None:
-        """``losses``: by the names of ``CURVES``, ``[B, H, T]``, T at most all frames."""
-        stacked = torch.stack([losses[name] for name in CURVES]).double()
-        initial, before = stacked[0], stacked[1]
-        moved = (initial != before).flatten(0, 1).any(0).nonzero()
-        if len(moved):
-            self.first_updated = min(self.first_updated, int(moved[0]))
-        self.not_finite += int((~stacked[:2].isfinite()).sum())
-        whole = stacked.isfinite().all(0)
-        found = {
-            "sum": stacked.nan_to_num(0, torch.inf, -torch.inf).sum(1), "count": (~stacked.isnan()).sum(1),
-            "whole_sum": torch.where(whole, stacked, 0).sum(1), "whole_count": whole.sum(0),
-        }  # fmt: skip
-        for name, value in found.items():
-            if name not in self.values:
-                self.values[name] = torch.zeros(*value.shape[:-1], self.frames, dtype=torch.float64)
-            self.values[name][..., : value.shape[-1]] += value.cpu()
-
-    def curves(self, site: Site) -> SiteCurves:
-        sums, counts = self.values["whole_sum"], self.values["whole_count"]
-        total, tokens = sums[..., self.first_updated :].sum(-1), counts[:, self.first_updated :].sum(-1)
-        positions = self.values["sum"] / self.values["count"]
-        return SiteCurves(
-            site=str(site), variant=str(self.block.config.variant),
-            by_position=dict(zip(CURVES, positions, strict=True)), first_updated=self.first_updated,
-            means=dict(zip(CURVES, total / tokens, strict=True)), tokens=int(tokens.max()), not_finite=self.not_finite,
-        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -135,10 +68,10 @@ def evaluate(
     if not documents:
         raise ConfigError("There are no recordings. Give one or more.")
     frames = max(document.frames for document in documents)
-    sums = {site: _Sums(block, frames) for site, block in sorted(subject.injection.blocks.items())}
+    sums = {site: Sums(block, frames) for site, block in sorted(subject.injection.blocks.items())}
     model = subject.model
     for codes in _batches(documents, batch_size):
-        with _measured(sums):
+        with measured(sums):
             model.forward_text(delayed(model, codes.to(model.device))[:, :, :-1])
         on_batch()
     sites = [each.curves(site) for site, each in sums.items() if each.values]
@@ -161,44 +94,6 @@ def _batches(documents: Sequence[Document], size: int) -> Iterator[Tensor]:
     ordered = sorted(documents, key=lambda document: (-document.frames, document.name))
     for _, group in groupby(ordered, key=lambda document: document.frames):
         yield from torch.stack([document.codes for document in group]).split(size)
-
-
-@contextmanager
-def _measured(sums: Mapping[Site, _Sums]) -> Iterator[None]:
-    """Add the inner losses of each block to its sums whenever it is called."""
-
-    def measure(into: _Sums) -> Any:
-        @torch.no_grad()
-        def hook(block: SequenceBlock, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            x = kwargs["x"] if "x" in kwargs else args[0]
-            context = kwargs.get("context") or (args[2] if len(args) > 2 else None) or BlockContext()
-            layout = block.info.format
-            context = replace(context, coordinates=layout.coordinates(x))
-            if losses := block.inner_losses(layout.to_tokens(x), context):
-                into.add(losses)
-
-        return hook
-
-    hooks = []
-    try:
-        for into in sums.values():
-            hooks.append(into.block.register_forward_hook(measure(into), with_kwargs=True, prepend=True))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def running_mean(values: Tensor, window: int) -> Tensor:
-    """Means of ``values [T]`` over ``window`` positions around each, fewer at the ends; NaN is left out, and stays."""
-    missing = values.isnan()
-    index = torch.arange(len(values))
-    first = (index - (window - 1) // 2).clamp(min=0)
-    end = (index + window // 2 + 1).clamp(max=len(values))
-    sums, counts = (
-        torch.cat([part.new_zeros(1), part.double().cumsum(0)]) for part in (values.nan_to_num(0), (~missing).double())
-    )
-    return ((sums[end] - sums[first]) / (counts[end] - counts[first])).masked_fill(missing, torch.nan)
 
 
 def write_inner_loop(folder: Path, result: InnerLoop, *, made_by: str, frame_seconds: float) -> None:
@@ -225,7 +120,8 @@ def write_inner_loop(folder: Path, result: InnerLoop, *, made_by: str, frame_sec
     ]  # fmt: skip
     for site in result.sites:
         lines += _section(site, frame_seconds)
-        _plot(folder / f"{site.site}.png", result, site, frame_seconds)
+        title = f"{result.subject}, {site.site} ({site.variant}), {len(result.recordings)} recordings"
+        plot_site(folder / f"{site.site}.png", site, title=title, smooth=result.smooth, frame_seconds=frame_seconds)
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -233,9 +129,9 @@ def _site(site: SiteCurves) -> dict[str, Any]:
     return {
         "site": site.site, "variant": site.variant, "first_updated_position": site.first_updated,
         "tokens": site.tokens, "not_finite": site.not_finite,
-        "mean_by_head": {name: _numbers(mean) for name, mean in site.means.items()},
-        "after_minus_before_by_head": _numbers(site.means["after"] - site.means["before"]),
-        "mean_of_heads_by_position": {name: _numbers(curve.mean(0)) for name, curve in site.by_position.items()},
+        "mean_by_head": {name: numbers(mean) for name, mean in site.means.items()},
+        "after_minus_before_by_head": numbers(site.means["after"] - site.means["before"]),
+        "mean_of_heads_by_position": {name: numbers(curve.mean(0)) for name, curve in site.by_position.items()},
     }  # fmt: skip
 
 
@@ -258,25 +154,3 @@ def _section(site: SiteCurves, frame_seconds: float) -> list[str]:
         cells = (f"{value:.5g}" if math.isfinite(value) else "" for value in row)
         lines.append(f"| {head} | {' | '.join(cells)} |")
     return [*lines, "", f"![{site.site}]({site.site}.png)", ""]
-
-
-def _numbers(values: Tensor) -> list[float | None]:
-    return [value if math.isfinite(value) else None for value in values.tolist()]
-
-
-def _plot(path: Path, result: InnerLoop, site: SiteCurves, frame_seconds: float) -> None:
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    seconds = [position * frame_seconds for position in range(result.frames)]
-    styles = dict(zip(CURVES, ("--", "-", "-", ":"), strict=True))
-    colours = dict(zip(CURVES, (PALETTE[0], PALETTE[1], PALETTE[2], PALETTE[7]), strict=True))
-    for name, label in CURVES.items():
-        mean = running_mean(site.by_position[name].mean(0), result.smooth)
-        axes.plot(seconds, mean, label=label, color=colours[name], linestyle=styles[name], linewidth=1.5)
-    width = result.smooth * frame_seconds
-    axes.set_xlabel(f"position in the recording (s), running mean over {width:.1f} s")
-    axes.set_ylabel("inner loss, mean over heads")
-    axes.set_title(f"{result.subject}, {site.site} ({site.variant}), {len(result.recordings)} recordings")
-    axes.legend(fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)

@@ -11,7 +11,7 @@ from moshi_ttt.apps.train.data.speakers import MAIN_SPEAKER, SIDES, Side
 from moshi_ttt.core.config import FrozenConfig, Seed
 from moshi_ttt.core.paths import user_path
 
-SECTIONS = ("lora", "optim", "wandb", "moshi_paths")
+SECTIONS = ("lora", "optim", "wandb", "moshi_paths", "inner_losses")
 IGNORED = ("world_size",)
 """What moshi-finetune writes into its args.yaml and does not read: torchrun says how many ranks there are."""
 DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
@@ -111,6 +111,27 @@ class WandbConfig(FrozenConfig):
     run_name: str | None = None
 
 
+class InnerLossConfig(FrozenConfig):
+    """Inner losses by position ("Figure 5"), measured during training.
+
+    Attributes:
+        enable: write them to metrics.jsonl.
+        interval: steps between two measurements.
+        plots: draw them too, a png for each block; this measures them where ``enable`` does not.
+        plot_dir: where the plots go; ``inner_losses`` in ``run_dir`` when left out.
+    """
+
+    enable: bool = False
+    interval: int = Field(default=100, ge=1)
+    plots: bool = False
+    plot_dir: str | None = Field(default=None, min_length=1)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is measured."""
+        return self.enable or self.plots
+
+
 class RunConfig(FrozenConfig):
     """A training run. Everything but ``data`` and ``run_dir`` has a default.
 
@@ -143,6 +164,7 @@ class RunConfig(FrozenConfig):
             saving fit in; else it is given up.
         max_bad_steps: steps in a row whose loss or gradient is not finite (they are skipped) before the run stops.
         log_health: log the blocks' health at each logged step.
+        inner_losses: measure the blocks' inner losses by position at some steps.
         tensorboard: write TensorBoard files too.
     """
 
@@ -176,6 +198,7 @@ class RunConfig(FrozenConfig):
 
     log_freq: int = Field(default=1, ge=1)
     log_health: bool = True
+    inner_losses: InnerLossConfig = InnerLossConfig()
     tensorboard: bool = False
     wandb: WandbConfig = WandbConfig()
     do_eval: bool = False

@@ -16,6 +16,7 @@ from moshi_ttt.apps.train.checkpoint import CheckpointWriter
 from moshi_ttt.apps.train.data.corpus import Corpus
 from moshi_ttt.apps.train.data.dataset import Batch
 from moshi_ttt.apps.train.evaluation import evaluation_batches
+from moshi_ttt.apps.train.inner_losses import InnerLosses
 from moshi_ttt.apps.train.logs import RunLog, health_record, loss_record, memory_bytes, step_record
 from moshi_ttt.apps.train.runtime import Runtime
 from moshi_ttt.apps.train.settings import Settings
@@ -61,6 +62,9 @@ class Loop:
     idle: set[str] = field(default_factory=set)
     told: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self.inner_losses = InnerLosses(self.settings.run, self.trainer.trained.injection)
+
     def advance(self, batches: Iterator[Batch], *, segments: int) -> None:
         """One step, and what is due after it: a log line, an evaluation, a checkpoint."""
         run, trainer = self.settings.run, self.trainer
@@ -72,8 +76,9 @@ class Loop:
         self.safe.began = time.monotonic()
         mine = self._read(batches)
         ready = self.writer is not None and self.writer.ready
+        inner = self.inner_losses if self.log is not None and self.inner_losses.due(number) else None
         try:
-            with monitor or nullcontext():
+            with monitor or nullcontext(), inner.measuring(mine[0].codes.shape[-1] + 1) if inner else nullcontext():
                 step = trainer.make_step(mine, safe=self.safe, ready=ready)
         except StepGivenUpError:
             self._stop()
@@ -94,6 +99,9 @@ class Loop:
                 record["blocks"] = health_record(monitor.read())
             self.log.write(record)
             self.log.show(record)
+        if inner is not None and self.log is not None and inner.sites:
+            self.log.write(inner.record(step.number))
+            inner.plot(step.number)
         self._warn_of_grace()
         self._end_step(step)
 

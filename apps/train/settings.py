@@ -27,6 +27,11 @@ REPLACED = {
 """What ``moshi_paths`` calls a file, and what the host's config does."""
 FLAT = {"persistent_states": "carry_state", "gradient_checkpointing": "gradient_checkpointing"}
 """What the flat ``ttt`` block calls an option of the run, and what the run does."""
+INNER_LOSSES = {
+    "log_inner_loop_losses": "enable", "ttt_fig5_enable": "enable", "inner_loop_log_interval": "interval",
+    "save_inner_loop_plots": "plots", "inner_loop_plot_dir": "plot_dir",
+}  # fmt: skip
+"""The same for the options of its ``inner_losses``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +114,18 @@ def _host(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _take_from_flat_block(values: dict[str, Any]) -> None:
     """What the flat ``ttt`` block says about training is the run's, unless the run says it itself."""
     flat = values.get("ttt")
-    if isinstance(flat, Mapping):
-        for theirs, ours in FLAT.items():
-            if theirs in flat:
-                values.setdefault(ours, flat[theirs])
+    if not isinstance(flat, Mapping):
+        return
+    for theirs, ours in FLAT.items():
+        if flat.get(theirs) is not None:
+            values.setdefault(ours, flat[theirs])
+    found: dict[str, Any] = {}
+    for theirs, ours in INNER_LOSSES.items():
+        if flat.get(theirs) is not None:
+            found[ours] = found.get(ours) or flat[theirs]  # two of its keys enable them
+    own = values.get("inner_losses")
+    if found and isinstance(own, Mapping | None):
+        values["inner_losses"] = {**found, **(own or {})}
 
 
 def _take_from_adapter(values: dict[str, Any]) -> None:

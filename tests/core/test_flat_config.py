@@ -113,5 +113,66 @@ def test_every_documented_key_is_known():
     listed = """enable enabled layers base_lr mini_batch_size persistent_states initial_gating_alpha ttt_mlp_layers
         ttt_mlp_expansion_factor ttt_mlp_hidden_dims log_inner_loop_losses inner_loop_log_interval save_inner_loop_plots
         inner_loop_plot_dir chunk_size learning_rate conv_kernel_size delta_clip_fro_norm model_dim num_heads
-        ttt_base_lr gating_alpha_init gradient_checkpointing ttt_fig5_enable librilight_evaluation_mode"""
+        ttt_base_lr gating_alpha_init gradient_checkpointing ttt_fig5_enable librilight_evaluation_mode layer_frequency
+        start_layer unfreeze_ttt_layers yarn"""
     assert set(listed.split()) == KEYS
+
+
+# ---- the source system's own in-place file
+
+
+IN_PLACE_FILE = {
+    "enabled": True, "layer_frequency": 6, "start_layer": 5, "chunk_size": 256, "learning_rate": 1e-3,
+    "conv_kernel_size": 2, "unfreeze_ttt_layers": False, "yarn": {"enable": False}, "delta_clip_fro_norm": None,
+}  # fmt: skip
+
+
+def entries_of(**changes):
+    return native_entries({**IN_PLACE_FILE, **changes}, "c.yaml")[0]
+
+
+def test_the_source_systems_in_place_file_loads():
+    assert entries_of() == [
+        {"variant": "gating_mlp", "layers": "every:6@5", "chunk": 256, "lr": 1e-3, "conv_kernel": 2}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({"start_layer": None}, "every:6@0"), ({"layer_frequency": None}, "every:1@5"),
+        ({"layer_frequency": None, "start_layer": None}, "29,30,31"),
+        ({"layer_frequency": None, "start_layer": None, "layers": "middle"}, "middle"),
+    ],
+)  # fmt: skip
+def test_frequency_and_start_are_layers(changes, layers):
+    assert entries_of(**changes)[0]["layers"] == layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": "1,2"}, "layers says which layers, and so do layer_frequency and start_layer. Leave one out"),
+        ({"layer_frequency": 0}, "layer_frequency = 0: give a whole number of 1 or more"),
+        ({"layer_frequency": True}, "layer_frequency = True"), ({"start_layer": -1}, "start_layer = -1"),
+        ({"start_layer": "5"}, "start_layer = '5'"),
+        ({"unfreeze_ttt_layers": True}, "train_w_down: true"),
+        ({"unfreeze_ttt_layers": [1, 2]}, "train_w_down: true"),
+        ({"yarn": {"enable": True, "factor": 4}}, "yarn = .* Leave it out"), ({"yarn": {"factor": 4}}, "yarn"),
+    ],
+)  # fmt: skip
+def test_what_it_asks_for_and_cannot_have_is_refused_in_words(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        entries_of(**changes)
+
+
+@pytest.mark.parametrize("off", [False, None, "", {}, [], 0, {"enabled": False, "factor": 4}])
+def test_what_is_off_is_accepted(off):
+    assert entries_of(unfreeze_ttt_layers=off, yarn=off) == entries_of()
+
+
+def test_all_that_is_refused_is_named():
+    with pytest.raises(ConfigError) as error:
+        entries_of(yarn=True, unfreeze_ttt_layers=1)
+    assert "yarn = True" in str(error.value)
+    assert "unfreeze_ttt_layers = 1" in str(error.value)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moshi_ttt.apps.evaluate.inner_loop import CURVES, evaluate, running_mean, write_inner_loop
+from moshi_ttt.apps.evaluate.inner_loop import evaluate, write_inner_loop
+from moshi_ttt.apps.inner_losses import CURVES, running_mean
 from moshi_ttt.apps.teacher_forcing import delayed
 from moshi_ttt.core.block import BlockContext, SequenceBlock
 from moshi_ttt.core.errors import ConfigError
