@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +17,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
     Everything in it is synced first. The parent of ``folder`` must exist.
     """
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = _new_name(folder)
     try:
+        temporary.mkdir()
         yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders for the owner alone
         publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -55,8 +55,9 @@ def _take_place(temporary: Path, folder: Path) -> None:
         _sync(folder.parent)
         return
     # A folder cannot be renamed over another: the old one steps aside, and back if the new one does not arrive.
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    aside = _new_name(folder)
     try:
+        aside.mkdir()
         os.rename(folder, aside / folder.name)
         try:
             os.rename(temporary, folder)
@@ -80,7 +81,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _new_name(folder: Path) -> Path:
+    """A hidden name beside ``folder`` that nothing has. The name comes before what is made under it, so that an
+    interruption at any moment finds it, and clears it away.
+    """
+    return folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")

@@ -70,3 +70,16 @@ def test_elsewhere_folders_are_synced_as_well(tmp_path, monkeypatch):
     with atomic_folder(tmp_path / "made") as folder:
         (folder / "file").write_text("")
     assert len(synced) == 3  # the file, its folder, the folder above
+
+
+def test_an_interruption_as_the_temporary_folder_appears_clears_it_away(tmp_path, monkeypatch):
+    really_make = os.mkdir
+
+    def interrupted(path, *others, **named):
+        really_make(path, *others, **named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "made"):
+        pass
+    assert list(tmp_path.iterdir()) == []
