@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from moshi_ttt.apps.arguments import PATH, Threads
 from moshi_ttt.apps.evaluate.commands import app as evaluate_app
-from moshi_ttt.apps.interruption import Interruption, StopRequest, handle, stop_signals
+from moshi_ttt.apps.interruption import EXIT_STOPPED, Interruption, StopRequest, handle, stop_signals
 from moshi_ttt.apps.threads import computing, prepare_environment
 from moshi_ttt.core.errors import MoshiTTTError
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_ERROR = 2
-EXIT_STOPPED = 75
-"""A training that was asked to stop, saved what it had and can be resumed: EX_TEMPFAIL, "try again later"."""
 EXIT_INTERRUPTED = 130
 
 _interruption = Interruption()

@@ -9,12 +9,19 @@ from __future__ import annotations
 import _thread
 import os
 import signal
+import socket
+import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+EXIT_STOPPED = 75
+"""A training that was asked to stop, saved what it had and can be resumed: EX_TEMPFAIL, "try again later"."""
+STUCK_SEC = 5.0
+"""How long a rank that starts may take to leave after a signal."""
 AGAIN_SEC = 2.0
 """A second Ctrl-C counts when it comes so many seconds after the first, or later."""
 
@@ -116,6 +123,7 @@ class StopRequest:
         self.started = False
         self._final = final
         self._before: dict[int, Any] = {}
+        self._watch = ExitStack()
 
     @property
     def asked(self) -> bool:
@@ -128,16 +136,20 @@ class StopRequest:
         """
         for number in stop_signals():
             self._before.setdefault(number, signal.signal(number, self._handle))
+        self._watch.close()
         if asked_anywhere():
             raise Interrupted
         self.started = True
 
     def __enter__(self) -> StopRequest:
+        if self._final and launched_by_torchrun():
+            self._watch.enter_context(leave_when_stuck())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._watch.close()
         for number, handler in self._before.items():
             # None: a handler that was not set from Python, and cannot be set again from here.
             signal.signal(number, signal.SIG_IGN if handler in self._final else handler or signal.SIG_DFL)
@@ -145,6 +157,36 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requests.again(number):
             raise Interrupted
+
+
+@contextmanager
+def leave_when_stuck() -> Iterator[None]:
+    """End this process ``STUCK_SEC`` after a signal to stop if the context has not been left by then.
+
+    A rank that starts may wait, where no handler of Python's runs, for one that has been stopped and never comes. It
+    has nothing to save yet, so a thread that sees the signal ends it.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    numbers = set(stop_signals())
+    ended = threading.Event()
+
+    def watch() -> None:
+        while number := reader.recv(1):
+            if number[0] in numbers and not ended.wait(STUCK_SEC):
+                print("Stopped as asked before the first step, while waiting for another rank.", file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(EXIT_STOPPED)
+        reader.close()
+
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(before)
+        writer.close()
 
 
 def _is_importing(frame: FrameType | None) -> bool:

@@ -6,6 +6,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -221,6 +223,31 @@ def test_clearing_away_is_not_interrupted_by_the_second_signal_of_a_stop(clock):
     clock.now += AGAIN_SEC
     with pytest.raises(Interrupted):
         handler(signal.SIGINT, None)
+
+
+def test_a_rank_that_is_stuck_while_it_starts_is_ended(tmp_path):
+    script = (
+        "from torch.distributed import TCPStore\n"
+        "from signal import SIGTERM\n"
+        "from moshi_ttt.apps import interruption\n"
+        "interruption.STUCK_SEC = 0.2\n"
+        "handler = interruption.Interruption()\n"
+        "interruption.handle([SIGTERM], handler)\n"
+        "store = TCPStore('localhost', 0, is_master=True)\n"
+        "with interruption.StopRequest(final=(handler,)):\n"
+        "    print('here', flush=True)\n"
+        "    store.wait(['what the other rank would write'])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ, "TORCHELASTIC_RUN_ID": "x"}
+    )
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == STOPPED
+    finally:
+        process.kill()
 
 
 def test_a_second_ctrl_c_ends_a_training_at_once(train, tmp_path, monkeypatch):
