@@ -82,7 +82,8 @@ class MoshiBundle:
         except (OSError, SafetensorError) as error:
             raise HostError(f"{self.name}: {path} cannot be read as safetensors: {error}.") from None
         weights = base_weights.present_names(model, weights)
-        if self.info.model_type == "hibiki":  # as Moshi loads such a model: the end of the sequence is padding
+        if self.info.model_type == "hibiki" and "text_emb.weight" in weights:
+            # As Moshi loads such a model: the end of the sequence is padding.
             weights["text_emb.weight"] = weights["text_emb.weight"].clone()
             weights["text_emb.weight"][2] = weights["text_emb.weight"][3]
         return with_stored_lora(model, weights, self.lora) if self.lora is not None and lora else weights
@@ -94,8 +95,8 @@ class MoshiBundle:
         """
         model: Mapping[str, Any] = self.info.lm_config or loaders._lm_kwargs
         codec: dict[str, Any] = self.info.mimi_config or loaders._mimi_config
+        layout = speech_layout(model["n_q"], model["dep_q"], model.get("delays", [0])[1:])
         try:
-            layout = speech_layout(model["n_q"], model["dep_q"], model["delays"][1:])
             codebooks = min(layout.codebooks, int(codec["quantizer"]["n_q"]))
             return loaders.get_mimi(self.info.mimi_weights, codec, num_codebooks=codebooks, device=device)
         except (RuntimeError, OSError, SafetensorError, TypeError, AssertionError, KeyError) as error:
