@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 BlockState = dict[str, Tensor]
 """Name -> tensor ``[B, ...]``. Floating-point entries have the policy's ``state`` dtype; counters are int64."""
@@ -40,13 +40,31 @@ def clone(state: Mapping[str, Tensor]) -> BlockState:
     return map_state(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format), state)
 
 
-def contiguous(state: Mapping[str, Tensor]) -> BlockState:
-    """The same values, each tensor contiguous; what is so already is the same tensor, and gradients flow on.
+ALIGNMENT = 64
+"""Bytes. PyTorch starts every buffer at a multiple of this on a CPU (of 512 on CUDA)."""
 
-    A matrix product over other strides may round differently, and on some CPUs does. So a call computes on one layout,
-    whether its state was expanded from the learned initial one, chosen row by row, or streamed into buffers.
+
+def contiguous(state: Mapping[str, Tensor]) -> BlockState:
+    """The same values, each tensor contiguous and aligned; what is so already is the same tensor. Gradients flow on.
+
+    A matrix product over other strides, or from an address that is no multiple of ``ALIGNMENT``, may round differently,
+    and on some CPUs does. So a call computes on one layout, whether its state was expanded from the learned initial
+    one, chosen row by row, streamed into buffers, or read from a file (safetensors gives addresses in the middle of it).
     """
-    return map_state(Tensor.contiguous, state)
+    return map_state(lambda tensor: _aligned(_row_major(tensor)), state)
+
+
+def _row_major(tensor: Tensor) -> Tensor:
+    tensor = tensor.contiguous()
+    # A dimension of size 1 may have any stride and still be contiguous; a view gives it the usual one.
+    return tensor.view(tensor.shape) if 1 in tensor.shape else tensor
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    # A traced tensor (torch.compile, FakeTensorMode) has no address. Reading one waits for no device.
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, nn.Parameter):
+        return tensor
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def without_views(state: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> BlockState:

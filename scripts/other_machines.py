@@ -24,6 +24,7 @@ SUITES = (
 SWITCHES: dict[str, dict[str, str]] = {
     "PyTorch without AVX-512": {"ATEN_CPU_CAPABILITY": "avx2"},
     "MKL with AVX2": {"MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "MKL with SSE4.2": {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
     "the oldest of each": {
         "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41",
     },
@@ -58,6 +59,9 @@ def probes() -> dict[str, str]:
     large = draw(512, 1024).bfloat16(), draw(768, 1024).bfloat16()
     found["product torch.bfloat16"] = functional.linear(*large)
     found["convolution torch.float32"] = functional.conv1d(draw(4, 64, 200).float(), draw(64, 64, 5).float())
+    # The weight starts in the middle of a vector register's width: some products then round otherwise than from its start.
+    weight = torch.empty(65 * 41 + 1)[1:].view(41, 65).copy_(draw(41, 65))
+    found["product torch.float32 from another address"] = functional.linear(draw(1, 65).float(), weight)
     return {
         name.replace("torch.", ""): hashlib.sha256(
             bytes(value.contiguous().view(torch.uint8).flatten().tolist())

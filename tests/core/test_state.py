@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moshi_ttt.core import state as states
 
@@ -101,3 +103,51 @@ def test_views_of_parameters_get_storage_of_their_own_and_gradients_flow_on():
     assert owned["made"] is state["made"]
     owned["view"].sum().backward()
     assert torch.equal(parameter.grad, torch.full((1, 3), 2.0))
+
+
+def misaligned(tensor):
+    """The same values, contiguous, from an address that is no multiple of the alignment."""
+    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
+
+
+def test_a_state_is_computed_on_in_one_memory_layout():
+    learned = torch.arange(15.0).view(1, 3, 5)
+    given = {
+        "expanded": learned.expand(2, 3, 5),
+        "transposed": learned.expand(2, 3, 5).transpose(1, 2).contiguous().transpose(1, 2),
+        "offset by one element": misaligned(learned.expand(2, 3, 5)),
+    }
+    for name, tensor in states.contiguous(given).items():
+        assert torch.equal(tensor, given[name])
+        assert tensor.stride() == (15, 5, 1), name
+        assert tensor.data_ptr() % states.ALIGNMENT == 0, name
+    one_row = torch.empty_strided((1, 3, 5), (0, 5, 1)).copy_(learned)
+    assert states.contiguous({"w": one_row})["w"].stride() == (15, 5, 1)
+
+
+def test_a_state_that_lies_right_is_not_copied():
+    state = {"w": torch.ones(2, 3), "one row": torch.ones(1, 3), "parameter": torch.nn.Parameter(torch.ones(2, 3))}
+    assert all(tensor.data_ptr() == state[name].data_ptr() for name, tensor in states.contiguous(state).items())
+    assert states.contiguous(state)["w"] is state["w"]
+
+
+def test_what_safetensors_reads_lies_anywhere_and_is_aligned(tmp_path):
+    save_file({"a": torch.ones(2, 3), "b": torch.ones(2, 5), "c": torch.ones(2, 7)}, tmp_path / "state.safetensors")
+    loaded = load_file(tmp_path / "state.safetensors")
+    assert any(tensor.data_ptr() % states.ALIGNMENT for tensor in loaded.values())
+    assert not any(tensor.data_ptr() % states.ALIGNMENT for tensor in states.contiguous(loaded).values())
+
+
+def test_gradients_flow_through_a_state_that_was_moved():
+    learned = misaligned(torch.ones(2, 3)).requires_grad_()
+    states.contiguous({"w": learned})["w"].sum().backward()
+    assert torch.equal(learned.grad, torch.ones(2, 3))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_traced_state_has_no_address_and_is_left_alone():
+    with FakeTensorMode():
+        state = {"w": torch.ones(2, 3)}
+        assert states.contiguous(state)["w"] is state["w"]
+    compiled = torch.compile(states.contiguous, backend="eager", fullgraph=True)
+    assert torch.equal(compiled({"w": torch.ones(2, 3)})["w"], torch.ones(2, 3))

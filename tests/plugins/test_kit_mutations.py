@@ -17,6 +17,7 @@ from moshi_ttt.core.errors import PrecisionError
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.state import map_state
 from moshi_ttt.core.testing import BlockCase, Shape, conformance_tests
+from moshi_ttt.core.testing.checks_streaming import layouts
 from moshi_ttt.plugins.common import inner_loop
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
@@ -99,6 +100,14 @@ class KeepsLayout(TTTLinear):
 
     def forward(self, x, state=None, context=None):
         with mock.patch("moshi_ttt.core.state.contiguous", dict):
+            return super().forward(x, state, context)
+
+
+class KeepsAddress(TTTLinear):
+    """A call computes on the state from the address it has: aligned, or in the middle of a file."""
+
+    def forward(self, x, state=None, context=None):
+        with mock.patch("moshi_ttt.core.state._aligned", lambda tensor: tensor):
             return super().forward(x, state, context)
 
 
@@ -304,6 +313,7 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     IgnoresRowsOfUpdates: {kit.check_updates_off},
     ForgetsBuffer: {kit.check_buffers},
     KeepsLayout: {kit.check_layouts},
+    KeepsAddress: {kit.check_layouts},
     DropsTail: {kit.check_splits},
     DeadParameter: {kit.check_trainable_set},
     DetachedGate: {kit.check_gradients_numerically},
@@ -362,6 +372,33 @@ def test_the_unmutated_block_passes_every_check_used_here() -> None:
         for checks in MUTATIONS.values():
             for check in checks:
                 check(_case(TTTLinear, dtype))
+
+
+class LaidOut(BlockCase):
+    """Every call gets activations and a state that lie in memory in one chosen way."""
+
+    layout = "contiguous"
+
+    def call(self, block, x, state=None, **more):
+        state = block.init_state(x.shape[0]) if state is None else state
+        return super().call(block, self.lay_out(x), map_state(self.lay_out, state), **more)
+
+    def lay_out(self, tensor):
+        return layouts(tensor).get(self.layout, tensor)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "contiguous", "offset by one element", "transposed"])
+def test_mixed_rows_are_caught_in_every_memory_layout(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LaidOut, "layout", layout)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        kit.check_rows(LaidOut(**vars(_case(TTTLinear, dtype))))
+        with pytest.raises(AssertionError, match="row 0"):
+            kit.check_rows(LaidOut(**vars(_case(SharedRows, dtype))))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_one_row_and_several_have_one_memory_layout(batch: int) -> None:
+    kit.check_layouts(_case(TTTLinear, torch.float32).at(shape=Shape(batch=batch)))
 
 
 def test_every_check_has_a_mutation_that_it_catches() -> None:
