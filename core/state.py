@@ -49,7 +49,7 @@ def contiguous(state: Mapping[str, Tensor]) -> BlockState:
 
     A matrix product over other strides, or from an address that is no multiple of ``ALIGNMENT``, may round differently,
     and on some CPUs does. So a call computes on one layout, whether its state was expanded from the learned initial
-    one, chosen row by row, streamed into buffers, or read from a file (safetensors gives addresses in the middle of it).
+    one, chosen row by row, streamed into buffers, or read from a file (safetensors gives addresses within it).
     """
     return map_state(lambda tensor: _aligned(_row_major(tensor)), state)
 

@@ -59,9 +59,10 @@ def probes() -> dict[str, str]:
     large = draw(512, 1024).bfloat16(), draw(768, 1024).bfloat16()
     found["product torch.bfloat16"] = functional.linear(*large)
     found["convolution torch.float32"] = functional.conv1d(draw(4, 64, 200).float(), draw(64, 64, 5).float())
-    # The weight starts in the middle of a vector register's width: some products then round otherwise than from its start.
-    weight = torch.empty(65 * 41 + 1)[1:].view(41, 65).copy_(draw(41, 65))
-    found["product torch.float32 from another address"] = functional.linear(draw(1, 65).float(), weight)
+    # All zeros where a product does not depend on where in memory its factors start.
+    row, weight = draw(1, 64).float(), draw(32, 64).float()
+    moved = torch.empty(32 * 64 + 1)[1:].view(32, 64).copy_(weight)
+    found["alignment torch.float32"] = functional.linear(row, moved) - functional.linear(row, weight)
     return {
         name.replace("torch.", ""): hashlib.sha256(
             bytes(value.contiguous().view(torch.uint8).flatten().tolist())
