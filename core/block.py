@@ -178,7 +178,9 @@ class SequenceBlock(nn.Module, ABC):
 
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Fill every parameter and persistent buffer with its initial value, drawing from ``generator`` (on the CPU).
+        """Fill every parameter and every buffer with its initial value, drawing from ``generator`` (on the CPU).
+
+        A model that was built on the meta device has no values in either, in buffers that are not persistent as well.
 
         Write with ``core.sharding.assign``, which knows what to do when the parameter is sharded.
         """

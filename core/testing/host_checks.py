@@ -76,24 +76,29 @@ class HostCase:
 class HostVariantCase:
     """One variant with one set of options in one host.
 
-    ``identity`` are options that make the block the identity (a gate of 0), or None when it has none.
+    ``identity`` are options that make the block the identity (a gate of 0), or None when it has none. ``beside`` is an
+    entry of another kind of site, ``{"variant": ..., ...}``: a second block in each of the layers, the identity at
+    step 0.
     """
 
     on: HostCase
     variant: str
     options: Mapping[str, Any]
     identity: Mapping[str, Any] | None
+    beside: Mapping[str, Any] | None = None
     dtype: torch.dtype = torch.float32
     registry: Registry = field(default_factory=default_registry, repr=False)
 
     def __str__(self) -> str:
-        return f"{self.on.name}-{self.variant}-{str(self.dtype)[6:]}"
+        variants = self.variant if self.beside is None else f"{self.variant}+{self.beside['variant']}"
+        return f"{self.on.name}-{variants}-{str(self.dtype)[6:]}"
 
     def inject(self, model: nn.Module, options: Mapping[str, Any] | None = None, *, excite: bool = True) -> Injection:
         """Blocks in the last two layers, with disturbed parameters so that every term counts."""
         entry = {"variant": self.variant, "layers": "last:2", **(self.options if options is None else options)}
-        config = parse_block(entry, registry=self.registry)
-        plan = make_plan(model, self.on.host, [config], policy=FP32_STATE, registry=self.registry)
+        entries = [entry] if self.beside is None else [entry, {"layers": "last:2", **self.beside}]
+        configs = [parse_block(each, registry=self.registry) for each in entries]
+        plan = make_plan(model, self.on.host, configs, policy=FP32_STATE, registry=self.registry)
         injection = plan.apply(model)
         if excite:
             generator = torch.Generator().manual_seed(0)
@@ -270,14 +275,18 @@ def host_conformance_tests(
     options: Mapping[str, Any] | None = None,
     *,
     identity: Mapping[str, Any] | None = None,
+    beside: Mapping[str, Any] | None = None,
     registry: Registry | None = None,
 ) -> Callable[..., None]:
-    """A parametrised pytest test of every host check, in float32 and bfloat16; assign it to a ``test_`` name."""
+    """A parametrised pytest test of every host check, in float32 and bfloat16; assign it to a ``test_`` name.
+
+    See ``HostVariantCase`` for ``identity`` and ``beside``.
+    """
     import pytest
 
     cases = [
         HostVariantCase(
-            on=on, variant=variant, options=options or {}, identity=identity, dtype=dtype,
+            on=on, variant=variant, options=options or {}, identity=identity, beside=beside, dtype=dtype,
             registry=registry or default_registry(),
         )
         for dtype in (torch.float32, torch.bfloat16)

@@ -155,6 +155,29 @@ class IgnoresRowsOfUpdates(TTTLinear):
         return super().compute(x, state, replace(context, updates=bool(torch.as_tensor(updates).all())))
 
 
+class ForgetsTable(TTTLinear):
+    """A buffer that is not persistent has its value from the constructor alone: a build on the meta device loses it."""
+
+    def __init__(self, config, info, roles):
+        super().__init__(config, info, roles)
+        self.register_buffer("table", torch.arange(3.0, device=info.device), persistent=False)
+
+
+class LosesBuffer(TTTLinear):
+    """A persistent buffer is neither saved nor loaded."""
+
+    def __init__(self, config, info, roles):
+        super().__init__(config, info, roles)
+        self.register_buffer("seen", torch.zeros(3, dtype=torch.bool, device=info.device))
+
+    def reset_parameters(self, generator=None):
+        super().reset_parameters(generator)
+        self.seen.copy_(torch.tensor([True, False, False]))
+
+    def persistent_buffers(self):
+        return {}
+
+
 class DropsTail(TTTLinear):
     """A call that ends inside a chunk forgets the unfinished chunk."""
 
@@ -312,6 +335,8 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     UndeclaredSchedule: {kit.check_inner_lr_factor},
     IgnoresRowsOfUpdates: {kit.check_updates_off},
     ForgetsBuffer: {kit.check_buffers},
+    ForgetsTable: {kit.check_buffers},
+    LosesBuffer: {kit.check_buffers},
     KeepsLayout: {kit.check_layouts},
     KeepsAddress: {kit.check_layouts},
     DropsTail: {kit.check_splits},
