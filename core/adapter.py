@@ -335,15 +335,16 @@ def _check_provenance(folder: Path, sites: Iterable[Mapping[str, Any]], registry
                 f"of {here}, another distribution. Install {made.distribution}, and uninstall {here.distribution} or "
                 "leave it out by MOSHI_TTT_PLUGINS. The model was not touched."
             )
-        elif _major(made.version) != _major(here.version):
+        elif major_version(made.version) != major_version(here.version):
             raise AdapterError(
                 f"{folder}: {entry['site']} was trained with {name!r} of {made}, and version {here.version} is "
                 f"installed: another major version may compute something else. Install "
-                f"{made.distribution}=={_major(made.version)}.*. The model was not touched."
+                f"{made.distribution}=={major_version(made.version)}.*. The model was not touched."
             )
 
 
-def _major(version: str) -> str:
+def major_version(version: str) -> str:
+    """The first part of a version: a change in it may change what a block computes."""
     return str(version).lstrip("v").partition(".")[0]
 
 

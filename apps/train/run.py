@@ -30,7 +30,8 @@ from moshi_ttt.apps.train.runtime import Runtime, start
 from moshi_ttt.apps.train.settings import Settings
 from moshi_ttt.apps.train.stopping import Pace, SafePoints, launcher_warnings
 from moshi_ttt.apps.train.trainer import Trainer, TrainingError
-from moshi_ttt.core.adapter import find_adapter
+from moshi_ttt.core.adapter import find_adapter, major_version
+from moshi_ttt.core.injection import PlannedBlock
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.hosts.moshi.fit import require_trainable
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
@@ -164,6 +165,7 @@ def _position(settings: Settings, trainer: Trainer, corpus: Corpus) -> dict[str,
         "base": trainer.trained.injection.host.fingerprint(trainer.trained.model)["weights"],
         "precision": ttt.precision,
         "ttt": [entry.model_dump(mode="json") for entry in ttt.ttt],
+        "variants": {block.variant.name: _maker(block) for block in trainer.trained.injection.plan.blocks},
         "lora": run.lora.model_dump(mode="json"),
         "full_finetuning": run.full_finetuning,
         "param_dtype": run.param_dtype,
@@ -173,6 +175,12 @@ def _position(settings: Settings, trainer: Trainer, corpus: Corpus) -> dict[str,
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("moshi-ttt", "torch", "moshi")},
     }
+
+
+def _maker(block: PlannedBlock) -> str:
+    """The distribution that provides a block's variant, and its major version: another may compute something else."""
+    made = block.variant.provenance
+    return f"{made.distribution} {major_version(made.version)}"
 
 
 def _introduction(
