@@ -9,13 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.apps.evaluate.inner_loop import evaluate, write_inner_loop
+from moshi_ttt.apps.evaluate.subjects import Subject
 from moshi_ttt.apps.inner_losses import CURVES, running_mean
 from moshi_ttt.apps.teacher_forcing import delayed
 from moshi_ttt.core.block import BlockContext, SequenceBlock
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 
-from .conftest import document, subject_with
+from .conftest import CONTEXT, document, subject_with
 
 VARIANTS = ["ttt_linear", "ttt_mlp", "ttt_multilayer", "gating_mlp"]
 
@@ -59,6 +62,18 @@ def test_means_are_over_the_recordings_that_have_a_value(variant):
     assert torch.equal(site.by_position["initial"][:, :4], site.by_position["before"][:, :4])
     assert not (site.by_position["initial"][:, 4:] == site.by_position["before"][:, 4:]).any()
     assert site.by_position["after"][:, 16:].isnan().all()
+
+
+def test_two_blocks_in_one_layer_have_curves_each():
+    model = random_tiny_lm(context=CONTEXT)
+    entries = [{"variant": variant, "layers": "1", "chunk": 4} for variant in ("gating_mlp", "ttt_linear")]
+    config = {"host": {"name": "moshi", "hf_repo": "builtin:tiny"}, "ttt": entries}
+    injection = inject(model, parse_config(config, registry=default_registry()))
+    subject = Subject(name="both", model=model, injection=injection, facts={})
+    result = run(subject, [document(12, 0)])
+    assert {site.site: site.variant for site in result.sites} == {
+        "layers.1.sequence": "ttt_linear", "layers.1.feed_forward": "gating_mlp",
+    }  # fmt: skip
 
 
 def test_a_padded_recording_is_never_heard():
