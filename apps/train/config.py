@@ -116,7 +116,7 @@ class InnerLossConfig(FrozenConfig):
 
     Attributes:
         enable: write them to metrics.jsonl.
-        interval: steps between two measurements.
+        interval: steps between two measurements; the last step is measured too.
         plots: draw them too, a png for each block; this measures them where ``enable`` does not.
         plot_dir: where the plots go; ``inner_losses`` in ``run_dir`` when left out.
     """

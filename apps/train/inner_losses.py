@@ -26,14 +26,15 @@ class InnerLosses:
     """
 
     def __init__(self, run: RunConfig, injection: Injection) -> None:
-        self.options = run.inner_losses
+        self.options, self.last = run.inner_losses, run.max_steps
         self.injection = injection
         self.folder = user_path(self.options.plot_dir or str(Path(run.run_dir, FOLDER)))
         self.sites: list[SiteCurves] = []
 
     def due(self, step: int) -> bool:
         """Whether this step is measured."""
-        return self.options.wanted and bool(self.injection.blocks) and step % self.options.interval == 0
+        wanted = self.options.wanted and bool(self.injection.blocks)
+        return wanted and (step % self.options.interval == 0 or step == self.last)
 
     @contextmanager
     def measuring(self, frames: int) -> Iterator[None]:
@@ -58,10 +59,19 @@ class InnerLosses:
             },
         }  # fmt: skip
 
-    def plot(self, step: int) -> None:
-        """A png for each block, where plots are asked for; each file appears whole."""
+    def plot(self, step: int) -> str | None:
+        """A png for each block, where plots are asked for; each file appears whole. What went wrong: a plot that cannot
+        be written does not end a training.
+        """
         if not self.options.plots:
-            return
+            return None
+        try:
+            self._plot(step)
+        except OSError as error:
+            return f"the inner losses of step {step} cannot be drawn in {self.folder}: {error}"
+        return None
+
+    def _plot(self, step: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for site in self.sites:
             title = f"{site.site} ({site.variant}), step {step}"

@@ -101,7 +101,8 @@ class Loop:
             self.log.show(record)
         if inner is not None and self.log is not None and inner.sites:
             self.log.write(inner.record(step.number))
-            inner.plot(step.number)
+            if (problem := inner.plot(step.number)) is not None:
+                self.log.say(f"Warning: {problem}")
         self._warn_of_grace()
         self._end_step(step)
 

@@ -19,6 +19,7 @@ from typing import Any
 from moshi_ttt.apps.folder_lock import LOCK, hold
 from moshi_ttt.apps.output_folder import LITTER
 from moshi_ttt.apps.train.checkpoint import NAME, STATE, find_checkpoints
+from moshi_ttt.apps.train.inner_losses import FOLDER as INNER_LOSSES
 from moshi_ttt.apps.train.logs import METRICS
 from moshi_ttt.apps.train.loop import Outcome
 from moshi_ttt.apps.train.runtime import Runtime
@@ -32,7 +33,7 @@ ARGS = "args.yaml"
 CHECKPOINTS = "checkpoints"
 FORMAT = "moshi-ttt run"
 FORMAT_VERSION = 1
-MADE = (ARGS, METRICS, "tensorboard", "wandb")
+MADE = (ARGS, METRICS, "tensorboard", "wandb", INNER_LOSSES)
 """What a run may make in its folder beside ``run.json`` and its checkpoints."""
 
 
@@ -60,7 +61,8 @@ class RunDir:
         if earlier is not None and run.overwrite_run_dir and not self.same and run.resume is not True:
             _delete(self.folder, earlier)
             earlier = None
-        chosen = (True, True, run.tensorboard, bool(run.wandb.project))
+        plots = run.inner_losses.plots and run.inner_losses.plot_dir is None
+        chosen = (True, True, run.tensorboard, bool(run.wandb.project), plots)
         made = [name for name, is_made in zip(MADE, chosen, strict=True) if is_made]
         known = earlier or {"format": FORMAT, "format_version": FORMAT_VERSION, "run_id": uuid.uuid4().hex, "made": []}
         known["made"] = sorted({*known["made"], *made})

@@ -114,7 +114,7 @@ def _host(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _take_from_flat_block(values: dict[str, Any]) -> None:
     """What the flat ``ttt`` block says about training is the run's, unless the run says it itself."""
     flat = values.get("ttt")
-    if not isinstance(flat, Mapping):
+    if not isinstance(flat, Mapping) or False in (flat.get("enable"), flat.get("enabled")):
         return
     for theirs, ours in FLAT.items():
         if flat.get(theirs) is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from rich.console import Console
 
 from moshi_ttt import default_registry
+from moshi_ttt.apps.train import run as running
 from moshi_ttt.apps.train.settings import parse_settings
 from moshi_ttt.core.errors import ConfigError
 
-from .conftest import FRAMES, adapter, records, same, values
+from .conftest import FRAMES, LORA, adapter, records, same, values
 
 BLOCKS = [{"variant": "ttt_mlp", "layers": "1", "chunk": 4}, {"variant": "gating_mlp", "layers": "2", "chunk": 4}]
 
@@ -55,8 +57,10 @@ FLAT = {
 def test_the_flat_blocks_keys_are_obeyed(train, tmp_path):
     with pytest.warns(UserWarning, match=r"reads it as inner_losses\.interval"):
         train(ttt={**FLAT, "inner_loop_plot_dir": str(tmp_path / "figures"), "persistent_states": True}, max_steps=3)
-    assert [line["step"] for line in records(tmp_path / "run", "inner_losses")] == [2]
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["step_000002_layers.1.sequence.png"]
+    assert [line["step"] for line in records(tmp_path / "run", "inner_losses")] == [2, 3], "the last step too"
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
+        f"step_{step:06d}_layers.1.sequence.png" for step in (2, 3)
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:.*the flat ttt block is read as")
@@ -68,7 +72,26 @@ def test_what_the_run_says_itself_counts(encoded, tmp_path):
     options = parse({}, inner_losses={"interval": 5}).inner_losses
     assert (options.enable, options.interval, options.plots) == (True, 5, True)
     assert parse({"log_inner_loop_losses": False, "ttt_fig5_enable": True}).inner_losses.enable
+    assert not parse({"enable": False, "persistent_states": True}, lora=LORA).carry_state
     assert not parse({"log_inner_loop_losses": False, "save_inner_loop_plots": False}).inner_losses.wanted
+
+
+def test_a_plot_that_cannot_be_written_is_a_warning(settings, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    chosen = settings(
+        ttt=BLOCKS, max_steps=2, inner_losses={"plots": True, "interval": 1, "plot_dir": str(tmp_path / "file" / "x")}
+    )
+    assert running.run(chosen, default_registry(), Console(width=500)).step == 2
+    assert "Warning: the inner losses of step 1 cannot be drawn in" in capsys.readouterr().out
+    assert len(records(tmp_path / "run", "inner_losses")) == 2
+
+
+def test_a_folder_with_plots_is_the_runs_own(train, tmp_path):
+    changes = {"ttt": BLOCKS, "inner_losses": {"plots": True, "interval": 1}}
+    train(max_steps=1, **changes)
+    assert train(max_steps=2, resume=True, **changes).step == 2
+    assert train(max_steps=1, overwrite_run_dir=True, **changes).step == 1
+    assert {path.name[:11] for path in (tmp_path / "run" / "inner_losses").iterdir()} == {"step_000001"}
 
 
 @pytest.mark.parametrize("wrong", [{"interval": 0}, {"every": 3}, {"plot_dir": ""}])
