@@ -16,6 +16,7 @@ def test_the_switches_are_listed_with_what_they_change():
     named = [line for line in lines if ": changes " in line]
     assert len(named) == 7, result.stdout + result.stderr
     changing = [line for line in named[:4] if "changes nothing" not in line]
-    assert result.returncode == (0 if changing else 1)
+    assert result.returncode == 0
+    assert changing or "nothing was tried here" in result.stdout
     for line in changing:
         assert any(dtype in line for dtype in ("float64", "float32", "bfloat16")), line
