@@ -92,11 +92,13 @@ class Sums:
 
 @contextmanager
 def measured(sums: Mapping[Site, Sums]) -> Iterator[None]:
-    """Add the inner losses of each block to its sums whenever it is called."""
+    """Add the inner losses of each block to its sums whenever a forward pass calls it."""
 
     def measure(into: Sums) -> Any:
         @torch.no_grad()
         def hook(block: SequenceBlock, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                return  # inside a backward: activation checkpointing repeats the call, which has been measured
             x = kwargs["x"] if "x" in kwargs else args[0]
             context = kwargs.get("context") or (args[2] if len(args) > 2 else None) or BlockContext()
             layout = block.info.format

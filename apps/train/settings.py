@@ -58,11 +58,12 @@ def read_settings(name: str, overrides: Sequence[str], registry: Registry) -> Se
 def parse_settings(values: Mapping[str, Any], *, registry: Registry, where: str) -> Settings:
     """The settings that plain values mean. Raises ConfigError with every problem found."""
     values = dict(values)
-    _take_from_flat_block(values)
+    conflicts = _take_from_flat_block(values, where)
     _take_from_adapter(values)
     values = {key: value for key, value in values.items() if key not in IGNORED}
     allowed = [*RunConfig.model_fields, *MODEL_KEYS]
     problems = [f"{where}: unknown key {key!r}. {nearest(str(key), allowed)}" for key in values if key not in allowed]
+    problems += conflicts
     if "host" in values and "moshi_paths" in values:
         problems.append(f"{where}: 'host' and 'moshi_paths' both say which Moshi: leave one of them out.")
     run = ttt = None
@@ -111,14 +112,20 @@ def _host(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"name": "moshi", "hf_repo": repository, **files}
 
 
-def _take_from_flat_block(values: dict[str, Any]) -> None:
-    """What the flat ``ttt`` block says about training is the run's, unless the run says it itself."""
-    flat = values.get("ttt")
+def _take_from_flat_block(values: dict[str, Any], where: str) -> list[str]:
+    """Give the run what the flat ``ttt`` block says of it; a sentence for each option that the run says otherwise.
+
+    Of its inner losses, which decide no numbers, what the run says counts.
+    """
+    flat, problems = values.get("ttt"), []
     if not isinstance(flat, Mapping) or False in (flat.get("enable"), flat.get("enabled")):
-        return
+        return []
     for theirs, ours in FLAT.items():
-        if flat.get(theirs) is not None:
-            values.setdefault(ours, flat[theirs])
+        if flat.get(theirs) is not None and values.setdefault(ours, flat[theirs]) != flat[theirs]:
+            problems.append(
+                f"{where}: {ours} is {values[ours]!r}, and ttt.{theirs} is {flat[theirs]!r}. They are one option: "
+                "leave one out."
+            )
     found: dict[str, Any] = {}
     for theirs, ours in INNER_LOSSES.items():
         if flat.get(theirs) is not None:
@@ -126,6 +133,7 @@ def _take_from_flat_block(values: dict[str, Any]) -> None:
     own = values.get("inner_losses")
     if found and isinstance(own, Mapping | None):
         values["inner_losses"] = {**found, **(own or {})}
+    return problems
 
 
 def _take_from_adapter(values: dict[str, Any]) -> None:

@@ -29,6 +29,8 @@ def test_inner_losses_are_logged_by_position_and_change_nothing(train, tmp_path,
         assert set(line["blocks"]) == {"layers.1.sequence", "layers.2.feed_forward"}
         found = line["blocks"]["layers.1.sequence"]
         assert found["first_updated_position"] == 4
+        rows = 2 * changes.get("num_microbatches", 1)
+        assert found["tokens"] == rows * (FRAMES - 4), "a call that checkpointing repeats is measured once"
         assert set(found["mean"]) == {"initial", "before", "after", "baseline"}
         assert found["mean"]["after"] < found["mean"]["before"], "an update lowers the loss it was made for"
         position = found["by_position"]

@@ -127,7 +127,11 @@ def test_the_flat_block_sets_the_runs_options():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         settings = parse(ttt={"layers": "1", "persistent_states": True, "gradient_checkpointing": False})
-        assert parse(ttt={"layers": "1", "persistent_states": True}, carry_state=False).run.carry_state is False
+        with pytest.raises(ConfigError, match=r"False, and ttt\.persistent_states is True. They are one"):
+            parse(ttt={"layers": "1", "persistent_states": True}, carry_state=False)
+        with pytest.raises(ConfigError, match=r"ttt\.gradient_checkpointing is False"):
+            parse(ttt={"layers": "1", "gradient_checkpointing": False}, gradient_checkpointing=True)
+        assert parse(ttt={"layers": "1", "persistent_states": True}, carry_state=True).run.carry_state is True
     assert settings.run.carry_state is True
     assert settings.run.gradient_checkpointing is False
 
