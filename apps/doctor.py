@@ -67,7 +67,7 @@ def examine(
         raise ConfigError(f"{config} has no blocks to examine. Give its ttt list an entry.")
     injection.freeze_base()
     length = length or max(64, 1 + 2 * max(_chunk(block) for block in injection.blocks.values()))
-    with threads.computing(threads.largest(model), processor_threads):
+    with threads.computing(threads.largest(injection.model), processor_threads):
         found = measure(injection, batches=batches, length=length, seed=seed)
     return Examination(config=config, batches=batches, length=length, blocks=found)
 

@@ -89,7 +89,7 @@ def _release(path: Path, descriptor: int) -> None:
 
 
 def _lock(descriptor: int) -> Literal["held", "taken", "impossible"]:
-    """Try to lock an open file; "impossible" where its file system does not lock."""
+    """Try to lock an open file; "impossible" where its file system, or this Python, has no locks."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -100,6 +100,8 @@ def _lock(descriptor: int) -> Literal["held", "taken", "impossible"]:
             import fcntl
 
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ModuleNotFoundError:
+        return "impossible"
     except OSError as error:
         return "taken" if error.errno in _TAKEN else "impossible"
     return "held"

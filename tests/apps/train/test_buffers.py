@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def counting(encoded):
 def test_a_buffer_is_resumed_and_exported(counting, tmp_path):
     straight = counting(tmp_path / "straight", max_steps=4)
     counting(tmp_path / "parted", max_steps=4, ckpt_freq=2, num_ckpt_keep=None)
-    (find_checkpoints(tmp_path / "parted")[-1] / "state.json").unlink()  # as if killed after step 2
+    shutil.rmtree(find_checkpoints(tmp_path / "parted")[-1])  # as if killed after step 2
     parted = counting(tmp_path / "parted", max_steps=4, resume=True)
     assert int(adapter(straight.checkpoint)[SEEN]) == 4 * 12
     assert adapter(straight.checkpoint)[SEEN].dtype == torch.int64

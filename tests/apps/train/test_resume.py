@@ -184,7 +184,7 @@ def test_any_rise_of_the_rate_ends_well(train, pct_start, steps):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_saves_and_ends(train, tmp_path, monkeypatch, number):
+def test_a_signal_saves_and_ends(train, tmp_path, monkeypatch, request, number):
     real = Trainer.make_step
 
     def make_step(self, *args, **kwargs):
@@ -194,6 +194,9 @@ def test_a_signal_saves_and_ends(train, tmp_path, monkeypatch, number):
         return step
 
     monkeypatch.setattr(Trainer, "make_step", make_step)
+    if signal.getsignal(number) is signal.SIG_IGN:  # where the tests themselves were started by nohup
+        signal.signal(number, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(number, signal.SIG_IGN))
     before = signal.getsignal(number)
     outcome = train(max_steps=50)
     assert (outcome.step, outcome.stopped) == (2, True)  # it came between two steps: no other is begun

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_a_run_on_a_lora_resumes(train, tuned, tmp_path):
     start = {"moshi_paths": paths(tuned["plain"]), "lora": LORA}
     train(**start, max_steps=2, ckpt_freq=1, num_ckpt_keep=None)
     straight = adapter(find_checkpoints(tmp_path / "run")[-1])
-    (find_checkpoints(tmp_path / "run")[-1] / "state.json").unlink()
+    shutil.rmtree(find_checkpoints(tmp_path / "run")[-1])
     again = train(**start, max_steps=2, resume=True)
     assert all(torch.equal(tensor, straight[name]) for name, tensor in adapter(again.checkpoint).items())
 
