@@ -147,8 +147,9 @@ def train(
     Several processes: torchrun --nproc-per-node 8 -m moshi_ttt train CONFIG. Ctrl-C or a termination saves a checkpoint
     and ends; resume=true goes on from it.
 
-    Exit code 0 when the run is done, 75 when it was stopped as asked and can be resumed, 2 for an error, 130 when a
-    second Ctrl-C ended it without saving. torchrun makes 1 of the last three; "status" in RUN_DIR/run.json tells them.
+    Exit code 0 when the run is done, 75 when it was stopped as asked and can be resumed (with do_ckpt: false nothing
+    was saved), 2 for an error, 130 when a second Ctrl-C ended it without saving. torchrun makes 1 of the last three;
+    "status" in RUN_DIR/run.json tells them.
     """
     with StopRequest(final=(_interruption,)) as stop:
         try:

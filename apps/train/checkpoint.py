@@ -60,7 +60,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise _damaged(folder, f"{STATE} cannot be read: {error}") from None
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{folder}: this version reads checkpoints of format {FORMAT_VERSION}, not this one.")
+        given = state.get("format_version") if isinstance(state, dict) else None
+        raise CheckpointError(
+            f"{folder} has format {given!r}, and this version reads {FORMAT_VERSION}. Use the version that wrote it, "
+            f"or start from its blocks with adapter: {folder}."
+        )
     return state
 
 

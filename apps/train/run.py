@@ -226,10 +226,10 @@ def _free_to_change(position: Any) -> dict[str, Any]:
 
 
 def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """What differs between two plain values, by the dotted names of options; what only one of them has is left out."""
+    """What differs between two plain values, by the dotted names of options."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in (key for key in old if key in new):
-            yield from _changes(old[key], new[key], f"{name}.{key}" if name else key)
+        for key in {**old, **new}:
+            yield from _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif old != new:
         yield f"{name} from {old!r} to {new!r}"
 
@@ -240,6 +240,7 @@ def _conclusion(outcome: Outcome, run: RunConfig) -> str:
         return f"Done: {outcome.step} steps; {saved}."
     if outcome.step == 0:
         return "Stopped as asked before the first step; there was nothing to save."
+    further = " Go on with resume=true." if outcome.checkpoint else ""
     if outcome.step >= run.max_steps:
-        return f"Stopped as asked after the last step, before its evaluation; {saved}. Go on with resume=true."
-    return f"Stopped as asked after step {outcome.step} of {run.max_steps}; {saved}. Go on with resume=true."
+        return f"Stopped as asked after the last step, before its evaluation; {saved}.{further}"
+    return f"Stopped as asked after step {outcome.step} of {run.max_steps}; {saved}.{further}"

@@ -156,8 +156,9 @@ def _strange(folder: Path) -> str:
         return f"run_dir: {folder} is not empty, and no run made it. Choose another, or empty it yourself."
     if checkpoints := find_checkpoints(folder):
         return (
-            f"run_dir: {folder} has no {RUN}: an unreleased moshi-ttt made it, before that file was written. Choose "
-            f"another run_dir; resume: {checkpoints[-1]} goes on from its newest checkpoint there."
+            f"run_dir: {folder} has no {RUN}: an unreleased moshi-ttt made it, before that file was written. It is "
+            f"neither resumed nor replaced. Choose another run_dir; adapter: {checkpoints[-1]} starts from the blocks "
+            "that it trained."
         )
     return (
         f"run_dir: {folder} has {ARGS} and no {RUN}: another program made it, as moshi-finetune does. It is neither "

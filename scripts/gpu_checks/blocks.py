@@ -22,6 +22,8 @@ LIMITS = {torch.float32: (2e-5, 1e-3), torch.bfloat16: (4e-2, 1e-1)}
 def against_float64(report: Report) -> None:
     """Every variant, forward and backward, in one call and in three, against float64 on the CPU."""
     for name, entry in VARIANTS.items():
+        if report.out_of_time(f"{name} and what follows"):
+            return
         reference = block_of(entry, torch.device("cpu"), torch.float64)
         for dtype, (limit, gradient_limit) in LIMITS.items():
             block = block_of(entry, report.device, dtype)
@@ -54,6 +56,8 @@ def _outcome(block: SequenceBlock, cuts: list[int]) -> list[Tensor]:
 def captured_step(report: Report) -> None:
     """The step captured in a CUDA graph and replayed, against the step, bit for bit: masks, a reset, a restore."""
     for name, entry in VARIANTS.items():
+        if report.out_of_time(f"{name} and what follows"):
+            return
         for dtype in LIMITS:
             _replay(report, f"{name} {str(dtype)[6:]}", block_of(entry, report.device, dtype))
 

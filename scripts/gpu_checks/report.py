@@ -37,12 +37,14 @@ class Report:
         device: what everything runs on.
         small: shapes for trying this script, not a GPU.
         budget: seconds for the whole run.
+        expected: the sections that a whole run has; one that has not run yet, or was left out, is no pass.
     """
 
     folder: Path
     device: torch.device
     small: bool
     budget: float
+    expected: tuple[str, ...] = ()
     began: float = field(default_factory=time.monotonic)
     checks: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -84,10 +86,10 @@ class Report:
         A section that fails is reported, and the others go on.
         """
         self.section = name
-        print(f"== {name}: {(function.__doc__ or '').splitlines()[0]}", flush=True)
-        red = [other for other in needs if self.sections.get(other, {}).get("state") in ("failed", "error")]
-        if red:
-            self._ended(name, "skipped", f"{', '.join(red)} is red: a time of wrong results means nothing")
+        print(f"== {name}: {(function.__doc__ or name).splitlines()[0]}", flush=True)
+        missing = [other for other in needs if not self.section_passed(other)]
+        if missing:
+            self._ended(name, "skipped", f"{', '.join(missing)} did not pass: a time of wrong results means nothing")
             return
         if self.left < seconds / 3:
             self._ended(name, "skipped", f"{max(0.0, self.left):.0f} s of the budget are left")
@@ -111,8 +113,18 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every section ran and every check passed."""
-        return bool(self.sections) and all(found["state"] == "passed" for found in self.sections.values())
+        """Whether every section of a whole run has run, and every check passed."""
+        names = self.expected or tuple(self.sections)
+        return bool(names) and all(self.section_passed(name) for name in names)
+
+    def section_passed(self, name: str) -> bool:
+        return self.sections.get(name, {}).get("state") == "passed"
+
+    def out_of_time(self, what: str) -> bool:
+        """Whether the budget is spent, inside a section: what is left out then is no pass."""
+        if self.left > 0:
+            return False
+        return not self.check(f"{what} left out", 1.0, 0.0, "the budget is spent")
 
     def write(self) -> None:
         """``gpu_check.json`` and ``gpu_check.md`` as of now."""

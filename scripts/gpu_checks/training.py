@@ -28,6 +28,8 @@ def training_and_resume(report: Report) -> None:
     manifest = _manifest(report.folder / "speech.jsonl")
     names = list(VARIANTS) if report.cuda else ["gating_mlp clipped"]
     for name in names:
+        if report.out_of_time(f"{name} and what follows"):
+            return
         folders = {
             what: report.folder / "runs" / f"{name.replace(' ', '-')}-{what}" for what in ("one", "two", "parted")
         }

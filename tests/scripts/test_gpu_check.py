@@ -62,6 +62,31 @@ def test_what_is_skipped_is_not_a_pass(tmp_path):
     assert "NOT passed" in result.stdout
 
 
+def test_one_section_brings_what_it_needs_and_is_no_pass_of_all(tmp_path):
+    result = run(tmp_path, "--only", "speed of blocks", "--budget", "3000")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert list(found["sections"]) == ["blocks", "ceilings", "speed of blocks"]
+    assert not found["passed"]
+    assert "passed, of these sections alone: blocks, ceilings, speed of blocks" in result.stdout
+
+
+def test_what_has_not_run_yet_is_no_pass(checks, tmp_path):
+    report = checks["report"].Report(tmp_path, torch.device("cpu"), True, 100.0, expected=("one", "two"))
+    report.run("one", 1.0, lambda report: None)
+    assert not json.loads((tmp_path / "gpu_check.json").read_text())["passed"]
+    report.run("two", 1.0, lambda report: None)
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["passed"]
+
+
+def test_a_budget_that_ends_inside_a_section_is_red(checks, report):
+    report.budget = 0.0
+    checks["blocks"].against_float64(report)
+    assert [(check["name"], check["passed"]) for check in report.checks] == [
+        ("ttt_linear and what follows left out", False)
+    ]
+
+
 def test_the_entry_points_of_a_tree_that_is_not_installed_come_from_pyproject(checks, monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)

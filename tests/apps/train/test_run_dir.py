@@ -49,15 +49,15 @@ def test_a_run_of_moshi_finetune_is_neither_resumed_nor_replaced(train, theirs, 
 
 
 @pytest.mark.parametrize("changes", [{"resume": True}, {"overwrite_run_dir": True}], ids=str)
-def test_a_run_from_before_the_marker_is_left_alone_and_can_be_gone_on_from(train, tmp_path, changes):
+def test_a_run_from_before_the_marker_is_left_alone_and_can_be_started_from(train, tmp_path, changes):
     train(max_steps=2)
     (tmp_path / "run" / "run.json").unlink()
     before = files(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"an unreleased moshi-ttt made it.*resume: .*checkpoint_000002"):
+    with pytest.raises(ConfigError, match=r"an unreleased moshi-ttt made it.*adapter: .*checkpoint_000002 starts"):
         train(max_steps=3, **changes)
     assert files(tmp_path / "run") == before
     newest = find_checkpoints(tmp_path / "run")[-1]
-    assert train(run_dir=str(tmp_path / "other"), max_steps=3, resume=str(newest)).step == 3
+    assert train(run_dir=str(tmp_path / "other"), max_steps=1, adapter=str(newest)).step == 1
 
 
 @pytest.mark.parametrize(
