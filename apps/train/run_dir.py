@@ -55,7 +55,7 @@ class RunDir:
     def folder(self) -> Path:
         return Path(self.settings.run.run_dir)
 
-    def open(self) -> None:
+    def begin(self) -> None:
         """Make it a folder of this run, in place of an earlier run's where the config says so. On rank 0."""
         run, earlier = self.settings.run, _read(self.folder)
         if earlier is not None and run.overwrite_run_dir and not self.same and run.resume is not True:
@@ -73,7 +73,7 @@ class RunDir:
     @contextmanager
     def opened(self, outcome: Outcome) -> Iterator[None]:
         """The folder opened, and how the run ended written down when the context ends. On rank 0."""
-        self.open()
+        self.begin()
         status = "failed"
         try:
             yield

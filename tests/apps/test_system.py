@@ -80,7 +80,8 @@ def test_an_interruption_inside_an_import_waits_for_its_end_without_an_alarm_too
     (tmp_path / "stopped.py").write_text(
         "import signal, time\ndel signal.SIGALRM, signal.setitimer\n"
         "from moshi_ttt.apps import cli, plugins\n"
-        "def render(registry):\n    import careless\n    print(careless.done, flush=True)\n    time.sleep(60)\n"
+        "def render(registry):\n    import careless\n    print(careless.done, flush=True)\n"
+        "    for _ in range(600):\n        time.sleep(0.1)\n"
         "plugins.render = render\n"
         "cli.main()\n"
     )
