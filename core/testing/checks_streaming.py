@@ -294,8 +294,13 @@ def check_updates_off(case: BlockCase) -> None:
     if case.causal:
         for what, updates, expected in (("off", False, frozen), ("off for row 0", mask, mixed)):
             state = block.allocate_state(x.shape[0])
+            start = states.clone(state)
             streamed = torch.cat([case.step(block, t, state, updates=updates) for t in x.split(1, dim=1)], dim=1)
             assert_close(streamed, expected, case.tolerance, f"streamed with updates {what}")
+            for name in block.memory_names():
+                if start[name].is_floating_point():
+                    kept_row = f"streamed with updates {what}, state {name!r} of row 0"
+                    assert_equal(state[name][0], start[name][0], kept_row)
 
 
 def check_memory(case: BlockCase) -> None:
@@ -317,7 +322,7 @@ def check_memory(case: BlockCase) -> None:
             assert_equal(used[name], written[name], f"forgetting wrote into state {name!r}")
         y, _ = case.call(block, x, forgotten)
         assert bool(y.isfinite().all()), "outputs are not finite after forgetting"
-        others = {n for n, t in written.items() if n not in names and t.is_floating_point()}
+        others = written.keys() - names
         _, kept = case.call(block, x, updates=False)
         for name in others:
             assert_equal(kept[name], written[name], f"state {name!r} is not memory, and depends on updates")
@@ -351,6 +356,7 @@ def check_no_host_read(case: BlockCase) -> None:
         mask = torch.ones(x.shape[0], dtype=torch.bool)
         case.step(block, x, state)
         case.step(block, x, state, exec_mask=mask)
+        case.step(block, x, state, updates=mask)  # as in every stream of a host
         block.reset_state(state, mask)
 
 

@@ -101,10 +101,15 @@ class BlockSite(StreamingModule[BlockStreamState]):
     def site(self) -> Site:
         return self.block.info.site
 
+    @property
+    def device(self) -> torch.device:
+        """Where the block is now: it may have been built on meta, or moved since."""
+        parameter = next(self.block.parameters(), None)
+        return self.block.info.device if parameter is None else parameter.device
+
     def _init_streaming_state(self, batch_size: int) -> BlockStreamState:
         refuse_sharded(self.block)
-        parameter = next(self.block.parameters(), None)
-        device = self.block.info.device if parameter is None else parameter.device
+        device = self.device
         self.check_rows(batch_size)
         state = BlockStreamState(batch_size, device, self.block, self.block.allocate_state(batch_size, device))
         state.set_updates(self.updates)
@@ -114,12 +119,6 @@ class BlockSite(StreamingModule[BlockStreamState]):
         """Raise ContextError where updates are enabled row by row, and a stream would have another number of rows."""
         if isinstance(self.updates, Tensor) and len(self.updates) != rows:
             raise ContextError(_rows_differ(self.updates, rows))
-
-    def set_updates(self, enabled: bool | Tensor) -> None:
-        """Enable or disable test-time updates, of the stream that is running too."""
-        self.updates = enabled
-        if self._streaming_state is not None:
-            self._streaming_state.set_updates(enabled)
 
     def forward(self, x: Tensor, frame: Frame) -> Tensor:
         """``x [B, T, D]`` through the block, in the regime that the host is in."""
@@ -132,7 +131,8 @@ class BlockSite(StreamingModule[BlockStreamState]):
         context = BlockContext(
             input_embeddings=frame.input_embeddings,
             reset=frame.reset,
-            updates=frame.updates,
+            # On the device of this layer: a model may lie on several.
+            updates=frame.updates.to(x.device) if isinstance(frame.updates, Tensor) else frame.updates,
             want_state=frame.final is not None,
         )
         y, after = self.block(x, frame.initial.get(self.site), context)
@@ -259,7 +259,7 @@ def updates_enabled(transformer: TTTStreamingTransformer, enabled: bool | Tensor
                 f"updates: expected a bool, or [B] bool with one answer a row, got shape {tuple(enabled.shape)} and "
                 f"dtype {enabled.dtype}."
             )
-        enabled = enabled.detach().to(sites[0].block.info.device if sites else enabled.device, copy=True)
+        enabled = enabled.detach().to(sites[0].device if sites else enabled.device, copy=True)
         for site in sites:
             if site._streaming_state is not None and site._streaming_state.batch_size != len(enabled):
                 raise ContextError(_rows_differ(enabled, site._streaming_state.batch_size))
@@ -274,9 +274,14 @@ def updates_enabled(transformer: TTTStreamingTransformer, enabled: bool | Tensor
 
 
 def _set_updates(transformer: TTTStreamingTransformer, sites: list[BlockSite], enabled: bool | Tensor) -> None:
+    # All sites first: where a stream of another number of rows is refused, no site is left with another answer.
     transformer._updates = enabled
     for site in sites:
-        site.set_updates(enabled)
+        site.updates = enabled
+    for site in sites:
+        if site._streaming_state is not None:
+            site.check_rows(site._streaming_state.batch_size)
+            site._streaming_state.set_updates(enabled)
 
 
 def _rows_differ(enabled: Tensor, rows: int) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -73,13 +74,22 @@ class BlockStreamState(State):
     @torch.no_grad()
     def forget(self) -> None:
         """Put every row's memory back to the learned initial one; caches that are not memory stay."""
-        states.copy_(self.buffers, self.block.forget(self.buffers))
+        with self._counting_skipped():
+            states.copy_(self.buffers, self.block.forget(self.buffers))
 
     @torch.no_grad()
     def exchange(self) -> None:
         """Hand every row's memory to the next row."""
-        for name in self.block.memory_names():
-            self.buffers[name].copy_(self.buffers[name].roll(1, 0))
+        with self._counting_skipped():
+            for name in self.block.memory_names():
+                self.buffers[name].copy_(self.buffers[name].roll(1, 0))
+
+    @contextmanager
+    def _counting_skipped(self) -> Iterator[None]:
+        """Keep each row's total of skipped updates where the memory inside is replaced: the count may be part of it."""
+        before = self.block.skipped_updates(self.buffers).clone()
+        yield
+        self.skipped_before.add_(before - self.block.skipped_updates(self.buffers))
 
     def reset(self, reset_mask: Tensor) -> None:
         """Put the rows where ``reset_mask [B]`` is true back to the learned initial state."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from moshi.models import LMGen
@@ -19,12 +21,16 @@ BLOCKS = [
 FRAMES = 14
 
 
-@pytest.fixture(params=[False, True], ids=["tensor operations", "compiled"])
-def model(request):
-    config = parse_config(
+def config_of():
+    return parse_config(
         {"host": {"name": "moshi", "hf_repo": "builtin:tiny", "dtype": "float32"}, "ttt": BLOCKS},
         registry=default_registry(),
     )
+
+
+@pytest.fixture(params=[False, True], ids=["tensor operations", "compiled"])
+def model(request):
+    config = config_of()
     model = MOSHI_HOST.load(config.host)
     injection = inject(model, config)
     generator = torch.Generator().manual_seed(3)
@@ -173,6 +179,39 @@ def test_another_number_of_rows_is_refused_and_changes_nothing(model):
         assert not any(module._streaming_state for module in sites(model))
         with pytest.raises(ContextError, match="updates of shape"):
             model(codes())
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_stream_of_another_number_of_rows_is_refused_on_leaving_too(model, rows):
+    # The inner answer is for all rows, so a stream of three may start there; the outer one has no row for each.
+    outer = torch.zeros(rows, dtype=torch.bool)
+    with (
+        torch.no_grad(),
+        ExitStack() as stream,
+        pytest.raises(ContextError, match=f"updates has {rows} rows, and the stream has 3"),
+        MOSHI_HOST.updates(model, outer),
+        MOSHI_HOST.updates(model, True),
+    ):
+        stream.enter_context(model.streaming(3))
+    assert all(site.updates is True for site in sites(model))
+
+
+def test_a_model_that_was_built_on_meta_is_switched_row_by_row():
+    # As training builds it. Its blocks' info goes on saying meta, and a switch that was put there has no values.
+    config = config_of()
+    model = MOSHI_HOST.skeleton(config.host)
+    injection = inject(model, config)
+    model.to_empty(device="cpu")
+    MOSHI_HOST.load_base(model, MOSHI_HOST.base_state_dict(MOSHI_HOST.load(config.host)))
+    injection.initialise()
+    out = {}
+    for name, enabled in {"on": True, "off": False, "mixed": torch.tensor([True, False, True])}.items():
+        with torch.no_grad(), MOSHI_HOST.updates(model, enabled):
+            out[name] = model(codes()).text_logits.nan_to_num()
+    assert not torch.equal(out["on"], out["off"])
+    assert torch.equal(out["mixed"][[0, 2]], out["on"][[0, 2]])
+    assert torch.equal(out["mixed"][1], out["off"][1])
+    streamed(model, torch.tensor([True, False, True]))
 
 
 def test_a_model_without_blocks_has_nothing_to_switch():

@@ -181,3 +181,20 @@ def test_updates_skipped_before_a_reset_are_reported_too():
 
     with pytest.warns(UserWarning, match=r"updates were skipped.*\[2, 2\]"):
         two_callers()
+
+
+def test_updates_skipped_before_memory_is_reset_are_reported_too():
+    model, _ = tiny_with({"variant": "gating_mlp", "layers": "2", "chunk": 4, "lr": 1e20})
+    generator = LMGen(model, use_sampling=False)
+
+    def interrupted():
+        with generator.streaming(2):
+            for t in range(9):
+                generator.step(user_codes(2)[..., :1])
+                if t == 7:
+                    for layer in model.transformer.layers:
+                        for site in block_sites(layer):
+                            site._streaming_state.forget()
+
+    with pytest.warns(UserWarning, match=r"updates were skipped.*\[2, 2\]"):
+        interrupted()

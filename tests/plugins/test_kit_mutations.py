@@ -147,6 +147,24 @@ class UndeclaredSchedule(TTTLinear):
     scales_inner_lr = False
 
 
+class ReadsUpdatesOnHost(TTTLinear):
+    """Right for each row, by a branch on the switch's value: a captured graph would not follow."""
+
+    def step(self, x, state, context=None):
+        if context is not None and isinstance(context.updates, torch.Tensor) and bool(context.updates.all()):
+            context = replace(context, updates=True)
+        return super().step(x, state, context)
+
+
+class LearnsInStreams(TTTLinear):
+    """Updates that are off are off in a call and on in a stream, from where the output does not show it: a bias."""
+
+    def step(self, x, state, context=None):
+        y = super().step(x, state, context)
+        state["bias.0"].add_(torch.finfo(state["bias.0"].dtype).eps)
+        return y
+
+
 class IgnoresRowsOfUpdates(TTTLinear):
     """Updates are disabled for all rows where they are for one."""
 
@@ -333,6 +351,8 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     CallsMemoryACache: {kit.check_memory},
     DeafToTheSchedule: {kit.check_inner_lr_factor},
     UndeclaredSchedule: {kit.check_inner_lr_factor},
+    ReadsUpdatesOnHost: {kit.check_no_host_read},
+    LearnsInStreams: {kit.check_updates_off},
     IgnoresRowsOfUpdates: {kit.check_updates_off},
     ForgetsBuffer: {kit.check_buffers},
     ForgetsTable: {kit.check_buffers},
@@ -360,6 +380,7 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
 RAISED: dict[type[TTTLinear], type[Exception]] = {
     BfloatState: PrecisionError,
     ReadsOnHost: DataDependentOutputException,
+    ReadsUpdatesOnHost: DataDependentOutputException,
     DetachedGate: GradcheckError,
     RemembersOnlyTheLastInput: RuntimeError,
     ResetWritesWhatBackwardNeeds: RuntimeError,

@@ -18,13 +18,15 @@ from moshi_ttt import default_registry, load_adapter
 from moshi_ttt.apps.train import model as module
 from moshi_ttt.apps.train import run as running
 from moshi_ttt.apps.train.checkpoint import find_checkpoints
+from moshi_ttt.apps.train.settings import parse_settings
 from moshi_ttt.apps.train.trainer import TrainingError
-from moshi_ttt.core.errors import ConfigError, HostError
+from moshi_ttt.core.errors import ConfigError, HostError, InjectionError
 from moshi_ttt.core.injection import Injection
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import resolve_repo
+from tests.plugins.test_convolution_cache import Unscaled, registry_of
 
-from .conftest import FRAMES, LORA, adapter, records, same
+from .conftest import FRAMES, LORA, adapter, records, same, values
 
 
 def base_model():
@@ -280,6 +282,16 @@ def test_compiled_blocks_train_alike(train, tmp_path, variant):
         train(run_dir=str(tmp_path / f"run{index}"), ttt=blocks, compile=compiled, max_steps=3, carry_state=True)
     first, second = ([record["loss"] for record in records(tmp_path / f"run{index}")] for index in range(2))
     assert first == pytest.approx(second, rel=1e-5)
+
+
+def test_a_rising_inner_learning_rate_that_a_block_ignores_is_refused(encoded, tmp_path):
+    registry = registry_of(Unscaled)
+    chosen = {
+        **values(encoded, tmp_path / "run"), "inner_lr_warmup": True,
+        "ttt": [{"variant": "convolved", "layers": "1", "chunk": 4}],
+    }  # fmt: skip
+    with pytest.raises(InjectionError, match=r"layers.1.sequence \(Unscaled\).*Leave inner_lr_warmup out"):
+        module.skeleton(parse_settings(chosen, registry=registry, where="test"), registry)
 
 
 def test_the_inner_learning_rate_rises_with_the_main_one(train, monkeypatch):
