@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moshi_ttt.core import state as states
 from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo
 from moshi_ttt.core.config import HostConfig
-from moshi_ttt.core.errors import HostError
+from moshi_ttt.core.errors import ContextError, HostError
 from moshi_ttt.core.state import BlockState
 
 
@@ -37,6 +37,23 @@ class CarriedState:
 
     def detach(self) -> CarriedState:
         return CarriedState({site: states.detach(state) for site, state in self.blocks.items()}, self.document_ids)
+
+
+def updates_switch(enabled: bool | Tensor) -> bool | Tensor:
+    """``enabled`` as ``HostModel.updates`` takes it; a tensor is copied, because the caller may change theirs.
+
+    Raises ContextError for anything but a bool or ``[B]`` bool.
+    """
+    if isinstance(enabled, bool):
+        return enabled
+    if not isinstance(enabled, Tensor):
+        raise ContextError(f"updates: expected a bool, or [B] bool with one answer a row, got {enabled!r}.")
+    if enabled.dtype != torch.bool or enabled.dim() != 1:
+        raise ContextError(
+            f"updates: expected a bool, or [B] bool with one answer a row, got shape {tuple(enabled.shape)} and "
+            f"dtype {enabled.dtype}."
+        )
+    return enabled.detach().clone()
 
 
 class HostModel(ABC):
@@ -125,7 +142,8 @@ class HostModel(ABC):
         innermost decides, and the one outside holds again after it, also after an error. A stream that was captured in
         a graph follows, and one that starts inside starts with it.
 
-        Raises ContextError where ``enabled`` does not have a row for each row of a running stream. With guidance an
+        Raises ContextError for anything but a bool or ``[B]`` bool (``updates_switch`` says so), and where ``enabled``
+        does not have a row for each row of a running stream. With guidance an
         LMGen streams two rows for each voice, b and B + b.
         """
 

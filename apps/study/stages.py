@@ -230,11 +230,11 @@ class Study:
 
     def _evaluation(self, kind: str, seed: int, compared: Mapping[Subject, int], group: str, place: Path) -> Job:
         """Of subjects and the number of a candidate of each."""
+        run_dirs = {subject: self.run_dir(subject, seed, number) for subject, number in compared.items()}
         adapters: list[str] = []
-        for subject, number in compared.items():
-            run_dir = self.run_dir(subject, seed, number)
+        for subject, run_dir in run_dirs.items():
             adapters += ["-a", f"{subject.name}={self.checkpoint(run_dir, self.scale.steps)}"]
-            config = run_dir / "args.yaml"
+        config = next(reversed(run_dirs.values())) / "args.yaml"  # of any of them: they share the base model
         options = {
             "recall": ("recall", "--frames", str(self.scale.hearing), "--pieces", str(self.scale.pieces)),
             "context": ("long-context", "--segments", str(self.scale.segment), "--window", str(self.scale.window)),

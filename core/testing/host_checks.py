@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moshi_ttt.core.adapter import load_adapter, save_adapter
 from moshi_ttt.core.config_parsing import parse_block
-from moshi_ttt.core.errors import MoshiTTTError
+from moshi_ttt.core.errors import ContextError, MoshiTTTError
 from moshi_ttt.core.host import HostModel
 from moshi_ttt.core.injection import Injection, make_plan
 from moshi_ttt.core.precision import FP32_STATE
@@ -192,7 +192,10 @@ def check_host_reset(case: HostVariantCase) -> None:
 
 @torch.no_grad()
 def check_host_carry(case: HostVariantCase) -> None:
-    """Carried state matters, a new document id resets that row and no other, updates can be frozen."""
+    """Carried state matters, a new document id resets that row and no other, updates can be disabled.
+
+    Disabling takes a bool or ``[B]`` bool, refuses anything else, and does not follow a tensor that its caller changes.
+    """
     model, host = case.injected(), case.on.host
     first, second = case.on.tokens(2, LENGTH, 1), case.on.tokens(2, LENGTH, 2)
     ids = torch.tensor([1, 2])
@@ -209,13 +212,22 @@ def check_host_carry(case: HostVariantCase) -> None:
     learned = case.on.logits(model, first)
     with host.updates(model, False):
         frozen = case.on.logits(model, first)
-        with host.updates(model, torch.tensor([True, False])):
+        given = torch.tensor([True, False])
+        with host.updates(model, given):
+            given.fill_(True)
             mixed = case.on.logits(model, first)
         assert_equal(case.on.logits(model, first), frozen, "updates are off again")
     assert not torch.equal(frozen, learned), "disabling updates changes nothing"
     assert_equal(mixed[0], learned[0], "the row whose updates are enabled")
     assert_equal(mixed[1], frozen[1], "the row whose updates are disabled")
     assert_equal(case.on.logits(model, first), learned, "updates are on again")
+    wrong: tuple[Any, ...] = (0, None, "off", torch.tensor([1, 0]), torch.ones(2, 1, dtype=torch.bool))
+    for value in wrong:
+        try:
+            with host.updates(model, value):
+                raise AssertionError(f"updates took {value!r}, and only a bool or [B] bool is allowed")
+        except ContextError:
+            continue
 
 
 def check_host_weights(case: HostVariantCase) -> None:

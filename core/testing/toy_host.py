@@ -14,7 +14,7 @@ from moshi_ttt.core.block import BlockContext, SequenceBlock, Site, SiteInfo, Si
 from moshi_ttt.core.config import HostConfig
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.format import SequenceFormat
-from moshi_ttt.core.host import CarriedState, HostModel
+from moshi_ttt.core.host import CarriedState, HostModel, updates_switch
 from moshi_ttt.core.registry import Registry
 
 FRAME_RATE = 12.5
@@ -175,7 +175,7 @@ class ToyHost(HostModel):
     @contextmanager
     def updates(self, model: nn.Module, enabled: bool | Tensor) -> Iterator[None]:
         model = self._checked(model)
-        before, model.updates = model.updates, enabled
+        before, model.updates = model.updates, updates_switch(enabled)
         try:
             yield
         finally:

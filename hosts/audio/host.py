@@ -15,7 +15,7 @@ from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo, SiteKind
 from moshi_ttt.core.config import HostConfig, Seed
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.format import SequenceFormat
-from moshi_ttt.core.host import CarriedState, HostModel
+from moshi_ttt.core.host import CarriedState, HostModel, updates_switch
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.hosts.audio.model import AudioDenoiser, AudioLayer, denoising_loss
 
@@ -129,7 +129,7 @@ class AudioHost(HostModel):
     @contextmanager
     def updates(self, model: nn.Module, enabled: bool | Tensor) -> Iterator[None]:
         model = _checked(model)
-        before, model.updates = model.updates, enabled
+        before, model.updates = model.updates, updates_switch(enabled)
         try:
             yield
         finally:

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from moshi_ttt.core import state as states
 from moshi_ttt.core.block import BlockContext, SequenceBlock, Site, SiteKind
 from moshi_ttt.core.errors import ContextError, HostError
-from moshi_ttt.core.host import CarriedState
+from moshi_ttt.core.host import CarriedState, updates_switch
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.hosts.moshi.streaming import BlockStreamState
 from moshi_ttt.hosts.moshi.upstream import StreamingModule, StreamingTransformer, StreamingTransformerLayer
@@ -253,18 +253,12 @@ def open_carry(
 def updates_enabled(transformer: TTTStreamingTransformer, enabled: bool | Tensor) -> Iterator[None]:
     """See ``HostModel.updates``. The tensor is copied: the caller may change theirs."""
     sites = [site for layer in transformer.layers for site in block_sites(layer)]
+    enabled = updates_switch(enabled)
     if isinstance(enabled, Tensor):
-        if enabled.dtype != torch.bool or enabled.dim() != 1:
-            raise ContextError(
-                f"updates: expected a bool, or [B] bool with one answer a row, got shape {tuple(enabled.shape)} and "
-                f"dtype {enabled.dtype}."
-            )
-        enabled = enabled.detach().to(sites[0].device if sites else enabled.device, copy=True)
+        enabled = enabled.to(sites[0].device if sites else enabled.device)
         for site in sites:
             if site._streaming_state is not None and site._streaming_state.batch_size != len(enabled):
                 raise ContextError(_rows_differ(enabled, site._streaming_state.batch_size))
-    elif not isinstance(enabled, bool):
-        raise ContextError(f"updates: expected a bool, or [B] bool with one answer a row, got {enabled!r}.")
     before = transformer._updates
     try:
         _set_updates(transformer, sites, enabled)
