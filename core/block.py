@@ -157,6 +157,9 @@ class SequenceBlock(nn.Module, ABC):
     """Whether the context must have the input embeddings; a block may set it from its options."""
     scales_inner_lr: ClassVar[bool] = False
     """Whether the block multiplies its inner learning rate by ``inner_lr_factor``: a training schedule needs that."""
+    skips_nonfinite: ClassVar[bool] = False
+    """Whether the update of a chunk with a token that is not finite is left out, in its row alone, and counted by
+    ``skipped_updates``; without that, such a token may spoil its own row until it is reset."""
     learned_state: ClassVar[bool] = True
     """Whether the initial state depends on the block's own parameters (a fast weight may start at the host's)."""
 

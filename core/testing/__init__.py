@@ -24,6 +24,7 @@ from moshi_ttt.core.testing.checks_lifecycle import (
     check_dtypes,
     check_plan_figures,
 )
+from moshi_ttt.core.testing.checks_nonfinite import check_nonfinite_recovery, check_nonfinite_rows
 from moshi_ttt.core.testing.checks_streaming import (
     check_causality,
     check_every_prefix,
@@ -69,6 +70,8 @@ CHECKS: tuple[Check, ...] = (
     check_rows,
     check_exec_mask,
     check_reset,
+    check_nonfinite_rows,
+    check_nonfinite_recovery,
     check_layouts,
     check_updates_off,
     check_memory,

@@ -22,6 +22,7 @@ from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common import health, inner_curves, inner_loop
+from moshi_ttt.plugins.common.finite import below, largest_factor
 from moshi_ttt.plugins.common.hybrid import (
     HybridOptions,
     HybridWeights,
@@ -105,6 +106,7 @@ class HybridBlock(SequenceBlock):
 
     config: HybridConfig
     scales_inner_lr = True
+    skips_nonfinite = True
 
     gate: Tensor
     gate_reversed: Tensor
@@ -270,9 +272,13 @@ class HybridBlock(SequenceBlock):
         return self.info.format.from_tokens(y, x)
 
     def _tokens(self, x: Tensor, position: Tensor, weights: HybridWeights, context: BlockContext) -> inner_loop.Tokens:
-        tokens = inner_inputs(x, position, weights, self.options, self.roles)
+        # A token that is not finite keeps its nan in the residual, and enters no product with a parameter: its
+        # gradient, however it is masked, would be zero times nan. A rate of nan tells the inner loop to leave it out.
+        with torch.no_grad():
+            finite = below(x, largest_factor(torch.promote_types(x.dtype, torch.float32)))[..., None]  # [B, T, 1]
+        tokens = inner_inputs(torch.where(finite, x, 0), position, weights, self.options, self.roles)
         lr = tokens.lr if self.inner_lr_factor == 1 else self.inner_lr_factor * tokens.lr
-        return tokens._replace(lr=context.where_updated(lr))
+        return tokens._replace(lr=torch.where(finite, context.where_updated(lr), torch.nan))
 
     def _from_start(self, x: Tensor, context: BlockContext) -> tuple[HybridWeights, inner_loop.Tokens]:
         """What enters the inner loop when ``x [B, T, D]`` starts a sequence."""
@@ -285,6 +291,7 @@ class HybridBlock(SequenceBlock):
     def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         heads = self.info.num_heads
         weights, tokens = self._from_start(x, context)
+        tokens, finite = inner_loop.only_finite(tokens, len(self.fast_weight))
         value = weights.wv(x, self.roles.matmul).unflatten(-1, (heads, -1)).to(tokens.k)
         norm = inner_norm(weights, self.options, self.roles)
         scale = weights.token_scale.to(self.roles.state)
@@ -293,6 +300,7 @@ class HybridBlock(SequenceBlock):
             **health.target_figures(tokens, value, norm.weight, norm.bias),
             **health.inner_losses(tokens, state, norm, scale, self.config.chunk),
             "token_scale_last": scale[-1],
+            "nonfinite_tokens": (~finite).float().mean(),
             "gate": torch.tanh(torch.stack(self.gates())).abs().max(),
         }
 
@@ -307,6 +315,9 @@ class HybridBlock(SequenceBlock):
 
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:
         return health.red_flags(figures)
+
+    def skipped_updates(self, state: BlockState) -> Tensor:
+        return state["skipped"]
 
     def flops_per_token(self) -> int:
         dim, heads, size = self.info.dim, self.info.num_heads, self.config.chunk

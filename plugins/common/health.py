@@ -59,12 +59,14 @@ def inner_losses(
     fast, _ = inner_loop.unpack(state)
     layout = ChunkLayout(tokens.q.shape[1], chunk_size, device=tokens.q.device)
     heads = tokens.q.shape[2]
+    tokens, finite = inner_loop.only_finite(tokens, len(fast.weights))
+    applied = layout.split((~finite)[..., None]).sum((2, 3)) == 0  # [B, N]
     _, keys, values, rates = (layout.split(part.flatten(2), heads).unbind(2) for part in tokens)
     before, after = [], []
     for n in range(tokens.q.shape[1] // chunk_size):
         memory = inner_loop.key_pass(keys[n], values[n], rates[n], fast, norm)
         before.append(_loss(keys[n], values[n], fast, norm))
-        fast = inner_loop.updated(fast, memory, token_scale[-1])
+        fast = inner_loop.updated(fast, memory, inner_loop.applied_scale(token_scale[-1], applied[:, n]))
         after.append(_loss(keys[n], values[n], fast, norm))
     nothing = tokens.q.new_tensor(torch.nan)
     first, second = (torch.stack(losses).mean() if losses else nothing for losses in (before, after))
@@ -78,6 +80,11 @@ def _loss(keys: Tensor, values: Tensor, fast: inner_loop.FastNetwork, norm: Inne
 def red_flags(figures: Mapping[str, float]) -> list[str]:
     """A sentence for each figure that is wrong."""
     flags = []
+    if figures["nonfinite_tokens"] > 0:
+        flags.append(
+            f"{figures['nonfinite_tokens']:.1%} of the tokens are not finite or too large, so the updates of their "
+            "chunks are skipped: lower base_lr, or look at the input."
+        )
     if figures["key_norm"] > 1.01:
         flags.append(f"A key has norm {figures['key_norm']:.3g}: keys must be L2-normalised.")
     if figures["std_smallest"] < 0 or figures["target_variance_error"] > 0.01:

@@ -37,6 +37,8 @@ def curves(target: Tensor, predictions: Mapping[str, Sequence[Tensor]]) -> dict[
 def hybrid(tokens: Tokens, state: BlockState, norm: InnerNorm, token_scale: Tensor) -> dict[str, Tensor]:
     """1/2 || LN(f(k; W)) - (v - k) ||^2 per token and head, without the token's learning rate.
 
+    NaN for a token that is not finite; the update of its chunk is skipped.
+
     Args:
         tokens: the T tokens of a sequence from its beginning.
         state: the initial one.
@@ -44,15 +46,19 @@ def hybrid(tokens: Tokens, state: BlockState, norm: InnerNorm, token_scale: Tens
     """
     start, _ = inner_loop.unpack(state)
     fast, size = start, token_scale.shape[0]
+    tokens, finite = inner_loop.only_finite(tokens, len(start.weights))
     keys, values, rates = (part.transpose(1, 2) for part in (tokens.k, tokens.v, tokens.lr[..., None]))
     found: dict[str, list[Tensor]] = {"initial": [], "before": [], "after": []}
-    for k, v, lr in zip(keys.split(size, 2), values.split(size, 2), rates.split(size, 2), strict=True):
+    chunks = zip(keys.split(size, 2), values.split(size, 2), rates.split(size, 2), finite.split(size, 1), strict=True)
+    for k, v, lr, kept in chunks:
         found["initial"].append(norm(inner_loop.forward(k, start)))
         found["before"].append(norm(inner_loop.forward(k, fast)))
         if k.shape[2] == size:
-            fast = inner_loop.updated(fast, inner_loop.key_pass(k, v, lr, fast, norm), token_scale[-1])
+            scale = inner_loop.applied_scale(token_scale[-1], kept.all(1))
+            fast = inner_loop.updated(fast, inner_loop.key_pass(k, v, lr, fast, norm), scale)
             found["after"].append(norm(inner_loop.forward(k, fast)))
-    return curves(values - keys, found)
+    losses = curves(values - keys, found)
+    return {name: loss.masked_fill(~finite[:, None], torch.nan) for name, loss in losses.items()}
 
 
 def _half_square(error: Tensor) -> Tensor:

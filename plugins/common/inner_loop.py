@@ -14,6 +14,9 @@ t and g_i(t) the gradient at its output, a query's product with layer i is
 
     x W_i + b_i - token_scale[n] * sum_{t <= n} (x . a_i(t) + 1) g_i(t)
 
+A token that is not finite, or too large (``finite_tokens``), takes no part: no other token sees it, and the update of
+its chunk is skipped in its row. Its own output means nothing.
+
 Shape legend: B streams, H heads, N chunks, C tokens a chunk, D head width, L layers. Everything has the dtype of the
 fast weights.
 """
@@ -30,6 +33,7 @@ from torch.nn import functional as F
 
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import BlockState, row_mask
+from moshi_ttt.plugins.common import finite as limits
 
 
 class Tokens(NamedTuple):
@@ -42,6 +46,27 @@ class Tokens(NamedTuple):
     k: Tensor
     v: Tensor
     lr: Tensor
+
+
+def finite_tokens(tokens: Tokens, layers: int) -> Tensor:
+    """``[B, T]`` bool: tokens whose q, k and v are finite and whose rate a fast network of ``layers`` layers bears.
+
+    In every head: a row's heads are updated together or not at all. An update of a layer grows with the rate, and what
+    the network gives with the product of its layers, so the rate's limit is a root of the others' (4e9 in float32).
+    """
+    with torch.no_grad():
+        # [B, T, H, D] -> [B, T, H D]
+        finite = limits.finite_tokens(*(part.flatten(2) for part in tokens[:3]))
+        rate: float = limits.largest_factor(tokens.lr.dtype) ** (1 / layers)
+        return finite & limits.below(tokens.lr, rate)
+
+
+def only_finite(tokens: Tokens, layers: int) -> tuple[Tokens, Tensor]:
+    """``tokens`` with zeros, a rate of zero among them, for those that are not ``finite_tokens``; and ``[B, T]``, which
+    are."""
+    finite = finite_tokens(tokens, layers)
+    q, k, v = (torch.where(finite[..., None, None], part, 0) for part in tokens[:3])
+    return Tokens(q, k, v, torch.where(finite[..., None], tokens.lr, 0)), finite
 
 
 @dataclass
@@ -142,12 +167,21 @@ def updated(fast: FastNetwork, memory: ChunkMemory, scale: Tensor, rows: Tensor 
     return FastNetwork(tuple(weights), tuple(biases))
 
 
-# ---- state: the fast weights at the unfinished chunk's start, that chunk's memory, and the position in it
+def applied_scale(scale: Tensor, rows: Tensor) -> Tensor:
+    """``[B, 1, 1, 1]``: ``scale`` where ``rows [B]``, and elsewhere zero, which changes no bit of finite weights."""
+    return torch.where(rows[:, None, None, None], scale, 0)
+
+
+# ---- state: the fast weights at the unfinished chunk's start, that chunk's memory, the position in it, its tokens that
+# ---- are not finite (spoiled), and the updates skipped because of such tokens
+
+
+COUNTERS = ("position", "spoiled", "skipped")
 
 
 def initial_state(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], chunk_size: int, batch: int) -> BlockState:
     """State at a chunk boundary from learned ``weights [H, in, out]`` and ``biases [H, 1, out]``, differentiable."""
-    state: BlockState = {"position": torch.zeros(batch, dtype=torch.int64, device=weights[0].device)}
+    state: BlockState = {name: torch.zeros(batch, dtype=torch.int64, device=weights[0].device) for name in COUNTERS}
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         heads, fan_in, fan_out = weight.shape
         state[f"weight.{i}"] = weight.expand(batch, -1, -1, -1)
@@ -167,9 +201,9 @@ def unpack(state: BlockState) -> tuple[FastNetwork, ChunkMemory]:
     return FastNetwork(part("weight"), part("bias")), ChunkMemory(part("input"), part("gradient"))
 
 
-def pack(position: Tensor, fast: FastNetwork, memory: ChunkMemory) -> BlockState:
-    """The inverse of ``unpack``."""
-    state: BlockState = {"position": position}
+def pack(counters: tuple[Tensor, ...], fast: FastNetwork, memory: ChunkMemory) -> BlockState:
+    """The inverse of ``unpack``, with the ``COUNTERS``, each ``[B]``."""
+    state: BlockState = dict(zip(COUNTERS, counters, strict=True))
     for i, parts in enumerate(zip(fast.weights, fast.biases, memory.inputs, memory.gradients, strict=True)):
         state |= dict(zip((f"weight.{i}", f"bias.{i}", f"input.{i}", f"gradient.{i}"), parts, strict=True))
     return state
@@ -203,6 +237,11 @@ def run(
     heads, size, position = tokens.q.shape[2], layout.chunk_size, state["position"]
     fast, before = unpack(state)
     after = position + layout.length
+    tokens, finite = only_finite(tokens, len(fast.weights))
+    # [B, N]: tokens of each chunk that are not finite; the first chunk goes on with those it had.
+    spoiled = layout.split((~finite)[..., None]).sum((2, 3))
+    spoiled = torch.cat([spoiled[:, :1] + state["spoiled"][:, None], spoiled[:, 1:]], dim=1)
+    applied = spoiled == 0
     mask = torch.ones(size, size, dtype=torch.bool, device=position.device).tril() if causal else None
     scale, last_scale = token_scale[:, None], token_scale[-1]
     valid = layout.valid[:, None, :, :, None].unbind(2)
@@ -218,14 +257,26 @@ def run(
             memory = _where(earlier[:, None, :, None], before, memory)
         outputs.append(query_pass(q, fast, memory, norm, scale, mask))
         if layout.offset is not None:
-            fast = updated(fast, memory, last_scale, rows=after >= (n + 1) * size)
+            fast = updated(fast, memory, last_scale, rows=applied[:, n] & (after >= (n + 1) * size))
             stops_here = (after >= n * size) & (after < (n + 1) * size)
             unfinished = _where(stops_here.view(-1, 1, 1, 1), memory, unfinished)
         elif (n + 1) * size <= layout.length:
-            fast = updated(fast, memory, last_scale)
+            fast = updated(fast, memory, applied_scale(last_scale, applied[:, n]))
         else:
             unfinished = memory
-    return layout.merge(torch.stack(outputs, dim=2)), pack(after % size, fast, unfinished)
+    counters = (after % size, *_counted(spoiled, state["skipped"], after // size))
+    return layout.merge(torch.stack(outputs, dim=2)), pack(counters, fast, unfinished)
+
+
+def _counted(spoiled: Tensor, skipped: Tensor, finished: Tensor) -> tuple[Tensor, Tensor]:
+    """The counters ``[B]`` after a call: spoiled tokens of the unfinished chunk, and skipped updates.
+
+    ``spoiled [B, N]`` of each chunk of the call, ``skipped [B]`` before it, ``finished [B]`` chunks that ended in it.
+    """
+    chunk = torch.arange(spoiled.shape[1], device=spoiled.device)
+    ended = chunk < finished[:, None]
+    unfinished = torch.where(chunk == finished[:, None], spoiled, 0).sum(1)
+    return unfinished, skipped + (ended & (spoiled > 0)).sum(1)
 
 
 def _map(memory: ChunkMemory, function: Callable[[Tensor], Tensor]) -> ChunkMemory:
@@ -258,9 +309,11 @@ def step(
     Returns:
         ``y [B, 1, H * D]``.
     """
-    q, k, v, lr = (part.transpose(1, 2) for part in tokens._replace(lr=tokens.lr[..., None]))
     position = state["position"]
     fast, memory = unpack(state)
+    tokens, finite = only_finite(tokens, len(fast.weights))
+    # [B, 1, H, D] -> [B, H, 1, D]
+    q, k, v, lr = (part.transpose(1, 2) for part in tokens._replace(lr=tokens.lr[..., None]))
     size = memory.inputs[0].shape[2]
     runs = torch.ones_like(position, dtype=torch.bool) if exec_mask is None else exec_mask
     token = key_pass(k, v, lr, fast, norm)
@@ -272,14 +325,18 @@ def step(
     written = ChunkMemory(memory.inputs, tuple(torch.where(seen[..., None], g, 0) for g in memory.gradients))
     y = query_pass(q, fast, written, norm, token_scale[position].view(-1, 1, 1, 1), seen[:, :, None])
     done = runs & (position == size - 1)
+    spoiled = state["spoiled"] + (runs & ~finite[:, 0])
+    applied = done & (spoiled == 0)
     # A row that has not finished its chunk adds exact zeros: the update runs every step, so that a captured graph
     # needs no branch.
     for weight, bias, a, g in zip(fast.weights, fast.biases, memory.inputs, memory.gradients, strict=True):
-        scaled = torch.where(row_mask(done, g), g * -token_scale[-1], 0)
-        finished = torch.where(row_mask(done, a), a, 0)
+        scaled = torch.where(row_mask(applied, g), g * -token_scale[-1], 0)
+        finished = torch.where(row_mask(applied, a), a, 0)
         weight.flatten(0, 1).baddbmm_(finished.flatten(0, 1).mT, scaled.flatten(0, 1))
         bias.add_(scaled.sum(-2, keepdim=True))
         a.masked_fill_(row_mask(done, a), 0)
         g.masked_fill_(row_mask(done, g), 0)
+    state["skipped"].add_(done & (spoiled > 0))
+    state["spoiled"].copy_(spoiled.masked_fill_(done, 0))
     position.copy_(torch.where(runs, (position + 1) % size, position))
     return y.transpose(1, 2).flatten(2)

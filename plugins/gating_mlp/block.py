@@ -24,6 +24,7 @@ from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common import inner_curves
+from moshi_ttt.plugins.common.finite import below, finite_tokens
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.compiled import CompiledStepper
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
@@ -38,6 +39,7 @@ class GatingMLP(SequenceBlock):
     """Returns the MLP's output ``[B, T, d]`` without the residual."""
 
     scales_inner_lr = True
+    skips_nonfinite = True
     kind: ClassVar[SiteKind] = SiteKind.FEED_FORWARD
     learned_state: ClassVar[bool] = False
     config: GatingMLPConfig
@@ -153,7 +155,7 @@ class GatingMLP(SequenceBlock):
         hidden = mlp.activation(gate) * up
         base = mlp.linear_out(hidden)
         if self.config.train_w_down:
-            base = self._add(base, F.linear(hidden, self.w_down_change.to(hidden.dtype)))
+            base = self._add(base, F.linear(_or_zero(hidden), self.w_down_change.to(hidden.dtype)))
         return hidden, base
 
     def _add(self, base: Tensor, added: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ class GatingMLP(SequenceBlock):
         if not self.config.learned_lr:
             rate = self.inner_lr_factor * self.config.lr
             return x.new_full((x.shape[0], x.shape[1], 1), rate, dtype=self.roles.state)
-        wide = x.to(self.roles.compute)
+        wide = _or_zero(x).to(self.roles.compute)
         score = (wide * self.lr_weight.to(wide)).sum(-1, keepdim=True) + self.lr_bias.to(wide)
         return (self.inner_lr_factor * self.config.lr * 2 * torch.sigmoid(score)).to(self.roles.state)
 
@@ -183,13 +185,15 @@ class GatingMLP(SequenceBlock):
         """The call's tokens as they ask, ``[B, T, h]`` or with a state ``[B, N C, h]``, and as they are remembered."""
         size, (batch, length) = self.chunk, x.shape[:2]
         keys, target, rate = self._token(hidden, x, context)
-        sound = ops.sound_tokens(keys, target, rate)[..., None]
-        spoiled = layout.split((~sound).to(keys.dtype)).sum((2, 3)).long()
-        target, rate = (layout.split(torch.where(sound, part, 0)) for part in (target, rate))
+        finite = finite_tokens(keys, target, rate)[..., None]  # [B, T, 1]
+        spoiled = layout.split((~finite).to(keys.dtype)).sum((2, 3)).long()
+        # A key that is not finite would spoil gradients that are summed over tokens, however it is masked after this.
+        keys = torch.where(finite, keys, 0)
+        target, rate = (layout.split(torch.where(finite, part, 0)) for part in (target, rate))
         queries = keys if state is None else layout.split(keys).flatten(1, 2)
         remembered = list(keys.split(size, 1))
         if context.want_state or state is not None:
-            remembered = list(layout.split(torch.where(sound, context.where_updated(keys), 0)).unbind(1))
+            remembered = list(layout.split(context.where_updated(keys)).unbind(1))
         beyond = self.memory.taps if context.want_state else 0
         sums = ops.filtered(target, self._reaching().to(target), self.memory.left, beyond)
         rate = F.pad(rate, (0, 0, 0, beyond))
@@ -258,12 +262,12 @@ class GatingMLP(SequenceBlock):
     def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         hidden, _ = self._host_mlp(x)
         key, target, rate = self._token(hidden, x, context)
-        sound = ops.sound_tokens(key, target, rate)
+        finite = finite_tokens(key, target, rate)
         return {
             "key_norm": key.norm(dim=-1).max(),
             "target_norm": target.norm(dim=-1).max(),
             "rate": rate.max(),
-            "unsound_tokens": (~sound).float().mean(),
+            "nonfinite_tokens": (~finite).float().mean(),
             "filter": self.conv.abs().max(),
         }
 
@@ -296,9 +300,9 @@ class GatingMLP(SequenceBlock):
             return inner_curves.curves(target[:, None], by_head)
 
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:
-        if figures["unsound_tokens"] > 0:
+        if figures["nonfinite_tokens"] > 0:
             return [
-                f"{figures['unsound_tokens']:.1%} of the tokens are not finite or too large, so the updates of their "
+                f"{figures['nonfinite_tokens']:.1%} of the tokens are not finite or too large, so the updates of their "
                 "chunks are skipped: lower lr, or look at the input."
             ]
         return []
@@ -315,6 +319,13 @@ class GatingMLP(SequenceBlock):
             clip = (1 + schedule.look_ahead) * (schedule.chunk * (hidden + dim) + dim * dim)
         learned = dim * hidden if self.config.train_w_down else 0
         return 2 * (recall + dim * dim + fold + value + clip + learned)
+
+
+def _or_zero(x: Tensor) -> Tensor:
+    """``x [B, T, any]`` with zeros for tokens that are not finite: nothing of them enters a gradient of a parameter."""
+    with torch.no_grad():
+        finite = below(x, float("inf"))[..., None]
+    return torch.where(finite, x, 0)
 
 
 def _out_features(linear: nn.Module) -> int:

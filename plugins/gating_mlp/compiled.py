@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.state import BlockState
-from moshi_ttt.plugins.gating_mlp import ops
+from moshi_ttt.plugins.common.finite import largest_factor
 from moshi_ttt.plugins.gating_mlp.memory import Memory
 
 NAME = "moshi_ttt_gating_mlp"
@@ -39,7 +39,7 @@ class CompiledStepper:
             )
         schedule = memory.schedule
         self.decay, self.clip = memory.decay, memory.clip
-        self.limit = ops.largest_factor(like.dtype)
+        self.limit = largest_factor(like.dtype)
         self.plan = [
             schedule.chunk, schedule.staged, schedule.moves, schedule.slice, schedule.look_ahead, memory.first_tap,
             memory.taps,

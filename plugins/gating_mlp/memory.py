@@ -51,11 +51,11 @@ class HeardChunks:
     """A call's tokens by chunks; the first goes on with the chunk that was unfinished before it.
 
     Attributes:
-        keys: N times ``[B, C, h]``; zero where there is no token, an unsound one, or one that teaches nothing.
-        values: ``[B, N, C, d]``; zero where there is no token or an unsound one.
+        keys: N times ``[B, C, h]``; zero where there is no token, one that is not finite, or one that updates nothing.
+        values: ``[B, N, C, d]``; zero where there is no token or one that is not finite.
         open: ``[B, N, C + K, d + 1]``, the filter's output and the rates, also past the chunk's end.
         complete: ``[B, N]`` bool, chunks that end in this call.
-        spoiled: ``[B, N]`` int64, unsound tokens; scale: ``[B, N]``, zero where the update is skipped.
+        spoiled: ``[B, N]`` int64, tokens that are not finite; scale: ``[B, N]``, zero where the update is skipped.
         squares: ``[B, N, C]``, what each token adds to its update's squared norm, or None without clipping.
         come: ``[B]`` int64, tokens since the start of the first chunk.
     """

@@ -17,8 +17,6 @@ transposed, ``[B, h, d]``.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,29 +25,6 @@ from torch.nn import functional as F
 def left_padding(kernel: int, padding: str) -> int:
     """Taps that look back: all but one when causal; (K - 1) // 2 when centered."""
     return kernel - 1 if padding == "causal" else (kernel - 1) // 2
-
-
-def largest_factor(dtype: torch.dtype) -> float:
-    """What keys, targets and rates must stay below: the fourth root of the largest number (4e9 in float32).
-
-    A product of three, summed over any stream and multiplied by a filter of sane size, is then finite.
-    """
-    largest: float = torch.finfo(dtype).max
-    return math.sqrt(math.sqrt(largest))
-
-
-def sound_tokens(*factors: Tensor) -> Tensor:
-    """``[B, T]`` bool: tokens whose every factor ``[B, T, any]`` is below ``largest_factor``; a nan is not."""
-    with torch.no_grad():
-        sound = _below_limit(factors[0])
-        for factor in factors[1:]:
-            sound = sound & _below_limit(factor)
-        return sound
-
-
-def _below_limit(factor: Tensor) -> Tensor:
-    # Apart, and without abs(): torch.aminmax along a dimension is five times slower on a CPU, and abs makes a copy.
-    return torch.maximum(factor.amax(-1), -factor.amin(-1)) < largest_factor(factor.dtype)
 
 
 def filtered(target: Tensor, conv: Tensor, left: int, beyond: int = 0) -> Tensor:

@@ -50,6 +50,10 @@ class Row {
                 ", and a chunk has ", plan.chunk, " tokens. Take the state from the block's allocate_state.");
   }
 
+  bool is_finite(const T* key, const T* target, T rate, T limit) const {
+    return below(key, hidden_, limit) && below(target, width_, limit) && std::abs(rate) < limit;
+  }
+
   bool has_unfolded() const { return folded_ < hidden_; }
 
   // The query that the dense update is asked: what is not folded yet has not decayed in it either.
@@ -79,22 +83,19 @@ class Row {
   }
 
   // What the unfinished chunk's tokens add to the filter's output at K tokens from R before this one on, with rates.
-  // Gives whether the token is sound.
-  bool hear(const T* key, const T* target, T rate, const T* conv, int64_t kernel, T limit, T* sums) const {
+  void hear(bool finite, const T* target, T rate, const T* conv, int64_t kernel, T* sums) const {
     const int64_t wide = width_ + 1, earlier = (plan_.taps - 1) * wide;
     const T* open = row_of<T>(state_.open, row_);
     std::copy(open, open + earlier, sums);
     std::fill(sums + earlier, sums + earlier + wide, T(0));
-    const bool sound = below(key, hidden_, limit) && below(target, width_, limit) && std::abs(rate) < limit;
-    if (sound)
+    if (finite)
       for (int64_t channel = 0; channel < width_; ++channel)
         for (int64_t i = 0; i < plan_.taps; ++i)
           sums[i * wide + channel] +=
               conv[channel * kernel + plan_.first_tap + plan_.taps - 1 - i] * target[channel];
-    sums[plan_.look_ahead * wide + width_] = sound ? rate : T(0);
+    sums[plan_.look_ahead * wide + width_] = finite ? rate : T(0);
     const int64_t before_the_chunk = std::max<int64_t>(0, plan_.look_ahead - position_);
     std::fill(sums, sums + before_the_chunk * wide, T(0));
-    return sound;
   }
 
   // Moves the staged tokens whose turn it is, and writes the step's key (null for none) and the values it changes.
@@ -141,14 +142,14 @@ class Row {
     return {settled, settled + total};
   }
 
-  void advance(bool sound, const T* sums, std::optional<std::pair<T, T>> square, T clip) const {
+  void advance(bool finite, const T* sums, std::optional<std::pair<T, T>> square, T clip) const {
     const bool ends = position_ + 1 == plan_.chunk;
     const int64_t wide = width_ + 1, earlier = (plan_.taps - 1) * wide;
     T* open = row_of<T>(state_.open, row_);
     if (ends) std::fill(open, open + earlier, T(0));
     else std::copy(sums + wide, sums + wide + earlier, open);
     int64_t& spoiled = *row_of<int64_t>(state_.spoiled, row_);
-    spoiled += !sound;
+    spoiled += !finite;
     if (square) *row_of<T>(*state_.square, row_) = ends ? T(0) : square->first;
     if (ends) {
       T scale = spoiled == 0 ? 1 : 0;
@@ -197,11 +198,22 @@ Tensor run(const Plan& plan, const State& state, const Token& token, const Tenso
   const bool any_unfolded =
       std::any_of(rows.begin(), rows.end(), [](const Row<T>& row) { return row.has_unfolded(); });
 
-  Tensor kept = decay == 0 ? token.key : at::empty_like(token.key);
-  Tensor left = any_unfolded ? at::zeros({batch, 1 + plan.slice, plan.chunk}, token.key.options()) : Tensor();
+  // A token that is not finite is given nothing: its key is replaced by zeros.
+  std::vector<bool> finite(batch);
+  for (int64_t b = 0; b < batch; ++b)
+    finite[b] = rows[b].is_finite(row_of<T>(token.key, b), row_of<T>(token.target, b), row_of<T>(token.rate, b)[0],
+                                  T(options.limit));
+  Tensor keys = token.key;  // [B, 1, h]
+  if (std::find(finite.begin(), finite.end(), false) != finite.end()) {
+    keys = keys.clone();
+    for (int64_t b = 0; b < batch; ++b)
+      if (!finite[b]) std::fill_n(row_of<T>(keys, b), hidden, T(0));
+  }
+  Tensor kept = decay == 0 ? keys : at::empty_like(keys);
+  Tensor left = any_unfolded ? at::zeros({batch, 1 + plan.slice, plan.chunk}, keys.options()) : Tensor();
   for (int64_t b = 0; b < batch; ++b) {
-    if (decay != 0) rows[b].ask(row_of<T>(token.key, b), row_of<T>(kept, b), decay);
-    if (rows[b].has_unfolded()) rows[b].ask_finished(token.key[b][0], left[b]);
+    if (decay != 0) rows[b].ask(row_of<T>(keys, b), row_of<T>(kept, b), decay);
+    if (rows[b].has_unfolded()) rows[b].ask_finished(keys[b][0], left[b]);
   }
   Tensor given = at::bmm(kept, state.delta.narrow(1, 0, hidden));
   Tensor slices;  // [B, 1 + w, d]: what the last finished chunk gives, and what is to be folded
@@ -214,19 +226,19 @@ Tensor run(const Plan& plan, const State& state, const Token& token, const Tenso
     }
   }
 
-  Tensor buffer = at::empty({plan.taps, width + 1}, token.key.options());
+  Tensor buffer = at::empty({plan.taps, width + 1}, keys.options());
   T* sums = buffer.data_ptr<T>();
   for (int64_t b = 0; b < batch; ++b) {
     if (token.active && !token.active[b]) continue;
     const Row<T>& row = rows[b];
-    const T* key = row_of<T>(token.key, b);
+    const T* key = row_of<T>(keys, b);
     if (row.has_unfolded()) row.fold(row_of<T>(slices, b) + width, decay);
-    const bool sound = row.hear(key, row_of<T>(token.target, b), row_of<T>(token.rate, b)[0], conv.data_ptr<T>(),
-                                conv.size(2), T(options.limit), sums);
-    row.write(sound && (!token.updated || token.updated[b]) ? key : nullptr, sums);
+    row.hear(finite[b], row_of<T>(token.target, b), row_of<T>(token.rate, b)[0], conv.data_ptr<T>(), conv.size(2),
+             sums);
+    row.write(finite[b] && (!token.updated || token.updated[b]) ? key : nullptr, sums);
     std::optional<std::pair<T, T>> square;
     if (options.clip) square = row.square(projection);
-    row.advance(sound, sums, square, T(options.clip.value_or(0)));
+    row.advance(finite[b], sums, square, T(options.clip.value_or(0)));
   }
   return at::mm(given.view({batch, width}), projection).unsqueeze(1);
 }

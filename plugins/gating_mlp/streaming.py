@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moshi_ttt.core.state import BlockState, row_mask
+from moshi_ttt.plugins.common.finite import largest_factor
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.memory import Memory
 from moshi_ttt.plugins.gating_mlp.schedule import StepTables
@@ -24,7 +25,7 @@ class Stepper:
     def __init__(self, memory: Memory, like: Tensor) -> None:
         schedule, batch = memory.schedule, like.shape[0]
         self.memory = memory
-        self.limit = ops.largest_factor(like.dtype)
+        self.limit = largest_factor(like.dtype)
         self.tables = StepTables(schedule, batch, like.device)
         self.channel = torch.arange(schedule.hidden, device=like.device)
         self.window = torch.arange(-schedule.look_ahead, 1, device=like.device)
@@ -40,6 +41,8 @@ class Stepper:
     ) -> Tensor:  # fmt: skip
         """What the earlier chunks' updates add to the token's output, ``[B, 1, d]``; the token goes into ``state``.
 
+        Zero for a token that is not finite.
+
         Args:
             token: key (the hidden activation) ``[B, 1, h]``, target ``[B, 1, d]`` and rate ``[B, 1, 1]``, in the
                 state's dtype.
@@ -47,17 +50,16 @@ class Stepper:
             active: ``[B]`` bool, or None for all; the state of a row that is not stays as it is.
             updated: ``[B]`` bool, or None for all; the token of a row that is not (its rate is 0) updates nothing.
         """
-        query = token[0][:, 0]
+        row = torch.cat(token, dim=-1)[:, 0]
+        finite = row.abs().amax(-1) < self.limit
+        row = torch.where(finite[:, None], row, 0)
+        key, heard = row.split_with_sizes([token[0].shape[-1], row.shape[1] - token[0].shape[-1]], dim=1)
         columns, channels, sources, key_slots, value_slots, folded, done, following = self.tables.at(
             state["position"], active
         )
-        given, slices = self._recall(state, query, columns, folded)
+        given, slices = self._recall(state, key, columns, folded)
         self._fold(state["delta"], channels, slices)
 
-        row = torch.cat(token, dim=-1)[:, 0]
-        sound = row.abs().amax(-1) < self.limit
-        row = torch.where(sound[:, None], row, 0)
-        key, heard = row.split_with_sizes([query.shape[1], row.shape[1] - query.shape[1]], dim=1)
         if updated is not None:
             key = torch.where(updated[:, None], key, 0)
         sums = torch.cat([state["open"], self.unheard], dim=1)
@@ -74,7 +76,7 @@ class Stepper:
 
         ends = done[:, 0].bool()
         _advance(state["open"], sums[:, 1:], ends, active)
-        spoiled = ~sound if active is None else active > sound
+        spoiled = ~finite if active is None else active > finite
         scale = None
         if self.memory.clip is not None:
             keys = (
@@ -122,7 +124,7 @@ class Stepper:
 
 
 def _count(state: BlockState, spoiled: Tensor, clip_scale: Tensor | None, ends: Tensor) -> None:
-    """One more unsound token where ``spoiled [B]``; where the chunk ``ends [B]``, how its update will count."""
+    """Count a token that is not finite where ``spoiled [B]``; where the chunk ``ends [B]``, scale its update."""
     spoiled = state["spoiled"] + spoiled
     taught = spoiled == 0
     scale = taught.to(state["scale"].dtype)

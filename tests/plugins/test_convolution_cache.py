@@ -22,6 +22,8 @@ class ConvolvedConfig(TTTLinearConfig):
 class Convolved(TTTLinear):
     """TTT-Linear over x_t + 0.5 x_(t-1). Its state has x_(t-1), ``[B, 1, D]``, which updates do not write."""
 
+    skips_nonfinite = False  # through the cache a token that is not finite reaches the next one
+
     def init_state(self, batch_size, device=None):
         state = super().init_state(batch_size, device)
         like = next(iter(state.values()))

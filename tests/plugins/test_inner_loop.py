@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from itertools import pairwise
 
 import pytest
@@ -220,3 +221,36 @@ def test_updates_off_leaves_the_state_alone():
     )
     expected = problem.q + reference.layer_norm(plain, problem.norm_weight, problem.norm_bias, 1e-6)
     assert error(y, expected.transpose(1, 2).flatten(2)) < 1e-12
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e80], ids=str)
+@pytest.mark.parametrize("widths", DEPTHS, ids=str)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "noncausal"])
+def test_a_token_that_is_not_finite_is_left_out_with_its_chunks_update(widths, causal, bad):
+    """The definition: nobody uses the token, and the chunk after starts from the weights that its own started from."""
+    problem, row, place = Problem(widths, length=12), 1, 6
+
+    def only(kept, lr):
+        part = copy(problem)
+        part.q, part.k, part.v, part.lr = (x[:, :, kept].detach() for x in (problem.q, problem.k, problem.v, lr))
+        return part.reference(causal)
+
+    lr = problem.lr.detach().clone()
+    lr[row, :, place] = 0
+    expected, _, _ = only(list(range(8)), lr)
+    after, weights, _ = only([0, 1, 2, 3, 8, 9, 10, 11], problem.lr)
+    for part in (problem.k, problem.v, problem.q):
+        with torch.no_grad():
+            part[row, :, place] = bad
+    with torch.no_grad():
+        y, state = problem.run(causal)
+        others = torch.arange(8) != place
+        assert error(y[row, :8][others], expected[row][others]) < 1e-12
+        assert error(y[row, 8:], after[row, 4:]) < 1e-12
+        assert error(state["weight.0"][row], weights[0][row]) < 1e-12
+        assert state["skipped"].tolist() == [0, 1]
+        assert state["spoiled"].tolist() == [0, 0]
+        if causal:
+            streamed, final = problem.stream()
+            assert error(streamed[row][torch.arange(12) != place], y[row][torch.arange(12) != place]) < 1e-12
+            assert final["skipped"].tolist() == [0, 1]

@@ -95,6 +95,23 @@ class ReadsOnHost(TTTLinear):
         return x
 
 
+class KeepsNonfinite(TTTLinear):
+    """Tokens that are not finite enter the inner loop like others."""
+
+    def compute(self, x, state, context):
+        everything = torch.ones(x.shape[:2], dtype=torch.bool)
+        with mock.patch.object(inner_loop, "only_finite", lambda tokens, layers: (tokens, everything)):
+            return super().compute(x, state, context)
+
+
+class MixesRows(TTTLinear):
+    """Zero times the mean of the batch is added: nothing, until a row is not finite."""
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        return y + 0 * x.mean(0), after
+
+
 class KeepsLayout(TTTLinear):
     """A call computes on the state as it lies in memory: expanded, or contiguous after a reset."""
 
@@ -357,6 +374,8 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     ForgetsBuffer: {kit.check_buffers},
     ForgetsTable: {kit.check_buffers},
     LosesBuffer: {kit.check_buffers},
+    KeepsNonfinite: {kit.check_nonfinite_recovery},
+    MixesRows: {kit.check_nonfinite_rows},
     KeepsLayout: {kit.check_layouts},
     KeepsAddress: {kit.check_layouts},
     DropsTail: {kit.check_splits},

@@ -1,0 +1,109 @@
+"""Checks of tokens that are not finite: whom they reach, and that a memory gets over them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moshi_ttt.core.block import SequenceBlock
+from moshi_ttt.core.testing.case import BlockCase, assert_close, assert_equal, error
+
+ROW = 1
+"""The row of the batch that gets a bad token."""
+
+
+def check_nonfinite_rows(case: BlockCase) -> None:
+    """A token that is not finite, or huge, leaves the other rows bit-equal: outputs and state."""
+    block = case.block()
+    for name, x in _spoiled(case).items():
+        with torch.no_grad():
+            sane, expected = case.call(block, case.inputs(x.shape[1]))
+            y, after = case.call(block, x)
+        for row in (row for row in range(len(x)) if row != ROW):
+            assert_equal(y[row], sane[row], f"{name} in row {ROW}, outputs of row {row}")
+            for part, tensor in expected.items():
+                assert_equal(after[part][row], tensor[row], f"{name} in row {ROW}, state {part!r} of row {row}")
+
+
+def check_nonfinite_recovery(case: BlockCase) -> None:
+    """Where a block declares ``skips_nonfinite``: the update of a chunk with a token that is not finite is left out.
+
+    Earlier outputs are bit-equal, the row is finite again from the next chunk on, the skipped update is counted, any
+    cut of the sequence agrees, and no parameter's gradient is spoiled by a token whose output nobody uses.
+    """
+    block = case.block()
+    if not block.skips_nonfinite:
+        return
+    size = case.chunk
+    bad = _place(case)
+    ended = (bad // size + 1) * size
+    for name, x in _spoiled(case).items():
+        with torch.no_grad():
+            sane, _ = case.call(block, case.inputs(x.shape[1]))
+        y, after = case.call(block, x)
+        first = bad if case.causal else bad - bad % size
+        if block.causal or not getattr(block.config, "bidirectional", False):
+            assert_equal(y[ROW, :first], sane[ROW, :first], f"{name} at token {bad}, outputs before it")
+        others = torch.arange(x.shape[1]) != bad
+        assert y[ROW, others].isfinite().all(), f"{name} at token {bad}: other outputs of its row are not finite"
+        for part, tensor in after.items():
+            assert tensor.isfinite().all(), f"{name} at token {bad}: state {part!r} is not finite afterwards"
+        if after:
+            counts = block.skipped_updates(after)
+            expected = torch.zeros_like(counts)
+            expected[ROW] = 1
+            assert_equal(counts, expected, f"{name} at token {bad}: skipped updates")
+        _check_gradients(block, y, others, f"{name} at token {bad}")
+        if case.causal:
+            _check_cuts(case, block, x, bad, ended)
+
+
+def _check_cuts(case: BlockCase, block: SequenceBlock, x: Tensor, bad: int, ended: int) -> None:
+    """Streaming, and a call that begins inside the bad token's chunk, skip and count as one call does."""
+    with torch.no_grad():
+        whole, final = case.call(block, x)
+        for cut in (bad, bad + 1, ended):
+            y, state = case.call(block, x[:, :cut])
+            rest, state = case.call(block, x[:, cut:], state)
+            _same(case, torch.cat([y, rest], dim=1), whole, f"cut at {cut}")
+            assert_equal(block.skipped_updates(state), block.skipped_updates(final), f"cut at {cut}: skipped updates")
+    state = block.allocate_state(len(x))
+    steps = [case.step(block, x[:, t : t + 1], state) for t in range(x.shape[1])]
+    _same(case, torch.cat(steps, dim=1), whole, "streamed")
+    assert_equal(block.skipped_updates(state), block.skipped_updates(final), "streamed: skipped updates")
+    for part, tensor in final.items():
+        assert_close(state[part], tensor, case.tolerance, f"streamed: state {part!r}")
+
+
+def _same(case: BlockCase, actual: Tensor, expected: Tensor, what: str) -> None:
+    finite = expected.isfinite()
+    assert torch.equal(actual.isfinite(), finite), f"{what}: other outputs are not finite"
+    measured = error(actual[finite], expected[finite])
+    assert measured <= case.tolerance, f"{what}: error {measured:.3g} above {case.tolerance:g}"
+
+
+def _check_gradients(block: SequenceBlock, y: Tensor, others: Tensor, what: str) -> None:
+    used = torch.where(others[:, None], y, 0).double()
+    named = [(name, parameter) for name, parameter in block.named_parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(used.square().mean(), [each for _, each in named], allow_unused=True)
+    for (name, _), gradient in zip(named, gradients, strict=True):
+        assert gradient is None or gradient.isfinite().all(), f"{what}: the gradient of {name!r} is not finite"
+
+
+def _place(case: BlockCase) -> int:
+    """The bad token: inside the second chunk, not its first."""
+    return case.chunk + case.chunk // 2
+
+
+def _spoiled(case: BlockCase) -> dict[str, Tensor]:
+    """Activations ``[B, T, D]`` with one bad token in row ``ROW``, by what is bad about it."""
+    huge = torch.finfo(case.dtype).max / 4
+    found = {}
+    for name, value in (("nan", torch.nan), ("inf", torch.inf), ("a huge number", huge)):
+        x = case.inputs(4 * case.chunk + 1)
+        x[ROW, _place(case)] = value
+        found[name] = x
+    x = case.inputs(4 * case.chunk + 1)
+    x[ROW, _place(case), 0] = torch.nan
+    found["nan in one channel"] = x
+    return found
