@@ -343,6 +343,18 @@ class SequenceBlock(nn.Module, ABC):
         """Have ``compute`` compiled by torch.compile from its next call on, anew for every length of sequence."""
         self.compute = torch.compile(self.compute, dynamic=False)  # type: ignore[method-assign]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: compiled code is left out, and the copy compiles its own."""
+        state = dict(self.__dict__)
+        state["_compiles_compute"] = state.pop("compute", None) is not None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        compiles = state.pop("_compiles_compute")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if compiles:
+            self.compile_compute()
+
     def compile_step(self) -> None:
         """Have ``step`` run as code compiled for this machine from its next call on, where the variant brings some.
 
@@ -361,6 +373,15 @@ class SequenceBlock(nn.Module, ABC):
     def check_precision(self, when: str) -> None:
         """Every stored parameter has the master dtype, or PrecisionError."""
         check_role("master", self.roles.master, self.named_parameters(), self.roles.policy, f"{when}, {self.info.site}")
+
+    def check_shardable(self) -> None:
+        """Raise ConfigError where a parameter has no dimension to divide over ranks."""
+        scalars = [name for name, parameter in self.named_parameters() if parameter.dim() == 0]
+        if scalars:
+            raise ConfigError(
+                f"{type(self).__name__} at {self.info.site}: {', '.join(scalars)} has no dimension, and a parameter is "
+                "divided over ranks by its first. Give it the shape [1]."
+            )
 
     def _without_autocast(self, tokens: Tensor) -> AbstractContextManager[object]:
         """Autocast would round what the policy keeps in float32."""

@@ -87,6 +87,8 @@ def skeleton(settings: Settings, registry: Registry) -> TrainedModel:
         lora.add_lora(model, rank=run.lora.rank, scaling=run.lora.scaling)
     plan = make_plan(model, host, settings.ttt.ttt, policy=policy, registry=registry, seed=settings.ttt.seed)
     built = TrainedModel(model, plan.apply(model), roles)
+    for block in built.injection.blocks.values():
+        block.check_shardable()
     if run.inner_lr_warmup:
         built.injection.check_scales_inner_lr()
     choose_trained(built, full=run.full_finetuning, embeddings=run.lora.enable and run.lora.ft_embed)

@@ -42,6 +42,12 @@ from moshi_ttt.core.testing.checks_streaming import (
     check_unwanted_state,
     check_updates_off,
 )
+from moshi_ttt.core.testing.checks_surroundings import (
+    check_copies,
+    check_other_modes,
+    check_parameter_dimensions,
+    check_parameter_layouts,
+)
 from moshi_ttt.core.testing.checks_training import (
     check_checkpointing,
     check_gradients_numerically,
@@ -77,8 +83,12 @@ CHECKS: tuple[Check, ...] = (
     check_memory,
     check_inner_lr_factor,
     check_no_host_read,
+    check_other_modes,
+    check_copies,
     check_state_is_float32,
     check_long_stream,
+    check_parameter_dimensions,
+    check_parameter_layouts,
     check_parameters_unwritten,
     check_checkpointing,
     check_two_forwards,

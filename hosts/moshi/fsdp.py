@@ -40,6 +40,7 @@ def shard(model: nn.Module, policy_roles: DtypeRoles, mesh: DeviceMesh | None = 
 
     Raises:
         HostError: not a Moshi, already sharded, or no process group.
+        ConfigError: a block's parameter has no dimension.
         PrecisionError: a block's parameter is not in the master dtype.
     """
     model = require_lm(model)
@@ -59,6 +60,7 @@ def shard(model: nn.Module, policy_roles: DtypeRoles, mesh: DeviceMesh | None = 
                 f"The block at {block.info.site} follows policy {block.roles.policy!r} in a {block.roles.model} model, "
                 f"and shard was given {policy_roles.policy!r} for {policy_roles.model}. Give the plan's own roles."
             )
+        block.check_shardable()
     remember_digest(model)
     keep = {id(block) for block in blocks} | {id(model.condition_provider)}
     for unit in MOSHI_HOST.fsdp_units(model):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from moshi_ttt.plugins.gating_mlp.memory import HeardChunks, Memory
 from moshi_ttt.plugins.gating_mlp.streaming import Stepper
 
 INIT_STD = 0.02
+Steppers = dict[tuple[int, torch.dtype, torch.device], Stepper | CompiledStepper]
 
 
 class GatingMLP(SequenceBlock):
@@ -70,13 +71,13 @@ class GatingMLP(SequenceBlock):
         self.projection = nn.Parameter(torch.empty(dim, dim, device=device, dtype=dtype))
         if config.learned_lr:
             self.lr_weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
-            self.lr_bias = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+            self.lr_bias = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         if config.train_w_down:
             # What is trained is the change: the host's own weight stays as it is, for removal, LoRA and a later load.
             self.w_down_change = nn.Parameter(torch.empty(dim, self.hidden_width, device=device, dtype=dtype))
         self._warned = False
         # Constants of a step for each shape of state that was allocated. Kept: a captured graph goes on reading them.
-        self._steppers: dict[tuple[int, torch.dtype, torch.device], Stepper | CompiledStepper] = {}
+        self._steppers: Steppers = {}
         self._make_stepper: Callable[[Memory, Tensor], Stepper | CompiledStepper] = Stepper
 
     @property
@@ -216,8 +217,8 @@ class GatingMLP(SequenceBlock):
             spoiled = torch.cat([spoiled[:, :1] + state["spoiled"][:, None], spoiled[:, 1:]], dim=1)
         scale, squares = (spoiled == 0).to(values.dtype), None
         if self.config.clip is not None:
-            squares = self._squares(remembered, values @ self.projection.to(values))
-            scale = scale * ops.clip_scale(squares.sum(-1), self.config.clip)
+            squares = self._squares(remembered, values.double() @ self.projection.double())
+            scale = scale * ops.clip_scale(squares.sum(-1), self.config.clip).to(scale)
         ends = size * torch.arange(1, layout.num_chunks + 1, device=x.device)
         heard = HeardChunks(
             keys=remembered, values=values, open=torch.cat([sums, rate], dim=-1), complete=come[:, None] >= ends,
@@ -226,7 +227,10 @@ class GatingMLP(SequenceBlock):
         return queries, heard
 
     def _squares(self, keys: list[Tensor], values: Tensor) -> Tensor:
-        """``[B, N, C]``: what each token adds to the squared norm of its chunk's update."""
+        """``[B, N, C]`` float64: what each token adds to the squared norm of its chunk's update.
+
+        ``keys`` N times ``[B, C, h]`` (fewer tokens in the last), ``values [B, N, C, d]``, projected.
+        """
         squares = [ops.squared_norm(k, v[:, : k.shape[1]]) for k, v in zip(keys, values.unbind(1), strict=True)]
         short = values.shape[2] - squares[-1].shape[1]
         return torch.stack([*squares[:-1], F.pad(squares[-1], (0, short))], dim=1)
@@ -237,10 +241,17 @@ class GatingMLP(SequenceBlock):
 
     def _stepper_for(self, state: BlockState) -> Stepper | CompiledStepper:
         like = state["delta"]
+        if type(like) is not Tensor:  # a tensor of another mode (FakeTensorMode): its constants would be of it too
+            return self._make_stepper(self.memory, like)
         key = (like.shape[0], like.dtype, like.device)
         if key not in self._steppers:
-            self._steppers[key] = self._make_stepper(self.memory, like)
+            with torch.inference_mode(False):
+                self._steppers[key] = self._make_stepper(self.memory, like)
         return self._steppers[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes its own constants: these may be compiled code, and belong to this process.
+        return {**super().__getstate__(), "_steppers": {}}
 
     def _warn_short(self, length: int) -> None:
         if not self._warned:

@@ -53,7 +53,7 @@ class CompiledStepper:
         """See ``Stepper.step``."""
         added: Tensor = self.run(
             state["position"], state["delta"], state["keys"], state["values"], state["open"], state["scale"],
-            state["spoiled"], state["skipped"], state.get("square"), *token, conv, projection, active, updated,
+            state["spoiled"], state["skipped"], state.get("norm"), *token, conv, projection, active, updated,
             self.plan, self.decay, self.limit, self.clip,
         )  # fmt: skip
         return added

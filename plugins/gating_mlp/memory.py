@@ -10,7 +10,8 @@
 - ``scale [B]``: what the last finished chunk's update is multiplied by (clipping; 0 where it was skipped).
 - ``spoiled [B]``: tokens of the unfinished chunk because of which its update will be skipped.
 - ``skipped [B]``: updates that were skipped.
-- ``square [B]``, where updates are clipped: squared norm of the unfinished update, over tokens whose value is settled.
+- ``norm [B, parts]``, where updates are clipped: norm of the unfinished update, over tokens whose value is settled, in
+  parts that add to it (``ops.norm_in_parts``).
 
 Shape legend: B streams, N chunks, C tokens a chunk, d width, h hidden width, K taps that reach a token of the chunk,
 R of them looking ahead.
@@ -56,7 +57,7 @@ class HeardChunks:
         open: ``[B, N, C + K, d + 1]``, the filter's output and the rates, also past the chunk's end.
         complete: ``[B, N]`` bool, chunks that end in this call.
         spoiled: ``[B, N]`` int64, tokens that are not finite; scale: ``[B, N]``, zero where the update is skipped.
-        squares: ``[B, N, C]``, what each token adds to its update's squared norm, or None without clipping.
+        squares: ``[B, N, C]`` float64, what each token adds to its update's squared norm, or None without clipping.
         come: ``[B]`` int64, tokens since the start of the first chunk.
     """
 
@@ -115,7 +116,7 @@ class Memory:
             "open": zeros(self.taps - 1, self.width + 1),
             "scale": zeros() + 1,
         }
-        return state if self.clip is None else {**state, "square": zeros()}
+        return state if self.clip is None else {**state, "norm": zeros(ops.num_parts(dtype))}
 
     def update(self, state: BlockState) -> Tensor:
         """``[B, h, d]``: the accumulated update of all finished chunks, transposed, before the projection."""
@@ -172,7 +173,8 @@ class Memory:
         if heard.squares is None:
             return state
         settled = torch.arange(size, device=position.device) < (position - schedule.look_ahead)[:, None]
-        return {**state, "square": torch.where(settled, _of_chunk(heard.squares, ended), 0).sum(1)}
+        square = torch.where(settled, _of_chunk(heard.squares, ended), 0).sum(1)
+        return {**state, "norm": ops.norm_in_parts(square, before["norm"].dtype)}
 
     def _finished(self, state: BlockState) -> Tokens:
         size = self.schedule.chunk

@@ -17,6 +17,8 @@ transposed, ``[B, h, d]``.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,17 +44,51 @@ def filtered(target: Tensor, conv: Tensor, left: int, beyond: int = 0) -> Tensor
 
 
 def squared_norm(keys: Tensor, values: Tensor) -> Tensor:
-    """``[..., C]``: what each token adds to ||sum_c v_c k_c^T||^2 given those before it, without building the sum.
+    """``[..., C]`` float64: what each token adds to ||sum_c v_c k_c^T||_F^2 given those before it, without that sum.
 
-    ``keys [..., C, h]``, ``values [..., C, d]``.
+    ||sum_c v_c k_c^T||_F^2 = sum_(c, c') (k_c . k_c') (v_c . v_c'). Where the tokens' updates cancel, so do these
+    terms: with norms that add to r times the norm of their sum, the result's relative error is r^2 times that of a
+    product. In float64 that is 1e-8 for r = 10,000; in float32 it would be 6.
+
+    Args:
+        keys: ``[..., C, h]``, any floating dtype.
+        values: ``[..., C, d]``, projected.
     """
-    products = (keys @ keys.mT) * (values @ values.mT)
-    weights = 2 * torch.ones_like(products).tril(-1) + torch.eye(products.shape[-1]).to(products)
-    return (products * weights).sum(-1)
+    keys, values = keys.double(), values.double()
+    products = (keys @ keys.mT) * (values @ values.mT)  # [..., C, C]
+    # A pair of different tokens counts twice, with the later one.
+    return (products.tril() + products.tril(-1)).sum(-1)
+
+
+PRECISE_BITS = 48
+"""Bits of a number that is kept in parts."""
+
+
+def num_parts(dtype: torch.dtype) -> int:
+    """How many numbers of ``dtype`` together hold ``PRECISE_BITS``: 1 in float64, 2 in float32, 6 in bfloat16."""
+    bits = 1 - round(math.log2(torch.finfo(dtype).eps))
+    return -(-PRECISE_BITS // bits)
+
+
+def norm_in_parts(square: Tensor, dtype: torch.dtype) -> Tensor:
+    """The root of ``square [...]`` float64 as ``[..., num_parts]`` in ``dtype``; each part is what is left of it.
+
+    The root, because a square may be beyond float32.
+    """
+    parts, rest = [], square.clamp(min=0).sqrt()
+    for _ in range(num_parts(dtype)):
+        parts.append(rest.to(dtype))
+        rest = rest - parts[-1].double()
+    return torch.stack(parts, dim=-1)
+
+
+def square_of_parts(norm: Tensor) -> Tensor:
+    """``[...]`` float64: the square that ``norm_in_parts`` was made of, ``norm [..., parts]``."""
+    return norm.double().sum(-1).square()
 
 
 def clip_scale(square: Tensor, clip: float) -> Tensor:
-    """min(1, clip / norm) of updates with squared norms ``square``, of any shape; zero where that is not finite."""
+    """min(1, clip / norm) of updates with squared norms ``square``, of any shape and dtype; zero where not finite."""
     # The gradient of a square root at zero is infinite: an update of zero is scaled by one, whatever its norm's slope.
     positive = square > 0
     scale = (clip / torch.where(positive, square, torch.ones_like(square)).sqrt()).clamp(max=1.0)

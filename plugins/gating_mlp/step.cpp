@@ -24,7 +24,7 @@ struct Plan {  // FoldSchedule and the filter's place in it
 
 struct State {
   Tensor position, delta, keys, values, open, scale, spoiled, skipped;
-  std::optional<Tensor> square;
+  std::optional<Tensor> norm;
 };
 
 template <typename T>
@@ -119,30 +119,31 @@ class Row {
     else std::fill(place, place + hidden_, T(0));
   }
 
-  // The unfinished update's squared norm over the settled tokens, and if the chunk ended now.
-  std::pair<T, T> square(const Tensor& projection) const {
-    // A chunk's tokens lie in these C slots in the order S, ..., C - 1, 0, ..., S - 1.
+  // The unfinished update's squared norm over the settled tokens, and if the chunk ended now: see ops.squared_norm.
+  std::pair<double, double> square(const Tensor& projection) const {
     const int64_t size = plan_.chunk, first = std::max<int64_t>(0, position_ - plan_.look_ahead);
-    Tensor keys = keys_.narrow(0, plan_.staged, size), values = values_.narrow(0, plan_.staged, size);
-    std::vector<int64_t> places;
-    for (int64_t token = first; token <= position_; ++token) places.push_back(slot(token) - plan_.staged);
-    Tensor window = at::tensor(places, at::kLong);
-    Tensor changed = at::mm(at::mm(values.index_select(0, window), projection), projection.t());
-    Tensor products = at::mm(keys.index_select(0, window), keys.t()).mul_(at::mm(changed, values.t()));
-    const T* product = products.data_ptr<T>();
-    T settled = row_of<T>(*state_.square, row_)[0], total = 0;
-    for (int64_t token = first; token <= position_; ++token, product += size) {
-      T added = 0;
-      for (int64_t place = 0; place < size; ++place) {
-        const int64_t other = (place + plan_.staged) % size;
-        if (other <= token) added += (other < token ? 2 : 1) * product[place];  // a pair counts with its later token
+    const T* keys = keys_.template data_ptr<T>();
+    const T* values = values_.template data_ptr<T>();
+    std::vector<double> projected(width_), changed(width_);
+    double settled = 0, total = 0;
+    const T* part = row_of<T>(*state_.norm, row_);
+    for (int64_t i = 0; i < state_.norm->size(1); ++i) settled += part[i];
+    settled *= settled;
+    for (int64_t token = first; token <= position_; ++token) {
+      const T* key = keys + slot(token) * hidden_;
+      project(values + slot(token) * width_, projection, projected, changed);
+      double added = 0;
+      for (int64_t other = 0; other <= token; ++other) {
+        const double product = dot(key, keys + slot(other) * hidden_, hidden_) *
+                               dot(changed.data(), values + slot(other) * width_, width_);
+        added += (other < token ? 2 : 1) * product;  // a pair counts with its later token
       }
       (token == position_ - plan_.look_ahead ? settled : total) += added;
     }
     return {settled, settled + total};
   }
 
-  void advance(bool finite, const T* sums, std::optional<std::pair<T, T>> square, T clip) const {
+  void advance(bool finite, const T* sums, std::optional<std::pair<double, double>> square, double clip) const {
     const bool ends = position_ + 1 == plan_.chunk;
     const int64_t wide = width_ + 1, earlier = (plan_.taps - 1) * wide;
     T* open = row_of<T>(state_.open, row_);
@@ -150,7 +151,14 @@ class Row {
     else std::copy(sums + wide, sums + wide + earlier, open);
     int64_t& spoiled = *row_of<int64_t>(state_.spoiled, row_);
     spoiled += !finite;
-    if (square) *row_of<T>(*state_.square, row_) = ends ? T(0) : square->first;
+    if (square) {
+      double rest = ends ? 0 : std::sqrt(std::max(0.0, square->first));
+      T* part = row_of<T>(*state_.norm, row_);
+      for (int64_t i = 0; i < state_.norm->size(1); ++i) {
+        part[i] = T(rest);
+        rest -= part[i];
+      }
+    }
     if (ends) {
       T scale = spoiled == 0 ? 1 : 0;
       if (square) scale *= clip_scale(square->second, clip);
@@ -165,9 +173,31 @@ class Row {
   // Where a token lies while its value can change, and until it moves.
   int64_t slot(int64_t token) const { return token >= plan_.staged ? token : plan_.chunk + token; }
 
-  static T clip_scale(T square, T clip) {
+  static T clip_scale(double square, double clip) {
     if (!std::isfinite(square)) return 0;
-    return square > 0 ? std::min(T(1), clip / std::sqrt(square)) : T(1);
+    return square > 0 ? T(std::min(1.0, clip / std::sqrt(square))) : T(1);
+  }
+
+  template <typename A>
+  static double dot(const A* a, const T* b, int64_t count) {
+    double sums[8] = {};  // apart, so that the compiler can add them side by side
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+      for (int64_t lane = 0; lane < 8; ++lane) sums[lane] += double(a[i + lane]) * double(b[i + lane]);
+    for (; i < count; ++i) sums[0] += double(a[i]) * double(b[i]);
+    double sum = 0;
+    for (double each : sums) sum += each;
+    return sum;
+  }
+
+  // changed [d] = v P P^T for values v [d] and the projection P [d, d], by way of projected [d].
+  void project(const T* value, const Tensor& projection, std::vector<double>& projected,
+               std::vector<double>& changed) const {
+    const T* rows = projection.data_ptr<T>();
+    std::fill(projected.begin(), projected.end(), 0.0);
+    for (int64_t i = 0; i < width_; ++i)
+      for (int64_t j = 0; j < width_; ++j) projected[j] += double(value[i]) * double(rows[i * width_ + j]);
+    for (int64_t i = 0; i < width_; ++i) changed[i] = dot(projected.data(), rows + i * width_, width_);
   }
 
   const Plan& plan_;
@@ -236,9 +266,9 @@ Tensor run(const Plan& plan, const State& state, const Token& token, const Tenso
     row.hear(finite[b], row_of<T>(token.target, b), row_of<T>(token.rate, b)[0], conv.data_ptr<T>(), conv.size(2),
              sums);
     row.write(finite[b] && (!token.updated || token.updated[b]) ? key : nullptr, sums);
-    std::optional<std::pair<T, T>> square;
+    std::optional<std::pair<double, double>> square;
     if (options.clip) square = row.square(projection);
-    row.advance(finite[b], sums, square, T(options.clip.value_or(0)));
+    row.advance(finite[b], sums, square, options.clip.value_or(0));
   }
   return at::mm(given.view({batch, width}), projection).unsqueeze(1);
 }
@@ -251,7 +281,7 @@ void check(const char* name, const Tensor& part, at::IntArrayRef sizes) {
 
 // What streaming.Stepper.step computes; the parts of the state are changed in place.
 Tensor step(Tensor position, Tensor delta, Tensor keys, Tensor values, Tensor open, Tensor scale, Tensor spoiled,
-            Tensor skipped, std::optional<Tensor> square, const Tensor& key, const Tensor& target, const Tensor& rate,
+            Tensor skipped, std::optional<Tensor> norm, const Tensor& key, const Tensor& target, const Tensor& rate,
             const Tensor& conv, const Tensor& projection, const std::optional<Tensor>& active,
             const std::optional<Tensor>& updated, at::IntArrayRef plan, double decay, double limit, std::optional<double> clip) {
   const Plan places{plan[0], plan[1], plan[2], plan[3], plan[4], plan[5], plan[6]};
@@ -265,15 +295,15 @@ Tensor step(Tensor position, Tensor delta, Tensor keys, Tensor values, Tensor op
   check("scale", scale, {batch});
   check("spoiled", spoiled, {batch});
   check("skipped", skipped, {batch});
-  TORCH_CHECK(square.has_value() == clip.has_value(), "The state has 'square' where updates are clipped, and only there.");
-  if (square) check("square", *square, {batch});
+  TORCH_CHECK(norm.has_value() == clip.has_value(), "The state has 'norm' where updates are clipped, and only there.");
+  if (norm) check("norm", *norm, {batch, key.scalar_type() == at::kDouble ? 1 : 2});
   const Tensor mask = active ? active->contiguous() : Tensor(), taught = updated ? updated->contiguous() : Tensor();
   const Token token{key.contiguous(), target.contiguous(), rate.contiguous(),
                     active ? mask.data_ptr<bool>() : nullptr, updated ? taught.data_ptr<bool>() : nullptr};
-  const State state{position, delta, keys, values, open, scale, spoiled, skipped, square};
+  const State state{position, delta, keys, values, open, scale, spoiled, skipped, norm};
   Tensor given;
   AT_DISPATCH_FLOATING_TYPES(key.scalar_type(), "in_place_step", [&] {
-    given = run<scalar_t>(places, state, token, conv.contiguous(), projection, {decay, limit, clip});
+    given = run<scalar_t>(places, state, token, conv.contiguous(), projection.contiguous(), {decay, limit, clip});
   });
   return given;
 }
@@ -283,7 +313,7 @@ Tensor step(Tensor position, Tensor delta, Tensor keys, Tensor values, Tensor op
 TORCH_LIBRARY(moshi_ttt_gating_mlp, library) {
   library.def(
       "step(Tensor(a!) position, Tensor(b!) delta, Tensor(c!) keys, Tensor(d!) values, Tensor(e!) open, "
-      "Tensor(f!) scale, Tensor(g!) spoiled, Tensor(h!) skipped, Tensor(i!)? square, Tensor key, Tensor target, "
+      "Tensor(f!) scale, Tensor(g!) spoiled, Tensor(h!) skipped, Tensor(i!)? norm, Tensor key, Tensor target, "
       "Tensor rate, Tensor conv, Tensor projection, Tensor? active, Tensor? updated, int[] plan, float decay, float limit, "
       "float? clip) -> Tensor");
 }

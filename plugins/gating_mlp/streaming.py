@@ -63,7 +63,7 @@ class Stepper:
         if updated is not None:
             key = torch.where(updated[:, None], key, 0)
         sums = torch.cat([state["open"], self.unheard], dim=1)
-        taps = conv.view(-1).index_select(0, self.taps).view(self.memory.taps, -1)
+        taps = conv.reshape(-1).index_select(0, self.taps).view(self.memory.taps, -1)
         sums[..., :-1].addcmul_(taps, heard[:, None, :-1])
         if len(self.window) > 1:  # there are no tokens before the chunk's first
             sums[:, : len(self.window)].masked_fill_((state["position"][:, None] + self.window < 0)[..., None], 0)
@@ -83,8 +83,8 @@ class Stepper:
                 state["keys"].view(-1, key.shape[-1]).index_select(0, value_slots[:, -len(self.window) :].reshape(-1))
             )
             square = self._square(state, keys.view(*values.shape[:2], -1), values, projection)
-            scale = ops.clip_scale(square[1], self.memory.clip)
-            _advance(state["square"], square[0], ends, active)
+            scale = ops.clip_scale(square[1], self.memory.clip).to(state["scale"])
+            _advance(state["norm"], ops.norm_in_parts(square[0], state["norm"].dtype), ends, active)
         _count(state, spoiled, scale, ends)
         state["position"].copy_(following[:, 0])
         return (given @ projection)[:, None]
@@ -109,17 +109,19 @@ class Stepper:
         delta[:, -1].zero_()
 
     def _square(self, state: BlockState, keys: Tensor, values: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B]`` twice: the unfinished update's squared norm over the settled tokens, and if the chunk ended now.
+        """``[B]`` float64 twice: the unfinished update's squared norm over settled tokens, and if the chunk ended now.
 
-        ``keys [B, R + 1, h]`` and ``values [B, R + 1, d]`` are those of the window.
+        The terms of ``ops.squared_norm``, token by token. ``keys [B, R + 1, h]`` and ``values [B, R + 1, d]`` are those
+        of the window.
         """
         start, end = self.memory.schedule.staged, self.memory.schedule.staged + self.memory.schedule.chunk
         # A pair of different tokens counts twice, with the later one; tokens that have not come count nothing.
-        weight = 1 + torch.sign((state["position"][:, None] + self.window)[..., None] - self.order)
-        products = torch.bmm(keys, state["keys"][:, start:end].mT)
-        products *= torch.bmm(values @ projection @ projection.mT, state["values"][:, start:end].mT)
-        added = torch.where(weight > 0, products * weight, 0).sum(-1)
-        settled = state["square"] + added[:, 0]
+        weight = 1 + torch.sign((state["position"][:, None] + self.window)[..., None] - self.order)  # [B, R + 1, C]
+        products = torch.bmm(keys.double(), state["keys"][:, start:end].double().mT)
+        wide = projection.double()
+        products *= torch.bmm(values.double() @ wide @ wide.mT, state["values"][:, start:end].double().mT)
+        added = torch.where(weight > 0, products * weight, 0).sum(-1)  # [B, R + 1]
+        settled = ops.square_of_parts(state["norm"]) + added[:, 0]
         return settled, settled + added[:, 1:].sum(-1)
 
 

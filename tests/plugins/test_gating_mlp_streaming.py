@@ -151,15 +151,63 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted_in_its_own_row(opti
     assert error(trained[:, others], expected[:, others]) < 1e-11
 
 
-@pytest.mark.parametrize("options", [{"lr": 1e12}, {"lr": 1e9, "clip": 1.0}], ids=str)
-def test_a_rate_far_too_high_teaches_nothing_and_is_counted(options, compiled):
-    block = build(compiled=compiled, dtype=torch.float32, **options)
+def test_a_rate_far_too_high_updates_nothing_and_is_counted(compiled):
+    block = build(compiled=compiled, dtype=torch.float32, lr=1e12)
     x, target = 50 * draw(2, 17, DIM).float(), 1e9 * draw(2, 17, DIM, seed=2).float()
     y, state = stream(block, x, target)
     assert torch.equal(y, torch.cat([block.info.mlp(x[:, t : t + 1]) for t in range(17)], dim=1))
     assert state["skipped"].tolist() == [4, 4]
     _, carried = block(x, None, BlockContext(input_embeddings=target))
     assert carried["skipped"].tolist() == [4, 4]
+
+
+def test_an_update_whose_squared_norm_is_beyond_float32_is_clipped(compiled):
+    block = build(compiled=compiled, dtype=torch.float32, lr=1e9, clip=1.0)
+    x, target = 50 * draw(2, 17, DIM).float(), 1e9 * draw(2, 17, DIM, seed=2).float()
+    _, state = stream(block, x, target)
+    _, carried = block(x, None, BlockContext(input_embeddings=target))
+    for after in (state, carried):
+        assert after["skipped"].tolist() == [0, 0]
+        norm = block.accumulated_update(after).double().flatten(1).norm(dim=1)
+        assert (norm > 0.1).all()
+        assert (norm <= 4 * 1.00001).all(), norm
+
+
+def cancelling(length, dtype):
+    """Activations and targets ``[1, T, d]`` whose updates all but cancel: equal but for 1e-4, targets of both signs."""
+    x = draw(1, 1, DIM) + 1e-4 * draw(1, length, DIM, seed=3)
+    sign = 1 - 2 * (torch.arange(length) % 2)
+    return x.to(dtype), (sign[:, None] * draw(1, 1, DIM, seed=4)).to(dtype)
+
+
+@pytest.mark.parametrize(("order", "kernel"), [("alternating", 1), ("alternating", 3), ("one sign first", 1)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-7), (torch.float32, 2e-3)], ids=str)
+def test_the_clip_is_right_where_the_tokens_updates_all_but_cancel(dtype, bound, kernel, order, compiled):
+    """The norms of 64 updates add to thousands of times the norm of their sum, in which float32 itself rounds."""
+    size = 64
+    block = build(compiled=compiled, dtype=dtype, chunk=size, conv_kernel=kernel, clip=1e-4, lr=1.0)
+    x, target = cancelling(size + 1, dtype)
+    if order == "one sign first":
+        place = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2), torch.tensor([size])])
+        x, target = x[:, place], target[:, place]
+    context = BlockContext(input_embeddings=target)
+    with torch.no_grad():
+        gate, up = block.info.mlp.linear_in(x).chunk(2, dim=-1)
+        keys = (block.info.mlp.activation(gate) * up)[0, :size].double()
+        left = ops.left_padding(kernel, "centered")
+        values = (
+            reference.filtered(target[0, :size].double(), block.conv[:, 0].double(), left) @ block.projection.double()
+        )
+        norms = keys.norm(dim=1) * values.norm(dim=1)
+        ratio = norms.sum() / (values.T @ keys).norm()
+        assert ratio > 1e3, ratio
+        _, called = block(x, None, context)
+        _, first = block(x[:, :20], None, BlockContext(input_embeddings=target[:, :20]))
+        _, carried = block(x[:, 20:], first, BlockContext(input_embeddings=target[:, 20:]))
+    _, streamed = stream(block, x, target)
+    for name, state in {"call": called, "carried": carried, "stream": streamed}.items():
+        norm = block.accumulated_update(state).double().norm() / 1e-4
+        assert abs(norm - 1) < bound, f"{name}: {norm}"
 
 
 def test_what_a_stream_reads_beyond_its_tokens_is_never_used(compiled):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from unittest import mock
@@ -110,6 +111,42 @@ class MixesRows(TTTLinear):
     def compute(self, x, state, context):
         y, after = super().compute(x, state, context)
         return y + 0 * x.mean(0), after
+
+
+class KeepsFakeTensor(TTTLinear):
+    """A constant is made at the first call, in whatever mode that is."""
+
+    constant: torch.Tensor | None = None
+
+    def compute(self, x, state, context):
+        if self.constant is None:
+            self.constant = torch.zeros(x.shape[-1], dtype=x.dtype)
+        y, after = super().compute(x, state, context)
+        return y + self.constant, after
+
+
+class KeepsFunction(TTTLinear):
+    """A function that was made inside another is kept, which no pickle can hold."""
+
+    def __init__(self, config, info, roles):
+        super().__init__(config, info, roles)
+        self.identity = lambda y: y
+
+
+class ViewsParameter(TTTLinear):
+    """A parameter is viewed in another shape, which only a contiguous one allows."""
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        return y + 0 * self.lr_weight.view(-1)[0].to(y), after
+
+
+class ScalarParameter(TTTLinear):
+    """A parameter without a dimension."""
+
+    def __init__(self, config, info, roles):
+        super().__init__(config, info, roles)
+        self.extra = torch.nn.Parameter(torch.zeros((), device=info.device, dtype=roles.master))
 
 
 class KeepsLayout(TTTLinear):
@@ -374,6 +411,10 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     ForgetsBuffer: {kit.check_buffers},
     ForgetsTable: {kit.check_buffers},
     LosesBuffer: {kit.check_buffers},
+    KeepsFakeTensor: {kit.check_other_modes},
+    KeepsFunction: {kit.check_copies},
+    ViewsParameter: {kit.check_parameter_layouts},
+    ScalarParameter: {kit.check_parameter_dimensions},
     KeepsNonfinite: {kit.check_nonfinite_recovery},
     MixesRows: {kit.check_nonfinite_rows},
     KeepsLayout: {kit.check_layouts},
@@ -396,11 +437,14 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
 }
 
 # What a check raises when it is not an assertion of its own: the tool it leans on speaks first.
-RAISED: dict[type[TTTLinear], type[Exception]] = {
+RAISED: dict[type[TTTLinear], type[Exception] | tuple[type[Exception], ...]] = {
     BfloatState: PrecisionError,
     ReadsOnHost: DataDependentOutputException,
     ReadsUpdatesOnHost: DataDependentOutputException,
     DetachedGate: GradcheckError,
+    KeepsFakeTensor: DataDependentOutputException,
+    KeepsFunction: (AttributeError, pickle.PicklingError),
+    ViewsParameter: RuntimeError,
     RemembersOnlyTheLastInput: RuntimeError,
     ResetWritesWhatBackwardNeeds: RuntimeError,
 }

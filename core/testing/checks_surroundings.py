@@ -1,0 +1,101 @@
+"""Checks of what a block lives among: other modes of the tensor library, copies, and parameters laid out otherwise."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moshi_ttt.core.block import SequenceBlock
+from moshi_ttt.core.state import BlockState
+from moshi_ttt.core.testing.case import BlockCase, assert_close, assert_equal
+
+
+def check_other_modes(case: BlockCase) -> None:
+    """A block that was run on fake tensors, or in inference mode, then computes what a fresh one does.
+
+    Whatever it keeps between calls is not of that mode.
+    """
+    x = case.inputs(2 * case.chunk + 1)
+    used, fresh, causal = case.block(), case.block(), case.causal
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        case.call(used, case.inputs(x.shape[1]))
+        if causal:
+            state = used.allocate_state(len(x))
+            case.step(used, case.inputs(1), state)
+    with torch.inference_mode():
+        case.call(used, x)
+        if causal:
+            case.step(used, x[:, :1], used.allocate_state(len(x)))
+    _compare(case, used, fresh, x, "after fake tensors and inference mode")
+
+
+def check_copies(case: BlockCase) -> None:
+    """A block that has streamed can be copied, pickled and saved whole; the copy computes the same, bit for bit."""
+    block, x = case.block(), case.inputs(2 * case.chunk + 1)
+    case.call(block, x)
+    if case.causal:
+        case.step(block, x[:, :1], block.allocate_state(len(x)))
+    file = io.BytesIO()
+    torch.save(block, file)
+    file.seek(0)
+    copies = {
+        "copy.deepcopy": copy.deepcopy(block),
+        "pickle": pickle.loads(pickle.dumps(block)),
+        "torch.save": torch.load(file, weights_only=False),
+    }
+    for name, other in copies.items():
+        _compare(case, other, block, x, f"a copy by {name}")
+
+
+def check_parameter_layouts(case: BlockCase) -> None:
+    """Parameters that are not contiguous (a transposed view, every second number) train and stream as others do."""
+    block, plain, x = case.block(), case.block(), case.inputs(2 * case.chunk + 1)
+    for parameter in block.parameters():
+        parameter.data = _strided(parameter.data)
+    y, _ = case.call(block, x)
+    expected, _ = case.call(plain, x)
+    assert_close(y, expected, case.tolerance, "parameters that are not contiguous")
+    y.double().square().mean().backward()
+    expected.double().square().mean().backward()
+    for (name, parameter), other in zip(block.named_parameters(), plain.parameters(), strict=True):
+        if other.grad is not None:
+            assert parameter.grad is not None, f"parameter {name!r} that is not contiguous has no gradient"
+            assert_close(parameter.grad, other.grad, case.tolerance, f"gradient of {name!r}, not contiguous")
+    if case.causal:
+        outputs = [_streamed(case, each, x)[0] for each in (block, plain)]
+        assert_close(outputs[0], outputs[1], case.tolerance, "parameters that are not contiguous, streamed")
+
+
+def check_parameter_dimensions(case: BlockCase) -> None:
+    """Every parameter has a dimension: one without cannot be sharded."""
+    for name, parameter in case.block().named_parameters():
+        assert parameter.dim() > 0, f"parameter {name!r} has no dimension and cannot be sharded: give it the shape [1]"
+
+
+def _compare(case: BlockCase, block: SequenceBlock, expected: SequenceBlock, x: Tensor, what: str) -> None:
+    """Calls and streams of two blocks are bit-equal."""
+    assert_equal(case.call(block, x)[0], case.call(expected, x)[0], f"{what}: a call")
+    if not case.causal:
+        return
+    (y, state), (wanted, final) = (_streamed(case, each, x) for each in (block, expected))
+    assert_equal(y, wanted, f"{what}: streamed")
+    for name, tensor in final.items():
+        assert_equal(state[name], tensor, f"{what}: streamed, state {name!r}")
+
+
+def _streamed(case: BlockCase, block: SequenceBlock, x: Tensor) -> tuple[Tensor, BlockState]:
+    state = block.allocate_state(len(x))
+    outputs = [case.step(block, x[:, t : t + 1], state) for t in range(x.shape[1])]
+    return torch.cat(outputs, dim=1), state
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    """The values of ``tensor``, every second number of a storage, the first and the last dimension's strides exchanged."""
+    if tensor.dim() < 2:
+        return torch.stack([tensor, tensor], dim=-1)[..., 0]
+    return torch.stack([tensor.transpose(0, -1)] * 2, dim=-1)[..., 0].transpose(0, -1)
