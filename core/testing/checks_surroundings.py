@@ -95,7 +95,7 @@ def _streamed(case: BlockCase, block: SequenceBlock, x: Tensor) -> tuple[Tensor,
 
 
 def _strided(tensor: Tensor) -> Tensor:
-    """The values of ``tensor``, every second number of a storage, the first and the last dimension's strides exchanged."""
+    """The values of ``tensor``, every second number of a storage, first and last dimension exchanged in it."""
     if tensor.dim() < 2:
         return torch.stack([tensor, tensor], dim=-1)[..., 0]
     return torch.stack([tensor.transpose(0, -1)] * 2, dim=-1)[..., 0].transpose(0, -1)
