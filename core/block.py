@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from moshi_ttt.core import state as states
 from moshi_ttt.core.config import BlockConfig, Length
+from moshi_ttt.core.derivatives import once_differentiable
 from moshi_ttt.core.errors import ConfigError, ContextError
 from moshi_ttt.core.format import FormatAdapter
 from moshi_ttt.core.precision import DtypeRoles, check_role
@@ -340,8 +341,19 @@ class SequenceBlock(nn.Module, ABC):
         return torch.zeros(states.rows(state), dtype=torch.int64, device=next(iter(state.values())).device)
 
     def compile_compute(self) -> None:
-        """Have ``compute`` compiled by torch.compile from its next call on, anew for every length of sequence."""
-        self.compute = torch.compile(self.compute, dynamic=False)  # type: ignore[method-assign]
+        """Have ``compute`` compiled by torch.compile from its next call on, anew for every length of sequence.
+
+        A compiled block has first derivatives alone: a backward pass with ``create_graph`` raises RuntimeError.
+        """
+        compiled = torch.compile(self.compute, dynamic=False)
+
+        def compute(x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
+            y, after = compiled(x, state, context)
+            reason = f"The block at {self.info.site} is compiled"
+            once = {name: once_differentiable(tensor, reason) for name, tensor in after.items()}
+            return once_differentiable(y, reason), once
+
+        self.compute = compute  # type: ignore[method-assign]
 
     def compile_step(self) -> None:
         """Have ``step`` run as code compiled for this machine from its next call on, where the variant brings some.

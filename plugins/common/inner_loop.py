@@ -79,11 +79,17 @@ class FastNetwork:
 
 @dataclass
 class InnerNorm:
-    """The LayerNorm inside the loss and the output: ``weight`` and ``bias [H, D]``, and its eps."""
+    """The LayerNorm inside the loss and the output: ``weight`` and ``bias [H, D]``, and its eps.
+
+    Attributes:
+        exact: write the loss's gradient out. torch's own operation for it has a right first derivative and no right
+            second one: it takes the mean and the standard deviation for constants by then.
+    """
 
     weight: Tensor
     bias: Tensor
     eps: float
+    exact: bool = False
 
     def __call__(self, z: Tensor) -> Tensor:
         """``z [B, H, C, D]`` normalised over D, then scaled per head."""
@@ -91,6 +97,8 @@ class InnerNorm:
 
     def loss_gradient(self, z: Tensor, target: Tensor) -> Tensor:
         """d/dz of 1/2 * || LN(z) - target ||^2, for ``z`` and ``target`` ``[B, H, C, D]``."""
+        if self.exact:
+            return self._loss_gradient_written_out(z, target)
         shape = z.shape[-1:]
         normal, mean, rstd = torch.native_layer_norm(z, shape, None, None, self.eps)
         error = normal * self.weight[:, None] + self.bias[:, None] - target
@@ -98,6 +106,18 @@ class InnerNorm:
         return torch.ops.aten.native_layer_norm_backward(  # type: ignore[no-any-return]
             error * self.weight[:, None], z, shape, mean, rstd, None, None, mask
         )[0]
+
+    def _loss_gradient_written_out(self, z: Tensor, target: Tensor) -> Tensor:
+        """With n = (z - mean) r, r = 1 / sqrt(var + eps) and u = weight (LN(z) - target): r (u - m(u) - n m(u n)).
+
+        m is the mean over D; half-precision numbers are computed with in float32, as torch's operation does.
+        """
+        wide = z.to(torch.promote_types(z.dtype, torch.float32))
+        centred = wide - wide.mean(-1, keepdim=True)
+        r = (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        n = centred * r
+        u = (n * self.weight[:, None] + self.bias[:, None] - target) * self.weight[:, None]
+        return (r * (u - u.mean(-1, keepdim=True) - n * (u * n).mean(-1, keepdim=True))).to(z.dtype)
 
 
 @dataclass
