@@ -122,6 +122,7 @@ class BlockContext:
         updates: False disables test-time updates for the tokens of this call; ``[B]`` bool does so row by row. What
             earlier tokens of an unfinished chunk contribute still takes effect when the chunk ends.
         coordinates: ``[T, axes]`` int64, where each token is on the host's grid; the block's format sets it.
+        prefix: tokens at the beginning that a reversed pass leaves in front, in order; the block's format may set it.
         want_state: False when nobody will use the state after this call: a block may then return an empty one.
     """
 
@@ -130,6 +131,7 @@ class BlockContext:
     reset: Tensor | None = None
     updates: bool | Tensor = True
     coordinates: Tensor | None = None
+    prefix: int = 0
     want_state: bool = True
 
     def updates_mask(self, like: Tensor) -> Tensor | None:
@@ -225,9 +227,10 @@ class SequenceBlock(nn.Module, ABC):
         context = context or BlockContext()
         tokens = self.info.format.to_tokens(x)
         self._check_call(tokens, state, context)
-        coordinates = self.info.format.coordinates(x)
-        if coordinates is not None:
-            context = replace(context, coordinates=coordinates)
+        coordinates, prefix = self.info.format.coordinates(x), self.info.format.prefix(x)
+        if coordinates is not None or prefix:
+            self._check_prefix(prefix, tokens.shape[1])
+            context = replace(context, coordinates=coordinates, prefix=prefix or context.prefix)
         if state is None and (context.exec_mask is not None or context.reset is not None):
             state = self.init_state(tokens.shape[0], tokens.device)
         elif state is not None and context.reset is not None:
@@ -406,6 +409,13 @@ class SequenceBlock(nn.Module, ABC):
             self._check_mask("reset", context.reset, shape[0])
         if isinstance(context.updates, Tensor):
             self._check_mask("updates", context.updates, shape[0])
+        self._check_prefix(context.prefix, shape[1])
+        if context.prefix and self.causal:
+            raise ContextError(
+                f"The block at {self.info.site} is causal and got a prefix of {context.prefix} tokens: it has no "
+                "reversed pass that could leave them in place. Leave prefix out, or set bidirectional: true where the "
+                "host allows it."
+            )
         if state is not None:
             if not self.causal:
                 raise ContextError(
@@ -423,6 +433,13 @@ class SequenceBlock(nn.Module, ABC):
             named = (state or self.init_state(1)).items()
             check_role("state", self.roles.state, named, self.roles.policy, f"first step, {self.info.site}")
             self._roles_checked = True
+
+    def _check_prefix(self, prefix: object, length: int) -> None:
+        if not isinstance(prefix, int) or isinstance(prefix, bool) or not 0 <= prefix <= length:
+            raise ContextError(
+                f"The block at {self.info.site} got {length} tokens and a prefix of {prefix!r}. Give a whole number of "
+                f"tokens from 0 to {length}, the same for every row."
+            )
 
     def _check_mask(self, name: str, mask: Tensor, rows: int) -> None:
         if mask.dtype != torch.bool or mask.dim() != 1 or len(mask) != rows:

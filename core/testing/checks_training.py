@@ -144,10 +144,11 @@ def check_second_derivatives(case: BlockCase) -> None:
         state = {**start, **dict(zip(learned, given[len(names) :], strict=True))} if given[len(names) :] else None
         parameters = dict(zip(names, given[: len(names)], strict=True))
         y, _ = torch.func.functional_call(block, parameters, (x, state, small.context(x)))
-        return _loss(y) + y.square().sum()
+        total: Tensor = _loss(y) + y.square().sum()
+        return total
 
-    def checkpointed(*given: Tensor) -> Tensor:
-        return checkpoint(loss, *given, use_reentrant=False)  # type: ignore[no-any-return]
+    def checkpointed(*given: Tensor) -> Any:
+        return checkpoint(loss, *given, use_reentrant=False)
 
     _check_second_derivatives(loss, leaves, "of a call from the start")
     _check_second_derivatives(checkpointed, leaves, "under checkpointing")

@@ -58,7 +58,9 @@ class HybridConfig(BlockConfig):
         base_lr: inner learning rate before the learned per-token factor, divided by the head width.
         causal: False lets a token see its whole chunk; a causal host refuses that.
         bidirectional: run over the sequence and then over the reversed result, by the same weights and a gate each; not
-            causal (and ``causal`` is then False when it is left out).
+            causal (and ``causal`` is then False when it is left out). As published (arXiv:2504.05298) tokens are
+            reversed and rotary positions are not, and a prefix that the host's format declares, a text before a
+            video, stays in front.
         gate: the gate, or gates.
         rope_theta: base of the rotary frequencies.
         norm_eps, target_eps, post_norm_eps: of the inner LayerNorm, the target's standard deviation, the post norm.
@@ -252,9 +254,9 @@ class HybridBlock(SequenceBlock):
         """The layer in its one direction or in both; ``exact`` as ``InnerNorm`` has it."""
         y, after = self._pass(x, state, context, self.gate, exact)
         if self.config.bidirectional:
-            if context.coordinates is not None:
-                context = replace(context, coordinates=context.coordinates.flip(0))
-            y = self._pass(y.flip(1), None, context, self.gate_reversed, exact)[0].flip(1)
+            # Tokens change places and RoPE does not: a token is turned by the place it is moved to.
+            y = self._pass(_reversed(y, context.prefix), None, context, self.gate_reversed, exact)[0]
+            y = _reversed(y, context.prefix)
         return y, after
 
     def _pass(
@@ -358,6 +360,11 @@ class HybridBlock(SequenceBlock):
             products = (2 + (i > 0) + size) * fan_in * fan_out + size * (fan_in + fan_out)
             total += 2 * heads * products
         return total * (2 if self.config.bidirectional else 1)
+
+
+def _reversed(x: Tensor, prefix: int) -> Tensor:
+    """``x [B, T, D]`` with the tokens after the first ``prefix`` in reverse; its own inverse."""
+    return torch.cat([x[:, :prefix], x[:, prefix:].flip(1)], dim=1) if prefix else x.flip(1)
 
 
 class _Exact(nn.Module):
