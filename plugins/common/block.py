@@ -63,6 +63,8 @@ class HybridConfig(BlockConfig):
             video, stays in front.
         gate: the gate, or gates.
         rope_theta: base of the rotary frequencies.
+        checkpoint_chunks: chunks of the inner loop that a backward pass computes again together: it then needs only the
+            tokens and the fast weights between such groups; None keeps everything. No result depends on it.
         norm_eps, target_eps, post_norm_eps: of the inner LayerNorm, the target's standard deviation, the post norm.
     """
 
@@ -75,6 +77,7 @@ class HybridConfig(BlockConfig):
     norm_eps: float = Field(default=1e-6, gt=0.0)
     target_eps: float = Field(default=1e-8, gt=0.0)
     post_norm_eps: float = Field(default=1e-6, gt=0.0)
+    checkpoint_chunks: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -280,6 +283,7 @@ class HybridBlock(SequenceBlock):
             weights.token_scale.to(self.roles.state),
             layout=layout,
             causal=self.config.causal,
+            checkpoint_chunks=self.config.checkpoint_chunks,
         )
         return gated_output(x, y, weights, self.options, self.roles), after
 
