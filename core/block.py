@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from moshi_ttt.core import state as states
 from moshi_ttt.core.config import BlockConfig, Length
+from moshi_ttt.core.derivatives import once_differentiable
 from moshi_ttt.core.errors import ConfigError, ContextError
 from moshi_ttt.core.format import FormatAdapter
 from moshi_ttt.core.precision import DtypeRoles, check_role
@@ -121,6 +122,7 @@ class BlockContext:
         updates: False disables test-time updates for the tokens of this call; ``[B]`` bool does so row by row. What
             earlier tokens of an unfinished chunk contribute still takes effect when the chunk ends.
         coordinates: ``[T, axes]`` int64, where each token is on the host's grid; the block's format sets it.
+        prefix: tokens at the beginning that a reversed pass leaves in front, in order; the block's format may set it.
         want_state: False when nobody will use the state after this call: a block may then return an empty one.
     """
 
@@ -129,6 +131,7 @@ class BlockContext:
     reset: Tensor | None = None
     updates: bool | Tensor = True
     coordinates: Tensor | None = None
+    prefix: int = 0
     want_state: bool = True
 
     def updates_mask(self, like: Tensor) -> Tensor | None:
@@ -224,9 +227,10 @@ class SequenceBlock(nn.Module, ABC):
         context = context or BlockContext()
         tokens = self.info.format.to_tokens(x)
         self._check_call(tokens, state, context)
-        coordinates = self.info.format.coordinates(x)
-        if coordinates is not None:
-            context = replace(context, coordinates=coordinates)
+        coordinates, prefix = self.info.format.coordinates(x), self.info.format.prefix(x)
+        if coordinates is not None or prefix:
+            self._check_prefix(prefix, tokens.shape[1])
+            context = replace(context, coordinates=coordinates, prefix=prefix or context.prefix)
         if state is None and (context.exec_mask is not None or context.reset is not None):
             state = self.init_state(tokens.shape[0], tokens.device)
         elif state is not None and context.reset is not None:
@@ -340,8 +344,19 @@ class SequenceBlock(nn.Module, ABC):
         return torch.zeros(states.rows(state), dtype=torch.int64, device=next(iter(state.values())).device)
 
     def compile_compute(self) -> None:
-        """Have ``compute`` compiled by torch.compile from its next call on, anew for every length of sequence."""
-        self.compute = torch.compile(self.compute, dynamic=False)  # type: ignore[method-assign]
+        """Have ``compute`` compiled by torch.compile from its next call on, anew for every length of sequence.
+
+        A compiled block has first derivatives alone: a backward pass with ``create_graph`` raises RuntimeError.
+        """
+        compiled = torch.compile(self.compute, dynamic=False)
+
+        def compute(x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
+            y, after = compiled(x, state, context)
+            reason = f"The block at {self.info.site} is compiled"
+            once = {name: once_differentiable(tensor, reason) for name, tensor in after.items()}
+            return once_differentiable(y, reason), once
+
+        self.compute = compute  # type: ignore[method-assign]
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: compiled code is left out, and the copy compiles its own."""
@@ -415,6 +430,13 @@ class SequenceBlock(nn.Module, ABC):
             self._check_mask("reset", context.reset, shape[0])
         if isinstance(context.updates, Tensor):
             self._check_mask("updates", context.updates, shape[0])
+        self._check_prefix(context.prefix, shape[1])
+        if context.prefix and self.causal:
+            raise ContextError(
+                f"The block at {self.info.site} is causal and got a prefix of {context.prefix} tokens: it has no "
+                "reversed pass that could leave them in place. Leave prefix out, or set bidirectional: true where the "
+                "host allows it."
+            )
         if state is not None:
             if not self.causal:
                 raise ContextError(
@@ -432,6 +454,13 @@ class SequenceBlock(nn.Module, ABC):
             named = (state or self.init_state(1)).items()
             check_role("state", self.roles.state, named, self.roles.policy, f"first step, {self.info.site}")
             self._roles_checked = True
+
+    def _check_prefix(self, prefix: object, length: int) -> None:
+        if not isinstance(prefix, int) or isinstance(prefix, bool) or not 0 <= prefix <= length:
+            raise ContextError(
+                f"The block at {self.info.site} got {length} tokens and a prefix of {prefix!r}. Give a whole number of "
+                f"tokens from 0 to {length}, the same for every row."
+            )
 
     def _check_mask(self, name: str, mask: Tensor, rows: int) -> None:
         if mask.dtype != torch.bool or mask.dim() != 1 or len(mask) != rows:

@@ -89,8 +89,15 @@ class FormatAdapter(ABC):
         """Tokens ``[B, T, D]`` back to the layout of the activations ``like``."""
 
     def coordinates(self, activations: Tensor) -> Tensor | None:
-        """``[T, axes]`` int64, where each token is; None in a sequence, where its position in its chunk says so."""
+        """``[T, axes]`` int64, where each token is; None in a sequence, where its position in its chunk says so.
+
+        A token that has no place is at the origin: RoPE turns it by nothing.
+        """
         return None
+
+    def prefix(self, activations: Tensor) -> int:
+        """How many tokens at the beginning a reversed pass leaves in front and in order: a text before a video."""
+        return 0
 
     def chunks(self, tokens: Tensor, chunk_size: int, offset: Tensor | None = None) -> ChunkLayout:
         """The chunk layout of ``tokens [B, T, D]``; ``offset [B]`` continues unfinished chunks."""
@@ -113,6 +120,45 @@ class GridFormat(FormatAdapter):
     def coordinates(self, activations: Tensor) -> Tensor:
         axes = [torch.arange(size, device=activations.device) for size in activations.shape[1:4]]
         return torch.cartesian_prod(*axes)
+
+
+class PrefixedGridFormat(FormatAdapter):
+    """Tokens that have no place, then those of a grid: ``[B, P + T H W, D]``, a text of P tokens before a video.
+
+    A host makes one for the length of its prefix and its grid's height and width; T follows from the activations.
+    """
+
+    axes: ClassVar[int] = 3
+
+    def __init__(self, prefix: int, height: int, width: int) -> None:
+        if prefix < 0 or height < 1 or width < 1:
+            raise ValueError(
+                f"A prefix of {prefix} tokens before a grid of {height} by {width}: give a prefix of 0 or more, and 1 "
+                "or more for each side."
+            )
+        self._prefix, self._height, self._width = prefix, height, width
+
+    def to_tokens(self, activations: Tensor) -> Tensor:
+        frame = self._height * self._width
+        length = activations.shape[1] - self._prefix if activations.dim() == 3 else 0
+        if length < 1 or length % frame:
+            raise ValueError(
+                f"Expected activations [B, {self._prefix} + T * {frame}, D] with T of 1 or more, got shape "
+                f"{tuple(activations.shape)}."
+            )
+        return activations
+
+    def from_tokens(self, tokens: Tensor, like: Tensor) -> Tensor:
+        return tokens
+
+    def coordinates(self, activations: Tensor) -> Tensor:
+        frames = (activations.shape[1] - self._prefix) // (self._height * self._width)
+        sizes = (frames, self._height, self._width)
+        grid = torch.cartesian_prod(*(torch.arange(size, device=activations.device) for size in sizes))
+        return torch.cat([grid.new_zeros(self._prefix, self.axes), grid])
+
+    def prefix(self, activations: Tensor) -> int:
+        return self._prefix
 
 
 class SequenceFormat(FormatAdapter):

@@ -53,6 +53,7 @@ from moshi_ttt.core.testing.checks_training import (
     check_gradients_numerically,
     check_parameters_unwritten,
     check_reset_before_backward,
+    check_second_derivatives,
     check_trainable_set,
     check_two_forwards,
 )
@@ -95,6 +96,7 @@ CHECKS: tuple[Check, ...] = (
     check_reset_before_backward,
     check_trainable_set,
     check_gradients_numerically,
+    check_second_derivatives,
     check_plan_figures,
     check_adapter_round_trip,
     check_buffers,

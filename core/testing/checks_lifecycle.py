@@ -157,14 +157,20 @@ def _behaviour_of(case: BlockCase, values: dict[str, Any]) -> dict[str, torch.Te
 
 
 def _behaviour(case: BlockCase, config: BlockConfig) -> dict[str, torch.Tensor]:
-    """Initial values, and outputs over three chunks after a fixed disturbance of the parameters."""
+    """Initial values, outputs over three chunks after a fixed disturbance of the parameters, what backward needs."""
     block: SequenceBlock = case.at(config=config).block()
     generator = torch.Generator().manual_seed(0)
     block.reset_parameters(generator)
     initial = {f"initial {name}": parameter.detach().clone() for name, parameter in block.named_parameters()}
-    with torch.no_grad():
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y, _ = case.call(case.at(config=config).block(), case.inputs(3 * case.chunk))
-    return {"y": y, **initial}
+    return {"y": y.detach(), "kept for backward": torch.tensor(kept), **initial}
 
 
 def _changes(values: dict[str, Any], model: BaseModel) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -120,3 +121,63 @@ def check_gradients_numerically(case: BlockCase) -> None:
 
     parameters = [parameter.detach().clone().requires_grad_() for parameter in block.parameters()]
     assert torch.autograd.gradcheck(function, (x, *parameters), fast_mode=True, atol=1e-5, rtol=1e-3)
+
+
+def check_second_derivatives(case: BlockCase) -> None:
+    """The gradient's own derivative is right or refused (RuntimeError): by ``autograd.grad`` and by ``backward``.
+
+    Against finite differences of the gradient, float64, in one random direction: of a call from the start, of one that
+    continues a state, and of one under activation checkpointing.
+    """
+    if case.dtype != torch.float64:
+        return
+    small = case.at(shape=Shape(dim=8, heads=2, batch=2))
+    block = small.block()
+    names = [name for name, _ in block.named_parameters()]
+    length = 2 * case.chunk + 1 if case.chunk <= 8 else case.chunk + 1
+    x = small.inputs(length)
+    start = {} if not block.causal else small.call(block, small.inputs(case.chunk + 1, seed=7))[1]
+    learned = {name: tensor.detach() for name, tensor in start.items() if tensor.is_floating_point()}
+    leaves = [x, *(parameter.detach() for parameter in block.parameters())]
+
+    def loss(x: Tensor, *given: Tensor) -> Tensor:
+        state = {**start, **dict(zip(learned, given[len(names) :], strict=True))} if given[len(names) :] else None
+        parameters = dict(zip(names, given[: len(names)], strict=True))
+        y, _ = torch.func.functional_call(block, parameters, (x, state, small.context(x)))
+        total: Tensor = _loss(y) + y.square().sum()
+        return total
+
+    def checkpointed(*given: Tensor) -> Any:
+        return checkpoint(loss, *given, use_reentrant=False)
+
+    _check_second_derivatives(loss, leaves, "of a call from the start")
+    _check_second_derivatives(checkpointed, leaves, "under checkpointing")
+    if learned:
+        _check_second_derivatives(loss, [*leaves, *learned.values()], "of a call that continues a state")
+
+
+def _check_second_derivatives(loss: Callable[..., Tensor], at: Sequence[Tensor], what: str) -> None:
+    generator = torch.Generator().manual_seed(8)
+    direction = [torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype) for leaf in at]
+    step = 1e-5
+
+    def gradients(moved: float, create_graph: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        leaves = [(leaf + moved * d).requires_grad_() for leaf, d in zip(at, direction, strict=True)]
+        found = torch.autograd.grad(loss(*leaves), leaves, create_graph=create_graph, materialize_grads=True)
+        return leaves, list(found)
+
+    expected = [(a - b) / (2 * step) for a, b in zip(gradients(step)[1], gradients(-step)[1], strict=True)]
+    largest = max(float(tensor.detach().abs().max()) for tensor in expected)
+    for form in ("autograd.grad", "backward"):
+        try:
+            leaves, first = gradients(0.0, create_graph=True)
+            along = torch.stack([(g * d).sum() for g, d in zip(first, direction, strict=True)]).sum()
+            if form == "backward":
+                along.backward()
+                second = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+            else:
+                second = list(torch.autograd.grad(along, leaves, materialize_grads=True))
+        except RuntimeError:
+            continue  # refused
+        wrong = max(float((a - b).detach().abs().max()) for a, b in zip(second, expected, strict=True)) / largest
+        assert wrong <= 1e-5, f"second derivatives {what}, by {form}: relative error {wrong:.2g}, and not refused"

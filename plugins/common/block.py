@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common import health, inner_curves, inner_loop
+from moshi_ttt.plugins.common.derivatives import differentiable_again
 from moshi_ttt.plugins.common.finite import below, largest_factor
 from moshi_ttt.plugins.common.hybrid import (
     HybridOptions,
@@ -56,9 +58,13 @@ class HybridConfig(BlockConfig):
         base_lr: inner learning rate before the learned per-token factor, divided by the head width.
         causal: False lets a token see its whole chunk; a causal host refuses that.
         bidirectional: run over the sequence and then over the reversed result, by the same weights and a gate each; not
-            causal (and ``causal`` is then False when it is left out).
+            causal (and ``causal`` is then False when it is left out). As published (arXiv:2504.05298) tokens are
+            reversed and rotary positions are not, and a prefix that the host's format declares, a text before a
+            video, stays in front.
         gate: the gate, or gates.
         rope_theta: base of the rotary frequencies.
+        checkpoint_chunks: chunks of the inner loop that a backward pass computes again together: it then needs only the
+            tokens and the fast weights between such groups; None keeps everything. No result depends on it.
         norm_eps, target_eps, post_norm_eps: of the inner LayerNorm, the target's standard deviation, the post norm.
     """
 
@@ -71,6 +77,7 @@ class HybridConfig(BlockConfig):
     norm_eps: float = Field(default=1e-6, gt=0.0)
     target_eps: float = Field(default=1e-8, gt=0.0)
     post_norm_eps: float = Field(default=1e-6, gt=0.0)
+    checkpoint_chunks: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -221,15 +228,42 @@ class HybridBlock(SequenceBlock):
         return inner_loop.initial_state(weights, biases, self.config.chunk, batch_size)
 
     def compute(self, x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
-        y, after = self._pass(x, state, context, self.gate)
+        y, after = self._directions(x, state, context)
+        if not y.requires_grad or torch.compiler.is_compiling():  # what is compiled, torch differentiates only once
+            return y, after
+        inputs = (x, *self.parameters(), *(state or {}).values())
+        again = partial(self._again, None if state is None else tuple(state), replace(context, input_embeddings=None))
+        (y,) = differentiable_again((y,), inputs, lambda *given: (again(*given)[0],))
+        if learned := [name for name, tensor in after.items() if context.want_state and tensor.requires_grad]:
+            tensors = differentiable_again(
+                [after[name] for name in learned], inputs, lambda *given: [again(*given)[1][name] for name in learned]
+            )
+            after = {**after, **dict(zip(learned, tensors, strict=True))}
+        return y, after
+
+    def _again(
+        self, state: tuple[str, ...] | None, context: BlockContext, x: Tensor, *given: Tensor
+    ) -> tuple[Tensor, BlockState]:
+        """What ``compute`` computes, exactly differentiable, of its parameters' values and then its state's by name."""
+        names = [f"block.{name}" for name, _ in self.named_parameters()]
+        parameters = dict(zip(names, given[: len(names)], strict=True))
+        start = None if state is None else dict(zip(state, given[len(names) :], strict=True))
+        with self._without_autocast(x):
+            return torch.func.functional_call(_Exact(self), parameters, (x, start, context))  # type: ignore[no-any-return]
+
+    def _directions(
+        self, x: Tensor, state: BlockState | None, context: BlockContext, exact: bool = False
+    ) -> tuple[Tensor, BlockState]:
+        """The layer in its one direction or in both; ``exact`` as ``InnerNorm`` has it."""
+        y, after = self._pass(x, state, context, self.gate, exact)
         if self.config.bidirectional:
-            if context.coordinates is not None:
-                context = replace(context, coordinates=context.coordinates.flip(0))
-            y = self._pass(y.flip(1), None, context, self.gate_reversed)[0].flip(1)
+            # Tokens change places and RoPE does not: a token is turned by the place it is moved to.
+            y = self._pass(_reversed(y, context.prefix), None, context, self.gate_reversed, exact)[0]
+            y = _reversed(y, context.prefix)
         return y, after
 
     def _pass(
-        self, x: Tensor, state: BlockState | None, context: BlockContext, gate: Tensor
+        self, x: Tensor, state: BlockState | None, context: BlockContext, gate: Tensor, exact: bool
     ) -> tuple[Tensor, BlockState]:
         """The layer over the tokens in the order they are in, ``x [B, T, D]``, with its gate and residual."""
         batch, length, _ = x.shape
@@ -245,10 +279,11 @@ class HybridBlock(SequenceBlock):
         y, after = inner_loop.run(
             self._tokens(x, position, weights, context),
             state,
-            inner_norm(weights, self.options, self.roles),
+            replace(inner_norm(weights, self.options, self.roles), exact=exact),
             weights.token_scale.to(self.roles.state),
             layout=layout,
             causal=self.config.causal,
+            checkpoint_chunks=self.config.checkpoint_chunks,
         )
         return gated_output(x, y, weights, self.options, self.roles), after
 
@@ -329,3 +364,19 @@ class HybridBlock(SequenceBlock):
             products = (2 + (i > 0) + size) * fan_in * fan_out + size * (fan_in + fan_out)
             total += 2 * heads * products
         return total * (2 if self.config.bidirectional else 1)
+
+
+def _reversed(x: Tensor, prefix: int) -> Tensor:
+    """``x [B, T, D]`` with the tokens after the first ``prefix`` in reverse; its own inverse."""
+    return torch.cat([x[:, :prefix], x[:, prefix:].flip(1)], dim=1) if prefix else x.flip(1)
+
+
+class _Exact(nn.Module):
+    """A block's computation by operations that can be differentiated any number of times."""
+
+    def __init__(self, block: HybridBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
+        return self.block._directions(x, state, context, exact=True)

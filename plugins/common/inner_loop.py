@@ -23,13 +23,14 @@ fast weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import BlockState, row_mask
@@ -79,11 +80,17 @@ class FastNetwork:
 
 @dataclass
 class InnerNorm:
-    """The LayerNorm inside the loss and the output: ``weight`` and ``bias [H, D]``, and its eps."""
+    """The LayerNorm inside the loss and the output: ``weight`` and ``bias [H, D]``, and its eps.
+
+    Attributes:
+        exact: write the loss's gradient out. torch's own operation for it has a right first derivative and no right
+            second one: it takes the mean and the standard deviation for constants by then.
+    """
 
     weight: Tensor
     bias: Tensor
     eps: float
+    exact: bool = False
 
     def __call__(self, z: Tensor) -> Tensor:
         """``z [B, H, C, D]`` normalised over D, then scaled per head."""
@@ -91,6 +98,8 @@ class InnerNorm:
 
     def loss_gradient(self, z: Tensor, target: Tensor) -> Tensor:
         """d/dz of 1/2 * || LN(z) - target ||^2, for ``z`` and ``target`` ``[B, H, C, D]``."""
+        if self.exact:
+            return self._loss_gradient_written_out(z, target)
         shape = z.shape[-1:]
         normal, mean, rstd = torch.native_layer_norm(z, shape, None, None, self.eps)
         error = normal * self.weight[:, None] + self.bias[:, None] - target
@@ -98,6 +107,18 @@ class InnerNorm:
         return torch.ops.aten.native_layer_norm_backward(  # type: ignore[no-any-return]
             error * self.weight[:, None], z, shape, mean, rstd, None, None, mask
         )[0]
+
+    def _loss_gradient_written_out(self, z: Tensor, target: Tensor) -> Tensor:
+        """With n = (z - mean) r, r = 1 / sqrt(var + eps) and u = weight (LN(z) - target): r (u - m(u) - n m(u n)).
+
+        m is the mean over D; half-precision numbers are computed with in float32, as torch's operation does.
+        """
+        wide = z.to(torch.promote_types(z.dtype, torch.float32))
+        centred = wide - wide.mean(-1, keepdim=True)
+        r = (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        n = centred * r
+        u = (n * self.weight[:, None] + self.bias[:, None] - target) * self.weight[:, None]
+        return (r * (u - u.mean(-1, keepdim=True) - n * (u * n).mean(-1, keepdim=True))).to(z.dtype)
 
 
 @dataclass
@@ -220,6 +241,7 @@ def run(
     *,
     layout: ChunkLayout,
     causal: bool = True,
+    checkpoint_chunks: int | None = None,
 ) -> tuple[Tensor, BlockState]:
     """The inner loop over a whole call.
 
@@ -230,6 +252,8 @@ def run(
         token_scale: ``[C]`` per query position.
         layout: how the tokens lie in chunks of C.
         causal: False lets every query of a chunk use all of the chunk's keys.
+        checkpoint_chunks: chunks that the backward pass computes again together. Between the passes only the tokens
+            and the fast weights at the start of each such group are kept. None: everything is kept.
 
     Returns:
         ``y [B, T, H * D]`` and the state after the last token.
@@ -245,27 +269,43 @@ def run(
     mask = torch.ones(size, size, dtype=torch.bool, device=position.device).tril() if causal else None
     scale, last_scale = token_scale[:, None], token_scale[-1]
     valid = layout.valid[:, None, :, :, None].unbind(2)
-    unfinished = _map(before, torch.zeros_like)
-    split = [layout.split(part.flatten(2), heads).unbind(2) for part in tokens]
-    outputs = []
-    for n, (q, k, v, lr) in enumerate(zip(*split, strict=True)):
-        memory = key_pass(k, v, lr, fast, norm)
-        if not layout.full:
-            memory = _where(valid[n], memory, None)
-        if n == 0 and layout.offset is not None:
-            earlier = torch.arange(size, device=position.device) < position[:, None]
-            memory = _where(earlier[:, None, :, None], before, memory)
-        outputs.append(query_pass(q, fast, memory, norm, scale, mask))
-        if layout.offset is not None:
-            fast = updated(fast, memory, last_scale, rows=applied[:, n] & (after >= (n + 1) * size))
-            stops_here = (after >= n * size) & (after < (n + 1) * size)
-            unfinished = _where(stops_here.view(-1, 1, 1, 1), memory, unfinished)
-        elif (n + 1) * size <= layout.length:
-            fast = updated(fast, memory, applied_scale(last_scale, applied[:, n]))
-        else:
-            unfinished = memory
+    unfinished, begun = _map(before, torch.zeros_like), None if layout.offset is None else before
+    chunks = list(zip(*(layout.split(part.flatten(2), heads).unbind(2) for part in tokens), strict=True))
+
+    def group(first: int, last: int, *given: Tensor) -> tuple[Tensor, ...]:
+        """Chunks ``first`` to ``last - 1``: each one's output, then the fast weights and the unfinished chunk, flat.
+
+        ``given`` are q, k, v and lr of each, then what the group starts from. What is kept for another call of it has
+        to be among them: an activation checkpoint around this one frees its arguments and not its closure.
+        """
+        fast, unfinished = _unflattened(given[4 * (last - first) :])
+        outputs = []
+        for n in range(first, last):
+            q, k, v, lr = given[4 * (n - first) : 4 * (n - first) + 4]
+            memory = key_pass(k, v, lr, fast, norm)
+            if not layout.full:
+                memory = _where(valid[n], memory, None)
+            if n == 0 and begun is not None:
+                earlier = torch.arange(size, device=position.device) < position[:, None]
+                memory = _where(earlier[:, None, :, None], begun, memory)
+            outputs.append(query_pass(q, fast, memory, norm, scale, mask))
+            if layout.offset is not None:
+                fast = updated(fast, memory, last_scale, rows=applied[:, n] & (after >= (n + 1) * size))
+                if (n + 1) * size > layout.length:  # wherever a row began, an earlier chunk ends in this call
+                    stops_here = (after >= n * size) & (after < (n + 1) * size)
+                    unfinished = _where(stops_here.view(-1, 1, 1, 1), memory, unfinished)
+            elif (n + 1) * size <= layout.length:
+                fast = updated(fast, memory, applied_scale(last_scale, applied[:, n]))
+            else:
+                unfinished = memory
+        return *outputs, *_flattened(fast, unfinished)
+
+    needed = (*tokens, *_flattened(fast, unfinished), token_scale, norm.weight, norm.bias)
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in needed):
+        checkpoint_chunks = None
+    outputs, end = _in_groups(group, chunks, _flattened(fast, unfinished), checkpoint_chunks)
     counters = (after % size, *_counted(spoiled, state["skipped"], after // size))
-    return layout.merge(torch.stack(outputs, dim=2)), pack(counters, fast, unfinished)
+    return layout.merge(torch.stack(outputs, dim=2)), pack(counters, *_unflattened(end))
 
 
 def _counted(spoiled: Tensor, skipped: Tensor, finished: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,6 +317,36 @@ def _counted(spoiled: Tensor, skipped: Tensor, finished: Tensor) -> tuple[Tensor
     ended = chunk < finished[:, None]
     unfinished = torch.where(chunk == finished[:, None], spoiled, 0).sum(1)
     return unfinished, skipped + (ended & (spoiled > 0)).sum(1)
+
+
+def _in_groups(
+    group: Callable[..., tuple[Tensor, ...]],
+    chunks: Sequence[tuple[Tensor, ...]],
+    now: tuple[Tensor, ...],
+    together: int | None,
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Each chunk's output and what the last one leaves; ``together`` chunks share an activation checkpoint."""
+    outputs: list[Tensor] = []
+    for first in range(0, len(chunks), together or len(chunks)):
+        last = min(first + (together or len(chunks)), len(chunks))
+        given = (*(tensor for chunk in chunks[first:last] for tensor in chunk), *now)
+        if together is None:
+            found = group(first, last, *given)
+        else:
+            found = checkpoint(group, first, last, *given, use_reentrant=False, preserve_rng_state=False)
+        outputs += found[: last - first]
+        now = found[last - first :]
+    return outputs, now
+
+
+def _flattened(fast: FastNetwork, memory: ChunkMemory) -> tuple[Tensor, ...]:
+    return *fast.weights, *fast.biases, *memory.inputs, *memory.gradients
+
+
+def _unflattened(tensors: tuple[Tensor, ...]) -> tuple[FastNetwork, ChunkMemory]:
+    layers = len(tensors) // 4
+    weights, biases, inputs, gradients = (tensors[i * layers : (i + 1) * layers] for i in range(4))
+    return FastNetwork(weights, biases), ChunkMemory(inputs, gradients)
 
 
 def _map(memory: ChunkMemory, function: Callable[[Tensor], Tensor]) -> ChunkMemory:

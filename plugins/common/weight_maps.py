@@ -2,6 +2,9 @@
 
 ``ttt-video-dit`` (arXiv:2504.05298): the same layer as ours when not causal. Its gate is a module of its own beside the
 layer; give its ``gating_alpha`` with the layer's tensors (and that of the reversed pass as ``backward_gating_alpha``).
+There the tokens of a text before the video have gates of their own, and here they have the video's: the layer is the
+same one where the two are equal, or where there is no text. Of a video of several scenes only the weights are the same:
+its scenes and texts are interleaved.
 
 ``ttt-lm`` (arXiv:2407.04620): the same inner loop inside another layer. There are no biases in its projections, queries
 and keys are not L2-normalised, the target is not normalised, and the layer stands in attention's place without a gate:

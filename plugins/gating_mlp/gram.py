@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def gram(
@@ -52,7 +51,6 @@ class _Gram(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         keys, values, start, weights, *affinities = ctx.saved_tensors
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
@@ -63,7 +61,11 @@ class _Gram(torch.autograd.Function):
                 grad_affinity = _weighted(given @ values[:, past].mT, weights, i, ctx.size)
                 grad_keys[:, now].baddbmm_(grad_affinity, keys[:, past])
                 grad_keys[:, past].baddbmm_(grad_affinity.mT, keys[:, now])
-                grad_values[:, past].baddbmm_(affinities[i - 1].mT, given)
+                if torch.is_grad_enabled():  # who differentiates again needs the affinity as a function of the keys
+                    affinity = _weighted(keys[:, now] @ keys[:, past].mT, weights, i, ctx.size)
+                else:
+                    affinity = affinities[i - 1]
+                grad_values[:, past].baddbmm_(affinity.mT, given)
             if start is not None:
                 grad_keys[:, now].baddbmm_(given, start.mT, alpha=ctx.kept[i])
                 assert grad_start is not None

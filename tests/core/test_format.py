@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moshi_ttt.core.format import ChunkLayout, GridFormat, SequenceFormat
+from moshi_ttt.core.format import ChunkLayout, GridFormat, PrefixedGridFormat, SequenceFormat
 
 HEADS, WIDTH = 2, 6
 
@@ -116,3 +116,26 @@ def test_a_grid_is_tokens_in_the_order_time_row_column_and_back():
     assert torch.equal(GridFormat().from_tokens(tokens, grid), grid)
     with pytest.raises(ValueError, match=r"Expected activations \[B, T, H, W, D\], got shape \(2, 60, 6\)"):
         GridFormat().to_tokens(tokens)
+
+
+def test_a_prefix_is_at_the_origin_and_the_grid_behind_it_at_its_places():
+    layout, x = PrefixedGridFormat(2, 3, 4), torch.randn(2, 2 + 24, 5)
+    assert layout.to_tokens(x) is x
+    assert layout.from_tokens(x, x) is x
+    assert layout.prefix(x) == 2
+    where = layout.coordinates(x)
+    assert where[:2].tolist() == [[0, 0, 0]] * 2
+    assert torch.equal(where[2:], GridFormat().coordinates(torch.empty(1, 2, 3, 4, 1)))
+    assert GridFormat().prefix(torch.empty(1, 2, 3, 4, 1)) == SequenceFormat().prefix(x) == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 5), (2, 13, 5), (2, 14), (2, 2, 3, 4, 5)], ids=str)
+def test_a_prefixed_grid_refuses_what_is_no_whole_number_of_frames(shape):
+    with pytest.raises(ValueError, match=r"Expected activations \[B, 2 \+ T \* 12, D\] with T of 1 or more"):
+        PrefixedGridFormat(2, 3, 4).to_tokens(torch.randn(shape))
+
+
+@pytest.mark.parametrize("sizes", [(-1, 3, 4), (0, 0, 4), (0, 3, -4)], ids=str)
+def test_a_prefixed_grid_of_no_size_is_refused(sizes):
+    with pytest.raises(ValueError, match="give a prefix of 0 or more, and 1 or more for each side"):
+        PrefixedGridFormat(*sizes)

@@ -77,6 +77,17 @@ def test_gradients_are_bit_equal_under_the_hosts_checkpointing(variant):
         assert torch.equal(gradient, plain[name]), name
 
 
+@pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp", "ttt_multilayer"])
+def test_groups_of_chunks_change_no_gradient_alone_and_inside_the_hosts_checkpointing(variant):
+    entry = {"variant": variant, "layers": "1,3", "chunk": 3}
+    plain = gradients(*tiny_with(entry))
+    for around in (False, True):
+        model, injection = tiny_with({**entry, "checkpoint_chunks": 2})
+        model.transformer.checkpointing = around
+        for name, gradient in gradients(model, injection).items():
+            assert torch.equal(gradient, plain[name]), name
+
+
 def test_only_the_blocks_train_and_every_parameter_moves(variant):
     model, injection = tiny_with({"variant": variant, "layers": "last:2", "chunk": 4}, excite=False)
     injection.freeze_base()

@@ -7,14 +7,14 @@ import pytest
 from moshi_ttt.core.testing import check_long_stream, conformance_tests, default_cases
 
 test_ttt_linear = conformance_tests(
-    "ttt_linear", {"chunk": 4}, {"chunk": 5}, {"chunk": 2}, {"chunk": 4, "causal": False}
+    "ttt_linear", {"chunk": 4}, {"chunk": 5}, {"chunk": 2, "checkpoint_chunks": 2}, {"chunk": 4, "causal": False}
 )
 test_ttt_mlp = conformance_tests(
     "ttt_mlp",
     {"chunk": 4},
     {"chunk": 7, "expansion": 2, "gate": {"alpha": "layer", "init": 0.3}},
     {"chunk": 4, "causal": False, "gate": {"alpha": "fixed", "init": 0.2}},
-    {"chunk": 5, "bidirectional": True},
+    {"chunk": 5, "bidirectional": True, "checkpoint_chunks": 1},
 )
 test_ttt_multilayer = conformance_tests(
     "ttt_multilayer",

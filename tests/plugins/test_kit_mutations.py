@@ -274,6 +274,33 @@ class DetachedGate(TTTLinear):
         return scale.detach() + 0 * scale
 
 
+class DifferentiableOnce(TTTLinear):
+    """A gradient that is right, and silently wrong when it is differentiated again."""
+
+    def compute(self, x, state, context):
+        with mock.patch("moshi_ttt.plugins.common.block.differentiable_again", lambda outputs, *_: tuple(outputs)):
+            return super().compute(x, state, context)
+
+
+class RaisesInOneForm(TTTLinear):
+    """torch's own guard against second derivatives: it raises in ``backward``, and ``autograd.grad`` goes around it."""
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.square()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            return 2 * ctx.saved_tensors[0] * gradient
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        return y + self.Square.apply(x), after
+
+
 class IgnoresOption(TTTLinear):
     """The base learning rate is fixed, whatever the config says."""
 
@@ -422,6 +449,8 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     DropsTail: {kit.check_splits},
     DeadParameter: {kit.check_trainable_set},
     DetachedGate: {kit.check_gradients_numerically},
+    DifferentiableOnce: {kit.check_second_derivatives},
+    RaisesInOneForm: {kit.check_second_derivatives},
     IgnoresOption: {kit.check_config_keys},
     RoundsParameters: {kit.check_dtypes},
     WrongPlan: {kit.check_plan_figures},
