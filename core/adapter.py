@@ -154,19 +154,19 @@ def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | N
             host.add_extra(model, manifest["extra"])
         extra = host.extra_parameters(model)
         _check_tensors(folder, plan, extra, tensors)
-        injection = plan.apply(model)
-    except Exception as error:
+        beside = {name: tensors.pop(EXTRA + name) for name in extra}
+        injection = plan.apply(model, tensors)
+        for name, parameter in extra.items():
+            assign(parameter, beside[name])
+        return injection
+    except BaseException as error:
+        if host.blocks(model):
+            host.detach(model)
         if added:
             host.remove_extra(model)
-        if isinstance(error, MoshiTTTError):
+        if isinstance(error, MoshiTTTError) or not isinstance(error, Exception):
             raise
         raise AdapterError(f"{folder}: it does not fit this model. {error}") from error
-    for name, tensor in _own_tensors(injection).items():
-        assign(tensor, tensors[name])
-    for name, parameter in extra.items():
-        assign(parameter, tensors[EXTRA + name])
-    injection.check_precision("load")
-    return injection
 
 
 def find_adapter(folder: str | Path) -> Path:

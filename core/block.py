@@ -188,6 +188,15 @@ class SequenceBlock(nn.Module, ABC):
         Write with ``core.sharding.assign``, which knows what to do when the parameter is sharded.
         """
 
+    def reset_unsaved(self, generator: torch.Generator | None = None) -> None:
+        """Fill what no adapter or checkpoint holds: the buffers that are not persistent, with their initial values.
+
+        Called instead of ``reset_parameters``, with the same generator, before parameters and persistent buffers are
+        filled from a file. By default this is ``reset_parameters``, for what it sets may depend on what it draws; a
+        block for which that is not so overrides this, and then draws nothing in vain.
+        """
+        self.reset_parameters(generator)
+
     @abstractmethod
     def init_state(self, batch_size: int, device: torch.device | None = None) -> BlockState:
         """The learned initial state, one row per stream, differentiable. The rows may share storage: do not write."""

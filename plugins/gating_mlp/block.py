@@ -94,6 +94,10 @@ class GatingMLP(SequenceBlock):
             assign(parameter, torch.zeros(parameter.shape))
         assign(self.projection, torch.diag(torch.randn(self.info.dim, generator=generator) * INIT_STD))
 
+    def reset_unsaved(self, generator: torch.Generator | None = None) -> None:
+        if type(self).reset_parameters is not GatingMLP.reset_parameters:  # a subclass sets more than nothing
+            super().reset_unsaved(generator)
+
     def init_state(self, batch_size: int, device: torch.device | None = None) -> BlockState:
         return self.memory.initial(batch_size, self.roles.state, device or self.conv.device)
 
