@@ -110,6 +110,8 @@ class HealthMonitor:
             measured["state_norm"] = torch.linalg.vector_norm(torch.stack(norms))
             measured["drift"] = block.drift(after).max()
             self._state_dtypes[site] = {tensor.dtype for tensor in numbers}
+        if self.sample and after:
+            measured["skipped_updates"] = block.skipped_updates(after).sum()  # of tokens beyond the sample too
         return measured
 
     def read(self) -> dict[Site, BlockHealth]:
@@ -131,6 +133,9 @@ class HealthMonitor:
         for what in ("output", "state"):
             if figures.get(f"{what}_not_finite", 0.0) > 0:
                 flags.append(f"{figures[f'{what}_not_finite']:.1%} of its {what} is not finite.")
+        skipped = figures.get("skipped_updates", 0.0)
+        if skipped > 0 and not figures.get("nonfinite_tokens", 0.0) > 0:  # else the block's own flag says it
+            flags.append(f"{skipped:.0f} updates were skipped, because a token was not finite or too large.")
         if not figures.get("drift", 0.0) < LEAST_DRIFT_EXPLODED:
             flags.append(
                 f"The fast weights moved {figures['drift']:.3g} times their own size: lower the inner learning rate."

@@ -306,7 +306,7 @@ class HybridBlock(SequenceBlock):
         state = self.init_state(x.shape[0], x.device)
         return {
             **health.target_figures(tokens, value, norm.weight, norm.bias),
-            **health.inner_losses(tokens, state, norm, scale, self.config.chunk),
+            **health.inner_losses(tokens, finite, state, norm, scale, self.config.chunk),
             "token_scale_last": scale[-1],
             "nonfinite_tokens": (~finite).float().mean(),
             "gate": torch.tanh(torch.stack(self.gates())).abs().max(),
