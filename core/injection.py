@@ -72,7 +72,7 @@ class Plan:
 
         Args:
             model: what the plan was made for.
-            values: of every parameter and persistent buffer of every block, by the names of
+            values: of every parameter and persistent buffer of every block, in its shape and dtype, by the names of
                 ``Injection.named_parameters`` and ``named_buffers``; no initial value is drawn for them then.
         """
         if self.host.blocks(model):
@@ -219,6 +219,18 @@ def _fill_blocks(blocks: Mapping[Site, SequenceBlock], seed: int, values: Mappin
         raise InjectionError(
             f"Nothing was injected: the values are not those of the blocks; on one side only: {', '.join(apart[:8])}."
         )
+    if meta := [name for name, tensor in own.items() if tensor.is_meta]:
+        raise InjectionError(
+            f"Nothing was injected: {meta[0]} is on the meta device and cannot hold a value. Load the model's weights "
+            "first."
+        )
+    problems = [
+        f"{name} is {list(values[name].shape)} {values[name].dtype}, and {list(tensor.shape)} {tensor.dtype} is needed"
+        for name, tensor in own.items()
+        if (values[name].shape, values[name].dtype) != (tensor.shape, tensor.dtype)
+    ]
+    if problems:
+        raise InjectionError(f"Nothing was injected: {'; '.join(problems[:8])}.")
     _reset_unsaved(blocks, seed)
     for name, tensor in own.items():
         assign(tensor, values[name])

@@ -15,7 +15,7 @@ from moshi_ttt.core.errors import AdapterError, InjectionError
 from moshi_ttt.core.injection import Injection, make_plan
 from moshi_ttt.core.precision import FP32_STATE
 from moshi_ttt.hosts.moshi import lora
-from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 from moshi_ttt.hosts.moshi.loading import resolve_repo
 from moshi_ttt.plugins.common.block import GateConfig
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
@@ -132,13 +132,23 @@ def test_values_of_other_blocks_are_refused_and_nothing_is_injected():
     injection = trained({"variant": "ttt_linear", "layers": "1", "chunk": 8})
     values = {**dict(injection.named_parameters()), **dict(injection.named_buffers())}
     lost = next(iter(values))
-    for wrong in ({name: t for name, t in values.items() if name != lost}, {**values, "layers.1.sequence.other": lost}):
+    configs = [block.config for block in injection.plan.blocks]
+    for wrong, message in (
+        ({name: t for name, t in values.items() if name != lost}, rf"not those of the blocks.*{lost}"),
+        ({**values, "layers.1.sequence.other": values[lost]}, r"not those of the blocks.*sequence\.other"),
+        ({**values, lost: values[lost].double()}, r"float64, and .* torch\.float32 is needed"),
+        ({**values, lost: values[lost][:1]}, rf"{lost} is \[1"),
+    ):
         model = base()
         before = set(model.state_dict())
-        plan = make_plan(model, MOSHI_HOST, [block.config for block in injection.plan.blocks], policy=FP32_STATE)
-        with pytest.raises(InjectionError, match="Nothing was injected: the values are not those of the blocks"):
+        plan = make_plan(model, MOSHI_HOST, configs, policy=FP32_STATE)
+        with pytest.raises(InjectionError, match=f"Nothing was injected: .*{message}"):
             plan.apply(model, wrong)
         assert set(model.state_dict()) == before
+    skeleton = MOSHI_HOST.skeleton(MoshiHostConfig(hf_repo="builtin:tiny", dtype="float32"))
+    with pytest.raises(InjectionError, match="meta device and cannot hold a value"):
+        make_plan(skeleton, MOSHI_HOST, configs, policy=FP32_STATE).apply(skeleton, values)
+    assert MOSHI_HOST.blocks(skeleton) == {}
     assert torch.equal(
         plan.apply(model, values).model.get_parameter(f"transformer.{lost.replace('sequence', 'ttt.block')}"),
         values[lost],
