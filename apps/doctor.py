@@ -16,9 +16,9 @@ from torch import nn
 from moshi_ttt.apps import threads
 from moshi_ttt.apps.config_files import read_config
 from moshi_ttt.core.adapter import find_adapter, load_adapter
-from moshi_ttt.core.block import SequenceBlock, Site
+from moshi_ttt.core.block import Site
 from moshi_ttt.core.errors import ConfigError
-from moshi_ttt.core.health import BlockHealth, HealthMonitor, dead_block_flag
+from moshi_ttt.core.health import BlockHealth, HealthMonitor, chunk_of, dead_block_flag, sample_length
 from moshi_ttt.core.injection import Injection, inject
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
@@ -66,15 +66,10 @@ def examine(
     if not injection.blocks:
         raise ConfigError(f"{config} has no blocks to examine. Give its ttt list an entry.")
     injection.freeze_base()
-    length = length or max(64, 1 + 2 * max(_chunk(block) for block in injection.blocks.values()))
+    length = length or max(sample_length(block) for block in injection.blocks.values())
     with threads.computing(threads.largest(injection.model), processor_threads):
         found = measure(injection, batches=batches, length=length, seed=seed)
     return Examination(config=config, batches=batches, length=length, blocks=found)
-
-
-def _chunk(block: SequenceBlock) -> int:
-    """Tokens between two updates, for a block that says so."""
-    return block.info.tokens(getattr(block.config, "chunk", 1))
 
 
 def measure(injection: Injection, *, batches: int, length: int, seed: int = 0) -> dict[Site, BlockHealth]:
@@ -84,7 +79,7 @@ def measure(injection: Injection, *, batches: int, length: int, seed: int = 0) -
     Raises ConfigError when so few tokens make no update.
     """
     host, model, blocks = injection.host, injection.model, injection.blocks
-    longest = max(_chunk(block) for block in blocks.values())
+    longest = max(chunk_of(block) for block in blocks.values())
     if batches * length <= longest:
         raise ConfigError(
             f"{batches} passes of {length} tokens are not longer than one chunk of {longest}: no update could take "

@@ -18,6 +18,8 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables that say how OpenMP's threads wait, of every runtime that torch comes with."""
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Variables with which a user, or torchrun, chooses the number of threads; torch reads them when it is imported."""
+RANKS = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+"""Variables in which torchrun and mpirun say how many ranks share a node. srun binds each to cores of its own."""
 QUOTAS = (("/sys/fs/cgroup/cpu.max",), ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"))
 """Where Linux says which share of the cores a container may use: version 2 in one file, version 1 in two."""
 
@@ -64,7 +66,7 @@ def choose(
         return most
     if parameters < SMALL:
         return 1
-    ranks = int(environment.get("LOCAL_WORLD_SIZE") or 1)
+    ranks = next((int(environment[name]) for name in RANKS if environment.get(name)), 1)
     return max(1, min(most, available_cores() // ranks - workers))
 
 

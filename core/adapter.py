@@ -40,13 +40,27 @@ KEYS = {"format_version", "host", "fingerprint", "precision", "seed", "training_
 
 @dataclass(frozen=True)
 class AdapterContents:
-    """An adapter in memory: its tensors, on the CPU, and its manifest."""
+    """An adapter in memory: its tensors, on the CPU, and its manifest.
+
+    Attributes:
+        tensors: none on a rank that keeps none.
+        kept: False on such a rank.
+    """
 
     tensors: Mapping[str, Tensor]
     manifest: Mapping[str, Any]
+    kept: bool = True
 
     def write(self, folder: str | Path) -> Path:
-        """Write to ``folder``, replacing an adapter that is there; see ``save_adapter``."""
+        """Write to ``folder``, replacing an adapter that is there; see ``save_adapter``.
+
+        Raises AdapterError also on a rank that kept no tensors.
+        """
+        if not self.kept:
+            raise AdapterError(
+                "This rank took part in gathering the adapter and kept none of its tensors (keep=False). Write it on "
+                "the rank that kept them. Nothing was saved."
+            )
         folder = user_path(folder).resolve()
         _check_replaceable(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +75,7 @@ def save_adapter(injection: Injection, folder: str | Path, *, training_step: int
 
     Replaces an adapter that is there. Written to a temporary folder beside it, synced, then renamed: a reader sees the
     old adapter or the new one. Raises AdapterError when ``folder`` exists and is not an adapter. Of a sharded model,
-    every rank calls ``collect_adapter`` and one writes what it gives.
+    every rank calls ``collect_adapter``, the writing one with ``keep=True`` and the others with ``keep=False``.
     """
     _check_replaceable(user_path(folder).resolve())
     return collect_adapter(injection, training_step=training_step).write(folder)
@@ -73,14 +87,18 @@ def collect_adapter(
     training_step: int = 0,
     fingerprint: Mapping[str, Any] | None = None,
     extra: bool = True,
+    keep: bool = True,
 ) -> AdapterContents:
     """What an adapter of this model holds, gathered from all ranks where it is sharded: every rank calls this.
+
+    Tensors are gathered one at a time, and copied to the CPU where they are kept.
 
     Args:
         injection: the blocks.
         training_step: what the manifest says.
         fingerprint: of the base model it belongs to, where that is not the one in memory.
         extra: False leaves out what the host was given beside the blocks, which has been merged into that base model.
+        keep: False on ranks that do not write the adapter: they take part, and hold one gathered tensor at most.
 
     Raises:
         AdapterError: the injection was removed, or its inner learning rate is in mid-schedule.
@@ -98,9 +116,15 @@ def collect_adapter(
             "keep: whoever loads it would compute something else. Call injection.set_inner_lr_factor(1) when the "
             "schedule has ended. Nothing was saved."
         )
-    tensors = {name: _copy(tensor) for name, tensor in _own_tensors(injection).items()}
+    own = _own_tensors(injection)
     others = injection.host.extra_parameters(injection.model) if extra else {}
-    tensors |= {EXTRA + name: _copy(parameter) for name, parameter in others.items()}
+    own |= {EXTRA + name: parameter for name, parameter in others.items()}
+    tensors = {}
+    for name, tensor in own.items():
+        gathered = whole(tensor.detach())  # a collective of its own for each tensor, where it is sharded
+        if keep:
+            tensors[name] = gathered.to("cpu", copy=True).contiguous()
+        del gathered
     manifest = {
         "format_version": FORMAT_VERSION,
         "host": injection.host.name,
@@ -111,7 +135,7 @@ def collect_adapter(
         "extra": injection.host.describe_extra(injection.model) if extra else {},
         "sites": [_describe(planned) for planned in injection.plan.blocks],
     }
-    return AdapterContents(tensors, manifest)
+    return AdapterContents(tensors, manifest, kept=keep)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | None = None) -> Injection:
@@ -154,19 +178,19 @@ def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | N
             host.add_extra(model, manifest["extra"])
         extra = host.extra_parameters(model)
         _check_tensors(folder, plan, extra, tensors)
-        injection = plan.apply(model)
-    except Exception as error:
+        beside = {name: tensors.pop(EXTRA + name) for name in extra}
+        injection = plan.apply(model, tensors)
+        for name, parameter in extra.items():
+            assign(parameter, beside[name])
+        return injection
+    except BaseException as error:
+        if host.blocks(model):
+            host.detach(model)
         if added:
             host.remove_extra(model)
-        if isinstance(error, MoshiTTTError):
+        if isinstance(error, MoshiTTTError) or not isinstance(error, Exception):
             raise
         raise AdapterError(f"{folder}: it does not fit this model. {error}") from error
-    for name, tensor in _own_tensors(injection).items():
-        assign(tensor, tensors[name])
-    for name, parameter in extra.items():
-        assign(parameter, tensors[EXTRA + name])
-    injection.check_precision("load")
-    return injection
 
 
 def find_adapter(folder: str | Path) -> Path:
@@ -346,10 +370,6 @@ def _check_provenance(folder: Path, sites: Iterable[Mapping[str, Any]], registry
 def major_version(version: str) -> str:
     """The first part of a version: a change in it may change what a block computes."""
     return str(version).lstrip("v").partition(".")[0]
-
-
-def _copy(parameter: Tensor) -> Tensor:
-    return whole(parameter).detach().cpu().contiguous().clone()
 
 
 def _check_fingerprint(folder: Path, saved: Mapping[str, Any], actual: Mapping[str, Any]) -> None:

@@ -191,6 +191,15 @@ class SequenceBlock(nn.Module, ABC):
         Write with ``core.sharding.assign``, which knows what to do when the parameter is sharded.
         """
 
+    def reset_unsaved(self, generator: torch.Generator | None = None) -> None:
+        """Fill what no adapter or checkpoint holds: the buffers that are not persistent, with their initial values.
+
+        Called instead of ``reset_parameters``, with the same generator, before parameters and persistent buffers are
+        filled from a file. By default this is ``reset_parameters``, for what it sets may depend on what it draws; a
+        block for which that is not so overrides this, and then draws nothing in vain.
+        """
+        self.reset_parameters(generator)
+
     @abstractmethod
     def init_state(self, batch_size: int, device: torch.device | None = None) -> BlockState:
         """The learned initial state, one row per stream, differentiable. The rows may share storage: do not write."""
@@ -291,10 +300,12 @@ class SequenceBlock(nn.Module, ABC):
         moved = torch.zeros(states.rows(state), dtype=torch.float64, device=device)
         size = torch.zeros(1, dtype=torch.float64, device=device)
         for name in learned:
-            first = start[name].detach().to(device, torch.float64)
-            moved = moved + (state[name].double() - first).square().flatten(1).sum(1)
-            size = size + first.square().sum()
-        return (moved / size.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+            now, first = state[name], start[name].detach().to(device)
+            if torch.finfo(now.dtype).bits < 32:
+                now, first = now.float(), first.float()
+            moved = torch.hypot(moved, _row_norms(now - first))
+            size = torch.hypot(size, _row_norms(first))
+        return moved / size.clamp(min=torch.finfo(torch.float64).tiny)
 
     def persistent_buffers(self) -> dict[str, Tensor]:
         """The buffers that belong to the trained block, by name: adapters and checkpoints hold them.
@@ -477,6 +488,12 @@ class SequenceBlock(nn.Module, ABC):
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _row_norms(tensor: Tensor) -> Tensor:
+    """``[B]`` float64: the norm of each row of ``tensor [B, ...]``, summed in float64 without a copy in it."""
+    norms: Tensor = torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=torch.float64)
+    return norms
 
 
 BlockFactory = Callable[[Any, SiteInfo, DtypeRoles], SequenceBlock]

@@ -7,19 +7,20 @@ every problem, and an application that fails half-way leaves the model as it was
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo
+from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo, SiteKind
 from moshi_ttt.core.config import BlockConfig, TTTConfig
 from moshi_ttt.core.errors import ConfigError, InjectionError, MoshiTTTError, PluginError
 from moshi_ttt.core.host import HostModel
 from moshi_ttt.core.layer_spec import resolve_layers
 from moshi_ttt.core.precision import DtypeRoles, PrecisionPolicy
 from moshi_ttt.core.registry import Registry, Variant, default_registry
+from moshi_ttt.core.sharding import assign
 
 logger = logging.getLogger("moshi_ttt.injection")
 
@@ -64,16 +65,23 @@ class Plan:
         """Bytes of state that one stream will occupy."""
         return sum(block.state_bytes for block in self.blocks)
 
-    def apply(self, model: nn.Module) -> Injection:
+    def apply(self, model: nn.Module, values: Mapping[str, Tensor] | None = None) -> Injection:
         """Build, initialise and attach all blocks. Raises a MoshiTTTError and leaves the model untouched on failure.
 
         On a meta-device model the blocks are on meta too; call ``Injection.initialise`` once they are materialised.
+
+        Args:
+            model: what the plan was made for.
+            values: of every parameter and persistent buffer of every block, in its shape and dtype, by the names of
+                ``Injection.named_parameters`` and ``named_buffers``; no initial value is drawn for them then.
         """
         if self.host.blocks(model):
             raise InjectionError("Nothing was injected: the model already has blocks; remove them first.")
         try:
             built = {planned.site: planned.build() for planned in self.blocks}
-            if not any(parameter.is_meta for block in built.values() for parameter in block.parameters()):
+            if values is not None:
+                _fill_blocks(built, self.seed, values)
+            elif not any(parameter.is_meta for block in built.values() for parameter in block.parameters()):
                 initialise_blocks(built, self.seed)
             for block in built.values():
                 block.check_precision("build")
@@ -163,9 +171,16 @@ class Injection:
                 "rate by self.inner_lr_factor and declare scales_inner_lr = True."
             )
 
-    def initialise(self) -> None:
-        """Give every block its initial values (again): after ``to_empty`` on a model built on the meta device."""
-        initialise_blocks(self.blocks, self.plan.seed)
+    def initialise(self, *, saved: bool = True) -> None:
+        """Give every block its initial values (again): after ``to_empty`` on a model built on the meta device.
+
+        ``saved=False`` leaves out parameters and persistent buffers, which an adapter or a checkpoint is to fill next:
+        nothing is drawn for them.
+        """
+        if saved:
+            initialise_blocks(self.blocks, self.plan.seed)
+        else:
+            _reset_unsaved(self.blocks, self.plan.seed)
 
     def check_precision(self, when: str) -> None:
         """Every block's parameters have the policy's dtypes, or PrecisionError names the tensor."""
@@ -180,11 +195,45 @@ class Injection:
 def initialise_blocks(blocks: dict[Site, SequenceBlock], seed: int) -> None:
     """Initial values, drawn on the CPU from the seed and the site alone: equal on every device, rank and plan."""
     for site, block in blocks.items():
-        generator = torch.Generator().manual_seed(
-            (seed * 1_000_003 + site.layer) * 2 + (site.kind != block.kind.SEQUENCE)
-        )
         with torch.no_grad():
-            block.reset_parameters(generator)
+            block.reset_parameters(_generator(seed, site))
+
+
+def _generator(seed: int, site: Site) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + site.layer) * 2 + (site.kind != SiteKind.SEQUENCE))
+
+
+def _reset_unsaved(blocks: Mapping[Site, SequenceBlock], seed: int) -> None:
+    for site, block in blocks.items():
+        with torch.no_grad():
+            block.reset_unsaved(_generator(seed, site))
+
+
+def _fill_blocks(blocks: Mapping[Site, SequenceBlock], seed: int, values: Mapping[str, Tensor]) -> None:
+    """Give every parameter and buffer its value. Raises InjectionError unless ``values`` are exactly those needed."""
+    own: dict[str, Tensor] = {}
+    for site, block in blocks.items():
+        own |= {f"{site}.{name}": tensor for name, tensor in block.named_parameters()}
+        own |= {f"{site}.{name}": tensor for name, tensor in block.persistent_buffers().items()}
+    if apart := sorted(own.keys() ^ values.keys()):
+        raise InjectionError(
+            f"Nothing was injected: the values are not those of the blocks; on one side only: {', '.join(apart[:8])}."
+        )
+    if meta := [name for name, tensor in own.items() if tensor.is_meta]:
+        raise InjectionError(
+            f"Nothing was injected: {meta[0]} is on the meta device and cannot hold a value. Load the model's weights "
+            "first."
+        )
+    problems = [
+        f"{name} is {list(values[name].shape)} {values[name].dtype}, and {list(tensor.shape)} {tensor.dtype} is needed"
+        for name, tensor in own.items()
+        if (values[name].shape, values[name].dtype) != (tensor.shape, tensor.dtype)
+    ]
+    if problems:
+        raise InjectionError(f"Nothing was injected: {'; '.join(problems[:8])}.")
+    _reset_unsaved(blocks, seed)
+    for name, tensor in own.items():
+        assign(tensor, values[name])
 
 
 def make_plan(

@@ -233,7 +233,9 @@ def zero_shot(
         named = {"updates on": True, "updates off": False} if subject.injection is not None else {"": True}
         for condition, updates in named.items():
             label = f"{subject.name}, {condition}" if condition else subject.name
-            variants[label] = evaluation.Variant(model=subject.model, host=MOSHI_HOST, updates=updates)
+            variants[label] = evaluation.Variant(
+                model=subject.model, host=MOSHI_HOST, updates=updates, present=subject.present
+            )  # fmt: skip
     with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
         results = evaluation.run(
             variants, codec, pairs, normalisation=cast("evaluation.Normalisation", normalisation),

@@ -68,12 +68,13 @@ def evaluate(
     if not documents:
         raise ConfigError("There are no recordings. Give one or more.")
     frames = max(document.frames for document in documents)
-    sums = {site: Sums(block, frames) for site, block in sorted(subject.injection.blocks.items())}
     model = subject.model
-    for codes in _batches(documents, batch_size):
-        with measured(sums):
-            model.forward_text(delayed(model, codes.to(model.device))[:, :, :-1])
-        on_batch()
+    with subject.present():
+        sums = {site: Sums(block, frames) for site, block in sorted(subject.injection.blocks.items())}
+        for codes in _batches(documents, batch_size):
+            with measured(sums):
+                model.forward_text(delayed(model, codes.to(model.device))[:, :, :-1])
+            on_batch()
     sites = [each.curves(site) for site, each in sums.items() if each.values]
     if not sites:
         variants = sorted({str(each.block.config.variant) for each in sums.values()})

@@ -144,20 +144,15 @@ def evaluate(
     names: list[str] = []
     padding = subjects[0].model.zero_token_id
     for subject in subjects:
-        for condition in (each for each in options.conditions if each in subject.conditions):
-            found: list[FrameLosses] = []
-            names = []
-            for chosen, codes in batches(kept, options.batch_size, padding):
-                found.append(listen(subject, codes, condition, every=options.every, segments=segments))
-                names += [document.name for document in chosen]
-                on_batch()
-            for stream in STREAMS:
-                windows = window_means(_stack([getattr(losses, stream) for losses in found]), options.window)
-                curve = Curve(
-                    subject=subject.name, condition=condition, stream=stream, windows=windows,
-                    first_beyond=first_beyond,
-                )  # fmt: skip
-                curves.append(curve)
+        with subject.present():  # once for all its conditions
+            for condition in (each for each in options.conditions if each in subject.conditions):
+                found: list[FrameLosses] = []
+                names = []
+                for chosen, codes in batches(kept, options.batch_size, padding):
+                    found.append(listen(subject, codes, condition, every=options.every, segments=segments))
+                    names += [document.name for document in chosen]
+                    on_batch()
+                curves += _curves(subject, condition, found, options.window, first_beyond)
     if all(curve.windows.isnan().all() for curve in curves):
         raise ConfigError(
             "Nothing in these recordings is predicted. A model of text alone needs recordings with transcripts: give a "
@@ -166,6 +161,19 @@ def evaluate(
     return LongContext(
         curves=curves, recordings=names, left_out=left_out, context=context, reach=reach, options=options
     )  # fmt: skip
+
+
+def _curves(
+    subject: Subject, condition: Condition, found: Sequence[FrameLosses], window: int, first_beyond: int
+) -> list[Curve]:
+    """A curve for each stream of tokens, of the losses of all batches."""
+    return [
+        Curve(
+            subject=subject.name, condition=condition, stream=stream, first_beyond=first_beyond,
+            windows=window_means(_stack([getattr(losses, stream) for losses in found]), window),
+        )
+        for stream in STREAMS
+    ]  # fmt: skip
 
 
 def _choose(

@@ -134,24 +134,25 @@ def evaluate(
 
     gains, by_position, exchanged = [], [], False
     for subject in subjects:
-        for condition in (each for each in conditions if each in subject.conditions):
-            exchanged = exchanged or condition == "memory of another"
-            parts = []
-            for rows in batches:
-                parts.append(listen(subject, _heard(kept, rows, frames), condition, every=frames).audio)
-                on_batch()
-            losses = torch.cat(parts).unflatten(1, (4, frames))  # [P, 4, T]
-            for hearing in HEARINGS:
-                saved = (losses[:, 0] - losses[:, PLACES[hearing]])[:, skip:].nanmean(1)
-                own = of_recordings(losses[:, PLACES[hearing], skip:].nanmean(1))
-                gains.append(
-                    Gains(
-                        subject=subject.name, condition=condition, hearing=hearing, values=of_recordings(saved),
-                        losses=own,
-                    )
-                )  # fmt: skip
-            mean = _without_late(subject.model, of_recordings(losses).nanmean(0)[list(PLACES.values())])
-            by_position.append(ByPosition(subject=subject.name, condition=condition, losses=mean))
+        with subject.present():  # once for all its conditions
+            for condition in (each for each in conditions if each in subject.conditions):
+                exchanged = exchanged or condition == "memory of another"
+                parts = []
+                for rows in batches:
+                    parts.append(listen(subject, _heard(kept, rows, frames), condition, every=frames).audio)
+                    on_batch()
+                losses = torch.cat(parts).unflatten(1, (4, frames))  # [P, 4, T]
+                for hearing in HEARINGS:
+                    saved = (losses[:, 0] - losses[:, PLACES[hearing]])[:, skip:].nanmean(1)
+                    own = of_recordings(losses[:, PLACES[hearing], skip:].nanmean(1))
+                    gains.append(
+                        Gains(
+                            subject=subject.name, condition=condition, hearing=hearing, values=of_recordings(saved),
+                            losses=own,
+                        )
+                    )  # fmt: skip
+                mean = _without_late(subject.model, of_recordings(losses).nanmean(0)[list(PLACES.values())])
+                by_position.append(ByPosition(subject=subject.name, condition=condition, losses=mean))
     return Recall(
         gains=gains, by_position=by_position, recordings=[document.name for document in kept], left_out=left_out,
         asked=pieces, pieces=counts, frames=frames, skip=skip, heard_own=heard_own(batches) if exchanged else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,8 +11,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from moshi_ttt.apps.evaluate.adapters import HeldAdapter
 from moshi_ttt.apps.teacher_forcing import FrameLosses, segment_losses, stream_losses
-from moshi_ttt.core.adapter import find_adapter, load_adapter, read_manifest
+from moshi_ttt.core.adapter import find_adapter, read_manifest
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.host import CarriedState
 from moshi_ttt.core.injection import Injection
@@ -33,17 +35,23 @@ class Subject:
         model: the language model, in eval mode.
         injection: its blocks; None for the base model, and for an adapter without any.
         facts: where it comes from: adapter folder, training step, parameters.
+        held: its adapter, where ``model`` is the base of several subjects; None where ``model`` is the subject's own.
     """
 
     name: str
     model: Any
     injection: Injection | None
     facts: dict[str, Any]
+    held: HeldAdapter | None = None
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """Those that mean something for it: without blocks there is no memory to change."""
         return CONDITIONS if self.injection is not None else CONDITIONS[:1]
+
+    def present(self) -> AbstractContextManager[None]:
+        """In this context ``model`` is the subject: its adapter is in it. Contexts of one subject nest."""
+        return nullcontext() if self.held is None else self.held.inserted()
 
 
 def load_subjects(
@@ -51,26 +59,29 @@ def load_subjects(
 ) -> list[Subject]:
     """The base model, and one for each (name, folder): an adapter, or a checkpoint that holds one.
 
+    They share one base model, which is loaded once, and each adapter is in it while it is evaluated. An adapter with a
+    LoRA continues the one that the base model comes with: where there is one, such adapters share a second base model,
+    without it.
+
     Raises ConfigError for a name twice, AdapterError for a folder without an adapter or one of another base model.
     """
     names = ["base", *(name for name, _ in adapters)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"Adapters need names of their own; twice given: {', '.join(twice)}. Write NAME=FOLDER.")
+    manifests = {given: read_manifest(find_adapter(given)) for _, given in adapters}  # before weights are read
     base = MOSHI_HOST.load(host, device=device)
     subjects = [Subject(name="base", model=base, injection=None, facts={"parameters": 0})]
+    bare = None  # without the LoRA that the base model comes with
     for name, given in adapters:
-        folder = find_adapter(given)
-        model = MOSHI_HOST.load_for_adapter(host, folder, device=device)
-        injection = load_adapter(model, folder, registry=registry)
-        extra = MOSHI_HOST.extra_parameters(model)
-        own = [*injection.parameters(), *extra.values()]
+        folder, model = find_adapter(given), base
+        if manifests[given]["extra"] and host.bundle().lora is not None:
+            model = bare = bare or MOSHI_HOST.load_for_adapter(host, folder, device=device)
+        held = HeldAdapter.load(model, folder, registry)
         facts = {
-            "adapter": str(folder), "training_step": read_manifest(folder)["training_step"],
-            "parameters": sum(parameter.numel() for parameter in own),
+            "adapter": str(folder), "training_step": manifests[given]["training_step"], "parameters": held.parameters,
         }  # fmt: skip
-        subjects.append(
-            Subject(name=name, model=model, injection=injection if injection.blocks else None, facts=facts)
-        )  # fmt: skip
+        injection = held.injection if held.injection.plan.blocks else None
+        subjects.append(Subject(name=name, model=model, injection=injection, facts=facts, held=held))
     return subjects
 
 
@@ -91,7 +102,7 @@ def listen(
     refuse_uneven((condition,), every=every, segments=segments)
     if condition == "memory of another" and codes.shape[0] < 2:
         raise ConfigError("Memory can be exchanged between two recordings or more: give more, or a larger batch.")
-    with MOSHI_HOST.updates(subject.model, condition != "updates off"):
+    with subject.present(), MOSHI_HOST.updates(subject.model, condition != "updates off"):
         if segments is None:
             return _streamed(subject, codes, condition, every)
         return _in_segments(subject, codes, condition, every, segments)

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -56,11 +58,17 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A model, and whether its memory learns while it listens; without blocks ``updates`` means nothing."""
+    """A model, and whether its memory learns while it listens; without blocks ``updates`` means nothing.
+
+    Attributes:
+        present: makes the context in which ``model`` is what is scored, where an adapter has to be put into it.
+            Variants that follow each other and have the same are scored together.
+    """
 
     model: Any
     host: HostModel
     updates: bool = True
+    present: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -270,7 +278,8 @@ def run(
 
     Args:
         codec: that of all the variants' models; each recording is encoded once.
-        progress: called with how many recordings are done, and how many there are.
+        progress: called with how many recordings are done, and how many there are; each counts once for each adapter
+            that is put in.
 
     Raises:
         ScoringError: no variants, variants of different base models, a codec that is not theirs, or a score that is no
@@ -280,15 +289,24 @@ def run(
     _check(variants, codec, normalisation, codebooks)
     scores: dict[str, dict[Path, float]] = {name: {} for name in variants}
     paths = list(dict.fromkeys(path for pair in pairs.pairs for path in (pair.right, pair.wrong)))
-    for done, path in enumerate(paths, start=1):
-        codes = encode(codec, path)
-        for name, variant in variants.items():
-            found = score_codes(
-                variant.model, variant.host, codes, updates=variant.updates, codebooks=codebooks, name=str(path)
-            )
-            scores[name][path] = _finite(found.by(normalisation), path)
-        if progress is not None:
-            progress(done, len(paths))
+    groups = [(present, list(each)) for present, each in groupby(variants, lambda name: variants[name].present)]
+    encoded: dict[Path, Tensor] = {}
+    done = 0
+    for present, names in groups:
+        with present():
+            for path in paths:
+                if path not in encoded:
+                    encoded[path] = encode(codec, path)
+                for name in names:
+                    variant = variants[name]
+                    found = score_codes(
+                        variant.model, variant.host, encoded[path], updates=variant.updates, codebooks=codebooks,
+                        name=str(path),
+                    )  # fmt: skip
+                    scores[name][path] = _finite(found.by(normalisation), path)
+                done += 1
+                if progress is not None:
+                    progress(done, len(groups) * len(paths))
     evaluations = {
         name: evaluate_pairs(pairs.pairs, found.__getitem__, seed=seed) for name, found in scores.items()
     }  # fmt: skip

@@ -163,7 +163,9 @@ class RunConfig(FrozenConfig):
             launcher or scheduler kills it; torchrun does after 30. A step that is running is finished where that and
             saving fit in; else it is given up.
         max_bad_steps: steps in a row whose loss or gradient is not finite (they are skipped) before the run stops.
-        log_health: log the blocks' health at each logged step.
+        log_health: log the blocks' health, at some steps.
+        health_freq: steps between two measurements of health; each of the first steps that is a power of two is
+            measured as well, and the last.
         inner_losses: measure the blocks' inner losses by position at some steps.
         tensorboard: write TensorBoard files too.
     """
@@ -198,6 +200,7 @@ class RunConfig(FrozenConfig):
 
     log_freq: int = Field(default=1, ge=1)
     log_health: bool = True
+    health_freq: int = Field(default=100, ge=1)
     inner_losses: InnerLossConfig = InnerLossConfig()
     tensorboard: bool = False
     wandb: WandbConfig = WandbConfig()

@@ -56,7 +56,7 @@ def prepare(trained: TrainedModel, settings: Settings, step: int) -> Callable[[P
         return _merged(trained, settings, step)
     adapter = weights = None
     if not (run.lora.enable and run.lora.ft_embed):
-        adapter = collect_adapter(trained.injection, training_step=step)
+        adapter = collect_adapter(trained.injection, training_step=step, keep=get_rank() == 0)
     if run.lora.enable:
         blocks = {id(parameter) for parameter in trained.injection.parameters()}
         weights = {}
@@ -85,7 +85,9 @@ def _merged(trained: TrainedModel, settings: Settings, step: int) -> Callable[[P
         fingerprint = trained.injection.host.fingerprint(model)
         named = parameter_names(model)
         fingerprint["weights"] = digest_of({name: weight for name, weight in weights.items() if name in named})
-        adapter = collect_adapter(trained.injection, training_step=step, fingerprint=fingerprint, extra=False)
+        adapter = collect_adapter(
+            trained.injection, training_step=step, fingerprint=fingerprint, extra=False, keep=get_rank() == 0
+        )  # fmt: skip
     config = {**_model_config(settings), "lora": False}
 
     def write(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,8 @@ from moshi_ttt.apps.train.runtime import Runtime
 from moshi_ttt.apps.train.settings import Settings
 from moshi_ttt.apps.train.stopping import SafePoints, StepGivenUpError
 from moshi_ttt.apps.train.trainer import Losses, Step, Trainer, TrainingError, some_of
-from moshi_ttt.core.health import HealthMonitor
+from moshi_ttt.core.block import Site
+from moshi_ttt.core.health import BlockHealth, HealthMonitor
 
 CHECKED_STEPS = 2
 """Steps by which every trained parameter should have had a gradient."""
@@ -70,8 +71,7 @@ class Loop:
         run, trainer = self.settings.run, self.trainer
         number = trainer.step + 1
         logged = number % run.log_freq == 0 or number == run.max_steps
-        blocks = trainer.trained.injection.blocks
-        monitor = HealthMonitor(blocks) if logged and run.log_health and blocks else None
+        monitor = self._monitor(number)
         began = time.perf_counter()
         self.safe.began = time.monotonic()
         mine = self._read(batches)
@@ -93,18 +93,36 @@ class Loop:
         self._report_problems(step, segments)
         if step.number <= CHECKED_STEPS and not step.skipped:
             self._look_for_idle(step.number)
-        if self.log is not None and (logged or step.skipped):
+        if self.log is not None and (logged or step.skipped or monitor is not None):
             record = step_record(step, seconds, memory_bytes(self.runtime.device))
-            if monitor is not None:
-                record["blocks"] = health_record(monitor.read())
+            health = {} if monitor is None else monitor.read()
+            if health:
+                record["blocks"] = health_record(health)
             self.log.write(record)
             self.log.show(record)
+            self._warn_of_red_flags(health)
         if inner is not None and self.log is not None and inner.sites:
             self.log.write(inner.record(step.number))
             if (problem := inner.plot(step.number)) is not None:
                 self.log.say(f"Warning: {problem}")
         self._warn_of_grace()
         self._end_step(step)
+
+    def _monitor(self, number: int) -> HealthMonitor | None:
+        """What measures the blocks in this step, on the rank that writes the log; None where none is due."""
+        run, blocks = self.settings.run, self.trainer.trained.injection.blocks
+        early = number < run.health_freq and number & (number - 1) == 0  # 1, 2, 4, 8, ...
+        due = early or number % run.health_freq == 0 or number == run.max_steps
+        if self.log is None or not (run.log_health and blocks and due):
+            return None
+        return HealthMonitor(blocks, sample=True)
+
+    def _warn_of_red_flags(self, health: Mapping[Site, BlockHealth]) -> None:
+        """Say once of each block that something is wrong with it; the log has every measurement."""
+        for site, found in health.items():
+            if found.red_flags and self.log is not None and f"health of {site}" not in self.told:
+                self.told.add(f"health of {site}")
+                self.log.say(f"Warning: the block at {site} is not healthy: {' '.join(found.red_flags)}")
 
     def _read(self, batches: Iterator[Batch]) -> list[Batch]:
         """This rank's micro-batches of a step; what is left is not read once the rank has been asked to stop."""

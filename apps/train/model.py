@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from moshi_ttt.apps.train.settings import Settings
-from moshi_ttt.core.adapter import fill_from_adapter, find_adapter
+from moshi_ttt.core.adapter import fill_from_adapter, find_adapter, read_manifest
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.injection import Injection, make_plan
 from moshi_ttt.core.precision import DtypeRoles
@@ -109,7 +109,8 @@ def build(
     that the run starts from, or from the seed.
 
     Equal on every number of ranks. Raises as ``skeleton``, HostError when the weights are not this model's, and
-    AdapterError when the adapter is not. ``resumed`` leaves the adapter alone: a checkpoint has all values.
+    AdapterError when the adapter is not. ``resumed`` leaves the adapter alone, and what is trained without values: the
+    checkpoint has all of them, and is to be loaded next.
     """
     built, bundle = skeleton(settings, registry), settings.host.bundle()
     continued = continued_lora(settings, bundle)
@@ -119,13 +120,14 @@ def build(
     shard(built.model, built.roles, mesh)
     built.model.to_empty(device=device)
     MOSHI_HOST.load_base(built.model, weights)
-    lora.initialise_lora(built.model, settings.run.seed)
+    adapter = None if settings.run.adapter is None or resumed else find_adapter(settings.run.adapter)
     if continued is not None:
         continued.fill(built.model)
-    built.injection.initialise()
-    if settings.run.adapter is not None and not resumed:
-        notes = fill_from_adapter(built.injection, find_adapter(settings.run.adapter), registry=registry)
-        built = replace(built, notes=tuple(notes))
+    elif not resumed and (adapter is None or not read_manifest(adapter)["extra"]):
+        lora.initialise_lora(built.model, settings.run.seed)
+    built.injection.initialise(saved=adapter is None and not resumed)
+    if adapter is not None:
+        built = replace(built, notes=tuple(fill_from_adapter(built.injection, adapter, registry=registry)))
     built.injection.check_precision("initialised")
     check_trained(built, settings)
     built.model.train()

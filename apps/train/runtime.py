@@ -1,4 +1,4 @@
-"""The processes of a run: one, or one a rank under torchrun, on CUDA with NCCL or on the CPU with gloo."""
+"""The processes of a run: one, or several under a launcher, on CUDA with NCCL or on the CPU with gloo."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moshi_ttt.apps.system import check_training
+from moshi_ttt.apps.train.ranks import Place, find_place
 from moshi_ttt.core.errors import ConfigError
 
 ValueT = TypeVar("ValueT")
@@ -77,28 +78,28 @@ def start(device: str | None, shard_size: int | None) -> Iterator[Runtime]:
         shard_size: ranks that share a copy of the model; all when None.
 
     Raises:
-        ConfigError: no such device, or the number of ranks is no multiple of ``shard_size``.
+        ConfigError: no such device, the number of ranks is no multiple of ``shard_size``, or the launcher's variables
+            are incomplete (``ranks.find_place``).
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, and this machine has no CUDA device. Set device: cpu, or leave it out.")
     check_training(kind)
-    torchrun, joined = "RANK" in os.environ and "WORLD_SIZE" in os.environ, dist.is_initialized()
-    if joined:
-        rank, world = dist.get_rank(), dist.get_world_size()
-    else:
-        rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if torchrun else (0, 1)
+    joined = dist.is_initialized()
+    place = _joined(kind) if joined else find_place(os.environ)
+    rank, world = place.rank, place.world_size
     if shard_size is not None and world % shard_size:
         raise ConfigError(f"shard_size is {shard_size}, and {world} ranks are no multiple of it.")
-    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    here = torch.device("cpu")
     if kind == "cuda":
+        here = torch.device("cuda", place.device_index(torch.cuda.device_count()))
         torch.cuda.set_device(here)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     try:
         with _without_greetings() if world == 1 else nullcontext():
             if not joined:
-                alone: dict[str, Any] = {} if torchrun else {"store": HashStore(), "rank": 0, "world_size": 1}
-                dist.init_process_group(backend, **alone)
+                meeting: dict[str, Any] = {"store": HashStore()} if world == 1 else {"init_method": "env://"}
+                dist.init_process_group(backend, rank=rank, world_size=world, **meeting)
             shards = shard_size or world
             if shards == world:
                 mesh = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
@@ -109,6 +110,12 @@ def start(device: str | None, shard_size: int | None) -> Iterator[Runtime]:
     finally:
         if not joined and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _joined(kind: str) -> Place:
+    """The place of a process whose group was there before: who made it has chosen the device, or says LOCAL_RANK."""
+    local = os.environ.get("LOCAL_RANK") or (torch.cuda.current_device() if kind == "cuda" else 0)
+    return Place(dist.get_rank(), dist.get_world_size(), int(local), "LOCAL_RANK")
 
 
 @contextmanager

@@ -82,17 +82,26 @@ def check_adapter_round_trip(case: BlockCase) -> None:
 
 
 def check_buffers(case: BlockCase) -> None:
-    """``reset_parameters`` gives every buffer its value; what ``state_dict`` has survives saving and loading."""
+    """``reset_parameters`` gives every buffer its value, ``reset_unsaved`` every buffer that no adapter holds; what
+    ``state_dict`` has survives saving and loading.
+    """
     fresh, late = _model(case), _model(case)
     first = _plan(case, fresh).apply(fresh)
     ((site, block),) = first.blocks.items()
-    (other,) = _plan(case, late).apply(late).blocks.values()
+    second = _plan(case, late).apply(late)
+    (other,) = second.blocks.values()
     with torch.no_grad():
         for tensor in (*other.parameters(), *other.buffers()):
             tensor.copy_(torch.full_like(tensor, 1))  # what a build on the meta device leaves undefined
     initialise_blocks({site: other}, first.plan.seed)
     for name, buffer in other.named_buffers():
         assert_equal(buffer, block.get_buffer(name), f"buffer {name!r} after reset_parameters")
+    with torch.no_grad():
+        for tensor in (*other.parameters(), *other.buffers()):
+            tensor.copy_(torch.full_like(tensor, 1))
+    second.initialise(saved=False)
+    for name in {name for name, _ in other.named_buffers()} - other.persistent_buffers().keys():
+        assert_equal(other.get_buffer(name), block.get_buffer(name), f"buffer {name!r} after reset_unsaved")
     for buffer in block.buffers():
         buffer.copy_(buffer + torch.ones_like(buffer))
     with tempfile.TemporaryDirectory() as folder:

@@ -23,14 +23,20 @@ from moshi_ttt.hosts.moshi.upstream import LMModel, LoRALinear, replace_all_line
 def add_lora(model: LMModel, *, rank: int, scaling: float) -> None:
     """Put LoRA on every linear layer, in place: ``rank`` r and ``scaling`` s. Do it before attaching blocks.
 
-    The factors have the dtype and device of the layer they are on; ``initialise_lora`` gives them their first values.
-    Raises HostError where there is a LoRA already, or a block.
+    The factors have the dtype and device of the layer they are on, and are zero: ``initialise_lora`` gives them their
+    first values. Raises HostError where there is a LoRA already, or a block.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise HostError("The model has a LoRA already.")
     if any(isinstance(module, BlockSite) for module in model.modules()):
         raise HostError("LoRA goes in before the blocks, for it would go into them too. Detach them first.")
-    replace_all_linear_with_lora(model, rank, scaling)
+    # On meta, because Moshi's layer draws values for its factors, and for a frozen matrix that is replaced at once.
+    replace_all_linear_with_lora(model, rank, scaling, device=torch.device("meta"))
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            for factor in (module.lora_A, module.lora_B):
+                factor.to_empty(device=module.frozen_W.weight.device)
+                torch.nn.init.zeros_(factor.weight)
 
 
 def remove_lora(model: LMModel) -> None:

@@ -189,6 +189,14 @@ class HybridBlock(SequenceBlock):
                 value = torch.ones(parameter.shape) if parameter in ones else torch.zeros(parameter.shape)
             assign(parameter, value)
 
+    def reset_unsaved(self, generator: torch.Generator | None = None) -> None:
+        if type(self).reset_parameters is not HybridBlock.reset_parameters:  # a subclass sets more than is set here
+            super().reset_unsaved(generator)
+            return
+        for gate in self.gates():
+            if not isinstance(gate, nn.Parameter):
+                assign(gate, torch.full(gate.shape, self.config.gate.init))
+
     def gates(self) -> list[Tensor]:
         """Alphas ``[D]`` or ``[1]``: of the one pass, or of the forward pass and the reversed one."""
         return [self.gate, self.gate_reversed] if self.config.bidirectional else [self.gate]
@@ -333,7 +341,7 @@ class HybridBlock(SequenceBlock):
         state = self.init_state(x.shape[0], x.device)
         return {
             **health.target_figures(tokens, value, norm.weight, norm.bias),
-            **health.inner_losses(tokens, state, norm, scale, self.config.chunk),
+            **health.inner_losses(tokens, finite, state, norm, scale, self.config.chunk),
             "token_scale_last": scale[-1],
             "nonfinite_tokens": (~finite).float().mean(),
             "gate": torch.tanh(torch.stack(self.gates())).abs().max(),

@@ -50,16 +50,16 @@ def target_figures(tokens: Tokens, value: Tensor, norm_weight: Tensor, norm_bias
 
 
 def inner_losses(
-    tokens: Tokens, state: BlockState, norm: InnerNorm, token_scale: Tensor, chunk_size: int
+    tokens: Tokens, finite: Tensor, state: BlockState, norm: InnerNorm, token_scale: Tensor, chunk_size: int
 ) -> dict[str, Tensor]:
     """Mean reconstruction loss of the whole chunks, at the chunk's first weights and after the chunk's update.
 
-    Weighted by nothing: 1/2 || LN(f(k)) - (v - k) ||^2 per token and head. nan when there is no whole chunk.
+    Weighted by nothing: 1/2 || LN(f(k)) - (v - k) ||^2 per token and head. nan when there is no whole chunk. ``tokens``
+    and ``finite [B, T]`` are what ``inner_loop.only_finite`` gives.
     """
     fast, _ = inner_loop.unpack(state)
     layout = ChunkLayout(tokens.q.shape[1], chunk_size, device=tokens.q.device)
     heads = tokens.q.shape[2]
-    tokens, finite = inner_loop.only_finite(tokens, len(fast.weights))
     applied = layout.split((~finite)[..., None]).sum((2, 3)) == 0  # [B, N]
     _, keys, values, rates = (layout.split(part.flatten(2), heads).unbind(2) for part in tokens)
     before, after = [], []

@@ -95,6 +95,10 @@ class GatingMLP(SequenceBlock):
             assign(parameter, torch.zeros(parameter.shape))
         assign(self.projection, torch.diag(torch.randn(self.info.dim, generator=generator) * INIT_STD))
 
+    def reset_unsaved(self, generator: torch.Generator | None = None) -> None:
+        if type(self).reset_parameters is not GatingMLP.reset_parameters:  # a subclass sets more than nothing
+            super().reset_unsaved(generator)
+
     def init_state(self, batch_size: int, device: torch.device | None = None) -> BlockState:
         return self.memory.initial(batch_size, self.roles.state, device or self.conv.device)
 
@@ -266,9 +270,8 @@ class GatingMLP(SequenceBlock):
     def drift(self, state: BlockState) -> Tensor:
         """``[B]`` float64: norm of each stream's accumulated update over that of the host's own W_0 and its LoRA."""
         assert self.info.mlp is not None
-        square = sum(parameter.double().square().sum() for parameter in self.info.mlp.linear_out.parameters())
-        moved = self.accumulated_update(state).double().square().flatten(1).sum(1)
-        return (moved / torch.as_tensor(square)).sqrt()
+        parts = [_norms(parameter.flatten()) for parameter in self.info.mlp.linear_out.parameters()]
+        return _norms(self.accumulated_update(state).flatten(1)) / _norms(torch.stack(parts))
 
     def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         hidden, _ = self._host_mlp(x)
@@ -337,6 +340,12 @@ def _or_zero(x: Tensor) -> Tensor:
     with torch.no_grad():
         finite = below(x, float("inf"))[..., None]
     return torch.where(finite, x, 0)
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Norms over the last dimension, summed in float64 without a copy in it."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
+    return norms
 
 
 def _out_features(linear: nn.Module) -> int:

@@ -42,6 +42,7 @@ def eight_cores(monkeypatch):
         (LARGE, {"workers": 3}, 5),
         (LARGE, {"workers": 30}, 1),
         (LARGE, {"environment": {"LOCAL_WORLD_SIZE": "4"}}, 2),
+        (LARGE, {"environment": {"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "LOCAL_WORLD_SIZE": ""}}, 2),
         (LARGE, {"environment": {"LOCAL_WORLD_SIZE": "4"}, "workers": 1}, 1),
         (LARGE, {"environment": {"LOCAL_WORLD_SIZE": "100"}}, 1),
         (TINY, {"environment": {"OMP_NUM_THREADS": "2"}, "most": 2}, 2),

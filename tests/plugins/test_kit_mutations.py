@@ -235,6 +235,21 @@ class ForgetsTable(TTTLinear):
         self.register_buffer("table", torch.arange(3.0, device=info.device), persistent=False)
 
 
+class ForgetsUnsavedTable(TTTLinear):
+    """A buffer that no adapter holds stays without a value when the block is filled from one."""
+
+    def __init__(self, config, info, roles):
+        super().__init__(config, info, roles)
+        self.register_buffer("table", torch.empty(3, device=info.device), persistent=False)
+
+    def reset_parameters(self, generator=None):
+        super().reset_parameters(generator)
+        self.table.copy_(torch.arange(3.0))
+
+    def reset_unsaved(self, generator=None):
+        pass
+
+
 class LosesBuffer(TTTLinear):
     """A persistent buffer is neither saved nor loaded."""
 
@@ -437,6 +452,7 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     IgnoresRowsOfUpdates: {kit.check_updates_off},
     ForgetsBuffer: {kit.check_buffers},
     ForgetsTable: {kit.check_buffers},
+    ForgetsUnsavedTable: {kit.check_buffers},
     LosesBuffer: {kit.check_buffers},
     KeepsFakeTensor: {kit.check_other_modes},
     KeepsFunction: {kit.check_copies},

@@ -94,7 +94,8 @@ def apart(first: Path, second: Path) -> tuple[float, float]:
 def test_two_ranks_make_the_same_run_as_one_process(encoded, tmp_path):
     case = CASES["multilayer, checkpointing, carried, LoRA"]
     launch(1, [write(tmp_path, encoded, "one", case, (4, 1), max_steps=3)])
-    launch(2, [write(tmp_path, encoded, "two", case, (1, 2), max_steps=3)])
+    launch(2, [write(tmp_path, encoded, "two", case, (1, 2), max_steps=3, log_health=True)])  # of the first rank alone
+    assert all(record["blocks"] for record in records(tmp_path / "two"))
     losses, parameters = apart(tmp_path / "one", tmp_path / "two")
     assert losses < CLOSE
     assert parameters < CLOSE
@@ -124,7 +125,7 @@ def test_every_variant_on_two_and_four_ranks(encoded, tmp_path):
 def test_replicated_shards_make_the_same_run(encoded, tmp_path):
     case = CASES["gating and mlp, checkpointing, carried"]
     launch(1, [write(tmp_path, encoded, "one", case, (4, 1), max_steps=5)])
-    launch(4, [write(tmp_path, encoded, "hsdp", case, (1, 1), max_steps=5, shard_size=2)])
+    launch(4, [write(tmp_path, encoded, "hsdp", case, (1, 1), max_steps=5, shard_size=2, log_health=True)])
     assert max(apart(tmp_path / "one", tmp_path / "hsdp")) < CLOSE
 
 

@@ -18,12 +18,15 @@ from moshi_ttt import default_registry, load_adapter
 from moshi_ttt.apps.train import model as module
 from moshi_ttt.apps.train import run as running
 from moshi_ttt.apps.train.checkpoint import find_checkpoints
+from moshi_ttt.apps.train.config import RunConfig
 from moshi_ttt.apps.train.settings import parse_settings
 from moshi_ttt.apps.train.trainer import TrainingError
 from moshi_ttt.core.errors import ConfigError, HostError, InjectionError
+from moshi_ttt.core.health import HealthMonitor
 from moshi_ttt.core.injection import Injection
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import resolve_repo
+from moshi_ttt.plugins.common.block import HybridBlock
 from tests.plugins.test_convolution_cache import Unscaled, registry_of
 
 from .conftest import FRAMES, LORA, adapter, records, same, values
@@ -94,11 +97,45 @@ def test_training_lowers_the_loss_on_what_it_trains_on(train, encoded, tmp_path)
 
 def test_health_is_logged_for_every_block(train, tmp_path):
     train(max_steps=2, log_health=True, ttt=[{"variant": "ttt_mlp", "layers": "1", "chunk": 4}])
+    assert len(records(tmp_path / "run")) == 2
     for record in records(tmp_path / "run"):
         (block,) = record["blocks"].values()
         assert block["gate"] > 0
         assert block["inner_loss_after"] != block["inner_loss_before"]
         assert isinstance(block["red_flags"], list)
+
+
+@pytest.mark.parametrize(
+    ("every", "last", "wanted"), [(3, 7, [1, 2, 3, 6, 7]), (1, 3, [1, 2, 3]), (100, 5, [1, 2, 4, 5])]
+)
+def test_health_is_measured_in_the_first_steps_and_at_its_interval(train, tmp_path, monkeypatch, every, last, wanted):
+    entered, calls = [], []
+    enter, statistics = HealthMonitor.__enter__, HybridBlock.statistics
+    monkeypatch.setattr(HealthMonitor, "__enter__", lambda self: entered.append(self) or enter(self))
+    monkeypatch.setattr(
+        HybridBlock, "statistics", lambda self, x, context: calls.append(self.info.site) or statistics(self, x, context)
+    )
+    train(
+        max_steps=last, health_freq=every, log_freq=last, log_health=True, gradient_checkpointing=True, batch_size=1,
+        num_microbatches=2,
+    )  # fmt: skip
+    lines = records(tmp_path / "run")
+    assert [line["step"] for line in lines if "blocks" in line] == wanted == [line["step"] for line in lines]
+    assert len(entered) == len(wanted)
+    assert len(calls) == 2 * len(wanted)  # two blocks, once each: not for each micro-batch, nor again in backward
+    default = RunConfig.model_fields["health_freq"].default
+    assert default > 1
+
+
+def test_a_red_flag_is_said_once_and_logged_each_time(settings, tmp_path, capsys):
+    chosen = settings(
+        ttt=[{"variant": "ttt_mlp", "layers": "1", "chunk": 4, "base_lr": 1e4}], max_steps=3, log_health=True
+    )  # fmt: skip
+    running.run(chosen, default_registry(), Console(width=200))
+    said = capsys.readouterr().out
+    assert said.count("the block at layers.1.sequence is not healthy") == 1
+    assert "lower the inner learning rate" in said
+    assert [bool(line["blocks"]["layers.1.sequence"]["red_flags"]) for line in records(tmp_path / "run")] == [True] * 3
 
 
 def test_what_learns_nothing_is_named(settings, capsys):

@@ -11,7 +11,9 @@ from rich.console import Console
 from moshi_ttt import default_registry
 from moshi_ttt.apps.train import run as running
 from moshi_ttt.apps.train.checkpoint import find_checkpoints
+from moshi_ttt.apps.train.model import skeleton
 from moshi_ttt.core.errors import AdapterError
+from tests.integration.test_adapter_loading import Draws, poisoned_memory
 
 from .conftest import LORA, TTT, adapter
 
@@ -105,3 +107,32 @@ def test_an_adapter_of_another_base_model_is_refused(train, first, tmp_path):
     )
     end = adapter(outcome.checkpoint)
     assert all(torch.equal(tensor, end[name]) for name, tensor in adapter(checkpoint).items())
+
+
+@pytest.mark.parametrize("start", ["adapter", "checkpoint"])
+def test_values_that_come_from_a_file_are_not_drawn_first(settings, train, first, monkeypatch, start):
+    """A run that starts from an adapter, or is resumed, fills blocks and LoRA from it, and draws no value for them."""
+    ttt = [{**TTT[0], "gate": {"alpha": "fixed", "init": 0.25}}, {"variant": "gating_mlp", "layers": "0", "chunk": 4}]
+    checkpoint = first(lora=LORA, ttt=ttt)
+    drawn: list[int] = []
+    real = running.build
+
+    def counted(chosen, registry, *args, **options):
+        with Draws() as draws:
+            built = real(chosen, registry, *args, **options)
+        with Draws() as of_moshi:  # which draws for some of its layers even on the meta device
+            skeleton(chosen, registry)
+        drawn.append(draws.count - of_moshi.count)
+        return built
+
+    monkeypatch.setattr(running, "build", counted)
+    same = {"lora": LORA, "ttt": ttt, "optim": STILL, "overwrite_run_dir": True}
+    origin = {"adapter": str(checkpoint)} if start == "adapter" else {"resume": str(checkpoint)}
+    with poisoned_memory():
+        outcome = train(**same, **origin, max_steps=3)
+    end = adapter(outcome.checkpoint)
+    assert all(torch.equal(tensor, end[name]) for name, tensor in adapter(checkpoint).items())
+    assert drawn == [0]
+    train(**same, max_steps=1)
+    parameters = sum(tensor.numel() for tensor in end.values())
+    assert drawn[1] > parameters / 4  # without a file they are drawn

@@ -82,7 +82,9 @@ def test_an_adapter_that_continues_a_lora_loads_where_it_was_trained_and_on_the_
     assert any(name.startswith("extra.") or "lora_A" in name for name in adapter(outcome.checkpoint))
     for host in (host_of(tuned["plain"]), MoshiHostConfig(hf_repo="builtin:tiny", dtype="float32")):
         _, mine = load_subjects(host, [("mine", outcome.checkpoint)], default_registry(), "cpu")
-        assert MOSHI_HOST.describe_extra(mine.model) == {"lora": {"rank": 2, "scaling": 2.0}}
+        with mine.present():
+            assert MOSHI_HOST.describe_extra(mine.model) == {"lora": {"rank": 2, "scaling": 2.0}}
+        assert MOSHI_HOST.describe_extra(mine.model) == {}
 
 
 def test_a_run_on_a_lora_resumes(train, tuned, tmp_path):
