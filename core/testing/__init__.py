@@ -54,6 +54,7 @@ from moshi_ttt.core.testing.checks_training import (
     check_parameters_unwritten,
     check_reset_before_backward,
     check_second_derivatives,
+    check_step_gradient,
     check_trainable_set,
     check_two_forwards,
 )
@@ -94,6 +95,7 @@ CHECKS: tuple[Check, ...] = (
     check_checkpointing,
     check_two_forwards,
     check_reset_before_backward,
+    check_step_gradient,
     check_trainable_set,
     check_gradients_numerically,
     check_second_derivatives,

@@ -15,7 +15,7 @@ from moshi.modules.lora import replace_all_linear_with_lora
 from safetensors.torch import load_file, save_file
 
 from moshi_ttt import default_registry, inject, load_adapter, make_plan, parse_config, save_adapter
-from moshi_ttt.core.errors import AdapterError, ContextError, PrecisionError
+from moshi_ttt.core.errors import AdapterError, ContextError, HostError, InjectionError, PrecisionError
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 
@@ -67,6 +67,44 @@ def gradients(model, injection) -> dict[str, torch.Tensor]:
     found = {name: parameter.grad.clone() for name, parameter in injection.named_parameters()}
     model.zero_grad()
     return found
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_training_forward_inside_streaming_is_refused_when_its_gradient_is_needed(variant, training):
+    """Before: the blocks, and all below the last of them, were left without a gradient and nothing was said."""
+    model, _ = tiny_with({"variant": variant, "layers": "1,3", "chunk": 4})
+    model.train(training)
+    with model.streaming(2):
+        for token in codes(2, 5).split(1, dim=-1):
+            loss = model.forward_text(token)[1].square().mean()
+        with pytest.raises(ContextError, match=r"layers\.3\..* streamed this pass.*outside streaming"):
+            loss.backward()
+
+
+def test_streaming_with_gradients_enabled_refuses_nothing_that_it_does_not_lose(variant):
+    model, injection = tiny_with({"variant": variant, "layers": "1,3", "chunk": 4})
+    token = codes(2, 1)
+    with model.streaming(2), torch.no_grad():
+        expected = model.forward_text(token)[1]
+    model.requires_grad_(False)
+    with model.streaming(2):
+        assert torch.equal(model.forward_text(token)[1], expected)
+    model.text_linear.requires_grad_(True)  # above the blocks: it has its gradient
+    with model.streaming(2):
+        model.forward_text(token)[1].square().mean().backward()
+    assert model.text_linear.weight.grad is not None
+    next(injection.parameters()).requires_grad_(True)
+    with model.streaming(2), pytest.raises(ContextError, match="streamed this pass"):
+        model.forward_text(token)[1].square().mean().backward()
+
+
+def test_the_gradient_of_a_lora_in_a_streaming_mlp_is_not_lost_in_silence():
+    model, _ = tiny_with({"variant": "gating_mlp", "layers": "3", "chunk": 4})
+    replace_all_linear_with_lora(model, rank=2, scaling=1.0)
+    model.requires_grad_(False)
+    model.transformer.layers[3].gating.linear_out.lora_B.requires_grad_(True)
+    with model.streaming(2), pytest.raises(ContextError, match="streamed this pass"):
+        model.forward_text(codes(2, 1))[1].square().mean().backward()
 
 
 def test_gradients_are_bit_equal_under_the_hosts_checkpointing(variant):
@@ -252,7 +290,7 @@ def test_a_lora_that_was_added_is_taken_away_when_the_adapter_does_not_fit(tmp_p
 def test_a_removed_injection_is_not_saved(tmp_path):
     _, injection = tiny_with({"variant": "ttt_linear", "layers": "last:1"})
     injection.remove()
-    with pytest.raises(AdapterError, match="it was removed"):
+    with pytest.raises(AdapterError, match=r"they were removed.*Nothing was saved"):
         save_adapter(injection, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
@@ -283,3 +321,19 @@ def test_a_model_built_on_meta_and_sharded_there_is_filled_like_a_whole_one(rank
         assert rank["meta"].keys() == whole.keys()
         for name, values in whole.items():
             assert rank["meta"][name] == values, name
+
+
+def test_a_stale_injection_does_not_take_out_newer_blocks_of_a_moshi(variant):
+    """Before: the newer injection's blocks were gone, and nothing was said."""
+    entry = {"variant": variant, "layers": "1,3", "chunk": 4}
+    model, stale = tiny_with(entry)
+    with model.streaming(1), pytest.raises(HostError, match="streaming"):
+        stale.remove()
+    stale.remove()
+    newer = stale.plan.apply(model)
+    with pytest.raises(InjectionError, match="are of another injection"):
+        stale.remove()
+    assert len(newer.blocks) == 2
+    newer.remove()
+    with pytest.raises(InjectionError, match="they were removed"):
+        newer.remove()
