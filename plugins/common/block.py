@@ -262,7 +262,7 @@ class HybridBlock(SequenceBlock):
     def _directions(
         self, x: Tensor, state: BlockState | None, context: BlockContext, exact: bool = False
     ) -> tuple[Tensor, BlockState]:
-        """The layer in its one direction or in both; ``exact`` as ``InnerNorm`` has it."""
+        """The layer in its one direction or in both; ``exact``: by operations with right second derivatives."""
         y, after = self._pass(x, state, context, self.gate, exact)
         if self.config.bidirectional:
             # Tokens change places and RoPE does not: a token is turned by the place it is moved to.
@@ -285,7 +285,7 @@ class HybridBlock(SequenceBlock):
         else:
             position = context.coordinates[None]
         y, after = inner_loop.run(
-            self._tokens(x, position, weights, context),
+            self._tokens(x, position, weights, context, exact),
             state,
             replace(inner_norm(weights, self.options, self.roles), exact=exact),
             weights.token_scale.to(self.roles.state),
@@ -314,12 +314,14 @@ class HybridBlock(SequenceBlock):
             y = gated_output(tokens, y, weights, self.options, self.roles)
         return self.info.format.from_tokens(y, x)
 
-    def _tokens(self, x: Tensor, position: Tensor, weights: HybridWeights, context: BlockContext) -> inner_loop.Tokens:
+    def _tokens(
+        self, x: Tensor, position: Tensor, weights: HybridWeights, context: BlockContext, exact: bool = False
+    ) -> inner_loop.Tokens:
         # A token that is not finite keeps its nan in the residual, and enters no product with a parameter: its
         # gradient, however it is masked, would be zero times nan. A rate of nan tells the inner loop to leave it out.
         with torch.no_grad():
             finite = below(x, largest_factor(torch.promote_types(x.dtype, torch.float32)))[..., None]  # [B, T, 1]
-        tokens = inner_inputs(torch.where(finite, x, 0), position, weights, self.options, self.roles)
+        tokens = inner_inputs(torch.where(finite, x, 0), position, weights, self.options, self.roles, exact)
         lr = tokens.lr if self.inner_lr_factor == 1 else self.inner_lr_factor * tokens.lr
         return tokens._replace(lr=torch.where(finite, context.where_updated(lr), torch.nan))
 

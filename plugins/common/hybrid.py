@@ -77,35 +77,51 @@ class HybridOptions:
     post_norm_eps: float = 1e-6
 
 
-def l2_normalise(x: Tensor) -> Tensor:
+def l2_normalise(x: Tensor, exact: bool = False) -> Tensor:
     """``x / max(|x|, 1e-12)`` over the last dimension (the smallest normal number where a dtype has no 1e-12).
 
-    A vector of zeros stays one, with gradient 1: the formula's own, 1e12, would swamp every other token's.
+    A vector of zeros stays one, with gradient 1: the formula's own, 1e12, would swamp every other token's. ``exact``
+    gives it a second derivative too, zero, where the norm's is nan.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(norm > 0, norm.clamp(min=max(1e-12, torch.finfo(x.dtype).tiny)), 1)
+    positive = norm > 0
+    if exact:
+        norm = torch.linalg.vector_norm(torch.where(positive, x, 1), dim=-1, keepdim=True)
+    return x / torch.where(positive, norm.clamp(min=max(1e-12, torch.finfo(x.dtype).tiny)), 1)
 
 
-def reconstruction_target(v: Tensor, k: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def reconstruction_target(
+    v: Tensor, k: Tensor, weight: Tensor, bias: Tensor, eps: float, exact: bool = False
+) -> Tensor:
     """``weight * (v - k - mean) / (std + eps) + bias + k``, std unbiased (n - 1), over the last dimension.
 
     ``v`` and ``k`` are ``[B, T, H, Dh]``, ``weight`` and ``bias`` ``[H, Dh]``. A constant ``v - k`` is not divided by
-    eps: it has nothing to normalise, and its gradient would be 1 / eps.
+    eps: it has nothing to normalise, and its gradient would be 1 / eps. ``exact`` as in ``l2_normalise``.
     """
     difference = v - k
     centred = difference - difference.mean(-1, keepdim=True)
     std = difference.std(-1, keepdim=True)
-    return weight * centred / torch.where(std > 0, std + max(eps, torch.finfo(std.dtype).tiny), 1) + bias + k
+    positive = std > 0
+    if exact:
+        varied = torch.arange(difference.shape[-1], device=difference.device, dtype=difference.dtype)
+        std = torch.where(positive, difference, varied).std(-1, keepdim=True)
+    return weight * centred / torch.where(positive, std + max(eps, torch.finfo(std.dtype).tiny), 1) + bias + k
 
 
 def inner_inputs(
-    x: Tensor, position: Tensor, weights: HybridWeights, options: HybridOptions, roles: DtypeRoles
+    x: Tensor,
+    position: Tensor,
+    weights: HybridWeights,
+    options: HybridOptions,
+    roles: DtypeRoles,
+    exact: bool = False,
 ) -> Tokens:
     """What enters the inner loop, token by token, in the state's dtype.
 
     Args:
         x: ``[B, T, D]``.
         position: ``[B or 1, T]``, each token's position in its chunk, or ``[1, T, A]``, where it is on a grid.
+        exact: as in ``l2_normalise``.
 
     Returns:
         q, k, the target's v' and lr.
@@ -116,12 +132,15 @@ def inner_inputs(
     )
     q, k = (
         rotate(
-            l2_normalise(part), position, theta=options.rope_theta, dtype=torch.promote_types(roles.rope, part.dtype)
+            l2_normalise(part, exact),
+            position,
+            theta=options.rope_theta,
+            dtype=torch.promote_types(roles.rope, part.dtype),
         )
         for part in (q, k)
     )
     norm_weight, norm_bias = weights.norm_weight.to(roles.compute), weights.norm_bias.to(roles.compute)
-    v = reconstruction_target(v, k, norm_weight, norm_bias, options.target_eps)
+    v = reconstruction_target(v, k, norm_weight, norm_bias, options.target_eps, exact)
     rate = F.linear(x.to(roles.compute), weights.lr_weight.flatten(0, 1).to(roles.compute))
     rate = torch.sigmoid(rate + weights.lr_bias.flatten().to(roles.compute))
     lr = options.base_lr / q.shape[-1] * rate

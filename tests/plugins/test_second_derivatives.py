@@ -121,6 +121,21 @@ def test_a_first_gradient_is_as_without_them_bit_for_bit_and_keeps_no_more(varia
     assert results[1] == results[3]
 
 
+@pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp"])
+def test_a_token_of_zeros_has_them_too(variant):
+    """Before training the projections have no bias, so its query, key and value are zero, where a norm has a corner."""
+    case = case_of(variant, {"chunk": 4})
+    block, x = case.block(), case.inputs(9)
+    block.reset_parameters(torch.Generator().manual_seed(0))
+    x[0, 3] = 0
+    leaves = [x.requires_grad_(), *block.parameters()]
+    assert all(gradient.isfinite().all() for gradient in second(case.call(block, x)[0], leaves))
+    other = case.inputs(9)
+    other[1] = x[1].detach()
+    rows = [second(case.call(block, each)[0], [each])[0][1] for each in (x, other.requires_grad_())]
+    assert error(*rows) < 1e-12, "a row does not depend on another one's"
+
+
 def test_what_comes_out_may_be_written_to():
     case = case_of(*CASES[0])
     block, x = case.block(), case.inputs(9)
