@@ -58,6 +58,7 @@ from moshi_ttt.core.testing.checks_training import (
     check_trainable_set,
     check_two_forwards,
 )
+from moshi_ttt.core.testing.device import DeviceCost, DeviceLog, check_device, device_cost
 from moshi_ttt.core.testing.host_checks import (
     HOST_CHECKS,
     HostCase,
@@ -85,6 +86,7 @@ CHECKS: tuple[Check, ...] = (
     check_memory,
     check_inner_lr_factor,
     check_no_host_read,
+    check_device,
     check_other_modes,
     check_copies,
     check_state_is_float32,
@@ -149,6 +151,8 @@ __all__ = [
     "HOST_CHECKS",
     "TOY_HOST",
     "BlockCase",
+    "DeviceCost",
+    "DeviceLog",
     "HostCase",
     "HostStream",
     "HostVariantCase",
@@ -159,6 +163,7 @@ __all__ = [
     *(check.__name__ for check in CHECKS),
     "conformance_tests",
     "default_cases",
+    "device_cost",
     "error",
     "host_conformance_tests",
 ]

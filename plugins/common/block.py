@@ -136,6 +136,13 @@ class HybridBlock(SequenceBlock):
             except ValueError as error:
                 raise ConfigError(f"{info.site}: {error} Use a host whose head width is a multiple of 16.") from None
         widths = self.widths(config, head_dim)
+        # The update of a layer grows with the rate, and what the network gives with the product of its layers.
+        largest = largest_factor(roles.state) ** (1 / (len(widths) - 1))
+        if config.base_lr / head_dim > largest:
+            raise ConfigError(
+                f"{info.site}: base_lr {config.base_lr:g} gives a token the rate {config.base_lr / head_dim:g}, and "
+                f"updates of {len(widths) - 1} layers in {roles.state} stay finite up to {largest:.3g}. Lower base_lr."
+            )
         self.options = HybridOptions(
             num_heads=info.num_heads,
             chunk_size=config.chunk,
@@ -317,11 +324,14 @@ class HybridBlock(SequenceBlock):
     def _tokens(
         self, x: Tensor, position: Tensor, weights: HybridWeights, context: BlockContext, exact: bool = False
     ) -> inner_loop.Tokens:
-        # A token that is not finite keeps its nan in the residual, and enters no product with a parameter: its
-        # gradient, however it is masked, would be zero times nan. A rate of nan tells the inner loop to leave it out.
         with torch.no_grad():
             finite = below(x, largest_factor(torch.promote_types(x.dtype, torch.float32)))[..., None]  # [B, T, 1]
-        tokens = inner_inputs(torch.where(finite, x, 0), position, weights, self.options, self.roles, exact)
+        if torch.is_grad_enabled():
+            # A token that is not finite keeps its nan in the residual, and enters no product with a parameter: its
+            # gradient, however it is masked, would be zero times nan.
+            x = torch.where(finite, x, 0)
+        tokens = inner_inputs(x, position, weights, self.options, self.roles, exact)
+        # A rate of nan tells the inner loop to leave the token out.
         lr = tokens.lr if self.inner_lr_factor == 1 else self.inner_lr_factor * tokens.lr
         return tokens._replace(lr=torch.where(finite, context.where_updated(lr), torch.nan))
 
@@ -336,7 +346,7 @@ class HybridBlock(SequenceBlock):
     def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         heads = self.info.num_heads
         weights, tokens = self._from_start(x, context)
-        tokens, finite = inner_loop.only_finite(tokens, len(self.fast_weight))
+        tokens, finite = inner_loop.only_finite(tokens)
         value = weights.wv(x, self.roles.matmul).unflatten(-1, (heads, -1)).to(tokens.k)
         norm = inner_norm(weights, self.options, self.roles)
         scale = weights.token_scale.to(self.roles.state)

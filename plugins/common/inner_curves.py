@@ -46,7 +46,7 @@ def hybrid(tokens: Tokens, state: BlockState, norm: InnerNorm, token_scale: Tens
     """
     start, _ = inner_loop.unpack(state)
     fast, size = start, token_scale.shape[0]
-    tokens, finite = inner_loop.only_finite(tokens, len(start.weights))
+    tokens, finite = inner_loop.only_finite(tokens)
     keys, values, rates = (part.transpose(1, 2) for part in (tokens.k, tokens.v, tokens.lr[..., None]))
     found: dict[str, list[Tensor]] = {"initial": [], "before": [], "after": []}
     chunks = zip(keys.split(size, 2), values.split(size, 2), rates.split(size, 2), finite.split(size, 1), strict=True)

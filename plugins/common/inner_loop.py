@@ -14,7 +14,7 @@ t and g_i(t) the gradient at its output, a query's product with layer i is
 
     x W_i + b_i - token_scale[n] * sum_{t <= n} (x . a_i(t) + 1) g_i(t)
 
-A token that is not finite, or too large (``finite_tokens``), takes no part: no other token sees it, and the update of
+A token that is not finite, or too large (``only_finite``), takes no part: no other token sees it, and the update of
 its chunk is skipped in its row. Its own output means nothing.
 
 Shape legend: B streams, H heads, N chunks, C tokens a chunk, D head width, L layers. Everything has the dtype of the
@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import BlockState, row_mask
-from moshi_ttt.plugins.common import finite as limits
+from moshi_ttt.plugins.common.finite import finite_tokens
 
 
 class Tokens(NamedTuple):
@@ -49,25 +49,20 @@ class Tokens(NamedTuple):
     lr: Tensor
 
 
-def finite_tokens(tokens: Tokens, layers: int) -> Tensor:
-    """``[B, T]`` bool: tokens whose q, k and v are finite and whose rate a fast network of ``layers`` layers bears.
+def only_finite(tokens: Tokens) -> tuple[Tokens, Tensor]:
+    """``tokens`` with zeros, a rate of zero among them, for those that are not finite or too large, and which are kept.
 
-    In every head: a row's heads are updated together or not at all. An update of a layer grows with the rate, and what
-    the network gives with the product of its layers, so the rate's limit is a root of the others' (4e9 in float32).
+    Kept are, ``[B, T]`` bool, tokens whose q, k, v and rate are below ``finite.largest_factor`` in every head: a row's
+    heads are updated together or not at all.
     """
-    with torch.no_grad():
-        # [B, T, H, D] -> [B, T, H D]
-        finite = limits.finite_tokens(*(part.flatten(2) for part in tokens[:3]))
-        rate: float = limits.largest_factor(tokens.lr.dtype) ** (1 / layers)
-        return finite & limits.below(tokens.lr, rate)
-
-
-def only_finite(tokens: Tokens, layers: int) -> tuple[Tokens, Tensor]:
-    """``tokens`` with zeros, a rate of zero among them, for those that are not ``finite_tokens``; and ``[B, T]``, which
-    are."""
-    finite = finite_tokens(tokens, layers)
-    q, k, v = (torch.where(finite[..., None, None], part, 0) for part in tokens[:3])
-    return Tokens(q, k, v, torch.where(finite[..., None], tokens.lr, 0)), finite
+    heads = tokens.lr.shape[2]
+    packed = torch.cat([*(part.flatten(2) for part in tokens[:3]), tokens.lr], dim=-1)  # [B, T, 3 H D + H]
+    kept = finite_tokens(packed)
+    width = (packed.shape[-1] - heads) // 3
+    q, k, v, lr = torch.where(kept[..., None], packed, 0).split_with_sizes([width, width, width, heads], dim=-1)
+    # [B, T, H D] -> [B, T, H, D]
+    q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, v))
+    return Tokens(q, k, v, lr), kept
 
 
 @dataclass
@@ -261,7 +256,7 @@ def run(
     heads, size, position = tokens.q.shape[2], layout.chunk_size, state["position"]
     fast, before = unpack(state)
     after = position + layout.length
-    tokens, finite = only_finite(tokens, len(fast.weights))
+    tokens, finite = only_finite(tokens)
     # [B, N]: tokens of each chunk that are not finite; the first chunk goes on with those it had.
     spoiled = layout.split((~finite)[..., None]).sum((2, 3))
     spoiled = torch.cat([spoiled[:, :1] + state["spoiled"][:, None], spoiled[:, 1:]], dim=1)
@@ -381,32 +376,36 @@ def step(
     """
     position = state["position"]
     fast, memory = unpack(state)
-    tokens, finite = only_finite(tokens, len(fast.weights))
+    tokens, finite = only_finite(tokens)
     # [B, 1, H, D] -> [B, H, 1, D]
     q, k, v, lr = (part.transpose(1, 2) for part in tokens._replace(lr=tokens.lr[..., None]))
     size = memory.inputs[0].shape[2]
-    runs = torch.ones_like(position, dtype=torch.bool) if exec_mask is None else exec_mask
     token = key_pass(k, v, lr, fast, norm)
     for buffer, value in zip(memory.inputs + memory.gradients, token.inputs + token.gradients, strict=True):
         slot = position.view(-1, 1, 1, 1).expand(-1, buffer.shape[1], 1, buffer.shape[3])
-        buffer.scatter_(2, slot, torch.where(row_mask(runs, value), value, buffer.gather(2, slot)))
+        if exec_mask is not None:
+            value = torch.where(row_mask(exec_mask, value), value, buffer.gather(2, slot))
+        buffer.scatter_(2, slot, value)
     seen = (torch.arange(size, device=position.device) <= position[:, None])[:, None]
     # Slots ahead of the position hold nothing; whatever lies there (even nan) is replaced, not multiplied by zero.
     written = ChunkMemory(memory.inputs, tuple(torch.where(seen[..., None], g, 0) for g in memory.gradients))
     y = query_pass(q, fast, written, norm, token_scale[position].view(-1, 1, 1, 1), seen[:, :, None])
-    done = runs & (position == size - 1)
-    spoiled = state["spoiled"] + (runs & ~finite[:, 0])
+    done, bad, following = position == size - 1, ~finite[:, 0], (position + 1) % size
+    if exec_mask is not None:
+        done, bad, following = done & exec_mask, bad & exec_mask, torch.where(exec_mask, following, position)
+    spoiled = state["spoiled"] + bad
     applied = done & (spoiled == 0)
     # A row that has not finished its chunk adds exact zeros: the update runs every step, so that a captured graph
     # needs no branch.
-    for weight, bias, a, g in zip(fast.weights, fast.biases, memory.inputs, memory.gradients, strict=True):
-        scaled = torch.where(row_mask(applied, g), g * -token_scale[-1], 0)
+    factor = applied_scale(-token_scale[-1], applied)
+    for weight, bias, a, g in zip(fast.weights, fast.biases, memory.inputs, written.gradients, strict=True):
+        scaled = g * factor
         finished = torch.where(row_mask(applied, a), a, 0)
         weight.flatten(0, 1).baddbmm_(finished.flatten(0, 1).mT, scaled.flatten(0, 1))
         bias.add_(scaled.sum(-2, keepdim=True))
-        a.masked_fill_(row_mask(done, a), 0)
-        g.masked_fill_(row_mask(done, g), 0)
-    state["skipped"].add_(done & (spoiled > 0))
+    for buffer in memory.inputs + memory.gradients:
+        buffer.masked_fill_(row_mask(done, buffer), 0)
+    state["skipped"].add_(done > applied)
     state["spoiled"].copy_(spoiled.masked_fill_(done, 0))
-    position.copy_(torch.where(runs, (position + 1) % size, position))
+    position.copy_(following)
     return y.transpose(1, 2).flatten(2)

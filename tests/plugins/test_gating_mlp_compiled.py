@@ -125,7 +125,7 @@ def test_a_position_outside_the_chunk_is_refused(position):
 def test_a_clipped_state_is_refused_by_a_block_that_does_not_clip():
     x = draw(2, 1, DIM)
     state = build(clip=1.0).allocate_state(2)
-    with pytest.raises(RuntimeError, match="has 'square' where updates are clipped"):
+    with pytest.raises(RuntimeError, match="has 'norm' where updates are clipped"):
         build(compiled=True).step(x, state, BlockContext(input_embeddings=x))
 
 

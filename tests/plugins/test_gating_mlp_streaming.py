@@ -200,7 +200,7 @@ def test_the_clip_is_right_where_the_tokens_updates_all_but_cancel(dtype, bound,
         )
         norms = keys.norm(dim=1) * values.norm(dim=1)
         ratio = norms.sum() / (values.T @ keys).norm()
-        assert ratio > 1e3, ratio
+        assert ratio > (1e3 if kernel == 1 else 10), ratio  # at a chunk's edges a filter leaves what cancels nothing
         _, called = block(x, None, context)
         _, first = block(x[:, :20], None, BlockContext(input_embeddings=target[:, :20]))
         _, carried = block(x[:, 20:], first, BlockContext(input_embeddings=target[:, 20:]))

@@ -11,6 +11,7 @@ from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
 from moshi_ttt.core.errors import ConfigError, ContextError, PrecisionError
 from moshi_ttt.core.format import GridFormat, SequenceFormat
 from moshi_ttt.core.precision import FP32, FP32_STATE, UNIFORM
+from moshi_ttt.core.testing import BlockCase
 from moshi_ttt.plugins.common import hybrid, reference
 from moshi_ttt.plugins.common.rope import rotate
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
@@ -315,3 +316,9 @@ def test_a_schedule_scales_the_inner_learning_rate():
     state, other = full.allocate_state(2), half.allocate_state(2)
     for t in range(11):
         assert torch.equal(full.step(x[:, t : t + 1], state), half.step(x[:, t : t + 1], other))
+
+
+def test_a_rate_whose_updates_overflow_is_refused():
+    case = BlockCase(variant="ttt_mlp", config=TTTMLPConfig(base_lr=1e7))
+    with pytest.raises(ConfigError, match=r"updates of 2 layers .* stay finite up to 6.55e\+04. Lower base_lr"):
+        case.block()

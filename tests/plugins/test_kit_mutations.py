@@ -101,7 +101,7 @@ class KeepsNonfinite(TTTLinear):
 
     def compute(self, x, state, context):
         everything = torch.ones(x.shape[:2], dtype=torch.bool)
-        with mock.patch.object(inner_loop, "only_finite", lambda tokens, layers: (tokens, everything)):
+        with mock.patch.object(inner_loop, "only_finite", lambda tokens: (tokens, everything)):
             return super().compute(x, state, context)
 
 
@@ -111,6 +111,36 @@ class MixesRows(TTTLinear):
     def compute(self, x, state, context):
         y, after = super().compute(x, state, context)
         return y + 0 * x.mean(0), after
+
+
+class CopiesFromTheCPU(TTTLinear):
+    """A constant is made on the CPU and copied at every call."""
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        return y + 0 * torch.arange(x.shape[-1]).to(y), after
+
+
+class PicksRowsByMask(TTTLinear):
+    """Rows are picked by a mask, whose number of true values the CPU must know."""
+
+    def reset_state(self, state, mask):
+        fresh = self.init_state(len(mask), mask.device)
+        for name, tensor in state.items():
+            tensor[mask] = fresh[name][mask]
+
+
+class ReadsInBackward(TTTLinear):
+    """The backward pass looks at a gradient's value."""
+
+    def compute(self, x, state, context):
+        def doubled_where_small(gradient):
+            return gradient if gradient.norm() > 1e-3 else 2 * gradient
+
+        y, after = super().compute(x, state, context)
+        if y.requires_grad:
+            y.register_hook(doubled_where_small)
+        return y, after
 
 
 class KeepsFakeTensor(TTTLinear):
@@ -462,6 +492,9 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     ForgetsTable: {kit.check_buffers},
     ForgetsUnsavedTable: {kit.check_buffers},
     LosesBuffer: {kit.check_buffers},
+    CopiesFromTheCPU: {kit.check_device},
+    PicksRowsByMask: {kit.check_device},
+    ReadsInBackward: {kit.check_device},
     KeepsFakeTensor: {kit.check_other_modes},
     KeepsFunction: {kit.check_copies},
     ViewsParameter: {kit.check_parameter_layouts},

@@ -1,0 +1,100 @@
+"""What a block of each variant costs on an accelerator at Moshi's size, counted without one: a table for docs/gpu.md.
+
+    python scripts/device_costs.py            # prints the table
+    python scripts/device_costs.py --write    # writes it into docs/gpu.md
+
+Counted are launches and bytes of one block, on tensors without values (``moshi_ttt.core.testing.device``).
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moshi_ttt.core.config_parsing import parse_block
+from moshi_ttt.core.registry import default_registry
+from moshi_ttt.core.testing import BlockCase, DeviceCost, Shape, device_cost
+
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "gpu.md"
+BEGIN, END = "<!-- device costs: written by scripts/device_costs.py -->\n", "<!-- end of device costs -->\n"
+DIM, HEADS, HIDDEN, BATCH, TOKENS = 4096, 32, 11_264, 2, 1250
+"""Of Moshi's 7B: width, heads, hidden width of its gated MLP; streams, and tokens of 100 seconds."""
+
+BLOCKS: tuple[tuple[str, dict[str, Any], bool], ...] = (
+    ("ttt_linear", {"chunk": 32}, False),
+    ("ttt_linear", {"chunk": 32, "checkpoint_chunks": 4}, False),
+    ("ttt_mlp", {"chunk": 16}, False),
+    ("ttt_mlp", {"chunk": 32}, False),
+    ("ttt_mlp", {"chunk": 64}, False),
+    ("ttt_mlp", {"chunk": 32, "checkpoint_chunks": 4}, False),
+    ("ttt_mlp", {"chunk": 32}, True),
+    ("ttt_multilayer", {"chunk": 32}, False),
+    ("gating_mlp", {"chunk": 256}, False),
+    ("gating_mlp", {"chunk": 256}, True),
+    ("gating_mlp", {"chunk": 256, "clip": 1.0, "decay": 0.1, "learned_lr": True}, False),
+)
+"""Variant, options, and whether the call continues a state and gives the one after it."""
+
+
+class MoshiMLP(nn.Module):
+    """A gated MLP of Moshi's size, without values."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear_in = nn.Linear(DIM, 2 * HIDDEN, bias=False, device="meta", dtype=dtype)
+        self.linear_out = nn.Linear(HIDDEN, DIM, bias=False, device="meta", dtype=dtype)
+        self.activation = nn.functional.silu
+        self.requires_grad_(False)
+
+
+def cost(variant: str, options: dict[str, Any], carried: bool) -> DeviceCost:
+    registry = default_registry()
+    config = parse_block({"variant": variant, **options}, registry=registry)
+    case = BlockCase(
+        variant=variant, config=config, dtype=torch.bfloat16, shape=Shape(dim=DIM, heads=HEADS, batch=BATCH)
+    )
+    info = case.info("meta")
+    if info.mlp is not None:
+        info = replace(info, mlp=MoshiMLP(case.dtype))
+    block = registry.block(variant).factory(config, info, case.policy.roles(case.dtype))
+    return device_cost(block, batch=BATCH, tokens=TOKENS, carried=carried)
+
+
+def name(variant: str, options: dict[str, Any], carried: bool) -> str:
+    listed = ", ".join(f"{key} {value}" for key, value in options.items())
+    return f"{variant}, {listed}{', carried' if carried else ''}"
+
+
+def table() -> str:
+    lines = [
+        "| block | launches: forward | backward | a streamed step | kept for backward, KiB a token | peak, MiB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for variant, options, carried in BLOCKS:
+        found = cost(variant, options, carried)
+        kept = found.kept_bytes / 1024 / (BATCH * TOKENS)
+        lines.append(
+            f"| {name(variant, options, carried)} | {found.forward:,} | {found.backward:,} | {found.step:,} | "
+            f"{kept:,.0f} | {found.peak_bytes / 2**20:,.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the table into docs/gpu.md")
+    made = table()
+    if parser.parse_args().write:
+        text = DOCS.read_text(encoding="utf-8")
+        before, rest = text.split(BEGIN)
+        DOCS.write_text(before + BEGIN + made + END + rest.split(END)[1], encoding="utf-8")
+    print(made, end="")
+
+
+if __name__ == "__main__":
+    main()
