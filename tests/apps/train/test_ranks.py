@@ -141,9 +141,8 @@ def test_a_run_of_two_ranks_goes_on_in_one_process(encoded, tmp_path):
     first, second = trained(tmp_path / "run"), trained(tmp_path / "one")
     assert max(float((first[name] - second[name]).abs().max()) for name in first) < CLOSE
     # What was loaded is what was saved, bit for bit: without a step, the same adapter comes out.
-    idle = write(
-        tmp_path, encoded, "idle", case, (4, 1), max_steps=6, resume=str(middle), optim={"lr": 0.0, "weight_decay": 0.0}
-    )
+    still = {"lr": 0.0, "weight_decay": 0.0, "lr_groups": {"ttt": 0.0, "gates": 0.0}}
+    idle = write(tmp_path, encoded, "idle", case, (4, 1), max_steps=6, resume=str(middle), optim=still)
     launch(1, [idle])
     saved, loaded = load_file(middle / "adapter" / "adapter.safetensors"), trained(tmp_path / "idle")
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in saved.items())
