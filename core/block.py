@@ -10,7 +10,7 @@ initialisation. A variant overrides ``step`` when it can stream faster than ``co
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -23,6 +23,7 @@ from moshi_ttt.core import state as states
 from moshi_ttt.core.config import BlockConfig, Length
 from moshi_ttt.core.errors import ConfigError, ContextError
 from moshi_ttt.core.format import FormatAdapter
+from moshi_ttt.core.gradients import streams
 from moshi_ttt.core.precision import DtypeRoles, check_role
 from moshi_ttt.core.state import BlockState
 
@@ -241,12 +242,40 @@ class SequenceBlock(nn.Module, ABC):
             after = states.without_views(after, self.parameters())
         return self.info.format.from_tokens(y, x), after
 
-    @torch.no_grad()
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        cls.step = streams(cls.step)  # type: ignore[method-assign]
+
+    @streams
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
-        """Stream ``x [B, T, D]`` (usually T = 1), updating ``state`` in place. No value is read on the host."""
+        """Stream ``x [B, T, D]`` (usually T = 1), updating ``state`` in place. No value is read on the host.
+
+        Without a graph, whatever a variant does and whether or not gradients are enabled. A backward pass that would
+        carry a gradient through the output, to ``x`` or to a parameter that requires one, raises ContextError.
+        """
         y, after = self.forward(x, state, context)
         states.copy_(state, after)
         return y
+
+    def gradient_sources(self, x: Tensor, state: BlockState, context: BlockContext | None) -> Iterator[Tensor]:
+        """What the output of a call depends on: its arguments, the block's parameters, those of the host's MLP."""
+        yield x
+        yield from state.values()
+        if context is not None and context.input_embeddings is not None:
+            yield context.input_embeddings
+        yield from self.parameters()
+        if self.info.mlp is not None:
+            yield from self.info.mlp.linear_in.parameters()
+            yield from self.info.mlp.linear_out.parameters()
+
+    def no_gradient_in_streams(self) -> str:
+        """Why a gradient cannot pass through a step of this block, and what to do."""
+        return (
+            f"The block at {self.info.site} streamed this pass: its state was updated in place, so no gradient can "
+            "pass through it, to its parameters or to what is below it. To train call the model outside streaming, and "
+            "inside host.carry(...) to continue from earlier segments; to stream while gradients are enabled, cut the "
+            "output from the graph (torch.no_grad(), or detach)."
+        )
 
     @torch.no_grad()
     def allocate_state(self, batch_size: int, device: torch.device | None = None) -> BlockState:

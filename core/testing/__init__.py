@@ -47,6 +47,7 @@ from moshi_ttt.core.testing.checks_training import (
     check_gradients_numerically,
     check_parameters_unwritten,
     check_reset_before_backward,
+    check_step_gradient,
     check_trainable_set,
     check_two_forwards,
 )
@@ -83,6 +84,7 @@ CHECKS: tuple[Check, ...] = (
     check_checkpointing,
     check_two_forwards,
     check_reset_before_backward,
+    check_step_gradient,
     check_trainable_set,
     check_gradients_numerically,
     check_plan_figures,

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moshi_ttt.core.block import SequenceBlock
+from moshi_ttt.core.errors import ContextError
 from moshi_ttt.core.testing.case import BlockCase, Shape, assert_close, assert_equal
 
 
@@ -80,6 +81,38 @@ def check_reset_before_backward(case: BlockCase) -> None:
     _loss(y).backward()
     for name, gradient in _gradients(block).items():
         assert_equal(gradient, plain[name], f"gradient of {name!r} after a reset in between")
+
+
+def check_step_gradient(case: BlockCase) -> None:
+    """A step has no gradient to give: where one would be lost the backward raises, and elsewhere nothing is refused."""
+    if not case.causal:
+        return
+    block, x = case.block(), case.inputs(1)
+    if block.info.mlp is not None:
+        for part in (block.info.mlp.linear_in, block.info.mlp.linear_out):
+            part.requires_grad_(False)
+    for what, trained, given in (
+        ("the block's parameters", True, x),
+        ("the input", False, x.clone().requires_grad_()),
+        ("no tensor", False, x),
+    ):
+        block.requires_grad_(trained)
+        state = block.allocate_state(x.shape[0])
+        with torch.no_grad():
+            expected = case.step(block, given, block.allocate_state(x.shape[0]))
+        y = case.step(block, given, state)
+        assert_equal(y.detach(), expected, "a step with gradients enabled, against one without")
+        assert not any(tensor.requires_grad for tensor in state.values()), "a streamed state requires a gradient"
+        lost = what != "no tensor" and any(source.requires_grad for source in (given, *block.parameters()))
+        assert y.requires_grad == lost, f"{what} requires a gradient; that the step's output does is {y.requires_grad}"
+        if not lost:
+            continue
+        said = "nothing"
+        try:
+            _loss(y).backward()
+        except ContextError as error:
+            said = str(error)
+        assert "streamed" in said, f"{what} requires a gradient, a step loses it, and its backward says: {said}"
 
 
 def check_trainable_set(case: BlockCase) -> None:

@@ -127,8 +127,8 @@ class GatingMLP(SequenceBlock):
         return y, self.memory.after(state or self.init_state(x.shape[0], x.device), heard)
 
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
-        if torch.is_grad_enabled() or self._autocast_is_on(x):
-            with torch.no_grad(), self._without_autocast(x):  # only where needed: entering costs as much as a product
+        if self._autocast_is_on(x):
+            with self._without_autocast(x):  # only where needed: entering costs as much as a product
                 return self.step(x, state, context)
         context = context or BlockContext()
         tokens = self.info.format.to_tokens(x)

@@ -9,7 +9,7 @@ from moshi_ttt.core import state as states
 from moshi_ttt.core.block import BlockContext, Site, SiteKind
 from moshi_ttt.core.errors import ContextError, PrecisionError
 from moshi_ttt.core.precision import UNIFORM
-from tests.core.toy import DIM, NeedsEmbeddings, toy_block
+from tests.core.toy import DIM, NeedsEmbeddings, ToyBlock, toy_block
 
 
 def activations(batch: int = 3, length: int = 5, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -108,7 +108,7 @@ def test_step_is_forward_in_place(context):
     assert torch.equal(y_step, y_forward)
     assert equal(state, after)
     assert [tensor.data_ptr() for tensor in state.values()] == addresses
-    assert not y_step.requires_grad
+    assert not any(tensor.requires_grad for tensor in state.values())
 
 
 def test_reset_state_in_place():
@@ -223,3 +223,57 @@ def test_uniform_policy_keeps_the_state_in_the_model_dtype():
     block = toy_block(policy=UNIFORM, dtype=torch.bfloat16)
     assert block.init_state(1)["memory"].dtype == torch.bfloat16
     block(activations(dtype=torch.bfloat16))
+
+
+class Steps(ToyBlock):
+    """A third party's step, which keeps gradients enabled."""
+
+    def step(self, x, state, context=None):
+        y, after = self(x, state, context)
+        states.copy_(state, states.detach(after))
+        return y
+
+
+@pytest.mark.parametrize("block", [ToyBlock, Steps], ids=lambda block: block.__name__)
+@pytest.mark.parametrize("needed", ["parameters", "x", "state"])
+def test_a_gradient_that_a_step_would_lose_is_refused_in_backward(block, needed):
+    made, x = toy_block(cls=block), activations(length=1)
+    state = made.allocate_state(3)
+    made.requires_grad_(needed == "parameters")
+    if needed == "x":
+        x.requires_grad_()
+    if needed == "state":
+        state["memory"].requires_grad_()
+    y = made.step(x, states.clone(state) if needed != "state" else state)
+    with pytest.raises(ContextError, match=r"layers\.1\.sequence streamed this pass.*host\.carry.*torch\.no_grad"):
+        y.sum().backward()
+    assert x.grad is None
+    assert all(parameter.grad is None for parameter in made.parameters())
+
+
+def test_a_step_refuses_no_gradient_that_it_does_not_lose():
+    made, x = toy_block(), activations(length=1)
+    head = torch.nn.Linear(DIM, 1)
+    head(made.step(x, made.allocate_state(3)).detach()).sum().backward()
+    torch.autograd.grad(head(made.step(x, made.allocate_state(3))).sum(), head.weight)  # stops above the block
+    with torch.no_grad():
+        assert not made.step(x, made.allocate_state(3)).requires_grad
+    made.requires_grad_(False)
+    head(made.step(x, made.allocate_state(3))).sum().backward()
+    assert head.weight.grad is not None
+
+
+def test_the_output_of_a_step_may_be_written_to_while_gradients_are_enabled():
+    made, x = toy_block(), activations(length=1)
+    made.step(x, made.allocate_state(3)).add_(x)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_step_refuses_a_gradient_too(backend):
+    made, x = toy_block(), activations(length=1)
+    step = torch.compile(made.step, backend=backend)
+    y = step(x, made.allocate_state(3))
+    with pytest.raises(ContextError, match="streamed this pass"):
+        y.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(step(x, made.allocate_state(3)), y)

@@ -69,6 +69,44 @@ def gradients(model, injection) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_training_forward_inside_streaming_is_refused_when_its_gradient_is_needed(variant, training):
+    """Before: the blocks, and all below the last of them, were left without a gradient and nothing was said."""
+    model, _ = tiny_with({"variant": variant, "layers": "1,3", "chunk": 4})
+    model.train(training)
+    with model.streaming(2):
+        for token in codes(2, 5).split(1, dim=-1):
+            loss = model.forward_text(token)[1].square().mean()
+        with pytest.raises(ContextError, match=r"layers\.3\..* streamed this pass.*outside streaming"):
+            loss.backward()
+
+
+def test_streaming_with_gradients_enabled_refuses_nothing_that_it_does_not_lose(variant):
+    model, injection = tiny_with({"variant": variant, "layers": "1,3", "chunk": 4})
+    token = codes(2, 1)
+    with model.streaming(2), torch.no_grad():
+        expected = model.forward_text(token)[1]
+    model.requires_grad_(False)
+    with model.streaming(2):
+        assert torch.equal(model.forward_text(token)[1], expected)
+    model.text_linear.requires_grad_(True)  # above the blocks: it has its gradient
+    with model.streaming(2):
+        model.forward_text(token)[1].square().mean().backward()
+    assert model.text_linear.weight.grad is not None
+    next(injection.parameters()).requires_grad_(True)
+    with model.streaming(2), pytest.raises(ContextError, match="streamed this pass"):
+        model.forward_text(token)[1].square().mean().backward()
+
+
+def test_the_gradient_of_a_lora_in_a_streaming_mlp_is_not_lost_in_silence():
+    model, _ = tiny_with({"variant": "gating_mlp", "layers": "3", "chunk": 4})
+    replace_all_linear_with_lora(model, rank=2, scaling=1.0)
+    model.requires_grad_(False)
+    model.transformer.layers[3].gating.linear_out.lora_B.requires_grad_(True)
+    with model.streaming(2), pytest.raises(ContextError, match="streamed this pass"):
+        model.forward_text(codes(2, 1))[1].square().mean().backward()
+
+
 def test_gradients_are_bit_equal_under_the_hosts_checkpointing(variant):
     model, injection = tiny_with({"variant": variant, "layers": "1,3", "chunk": 4})
     plain = gradients(model, injection)

@@ -355,6 +355,14 @@ class HurriesWithoutState(TTTLinear):
         return super().compute(x, state if context.want_state else None, context)
 
 
+class CutsStreams(TTTLinear):
+    """A step's output is cut from the graph, and a gradient that would pass is lost in silence."""
+
+
+# After the class is made: the base class would guard the method of a class that defines it.
+CutsStreams.step = torch.no_grad()(TTTLinear.step)
+
+
 MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     NoCausalMask: {kit.check_causality, kit.check_splits},
     SharedRows: {kit.check_rows},
@@ -393,6 +401,7 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     RemembersOnlyTheLastInput: {kit.check_two_forwards},
     ResetWritesWhatBackwardNeeds: {kit.check_reset_before_backward},
     LosesLearnedBuffer: {kit.check_adapter_round_trip},
+    CutsStreams: {kit.check_step_gradient},
 }
 
 # What a check raises when it is not an assertion of its own: the tool it leans on speaks first.

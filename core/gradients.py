@@ -1,0 +1,54 @@
+"""A gradient that would be lost in silence: streaming writes its state in place, so a step has none to give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moshi_ttt.core.errors import ContextError
+
+
+class _Refused(torch.autograd.Function):
+    """A copy of the first argument that depends on the others, and whose backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, message: str, *sources: Tensor) -> Tensor:
+        ctx.message = message
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise ContextError(ctx.message)
+
+
+def refuse_gradient(y: Tensor, sources: Iterable[Tensor], message: str) -> Tensor:
+    """``y``, computed without a graph, such that a gradient that would reach one of ``sources`` raises ContextError.
+
+    Where no source requires a gradient none is lost, and ``y`` is returned as it is. So is it under ``torch.no_grad``.
+    """
+    needed = [source for source in sources if source.requires_grad] if torch.is_grad_enabled() else []
+    if not needed:
+        return y
+    refused: Tensor = _Refused.apply(y, message, *needed)  # type: ignore[no-untyped-call]
+    return refused
+
+
+def streams(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The method ``step`` of a block, run without a graph; a gradient that would be lost is refused in backward."""
+    if getattr(step, "streams", False):
+        return step
+
+    @wraps(step)
+    def without_graph(self: Any, x: Tensor, state: Any, context: Any = None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return step(self, x, state, context)
+        with torch.no_grad():
+            y = step(self, x, state, context)
+        return refuse_gradient(y, self.gradient_sources(x, state, context), self.no_gradient_in_streams())
+
+    without_graph.streams = True  # type: ignore[attr-defined]
+    return without_graph
