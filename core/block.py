@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from moshi_ttt.core import state as states
 from moshi_ttt.core.config import BlockConfig, Length
-from moshi_ttt.core.errors import ConfigError, ContextError
+from moshi_ttt.core.errors import ConfigError, ContextError, PrecisionError
 from moshi_ttt.core.format import FormatAdapter
 from moshi_ttt.core.gradients import streams
 from moshi_ttt.core.precision import DtypeRoles, check_role
@@ -171,7 +171,7 @@ class SequenceBlock(nn.Module, ABC):
         self.roles = roles
         self.inner_lr_factor = 1.0
         """What a training schedule multiplies the inner learning rate by; 1 when it has ended, as adapters ask for."""
-        self._roles_checked = False
+        self._start_checked = False
 
     # ---- what a variant provides
 
@@ -228,14 +228,15 @@ class SequenceBlock(nn.Module, ABC):
         coordinates = self.info.format.coordinates(x)
         if coordinates is not None:
             context = replace(context, coordinates=coordinates)
-        if state is None and (context.exec_mask is not None or context.reset is not None):
-            state = self.init_state(tokens.shape[0], tokens.device)
-        elif state is not None and context.reset is not None:
-            state = states.where_rows(context.reset, self.init_state(tokens.shape[0], tokens.device), state)
-        if state is not None:
-            state = states.contiguous(state)
         with self._without_autocast(tokens):
+            if state is None and (context.exec_mask is not None or context.reset is not None):
+                state = self.init_state(tokens.shape[0], tokens.device)
+            elif state is not None and context.reset is not None:
+                state = states.where_rows(context.reset, self.init_state(tokens.shape[0], tokens.device), state)
+            if state is not None:
+                state = states.contiguous(state)
             y, after = self.compute(tokens, state, context)
+        self._check_state(after)
         if context.exec_mask is not None and state is not None and after:
             after = states.where_rows(context.exec_mask, after, state)
         if context.want_state and not tokens.is_meta and not torch.compiler.is_compiling():
@@ -272,7 +273,7 @@ class SequenceBlock(nn.Module, ABC):
         """Why a gradient cannot pass through a step of this block, and what to do."""
         return (
             f"The block at {self.info.site} streamed this pass: its state was updated in place, so no gradient can "
-            "pass through it, to its parameters or to what is below it. To train call the model outside streaming, and "
+            "pass through it, to its parameters or to what is below it. Train outside streaming, and "
             "inside host.carry(...) to continue from earlier segments; to stream while gradients are enabled, cut the "
             "output from the graph (torch.no_grad(), or detach)."
         )
@@ -392,8 +393,21 @@ class SequenceBlock(nn.Module, ABC):
         check_role("master", self.roles.master, self.named_parameters(), self.roles.policy, f"{when}, {self.info.site}")
 
     def _without_autocast(self, tokens: Tensor) -> AbstractContextManager[object]:
-        """Autocast would round what the policy keeps in float32."""
-        return torch.autocast(tokens.device.type, enabled=False) if self._autocast_is_on(tokens) else nullcontext()
+        """Autocast would round what the policy keeps in float32.
+
+        Raises PrecisionError where that changes what the host itself computes inside the block: its gated MLP.
+        """
+        device = tokens.device.type
+        if not self._autocast_is_on(tokens):
+            return nullcontext()
+        if self.kind is SiteKind.FEED_FORWARD and torch.get_autocast_dtype(device) is not self.roles.param:
+            raise PrecisionError(
+                f"The block at {self.info.site} computes the host's own MLP, under an autocast to "
+                f"{torch.get_autocast_dtype(device)} that would round it otherwise than policy {self.roles.policy!r}, "
+                f"which asks for {self.roles.param} in the role 'param'. Leave the autocast, or load the host in "
+                f"{torch.get_autocast_dtype(device)}: the policy decides what is rounded."
+            )
+        return torch.autocast(device, enabled=False)
 
     @staticmethod
     def _autocast_is_on(tokens: Tensor) -> bool:
@@ -433,13 +447,30 @@ class SequenceBlock(nn.Module, ABC):
                     f"The block at {self.info.site} got {shape[0]} rows and a state of {states.rows(state)}. "
                     "Every stream needs a row of its own."
                 )
-        if not self._roles_checked and not tokens.is_meta:
-            self.check_precision("first step")
-            what = f"first step, {self.info.site}"
-            check_role("param", self.roles.param, [("the host's activations", tokens)], self.roles.policy, what)
-            named = (state or self.init_state(1)).items()
-            check_role("state", self.roles.state, named, self.roles.policy, f"first step, {self.info.site}")
-            self._roles_checked = True
+        self._check_roles(tokens, state)
+
+    def _check_roles(self, tokens: Tensor, state: BlockState | None) -> None:
+        """PrecisionError where a tensor of this call does not have its role's dtype. At every call: any may be cast
+        between two of them, and the answer must not depend on what ran before. Comparing is a few microseconds.
+        """
+        roles = self.roles
+        if tokens.dtype is not roles.param:
+            activations = [("the host's activations", tokens)]
+            check_role("param", roles.param, activations, roles.policy, f"call, {self.info.site}")
+        if not _all_have(roles.master, self):
+            self.check_precision("call")
+        if state is not None:
+            self._check_state(state)
+        elif not self._start_checked:
+            # What init_state gives is decided by the parameters' dtypes, which are checked, and by what `_apply` casts.
+            self._check_state(self.init_state(1))
+            self._start_checked = True
+
+    def _check_state(self, state: BlockState) -> None:
+        expected = self.roles.state
+        for tensor in state.values():
+            if tensor.dtype is not expected and tensor.is_floating_point():
+                check_role("state", expected, state.items(), self.roles.policy, f"call, {self.info.site}")
 
     def _check_mask(self, name: str, mask: Tensor, rows: int) -> None:
         if mask.dtype != torch.bool or mask.dim() != 1 or len(mask) != rows:
@@ -455,7 +486,16 @@ class SequenceBlock(nn.Module, ABC):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        self._start_checked = False  # a host that is cast whole casts what a fast weight may start from
         return self
+
+
+def _all_have(dtype: torch.dtype, module: nn.Module) -> bool:
+    """Whether every floating-point parameter has the dtype; five times as fast as ``named_parameters``."""
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.dtype is not dtype and parameter.is_floating_point():
+            return False
+    return all(_all_have(dtype, child) for child in module._modules.values() if child is not None)
 
 
 BlockFactory = Callable[[Any, SiteInfo, DtypeRoles], SequenceBlock]

@@ -208,7 +208,7 @@ def test_step_refuses_a_state_of_another_form_and_leaves_it():
 def test_parameter_in_the_wrong_dtype_is_named_at_the_first_step():
     block = toy_block(dtype=torch.bfloat16)
     block.gate = torch.nn.Parameter(block.gate.detach().bfloat16())
-    with pytest.raises(PrecisionError, match=r"first step, layers\.1\.sequence: gate is torch\.bfloat16"):
+    with pytest.raises(PrecisionError, match=r"call, layers\.1\.sequence: gate is torch\.bfloat16"):
         block(activations(dtype=torch.bfloat16))
 
 
