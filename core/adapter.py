@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moshi_ttt.core.atomic import atomic_folder
-from moshi_ttt.core.block import Site
+from moshi_ttt.core.block import SequenceBlock, Site
 from moshi_ttt.core.config import BlockConfig
 from moshi_ttt.core.config_parsing import parse_block
-from moshi_ttt.core.errors import AdapterError, ConfigError, MoshiTTTError, PluginError
+from moshi_ttt.core.errors import AdapterError, ConfigError, InjectionError, MoshiTTTError, PluginError
 from moshi_ttt.core.injection import Injection, Plan, PlannedBlock, make_plan
 from moshi_ttt.core.paths import user_path
 from moshi_ttt.core.registrar import RUNTIME, Provenance
@@ -85,13 +85,7 @@ def collect_adapter(
     Raises:
         AdapterError: the injection was removed, or its inner learning rate is in mid-schedule.
     """
-    planned = [block.site for block in injection.plan.blocks]
-    if set(injection.blocks) != set(planned):  # a host lists the sites of a layer in its own order
-        raise AdapterError(
-            f"The model has blocks at {', '.join(map(str, injection.blocks)) or 'no site'}, this injection made "
-            f"{', '.join(map(str, planned)) or 'none'}: it was removed, or another took its place. Nothing was saved."
-        )
-    factors = {block.inner_lr_factor for block in injection.blocks.values()} - {1.0}
+    factors = {block.inner_lr_factor for block in _blocks(injection, "saved").values()} - {1.0}
     if factors:
         raise AdapterError(
             f"The inner learning rate is scaled by {', '.join(map(str, sorted(factors)))}, which an adapter does not "
@@ -205,6 +199,7 @@ def fill_from_adapter(injection: Injection, folder: str | Path, *, registry: Reg
         AdapterError: the adapter is damaged, or of another base model, or does not fit. No value was written.
     """
     folder, host, model = user_path(folder), injection.host, injection.model
+    _blocks(injection, "loaded")
     manifest = read_manifest(folder)
     _check_fingerprint(folder, manifest["fingerprint"], host.fingerprint(model))
     try:
@@ -239,6 +234,14 @@ def fill_from_adapter(injection: Injection, folder: str | Path, *, registry: Reg
         if listed:
             notes.append(f"{site}: the adapter was trained with other options: {'; '.join(listed)}.")
     return notes
+
+
+def _blocks(injection: Injection, done: str) -> dict[Site, SequenceBlock]:
+    """The injection's blocks, or AdapterError where they are no longer in the model."""
+    try:
+        return injection.blocks
+    except InjectionError as error:
+        raise AdapterError(f"{error} Nothing was {done}.") from None
 
 
 def _listed(blocks: Mapping[str, str]) -> str:

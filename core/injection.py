@@ -7,8 +7,8 @@ every problem, and an application that fails half-way leaves the model as it was
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -100,10 +100,18 @@ def _describe(planned: PlannedBlock, block: SequenceBlock) -> str:
 
 @dataclass(frozen=True)
 class Injection:
-    """Blocks in a model, and the plan they came from."""
+    """Blocks in a model, and the plan they came from.
+
+    It stands for the blocks that were in the model when it was made. When they are no longer there (removed, or others
+    injected since), everything it does is refused with InjectionError, and touches nothing.
+    """
 
     model: nn.Module
     plan: Plan
+    _made: dict[Site, SequenceBlock] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_made", self.host.blocks(self.model))
 
     @property
     def host(self) -> HostModel:
@@ -111,8 +119,19 @@ class Injection:
 
     @property
     def blocks(self) -> dict[Site, SequenceBlock]:
-        """The attached blocks by site."""
-        return self.host.blocks(self.model)
+        """The attached blocks by site. Raises InjectionError where they are no longer those of this injection."""
+        here = self.host.blocks(self.model)
+        if here.keys() != self._made.keys() or any(here[site] is not block for site, block in self._made.items()):
+            raise InjectionError(
+                f"This injection made blocks at {_listed(self._made)}, and they are no longer in its model: "
+                + (
+                    f"those at {_listed(here)} are of another injection. Use the injection that made them"
+                    if here
+                    else "they were removed. Inject again"
+                )
+                + ", and drop this one. Nothing was changed."
+            )
+        return here
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The declared trainable set: ``layers.3.sequence.NAME`` and parameter, in layer order."""
@@ -173,8 +192,17 @@ class Injection:
             block.check_precision(when)
 
     def remove(self) -> None:
-        """Take the blocks out; the model gives bit-identical outputs to the base again."""
-        self.host.detach(self.model)
+        """Take the blocks out; the model gives bit-identical outputs to the base again.
+
+        Raises InjectionError where they are out already, and HostError where the host cannot let them go now (while it
+        streams). The model is then as it was.
+        """
+        if self.blocks:
+            self.host.detach(self.model)
+
+
+def _listed(blocks: Mapping[Site, SequenceBlock]) -> str:
+    return ", ".join(map(str, sorted(blocks))) or "no site"
 
 
 def initialise_blocks(blocks: dict[Site, SequenceBlock], seed: int) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
+from moshi_ttt.core.adapter import fill_from_adapter, save_adapter
 from moshi_ttt.core.block import Site, SiteKind
 from moshi_ttt.core.config_parsing import parse_config
 from moshi_ttt.core.errors import InjectionError, MoshiTTTError
@@ -315,3 +317,88 @@ def test_copy_of_an_injected_model_is_independent():
         next(twin.parameters()).add_(1.0)
     assert not torch.equal(next(twin.parameters()), next(injection.parameters()))
     assert list(twin.blocks) == [Site(1, SiteKind.SEQUENCE)]
+
+
+# ---- an injection whose blocks are no longer in the model
+
+
+def removed(injection):
+    injection.remove()
+
+
+def replaced(injection):
+    injection.remove()
+    injection.plan.apply(injection.model)
+
+
+def replaced_elsewhere(injection):
+    injection.remove()
+    plan_for(injection.model, ToyConfig(layers="0,2")).apply(injection.model)
+
+
+def replaced_by_hand(injection):
+    blocks = injection.host.detach(injection.model)
+    again = {site: copy.deepcopy(block) for site, block in blocks.items()}
+    injection.host.attach(injection.model, again)
+
+
+USES = {
+    "remove": Injection.remove,
+    "blocks": lambda injection: injection.blocks,
+    "parameters": lambda injection: list(injection.parameters()),
+    "named_buffers": lambda injection: list(injection.named_buffers()),
+    "freeze_base": Injection.freeze_base,
+    "set_inner_lr_factor": lambda injection: injection.set_inner_lr_factor(1.0),
+    "initialise": Injection.initialise,
+    "check_precision": lambda injection: injection.check_precision("now"),
+    "save_adapter": lambda injection: save_adapter(injection, "nowhere"),
+    "fill_from_adapter": lambda injection: fill_from_adapter(injection, "nowhere"),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("since", [removed, replaced, replaced_elsewhere, replaced_by_hand], ids=lambda f: f.__name__)
+def test_a_stale_injection_is_refused_and_touches_nothing(use, since, tmp_path, monkeypatch):
+    """Before: ``remove`` took out the blocks of the newer injection, and the others changed or saved them."""
+    monkeypatch.chdir(tmp_path)
+    model = ToyModel()
+    stale = plan_for(model, ToyConfig(layers="1,3")).apply(model)
+    since(stale)
+    blocks = stale.host.blocks(model)
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    message = "they were removed. Inject again" if since is removed else "are of another injection"
+    with Untouched(model), pytest.raises(MoshiTTTError, match=rf"made blocks at layers\.1\.\w+, layers\.3.*{message}"):
+        USES[use](stale)
+    assert stale.host.blocks(model) == blocks
+    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_injection_of_blocks_that_are_put_back_holds_again():
+    model = ToyModel()
+    injection = plan_for(model, ToyConfig(layers="1,3")).apply(model)
+    blocks = injection.host.detach(model)
+    injection.host.attach(model, blocks)
+    injection.remove()
+    assert injection.host.blocks(model) == {}
+
+
+def test_an_injection_of_nothing_can_be_removed_and_does_not_take_a_later_ones_blocks():
+    model = ToyModel()
+    nothing = plan_for(model, ToyConfig(layers="none")).apply(model)
+    nothing.remove()
+    nothing.remove()
+    later = plan_for(model, ToyConfig(layers="1")).apply(model)
+    with pytest.raises(InjectionError, match=r"made blocks at no site, and .* of another injection"):
+        nothing.remove()
+    assert list(later.blocks) == [Site(1, SiteKind.SEQUENCE)]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_copied_injection_stands_for_the_blocks_of_the_copied_model(copied):
+    model = ToyModel()
+    injection = plan_for(model, ToyConfig(layers="1")).apply(model)
+    twin = copied(injection)
+    twin.remove()
+    assert list(injection.blocks) == [Site(1, SiteKind.SEQUENCE)]
+    injection.remove()

@@ -15,7 +15,7 @@ from moshi.modules.lora import replace_all_linear_with_lora
 from safetensors.torch import load_file, save_file
 
 from moshi_ttt import default_registry, inject, load_adapter, make_plan, parse_config, save_adapter
-from moshi_ttt.core.errors import AdapterError, ContextError, PrecisionError
+from moshi_ttt.core.errors import AdapterError, ContextError, HostError, InjectionError, PrecisionError
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 
@@ -279,7 +279,7 @@ def test_a_lora_that_was_added_is_taken_away_when_the_adapter_does_not_fit(tmp_p
 def test_a_removed_injection_is_not_saved(tmp_path):
     _, injection = tiny_with({"variant": "ttt_linear", "layers": "last:1"})
     injection.remove()
-    with pytest.raises(AdapterError, match="it was removed"):
+    with pytest.raises(AdapterError, match=r"they were removed.*Nothing was saved"):
         save_adapter(injection, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
@@ -310,3 +310,19 @@ def test_a_model_built_on_meta_and_sharded_there_is_filled_like_a_whole_one(rank
         assert rank["meta"].keys() == whole.keys()
         for name, values in whole.items():
             assert rank["meta"][name] == values, name
+
+
+def test_a_stale_injection_does_not_take_out_newer_blocks_of_a_moshi(variant):
+    """Before: the newer injection's blocks were gone, and nothing was said."""
+    entry = {"variant": variant, "layers": "1,3", "chunk": 4}
+    model, stale = tiny_with(entry)
+    with model.streaming(1), pytest.raises(HostError, match="streaming"):
+        stale.remove()
+    stale.remove()
+    newer = stale.plan.apply(model)
+    with pytest.raises(InjectionError, match="are of another injection"):
+        stale.remove()
+    assert len(newer.blocks) == 2
+    newer.remove()
+    with pytest.raises(InjectionError, match="they were removed"):
+        newer.remove()
