@@ -1,9 +1,10 @@
 """What this host takes from Moshi: the one place where Moshi is imported, private names included.
 
-Moshi reads ``NO_TORCH_COMPILE`` when its modules are imported. Without it the output norm of the language model is
-compiled at the first forward pass, on a CPU as well, where that costs 20 s and gains nothing. So it is set here, before
-the import, when there is no CUDA device; a value that the user has set is kept, and where the user imported Moshi
-earlier nothing can be done. Every module of this package imports Moshi's names from here, so that none comes first.
+Moshi reads ``NO_TORCH_COMPILE`` when its modules are imported. It is set here, before the import, when there is no CUDA
+device: the output norm of a language model that the user loaded would be compiled on the CPU, where that costs 20 s and
+gains nothing. A value that the user has set is kept, and where the user imported Moshi earlier nothing can be done.
+Every module of this package imports Moshi's names from here, so that none comes first. ``compiling.py`` sees to the
+models that this package loads, with a CUDA device present too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
 from moshi.modules.streaming import State, StreamingModule
 from moshi.modules.transformer import (
     RingKVCache,
+    RMSNorm,
     StreamingMultiheadAttention,
     StreamingTransformer,
     StreamingTransformerLayer,
@@ -31,6 +33,7 @@ from moshi.modules.transformer import (
 from moshi.modules.transformer import (
     _MHAState as AttentionState,
 )
+from moshi.utils.compile import no_compile
 
 FRAME_RATE: float = loaders.FRAME_RATE
 """Mimi's frames, and so the language model's tokens, a second."""
@@ -45,6 +48,7 @@ __all__ = [
     "LMGen",
     "LMModel",
     "LoRALinear",
+    "RMSNorm",
     "RingKVCache",
     "State",
     "StreamingModule",
@@ -52,5 +56,6 @@ __all__ = [
     "StreamingTransformer",
     "StreamingTransformerLayer",
     "loaders",
+    "no_compile",
     "replace_all_linear_with_lora",
 ]
