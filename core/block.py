@@ -81,6 +81,8 @@ class SiteInfo:
 
     Attributes:
         frame_rate: tokens a second, where the host's tokens have a fixed duration.
+        mlp_output: ``(mlp, x) -> y``: the output ``[B, T, D]`` of the MLP by the host's own call, where the host does
+            not compute it operation by operation (it may be compiled, and round otherwise); None where it does.
     """
 
     site: Site
@@ -91,6 +93,7 @@ class SiteInfo:
     format: FormatAdapter
     mlp: GatedMLP | None = None
     frame_rate: float | None = None
+    mlp_output: Callable[[GatedMLP, Tensor], Tensor | None] | None = None
 
     def tokens(self, length: Length) -> int:
         """``length`` in tokens; seconds are rounded to the nearest whole token, and to one at least.

@@ -12,8 +12,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from moshi_ttt.hosts.moshi import upstream
-from moshi_ttt.hosts.moshi.upstream import ActivationGating, LMModel, RMSNorm
+from moshi_ttt.core.block import GatedMLP
+from moshi_ttt.hosts.moshi.upstream import ActivationGating, LMModel, RMSNorm, compiling, gating
 
 
 class EagerOnCPUNorm(RMSNorm):
@@ -21,7 +21,7 @@ class EagerOnCPUNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [B, T, D]``, normalised."""
-        with nullcontext() if x.is_cuda else upstream.no_compile():
+        with nullcontext() if x.is_cuda else compiling.no_compile():
             return cast(Tensor, super().forward(x))
 
 
@@ -34,3 +34,15 @@ def eager_on_cpu(model: LMModel) -> LMModel:
         if type(module) is RMSNorm:
             module.__class__ = EagerOnCPUNorm
     return model
+
+
+def compiled_output(mlp: GatedMLP, x: Tensor) -> Tensor | None:
+    """``mlp(x)``, ``[B, T, D]``, where Moshi runs its gated MLP compiled, by the very call the base makes; else None.
+
+    The compiled MLP keeps the activation in float32 where the operations one by one round it, so in bfloat16 its output
+    is another one. A block at a feed-forward site adds to what the base computes.
+    """
+    assert isinstance(mlp, ActivationGating)
+    wrapped = hasattr(gating.gating_forward_kernel, "__wrapped__")  # as Moshi was imported with compiling
+    compiled = wrapped and not compiling._compile_disabled and not mlp.training and isinstance(mlp.linear_in, nn.Linear)
+    return cast(Tensor, mlp(x)) if compiled else None

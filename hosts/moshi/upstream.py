@@ -20,6 +20,7 @@ from moshi.conditioners.base import ConditionFuser, ConditionType
 from moshi.models import loaders
 from moshi.models.lm import LMGen, LMModel
 from moshi.models.loaders import CheckpointInfo
+from moshi.modules import gating
 from moshi.modules.gating import ActivationGating
 from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
 from moshi.modules.streaming import State, StreamingModule
@@ -33,7 +34,7 @@ from moshi.modules.transformer import (
 from moshi.modules.transformer import (
     _MHAState as AttentionState,
 )
-from moshi.utils.compile import no_compile
+from moshi.utils import compile as compiling
 
 FRAME_RATE: float = loaders.FRAME_RATE
 """Mimi's frames, and so the language model's tokens, a second."""
@@ -55,7 +56,8 @@ __all__ = [
     "StreamingMultiheadAttention",
     "StreamingTransformer",
     "StreamingTransformerLayer",
+    "compiling",
+    "gating",
     "loaders",
-    "no_compile",
     "replace_all_linear_with_lora",
 ]
