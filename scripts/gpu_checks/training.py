@@ -24,7 +24,7 @@ STEPS = 6
 
 
 def training_and_resume(report: Report) -> None:
-    """Deterministic, FSDP2 with carried memory, LoRA and checkpointing: twice the same, stopped and resumed, every variant."""
+    """Deterministic, FSDP2, carried memory, LoRA, checkpointing: twice the same, stopped and resumed, every variant."""
     manifest = _manifest(report.folder / "speech.jsonl")
     names = list(VARIANTS) if report.cuda else ["gating_mlp clipped"]
     for name in names:
