@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -25,7 +26,7 @@ from moshi_ttt.core.derivatives import once_differentiable
 from moshi_ttt.core.errors import ConfigError, ContextError, PrecisionError
 from moshi_ttt.core.format import FormatAdapter
 from moshi_ttt.core.gradients import streams
-from moshi_ttt.core.precision import DtypeRoles, check_role
+from moshi_ttt.core.precision import DtypeRoles, check_products, check_role
 from moshi_ttt.core.state import BlockState
 
 
@@ -82,6 +83,8 @@ class SiteInfo:
 
     Attributes:
         frame_rate: tokens a second, where the host's tokens have a fixed duration.
+        mlp_output: ``(mlp, x) -> y``: the output ``[B, T, D]`` of the MLP by the host's own call, where the host does
+            not compute it operation by operation (it may be compiled, and round otherwise); None where it does.
     """
 
     site: Site
@@ -92,6 +95,7 @@ class SiteInfo:
     format: FormatAdapter
     mlp: GatedMLP | None = None
     frame_rate: float | None = None
+    mlp_output: Callable[[GatedMLP, Tensor], Tensor | None] | None = None
 
     def tokens(self, length: Length) -> int:
         """``length`` in tokens; seconds are rounded to the nearest whole token, and to one at least.
@@ -254,7 +258,13 @@ class SequenceBlock(nn.Module, ABC):
             after = states.where_rows(context.exec_mask, after, state)
         if context.want_state and not tokens.is_meta and not torch.compiler.is_compiling():
             after = states.without_views(after, self.parameters())
-        return self.info.format.from_tokens(y, x), after
+        y = self.info.format.from_tokens(y, x)
+        if y.requires_grad and not torch.compiler.is_compiling():
+            y.register_hook(partial(self._check_backward, tokens.device.type))
+        return y, after
+
+    def _check_backward(self, device: str, gradient: Tensor | None) -> None:
+        check_products(self.roles, device, f"backward pass, {self.info.site}")
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
@@ -504,10 +514,12 @@ class SequenceBlock(nn.Module, ABC):
         self._check_roles(tokens, state)
 
     def _check_roles(self, tokens: Tensor, state: BlockState | None) -> None:
-        """PrecisionError where a tensor of this call does not have its role's dtype. At every call: any may be cast
-        between two of them, and the answer must not depend on what ran before. Comparing is a few microseconds.
+        """PrecisionError where a tensor of this call does not have its role's dtype, or products not their precision.
+
+        At every call: each may change between two of them, and the answer must not depend on what ran before.
         """
         roles = self.roles
+        check_products(roles, tokens.device.type, f"call, {self.info.site}")
         if tokens.dtype is not roles.param:
             activations = [("the host's activations", tokens)]
             check_role("param", roles.param, activations, roles.policy, f"call, {self.info.site}")

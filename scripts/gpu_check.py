@@ -59,6 +59,7 @@ def main(given: list[str] | None = None) -> int:
     options = arguments(given)
     # Before Moshi is imported: it decides then. On a CPU its compile takes longer than all of this.
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the runs are deterministic; before CUDA starts
     if options.no_moshi_compile or options.device == "cpu":
         os.environ["NO_TORCH_COMPILE"] = "1"
     make_importable()

@@ -154,6 +154,7 @@ class RunConfig(FrozenConfig):
         compile: compile the blocks' forward passes with torch.compile.
         shard_size: ranks that share one copy of the model; all when left out, fewer replicate it (HSDP).
         device: what to compute on; CUDA where there is one when left out.
+        deterministic: take deterministic algorithms alone: on CUDA a run then repeats and resumes bit for bit, slower.
         threads: processor threads of each rank; when left out, one for a small model (``apps/threads.py``).
         ckpt_freq: steps between checkpoints; 0 or less saves at the end alone.
         num_ckpt_keep: checkpoints to keep; null keeps all.
@@ -196,6 +197,7 @@ class RunConfig(FrozenConfig):
     compile: bool = False
     shard_size: int | None = Field(default=None, ge=1)
     device: Literal["cpu", "cuda"] | None = None
+    deterministic: bool = False
     threads: int | None = Field(default=None, ge=1)
 
     log_freq: int = Field(default=1, ge=1)

@@ -21,12 +21,13 @@ from moshi_ttt.apps.train.config import RunConfig
 from moshi_ttt.apps.train.data.codec import SpeechCodec
 from moshi_ttt.apps.train.data.corpus import Corpus, open_corpus
 from moshi_ttt.apps.train.data.dataset import TrainingData, loader
+from moshi_ttt.apps.train.determinism import deterministic
 from moshi_ttt.apps.train.logs import METRICS, RunLog, check_installed
 from moshi_ttt.apps.train.loop import Loop, Outcome
 from moshi_ttt.apps.train.model import build, continued_lora
 from moshi_ttt.apps.train.planning import group_plans, groups_table, low_rates
 from moshi_ttt.apps.train.run_dir import RunDir, hold_run_dir
-from moshi_ttt.apps.train.runtime import Runtime, start
+from moshi_ttt.apps.train.runtime import Runtime, device_kind, start
 from moshi_ttt.apps.train.settings import Settings
 from moshi_ttt.apps.train.stopping import Pace, SafePoints, launcher_warnings
 from moshi_ttt.apps.train.trainer import Trainer, TrainingError
@@ -56,6 +57,7 @@ def run(settings: Settings, registry: Registry, console: Console, stop: StopRequ
     system.check_workers(settings.run.data.num_workers)
     with ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest())
+        stack.enter_context(deterministic(settings.run.deterministic, device_kind(settings.run.device)))
         runtime = stack.enter_context(start(settings.run.device, settings.run.shard_size))
         folder = stack.enter_context(hold_run_dir(settings, runtime))
         skeleton = MOSHI_HOST.skeleton(settings.host)

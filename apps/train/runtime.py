@@ -69,6 +69,11 @@ class Runtime:
         dist.barrier()
 
 
+def device_kind(device: str | None) -> str:
+    """``cpu`` or ``cuda``: what was asked for, or CUDA where there is one."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @contextmanager
 def start(device: str | None, shard_size: int | None) -> Iterator[Runtime]:
     """Join the other ranks, or be alone; leave them at the end. Where they have been joined before, that is kept.
@@ -81,7 +86,7 @@ def start(device: str | None, shard_size: int | None) -> Iterator[Runtime]:
         ConfigError: no such device, the number of ranks is no multiple of ``shard_size``, or the launcher's variables
             are incomplete (``ranks.find_place``).
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = device_kind(device)
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, and this machine has no CUDA device. Set device: cpu, or leave it out.")
     check_training(kind)

@@ -18,6 +18,7 @@ from moshi_ttt.core.errors import ContextError, HostError
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.host import CarriedState, HostModel
 from moshi_ttt.hosts.moshi import base_weights, lora
+from moshi_ttt.hosts.moshi.compiling import compiled_output
 from moshi_ttt.hosts.moshi.fit import require_unconditioned
 from moshi_ttt.hosts.moshi.layers import (
     MODULE_NAMES,
@@ -133,7 +134,8 @@ class MoshiHost(HostModel):
             found.append(SiteInfo(site=Site(index, SiteKind.SEQUENCE), **shared))
             gating = layer.gating
             if isinstance(gating, ActivationGating):
-                found.append(SiteInfo(site=Site(index, SiteKind.FEED_FORWARD), mlp=gating, **shared))
+                site = Site(index, SiteKind.FEED_FORWARD)
+                found.append(SiteInfo(site=site, mlp=gating, mlp_output=compiled_output, **shared))
         return tuple(found)
 
     def attach(self, model: nn.Module, blocks: Mapping[Site, SequenceBlock]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moshi_ttt.core.errors import HostError
+from moshi_ttt.hosts.moshi.compiling import eager_on_cpu
 from moshi_ttt.hosts.moshi.loading import BUNDLE
 from moshi_ttt.hosts.moshi.upstream import ConditionFuser, LMModel, loaders
 
@@ -73,7 +74,8 @@ def random_tiny_lm(
             "fuser": ConditionFuser({"sum": [], "cross": [CROSS_CONDITION], "prepend": []}),
         }
     if torch.device(device).type == "meta":
-        return LMModel(device=device, dtype=dtype, **options).eval()
+        return eager_on_cpu(LMModel(device=device, dtype=dtype, **options).eval())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LMModel(device="cpu", dtype=torch.float32, **options).to(device=device, dtype=dtype).eval()
+        model = LMModel(device="cpu", dtype=torch.float32, **options).to(device=device, dtype=dtype)
+    return eager_on_cpu(model.eval())

@@ -152,13 +152,26 @@ class GatingMLP(SequenceBlock):
         self._make_stepper = CompiledStepper
         self._steppers = {}
 
-    def _host_mlp(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The host's own hidden activation ``[B, T, h]``, and the output ``[B, T, d]`` of the learned W_0."""
+    def _hidden(self, x: Tensor) -> Tensor:
+        """``[B, T, h]``: the host's hidden activation, by the same operations in training and in streams."""
         mlp = self.info.mlp
         assert mlp is not None
         gate, up = mlp.linear_in(x).unflatten(-1, (2, -1)).unbind(-2)
-        hidden = mlp.activation(gate) * up
-        base = mlp.linear_out(hidden)
+        hidden: Tensor = mlp.activation(gate) * up
+        return hidden
+
+    def _host_mlp(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The hidden activation ``[B, T, h]``, and the output ``[B, T, d]`` of the learned W_0.
+
+        W_0 h is bit for bit what the host itself computes. Where it computes its MLP as one compiled function, that
+        does not give h away: then the product of ``linear_in`` is made twice.
+        """
+        mlp, own = self.info.mlp, self.info.mlp_output
+        assert mlp is not None
+        hidden = self._hidden(x)
+        base = None if own is None else own(mlp, x)
+        if base is None:
+            base = mlp.linear_out(hidden)
         if self.config.train_w_down:
             base = self._add(base, F.linear(_or_zero(hidden), self.w_down_change.to(hidden.dtype)))
         return hidden, base
@@ -274,7 +287,7 @@ class GatingMLP(SequenceBlock):
         return _norms(self.accumulated_update(state).flatten(1)) / _norms(torch.stack(parts))
 
     def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
-        hidden, _ = self._host_mlp(x)
+        hidden = self._hidden(x)
         key, target, rate = self._token(hidden, x, context)
         finite = finite_tokens(key, target, rate)
         return {
@@ -295,7 +308,7 @@ class GatingMLP(SequenceBlock):
         context = replace(context, want_state=True)
         with self._without_autocast(x):
             layout = self.info.format.chunks(x, self.chunk)
-            hidden, _ = self._host_mlp(x)
+            hidden = self._hidden(x)
             queries, heard = self._heard(layout, hidden, x, None, context)
             projection = self.projection.to(queries)
             target = layout.merge(heard.open[:, :, : self.chunk, :-1]) @ projection

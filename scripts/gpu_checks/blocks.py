@@ -92,7 +92,7 @@ def _replay(report: Report, label: str, block: SequenceBlock) -> None:
             saved = states.clone(mine)
             states.copy_(mine, start)
             states.copy_(mine, saved)
-    report.check(f"{label}: replay against the step", float(worst), 0.0, "bit for bit")
+    report.check(f"{label}: replay against the step", float(worst.detach()), 0.0, "bit for bit")
     report.check(f"{label}: state after it", max(error(mine[key], eager[key]) for key in mine), 0.0, "bit for bit")
     fast = [key for key in mine if mine[key].is_floating_point() and not torch.equal(mine[key], start[key])]
     report.check(f"{label}: state that never moved", 0.0 if fast else 1.0, 0.0)

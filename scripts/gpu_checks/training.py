@@ -24,7 +24,7 @@ STEPS = 6
 
 
 def training_and_resume(report: Report) -> None:
-    """FSDP2 with carried memory, LoRA and checkpointing: twice the same, stopped and resumed, every variant."""
+    """Deterministic, FSDP2, carried memory, LoRA, checkpointing: twice the same, stopped and resumed, every variant."""
     manifest = _manifest(report.folder / "speech.jsonl")
     names = list(VARIANTS) if report.cuda else ["gating_mlp clipped"]
     for name in names:
@@ -70,6 +70,7 @@ def _train(report: Report, name: str, manifest: Path, folder: Path, *, checkpoin
         "device": report.device.type, "param_dtype": "bfloat16", "duration_sec": 1.6, "batch_size": 2,
         "max_steps": STEPS, "carry_state": True, "gradient_checkpointing": True, "lora": {"enable": True, "rank": 4},
         "optim": {"lr": 1e-3, "eps": 1e-6}, "ckpt_freq": checkpoints, "num_ckpt_keep": None, "log_health": False,
+        "deterministic": True,
     }  # fmt: skip
     registry = default_registry()
     run(parse_settings(values, registry=registry, where="gpu_check"), registry, Console(quiet=True))

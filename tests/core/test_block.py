@@ -268,8 +268,15 @@ def test_the_output_of_a_step_may_be_written_to_while_gradients_are_enabled():
     made.step(x, made.allocate_state(3)).add_(x)
 
 
+@pytest.fixture
+def dynamo():
+    """The compiler, which forgets afterwards what it met here: it leaves code that raised alone from then on."""
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_step_refuses_a_gradient_too(backend):
+def test_a_compiled_step_refuses_a_gradient_too(backend, dynamo):
     made, x = toy_block(), activations(length=1)
     step = torch.compile(made.step, backend=backend)
     y = step(x, made.allocate_state(3))
