@@ -129,6 +129,8 @@ class BlockContext:
         coordinates: ``[T, axes]`` int64, where each token is on the host's grid; the block's format sets it.
         prefix: tokens at the beginning that a reversed pass leaves in front, in order; the block's format may set it.
         want_state: False when nobody will use the state after this call: a block may then return an empty one.
+        detach_state: True when the state after this call is to be cut from the graph. A block may then make it in place
+            and without what a gradient through it would need.
     """
 
     input_embeddings: Tensor | None = None
@@ -138,6 +140,7 @@ class BlockContext:
     coordinates: Tensor | None = None
     prefix: int = 0
     want_state: bool = True
+    detach_state: bool = False
 
     def updates_mask(self, like: Tensor) -> Tensor | None:
         """``updates`` as ``[B]`` bool on the device of ``like [B, ...]``; None where they are enabled for all rows."""
@@ -207,7 +210,9 @@ class SequenceBlock(nn.Module, ABC):
 
     @abstractmethod
     def init_state(self, batch_size: int, device: torch.device | None = None) -> BlockState:
-        """The learned initial state, one row per stream, differentiable. The rows may share storage: do not write."""
+        """The learned initial state, one row per stream, differentiable. All rows are equal, and may share storage: do
+        not write.
+        """
 
     @abstractmethod
     def compute(self, x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
@@ -258,6 +263,8 @@ class SequenceBlock(nn.Module, ABC):
             after = states.where_rows(context.exec_mask, after, state)
         if context.want_state and not tokens.is_meta and not torch.compiler.is_compiling():
             after = states.without_views(after, self.parameters())
+        if context.detach_state:
+            after = states.detach(after)
         y = self.info.format.from_tokens(y, x)
         if y.requires_grad and not torch.compiler.is_compiling():
             y.register_hook(partial(self._check_backward, tokens.device.type))
@@ -308,10 +315,9 @@ class SequenceBlock(nn.Module, ABC):
 
     @torch.no_grad()
     def reset_state(self, state: BlockState, mask: Tensor) -> None:
-        """Put the rows where ``mask [B]`` is true back to the learned initial state, in place."""
+        """Put the rows where ``mask [B]`` is true back to the learned initial state, in place, by masked writes."""
         device = next(iter(state.values())).device
-        fresh = self.init_state(states.rows(state), device)
-        states.copy_(state, states.where_rows(mask.to(device), fresh, state))
+        states.write_rows_(state, self.init_state(1, device), mask.to(device))
 
     def memory_names(self) -> frozenset[str]:
         """Names of the state's entries that are memory: what test-time updates write, and what belongs to it.
@@ -322,10 +328,13 @@ class SequenceBlock(nn.Module, ABC):
         return frozenset(self.init_state(1))
 
     def forget(self, state: BlockState) -> BlockState:
-        """``state`` with every row's memory at its learned initial values; other entries are the same tensors."""
-        fresh = self.init_state(states.rows(state), next(iter(state.values())).device)
+        """``state`` with every row's memory at its learned initial values; other entries are the same tensors.
+
+        The rows of what is new share storage: do not write.
+        """
+        fresh = self.init_state(1, next(iter(state.values())).device)
         names = self.memory_names()
-        return {name: fresh[name] if name in names else tensor for name, tensor in state.items()}
+        return {name: fresh[name].expand_as(tensor) if name in names else tensor for name, tensor in state.items()}
 
     @torch.no_grad()
     def drift(self, state: BlockState) -> Tensor:

@@ -86,22 +86,36 @@ def where_rows(mask: Tensor, chosen: Mapping[str, Tensor], other: Mapping[str, T
     return {name: torch.where(row_mask(mask, old), chosen[name], old) for name, old in other.items()}
 
 
+def write_rows_(target: Mapping[str, Tensor], row: Mapping[str, Tensor], mask: Tensor) -> None:
+    """Write the one row of ``row [1, ...]`` into the rows of ``target [B, ...]`` where ``mask [B]`` is true.
+
+    Nothing is allocated, no value is read on the host, and other rows keep their bits. Raises ValueError as ``copy_``.
+    """
+    _check_fits(target, row, rows=1)
+    for name, tensor in target.items():
+        torch.where(row_mask(mask, tensor), row[name], tensor, out=tensor)
+
+
 def copy_(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
     """Write ``source`` into the storage of ``target``; addresses stay, so a captured graph stays valid.
 
     Raises ValueError when names, shapes or dtypes differ: nothing is written then.
     """
+    _check_fits(target, source)
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
+
+
+def _check_fits(target: Mapping[str, Tensor], source: Mapping[str, Tensor], rows: int | None = None) -> None:
+    """Raise ValueError unless ``source`` has the names, shapes (with ``rows`` rows) and dtypes of ``target``."""
     if target.keys() != source.keys():
         raise ValueError(f"State names differ: {sorted(target.keys() ^ source.keys())} are on one side only.")
     for name, tensor in target.items():
-        given = source[name]
-        if given.shape != tensor.shape or given.dtype != tensor.dtype:
+        given, shape = source[name], (rows or tensor.shape[0], *tensor.shape[1:])
+        if given.shape != shape or given.dtype != tensor.dtype:
             raise ValueError(
-                f"State tensor {name!r}: expected {tuple(tensor.shape)} {tensor.dtype}, "
-                f"got {tuple(given.shape)} {given.dtype}."
+                f"State tensor {name!r}: expected {shape} {tensor.dtype}, got {tuple(given.shape)} {given.dtype}."
             )
-    for name, tensor in target.items():
-        tensor.copy_(source[name])
 
 
 def num_bytes(state: Mapping[str, Tensor]) -> int:

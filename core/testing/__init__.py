@@ -50,6 +50,7 @@ from moshi_ttt.core.testing.checks_surroundings import (
 )
 from moshi_ttt.core.testing.checks_training import (
     check_checkpointing,
+    check_detached_state,
     check_gradients_numerically,
     check_parameters_unwritten,
     check_reset_before_backward,
@@ -96,6 +97,7 @@ CHECKS: tuple[Check, ...] = (
     check_parameters_unwritten,
     check_checkpointing,
     check_two_forwards,
+    check_detached_state,
     check_reset_before_backward,
     check_step_gradient,
     check_trainable_set,

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.core.errors import ContextError
-from moshi_ttt.core.testing.case import BlockCase, Shape, assert_close, assert_equal
+from moshi_ttt.core.testing.case import BlockCase, Shape, assert_close, assert_equal, assert_states_close
 
 
 def _gradients(block: SequenceBlock) -> dict[str, Tensor]:
@@ -114,6 +114,34 @@ def check_step_gradient(case: BlockCase) -> None:
         except ContextError as error:
             said = str(error)
         assert "streamed" in said, f"{what} requires a gradient, a step loses it, and its backward says: {said}"
+
+
+def check_detached_state(case: BlockCase) -> None:
+    """A state that is cut from the graph has the values of one that is not, and the call's gradients are the same."""
+    if not case.causal:
+        return
+    block, x = case.block(), case.inputs(2 * case.chunk + 1).requires_grad_()
+    with torch.no_grad():
+        _, start = case.call(block, case.inputs(case.chunk + case.chunk // 2 + 1, seed=9))
+    for name, state in (("the start", None), ("a state", start)):
+        found = []
+        for detach in (False, True):
+            x.grad = None
+            y, after = case.call(block, x, state, detach_state=detach)
+            _loss(y).backward()
+            found.append((y, x.grad, after, _gradients(block)))
+        (y, gradient, after, learned), (y_cut, gradient_cut, after_cut, learned_cut) = found
+        assert_equal(y_cut, y, f"from {name}, the state detached: outputs")
+        assert gradient is not None
+        assert gradient_cut is not None
+        assert_equal(gradient_cut, gradient, f"from {name}, the state detached: gradient of the input")
+        assert_states_close(after_cut, after, case.tolerance, f"from {name}, the state detached")
+        graphs = [part for part, tensor in after_cut.items() if tensor.requires_grad]
+        assert not graphs, f"from {name}: detached state {graphs} is in a graph"
+        for parameter, expected in learned.items():
+            assert_equal(
+                learned_cut[parameter], expected, f"from {name}, the state detached: gradient of {parameter!r}"
+            )
 
 
 def check_trainable_set(case: BlockCase) -> None:

@@ -117,7 +117,7 @@ def device_cost(block: SequenceBlock, *, batch: int, tokens: int, carried: bool 
     ``carried``: the call continues a state, and gives the state after it, which is cut from the graph.
     """
     x = torch.empty(batch, tokens, block.info.dim, dtype=block.roles.param, device="meta", requires_grad=True)
-    context = BlockContext(input_embeddings=x.detach(), want_state=carried)
+    context = BlockContext(input_embeddings=x.detach(), want_state=carried, detach_state=carried)
     state = block.allocate_state(batch) if carried else None
     with DeviceLog() as log:
         y, after = block(x, state, context)

@@ -134,6 +134,7 @@ class BlockSite(StreamingModule[BlockStreamState]):
             # On the device of this layer: a model may lie on several.
             updates=frame.updates.to(x.device) if isinstance(frame.updates, Tensor) else frame.updates,
             want_state=frame.final is not None,
+            detach_state=True,
         )
         y, after = self.block(x, frame.initial.get(self.site), context)
         frame.record(self.site, after)

@@ -117,7 +117,11 @@ class GatingMLP(SequenceBlock):
             self._warn_short(x.shape[1])
         hidden, base = self._host_mlp(x)
         queries, heard = self._heard(layout, hidden, x, state, context)
-        start = None if state is None else self.memory.update(state)
+        start = None
+        if state is not None:
+            learned = any(tensor.requires_grad for tensor in state.values())
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learned):
+                start = self.memory.update(state)
         values = heard.values if self.config.clip is None else heard.values * heard.scale[..., None, None]
         form = gram if ops.prefers_gram(layout.slots, x.shape[-1], hidden.shape[-1]) else ops.running_sum
         added = form(
@@ -129,7 +133,8 @@ class GatingMLP(SequenceBlock):
         y = self._add(base, added @ self.projection.to(added))
         if not context.want_state:
             return y, {}
-        return y, self.memory.after(state or self.init_state(x.shape[0], x.device), heard)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not context.detach_state):
+            return y, self.memory.after(state or self.init_state(x.shape[0], x.device), heard)
 
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
         if self._autocast_is_on(x):

@@ -122,6 +122,8 @@ class Memory:
         """``[B, h, d]``: the accumulated update of all finished chunks, transposed, before the projection."""
         start = self.schedule.folded(state["position"])
         delta = state["delta"][:, :-1]
+        if not torch.is_grad_enabled():
+            delta = delta.clone(memory_format=torch.contiguous_format)
         return self._fold(delta, self._finished(state), state["scale"], start, self.schedule.hidden)
 
     def unfinished(self, state: BlockState) -> Tokens:
@@ -144,14 +146,18 @@ class Memory:
         """The state after a call that continued ``before``."""
         schedule, size = self.schedule, self.schedule.chunk
         ended, position = heard.come // size, heard.come % size
-        delta, scale, folded = before["delta"][:, :-1], before["scale"], schedule.folded(before["position"])
+        # Without gradients ``_fold`` changes delta in place: here the rows that the state after the call will have.
+        whole = (
+            before["delta"] if torch.is_grad_enabled() else before["delta"].clone(memory_format=torch.contiguous_format)
+        )
+        delta, scale, folded = whole[:, :-1], before["scale"], schedule.folded(before["position"])
         last = self._finished(before)
         staged = Tokens(before["keys"][:, size:-1], before["values"][:, size:-1])
         current = Tokens(*map(torch.zeros_like, last))
         for i, chunk in enumerate(map(Tokens, heard.keys, heard.values.unbind(1))):
             done = heard.complete[:, i]
-            whole = self._fold(delta, last, scale, folded, schedule.hidden)
-            delta = torch.where(row_mask(done, delta), whole, delta)
+            # Where the chunk has not ended there is nothing to fold: no channel from its first to its first.
+            delta = self._fold(delta, last, scale, folded, torch.where(done, schedule.hidden, folded))
             folded, scale = torch.where(done, 0, folded), torch.where(done, heard.scale[:, i], scale)
             last = chunk.where(done, last)
             staged = chunk.first(schedule.staged).where(done, staged)
@@ -162,7 +168,7 @@ class Memory:
         staged = current.first(schedule.staged).where(come, staged)
         state = {
             "position": position,
-            "delta": F.pad(delta, (0, 0, 0, 1)),
+            "delta": F.pad(delta, (0, 0, 0, 1)) if torch.is_grad_enabled() else whole,
             "keys": torch.cat([place.keys, staged.keys, before["keys"][:, -1:]], dim=1),
             "values": torch.cat([place.values, staged.values, before["values"][:, -1:]], dim=1),
             "open": self._open(_of_chunk(heard.open, ended), position),
@@ -181,11 +187,18 @@ class Memory:
         return Tokens(state["keys"][:, :size], state["values"][:, :size])
 
     def _fold(self, delta: Tensor, chunk: Tokens, scale: Tensor, start: Tensor, end: Tensor | int) -> Tensor:
-        """``delta [B, h, d]`` with a finished chunk in it, in the channels from ``start [B]`` to ``end [B]``."""
+        """``delta [B, h, d]`` with a finished chunk in it, in the channels from ``start [B]`` to ``end [B]``.
+
+        Without gradients ``delta`` itself is changed: it is the largest tensor of a stream, and is never there twice.
+        """
         channel = torch.arange(self.schedule.hidden, device=delta.device)
-        inside = (channel >= start[:, None]) & (channel < (end if isinstance(end, int) else end[:, None]))
-        update = chunk.keys.mT @ (chunk.values * row_mask(scale, chunk.values))
-        return torch.where(inside[..., None], (1 - self.decay) * delta + update, delta)
+        inside = (channel >= start[:, None]) & (channel < (end if isinstance(end, int) else end[:, None]))  # [B, h]
+        values = chunk.values * row_mask(scale, chunk.values)
+        if torch.is_grad_enabled():
+            return torch.where(inside[..., None], (1 - self.decay) * delta + chunk.keys.mT @ values, delta)
+        if self.decay:
+            delta.mul_((1 - self.decay * inside.to(delta))[..., None])
+        return delta.baddbmm_(torch.where(inside[:, None], chunk.keys, 0).mT, values)
 
     def _open(self, sums: Tensor, position: Tensor) -> Tensor:
         token = torch.arange(self.taps - 1, device=position.device) + (position - self.schedule.look_ahead)[:, None]

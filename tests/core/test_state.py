@@ -151,3 +151,34 @@ def test_a_traced_state_has_no_address_and_is_left_alone():
         assert states.contiguous(state)["w"] is state["w"]
     compiled = torch.compile(states.contiguous, backend="eager", fullgraph=True)
     assert torch.equal(compiled({"w": torch.ones(2, 3)})["w"], torch.ones(2, 3))
+
+
+def test_one_row_is_written_where_the_mask_says_and_nothing_else_is_touched():
+    target = {"a": torch.randn(3, 2, 2), "n": torch.tensor([1, 2, 3])}
+    target["a"][0] = torch.nan
+    before, addresses = states.clone(target), {name: tensor.data_ptr() for name, tensor in target.items()}
+    row = {"a": torch.full((1, 2, 2), 7.0), "n": torch.tensor([9])}
+    states.write_rows_(target, row, torch.tensor([False, True, False]))
+    assert target["a"][0].isnan().all()
+    assert torch.equal(target["a"][1], row["a"][0])
+    assert torch.equal(target["a"][2], before["a"][2])
+    assert target["n"].tolist() == [1, 9, 3]
+    assert {name: tensor.data_ptr() for name, tensor in target.items()} == addresses
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"a": torch.zeros(1, 2, 2)}, "'n'. are on one side only"),
+        (
+            {"a": torch.zeros(3, 2, 2), "n": torch.tensor([9])},
+            r"'a': expected \(1, 2, 2\) torch.float32, got \(3, 2, 2\)",
+        ),
+    ],
+    ids=["a name is missing", "more rows than one"],
+)
+def test_a_row_that_does_not_fit_is_refused_whole(row, message):
+    target = {"a": torch.ones(3, 2, 2), "n": torch.tensor([1, 2, 3])}
+    with pytest.raises(ValueError, match=message):
+        states.write_rows_(target, row, torch.tensor([True, True, True]))
+    assert target["a"].min() == 1

@@ -113,6 +113,14 @@ class MixesRows(TTTLinear):
         return y + 0 * x.mean(0), after
 
 
+class DropsDetachedState(TTTLinear):
+    """A state that is cut from the graph is taken for one that nobody wants."""
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        return y, self.init_state(len(x), x.device) if context.detach_state else after
+
+
 class CopiesFromTheCPU(TTTLinear):
     """A constant is made on the CPU and copied at every call."""
 
@@ -492,6 +500,7 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     ForgetsTable: {kit.check_buffers},
     ForgetsUnsavedTable: {kit.check_buffers},
     LosesBuffer: {kit.check_buffers},
+    DropsDetachedState: {kit.check_detached_state},
     CopiesFromTheCPU: {kit.check_device},
     PicksRowsByMask: {kit.check_device},
     ReadsInBackward: {kit.check_device},
