@@ -3,7 +3,7 @@
     python scripts/device_costs.py            # prints the table
     python scripts/device_costs.py --write    # writes it into docs/gpu.md
 
-Counted are launches and bytes of one block, on tensors without values (``moshi_ttt.core.testing.device``).
+Counted are launches and bytes of one block, on tensors without values (``moshi_ttt.core.device_log``).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from moshi_ttt.core.device_log import DeviceLog
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.core.testing.case import BlockCase, Shape, default_cases, error
 from moshi_ttt.core.testing.checks_lifecycle import (
@@ -59,7 +60,7 @@ from moshi_ttt.core.testing.checks_training import (
     check_trainable_set,
     check_two_forwards,
 )
-from moshi_ttt.core.testing.device import DeviceCost, DeviceLog, check_device, device_cost
+from moshi_ttt.core.testing.device_cost import DeviceCost, check_device, device_cost
 from moshi_ttt.core.testing.host_checks import (
     HOST_CHECKS,
     HostCase,

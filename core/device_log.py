@@ -1,0 +1,94 @@
+"""What a computation asks of an accelerator, without one: launches, bytes, and what would make it wait for the CPU.
+
+Tensors of the ``meta`` device stand for the accelerator's: they have shapes and no values, so whatever reads a value
+fails or is seen here, and a tensor that lies on the CPU is seen as such.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+WITHOUT_KERNEL = {
+    aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default,
+    aten.new_empty_strided.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.lift_fresh.default,
+}  # fmt: skip
+"""Operations that make a tensor, or another view of one, and run nothing."""
+WAITING = {
+    aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
+    aten.is_nonzero.default, aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default,
+    aten.repeat_interleave.Tensor,
+}  # fmt: skip
+"""Operations whose result, or its shape, is known on the CPU only when the accelerator is done."""
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+
+
+class DeviceLog(TorchDispatchMode):
+    """Records operations inside ``with``.
+
+    Args:
+        device: the type of device whose tensors are counted. ``meta`` stands for an accelerator; ``cpu`` counts what
+            runs for real, and has no problems.
+
+    Attributes:
+        launches: how often each operation ran that runs a kernel on a device: all but views and empty tensors.
+        problems: what would wait for the device, or copies a tensor from the CPU, a sentence each.
+        bytes, peak: of what operations have made and is still alive, now and at most.
+    """
+
+    def __init__(self, device: str = "meta") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
+        self.launches: Counter[str] = Counter()
+        self.problems: list[str] = []
+        self.bytes = self.peak = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    @property
+    def num_launches(self) -> int:
+        return sum(self.launches.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace in ("aten", "prims") and not _is_view(func) and func not in WITHOUT_KERNEL:
+            self._look(func, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
+            self.launches[str(func)] += 1
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.device.type == self.device:
+                self._count(leaf.untyped_storage())
+            elif isinstance(leaf, Tensor) and leaf.dim() > 0 and func not in WITHOUT_KERNEL:
+                self.problems.append(f"{func} makes a tensor of shape {tuple(leaf.shape)} on the CPU.")
+        return out
+
+    def _look(self, func: Any, given: list[Tensor]) -> None:
+        if func in WAITING:
+            self.problems.append(f"{func} waits for the device.")
+        if func in INDEXING and any(tensor.dtype in (torch.bool, torch.uint8) for tensor in given[1:]):
+            self.problems.append(f"{func} with a mask waits for the device: it must count what is true.")
+        for tensor in given:
+            if tensor.device.type != self.device and tensor.dim() > 0:
+                self.problems.append(f"{func} takes a tensor of shape {tuple(tensor.shape)} on the CPU.")
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive[key] = weakref.ref(storage, lambda _: self._gone(key, size))
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+
+    def _gone(self, key: int, size: int) -> None:
+        del self._alive[key]
+        self.bytes -= size
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operation gives other views of its arguments: their memory, not written to."""
+    aliases = [value.alias_info for value in func._schema.returns]
+    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)

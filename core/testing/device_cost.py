@@ -1,0 +1,88 @@
+"""What a block costs on an accelerator, and that nothing in it waits for one: counted on tensors without values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from moshi_ttt.core.block import BlockContext, SequenceBlock
+from moshi_ttt.core.device_log import DeviceLog
+from moshi_ttt.core.testing.case import BlockCase
+
+
+@dataclass(frozen=True)
+class DeviceCost:
+    """What a block costs on an accelerator.
+
+    Attributes:
+        forward, backward, step: launches of a training call, of its backward pass, and of a streamed token.
+        kept_bytes: alive after a training call that were not before: its output, and what the backward pass needs.
+        peak_bytes: the most that is alive in the call and its backward pass, gradients of parameters among them.
+    """
+
+    forward: int
+    backward: int
+    step: int
+    kept_bytes: int
+    peak_bytes: int
+
+
+def device_cost(block: SequenceBlock, *, batch: int, tokens: int, carried: bool = False) -> DeviceCost:
+    """The cost of a block that is on the meta device, for ``batch`` streams of so many tokens.
+
+    ``carried``: the call continues a state, and gives the state after it, which is cut from the graph.
+    """
+    x = torch.empty(batch, tokens, block.info.dim, dtype=block.roles.param, device="meta", requires_grad=True)
+    context = BlockContext(input_embeddings=x.detach(), want_state=carried, detach_state=carried)
+    state = block.allocate_state(batch) if carried else None
+    with DeviceLog() as log:
+        y, after = block(x, state, context)
+        after = {name: tensor.detach() for name, tensor in after.items()}
+        forward, kept = log.num_launches, log.bytes
+        y.sum().backward()
+        backward = log.num_launches - forward
+    step = 0
+    if block.causal:
+        buffers, token = block.allocate_state(batch), x.detach()[:, :1]
+        with torch.no_grad(), DeviceLog() as streamed:
+            block.step(token, buffers, BlockContext(input_embeddings=token))
+        step = streamed.num_launches
+    return DeviceCost(forward, backward, step, kept, log.peak)
+
+
+def check_device(case: BlockCase) -> None:
+    """Nothing waits for an accelerator, and no tensor lies on the CPU: in calls, backward passes, steps, resets.
+
+    Tensors without a dimension may lie on the CPU: they are arguments of a launch.
+    """
+    block, rows = case.block(device="meta"), case.shape.batch
+    x = torch.empty(rows, 2 * case.chunk + 1, case.shape.dim, dtype=case.dtype, device="meta", requires_grad=True)
+    mask = torch.empty(rows, dtype=torch.bool, device="meta")
+    runs: dict[str, Callable[[], object]] = {
+        "a training call and its backward pass": lambda: case.call(block, x, want_state=False)[0].sum().backward(),
+        "a call that gives its state, row by row": lambda: case.call(block, x, updates=mask)[0].sum().backward(),
+        "statistics": lambda: block.statistics(x.detach(), case.context(x.detach())),
+        "inner losses": lambda: block.inner_losses(x.detach(), case.context(x.detach())),
+    }
+    if case.causal:
+        buffers = block.allocate_state(rows)
+        token = x.detach()[:, :1]
+        runs |= {
+            "a call that continues a state": lambda: case.call(block, x, buffers, reset=mask, exec_mask=mask),
+            "a step": lambda: case.step(block, token, buffers),
+            "a step with masks": lambda: case.step(block, token, buffers, exec_mask=mask, updates=mask),
+            "a step with a reset": lambda: case.step(block, token, buffers, reset=mask),
+            "several tokens streamed": lambda: case.step(block, x.detach(), buffers),
+            "a reset": lambda: block.reset_state(buffers, mask),
+            "forgetting": lambda: block.forget(buffers),
+            "skipped updates": lambda: block.skipped_updates(buffers),
+        }
+    for name, run in runs.items():
+        with DeviceLog() as log:
+            try:
+                run()
+            except (RuntimeError, NotImplementedError) as error:  # what reads a value of a meta tensor
+                raise AssertionError(f"{name}: a value is read: {error}") from error
+        assert not log.problems, f"{name}: {' '.join(dict.fromkeys(log.problems))}"
