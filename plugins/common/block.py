@@ -24,7 +24,7 @@ from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common import health, inner_curves, inner_loop
 from moshi_ttt.plugins.common.derivatives import differentiable_again
-from moshi_ttt.plugins.common.finite import below, largest_factor
+from moshi_ttt.plugins.common.finite import below, check_state_dtype, largest_factor
 from moshi_ttt.plugins.common.hybrid import (
     HybridOptions,
     HybridWeights,
@@ -120,6 +120,7 @@ class HybridBlock(SequenceBlock):
 
     def __init__(self, config: HybridConfig, info: SiteInfo, roles: DtypeRoles) -> None:
         super().__init__(config, info, roles)
+        check_state_dtype(info, roles)
         head_dim, remainder = divmod(info.dim, info.num_heads)
         if remainder or head_dim % 2:
             raise ConfigError(

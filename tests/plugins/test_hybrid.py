@@ -19,6 +19,8 @@ from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 from moshi_ttt.plugins.ttt_mlp.block import TTTMLP
 from moshi_ttt.plugins.ttt_mlp.config import TTTMLPConfig
 
+UNIFORM_WITH_FLOAT32_STATE = replace(UNIFORM, name="float32_state_alone", state="float32")
+
 
 def build(block=TTTLinear, config=None, *, dim=16, heads=2, dtype=torch.float32, policy=FP32_STATE):
     config = config or TTTLinearConfig(chunk=4)
@@ -322,3 +324,40 @@ def test_a_rate_whose_updates_overflow_is_refused():
     case = BlockCase(variant="ttt_mlp", config=TTTMLPConfig(base_lr=1e7))
     with pytest.raises(ConfigError, match=r"updates of 2 layers .* stay finite up to 6.55e\+04. Lower base_lr"):
         case.block()
+
+
+@pytest.mark.parametrize("block", [TTTLinear, TTTMLP], ids=["linear", "mlp"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "noncausal"])
+@pytest.mark.parametrize("policy", [FP32_STATE, UNIFORM_WITH_FLOAT32_STATE], ids=lambda policy: policy.name)
+def test_a_projection_that_overflows_spoils_no_gradient(block, causal, policy):
+    """Finite activations whose projection is past 65504: left out like a nan, and no parameter learns a nan from it."""
+    config = {TTTLinear: TTTLinearConfig, TTTMLP: TTTMLPConfig}[block](chunk=4, causal=causal)
+    made = build(block, config, dtype=torch.float16, policy=policy)
+    with torch.no_grad():
+        for projection in (made.wq, made.wk, made.wv):
+            projection.weight.fill_(0.5)
+    x = torch.randn(2, 13, 16, generator=torch.Generator().manual_seed(1)).half()
+    sane, _ = made(x)
+    spoiled = x.clone()
+    spoiled[1, 5] = 60_000.0
+    y, state = made(spoiled)
+    others = torch.arange(13) != 5
+    assert torch.equal(y[0], sane[0])
+    assert torch.equal(y[1, :4], sane[1, :4])
+    assert y[1, others].isfinite().all()
+    assert made.skipped_updates(state).tolist() == [0, 1]
+    torch.where(others[:, None], y, 0).double().square().mean().backward()
+    wrong = [n for n, p in made.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    assert not wrong
+    if causal:
+        stream = made.allocate_state(2)
+        for t in spoiled.split(1, 1):
+            made.step(t, stream)
+        assert made.skipped_updates(stream).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("block", [TTTLinear, TTTMLP], ids=["linear", "mlp"])
+def test_a_float16_state_is_refused(block):
+    config = {TTTLinear: TTTLinearConfig, TTTMLP: TTTMLPConfig}[block](chunk=4)
+    with pytest.raises(ConfigError, match="Use a policy whose state is float32"):
+        build(block, config, dtype=torch.float16, policy=UNIFORM)
