@@ -7,16 +7,27 @@ import math
 import torch
 from torch import Tensor
 
+from moshi_ttt.core.block import SiteInfo
+from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.precision import DtypeRoles
+
 
 def largest_factor(dtype: torch.dtype) -> float:
     """What keys, targets and rates must stay below: the fourth root of the largest number (4e9 in float32).
 
-    A product of three, summed over any stream and multiplied by a filter of sane size, is then finite. In float16 it is
-    the square root (256): the fourth, 16, would leave out sane tokens, so there a sum can still overflow.
+    A product of three, summed over any stream and multiplied by a filter of sane size, is then finite.
     """
     largest: float = torch.finfo(dtype).max
-    root = math.sqrt(largest)
-    return root if dtype == torch.float16 else math.sqrt(root)
+    return math.sqrt(math.sqrt(largest))
+
+
+def check_state_dtype(info: SiteInfo, roles: DtypeRoles) -> None:
+    """Raise ConfigError for a state in float16: its fourth root, 16, would leave out sane tokens."""
+    if roles.state == torch.float16:
+        raise ConfigError(
+            f"{info.site}: policy {roles.policy!r} keeps the state in float16, whose numbers end at 65504: sums of "
+            "updates need more. Use a policy whose state is float32."
+        )
 
 
 def finite_tokens(*factors: Tensor) -> Tensor:

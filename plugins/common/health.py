@@ -26,14 +26,17 @@ RAISED = 1.1
 """An inner loss that an update raises by more than a tenth is a learning rate that is too high, not noise."""
 
 
-def target_figures(tokens: Tokens, value: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> dict[str, Tensor]:
-    """Of keys and targets.
+def target_figures(
+    tokens: Tokens, finite: Tensor, value: Tensor, norm_weight: Tensor, norm_bias: Tensor
+) -> dict[str, Tensor]:
+    """Of the keys and targets of tokens that are finite.
 
     Args:
-        tokens: what enters the inner loop; its ``v`` is the normalised target plus k.
+        tokens, finite: what ``inner_loop.only_finite`` gives; the ``v`` is the normalised target plus k.
         value: ``[B, T, H, Dh]``, the value before normalisation.
         norm_weight, norm_bias: ``[H, Dh]``.
     """
+    kept = finite[..., None]  # [B, T, 1], for [B, T, H]
     std = (value - tokens.k).std(-1)
     weight = torch.where(norm_weight == 0, 1, norm_weight)
     normal = (tokens.v - tokens.k - norm_bias) / weight
@@ -41,10 +44,10 @@ def target_figures(tokens: Tokens, value: Tensor, norm_weight: Tensor, norm_bias
     deviation = (normal.square().sum(-1) / expected - 1).abs()
     return {
         "key_norm": tokens.k.norm(dim=-1).max(),
-        "std_smallest": std.min(),
-        "std_largest": std.max(),
-        "std_below_eps": (std < SMALL_STD).float().mean(),
-        "target_variance_error": torch.where(std > CLEAR_STD, deviation, 0).max(),
+        "std_smallest": torch.where(kept, std, torch.inf).min(),
+        "std_largest": torch.where(kept, std, 0).max(),
+        "std_below_eps": (kept & (std < SMALL_STD)).float().mean() / finite.float().mean(),
+        "target_variance_error": torch.where(kept & (std > CLEAR_STD), deviation, 0).max(),
         "amplification": tokens.v.abs().max() / tokens.k.abs().max(),
     }
 
@@ -54,27 +57,30 @@ def inner_losses(
 ) -> dict[str, Tensor]:
     """Mean reconstruction loss of the whole chunks, at the chunk's first weights and after the chunk's update.
 
-    Weighted by nothing: 1/2 || LN(f(k)) - (v - k) ||^2 per token and head. nan when there is no whole chunk. ``tokens``
-    and ``finite [B, T]`` are what ``inner_loop.only_finite`` gives.
+    Weighted by nothing: 1/2 || LN(f(k)) - (v - k) ||^2 per finite token and head. nan when there is none in a whole
+    chunk. ``tokens`` and ``finite [B, T]`` are what ``inner_loop.only_finite`` gives.
     """
     fast, _ = inner_loop.unpack(state)
     layout = ChunkLayout(tokens.q.shape[1], chunk_size, device=tokens.q.device)
     heads = tokens.q.shape[2]
     applied = layout.split((~finite)[..., None]).sum((2, 3)) == 0  # [B, N]
     _, keys, values, rates = (layout.split(part.flatten(2), heads).unbind(2) for part in tokens)
-    before, after = [], []
-    for n in range(tokens.q.shape[1] // chunk_size):
+    chunks = tokens.q.shape[1] // chunk_size
+    kept = finite[:, : chunks * chunk_size]
+    before = after = tokens.q.new_zeros(())
+    for n, now in enumerate(kept.split(chunk_size, 1) if chunks else ()):  # now [B, C]
         memory = inner_loop.key_pass(keys[n], values[n], rates[n], fast, norm)
-        before.append(_loss(keys[n], values[n], fast, norm))
+        before = before + _loss(keys[n], values[n], now, fast, norm)
         fast = inner_loop.updated(fast, memory, inner_loop.applied_scale(token_scale[-1], applied[:, n]))
-        after.append(_loss(keys[n], values[n], fast, norm))
-    nothing = tokens.q.new_tensor(torch.nan)
-    first, second = (torch.stack(losses).mean() if losses else nothing for losses in (before, after))
+        after = after + _loss(keys[n], values[n], now, fast, norm)
+    first, second = before / (kept.sum() * heads), after / (kept.sum() * heads)
     return {"inner_loss_before": first, "inner_loss_after": second, "inner_loss_ratio": second / first}
 
 
-def _loss(keys: Tensor, values: Tensor, fast: inner_loop.FastNetwork, norm: InnerNorm) -> Tensor:
-    return (norm(inner_loop.forward(keys, fast)) - (values - keys)).square().sum(-1).mean() / 2
+def _loss(keys: Tensor, values: Tensor, kept: Tensor, fast: inner_loop.FastNetwork, norm: InnerNorm) -> Tensor:
+    """The sum over tokens where ``kept [B, C]`` and over heads, of ``keys`` and ``values [B, H, C, Dh]``."""
+    losses = (norm(inner_loop.forward(keys, fast)) - (values - keys)).square().sum(-1) / 2  # [B, H, C]
+    return torch.where(kept[:, None], losses, 0).sum()
 
 
 def red_flags(figures: Mapping[str, float]) -> list[str]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.core.precision import DtypeRoles
+from moshi_ttt.plugins.common.finite import below
 from moshi_ttt.plugins.common.inner_loop import InnerNorm, Tokens
 from moshi_ttt.plugins.common.rope import rotate
 
@@ -124,12 +125,17 @@ def inner_inputs(
         exact: as in ``l2_normalise``.
 
     Returns:
-        q, k, the target's v' and lr.
+        q, k, the target's v' and lr. v' is nan where a projection overflows: the inner loop leaves such a token out.
     """
-    q, k, v = (
-        projection(x, roles.matmul).to(roles.compute).unflatten(-1, (options.num_heads, -1))
-        for projection in (weights.wq, weights.wk, weights.wv)
-    )
+    projected = [projection(x, roles.matmul) for projection in (weights.wq, weights.wk, weights.wv)]
+    overflows = None
+    if roles.matmul == torch.float16:  # others hold a projection of whatever the block lets through
+        with torch.no_grad():
+            overflows = ~torch.stack([below(part, torch.inf) for part in projected]).all(0)[..., None]  # [B, T, 1]
+        # Before the norms: their gradient at an infinite vector is nan, and masking what they give comes too late.
+        projected = [torch.where(overflows, 0, part) for part in projected]
+    # [B, T, D] -> [B, T, H, Dh]
+    q, k, v = (part.to(roles.compute).unflatten(-1, (options.num_heads, -1)) for part in projected)
     q, k = (
         rotate(
             l2_normalise(part, exact),
@@ -141,6 +147,8 @@ def inner_inputs(
     )
     norm_weight, norm_bias = weights.norm_weight.to(roles.compute), weights.norm_bias.to(roles.compute)
     v = reconstruction_target(v, k, norm_weight, norm_bias, options.target_eps, exact)
+    if overflows is not None:
+        v = torch.where(overflows[..., None], torch.nan, v)
     rate = F.linear(x.to(roles.compute), weights.lr_weight.flatten(0, 1).to(roles.compute))
     rate = torch.sigmoid(rate + weights.lr_bias.flatten().to(roles.compute))
     lr = options.base_lr / q.shape[-1] * rate

@@ -24,7 +24,7 @@ from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common import inner_curves
-from moshi_ttt.plugins.common.finite import below, finite_tokens
+from moshi_ttt.plugins.common.finite import below, check_state_dtype, finite_tokens
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.compiled import CompiledStepper
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
@@ -55,11 +55,7 @@ class GatingMLP(SequenceBlock):
                     f"{info.site}: its {type(part).__name__} is quantised, and nothing can be learned on top of that. "
                     "Load the model unquantised."
                 )
-        if roles.state == torch.float16:
-            raise ConfigError(
-                f"{info.site}: policy {roles.policy!r} keeps the state in float16, whose numbers end at 65504: sums of "
-                "updates need more. Use a policy whose state is float32."
-            )
+        check_state_dtype(info, roles)
         self.needs_input_embeddings = config.target == "input_embed"
         self.chunk = info.tokens(config.chunk)
         self.memory = Memory.planned(

@@ -162,6 +162,19 @@ def test_updates_that_were_skipped_are_reported_when_streaming_ends():
         _stream(generator, frames=9)
 
 
+@pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp", "ttt_multilayer"])
+def test_hybrid_updates_that_were_skipped_are_reported_when_streaming_ends(variant):
+    model, injection = tiny_with({"variant": variant, "layers": "2", "chunk": 4})
+    (block,) = injection.blocks.values()
+    generator = LMGen(model, use_sampling=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _stream(generator, frames=9)
+    block.inner_lr_factor = 1e20
+    with pytest.warns(UserWarning, match=r"layers\.2\.sequence: updates were skipped.*\[2, 2\].*Lower"):
+        _stream(generator, frames=9)
+
+
 def _stream(generator, frames):
     with generator.streaming(2):
         for _ in range(frames):

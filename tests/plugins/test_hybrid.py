@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
 from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
+from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import ConfigError, ContextError, PrecisionError
 from moshi_ttt.core.format import GridFormat, SequenceFormat
 from moshi_ttt.core.precision import FP32, FP32_STATE, UNIFORM
-from moshi_ttt.core.testing import BlockCase
+from moshi_ttt.core.registry import default_registry
+from moshi_ttt.core.testing import BlockCase, Shape
+from moshi_ttt.core.testing.case import error
 from moshi_ttt.plugins.common import hybrid, reference
+from moshi_ttt.plugins.common.block import NARROWEST_HEAD
 from moshi_ttt.plugins.common.rope import rotate
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 from moshi_ttt.plugins.ttt_mlp.block import TTTMLP
 from moshi_ttt.plugins.ttt_mlp.config import TTTMLPConfig
+
+UNIFORM_WITH_FLOAT32_STATE = replace(UNIFORM, name="float32_state_alone", state="float32")
 
 
 def build(block=TTTLinear, config=None, *, dim=16, heads=2, dtype=torch.float32, policy=FP32_STATE):
@@ -322,3 +329,106 @@ def test_a_rate_whose_updates_overflow_is_refused():
     case = BlockCase(variant="ttt_mlp", config=TTTMLPConfig(base_lr=1e7))
     with pytest.raises(ConfigError, match=r"updates of 2 layers .* stay finite up to 6.55e\+04. Lower base_lr"):
         case.block()
+
+
+@pytest.mark.parametrize("block", [TTTLinear, TTTMLP], ids=["linear", "mlp"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "noncausal"])
+@pytest.mark.parametrize("policy", [FP32_STATE, UNIFORM_WITH_FLOAT32_STATE], ids=lambda policy: policy.name)
+def test_a_projection_that_overflows_spoils_no_gradient(block, causal, policy):
+    """Finite activations whose projection is past 65504: left out like a nan, and no parameter learns a nan from it."""
+    config = {TTTLinear: TTTLinearConfig, TTTMLP: TTTMLPConfig}[block](chunk=4, causal=causal)
+    made = build(block, config, dtype=torch.float16, policy=policy)
+    with torch.no_grad():
+        for projection in (made.wq, made.wk, made.wv):
+            projection.weight.fill_(0.5)
+    x = torch.randn(2, 13, 16, generator=torch.Generator().manual_seed(1)).half()
+    sane, _ = made(x)
+    spoiled = x.clone()
+    spoiled[1, 5] = 60_000.0
+    y, state = made(spoiled)
+    others = torch.arange(13) != 5
+    assert torch.equal(y[0], sane[0])
+    assert torch.equal(y[1, :4], sane[1, :4])
+    assert y[1, others].isfinite().all()
+    assert made.skipped_updates(state).tolist() == [0, 1]
+    torch.where(others[:, None], y, 0).double().square().mean().backward()
+    wrong = [n for n, p in made.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    assert not wrong
+    if causal:
+        stream = made.allocate_state(2)
+        for t in spoiled.split(1, 1):
+            made.step(t, stream)
+        assert made.skipped_updates(stream).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("block", [TTTLinear, TTTMLP], ids=["linear", "mlp"])
+def test_a_float16_state_is_refused(block):
+    config = {TTTLinear: TTTLinearConfig, TTTMLP: TTTMLPConfig}[block](chunk=4)
+    with pytest.raises(ConfigError, match="Use a policy whose state is float32"):
+        build(block, config, dtype=torch.float16, policy=UNIFORM)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30], ids=str)
+@pytest.mark.parametrize("block", [TTTLinear, TTTMLP], ids=["linear", "mlp"])
+def test_health_is_that_of_the_tokens_that_are_finite(block, bad):
+    """The last token of a sequence that ends with its chunk: what is measured is what the others give."""
+    config = {TTTLinear: TTTLinearConfig, TTTMLP: TTTMLPConfig}[block](chunk=4)
+    made = build(block, config)
+    x = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(1))
+    spoiled = x.clone()
+    spoiled[0, 7] = bad
+    with torch.no_grad():
+        figures = {name: float(value) for name, value in made.statistics(spoiled, BlockContext()).items()}
+        sane = {name: float(value) for name, value in made.statistics(x[:, :7], BlockContext()).items()}
+        losses = made.inner_losses(x[:, :7], BlockContext())
+    for name in ("key_norm", "std_smallest", "std_largest", "std_below_eps", "target_variance_error", "amplification"):
+        assert figures[name] == pytest.approx(sane[name], rel=1e-6, abs=1e-7), name
+    assert figures["inner_loss_before"] == pytest.approx(float(losses["before"].mean()), rel=1e-6)
+    flags = made.red_flags(figures)
+    assert len(flags) == 1
+    assert "are not finite or too large" in flags[0]
+
+
+def test_health_without_a_finite_token_is_no_false_alarm():
+    made = build()
+    with torch.no_grad():
+        figures = made.statistics(torch.full((2, 8, 16), torch.nan), BlockContext())
+    flags = made.red_flags({name: float(value) for name, value in figures.items()})
+    assert len(flags) == 1
+    assert "100.0% of the tokens are not finite or too large" in flags[0]
+
+
+@pytest.mark.parametrize("block", [TTTLinear, TTTMLP], ids=["linear", "mlp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_narrow_heads_are_warned_of(block, dtype):
+    config = {TTTLinear: TTTLinearConfig, TTTMLP: TTTMLPConfig}[block](chunk=4)
+    for width in (2, 4, 6):
+        with pytest.warns(UserWarning, match=rf"Heads of width {width}: from width 8 on.*1e-5.*wider heads"):
+            build(block, config, dim=3 * width, heads=3, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(block, config, dim=3 * NARROWEST_HEAD, heads=3, dtype=dtype)
+        build(block, config, dim=12, heads=3, dtype=torch.float64)
+
+
+def test_narrow_heads_are_warned_of_once_for_a_model():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for _ in range(4):
+            build(dim=8, heads=2)
+    assert len([warning for warning in shown if "Heads of width 4" in str(warning.message)]) == 1
+
+
+@pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp", "ttt_multilayer"])
+def test_the_narrowest_heads_stream_as_they_train(variant):
+    """1,000 tokens of 48 heads of the narrowest width that no warning is given for (of width 4: up to 5e-3)."""
+    config = parse_block({"variant": variant, "layers": "all", "chunk": 16}, registry=default_registry())
+    shape = Shape(dim=4 * NARROWEST_HEAD, heads=4, batch=12)
+    case = BlockCase(variant=variant, config=config, shape=shape, dtype=torch.float32)
+    block, x = case.block(), case.inputs(1000)
+    with torch.no_grad():
+        y, after = case.call(block, x)
+        state = block.allocate_state(12)
+        streamed = torch.cat([case.step(block, token, state) for token in x.split(1, 1)], dim=1)
+    assert error(streamed, y) < 1e-5
+    assert all(error(state[name], tensor) < 1e-5 for name, tensor in after.items())
