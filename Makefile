@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart recipes study test fuzz test-slow test-machines test-gpu gpu-check test-full-size lint format clean
+.PHONY: help quickstart recipes study test test-slow test-machines test-gpu gpu-check test-full-size lint format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -30,13 +30,6 @@ study: $(VENV)/.installed-run ## Fetch real speech, train every variant and LoRA
 
 test: $(VENV)/.installed-dev ## Run the default test suite. ARGS='-k name' passes options to pytest.
 	$(BIN)/pytest $(ARGS)
-
-# A random seed, which is printed; SEED=number runs the same examples again.
-SEED = $(eval SEED := $(shell $(BIN)/python -c 'import random; print(random.randrange(10**9))'))$(SEED)
-
-fuzz: $(VENV)/.installed-dev ## 500 random blocks and 200 random programs of streams against the definition; SEED=number repeats.
-	@echo "seed $(SEED): make fuzz SEED=$(SEED) runs the same examples"
-	$(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz --hypothesis-seed=$(SEED) $(ARGS)
 
 test-slow: $(VENV)/.installed-dev ## Run the tests that take minutes.
 	$(BIN)/pytest -m slow $(ARGS)

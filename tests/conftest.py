@@ -16,13 +16,7 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from hypothesis import settings
 
 # One thread: the tensors of the tests are too small to share, and the order of a sum, so its last bit, then does not
 # depend on how many cores a machine has. Two tests at a time (`pytest -n 2`) use two cores better than this would.
 torch.set_num_threads(1)
-
-# Random blocks and programs: a tenth of them by default, the same ones every time; all of them by `make fuzz`.
-settings.register_profile("default", max_examples=50, derandomize=True, deadline=None, database=None, print_blob=True)
-settings.register_profile("fuzz", max_examples=500, derandomize=False, deadline=None, database=None, print_blob=True)
-settings.load_profile("default")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -58,8 +59,8 @@ def measured(trained: Any, carried: bool) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("variant", "run", "checkpointing"),
     [
-        pytest.param(variant, run, checkpointing, marks=() if (variant, run, checkpointing) in QUICK else pytest.mark.slow)
-        for variant in VARIANTS for run in RUNS for checkpointing in (False, True)
+        pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow)
+        for each in product(VARIANTS, RUNS, (False, True))
     ],
 )  # fmt: skip
 def test_the_plan_is_within_fifteen_percent_of_a_step_that_runs(variant, run, checkpointing, carried):
