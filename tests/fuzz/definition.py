@@ -197,7 +197,9 @@ class Hybrid:
         z = layer_norm(answer.reshape(-1), p["post_norm.weight"], p["post_norm.bias"], self.options.post_norm_eps)
         return x + torch.tanh(p[gate]) * (p["wo.weight"] @ z + p["wo.bias"])
 
-    def sequence(self, x: Tensor, learns: bool = True) -> tuple[Tensor, list[Tensor]]:
+    def sequence(
+        self, x: Tensor, embeddings: Tensor | None = None, learns: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
         """``x [T, D]`` to the outputs ``[T, D]``, and the fast weights that the next chunk would start from."""
         if self.options.causal:
             stream = HybridStream(self)
