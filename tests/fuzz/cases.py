@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -112,14 +113,13 @@ class Layer:
         }  # fmt: skip
         for name in ("wq", "wk", "wv", "wo"):
             shapes |= {f"{name}.weight": (width, width), f"{name}.bias": (width,)}
-        widths = self.fast_widths
-        for i, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for i, (before, after) in enumerate(pairwise(self.fast_widths)):
             shapes |= {f"fast_weight.{i}": (heads, before, after), f"fast_bias.{i}": (heads, 1, after)}
         if option["causal"]:
             shapes["token_scale_offset"] = (option["chunk"],)
         alpha = option.get("gate", {}).get("alpha", "channel")
         if alpha != "fixed":
-            shapes |= {name: ((width,) if alpha == "channel" else (1,)) for name in self._gates()}
+            shapes |= dict.fromkeys(self._gates(), (width,) if alpha == "channel" else (1,))
         return shapes
 
     def _gates(self) -> list[str]:
@@ -209,6 +209,8 @@ class Configuration:
     Attributes:
         learns: of each row, whether its updates are on; its length is the batch.
         changed: the token that is changed to see what depends on it.
+        alternating: None for random tokens. Otherwise all x are equal and the input embeddings change sign from token
+            to token, but for noise of this size: a chunk's update is then a difference of large sums.
         seed: of the inputs.
     """
 
@@ -216,6 +218,7 @@ class Configuration:
     learns: tuple[bool, ...]
     length: int
     changed: int
+    alternating: float | None = None
     seed: int = 0
 
     def inputs(self) -> dict[str, Tensor]:
@@ -223,7 +226,34 @@ class Configuration:
         generator = torch.Generator().manual_seed(self.seed)
         shape = (len(self.learns), self.length, self.layer.width)
         names = ("x", "embeddings", "cotangent", "other_x", "other_embeddings")
-        return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name in names}
+        inputs = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name in names}
+        if self.alternating is not None:
+            sign = 1 - 2 * (torch.arange(self.length) % 2)[:, None].double()  # [T, 1]
+            x, embeddings = inputs["x"], inputs["embeddings"]
+            inputs["x"] = x[:, :1] + self.alternating * x
+            inputs["embeddings"] = sign * embeddings[:, :1] + self.alternating * embeddings
+        return inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spoiled:
+    """A layer that hears one token that is not finite, or huge, in one row.
+
+    Attributes:
+        value: of the whole token, as ``float`` reads it.
+        row, token: which; steps: whether it comes in steps of one token or in one call.
+        seed: of the other tokens.
+    """
+
+    layer: Layer
+    value: str
+    batch: int
+    length: int
+    row: int
+    token: int
+    steps: bool
+    dtype: str = "float64"
+    seed: int = 0
 
 
 @dataclass(frozen=True)

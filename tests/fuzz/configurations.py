@@ -46,12 +46,13 @@ def by_definition(case: Configuration, ulps: int = 0) -> dict[str, Tensor]:
     if ulps:
         generator = torch.Generator().manual_seed(ulps)
         for name, value in values.items():
-            sign = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
-            values[name] = value * (1 + ulps * sign * torch.finfo(torch.float64).eps)
+            sign = torch.randint(0, 2, value.shape, generator=generator).double() * 2 - 1
+            values[name] = value + value * sign * ulps * torch.finfo(torch.float64).eps
     values = {name: value.requires_grad_() for name, value in values.items()}
     definition = layer.definition({n: t for n, t in values.items() if n not in ("x", "embeddings")})
     rows = [
-        definition.sequence(values["x"][row], values["embeddings"][row], learns) for row, learns in enumerate(case.learns)
+        definition.sequence(values["x"][row], values["embeddings"][row], learns)
+        for row, learns in enumerate(case.learns)
     ]
     y = torch.stack([row[0] for row in rows])
     results = {"y": y, **_gradients(y, inputs["cotangent"], values)}

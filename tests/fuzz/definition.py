@@ -152,9 +152,10 @@ class HybridOptions:
 class Hybrid:
     """The layer of ttt_linear, ttt_mlp and ttt_multilayer, which differ in the number of fast layers alone.
 
-    ``parameters``: wq wk wv wo post_norm (``.weight [D, D]`` or ``[D]``, ``.bias [D]``), lr_weight ``[H, 1, D]``, lr_bias
-    ``[H, 1]``, norm_weight and norm_bias ``[H, Dh]``, fast_weight.i ``[H, in, out]``, fast_bias.i ``[H, 1, out]``,
-    token_scale_offset ``[C]`` where causal, gate and, where bidirectional, gate_reversed: ``[D]`` or ``[1]``.
+    ``parameters``: wq wk wv wo (``.weight [D, D]``, ``.bias [D]``), post_norm (both ``[D]``), lr_weight ``[H, 1, D]``,
+    lr_bias ``[H, 1]``, norm_weight and norm_bias ``[H, Dh]``, fast_weight.i ``[H, in, out]``, fast_bias.i
+    ``[H, 1, out]``, token_scale_offset ``[C]`` where causal, gate and, where bidirectional, gate_reversed: ``[D]`` or
+    ``[1]``.
     """
 
     def __init__(self, options: HybridOptions, parameters: Mapping[str, Tensor], *, keep_graph: bool = True) -> None:
@@ -197,9 +198,7 @@ class Hybrid:
         z = layer_norm(answer.reshape(-1), p["post_norm.weight"], p["post_norm.bias"], self.options.post_norm_eps)
         return x + torch.tanh(p[gate]) * (p["wo.weight"] @ z + p["wo.bias"])
 
-    def sequence(
-        self, x: Tensor, embeddings: Tensor | None = None, learns: bool = True
-    ) -> tuple[Tensor, list[Tensor]]:
+    def sequence(self, x: Tensor, embeddings: Tensor | None = None, learns: bool = True) -> tuple[Tensor, list[Tensor]]:
         """``x [T, D]`` to the outputs ``[T, D]``, and the fast weights that the next chunk would start from."""
         if self.options.causal:
             stream = HybridStream(self)

