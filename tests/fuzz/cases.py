@@ -100,7 +100,7 @@ class Layer:
         option, width = self.option, self.width
         shapes: dict[str, tuple[int, ...]] = {"conv": (width, 1, option["conv_kernel"]), "projection": (width, width)}
         if option["learned_lr"]:
-            shapes |= {"lr_weight": (width,), "lr_bias": ()}
+            shapes |= {"lr_weight": (width,), "lr_bias": (1,)}
         if option["train_w_down"]:
             shapes["w_down_change"] = (width, self.hidden)
         return shapes
@@ -192,14 +192,19 @@ class Layer:
         return block
 
 
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """``[1]`` for a number without dimensions too: which of the two holds a single number is not said anywhere."""
+    return tuple(tensor.shape) or (1,)
+
+
 def load(block: SequenceBlock, values: Mapping[str, Tensor]) -> None:
     """Give a block these parameters. Raises AssertionError where it has others."""
     own = dict(block.named_parameters())
-    has, wanted = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (own, values))
+    has, wanted = ({n: shape_of(t) for n, t in tensors.items()} for tensors in (own, values))
     assert has == wanted, f"the block's parameters are {has}, and by its documentation they would be {wanted}"
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(values[name])
+            parameter.copy_(values[name].reshape(parameter.shape))
 
 
 @dataclass(frozen=True, kw_only=True)

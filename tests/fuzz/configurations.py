@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moshi_ttt.core.block import BlockContext, SequenceBlock
 from moshi_ttt.core.state import BlockState
-from tests.fuzz.cases import Configuration
+from tests.fuzz.cases import Configuration, shape_of
 from tests.fuzz.comparison import check, differences, error
 from tests.fuzz.definition import named
 
@@ -80,7 +80,9 @@ def _gradients(y: Tensor, cotangent: Tensor, variables: Mapping[str, Tensor]) ->
     """Of sum(y * cotangent); zero where y does not depend on a variable."""
     found = torch.autograd.grad((y * cotangent).sum(), list(variables.values()), allow_unused=True)
     pairs = zip(variables.items(), found, strict=True)
-    return {f"gradient of {name}": torch.zeros_like(t) if g is None else g for (name, t), g in pairs}
+    return {
+        f"gradient of {name}": (torch.zeros_like(t) if g is None else g).reshape(shape_of(t)) for (name, t), g in pairs
+    }
 
 
 def _movement(case: Configuration, expected: Mapping[str, Tensor]) -> dict[str, float]:

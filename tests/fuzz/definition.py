@@ -260,7 +260,7 @@ class InPlace:
     """The layer gating_mlp: a gated MLP whose down projection learns.
 
     ``parameters``: linear_in ``[2 h, D]`` (gate, then up) and linear_out ``[D, h]`` of the host; conv ``[D, 1, K]``,
-    projection ``[D, D]`` (absent: the identity), lr_weight ``[D]`` and lr_bias ``[]`` where the rate is learned,
+    projection ``[D, D]`` (absent: the identity), lr_weight ``[D]`` and lr_bias ``[1]`` where the rate is learned,
     w_down_change ``[D, h]`` where the down projection is trained.
     """
 

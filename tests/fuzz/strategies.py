@@ -144,13 +144,10 @@ def calls(batch: int, chunk: int) -> SearchStrategy[Call]:
 def schedules(draw: DrawFn) -> Schedule:
     dtype, batch = draw(st.sampled_from(["float64", "float64", "float32"])), draw(st.integers(1, 4))
     layer = draw(st.one_of(in_place_layers(), hybrid_layers(causal=True, head_width=WIDTHS_OF[dtype])))
-    events = st.one_of(
-        *[calls(batch, layer.option["chunk"])] * 7,
-        st.builds(Reset, rows=st.tuples(*[BOOLS] * batch)),
-        st.builds(Reload),
-        *([st.builds(CompileStep)] if layer.in_place else []),
-    )
-    return Schedule(layer=layer, batch=batch, events=_several(draw, events), dtype=dtype, seed=draw(SEEDS))
+    others = [st.builds(Reset, rows=st.tuples(*[BOOLS] * batch)), st.builds(Reload)]
+    others += [st.builds(CompileStep)] if layer.in_place else []
+    events = _several(draw, calls(batch, layer.option["chunk"]), others)
+    return Schedule(layer=layer, batch=batch, events=events, dtype=dtype, seed=draw(SEEDS))
 
 
 @st.composite
@@ -164,12 +161,12 @@ def host_schedules(draw: DrawFn) -> HostSchedule:
     blocks = draw(st.lists(either, min_size=1, max_size=3).filter(lambda layers: any(any(pair) for pair in layers)))
     rows = st.tuples(*[BOOLS] * batch)
     call = st.builds(HostCall, tokens=st.just(1) | st.integers(1, 9), learns=st.one_of(st.just(True), rows, BOOLS))
-    events = st.one_of(*[call] * 5, st.builds(Reset, rows=rows), st.builds(NewCarry))
-    return HostSchedule(
-        blocks=tuple(blocks), width=width, heads=heads, batch=batch, events=_several(draw, events), seed=draw(SEEDS)
-    )
+    events = _several(draw, call, [st.builds(Reset, rows=rows), st.builds(NewCarry)])
+    return HostSchedule(blocks=tuple(blocks), width=width, heads=heads, batch=batch, events=events, seed=draw(SEEDS))
 
 
-def _several(draw: DrawFn, events: SearchStrategy[Any]) -> tuple[Any, ...]:
+def _several(draw: DrawFn, call: SearchStrategy[Any], others: list[SearchStrategy[Any]]) -> tuple[Any, ...]:
+    """Events of a schedule, three of four of them calls."""
+    kinds = st.sampled_from([call] * 3 * len(others) + others)
     length = draw(st.integers(1, 24))
-    return tuple(draw(st.lists(events, min_size=length, max_size=length)))
+    return tuple(draw(draw(kinds)) for _ in range(length))

@@ -62,7 +62,7 @@ def scale_goes_below_zero(patch: Patch) -> None:
 
 
 def gradient_misses_the_deviation(patch: Patch) -> None:
-    def mutated(v, k, weight, bias, eps):
+    def mutated(v, k, weight, bias, eps, *_, **__):
         difference = v - k
         std = difference.std(-1, keepdim=True).detach()
         return weight * (difference - difference.mean(-1, keepdim=True)) / (std + eps) + bias + k
@@ -86,9 +86,10 @@ def rows_cannot_switch_updates_off(patch: Patch) -> None:
 
 
 def tokens_are_taken_as_they_are(patch: Patch) -> None:
-    patch.setattr(
-        inner_loop, "only_finite", lambda tokens, layers: (tokens, torch.ones(tokens.q.shape[:2], dtype=torch.bool))
-    )
+    def mutated(tokens, *_):
+        return tokens, torch.ones(tokens.q.shape[:2], dtype=torch.bool)
+
+    patch.setattr(inner_loop, "only_finite", mutated)
 
 
 QUICK = settings(max_examples=300, derandomize=True, database=None, deadline=None)
