@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart recipes study test test-slow test-machines test-gpu gpu-check test-full-size lint format clean
+.PHONY: help quickstart recipes study test fuzz test-slow test-machines test-gpu gpu-check test-full-size lint format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -30,6 +30,11 @@ study: $(VENV)/.installed-run ## Fetch real speech, train every variant and LoRA
 
 test: $(VENV)/.installed-dev ## Run the default test suite. ARGS='-k name' passes options to pytest.
 	$(BIN)/pytest $(ARGS)
+
+fuzz: $(VENV)/.installed-dev ## Compare random layers and streams with the definition, minutes; SEED=n repeats a run.
+	@seed=$(or $(SEED),$$($(BIN)/python -c 'import random; print(random.randrange(2**32))')); \
+	echo "The same run again: make fuzz SEED=$$seed"; \
+	$(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz --hypothesis-seed=$$seed $(ARGS)
 
 test-slow: $(VENV)/.installed-dev ## Run the tests that take minutes.
 	$(BIN)/pytest -m slow $(ARGS)

@@ -204,7 +204,7 @@ class HybridBlock(SequenceBlock):
         drawn = {self.wq.weight, self.wk.weight, self.wv.weight, self.wo.weight, self.lr_weight, *self.fast_weight}
         ones = {self.norm_weight, self.post_norm.weight}
         for gate in self.gates():
-            assign(gate, torch.full(gate.shape, self.config.gate.init))
+            assign(gate, torch.full(gate.shape, self.config.gate.init, dtype=torch.float64))
         for name, parameter in self.named_parameters():
             if name in ("gate", "gate_reversed"):
                 continue

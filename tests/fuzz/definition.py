@@ -1,0 +1,337 @@
+"""The oracle: what the layers compute, from their published definitions, so simple that reading it checks it.
+
+Sources: TTT (Sun et al., arXiv:2407.04620) for the inner loop; Dalal et al. (arXiv:2504.05298) for the layer around it;
+in-place TTT as ``plugins/gating_mlp/README.md`` states it. Nothing here is imported from the package, and nothing was
+taken from its code: float64, one stream, one token at a time, each inner gradient by ``torch.autograd``. No dual form,
+no masks, no batches. Parameters have the names that ``docs/reference_vectors.md`` gives them.
+
+Shape legend: T tokens of one stream, D width, H heads of width Dh, C tokens a chunk, K taps, h hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def gelu(z: Tensor) -> Tensor:
+    """Hendrycks and Gimpel (arXiv:1606.08415), the tanh form."""
+    return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+def layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Over the last dimension; Ba et al. (arXiv:1607.06450), the variance divided by n."""
+    deviation = z - z.mean(-1, keepdim=True)
+    return weight * deviation / (deviation.square().mean(-1, keepdim=True) + eps).sqrt() + bias
+
+
+def rotate(z: Tensor, position: int, theta: float) -> Tensor:
+    """``z [H, Dh]``: RoPE (Su et al., arXiv:2104.09864, equation 34). Pair i is numbers 2i and 2i + 1."""
+    width, turned = z.shape[-1], []
+    for pair in range(width // 2):
+        angle = position * theta ** (-2 * pair / width)
+        a, b = z[:, 2 * pair], z[:, 2 * pair + 1]
+        turned += [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
+    return torch.stack(turned, dim=-1)
+
+
+# ---- the inner loop of the hybrid variants
+
+
+@dataclass(frozen=True)
+class Token:
+    """What one token gives to the inner loop: query, key and value ``[H, Dh]``, and the rate ``[H]`` of its key."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rate: Tensor
+
+
+class InnerLoop:
+    """One stream's fast weights: an MLP per head that learns to map k to v - k.
+
+    Args:
+        weights, biases: of each layer, ``[H, in, out]`` and ``[H, 1, out]``.
+        norm: weight and bias ``[H, Dh]`` of the LayerNorm at the network's end, and its eps.
+        scale: ``[C]``, what a query at each position of a chunk multiplies the sum of gradients by.
+        keep_graph: whether anything will be differentiated through the loop.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        norm: tuple[Tensor, Tensor, float],
+        scale: Tensor,
+        keep_graph: bool,
+    ) -> None:
+        self.norm, self.scale, self.keep_graph = norm, scale, keep_graph
+        self.gradients: list[list[Tensor]] = []
+        """Of the unfinished chunk's tokens."""
+        self.fast = self._variables([tensor for layer in zip(weights, biases, strict=True) for tensor in layer])
+        """Weight and bias, layer after layer, at the first token of the chunk."""
+
+    @property
+    def position(self) -> int:
+        """Tokens in the unfinished chunk."""
+        return len(self.gradients)
+
+    def hear(self, token: Token) -> Tensor:
+        """The causal form: a query sees the keys up to its own. ``[H, Dh]``."""
+        self.gradients.append(self._gradient(token))
+        fast = self._after(self.gradients, self.position - 1)
+        y = self._answer(token.q, fast)
+        if self.position == len(self.scale):
+            self.fast, self.gradients = self._variables(fast), []
+        return y
+
+    def hear_chunk(self, tokens: Sequence[Token]) -> list[Tensor]:
+        """The form that is not causal: every query of a chunk, or of what there is of the last, sees all its keys."""
+        gradients = [self._gradient(token) for token in tokens]
+        after = [self._after(gradients, position) for position in range(len(tokens))]
+        answers = [self._answer(token.q, fast) for token, fast in zip(tokens, after, strict=True)]
+        if len(tokens) == len(self.scale):
+            self.fast = self._variables(after[-1])
+        return answers
+
+    def _gradient(self, token: Token) -> list[Tensor]:
+        """Of rate / 2 ||LN(f(k)) - (v - k)||^2, summed over heads, each of which has weights of its own."""
+        with torch.enable_grad():
+            difference = self._network(token.k, self.fast) - (token.v - token.k)
+            loss = (token.rate * difference.square().sum(-1) / 2).sum()
+            return list(torch.autograd.grad(loss, self.fast, create_graph=self.keep_graph))
+
+    def _after(self, gradients: Sequence[Sequence[Tensor]], position: int) -> list[Tensor]:
+        total = [sum(parts) for parts in zip(*gradients, strict=True)]
+        return [start - self.scale[position] * part for start, part in zip(self.fast, total, strict=True)]
+
+    def _answer(self, q: Tensor, fast: Sequence[Tensor]) -> Tensor:
+        return q + self._network(q, fast)
+
+    def _network(self, z: Tensor, fast: Sequence[Tensor]) -> Tensor:
+        """LN(f(z)) for ``z [H, Dh]``."""
+        layers = len(fast) // 2
+        z = z[:, None, :]  # [H, 1, Dh]: one row vector per head
+        for layer in range(layers):
+            z = z @ fast[2 * layer] + fast[2 * layer + 1]
+            z = gelu(z) if layer < layers - 1 else z
+        weight, bias, eps = self.norm
+        return layer_norm(z[:, 0, :], weight, bias, eps)
+
+    def _variables(self, fast: Sequence[Tensor]) -> list[Tensor]:
+        """What the inner gradient is taken of: variables of their own, in the outer graph or cut from it.
+
+        Of their own because a token may depend on the same parameters by another way (the second of two passes).
+        """
+        return [tensor.clone() if self.keep_graph else tensor.detach().requires_grad_() for tensor in fast]
+
+
+# ---- the layer around it
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridOptions:
+    """The options that the layer's formulas need, as the variants' configs document them."""
+
+    heads: int
+    chunk: int
+    base_lr: float
+    causal: bool
+    bidirectional: bool
+    rope_theta: float
+    norm_eps: float
+    target_eps: float
+    post_norm_eps: float
+
+
+class Hybrid:
+    """The layer of ttt_linear, ttt_mlp and ttt_multilayer, which differ in the number of fast layers alone.
+
+    ``parameters``: wq wk wv wo (``.weight [D, D]``, ``.bias [D]``), post_norm (both ``[D]``), lr_weight ``[H, 1, D]``,
+    lr_bias ``[H, 1]``, norm_weight and norm_bias ``[H, Dh]``, fast_weight.i ``[H, in, out]``, fast_bias.i
+    ``[H, 1, out]``, token_scale_offset ``[C]`` where causal, gate and, where bidirectional, gate_reversed: ``[D]`` or
+    ``[1]``.
+    """
+
+    def __init__(self, options: HybridOptions, parameters: Mapping[str, Tensor], *, keep_graph: bool = True) -> None:
+        self.options, self.parameters, self.keep_graph = options, parameters, keep_graph
+
+    def scale(self) -> Tensor:
+        """``[C]``: max(0, 1 / (n + 1) + learned_n) where causal, 1 / C where not."""
+        chunk = self.options.chunk
+        if not self.options.causal:
+            return torch.full((chunk,), 1 / chunk, dtype=torch.float64)
+        steps = torch.tensor([1 / (n + 1) for n in range(chunk)], dtype=torch.float64)
+        return torch.clamp(steps + self.parameters["token_scale_offset"], min=0)
+
+    def inner_loop(self) -> InnerLoop:
+        p = self.parameters
+        layers = range(sum(name.startswith("fast_weight.") for name in p))
+        weights, biases = [p[f"fast_weight.{i}"] for i in layers], [p[f"fast_bias.{i}"] for i in layers]
+        norm = (p["norm_weight"], p["norm_bias"], self.options.norm_eps)
+        return InnerLoop(weights, biases, norm, self.scale(), self.keep_graph)
+
+    def token(self, x: Tensor, position: int, learns: bool) -> Token:
+        """``x [D]``, at a position of its chunk. A token with updates off has rate zero."""
+        p, options = self.parameters, self.options
+        q, k, v = (
+            (p[f"{name}.weight"] @ x + p[f"{name}.bias"]).reshape(options.heads, -1) for name in ("wq", "wk", "wv")
+        )
+        q, k = (z / z.square().sum(-1, keepdim=True).sqrt() for z in (q, k))
+        q, k = (rotate(z, position, options.rope_theta) for z in (q, k))
+        difference = v - k
+        deviation = difference - difference.mean(-1, keepdim=True)
+        std = (deviation.square().sum(-1, keepdim=True) / (deviation.shape[-1] - 1)).sqrt()
+        target = p["norm_weight"] * deviation / (std + options.target_eps) + p["norm_bias"] + k
+        factor = torch.sigmoid((p["lr_weight"] * x).sum(-1) + p["lr_bias"])[:, 0]  # [H]
+        rate = options.base_lr * factor / q.shape[-1]
+        return Token(q, k, target, rate if learns else torch.zeros_like(rate))
+
+    def output(self, x: Tensor, answer: Tensor, gate: str) -> Tensor:
+        """``x [D]`` and the inner loop's answer ``[H, Dh]``."""
+        p = self.parameters
+        z = layer_norm(answer.reshape(-1), p["post_norm.weight"], p["post_norm.bias"], self.options.post_norm_eps)
+        return x + torch.tanh(p[gate]) * (p["wo.weight"] @ z + p["wo.bias"])
+
+    def sequence(self, x: Tensor, embeddings: Tensor | None = None, learns: bool = True) -> tuple[Tensor, list[Tensor]]:
+        """``x [T, D]`` to the outputs ``[T, D]``, and the fast weights that the next chunk would start from."""
+        if self.options.causal:
+            stream = HybridStream(self)
+            y = torch.stack([stream.hear(token, None, learns) for token in x])
+            return y, stream.loop.fast
+        y, fast = self._in_one_direction(list(x), learns, "gate")
+        if self.options.bidirectional:
+            y, fast = self._in_one_direction(y[::-1], learns, "gate_reversed")
+            y = y[::-1]
+        return torch.stack(y), fast
+
+    def _in_one_direction(self, x: list[Tensor], learns: bool, gate: str) -> tuple[list[Tensor], list[Tensor]]:
+        loop, y = self.inner_loop(), []
+        for start in range(0, len(x), self.options.chunk):
+            part = x[start : start + self.options.chunk]
+            tokens = [self.token(token, position, learns) for position, token in enumerate(part)]
+            answers = loop.hear_chunk(tokens)
+            y += [self.output(token, answer, gate) for token, answer in zip(part, answers, strict=True)]
+        return y, loop.fast
+
+
+class HybridStream:
+    """One stream of a causal hybrid layer."""
+
+    def __init__(self, layer: Hybrid) -> None:
+        self.layer, self.loop = layer, layer.inner_loop()
+
+    def hear(self, x: Tensor, embedding: Tensor | None, learns: bool = True) -> Tensor:
+        answer = self.loop.hear(self.layer.token(x, self.loop.position, learns))
+        return self.layer.output(x, answer, "gate")
+
+    def memory(self) -> dict[str, Tensor]:
+        """``weight.i [H, in, out]`` and ``bias.i [H, 1, out]`` at the unfinished chunk's start."""
+        return named(self.loop.fast)
+
+
+# ---- in-place TTT
+
+
+def hidden_activation(linear_in: Tensor, x: Tensor) -> Tensor:
+    """``[h]`` from ``x [D]``: silu(gate) * up, as in the hosts' gated MLP (Shazeer, arXiv:2002.05202)."""
+    gate, up = (linear_in @ x).chunk(2)
+    return gate * torch.sigmoid(gate) * up
+
+
+@dataclass(frozen=True, kw_only=True)
+class InPlaceOptions:
+    """The options of gating_mlp that its formulas need, as its config documents them."""
+
+    chunk: int
+    lr: float
+    target: str
+    padding: str
+    decay: float
+    clip: float | None
+
+
+class InPlace:
+    """The layer gating_mlp: a gated MLP whose down projection learns.
+
+    ``parameters``: linear_in ``[2 h, D]`` (gate, then up) and linear_out ``[D, h]`` of the host; conv ``[D, 1, K]``,
+    projection ``[D, D]`` (absent: the identity), lr_weight ``[D]`` and lr_bias ``[1]`` where the rate is learned,
+    w_down_change ``[D, h]`` where the down projection is trained.
+    """
+
+    def __init__(self, options: InPlaceOptions, parameters: Mapping[str, Tensor]) -> None:
+        self.options, self.parameters = options, parameters
+
+    def sequence(self, x: Tensor, embeddings: Tensor, learns: bool = True) -> tuple[Tensor, Tensor]:
+        """``x`` and ``embeddings [T, D]`` to the outputs ``[T, D]``, and the accumulated update ``[D, h]``."""
+        stream = InPlaceStream(self)
+        y = [stream.hear(token, embedding, learns) for token, embedding in zip(x, embeddings, strict=True)]
+        return torch.stack(y), stream.update
+
+
+class InPlaceStream:
+    """One stream of gating_mlp: apply, then, at a chunk's end, update."""
+
+    def __init__(self, layer: InPlace) -> None:
+        self.layer = layer
+        self.update = torch.zeros_like(layer.parameters["linear_out"])
+        self.hidden: list[Tensor] = []
+        self.targets: list[Tensor] = []
+        self.rates: list[Tensor] = []
+
+    def hear(self, x: Tensor, embedding: Tensor | None, learns: bool = True) -> Tensor:
+        """``x`` and ``embedding [D]``. A token with updates off has rate zero, and is seen by the filter."""
+        p, options = self.layer.parameters, self.layer.options
+        hidden = hidden_activation(p["linear_in"], x)
+        w_0 = p["linear_out"] + p["w_down_change"] if "w_down_change" in p else p["linear_out"]
+        y = (w_0 + self.update) @ hidden
+        rate = torch.tensor(options.lr, dtype=torch.float64)
+        if "lr_weight" in p:
+            rate = rate * 2 * torch.sigmoid(p["lr_weight"] @ x + p["lr_bias"])
+        self.hidden.append(hidden)
+        self.targets.append(embedding if options.target == "input_embed" else x)
+        self.rates.append(rate if learns else torch.zeros_like(rate))
+        if len(self.hidden) == options.chunk:
+            self._finish_chunk()
+        return y
+
+    def memory(self) -> dict[str, Tensor]:
+        return named(self.update)
+
+    def _finish_chunk(self) -> None:
+        options, p = self.layer.options, self.layer.parameters
+        step = torch.zeros_like(self.update)
+        for position, (hidden, rate) in enumerate(zip(self.hidden, self.rates, strict=True)):
+            value = self._filtered(position)
+            value = value @ p["projection"] if "projection" in p else value
+            step = step + rate * torch.outer(value, hidden)
+        norm = step.square().sum().sqrt()
+        if options.clip is not None and norm > options.clip:
+            step = step * (options.clip / norm)
+        self.update = (1 - options.decay) * self.update + step
+        self.hidden, self.targets, self.rates = [], [], []
+
+    def _filtered(self, position: int) -> Tensor:
+        """The depthwise convolution at a position of the chunk, zero beyond the chunk's edges."""
+        taps = self.layer.parameters["conv"]
+        kernel = taps.shape[-1]
+        left = kernel - 1 if self.layer.options.padding == "causal" else (kernel - 1) // 2
+        value = torch.zeros_like(self.targets[position])
+        for tap in range(kernel):
+            source = position + tap - left
+            if 0 <= source < len(self.targets):
+                value = value + taps[:, 0, tap] * self.targets[source]
+        return value
+
+
+def named(fast: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
+    """Fast weights by name: ``weight.i`` and ``bias.i``, or the ``update`` of gating_mlp."""
+    if isinstance(fast, Tensor):
+        return {"update": fast}
+    names = [f"{part}.{i}" for i in range(len(fast) // 2) for part in ("weight", "bias")]
+    return dict(zip(names, fast, strict=True))
