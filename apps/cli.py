@@ -176,7 +176,7 @@ def _train(config: str, overrides: list[str], stop: StopRequest, *, plan: bool, 
     if plan:
         from moshi_ttt.apps.train import planning
 
-        _console().print(planning.render(planning.plan(settings, registry, ranks=ranks)))
+        _console().print(planning.render(planning.plan(settings, registry, ranks=ranks, activations=True)))
         return None
     from moshi_ttt.apps.train.run import run
 

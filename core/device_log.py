@@ -57,12 +57,16 @@ class DeviceLog(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func.namespace in ("aten", "prims") and not _is_view(func) and func not in WITHOUT_KERNEL:
-            self._look(func, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
+            self._look(func, given)
             self.launches[str(func)] += 1
+        # A view, or an argument that was written to, may be of a tensor that was there before.
+        there = {leaf.untyped_storage()._cdata for leaf in given if leaf.device.type == self.device}
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device:
-                self._count(leaf.untyped_storage())
+                if leaf.untyped_storage()._cdata not in there:
+                    self._count(leaf.untyped_storage())
             elif isinstance(leaf, Tensor) and leaf.dim() > 0 and func not in WITHOUT_KERNEL:
                 self.problems.append(f"{func} makes a tensor of shape {tuple(leaf.shape)} on the CPU.")
         return out

@@ -70,18 +70,21 @@ def name(variant: str, options: dict[str, Any], carried: bool) -> str:
     return f"{variant}, {listed}{', carried' if carried else ''}"
 
 
+HEADINGS = (
+    "block", "launches: forward", "backward", "a streamed step", "kept for backward, KiB a token", "peak, MiB",
+)  # fmt: skip
+
+
+def row(variant: str, options: dict[str, Any], carried: bool) -> list[int]:
+    """The figures of one block, as ``HEADINGS`` names them."""
+    found = cost(variant, options, carried)
+    kept, peak = found.kept_bytes / 1024 / (BATCH * TOKENS), found.peak_bytes / 2**20
+    return [found.forward, found.backward, found.step, round(kept), round(peak)]
+
+
 def table() -> str:
-    lines = [
-        "| block | launches: forward | backward | a streamed step | kept for backward, KiB a token | peak, MiB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for variant, options, carried in BLOCKS:
-        found = cost(variant, options, carried)
-        kept = found.kept_bytes / 1024 / (BATCH * TOKENS)
-        lines.append(
-            f"| {name(variant, options, carried)} | {found.forward:,} | {found.backward:,} | {found.step:,} | "
-            f"{kept:,.0f} | {found.peak_bytes / 2**20:,.0f} |"
-        )
+    lines = [f"| {' | '.join(HEADINGS)} |", f"| --- |{' ---: |' * (len(HEADINGS) - 1)}"]
+    lines += [f"| {name(*block)} | {' | '.join(f'{figure:,}' for figure in row(*block))} |" for block in BLOCKS]
     return "\n".join(lines) + "\n"
 
 

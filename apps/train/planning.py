@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Group as Stack
 from rich.console import RenderableType
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moshi_ttt.apps.explain import human_bytes
 from moshi_ttt.apps.train import export
+from moshi_ttt.apps.train.activations import step_bytes
 from moshi_ttt.apps.train.model import TrainedModel, skeleton
 from moshi_ttt.apps.train.optimisation import rates, reach, too_low
 from moshi_ttt.apps.train.settings import Settings
@@ -67,7 +68,7 @@ class UnitPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlan:
-    """Bytes on the rank that holds most, activations apart.
+    """Bytes on the rank that holds most.
 
     Attributes:
         parameters: its shards, as stored.
@@ -77,6 +78,7 @@ class RankPlan:
         unreduced: gradients before ranks have exchanged them: of the largest unit; of all units where several
             micro-batches add up and ranks exchange gradients once a step.
         carried: with ``carry_state``, the states of all rows before the step and after it.
+        activations: the most that one micro-batch holds beside these; None where it was not counted.
     """
 
     parameters: int
@@ -85,9 +87,11 @@ class RankPlan:
     gathered: int
     unreduced: int
     carried: int
+    activations: int | None = None
 
     @property
     def total(self) -> int:
+        """Without activations."""
         return self.parameters + self.gradients + self.moments + self.gathered + self.unreduced + self.carried
 
 
@@ -132,8 +136,11 @@ class TrainingPlan:
         return max(self.units, key=lambda unit: unit.gathered_bytes)
 
 
-def plan(settings: Settings, registry: Registry, *, ranks: int) -> TrainingPlan:
+def plan(settings: Settings, registry: Registry, *, ranks: int, activations: bool = False) -> TrainingPlan:
     """The plan of a run on ``ranks`` processes.
+
+    Args:
+        activations: count them too, by one step without values: seconds, and up to a minute for a large model.
 
     Raises:
         ConfigError: the number of ranks is no multiple of ``shard_size``, or the run could not export what it trains.
@@ -148,7 +155,20 @@ def plan(settings: Settings, registry: Registry, *, ranks: int) -> TrainingPlan:
             "Plan for a multiple with --ranks, change shard_size, or leave it out to share one copy over all ranks."
         )
     export.check(settings)
-    return plan_model(skeleton(settings, registry), settings, ranks=ranks, shards=shards)
+    trained, run = skeleton(settings, registry), settings.run
+    planned = plan_model(trained, settings, ranks=ranks, shards=shards)
+    if not activations:
+        return planned
+    step = step_bytes(
+        trained, rows=run.batch_size, frames=_frames(settings), carried=run.carry_state, gradients=shards == 1
+    )
+    # On one rank whole gradients come and go inside the step's peak, and have a line of their own.
+    apart = planned.rank.gradients if shards == 1 else 0
+    return replace(planned, rank=replace(planned.rank, activations=max(0, step.peak - apart)))
+
+
+def _frames(settings: Settings) -> int:
+    return math.ceil(round(settings.run.duration_sec * FRAME_RATE, 6))
 
 
 def plan_model(trained: TrainedModel, settings: Settings, *, ranks: int, shards: int) -> TrainingPlan:
@@ -170,7 +190,7 @@ def plan_model(trained: TrainedModel, settings: Settings, *, ranks: int, shards:
         carried=2 * carried_rows * state_bytes,
     )
     layers = _layers_with_gradients(trained)
-    frames = math.ceil(round(run.duration_sec * FRAME_RATE, 6))
+    frames = _frames(settings)
     return TrainingPlan(
         model=settings.host.hf_repo,
         blocks=tuple(f"{block.site} ({block.variant.name})" for block in injection.plan.blocks),
@@ -234,6 +254,11 @@ def _rank_table(plan: TrainingPlan) -> Table:
         table.add_row(what, human_bytes(count), how)
     table.add_section()
     table.add_row("total before activations", human_bytes(rank.total), "")
+    if rank.activations is not None:
+        counted = "one micro-batch, forward and backward, at its peak"
+        table.add_row("activations", human_bytes(rank.activations), counted)
+        table.add_section()
+        table.add_row("peak", human_bytes(rank.total + rank.activations), "")
     return table
 
 
@@ -249,11 +274,17 @@ def _notes(plan: TrainingPlan) -> Iterator[str]:
     largest, whole = plan.largest_unit, human_bytes(plan.largest_unit.gathered_bytes)
     yield f"{len(plan.units)} units of sharding; the largest of them, {largest.name}, is {whole} when it is whole"
     yield f"memory of the blocks: {human_bytes(plan.state_bytes)} a stream"
-    yield (
-        f"Activations are not in the total. At least {human_bytes(plan.layer_input_bytes)} of them: the inputs of the "
-        f"{plan.kept_layers} main layers that gradients pass through, which checkpointing keeps too. Logits, the "
-        "depformer, a layer computed again and the inner loops of the blocks come on top."
-    )
+    if plan.rank.activations is None:
+        yield (
+            f"Activations are not in the total. At least {human_bytes(plan.layer_input_bytes)} of them: the inputs of "
+            f"the {plan.kept_layers} main layers that gradients pass through, which checkpointing keeps too. Logits, "
+            "the depformer, a layer computed again and the inner loops of the blocks come on top."
+        )
+    else:
+        yield (
+            "Not in the peak: what the device's driver and its libraries take, what the allocator keeps between "
+            "tensors, buffers in which ranks exchange, and what the optimizer step makes for a moment."
+        )
 
 
 def group_plans(trained: TrainedModel, settings: Settings) -> Iterator[GroupPlan]:

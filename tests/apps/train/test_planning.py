@@ -195,6 +195,23 @@ def test_inputs_of_the_layers_that_gradients_reach(changes, layers):
     assert planned.layer_input_bytes == layers * 2 * math.ceil(12.5) * 256 * 4
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_activations_are_counted_beside_gradients(ranks):
+    chosen = settings(duration_sec=1.0, batch_size=2, full_finetuning=True)
+    planned = planning.plan(chosen, default_registry(), ranks=ranks, activations=True)
+    more = planning.plan(
+        settings(duration_sec=1.0, batch_size=4, full_finetuning=True),
+        default_registry(),
+        ranks=ranks,
+        activations=True,
+    )
+    assert planned.rank.activations is not None
+    assert more.rank.activations is not None
+    assert planned.layer_input_bytes < planned.rank.activations < more.rank.activations
+    assert planned.rank.total == more.rank.total
+    assert "peak" in said(planned)
+
+
 def test_copies_of_the_model_hold_as_much_as_one():
     copies, one = plan(ranks=6, shard_size=2), plan(ranks=2)
     assert (copies.ranks, copies.shards) == (6, 2)
@@ -218,6 +235,7 @@ def test_a_plan_is_plain_values():
     assert not dist.is_initialized()
     restored = json.loads(json.dumps(asdict(planned)))
     assert restored["rank"]["parameters"] == planned.rank.parameters
+    assert restored["rank"].pop("activations") is None
     assert planned.rank.total == sum(restored["rank"].values())
     assert [group["name"] for group in restored["groups"]] == ["ttt", "gates", "frozen"]
 
@@ -259,12 +277,12 @@ def test_three_layers_of_7b_keep_their_input(plans_7b):
 
 
 def test_the_command(cli, tmp_path):
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values(shard_size=2)))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values(shard_size=2, duration_sec=1.0)))
     shown = cli("train", "run.yaml", "--plan", "--ranks", 4, "carry_state=true")
     assert shown.exit_code == 0, shown.said
     for expected in (
         "builtin:tiny: what is trained", "of 4: 2 copies of the model, each on 2", "AdamW moments",
-        "carried memory", "total before activations", "Activations are not in the total",
+        "carried memory", "total before activations", "activations", "peak", "Not in the peak:",
         "layers.1.sequence (ttt_linear)",
     ):  # fmt: skip
         assert expected in shown.said
