@@ -68,7 +68,7 @@ def hybrid_layers(
 @st.composite
 def in_place_layers(draw: DrawFn, *, width: SearchStrategy[int] = SIZES, hidden: SearchStrategy[int] = SIZES) -> Layer:
     """gating_mlp with any options, odd widths included."""
-    options: dict[str, Any] = {"variant": "gating_mlp", "chunk": draw(st.integers(1, 7))}
+    options: dict[str, Any] = {"variant": "gating_mlp", "chunk": draw(st.integers(1, 13))}
     options["conv_kernel"] = draw(st.integers(1, 7))
     options["padding"] = draw(st.sampled_from(["centered", "causal"]))
     options["target"] = draw(st.sampled_from(["input_embed", "hidden_states"]))
@@ -88,7 +88,7 @@ def in_place_layers(draw: DrawFn, *, width: SearchStrategy[int] = SIZES, hidden:
 def configurations(draw: DrawFn) -> Configuration:
     layer = draw(st.one_of(in_place_layers(), hybrid_layers()))
     chunk = layer.option["chunk"]
-    length = draw(st.integers(1, min(3 * chunk + 2, 16)))
+    length = draw(st.integers(1, min(3 * chunk + 2, 28 if layer.in_place else 16)))
     batch = draw(st.integers(1, 4))
     learns = draw(st.just((True,) * batch) | st.tuples(*[BOOLS] * batch))
     changed = draw(st.integers(1, max(1, length - 1)))
