@@ -78,7 +78,8 @@ class RankPlan:
         unreduced: gradients before ranks have exchanged them: of the largest unit; of all units where several
             micro-batches add up and ranks exchange gradients once a step.
         carried: with ``carry_state``, the states of all rows before the step and after it.
-        activations: the most that one micro-batch holds beside these; None where it was not counted.
+        activations: what one micro-batch adds to these at its peak, when whole gradients may not all be there yet; None
+            where it was not counted.
     """
 
     parameters: int
@@ -162,7 +163,7 @@ def plan(settings: Settings, registry: Registry, *, ranks: int, activations: boo
     step = step_bytes(
         trained, rows=run.batch_size, frames=_frames(settings), carried=run.carry_state, gradients=shards == 1
     )
-    # On one rank whole gradients come and go inside the step's peak, and have a line of their own.
+    # On one rank the step's peak has those gradients in it that are there by then; they have a line of their own.
     apart = planned.rank.gradients if shards == 1 else 0
     return replace(planned, rank=replace(planned.rank, activations=max(0, step.peak - apart)))
 

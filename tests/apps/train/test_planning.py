@@ -207,7 +207,8 @@ def test_activations_are_counted_beside_gradients(ranks):
     )
     assert planned.rank.activations is not None
     assert more.rank.activations is not None
-    assert planned.layer_input_bytes < planned.rank.activations < more.rank.activations
+    added = more.rank.activations - planned.rank.activations
+    assert added > planned.layer_input_bytes, "twice the rows, twice the inputs of layers at least"
     assert planned.rank.total == more.rank.total
     assert "peak" in said(planned)
 
