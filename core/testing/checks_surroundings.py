@@ -38,7 +38,7 @@ def check_other_modes(case: BlockCase) -> None:
 def check_copies(case: BlockCase) -> None:
     """A block that has streamed can be copied, pickled and saved whole; the copy computes the same, bit for bit.
 
-    A class that no module has by its name (one made inside a function) cannot be pickled by anybody: it is copied alone.
+    A class that no module has by its name (one made inside a function) cannot be pickled: it is copied alone.
     """
     block, x = case.block(), case.inputs(2 * case.chunk + 1)
     case.call(block, x)
