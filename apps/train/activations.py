@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from moshi_ttt.apps.train.losses import LossWeights, loss_sums
 from moshi_ttt.apps.train.model import TrainedModel
@@ -29,10 +31,12 @@ class StepBytes:
     Attributes:
         kept: alive between the passes: what the backward pass needs.
         peak: the most that is alive at any time.
+        problems: what would wait for the device, or copies a tensor from the CPU; picking tokens by a mask apart.
     """
 
     kept: int
     peak: int
+    problems: tuple[str, ...]
 
 
 class _StepLog(DeviceLog):
@@ -46,6 +50,32 @@ class _StepLog(DeviceLog):
             func, args, kwargs = aten.empty.memory_format, (), {"dtype": given.dtype, "device": "meta"}
             args = ([mask.numel(), *given.shape[mask.dim() :]],) if picks else (list(given.shape),)
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What a fused attention holds: its arguments, its output, and a number for each query and head. No scores.
+
+    On the meta device attention would be counted as products and a softmax, with scores ``[B, H, T, T]`` that no device
+    makes that this runs on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+class _Fused(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _FusedAttention.apply(*args[:3])  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
 
 
 def step_bytes(trained: TrainedModel, *, rows: int, frames: int, carried: bool, gradients: bool) -> StepBytes:
@@ -67,11 +97,11 @@ def step_bytes(trained: TrainedModel, *, rows: int, frames: int, carried: bool, 
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
     try:
-        with _StepLog() as log, continued:
+        with _StepLog() as log, _Fused(), continued:
             loss = loss_sums(model, codes, LossWeights(first_codebook=1.0, text_padding=1.0))[:2].sum()
             kept = log.bytes
-            loss.backward()
+            torch.autograd.backward(loss)  # not loss.backward(), which takes the mode away that layers run again need
     finally:
         for parameter in model.parameters():
             parameter.grad = None
-    return StepBytes(kept=kept, peak=log.peak)
+    return StepBytes(kept=kept, peak=log.peak, problems=tuple(dict.fromkeys(log.problems)))
