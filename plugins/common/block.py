@@ -220,7 +220,7 @@ class HybridBlock(SequenceBlock):
             return
         for gate in self.gates():
             if not isinstance(gate, nn.Parameter):
-                assign(gate, torch.full(gate.shape, self.config.gate.init))
+                assign(gate, torch.full(gate.shape, self.config.gate.init, dtype=torch.float64))
 
     def gates(self) -> list[Tensor]:
         """Alphas ``[D]`` or ``[1]``: of the one pass, or of the forward pass and the reversed one."""
