@@ -233,11 +233,14 @@ class Configuration:
         names = ("x", "embeddings", "cotangent", "other_x", "other_embeddings")
         inputs = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name in names}
         if self.alternating is not None:
-            sign = 1 - 2 * (torch.arange(self.length) % 2)[:, None].double()  # [T, 1]
-            x, embeddings = inputs["x"], inputs["embeddings"]
-            inputs["x"] = x[:, :1] + self.alternating * x
-            inputs["embeddings"] = sign * embeddings[:, :1] + self.alternating * embeddings
+            inputs |= alternated(inputs["x"], inputs["embeddings"], self.alternating)
         return inputs
+
+
+def alternated(x: Tensor, embeddings: Tensor, noise: float) -> dict[str, Tensor]:
+    """``[B, T, D]`` of equal tokens and embeddings of alternating sign, but for noise."""
+    sign = 1 - 2 * (torch.arange(x.shape[1]) % 2)[:, None].double()  # [T, 1]
+    return {"x": x[:, :1] + noise * x, "embeddings": sign * embeddings[:, :1] + noise * embeddings}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,12 +297,13 @@ class CompileStep:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A program for the rows of one causal block."""
+    """A program for the rows of one causal block; ``alternating`` tokens as in ``Configuration``."""
 
     layer: Layer
     batch: int
     events: tuple[Call | Reset | Reload | CompileStep, ...]
     dtype: str = "float64"
+    alternating: float | None = None
     seed: int = 0
 
     @cached_property

@@ -16,13 +16,18 @@ from tests.fuzz.definition import named
 BOUND = 1e-10
 """float64, of outputs, fast weights and gradients: the design's bound between forms."""
 
+CANCELLING_BOUND = 1e-6
+"""The same where the updates of a chunk cancel: a norm whose parts add to r times it has a relative error of r^2 ulps
+(``gating_mlp.ops.squared_norm``), which is 4e-7 for r = 60,000, about the most that is drawn."""
+
 
 def check_configuration(case: Configuration) -> None:
     """Raises AssertionError with all that is not as the definition says."""
     block = case.layer.block()
     results = by_package(case, block)
     expected = by_definition(case)
-    check(differences(results, expected, BOUND, lambda: _movement(case, expected)) + _causality(case, block, results))
+    bound = BOUND if case.alternating is None else CANCELLING_BOUND
+    check(differences(results, expected, bound, lambda: _movement(case, expected)) + _causality(case, block, results))
 
 
 def by_package(case: Configuration, block: SequenceBlock) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from moshi_ttt.core import state as states
 from moshi_ttt.core.block import BlockContext, SequenceBlock
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.state import BlockState
-from tests.fuzz.cases import Call, CompileStep, Layer, Reload, Reset, Schedule
+from tests.fuzz.cases import Call, CompileStep, Layer, Reload, Reset, Schedule, alternated
 from tests.fuzz.comparison import check, error
 from tests.fuzz.configurations import memory, updates
 from tests.fuzz.definition import HybridStream, InPlaceStream
@@ -26,14 +26,19 @@ BOUNDS = {"float64": 1e-10, "float32": 1e-4}
 class Tokens:
     """Random tokens and input embeddings, ``[B, T, D]`` at a time, as exact values of a dtype."""
 
-    def __init__(self, batch: int, width: int, dtype: torch.dtype, seed: int) -> None:
-        self.shape, self.dtype = (batch, width), dtype
-        self.generator = torch.Generator().manual_seed(seed)
+    LONGEST = 700
+    """Tokens that a schedule has at most: 24 calls of 27."""
+
+    def __init__(self, batch: int, width: int, dtype: torch.dtype, seed: int, alternating: float | None = None) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        x, embeddings = torch.randn((2, batch, self.LONGEST, width), generator=generator, dtype=torch.float64)
+        if alternating is not None:
+            x, embeddings = alternated(x, embeddings, alternating).values()
+        self.x, self.embeddings, self.heard = x.to(dtype), embeddings.to(dtype), 0
 
     def next(self, length: int) -> tuple[Tensor, Tensor]:
-        batch, width = self.shape
-        drawn = torch.randn((2, batch, length, width), generator=self.generator, dtype=torch.float64)
-        return drawn[0].to(self.dtype), drawn[1].to(self.dtype)
+        begin, self.heard = self.heard, self.heard + length
+        return self.x[:, begin : self.heard].contiguous(), self.embeddings[:, begin : self.heard].contiguous()
 
 
 class Rows:
@@ -63,7 +68,7 @@ def check_schedule(case: Schedule) -> None:
     """Raises AssertionError at the first event whose outputs are not the definition's, or for the final memory."""
     layer, batch, dtype = case.layer, case.batch, case.torch_dtype
     block, rows = layer.block(dtype), Rows(layer, batch, dtype)
-    state, tokens = block.allocate_state(batch), Tokens(batch, layer.width, dtype, case.seed)
+    state, tokens = block.allocate_state(batch), Tokens(batch, layer.width, dtype, case.seed, case.alternating)
     compiled = False  # a restored stream goes on in the form it was in
     for index, event in enumerate(case.events):
         match event:

@@ -96,16 +96,33 @@ def configurations(draw: DrawFn) -> Configuration:
 
 
 @st.composite
+def cancelling_layers(draw: DrawFn) -> Layer:
+    """gating_mlp with an even chunk and a clip that is smaller than what alternating targets leave."""
+    options = {"variant": "gating_mlp", "chunk": 2 * draw(st.integers(1, 16)), "conv_kernel": 1}
+    options["clip"] = draw(st.sampled_from([1e-6, 1e-3]))
+    return Layer(options=options, width=draw(st.integers(2, 9)), hidden=draw(st.integers(2, 9)), seed=draw(SEEDS))
+
+
+NOISES = st.sampled_from([1e-2, 1e-4])
+
+
+@st.composite
 def cancelling_configurations(draw: DrawFn) -> Configuration:
-    """gating_mlp with clip, nearly equal keys and alternating targets: the norm of a small difference of large sums."""
-    chunk = draw(st.integers(2, 16))
-    options = {"variant": "gating_mlp", "chunk": chunk, "conv_kernel": 1, "clip": draw(st.sampled_from([1.0, 1e-3]))}
-    layer = Layer(options=options, width=draw(SIZES), hidden=draw(SIZES), seed=draw(SEEDS))
-    alternating = draw(st.sampled_from([1e-2, 1e-4, 1e-6, 0.0]))
-    length = chunk + draw(st.integers(1, 3))
+    """Nearly equal keys and alternating targets: the norm of a small difference of large sums."""
+    layer, alternating = draw(cancelling_layers()), draw(NOISES)
+    length = layer.option["chunk"] + draw(st.integers(1, 3))
     return Configuration(
         layer=layer, learns=(True,), length=length, changed=1, alternating=alternating, seed=draw(SEEDS)
     )
+
+
+@st.composite
+def cancelling_schedules(draw: DrawFn) -> Schedule:
+    """The same in a stream, by the compiled step or not."""
+    layer, alternating = draw(cancelling_layers()), draw(NOISES)
+    begin = (CompileStep(),) if draw(BOOLS) else ()
+    steps = (Call(1),) * (layer.option["chunk"] + 1)
+    return Schedule(layer=layer, batch=1, events=(*begin, *steps), alternating=alternating, seed=draw(SEEDS))
 
 
 @st.composite

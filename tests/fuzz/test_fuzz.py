@@ -8,6 +8,7 @@ from tests.fuzz.cases import Configuration, Layer
 from tests.fuzz.rerun import command, run
 from tests.fuzz.strategies import (
     cancelling_configurations,
+    cancelling_schedules,
     configurations,
     host_schedules,
     schedules,
@@ -50,5 +51,12 @@ def test_spoiled_tokens(case):
 @settings(max_examples=DRAWN // 5)
 @given(case=cancelling_configurations())
 def test_cancelling_updates(case):
+    note(command(case))
+    run(case)
+
+
+@settings(max_examples=DRAWN // 5)
+@given(case=cancelling_schedules())
+def test_cancelling_updates_in_a_stream(case):
     note(command(case))
     run(case)
