@@ -59,10 +59,13 @@ class ToyModel(nn.Module):
         self.dim, self.num_heads = dim, num_heads
         self.layers = nn.ModuleList(ToyLayer(dim, dtype, device) for _ in range(num_layers))
         self.carried: CarriedState | None = None
+        self.reset: Tensor | None = None
+        """``[B]`` bool, rows that the next forward pass starts anew: their document changed."""
         self.updates: bool | Tensor = True
 
     def forward(self, x: Tensor) -> Tensor:
-        context = BlockContext(input_embeddings=x, updates=self.updates)
+        context = BlockContext(input_embeddings=x, updates=self.updates, reset=self.reset)
+        self.reset = None
         for index, layer in enumerate(self.layers):
             sequence, feed_forward = (Site(index, kind) for kind in SiteKind)
             if hasattr(layer, sequence.kind):
@@ -167,10 +170,12 @@ class ToyHost(HostModel):
     ) -> Iterator[CarriedState]:
         model = self._checked(model)
         model.carried = CarriedState(dict(state.blocks) if state else {}, document_ids)
+        if state is not None and state.document_ids is not None and document_ids is not None:
+            model.reset = document_ids != state.document_ids
         try:
             yield model.carried
         finally:
-            model.carried = None
+            model.carried = model.reset = None
 
     @contextmanager
     def updates(self, model: nn.Module, enabled: bool | Tensor) -> Iterator[None]:
