@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from moshi_ttt.core.config_parsing import parse_block
+from moshi_ttt.core.device_log import DeviceLog
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.testing import Shape, default_cases
@@ -69,40 +67,15 @@ def test_nothing_changes_bit_for_bit(variant, options, dtype, chunks):
                 assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of the tensors that operations made and that still are: now, and at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in self._known:
-                    self._known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._gone(key, size))
-                    self.now += size
-                    self.peak = max(self.peak, self.now)
-        return out
-
-    def _gone(self, key, size):
-        del self._known[key]
-        self.now -= size
-
-
 def bytes_of(case, length, start=None, want_state=False):
     """Kept for the backward pass with the output, and the most that the backward pass holds."""
     block, x = case.block(), case.inputs(length).requires_grad_()
-    with Alive() as alive:
+    with DeviceLog("cpu") as log:
         y = case.call(block, x, start, want_state=want_state)[0]
-        kept = alive.now
-        alive.peak = alive.now
+        kept = log.bytes
+        log.peak = log.bytes
         y.sum().backward()
-    return kept, alive.peak
+    return kept, log.peak
 
 
 @pytest.mark.parametrize("carried", [False, True])
@@ -150,9 +123,9 @@ def test_inside_another_checkpoint_the_groups_keep_nothing(carried):
         if carried:
             with torch.no_grad():
                 start = case.call(block, case.inputs(6, seed=3))[1]
-        with Alive() as alive:
+        with DeviceLog("cpu") as log:
             y = checkpoint(lambda x: case.call(block, x, start, want_state=False)[0], x, use_reentrant=False)  # noqa: B023
-            kept.append(alive.now)
+            kept.append(log.bytes)
         y.sum().backward()
     assert kept[1] <= 1.05 * kept[0]
 
