@@ -210,6 +210,11 @@ def test_the_clip_is_right_where_the_tokens_updates_all_but_cancel(dtype, bound,
     for name, state in {"call": called, "carried": carried, "stream": streamed}.items():
         norm = block.accumulated_update(state).double().norm() / 1e-4
         assert abs(norm - 1) < bound, f"{name}: {norm}"
+        # The scale itself, for exactly the keys and values that it multiplies.
+        finished = block.memory._finished(state)
+        values = finished.values[0].double() @ block.projection.double()
+        scaled = state["scale"][0].double() * (values.T @ finished.keys[0].double()).norm() / 1e-4
+        assert abs(scaled - 1) < 1e-5, f"{name}: {scaled}"
 
 
 def test_what_a_stream_reads_beyond_its_tokens_is_never_used(compiled):
