@@ -121,3 +121,20 @@ def _check_fits(target: Mapping[str, Tensor], source: Mapping[str, Tensor], rows
 def num_bytes(state: Mapping[str, Tensor]) -> int:
     """Bytes that the state occupies when every row has storage of its own."""
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def outlives_modes(like: Tensor) -> bool:
+    """Whether constants that are made for ``like`` now can be kept for later calls.
+
+    Not those made on fake tensors (FakeTensorMode, also around a tensor with values), under another tensor subclass, or
+    inside a transform of ``torch.func``: each is a tensor of that mode or level, and computes nothing after it.
+    """
+    if torch.compiler.is_dynamo_compiling():  # what it traces leaves real tensors behind
+        return True
+    made = (like, like.new_empty(0), torch.empty(0, device=like.device))
+    return all(type(tensor) is Tensor and not _is_wrapped(tensor) for tensor in made)
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    # Such a tensor says that its type is Tensor.
+    return torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -11,23 +11,28 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moshi_ttt.core import state as states
 from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.core.testing.case import BlockCase, assert_close, assert_equal
 
 
 def check_other_modes(case: BlockCase) -> None:
-    """A block that was run on fake tensors, or in inference mode, then computes what a fresh one does.
+    """A block that was run on fake tensors, under their mode on tensors with values, or in inference mode, then
+    computes what a fresh one does.
 
     Whatever it keeps between calls is not of that mode.
     """
     x = case.inputs(2 * case.chunk + 1)
     used, fresh, causal = case.block(), case.block(), case.causal
+    valued = states.clone(used.init_state(len(x)))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         case.call(used, case.inputs(x.shape[1]))
+        case.call(used, x)
         if causal:
             state = used.allocate_state(len(x))
             case.step(used, case.inputs(1), state)
+            case.step(used, x[:, :1], valued)
     with torch.inference_mode():
         case.call(used, x)
         if causal:

@@ -22,7 +22,7 @@ from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
-from moshi_ttt.core.state import BlockState
+from moshi_ttt.core.state import BlockState, outlives_modes
 from moshi_ttt.plugins.common import inner_curves
 from moshi_ttt.plugins.common.finite import below, check_state_dtype, finite_tokens
 from moshi_ttt.plugins.gating_mlp import ops
@@ -259,13 +259,14 @@ class GatingMLP(SequenceBlock):
 
     def _stepper_for(self, state: BlockState) -> Stepper | CompiledStepper:
         like = state["delta"]
-        if type(like) is not Tensor:  # a tensor of another mode (FakeTensorMode): its constants would be of it too
-            return self._make_stepper(self.memory, like)
         key = (like.shape[0], like.dtype, like.device)
-        if key not in self._steppers:
-            with torch.inference_mode(False):
-                self._steppers[key] = self._make_stepper(self.memory, like)
-        return self._steppers[key]
+        if type(like) is Tensor and key in self._steppers:
+            return self._steppers[key]
+        with torch.inference_mode(False):
+            stepper = self._make_stepper(self.memory, like)
+        if outlives_modes(like):
+            self._steppers[key] = stepper
+        return stepper
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own constants: these may be compiled code, and belong to this process.

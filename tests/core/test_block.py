@@ -7,7 +7,7 @@ import torch
 
 from moshi_ttt.core import state as states
 from moshi_ttt.core.block import BlockContext, Site, SiteKind
-from moshi_ttt.core.errors import ContextError, PrecisionError
+from moshi_ttt.core.errors import ConfigError, ContextError, PrecisionError
 from moshi_ttt.core.precision import UNIFORM
 from tests.core.toy import DIM, NeedsEmbeddings, ToyBlock, toy_block
 
@@ -284,3 +284,11 @@ def test_a_compiled_step_refuses_a_gradient_too(backend, dynamo):
         y.sum().backward()
     with torch.no_grad():
         assert torch.equal(step(x, made.allocate_state(3)), y)
+
+
+def test_a_parameter_without_a_dimension_cannot_be_sharded():
+    block = toy_block()
+    block.check_shardable()
+    block.extra = torch.nn.Parameter(torch.zeros(()))
+    with pytest.raises(ConfigError, match=r"layers\.\d+\.\w+: extra has no dimension.*Give it the shape \[1\]"):
+        block.check_shardable()

@@ -182,3 +182,21 @@ def test_a_row_that_does_not_fit_is_refused_whole(row, message):
     with pytest.raises(ValueError, match=message):
         states.write_rows_(target, row, torch.tensor([True, True, True]))
     assert target["a"].min() == 1
+
+
+def test_constants_that_are_made_in_a_mode_are_not_kept():
+    plain, seen = torch.zeros(2), []
+
+    def look(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(states.outlives_modes(tensor))
+        return tensor
+
+    assert states.outlives_modes(plain)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        look(plain)
+        look(torch.zeros(2))
+    look(torch.nn.Parameter(plain))
+    torch.func.vmap(look)(plain)
+    torch.func.functionalize(look)(plain)
+    torch.func.jvp(look, (plain,), (plain,))
+    assert seen == [False] * 6

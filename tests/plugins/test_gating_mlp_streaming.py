@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.plugins.gating import DIM, build, draw
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
 from moshi_ttt.core.errors import ConfigError, ContextError
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.precision import UNIFORM
+from moshi_ttt.core.state import clone
 from moshi_ttt.core.testing import error
 from moshi_ttt.core.testing.toy_host import ToyMLP
 from moshi_ttt.plugins.gating_mlp import ops, reference
@@ -208,6 +210,11 @@ def test_the_clip_is_right_where_the_tokens_updates_all_but_cancel(dtype, bound,
     for name, state in {"call": called, "carried": carried, "stream": streamed}.items():
         norm = block.accumulated_update(state).double().norm() / 1e-4
         assert abs(norm - 1) < bound, f"{name}: {norm}"
+        # The scale itself, for exactly the keys and values that it multiplies.
+        finished = block.memory._finished(state)
+        values = finished.values[0].double() @ block.projection.double()
+        scaled = state["scale"][0].double() * (values.T @ finished.keys[0].double()).norm() / 1e-4
+        assert abs(scaled - 1) < 1e-5, f"{name}: {scaled}"
 
 
 def test_what_a_stream_reads_beyond_its_tokens_is_never_used(compiled):
@@ -250,3 +257,36 @@ def test_a_float16_state_is_refused():
     )  # fmt: skip
     with pytest.raises(ConfigError, match="Use a policy whose state is float32"):
         GatingMLP(GatingMLPConfig(), info, UNIFORM.roles(torch.float16))
+
+
+def under_fake_tensors(block, x):
+    """A state with values, which ``allocate_state`` did not make."""
+    state = clone(block.init_state(len(x)))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        block.step(x, state, BlockContext(input_embeddings=x))
+
+
+def functionalized(block, x):
+    torch.func.functionalize(lambda x, state: block.step(x, state, BlockContext(input_embeddings=x)))(
+        x, clone(block.init_state(len(x)))
+    )
+
+
+def batched(block, x):
+    states = {name: torch.stack([tensor] * 3) for name, tensor in block.init_state(len(x)).items()}
+    torch.func.vmap(lambda x, state: block.step(x, state, BlockContext(input_embeddings=x)))(
+        torch.stack([x] * 3), states
+    )
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("surroundings", [under_fake_tensors, functionalized, batched])
+def test_what_a_step_keeps_is_of_no_mode(surroundings):
+    """Constants that were made in a mode left the position of every later stream at zero, or raised."""
+    used, fresh, x = build(clip=1.0), build(clip=1.0), draw(2, 9, DIM)
+    with torch.no_grad():
+        surroundings(used, x[:, :1])
+    (y, state), (expected, wanted) = stream(used, x, x), stream(fresh, x, x)
+    assert state["position"].tolist() == [1, 1]
+    assert torch.equal(y, expected)
+    assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())

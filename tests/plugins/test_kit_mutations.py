@@ -163,6 +163,20 @@ class KeepsFakeTensor(TTTLinear):
         return y + self.constant, after
 
 
+class KeepsFakeTensorForValues(TTTLinear):
+    """A constant of a step is kept where the state has values, though it is made under the mode of fake tensors."""
+
+    constant: torch.Tensor | None = None
+
+    def step(self, x, state, context=None):
+        constant = self.constant
+        if constant is None:
+            constant = torch.zeros(x.shape[-1], dtype=x.dtype)
+            if type(next(iter(state.values()))) is torch.Tensor:
+                self.constant = constant
+        return super().step(x, state, context) + constant
+
+
 class KeepsFunction(TTTLinear):
     """A function that was made inside another is kept, which no pickle can hold."""
 
@@ -505,6 +519,7 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     PicksRowsByMask: {kit.check_device},
     ReadsInBackward: {kit.check_device},
     KeepsFakeTensor: {kit.check_other_modes},
+    KeepsFakeTensorForValues: {kit.check_other_modes},
     KeepsFunction: {kit.check_copies},
     ViewsParameter: {kit.check_parameter_layouts},
     ScalarParameter: {kit.check_parameter_dimensions},
@@ -539,6 +554,7 @@ RAISED: dict[type[TTTLinear], type[Exception] | tuple[type[Exception], ...]] = {
     ReadsUpdatesOnHost: DataDependentOutputException,
     DetachedGate: GradcheckError,
     KeepsFakeTensor: DataDependentOutputException,
+    KeepsFakeTensorForValues: DataDependentOutputException,
     KeepsFunction: (AttributeError, pickle.PicklingError),
     ViewsParameter: RuntimeError,
     RemembersOnlyTheLastInput: RuntimeError,
