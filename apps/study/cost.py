@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
 
@@ -30,19 +29,19 @@ class Cost:
 
 @torch.no_grad()
 def measure(subjects: Sequence[Subject], *, rounds: int = ROUNDS, frames: int = FRAMES) -> dict[str, Cost]:
-    """One stream of each, ``rounds`` times ``frames`` frames each by turns; the first round is not counted.
+    """A new stream of each by turns, ``rounds`` times ``frames`` frames; the first round is not counted.
 
-    The base model comes first in ``subjects``.
+    The base model comes first in ``subjects``. They may share one: each is in it while it streams.
     """
     base = subjects[0].model
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, base.card, (1, 1 + base.n_q, frames), generator=generator)
     seconds: dict[str, list[float]] = {subject.name: [] for subject in subjects}
-    with ExitStack() as stack:
+    state_bytes: dict[str, int] = {}
+    for _ in range(rounds + 1):
         for subject in subjects:
-            stack.enter_context(subject.model.streaming(1))
-        for _ in range(rounds + 1):
-            for subject in subjects:
+            with subject.present(), subject.model.streaming(1):
+                state_bytes[subject.name] = _state_bytes(subject)
                 for frame in range(frames):
                     began = time.perf_counter()
                     subject.model.forward_text(codes[:, :, frame : frame + 1])
@@ -50,7 +49,7 @@ def measure(subjects: Sequence[Subject], *, rounds: int = ROUNDS, frames: int = 
     typical = {name: median(times[frames:]) for name, times in seconds.items()}
     own = typical[subjects[0].name]
     return {
-        subject.name: Cost(step_ratio=typical[subject.name] / own, state_bytes=_state_bytes(subject))
+        subject.name: Cost(step_ratio=typical[subject.name] / own, state_bytes=state_bytes[subject.name])
         for subject in subjects
     }
 

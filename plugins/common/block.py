@@ -158,7 +158,7 @@ class HybridBlock(SequenceBlock):
         largest = largest_factor(roles.state) ** (1 / (len(widths) - 1))
         if config.base_lr / head_dim > largest:
             raise ConfigError(
-                f"{info.site}: base_lr {config.base_lr:g} gives a token the rate {config.base_lr / head_dim:g}, and "
+                f"base_lr {config.base_lr:g} gives a token the rate {config.base_lr / head_dim:g}, and "
                 f"updates of {len(widths) - 1} layers in {roles.state} stay finite up to {largest:.3g}. Lower base_lr."
             )
         self.options = HybridOptions(

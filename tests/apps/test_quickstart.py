@@ -260,7 +260,7 @@ def test_bad_options_are_refused(cli, tmp_path, section, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_infinite_learning_rate_is_diagnosed(cli, tmp_path):
+def test_an_inner_learning_rate_that_overflows_is_refused(cli, tmp_path):
     (tmp_path / "mine.yaml").write_text(
         "host: {name: moshi, hf_repo: 'builtin:tiny', dtype: float32}\n"
         "ttt: [{variant: ttt_linear, layers: '1', base_lr: 1.0e+38}]\n"
@@ -268,6 +268,6 @@ def test_an_infinite_learning_rate_is_diagnosed(cli, tmp_path):
     )
     result = cli("quickstart", "--config", "mine.yaml", "--out", "run")
     assert result.exit_code == 2
-    assert "Training stopped at step" in result.said
-    assert "base_lr" in result.said
+    assert "base_lr 1e+38 gives a token the rate" in result.said
+    assert "Lower base_lr." in result.said
     assert not (tmp_path / "run").exists()
