@@ -127,7 +127,10 @@ def test_inside_another_checkpoint_the_groups_keep_nothing(carried):
             y = checkpoint(lambda x: case.call(block, x, start, want_state=False)[0], x, use_reentrant=False)  # noqa: B023
             kept.append(log.bytes)
         y.sum().backward()
-    assert kept[1] <= 1.05 * kept[0]
+    rows, tokens, width = 2, 48, 32
+    assert kept[0] >= 4 * rows * tokens * width
+    # Masks and counters, less than 32 bytes a token where one activation has 128.
+    assert kept[1] - kept[0] < 32 * rows * tokens
 
 
 def test_without_gradients_there_is_nothing_to_keep_and_nothing_is_wrapped(monkeypatch):
