@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from moshi_ttt.core import state as states
+from moshi_ttt.core.call_checks import check_call, check_dtypes, check_prefix, check_state
 from moshi_ttt.core.config import BlockConfig, Length
 from moshi_ttt.core.derivatives import once_differentiable
-from moshi_ttt.core.errors import ConfigError, ContextError, PrecisionError
+from moshi_ttt.core.errors import ConfigError, PrecisionError
 from moshi_ttt.core.format import FormatAdapter
 from moshi_ttt.core.gradients import streams
 from moshi_ttt.core.precision import DtypeRoles, check_products, check_role
@@ -248,7 +249,7 @@ class SequenceBlock(nn.Module, ABC):
         self._check_call(tokens, state, context)
         coordinates, prefix = self.info.format.coordinates(x), self.info.format.prefix(x)
         if coordinates is not None or prefix:
-            self._check_prefix(prefix, tokens.shape[1])
+            check_prefix(self, prefix, tokens.shape[1])
             context = replace(context, coordinates=coordinates, prefix=prefix or context.prefix)
         with self._without_autocast(tokens):
             if state is None and (context.exec_mask is not None or context.reset is not None):
@@ -258,7 +259,7 @@ class SequenceBlock(nn.Module, ABC):
             if state is not None:
                 state = states.contiguous(state)
             y, after = self.compute(tokens, state, context)
-        self._check_state(after)
+        check_state(self, after)
         if context.exec_mask is not None and state is not None and after:
             after = states.where_rows(context.exec_mask, after, state)
         if context.want_state and not tokens.is_meta and not torch.compiler.is_compiling():
@@ -480,86 +481,14 @@ class SequenceBlock(nn.Module, ABC):
         return not tokens.is_meta and torch.is_autocast_enabled(tokens.device.type)
 
     def _check_call(self, tokens: Tensor, state: BlockState | None, context: BlockContext) -> None:
-        shape = tokens.shape
-        if self.needs_input_embeddings:
-            given = context.input_embeddings
-            if given is None:
-                raise ContextError(
-                    f"The block at {self.info.site} needs the input embeddings of the same tokens, and the context has "
-                    "none. Call it through its host, or pass BlockContext(input_embeddings=...)."
-                )
-            if given.shape != shape:
-                raise ContextError(
-                    f"The block at {self.info.site} got tokens of shape {tuple(shape)} and input embeddings of shape "
-                    f"{tuple(given.shape)}. Give the embeddings of the same tokens."
-                )
-        if 0 in shape:
-            raise ContextError(f"The block at {self.info.site} got no tokens: shape {tuple(shape)}.")
-        if shape[-1] != self.info.dim:
-            raise ContextError(f"The block at {self.info.site} is for width {self.info.dim}, got shape {tuple(shape)}.")
-        if context.exec_mask is not None:
-            self._check_mask("exec_mask", context.exec_mask, shape[0])
-        if context.reset is not None:
-            self._check_mask("reset", context.reset, shape[0])
-        if isinstance(context.updates, Tensor):
-            self._check_mask("updates", context.updates, shape[0])
-        self._check_prefix(context.prefix, shape[1])
-        if context.prefix and self.causal:
-            raise ContextError(
-                f"The block at {self.info.site} is causal and got a prefix of {context.prefix} tokens: it has no "
-                "reversed pass that could leave them in place. Leave prefix out, or set bidirectional: true where the "
-                "host allows it."
-            )
+        check_call(self, tokens, state, context)
+        check_dtypes(self, tokens)
         if state is not None:
-            if not self.causal:
-                raise ContextError(
-                    f"The block at {self.info.site} is not causal: it has no state to continue from. Pass state=None."
-                )
-            if states.rows(state) != shape[0]:
-                raise ContextError(
-                    f"The block at {self.info.site} got {shape[0]} rows and a state of {states.rows(state)}. "
-                    "Every stream needs a row of its own."
-                )
-        self._check_roles(tokens, state)
-
-    def _check_roles(self, tokens: Tensor, state: BlockState | None) -> None:
-        """PrecisionError where a tensor of this call does not have its role's dtype, or products not their precision.
-
-        At every call: each may change between two of them, and the answer must not depend on what ran before.
-        """
-        roles = self.roles
-        check_products(roles, tokens.device.type, f"call, {self.info.site}")
-        if tokens.dtype is not roles.param:
-            activations = [("the host's activations", tokens)]
-            check_role("param", roles.param, activations, roles.policy, f"call, {self.info.site}")
-        if not _all_have(roles.master, self):
-            self.check_precision("call")
-        if state is not None:
-            self._check_state(state)
+            check_state(self, state)
         elif not self._start_checked:
             # What init_state gives is decided by the parameters' dtypes, which are checked, and by what `_apply` casts.
-            self._check_state(self.init_state(1))
+            check_state(self, self.init_state(1))
             self._start_checked = True
-
-    def _check_state(self, state: BlockState) -> None:
-        expected = self.roles.state
-        for tensor in state.values():
-            if tensor.dtype is not expected and tensor.is_floating_point():
-                check_role("state", expected, state.items(), self.roles.policy, f"call, {self.info.site}")
-
-    def _check_prefix(self, prefix: object, length: int) -> None:
-        if not isinstance(prefix, int) or isinstance(prefix, bool) or not 0 <= prefix <= length:
-            raise ContextError(
-                f"The block at {self.info.site} got {length} tokens and a prefix of {prefix!r}. Give a whole number of "
-                f"tokens from 0 to {length}, the same for every row."
-            )
-
-    def _check_mask(self, name: str, mask: Tensor, rows: int) -> None:
-        if mask.dtype != torch.bool or mask.dim() != 1 or len(mask) != rows:
-            raise ContextError(
-                f"The block at {self.info.site} got {rows} rows and {name} of shape {tuple(mask.shape)} and dtype "
-                f"{mask.dtype}. Give one bool per row."
-            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SequenceBlock:
         # `.to(bfloat16)` on a whole model must not round fast weights and gates: a block's dtypes are its policy's.
@@ -576,14 +505,6 @@ def _row_norms(tensor: Tensor) -> Tensor:
     """``[B]`` float64: the norm of each row of ``tensor [B, ...]``, summed in float64 without a copy in it."""
     norms: Tensor = torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=torch.float64)
     return norms
-
-
-def _all_have(dtype: torch.dtype, module: nn.Module) -> bool:
-    """Whether every floating-point parameter has the dtype; five times as fast as ``named_parameters``."""
-    for parameter in module._parameters.values():
-        if parameter is not None and parameter.dtype is not dtype and parameter.is_floating_point():
-            return False
-    return all(_all_have(dtype, child) for child in module._modules.values() if child is not None)
 
 
 BlockFactory = Callable[[Any, SiteInfo, DtypeRoles], SequenceBlock]

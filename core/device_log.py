@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -62,14 +63,20 @@ class DeviceLog(TorchDispatchMode):
             self._look(func, given)
             self.launches[str(func)] += 1
         # A view, or an argument that was written to, may be of a tensor that was there before.
-        there = {leaf.untyped_storage()._cdata for leaf in given if leaf.device.type == self.device}
+        there = {leaf.untyped_storage()._cdata for leaf in given if self._has_storage(leaf)}
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.device.type == self.device:
+            if not isinstance(leaf, Tensor):
+                continue
+            if self._has_storage(leaf):
                 if leaf.untyped_storage()._cdata not in there:
                     self._count(leaf.untyped_storage())
-            elif isinstance(leaf, Tensor) and leaf.dim() > 0 and func not in WITHOUT_KERNEL:
+            elif leaf.device.type != self.device and leaf.dim() > 0 and func not in WITHOUT_KERNEL:
                 self.problems.append(f"{func} makes a tensor of shape {tuple(leaf.shape)} on the CPU.")
         return out
+
+    def _has_storage(self, tensor: Tensor) -> bool:
+        """Whether it is of the device, and more than a name for its parts, as a sharded one is."""
+        return tensor.device.type == self.device and not isinstance(tensor, DTensor)
 
     def _look(self, func: Any, given: list[Tensor]) -> None:
         if func in WAITING:

@@ -20,7 +20,7 @@ class GatingMLPConfig(BlockConfig):
         conv_kernel: taps of the depthwise filter over time, inside the chunk only.
         padding: ``centered`` lets the filter look ahead inside its own chunk (an even kernel looks one less back than
             ahead), ``causal`` does not.
-        decay: share of the accumulated update that is forgotten at each chunk's end.
+        decay: share of the accumulated update that is forgotten at each chunk's end, also while updates are disabled.
         clip: largest Frobenius norm of one chunk's update, or None.
         train_w_down: also train the down projection itself, as a change that is added to the host's.
     """

@@ -5,50 +5,20 @@ from __future__ import annotations
 import json
 import os
 import sys
-import weakref
 from pathlib import Path
 
 os.environ.setdefault("NO_TORCH_COMPILE", "1")
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.core.adapter import collect_adapter, load_adapter
+from moshi_ttt.core.device_log import DeviceLog
 from moshi_ttt.core.errors import AdapterError
 from moshi_ttt.core.precision import FP32_STATE
 from moshi_ttt.hosts.moshi.fsdp import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
-
-
-class Allocated(TorchDispatchMode):
-    """The most bytes that the tensors made inside hold at a time, each storage once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if type(t) is torch.Tensor}
-        for tensor in tree_leaves(out):
-            if type(tensor) is torch.Tensor and tensor.untyped_storage()._cdata not in known | self._alive:
-                self._add(tensor.untyped_storage())
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._alive.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self.now -= size
 
 
 def main(out: Path) -> None:
@@ -66,7 +36,7 @@ def main(out: Path) -> None:
         "largest": max(tensor.nbytes for tensor in tensors.values()),
     }
     for name, keep in (("all", True), ("one", rank == 0)):
-        with Allocated() as allocated:
+        with DeviceLog("cpu") as allocated:
             contents = collect_adapter(injection, keep=keep)
             found[name] = {"peak": allocated.peak, "kept": sum(tensor.nbytes for tensor in contents.tensors.values())}
         if keep:
