@@ -59,7 +59,8 @@ class DeviceLog(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if func.namespace in ("aten", "prims") and not _is_view(func) and func not in WITHOUT_KERNEL:
+        makes = not _is_view(func) and func not in WITHOUT_KERNEL
+        if makes and func.namespace in ("aten", "prims"):
             self._look(func, given)
             self.launches[str(func)] += 1
         # A view, or an argument that was written to, may be of a tensor that was there before.
@@ -70,7 +71,7 @@ class DeviceLog(TorchDispatchMode):
             if self._has_storage(leaf):
                 if leaf.untyped_storage()._cdata not in there:
                     self._count(leaf.untyped_storage())
-            elif leaf.device.type != self.device and leaf.dim() > 0 and func not in WITHOUT_KERNEL:
+            elif makes and leaf.device.type != self.device and leaf.dim() > 0:
                 self.problems.append(f"{func} makes a tensor of shape {tuple(leaf.shape)} on the CPU.")
         return out
 
