@@ -35,10 +35,17 @@ test_gating_mlp_compiled = conformance_tests(
     {"chunk": 5, "lr": 0.1, "conv_kernel": 4, "target": "hidden_states", "learned_lr": True, "decay": 0.1, "clip": 0.5},
     compiled_step=True,
 )
+test_ttt_ridge = conformance_tests(
+    "ttt_ridge",
+    {"chunk": 4},
+    {"chunk": 5, "heads": 2, "features": "relu2", "key_width": 20, "novelty": True, "checkpoint_chunks": 2},
+    {"chunk": "0.24s", "heads": 2, "decay": 0.2, "variance_gate": True, "value": "hidden", "conv_kernel": 2},
+    {"chunk": 4, "success_gate": False, "gate": {"alpha": "fixed", "init": 0.3}},
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp", "ttt_multilayer", "gating_mlp"])
+@pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp", "ttt_multilayer", "ttt_ridge", "gating_mlp"])
 def test_thirty_thousand_steps(variant):
     for case in default_cases(variant, [{"chunk": 16}]):
         check_long_stream(case, steps=30_000)
