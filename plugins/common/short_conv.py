@@ -1,8 +1,15 @@
-"""A short causal convolution over time, a filter for each channel, for calls and streams.
+"""A short causal convolution over time, a filter of its own for each channel, and its cache.
 
-    y_t = sum over j of taps[j] * z_(t - j),    j = 0 .. K - 1
+    out_t = sum over j < K of taps[:, j] * z_(t-j)
 
-What was before the first token is zero. A stream keeps the last K - 1 tokens: a cache to compute with, not memory.
+With one at lag 1 a key is that of the token before: what the memory stores beside a key is what came after it.
+
+The cache is the last K - 1 tokens, oldest first, and zero at a stream's start. It is state and not memory: it holds
+what was heard, whether or not test-time updates are enabled, so a block leaves it out of ``memory_names``. Products are
+added tap by tap, lag 0 first, whatever the number of tokens: any cut of a sequence gives the same bits.
+
+A token that is not finite, or too large (``finite.largest_factor``), counts as zero, in the call and in the cache: later
+tokens are what they would be had it been zero.
 
 Shape legend: B streams, T tokens, D channels, K taps.
 """
@@ -11,29 +18,70 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from moshi_ttt.core.state import row_mask
+from moshi_ttt.plugins.common.finite import below, largest_factor
 
 
-def initial_cache(batch: int, channels: int, taps: int, like: Tensor) -> Tensor:
-    """``[B, K - 1, D]`` of zeros, oldest token first, in the dtype and on the device of ``like``."""
-    return like.new_zeros(1, taps - 1, channels).expand(batch, -1, -1)
+def one_at_lag(channels: int, kernel: int, lag: int) -> Tensor:
+    """Taps ``[D, K]`` float32 that give the token ``lag`` tokens before. Raises ValueError where no tap reaches it."""
+    if not 0 <= lag < kernel:
+        raise ValueError(f"{kernel} taps reach lags 0 to {kernel - 1}, not {lag}. Give {lag + 1} taps or more.")
+    taps = torch.zeros(channels, kernel)
+    taps[:, lag] = 1
+    return taps
 
 
-def with_cache(z: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
-    """``z [B, T, D]`` after the tokens of ``cache [B, K - 1, D]``, ``[B, K - 1 + T, D]``, and the cache after them."""
-    padded = torch.cat([cache.to(z.dtype), z], dim=1)
-    return padded, padded[:, z.shape[1] :].to(cache.dtype)
+def empty_cache(batch: int, channels: int, kernel: int, device: torch.device | None, dtype: torch.dtype) -> Tensor:
+    """``[B, K - 1, D]`` of zeros: the cache at a stream's start."""
+    return torch.zeros(batch, kernel - 1, channels, device=device, dtype=dtype)
 
 
-def convolve(padded: Tensor, taps: Tensor) -> Tensor:
-    """``[B, T, D]`` from ``padded [B, K - 1 + T, D]``, as ``with_cache`` gives it, and ``taps [D, K]``, lag j at j."""
-    kernel = taps.shape[1]
-    if padded.shape[1] == kernel:  # one token: a product instead of a convolution
-        return (padded * taps.flip(1).mT).sum(1, keepdim=True)
-    # [B, K - 1 + T, D] -> [B, D, K - 1 + T]; a convolution in torch's sense has its oldest tap first
-    return F.conv1d(padded.mT, taps.flip(1)[:, None], groups=taps.shape[0]).mT
+def convolve(z: Tensor, taps: Tensor, cache: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The convolution of a whole call; writes into none of its arguments.
+
+    Args:
+        z: ``[B, T, D]``.
+        taps: ``[D, K]``, lag 0 first; computed with in the dtype of ``z``.
+        cache: ``[B, K - 1, D]``, from the call before, or ``empty_cache``.
+        kept: ``[B, T]`` bool; a token where it is false counts as zero, as one that is not finite does.
+
+    Returns:
+        ``[B, T, D]`` in the dtype of ``z``, and the cache after the last token, in the dtype of ``cache``.
+    """
+    window = torch.cat([cache.to(z.dtype), _sane(z, kept)], dim=1)  # [B, K - 1 + T, D]
+    after = window[:, window.shape[1] - cache.shape[1] :].to(cache.dtype)
+    return _filtered(window, taps, z.shape[1]), after
 
 
-def keep(cache: Tensor, after: Tensor, rows: Tensor | None) -> None:
-    """Write the cache after a step into ``cache``, in place, in rows where ``rows [B]`` is true (None: in all)."""
-    cache.copy_(after if rows is None else torch.where(rows[:, None, None], after, cache))
+@torch.no_grad()
+def convolve_step(
+    z: Tensor, taps: Tensor, cache: Tensor, exec_mask: Tensor | None = None, kept: Tensor | None = None
+) -> Tensor:
+    """The convolution of one token ``z [B, 1, D]``; ``cache`` is updated in place and no value is read on the host.
+
+    Rows where ``exec_mask [B]`` is false keep their cache bit for bit. Otherwise as ``convolve``, bit for bit.
+    """
+    window = torch.cat([cache.to(z.dtype), _sane(z, kept)], dim=1)  # [B, K, D]
+    following = window[:, 1:].to(cache.dtype)
+    if exec_mask is not None:
+        following = torch.where(row_mask(exec_mask, cache), following, cache)
+    cache.copy_(following)
+    return _filtered(window, taps, 1)
+
+
+def _sane(z: Tensor, kept: Tensor | None) -> Tensor:
+    with torch.no_grad():
+        sane = below(z, largest_factor(z.dtype))
+        sane = sane if kept is None else sane & kept
+    return torch.where(sane[..., None], z, 0)
+
+
+def _filtered(window: Tensor, taps: Tensor, length: int) -> Tensor:
+    """The last ``length`` outputs, of ``window [B, K - 1 + length, D]``."""
+    taps = taps.to(window.dtype)
+    newest = taps.shape[1] - 1
+    total = window[:, newest:] * taps[:, 0]
+    for lag in range(1, taps.shape[1]):
+        total = total + window[:, newest - lag : newest - lag + length] * taps[:, lag]
+    return total

@@ -94,8 +94,8 @@ class TTTRidge(SequenceBlock):
                 value = torch.randn(parameter.shape, generator=generator) * drawn[name]
             else:
                 value = torch.full(parameter.shape, constant.get(name, 0.0), dtype=torch.float64)
-            if name in ("conv_q", "conv_k"):
-                value[:, 1 if name == "conv_k" else 0] = 1  # keys of the token before
+            if name in ("conv_q", "conv_k"):  # queries of this token, keys of the one before
+                value = short_conv.one_at_lag(*parameter.shape, lag=int(name == "conv_k"))
             assign(parameter, value)
 
     def reset_unsaved(self, generator: torch.Generator | None = None) -> None:
@@ -114,7 +114,8 @@ class TTTRidge(SequenceBlock):
             batch_size, self.heads, self.key_width, self.value_width, like, self.config.variance_gate
         )
         taps = self.config.conv_kernel
-        state["cache"] = short_conv.initial_cache(batch_size, self.heads * self.key_width, taps, like)
+        channels = self.heads * self.key_width
+        state["cache"] = short_conv.empty_cache(1, channels, taps, like.device, like.dtype).expand(batch_size, -1, -1)
         if self.config.success_gate:
             state["last_read"] = like.new_zeros(1, self.heads, self.value_width).expand(batch_size, -1, -1)
             state["last_scores"] = like.new_zeros(1, self.heads, TAPS - 1).expand(batch_size, -1, -1)

@@ -84,9 +84,9 @@ def inputs(
         with torch.no_grad():
             finite = finite & below(z, torch.inf) & below(v, torch.inf)
         z, v = (torch.where(finite[..., None], part, 0) for part in (z, v))
-    z = torch.where(finite[..., None], z, 0)  # no bias either: the next token's key is made of this one
-    padded, cache = short_conv.with_cache(z, cache)
-    q, k = (short_conv.convolve(padded, taps.to(roles.compute)) for taps in (weights.conv_q, weights.conv_k))
+    # A token that is not finite counts as zero in the filters, without its bias: the next key is made of it.
+    q, _ = short_conv.convolve(z, weights.conv_q, cache, finite)
+    k, cache = short_conv.convolve(z, weights.conv_k, cache, finite)
     if weights.relu2:
         q, k = F.relu(q).square(), F.relu(k).square()
     # [B, T, H m] -> [B, T, H, m]

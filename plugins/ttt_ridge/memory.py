@@ -115,7 +115,7 @@ def run(
     """
     size, after = layout.chunk_size, state["position"] + layout.length
     heads, key = tokens.q.shape[2:]
-    written = layout.split(tokens.written[..., None])[..., 0]  # [B, N, C]
+    written = layout.split(tokens.written[..., None])[..., 0].bool()  # [B, N, C]
     # [B, T, H, any] -> N of [B, H, C, any]
     q, k, v, strength = (
         layout.split(part.flatten(2), heads).unbind(2) for part in (*tokens[:3], tokens.strength[..., None])
