@@ -110,9 +110,9 @@ class TTTRidge(SequenceBlock):
 
     def init_state(self, batch_size: int, device: torch.device | None = None) -> BlockState:
         like = torch.empty(0, device=device or self.gate.device, dtype=self.roles.state)
-        state = memory.initial_state(
-            batch_size, self.heads, self.key_width, self.value_width, like, self.config.variance_gate
-        )
+        decays, variance = self.keep != 1, self.config.variance_gate
+        shape = (batch_size, self.heads, self.key_width, self.value_width)
+        state = memory.initial_state(*shape, like, decays=decays, variance=variance)
         taps = self.config.conv_kernel
         channels = self.heads * self.key_width
         state["cache"] = short_conv.empty_cache(1, channels, taps, like.device, like.dtype).expand(batch_size, -1, -1)

@@ -89,15 +89,18 @@ class Rule:
 # ---- state: the solution that is read, the one that has the unfinished chunk's tokens too, the covariance of the latter
 
 
-COUNTERS = ("position", "skipped", "coordinate")
-"""Tokens of the unfinished chunk, tokens left out as not finite, and the coordinate that gets its prior back next."""
+def initial_state(
+    batch: int, heads: int, key: int, value: int, like: Tensor, *, decays: bool, variance: bool
+) -> BlockState:
+    """Nothing heard: solutions of zero and covariances I, in the dtype and on the device of ``like``.
 
-
-def initial_state(batch: int, heads: int, key: int, value: int, like: Tensor, variance: bool) -> BlockState:
-    """Nothing heard: solutions of zero and covariances I, in the dtype and on the device of ``like``."""
+    Counted are tokens of the unfinished chunk, tokens left out as not finite, and, where the memory ``decays``, the
+    coordinate that gets its prior back next. With ``variance`` the covariance at the chunk's start is kept too.
+    """
     zeros = like.new_zeros(1, heads, key, value).expand(batch, -1, -1, -1)
     identity = torch.eye(key, dtype=like.dtype, device=like.device).expand(batch, heads, -1, -1)
-    state: BlockState = {name: torch.zeros(batch, dtype=torch.int64, device=like.device) for name in COUNTERS}
+    counters = ("position", "skipped", "coordinate") if decays else ("position", "skipped")
+    state: BlockState = {name: torch.zeros(batch, dtype=torch.int64, device=like.device) for name in counters}
     state |= {"solution": zeros, "pending": zeros, "covariance": identity}
     return {**state, "covariance_read": identity} if variance else state
 
@@ -120,8 +123,9 @@ def run(
     q, k, v, strength = (
         layout.split(part.flatten(2), heads).unbind(2) for part in (*tokens[:3], tokens.strength[..., None])
     )
+    coordinate = state.get("coordinate", torch.zeros_like(after))
     # [B, N]: which coordinate comes first in each chunk
-    turns = state["coordinate"][:, None] + written.sum(-1).cumsum(1) - written.sum(-1)
+    turns = coordinate[:, None] + written.sum(-1).cumsum(1) - written.sum(-1)
 
     def chunk(n: int, now: tuple[Tensor, ...], *given: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         q, k, v, strength = given
@@ -150,7 +154,9 @@ def run(
     found = dict(zip(names, end, strict=True))
     if not rule.variance:
         del found["covariance_read"]
-    found["position"], found["coordinate"] = after % size, (state["coordinate"] + tokens.written.sum(1)) % key
+    found["position"] = after % size
+    if rule.keep != 1:
+        found["coordinate"] = (coordinate + tokens.written.sum(1)) % key
     # N of [B, H, C, d] -> [B, T, H, d]
     value = layout.merge(torch.stack(reads, dim=2)).unflatten(-1, (heads, -1))
     variance = layout.merge(torch.stack(variances, dim=2)[..., None]) if rule.variance else None  # [B, T, H]
@@ -208,11 +214,14 @@ def _written(
     k, v = k * root[..., None], v * root[..., None]
     spread = k @ covariance  # [B, H, C, m]
     identity = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
-    system = spread @ k.mT + regularization[..., None] * identity
+    system = spread @ k.mT
+    system = 0.5 * (system + system.mT) + regularization[..., None] * identity
     factor, _ = torch.linalg.cholesky_ex(system)
     both = torch.linalg.solve_triangular(factor, torch.cat([spread, v - k @ solution], dim=-1), upper=False)
     spread, error = both.split_with_sizes([k.shape[-1], v.shape[-1]], dim=-1)
-    return solution + spread.mT @ error, covariance - spread.mT @ spread
+    known = spread.mT @ spread
+    # Symmetric to the last bit: decay would double what is not, again and again.
+    return solution + spread.mT @ error, covariance - 0.5 * (known + known.mT)
 
 
 def _aged(
@@ -266,10 +275,8 @@ def step(tokens: Tokens, state: BlockState, rule: Rule, chunk_size: int, exec_ma
     if rule.keep != 1:
         _age(pending, covariance, state["coordinate"], written, rule.keep)
     spread = k @ covariance  # [B, H, 1, m]
-    denominator = rule.regularization[:, None] + weight * (spread * k).sum(-1).clamp(min=0)
-    change = spread.mT * (weight / denominator)[..., None]  # [B, H, m, 1]
-    _add_outer(pending, change, v - k @ pending)
-    _add_outer(covariance, -change, spread)
+    gain = weight / (rule.regularization[:, None] + weight * (spread * k).sum(-1).clamp(min=0))  # [B, H, 1]
+    _observe(pending, covariance, spread, gain, v - k @ pending)
     _copy_rows(solution, pending, done)
     if rule.variance:
         _copy_rows(state["covariance_read"], covariance, done)
@@ -284,12 +291,22 @@ def _age(solution: Tensor, covariance: Tensor, coordinate: Tensor, written: Tens
     covariance.mul_(1 + rows * (1 / keep - 1))
     index = coordinate.view(-1, 1, 1, 1)
     spread = covariance.gather(2, index.expand(-1, heads, 1, width))  # [B, H, 1, m], P e_i
-    added = rows * ((1 - keep) * width)
-    change = spread.mT * (added / (1 + added * spread.gather(3, index.expand(-1, heads, 1, 1)).clamp(min=0)))
+    added = rows[..., 0] * ((1 - keep) * width)  # [B, 1, 1]
+    gain = added / (1 + added * spread.gather(3, index.expand(-1, heads, 1, 1))[..., 0].clamp(min=0))  # [B, H, 1]
     known = solution.gather(2, index.expand(-1, heads, 1, solution.shape[-1]))  # [B, H, 1, d], S^T e_i
-    _add_outer(solution, -change, known)
-    _add_outer(covariance, -change, spread)
+    _observe(solution, covariance, spread, gain, -known)
     coordinate.copy_((coordinate + written) % width)
+
+
+def _observe(solution: Tensor, covariance: Tensor, spread: Tensor, gain: Tensor, error: Tensor) -> None:
+    """S += c u error^T and P -= c u u^T, in place; ``spread [B, H, 1, m]`` is u, ``gain [B, H, 1]`` c.
+
+    P keeps its symmetry to the last bit, being given one vector's outer product with itself: decay would double what is
+    not symmetric, again and again.
+    """
+    root = spread * gain.sqrt()[..., None]
+    _add_outer(solution, root.mT, error * gain.sqrt()[..., None])
+    _add_outer(covariance, root.mT, -root)
 
 
 def _add_outer(matrix: Tensor, column: Tensor, row: Tensor) -> None:
