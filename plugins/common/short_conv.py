@@ -8,8 +8,8 @@ The cache is the last K - 1 tokens, oldest first, and zero at a stream's start. 
 what was heard, whether or not test-time updates are enabled, so a block leaves it out of ``memory_names``. Products are
 added tap by tap, lag 0 first, whatever the number of tokens: any cut of a sequence gives the same bits.
 
-A token that is not finite, or too large (``finite.largest_factor``), counts as zero, in the call and in the cache: later
-tokens are what they would be had it been zero.
+A token that is not finite, or too large (``finite.largest_factor``), counts as zero, in the call and in the cache:
+later tokens are what they would be had it been zero.
 
 Shape legend: B streams, T tokens, D channels, K taps.
 """
