@@ -95,7 +95,8 @@ class TTTRidge(SequenceBlock):
             else:
                 value = torch.full(parameter.shape, constant.get(name, 0.0), dtype=torch.float64)
             if name in ("conv_q", "conv_k"):  # queries of this token, keys of the one before
-                value = short_conv.one_at_lag(*parameter.shape, lag=int(name == "conv_k"))
+                channels, taps = parameter.shape
+                value = short_conv.one_at_lag(channels, taps, lag=int(name == "conv_k"))
             assign(parameter, value)
 
     def reset_unsaved(self, generator: torch.Generator | None = None) -> None:
@@ -139,9 +140,8 @@ class TTTRidge(SequenceBlock):
     # ---- calls
 
     def compute(self, x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
-        batch, length, _ = x.shape
         layout = self.info.format.chunks(x, self.chunk, None if state is None else state["position"])
-        state = self.init_state(batch, x.device) if state is None else state
+        state = self.init_state(x.shape[0], x.device) if state is None else state
         tokens, cache, finite = self._tokens(x, state, context)
         read, after = memory.run(tokens, state, self._rule(), layout, self.config.checkpoint_chunks)
         after |= {"cache": cache, "skipped": state["skipped"] + (~finite).sum(1)}
@@ -179,7 +179,7 @@ class TTTRidge(SequenceBlock):
         )
 
     def _tokens(self, x: Tensor, state: BlockState, context: BlockContext) -> tuple[memory.Tokens, Tensor, Tensor]:
-        """What enters the memory for ``x [B, T, D]``, the convolution's cache after it, and finite tokens ``[B, T]``."""
+        """What enters the memory for ``x [B, T, D]``, the filters' cache after it, and finite tokens ``[B, T]``."""
         source = x
         if self.config.value == "embedding":
             assert context.input_embeddings is not None

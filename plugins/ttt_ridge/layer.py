@@ -92,5 +92,6 @@ def inputs(
     # [B, T, H m] -> [B, T, H, m]
     q, k = (l2_normalise(part.unflatten(-1, (weights.heads, -1)), exact=True) for part in (q, k))
     strength = torch.sigmoid(weights.write(normal, roles.compute))
-    parts = (part.to(roles.state) for part in (q, k, v.unflatten(-1, (weights.heads, -1)), strength))
-    return Tokens(*parts, written=finite & updated), cache
+    v = v.unflatten(-1, (weights.heads, -1))  # [B, T, H d] -> [B, T, H, d]
+    q, k, v, strength = (part.to(roles.state) for part in (q, k, v, strength))
+    return Tokens(q, k, v, strength, finite & updated), cache

@@ -2,11 +2,12 @@
 
 Keys k_t, values v_t and write strengths b_t of all earlier tokens make, per stream and head,
 
-    S = argmin sum over t of b_t |v_t - S^T k_t|^2 + lambda |S|^2  =  (lambda I + sum b_t k_t k_t^T)^-1 sum b_t k_t v_t^T
+    S = argmin sum over t of b_t |v_t - S^T k_t|^2 + lambda |S|^2
+      = (lambda I + sum b_t k_t k_t^T)^-1 sum b_t k_t v_t^T
 
-(ridge regression; von Oswald et al. 2025, "MesaNet", arXiv:2506.05233, equation 6, solve it for each token). By chunk: a
-token reads S^T q_t with the solution of all chunks before its own. What is kept is S and the posterior covariance over
-its prior's, P = lambda (lambda I + sum b_t k_t k_t^T)^-1, which starts at I. A token changes both by one outer product
+(ridge regression; von Oswald et al. 2025, "MesaNet", arXiv:2506.05233, solve it for each token). By chunk: a token
+reads S^T q_t with the solution of all chunks before its own. What is kept is S and the posterior covariance over its
+prior's, P = lambda (lambda I + sum b_t k_t k_t^T)^-1, which starts at I. A token changes both by one outer product
 
     u = P k,  c = b / (lambda + b k . u),  S <- S + c u (v - S^T k)^T,  P <- P - c u u^T
 
@@ -25,7 +26,7 @@ state's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,7 +87,7 @@ class Rule:
         return strength * torch.sigmoid(offset - slope * cosine(read, value))
 
 
-# ---- state: the solution that is read, the one that has the unfinished chunk's tokens too, the covariance of the latter
+# ---- state: the solution that is read, the one with the unfinished chunk's tokens too, the covariance of the latter
 
 
 def initial_state(
@@ -113,7 +114,7 @@ def run(
 ) -> tuple[Read, BlockState]:
     """The memory over the T tokens of a call, and the state after them, but for ``skipped``.
 
-    ``layout`` says how the tokens lie in chunks; ``position`` in the state is zero in every row unless it has an offset.
+    ``layout`` says how the tokens lie in chunks; ``position`` in the state is zero in every row without an offset.
     ``checkpoint_chunks`` as in the options.
     """
     size, after = layout.chunk_size, state["position"] + layout.length
@@ -129,31 +130,29 @@ def run(
 
     def chunk(n: int, now: tuple[Tensor, ...], *given: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         q, k, v, strength = given
-        solution, pending, covariance, covariance_read = now
+        solution, pending, covariance, *begun = now  # with the chunk's first covariance where variances are asked for
         strength = torch.where(written[:, n, None], strength[..., 0], 0)
         read, weight = q @ solution, strength
         if rule.novelty is not None:
             weight = rule.weight(k @ solution, v, strength)
-        variance = (q @ covariance_read * q).sum(-1) if rule.variance else read[..., 0]
+        variance = (q @ begun[0] * q).sum(-1) if begun else read[..., 0]
         pending, covariance = _written(pending, covariance, k, v, weight, written[:, n], turns[:, n] % key, rule)
         if layout.offset is not None:
             ended = row_mask(after >= (n + 1) * size, pending)
             solution = torch.where(ended, pending, solution)
-            covariance_read = torch.where(ended, covariance, covariance_read)
+            begun = [torch.where(ended, covariance, each) for each in begun]
         elif (n + 1) * size <= layout.length:
-            solution, covariance_read = pending, covariance
-        return read, variance, (solution, pending, covariance, covariance_read)
+            solution, begun = pending, [covariance for _ in begun]
+        return read, variance, (solution, pending, covariance, *begun)
 
-    start = (state["solution"], state["pending"], state["covariance"], state.get("covariance_read", state["covariance"]))
+    names = ("solution", "pending", "covariance", *(("covariance_read",) if rule.variance else ()))
+    start = tuple(state[name] for name in names)
     needed = (*tokens[:4], *start, rule.regularization, *(rule.novelty or ()))
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in needed):
         checkpoint_chunks = None
     chunks = list(zip(q, k, v, strength, strict=True))
     reads, variances, end = _in_groups(chunk, chunks, start, checkpoint_chunks)
-    names = ("solution", "pending", "covariance", "covariance_read")
     found = dict(zip(names, end, strict=True))
-    if not rule.variance:
-        del found["covariance_read"]
     found["position"] = after % size
     if rule.keep != 1:
         found["coordinate"] = (coordinate + tokens.written.sum(1)) % key
@@ -167,10 +166,11 @@ Chunk = Callable[..., tuple[Tensor, Tensor, tuple[Tensor, ...]]]
 
 
 def _in_groups(
-    chunk: Chunk, chunks: list[tuple[Tensor, ...]], now: tuple[Tensor, ...], together: int | None
+    chunk: Chunk, chunks: Sequence[tuple[Tensor, ...]], now: tuple[Tensor, ...], together: int | None
 ) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...]]:
     """Each chunk's two outputs and what the last one leaves; ``together`` chunks share an activation checkpoint."""
-    reads, variances = [], []
+    reads: list[Tensor] = []
+    variances: list[Tensor] = []
 
     def group(first: int, last: int, *given: Tensor) -> tuple[Tensor, ...]:
         width, outputs = len(chunks[0]), []
@@ -194,7 +194,14 @@ def _in_groups(
 
 
 def _written(
-    solution: Tensor, covariance: Tensor, k: Tensor, v: Tensor, weight: Tensor, written: Tensor, turn: Tensor, rule: Rule
+    solution: Tensor,
+    covariance: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    written: Tensor,
+    turn: Tensor,
+    rule: Rule,
 ) -> tuple[Tensor, Tensor]:
     """The solution ``[B, H, m, d]`` and the covariance ``[B, H, m, m]`` after the tokens of a chunk.
 

@@ -105,7 +105,8 @@ def layer(
             out = out.clamp(min=0) ** 2
         out = out.unflatten(-1, (heads, -1))  # [B, T, H m] -> [B, T, H, m]
         norm = out.norm(dim=-1, keepdim=True)
-        return out / torch.where(norm > 0, norm, 1)
+        unit: Tensor = out / torch.where(norm > 0, norm, 1)
+        return unit
 
     z = normal(x) @ weights["wqk.weight"].T + weights["wqk.bias"]
     q, k = convolved(z, weights["conv_q"]), convolved(z, weights["conv_k"])
@@ -115,9 +116,7 @@ def layer(
     if "novelty_offset" in weights:
         novelty = (weights["novelty_offset"], weights["novelty_slope"])
     regularization = weights["log_regularization"].exp()
-    read, variance, _ = memory(
-        q, k, v, strength, regularization, chunk_size=chunk_size, keep=keep, novelty=novelty
-    )
+    read, variance, _ = memory(q, k, v, strength, regularization, chunk_size=chunk_size, keep=keep, novelty=novelty)
     gate = torch.ones_like(read[..., 0])
     if "success_offset" in weights:
         parts = (weights[f"success_{name}"] for name in ("offset", "slope", "taps"))
@@ -126,4 +125,5 @@ def layer(
         heard = torch.log(variance + 1e-4)
         gate = gate * torch.sigmoid(weights["variance_offset"] - weights["variance_slope"] * heard)
     added = (readout_scale * gate[..., None] * read).flatten(2) @ weights["wo.weight"].T + weights["wo.bias"]
-    return x + torch.tanh(weights["gate"]) * added
+    y: Tensor = x + torch.tanh(weights["gate"]) * added
+    return y
