@@ -40,6 +40,11 @@ class TTTRidge(SequenceBlock):
     def __init__(self, config: TTTRidgeConfig, info: SiteInfo, roles: DtypeRoles) -> None:
         super().__init__(config, info, roles)
         check_state_dtype(info, roles)
+        if torch.finfo(roles.state).bits < 32:
+            raise ConfigError(
+                f"{info.site}: policy {roles.policy!r} keeps the state in {roles.state}, and a least-squares solution "
+                "needs the digits of float32. Use a policy whose state is float32, such as fp32_state."
+            )
         if info.format.axes > 1:
             raise ConfigError(
                 f"{info.site}: ttt_ridge remembers which token followed which, and tokens of a grid do not follow each "

@@ -25,6 +25,7 @@ BLOCKS = {
     "ttt_linear": {"chunk": 8, "gate": {"alpha": "fixed", "init": 0.25}},
     "ttt_mlp": {"chunk": 8},
     "ttt_multilayer": {"chunk": 8, "depth": 3},
+    "ttt_ridge": {"chunk": 8, "heads": 2, "gate": {"alpha": "fixed", "init": 0.25}},
     "gating_mlp": {"chunk": 8, "train_w_down": True, "conv_kernel": 3},
 }
 

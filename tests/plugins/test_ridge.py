@@ -13,8 +13,8 @@ from moshi_ttt.core import state as states
 from moshi_ttt.core.block import BlockContext
 from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import ConfigError
-from moshi_ttt.core.format import ChunkLayout
-from moshi_ttt.core.precision import FP32_STATE
+from moshi_ttt.core.format import ChunkLayout, GridFormat
+from moshi_ttt.core.precision import FP32_STATE, UNIFORM
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.testing import BlockCase, Shape, error
 from moshi_ttt.plugins.ttt_ridge import memory, reference
@@ -238,3 +238,13 @@ def test_a_block_of_moshi_7b_keeps_six_mebibytes_a_stream():
 def test_refusals(options, message):
     with pytest.raises(ConfigError, match=message):
         case_of(**options).block()
+
+
+def test_a_state_of_few_digits_is_refused():
+    with pytest.raises(ConfigError, match="bfloat16.*needs the digits of float32. Use a policy"):
+        case_of(dtype=torch.bfloat16).at(policy=UNIFORM).block()
+
+
+def test_a_grid_is_refused():
+    with pytest.raises(ConfigError, match="tokens of a grid do not follow each other. Use ttt_linear or ttt_mlp"):
+        TTTRidge(case_of().config, replace(case_of().info(), format=GridFormat()), FP32_STATE.roles(torch.float32))

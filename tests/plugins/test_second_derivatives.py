@@ -19,6 +19,7 @@ CASES = [
     ("ttt_linear", {"chunk": 4, "causal": False}),
     ("ttt_mlp", {"chunk": 4, "bidirectional": True}),
     ("ttt_multilayer", {"chunk": 4, "expansion": 2}),
+    ("ttt_ridge", {"chunk": 4, "heads": 2, "decay": 0.1, "novelty": True}),
     ("gating_mlp", {"chunk": 4, "decay": 0.1, "clip": 0.5, "learned_lr": True}),
 ]
 
