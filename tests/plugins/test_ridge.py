@@ -241,10 +241,10 @@ def test_refusals(options, message):
 
 
 def test_a_state_of_few_digits_is_refused():
-    with pytest.raises(ConfigError, match="bfloat16.*needs the digits of float32. Use a policy"):
+    with pytest.raises(ConfigError, match=r"bfloat16.*needs the digits of float32\. Use a policy"):
         case_of(dtype=torch.bfloat16).at(policy=UNIFORM).block()
 
 
 def test_a_grid_is_refused():
-    with pytest.raises(ConfigError, match="tokens of a grid do not follow each other. Use ttt_linear or ttt_mlp"):
+    with pytest.raises(ConfigError, match=r"tokens of a grid do not follow each other\. Use ttt_linear or ttt_mlp"):
         TTTRidge(case_of().config, replace(case_of().info(), format=GridFormat()), FP32_STATE.roles(torch.float32))
