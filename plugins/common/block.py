@@ -483,7 +483,7 @@ class HybridBlock(SequenceBlock):
             # each further step on the chunk: all of its keys forward and back, and an update
             products += (self.config.inner_steps - 1) * size * (2 + (i > 0)) * fan_in * fan_out
             if self.config.start_momentum > 0:
-                products += self.config.inner_steps * fan_in * fan_out
+                products += (1 + self.config.inner_steps) * fan_in * fan_out
             total += 2 * heads * products
         return total * (2 if self.config.bidirectional else 1)
 

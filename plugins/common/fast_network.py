@@ -53,9 +53,10 @@ class UpdateRule:
 
     Each step takes the gradients of all of the chunk's tokens at the weights that the step before left (the first at
     those the chunk started from). With ``momentum`` eta, ``[H or 1, 1, 1]``, a step is S <- eta S - scale * sum of
-    gradients, W <- W + S (Behrouz et al. 2024, arXiv:2501.00663, by chunk); without, W <- W - scale * sum.
+    gradients, W <- W + S (Behrouz et al. 2024, arXiv:2501.00663, by chunk); without, W <- W - scale * sum. Query n of
+    the chunk reads what the first step makes of the keys up to its own: W + eta S - scale[n] * sum.
 
-    A step that no token has a gradient for (updates are disabled) changes neither W nor S.
+    A step that no token has a gradient for (updates are disabled) changes neither W nor S, and query n reads W.
     """
 
     momentum: Tensor | None = None
@@ -92,23 +93,39 @@ def key_pass(k: Tensor, v: Tensor, lr: Tensor, fast: FastNetwork, norm: Objectiv
 
 
 def query_pass(
-    q: Tensor, fast: FastNetwork, memory: ChunkMemory, norm: Objective, scale: Tensor, mask: Tensor | None
+    q: Tensor,
+    fast: FastNetwork,
+    memory: ChunkMemory,
+    norm: Objective,
+    scale: Tensor,
+    mask: Tensor | None,
+    momentum: Tensor | None = None,
 ) -> Tensor:
     """What the queries ``q [B, H, Q, D]`` read: with the inner LayerNorm ``q + LN(f(q; W_n))``, else ``f(q; W_n)``.
 
     Args:
         scale: token scale of each query, ``[Q, 1]`` or ``[B, 1, Q, 1]``.
         mask: bool, true where query n may use key t, broadcast to ``[B, H, Q, C]``; None: every query uses every key.
+        momentum: as in ``UpdateRule``. A query reads the velocity once one of its keys has a gradient.
     """
     x = q
     last = len(fast.weights) - 1
+    carried = None if momentum is None else torch.where(_begun(memory, mask), momentum, 0)  # [B, H or 1, Q, 1]
     for i, (weight, bias) in enumerate(zip(fast.weights, fast.biases, strict=True)):
         affinity = x @ memory.inputs[i].mT + 1
         if mask is not None:
             affinity = affinity.masked_fill(~mask, 0)
         output = x @ weight + bias - scale * (affinity @ memory.gradients[i])
+        if carried is not None:
+            output = output + carried * (x @ fast.velocity[i] + fast.velocity[last + 1 + i])
         x = output if i == last else F.gelu(output, approximate="tanh")
     return norm.answer(q, x)
+
+
+def _begun(memory: ChunkMemory, mask: Tensor | None) -> Tensor:
+    """``[B, 1, Q or 1, 1]`` bool: whether a query has a key with a gradient."""
+    taught = (memory.gradients[-1] != 0).any(-1).any(1)[:, None, None]  # [B, 1, 1, C]
+    return (taught if mask is None else taught & mask).any(-1, keepdim=True)
 
 
 def applied_scale(scale: Tensor, rows: Tensor) -> Tensor:

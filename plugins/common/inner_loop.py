@@ -15,9 +15,10 @@ t and g_i(t) the gradient at its output, a query's product with layer i is
     x W_i + b_i - token_scale[n] * sum_{t <= n} (x . a_i(t) + 1) g_i(t)
 
 That is the published form. Options: another objective (``objective``: no LayerNorm, the target v, what is read f(q)),
-and several steps a chunk and momentum (``fast_network.UpdateRule``). Both of the latter act at the chunk's end, where
-all of its keys are known: what a token reads within its chunk is W_n as above, so it stays causal, and the next chunk
-starts from the weights after the steps. One step without momentum is the form above.
+momentum, and several steps a chunk (``fast_network.UpdateRule``). With momentum W_n has eta S too. The steps after the
+first are made at the chunk's end, where all of its keys are known: a token reads what the first step makes of the keys
+up to its own, so it stays causal, and the next chunk starts from the weights after the last step. One step without
+momentum is the form above.
 
 A token that is not finite, or too large (``only_finite``), takes no part: no other token sees it, and the update of
 its chunk is skipped in its row. Its own output means nothing.
@@ -233,7 +234,7 @@ class _Call:
         for n in range(first, last):
             q, k, v, lr = given[4 * (n - first) : 4 * (n - first) + 4]
             memory = self._memory(n, k, v, lr, fast)
-            outputs.append(query_pass(q, fast, memory, self.norm, self.scale, self.mask))
+            outputs.append(query_pass(q, fast, memory, self.norm, self.scale, self.mask, self.rule.momentum))
             fast, unfinished = self._end(n, fast, memory, unfinished)
         return *outputs, *_flattened(fast, unfinished)
 
@@ -362,13 +363,15 @@ def step(
     # Slots ahead of the position hold nothing; whatever lies there (even nan) is replaced, not multiplied by zero.
     gradients = tuple(torch.where(seen[..., None], g, 0) for g in memory.gradients)
     written = ChunkMemory(memory.inputs, gradients, memory.tokens)
-    y = query_pass(q, fast, written, norm, token_scale[position].view(-1, 1, 1, 1), seen[:, :, None])
+    rule = rule or UpdateRule()
+    scale = token_scale[position].view(-1, 1, 1, 1)
+    y = query_pass(q, fast, written, norm, scale, seen[:, :, None], rule.momentum)
     done, bad, following = position == size - 1, ~finite[:, 0], (position + 1) % size
     if exec_mask is not None:
         done, bad, following = done & exec_mask, bad & exec_mask, torch.where(exec_mask, following, position)
     spoiled = state["spoiled"] + bad
     applied = done & (spoiled == 0)
-    descend_(fast, written, norm, token_scale[-1], applied, rule or UpdateRule())
+    descend_(fast, written, norm, token_scale[-1], applied, rule)
     for buffer in buffers:
         buffer.masked_fill_(row_mask(done, buffer), 0)
     state["skipped"].add_(done > applied)

@@ -52,7 +52,8 @@ class HybridConfig(BlockConfig):
             value as projected (not normalised, and without k taken off), and what is read is ``f(q)``, without q.
         inner_steps: gradient steps on a finished chunk, each with the gradients of all its tokens at the weights that
             the step before left. Within the chunk a token reads what the first step makes of the tokens up to it.
-        momentum: eta of S <- eta S + step, W <- W + S at a chunk's end, S part of the memory; None or 0 leaves it out.
+        momentum: eta of S <- eta S - gradient step, W <- W + S (Titans, arXiv:2501.00663, by chunk), S part of the
+            memory. Neither moves in a chunk whose tokens all have updates disabled. None or 0 leaves it out.
         learned_momentum: eta is learned, one a head, between 0 and 1, from ``momentum`` on (0.9 where left out).
     """
 

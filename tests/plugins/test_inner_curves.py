@@ -174,7 +174,7 @@ def test_weights_before_a_chunk_are_those_of_the_state():
     _, state = made(x[:, :8])
     _, tokens = made._from_start(x[:, 8:], BlockContext())
     norm = InnerNorm(made.norm_weight, made.norm_bias, made.config.norm_eps)
-    expected = inner_curves.hybrid(tokens, state, norm, made.token_scale())
+    expected = inner_curves.hybrid(tokens, state, norm, made.token_scale(), made.update_rule())
     losses = made.inner_losses(x, BlockContext())
     assert error(losses["before"][..., 8:], expected["initial"]) < 1e-12
     assert error(losses["after"][..., 8:], expected["after"]) < 1e-12
