@@ -28,7 +28,7 @@ test_options_of_ttt_linear = conformance_tests(
     {"chunk": 3, "value": "embedding", "init_std": 0.5},
     {"chunk": 4, "inner_norm": False},
     {"chunk": 4, "momentum": 0.9},
-    {"chunk": 5, "inner_steps": 2},
+    {"chunk": 4, "inner_steps": 2},
     {
         "chunk": 2,
         "conv_kernel": 3,
