@@ -25,7 +25,8 @@ from tests.fuzz.definition import Hybrid, HybridOptions, HybridStream, InPlace, 
 
 HYBRID_DEFAULTS: dict[str, Any] = {
     "chunk": 32, "causal": True, "bidirectional": False, "rope_theta": 10_000.0,
-    "norm_eps": 1e-6, "target_eps": 1e-8, "post_norm_eps": 1e-6,
+    "norm_eps": 1e-6, "target_eps": 1e-8, "post_norm_eps": 1e-6, "conv_kernel": None, "value": "hidden",
+    "inner_norm": True, "inner_steps": 1, "momentum": None,
 }  # fmt: skip
 BASE_LR = {"ttt_linear": 1.0, "ttt_mlp": 0.1, "ttt_multilayer": 0.1}
 IN_PLACE_DEFAULTS: dict[str, Any] = {
@@ -108,9 +109,15 @@ class Layer:
     def _hybrid_shapes(self) -> dict[str, tuple[int, ...]]:
         option, width, heads, head = self.option, self.width, self.heads, self.width // self.heads
         shapes: dict[str, tuple[int, ...]] = {
-            "lr_weight": (heads, 1, width), "lr_bias": (heads, 1), "norm_weight": (heads, head),
-            "norm_bias": (heads, head), "post_norm.weight": (width,), "post_norm.bias": (width,),
+            "lr_weight": (heads, 1, width), "lr_bias": (heads, 1), "post_norm.weight": (width,),
+            "post_norm.bias": (width,),
         }  # fmt: skip
+        if option["inner_norm"]:
+            shapes |= {"norm_weight": (heads, head), "norm_bias": (heads, head)}
+        if option["conv_kernel"] is not None:
+            shapes |= dict.fromkeys(("query_taps", "key_taps"), (width, option["conv_kernel"]))
+        if option.get("learned_momentum"):
+            shapes["momentum_logit"] = (heads,)
         for name in ("wq", "wk", "wv", "wo"):
             shapes |= {f"{name}.weight": (width, width), f"{name}.bias": (width,)}
         for i, (before, after) in enumerate(pairwise(self.fast_widths)):
@@ -137,7 +144,7 @@ class Layer:
                 values[name] = self.spread * noise / math.sqrt(shape[-2])
             elif name.endswith("weight") or name in ("projection", "w_down_change"):
                 values[name] = self.spread * noise / math.sqrt(shape[-1])
-            elif name in ("gate", "gate_reversed", "conv"):
+            elif name in ("gate", "gate_reversed", "conv", "query_taps", "key_taps"):
                 values[name] = noise
             else:  # biases, and token_scale_offset: 1 / (n + 1) + 0.5 noise is often below zero
                 values[name] = 0.5 * noise

@@ -54,10 +54,15 @@ class Rows:
         fresh = [self.layer.stream(self.definition) for _ in rows]
         self.streams = [new if anew else old for anew, new, old in zip(rows, fresh, self.streams, strict=True)]
 
-    def hear(self, row: int, x: Tensor, embeddings: Tensor, learns: bool) -> Tensor:
-        """``x`` and ``embeddings [T, D]`` of one row."""
-        tokens = zip(x.double(), embeddings.double(), strict=True)
-        return torch.stack([self.streams[row].hear(*token, learns).detach() for token in tokens])
+    def hear(self, row: int, x: Tensor, embeddings: Tensor, learns: bool, spoiled: int | None = None) -> Tensor:
+        """``x`` and ``embeddings [T, D]`` of one row. Token ``spoiled`` of them reaches no later one but as zero."""
+        stream, outputs = self.streams[row], []
+        for index, token in enumerate(zip(x.double(), embeddings.double(), strict=True)):
+            if isinstance(stream, HybridStream):
+                outputs.append(stream.hear(*token, learns, spoiled=index == spoiled).detach())
+            else:
+                outputs.append(stream.hear(*token, learns).detach())
+        return torch.stack(outputs)
 
     def memory(self) -> dict[str, Tensor]:
         ends = [stream.memory() for stream in self.streams]

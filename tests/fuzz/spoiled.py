@@ -62,7 +62,8 @@ def _memory_problems(
     for start, end, learns in parts:
         if start >= end:
             continue
-        expected = rows.hear(row, *(tensor[row, start:end] for tensor in sane), learns)
+        heard = (tensor[row, start:end] for tensor in sane)
+        expected = rows.hear(row, *heard, learns, spoiled=None if learns else case.token - start)
         if learns and not (wrong := error(y[row, start:end], expected)) <= BOUNDS[case.dtype]:
             problems.append(f"tokens {start} to {end - 1}: error {wrong:.3g}")
     counts = block.skipped_updates(state).tolist()

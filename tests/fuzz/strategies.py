@@ -61,8 +61,31 @@ def hybrid_layers(
         options["norm_eps"] = draw(st.sampled_from([1e-6, 1e-4, 1e-2]))
         options["target_eps"] = draw(st.sampled_from([1e-8, 1e-5, 1e-2]))
         options["post_norm_eps"] = draw(st.sampled_from([1e-6, 1e-3, 1e-1]))
-    count, spread = draw(heads), draw(st.sampled_from([1.0, 0.3, 0.1]))
-    return Layer(options=options, width=count * draw(head_width), heads=count, spread=spread, seed=draw(SEEDS))
+    count, spread, head = draw(heads), draw(st.sampled_from([1.0, 0.3, 0.1])), draw(head_width)
+    options |= draw(memory_options(options["base_lr"] <= head and "norm_eps" not in options))
+    return Layer(options=options, width=count * head, heads=count, spread=spread, seed=draw(SEEDS))
+
+
+@st.composite
+def memory_options(draw: DrawFn, without_norm: bool) -> dict[str, Any]:
+    """What changes keys, values and updates of a hybrid layer: often none, often several."""
+    options: dict[str, Any] = {}
+    if draw(BOOLS):
+        return options
+    if draw(BOOLS):
+        options["conv_kernel"] = draw(st.integers(2, 5))
+    if draw(BOOLS):
+        options["value"] = "embedding"
+    if without_norm and draw(BOOLS):
+        options["inner_norm"] = False
+    if draw(BOOLS):
+        options["inner_steps"] = draw(st.integers(2, 3))
+    momentum = draw(st.sampled_from(["none", "fixed", "learned"]))
+    if momentum == "fixed":
+        options["momentum"] = draw(st.sampled_from([0.9, 0.5, 0.0]))
+    elif momentum == "learned":
+        options["learned_momentum"] = True
+    return options
 
 
 @st.composite

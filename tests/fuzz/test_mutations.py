@@ -31,8 +31,8 @@ def turns_the_other_way(patch: Patch) -> None:
 def mask_is_off_by_one(patch: Patch) -> None:
     query_pass = inner_loop.query_pass
 
-    def mutated(q, fast, memory, norm, scale, mask):
-        return query_pass(q, fast, memory, norm, scale, None if mask is None else mask.tril(-1))
+    def mutated(q, fast, memory, norm, scale, mask, *more):
+        return query_pass(q, fast, memory, norm, scale, None if mask is None else mask.tril(-1), *more)
 
     patch.setattr(inner_loop, "query_pass", mutated)
 

@@ -10,7 +10,7 @@ from tests.plugins.test_inner_loop import DEPTHS, Problem
 
 from moshi_ttt.core.testing import Shape, default_cases, error
 from moshi_ttt.plugins.common.derivatives import differentiable_again
-from moshi_ttt.plugins.common.inner_loop import InnerNorm
+from moshi_ttt.plugins.common.objective import InnerNorm
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.gram import gram
 
