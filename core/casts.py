@@ -5,13 +5,13 @@ for one token, so a stream keeps the copies. They belong to the stream and end w
 outside a stream ``BlockContext.cast`` is a cast.
 
 A copy must never be older than its parameter. Version counters do not see every write: ``parameter.data`` has a counter
-of its own, and a fused optimizer advances none. So on a CPU a copy keeps a lazy clone of the parameter, which shares its
-memory until somebody writes there: torch then gives the parameter other memory, and its address says so without a value
-being read. A parameter that shares its memory with another tensor (an array of numpy's, a buffer of many parameters)
-could be written through a pointer that torch never sees again: it is cast at every step.
+of its own, and a fused optimizer advances none. So on a CPU a copy keeps a lazy clone of the parameter, which shares
+its memory until somebody writes there: torch then gives the parameter other memory, and its address says so without a
+value being read. A parameter that shares its memory with another tensor (an array of numpy's, a buffer of many
+parameters) could be written through a pointer that torch never sees again: it is cast at every step.
 
-On other devices a captured graph keeps addresses and runs no Python, so nothing could see a change there. A parameter is
-cast at every step, in the graph too, unless the caller of the stream declares the parameters frozen.
+On other devices a captured graph keeps addresses and runs no Python, so nothing could see a change there. A parameter
+is cast at every step, in the graph too, unless the caller of the stream declares the parameters frozen.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _twin(source: Tensor) -> Tensor | None:
 
 def _address(tensor: Tensor) -> int:
     """Where the values lie. Unlike ``data_ptr``, this does not count as a write. 0 where there are none (meta)."""
-    return 0 if tensor.is_meta else torch._C._data_address(tensor)
+    return 0 if tensor.is_meta else int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
 
 
 def _version(tensor: Tensor) -> int:

@@ -143,9 +143,10 @@ class GatingMLP(SequenceBlock):
         self._check_call(tokens, state, context)
         hidden, base = self._host_mlp(tokens, context)
         token = self._token(hidden, tokens, context)
-        weights = (context.cast(part, token[0].dtype) for part in (self.conv, self.projection))
+        conv, projection = (context.cast(part, token[0].dtype) for part in (self.conv, self.projection))
         stepper = self._stepper_for(state)
-        added = stepper.step(state, token, *weights, context.exec_mask, context.updates_mask(tokens))
+        updated = context.updates_mask(tokens)
+        added = stepper.step(state, token, conv, projection, context.exec_mask, updated, context.cast)
         return self.info.format.from_tokens(self._add(base, added), x)
 
     def compile_step(self) -> None:
@@ -235,7 +236,7 @@ class GatingMLP(SequenceBlock):
             spoiled = torch.cat([spoiled[:, :1] + state["spoiled"][:, None], spoiled[:, 1:]], dim=1)
         scale, squares = (spoiled == 0).to(values.dtype), None
         if self.config.clip is not None:
-            squares = self._squares(remembered, values.double() @ self.projection.double())
+            squares = self._squares(remembered, values.double() @ context.cast(self.projection, torch.float64))
             scale = scale * ops.clip_scale(squares.sum(-1), self.config.clip).to(scale)
         ends = size * torch.arange(1, layout.num_chunks + 1, device=x.device)
         heard = HeardChunks(

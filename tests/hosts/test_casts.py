@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from moshi_ttt.hosts.moshi.streaming import restore_stream_state, stream_state
 from .toy import generator_of, random_codes, run, user_codes
 
 VARIANTS = {
-    "ttt_linear": {}, "ttt_mlp": {}, "ttt_multilayer": {}, "gating_mlp": {"train_w_down": True},
+    "ttt_linear": {}, "ttt_mlp": {}, "ttt_multilayer": {}, "gating_mlp": {"train_w_down": True, "clip": 0.5},
 }  # fmt: skip
 ROWS = 2
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,9 +112,11 @@ def assert_same(one, other) -> None:
 
 
 def bytes_of(block) -> int:
-    """What the casts of one block write: four projections with bias, or the change of W_0; in bfloat16."""
+    """What the casts of one block write: four projections with bias in bfloat16; or the change of W_0 in bfloat16, and
+    the projection in float64 for the clip's norm.
+    """
     dim = block.info.dim
-    return 2 * (dim * block.hidden_width if block.info.mlp is not None else 4 * (dim * dim + dim))
+    return 2 * dim * block.hidden_width + 8 * dim * dim if block.info.mlp is not None else 8 * (dim * dim + dim)
 
 
 def test_a_step_casts_no_parameter_after_the_first(variant):
@@ -143,7 +146,8 @@ def test_nothing_is_kept_where_nothing_is_cast(variant):
     model, _ = model_with(variant, "float32")
     with torch.no_grad(), model.streaming(ROWS):
         model.forward_text(random_codes(model, ROWS, 1))
-        assert [site._streaming_state.casts.bytes for site in sites_of(model)] == [0, 0]
+        wide = 8 * sites_of(model)[0].block.info.dim ** 2 if variant == "gating_mlp" else 0  # the clip's norm
+        assert [site._streaming_state.casts.bytes for site in sites_of(model)] == [wide, wide]
 
 
 def in_place(injection):
@@ -256,10 +260,14 @@ def test_a_frozen_stream_is_bit_equal_and_refuses_a_change_at_the_next_step(vari
 def test_a_frozen_stream_refuses_a_change_that_no_step_saw(variant):
     model, injection = model_with(variant)
     codes = random_codes(model, ROWS, 1)
-    with pytest.raises(PrecisionError, match="declared frozen"), MOSHI_HOST.frozen(model), torch.no_grad():
-        with model.streaming(ROWS):
+
+    def changed_at_the_end() -> None:
+        with MOSHI_HOST.frozen(model), torch.no_grad(), model.streaming(ROWS):
             model.forward_text(codes)
             in_place(injection)
+
+    with pytest.raises(PrecisionError, match="declared frozen"):
+        changed_at_the_end()
     assert not any(site.is_streaming for site in sites_of(model))
     with torch.no_grad(), model.streaming(ROWS):  # and the next stream starts
         model.forward_text(codes)
@@ -285,7 +293,8 @@ def test_frozen_parameters_are_cast_once_on_every_device():
 
 
 @pytest.mark.parametrize(
-    ("variant", "options"), [("ttt_mlp", {}), ("gating_mlp", {}), ("gating_mlp", {"train_w_down": True})]
+    ("variant", "options"),
+    [("ttt_mlp", {}), ("gating_mlp", {}), ("gating_mlp", {"train_w_down": True}), ("gating_mlp", {"clip": 1.0})],
 )
 def test_the_documentation_says_what_a_block_of_7b_casts(variant, options):
     case = BlockCase(
@@ -300,8 +309,10 @@ def test_the_documentation_says_what_a_block_of_7b_casts(variant, options):
     with torch.no_grad():
         block.step(x, block.allocate_state(1), case.context(x, casts=casts))
     table = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").split("## Casts in a stream")[1]
-    (line,) = [line for line in table.splitlines() if f"`{variant}`" in line and ("train_w_down" in line) == bool(options)]
-    assert [cell.strip() for cell in line.split("|")[2:5]] == [f"{casts.bytes:,}", "0", f"{casts.bytes:,}"]
+    name = f"`{variant}`" + "".join(f", `{key}: {json.dumps(value)}`" for key, value in options.items())
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    (row,) = [row for row in rows if row[0] == name or (variant != "gating_mlp" and name in row[0])]
+    assert row[1:] == [f"{casts.bytes:,}", "0", f"{casts.bytes:,}"]
 
 
 def wide_mlp() -> nn.Module:
