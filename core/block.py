@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from moshi_ttt.core import state as states
 from moshi_ttt.core.call_checks import check_call, check_dtypes, check_prefix, check_state
+from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.config import BlockConfig, Length
 from moshi_ttt.core.derivatives import once_differentiable
 from moshi_ttt.core.errors import ConfigError, PrecisionError
@@ -132,6 +133,7 @@ class BlockContext:
         want_state: False when nobody will use the state after this call: a block may then return an empty one.
         detach_state: True when the state after this call is to be cut from the graph. A block may then make it in place
             and without what a gradient through it would need.
+        casts: where ``cast`` keeps its results from step to step; a host gives it while it streams.
     """
 
     input_embeddings: Tensor | None = None
@@ -142,6 +144,15 @@ class BlockContext:
     prefix: int = 0
     want_state: bool = True
     detach_state: bool = False
+    casts: ParameterCasts | None = None
+
+    def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """``parameter.to(dtype)``, the same bits; while a host streams, by a copy that is made once.
+
+        For the block's own parameters and buffers. A parameter that changes in the middle of a stream is cast anew.
+        Do not keep what this returns: ask in every step. Outside streams gradients pass as through ``to``.
+        """
+        return parameter.to(dtype) if self.casts is None else self.casts.get(parameter, dtype)
 
     def updates_mask(self, like: Tensor) -> Tensor | None:
         """``updates`` as ``[B]`` bool on the device of ``like [B, ...]``; None where they are enabled for all rows."""

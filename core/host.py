@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -147,6 +147,16 @@ class HostModel(ABC):
         does not have a row for each row of a running stream. With guidance an
         LMGen streams two rows for each voice, b and B + b.
         """
+
+    def frozen(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Declare that no parameter of a block changes while a stream runs that starts inside this context.
+
+        Such a stream casts each parameter once on every device, and a graph captured in it reads the copies. Without
+        this a graph casts them at every replay, because it runs no Python that could see a change; on a CPU a stream
+        sees changes by itself. A change raises PrecisionError, at the next step that is not replayed or when the stream
+        ends. A host that keeps no copies need not do anything here.
+        """
+        return nullcontext()
 
     def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
         """A training loss, differentiable, on made-up input that depends on the seed alone: for health checks.

@@ -44,6 +44,7 @@ from moshi_ttt.core.testing.checks_streaming import (
     check_updates_off,
 )
 from moshi_ttt.core.testing.checks_surroundings import (
+    check_changed_parameters,
     check_copies,
     check_other_modes,
     check_parameter_dimensions,
@@ -91,6 +92,7 @@ CHECKS: tuple[Check, ...] = (
     check_device,
     check_other_modes,
     check_copies,
+    check_changed_parameters,
     check_state_is_float32,
     check_long_stream,
     check_parameter_dimensions,

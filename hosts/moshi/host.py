@@ -255,6 +255,20 @@ class MoshiHost(HostModel):
         with updates_enabled(cast(TTTStreamingTransformer, transformer), enabled) if blocks else nullcontext():
             yield
 
+    @contextmanager
+    def frozen(self, model: nn.Module) -> Iterator[None]:
+        transformer = require_lm(model).transformer
+        layers = transformer.layers if isinstance(transformer, TTTStreamingTransformer) else ()
+        sites = [site for layer in layers for site in block_sites(layer)]
+        before = [site.frozen for site in sites]
+        try:
+            for site in sites:
+                site.frozen = True
+            yield
+        finally:
+            for site, was in zip(sites, before, strict=True):
+                site.frozen = was
+
     def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
         """Moshi's audio loss on uniformly random tokens; the text loss of a model that predicts text alone.
 

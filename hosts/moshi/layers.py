@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from moshi_ttt.core import state as states
 from moshi_ttt.core.block import BlockContext, SequenceBlock, Site, SiteKind
+from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.errors import ContextError, HostError
 from moshi_ttt.core.host import CarriedState, updates_switch
 from moshi_ttt.core.state import BlockState
@@ -90,12 +91,14 @@ class BlockSite(StreamingModule[BlockStreamState]):
 
     Attributes:
         updates: whether a stream that starts now starts with test-time updates enabled, for all rows or ``[B]`` bool.
+        frozen: whether the block's parameters are declared not to change in a stream that starts now.
     """
 
     def __init__(self, block: SequenceBlock) -> None:
         super().__init__()
         self.block = block
         self.updates: bool | Tensor = True
+        self.frozen = False
 
     @property
     def site(self) -> Site:
@@ -113,6 +116,7 @@ class BlockSite(StreamingModule[BlockStreamState]):
         self.check_rows(batch_size)
         state = BlockStreamState(batch_size, device, self.block, self.block.allocate_state(batch_size, device))
         state.set_updates(self.updates)
+        state.casts = ParameterCasts(self.block, frozen=self.frozen)
         return state
 
     def check_rows(self, rows: int) -> None:
@@ -125,7 +129,10 @@ class BlockSite(StreamingModule[BlockStreamState]):
         streaming = self._streaming_state
         if streaming is not None:
             context = BlockContext(
-                exec_mask=streaming.exec_mask, input_embeddings=frame.input_embeddings, updates=streaming.updates
+                exec_mask=streaming.exec_mask,
+                input_embeddings=frame.input_embeddings,
+                updates=streaming.updates,
+                casts=streaming.casts,
             )
             return self.block.step(x, streaming.buffers, context)
         context = BlockContext(

@@ -59,6 +59,12 @@ class Projection(nn.Module):
     def tensors(self) -> Linear:
         return Linear(self.weight, self.bias)
 
+    def inputs(self, context: BlockContext | None, dtype: torch.dtype) -> Linear:
+        """The parameters for products in ``dtype``: while a host streams, the copies that the stream keeps."""
+        if context is None or context.casts is None:
+            return self.tensors()
+        return Linear(context.cast(self.weight, dtype), context.cast(self.bias, dtype))
+
 
 NARROWEST_HEAD = 8
 """The head width from which streaming gives what training saw within 1e-5 in float32. A target is divided by a standard
@@ -223,13 +229,14 @@ class HybridBlock(SequenceBlock):
     def gate_parameters(self) -> list[nn.Parameter]:
         return [gate for gate in self.gates() if isinstance(gate, nn.Parameter)]
 
-    def weights(self, gate: Tensor | None = None) -> HybridWeights:
+    def weights(self, gate: Tensor | None = None, context: BlockContext | None = None) -> HybridWeights:
         """The parameters as the pure functions of ``hybrid`` take them, with the given gate or the (first) own."""
+        wq, wk, wv, wo = (part.inputs(context, self.roles.matmul) for part in (self.wq, self.wk, self.wv, self.wo))
         return HybridWeights(
-            wq=self.wq.tensors(),
-            wk=self.wk.tensors(),
-            wv=self.wv.tensors(),
-            wo=self.wo.tensors(),
+            wq=wq,
+            wk=wk,
+            wv=wv,
+            wo=wo,
             lr_weight=self.lr_weight,
             lr_bias=self.lr_bias,
             norm_weight=self.norm_weight if self.config.inner_norm else None,
@@ -319,7 +326,7 @@ class HybridBlock(SequenceBlock):
         offset = None if state is None else state["position"]
         state = self.init_state(batch, x.device) if state is None else state
         layout = self.info.format.chunks(x, self.config.chunk, offset)
-        weights = self.weights(gate)
+        weights = self.weights(gate, context)
         if context.coordinates is None:
             start = torch.zeros(1, dtype=torch.int64, device=x.device) if offset is None else offset
             position = (start[:, None] + torch.arange(length, device=x.device)) % self.config.chunk
@@ -348,7 +355,7 @@ class HybridBlock(SequenceBlock):
             return super().step(x, state, context)
         self._check_call(tokens, state, context)
         with self._without_autocast(tokens):
-            weights = self.weights()
+            weights = self.weights(context=context)
             caches = [state[name] for name in CACHES if name in state]
             y = inner_loop.step(
                 self._tokens(tokens, state["position"][:, None], weights, context, caches=caches, in_place=True),

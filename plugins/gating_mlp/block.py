@@ -111,7 +111,7 @@ class GatingMLP(SequenceBlock):
         layout = self.info.format.chunks(x, self.chunk, None if state is None else state["position"])
         if state is None and not context.want_state and x.shape[1] <= self.chunk:
             self._warn_short(x.shape[1])
-        hidden, base = self._host_mlp(x)
+        hidden, base = self._host_mlp(x, context)
         queries, heard = self._heard(layout, hidden, x, state, context)
         start = None
         if state is not None:
@@ -141,11 +141,12 @@ class GatingMLP(SequenceBlock):
         if tokens.shape[1] != 1 or context.reset is not None:
             return super().step(x, state, context)
         self._check_call(tokens, state, context)
-        hidden, base = self._host_mlp(tokens)
+        hidden, base = self._host_mlp(tokens, context)
         token = self._token(hidden, tokens, context)
-        weights = self.conv.to(token[0]), self.projection.to(token[0])
+        conv, projection = (context.cast(part, token[0].dtype) for part in (self.conv, self.projection))
         stepper = self._stepper_for(state)
-        added = stepper.step(state, token, *weights, context.exec_mask, context.updates_mask(tokens))
+        updated = context.updates_mask(tokens)
+        added = stepper.step(state, token, conv, projection, context.exec_mask, updated, context.cast)
         return self.info.format.from_tokens(self._add(base, added), x)
 
     def compile_step(self) -> None:
@@ -161,7 +162,7 @@ class GatingMLP(SequenceBlock):
         hidden: Tensor = mlp.activation(gate) * up
         return hidden
 
-    def _host_mlp(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _host_mlp(self, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor]:
         """The hidden activation ``[B, T, h]``, and the output ``[B, T, d]`` of the learned W_0.
 
         W_0 h is bit for bit what the host itself computes. Where it computes its MLP as one compiled function, that
@@ -174,7 +175,7 @@ class GatingMLP(SequenceBlock):
         if base is None:
             base = mlp.linear_out(hidden)
         if self.config.train_w_down:
-            base = self._add(base, F.linear(_or_zero(hidden), self.w_down_change.to(hidden.dtype)))
+            base = self._add(base, F.linear(_or_zero(hidden), context.cast(self.w_down_change, hidden.dtype)))
         return hidden, base
 
     def _add(self, base: Tensor, added: Tensor) -> Tensor:
@@ -235,7 +236,7 @@ class GatingMLP(SequenceBlock):
             spoiled = torch.cat([spoiled[:, :1] + state["spoiled"][:, None], spoiled[:, 1:]], dim=1)
         scale, squares = (spoiled == 0).to(values.dtype), None
         if self.config.clip is not None:
-            squares = self._squares(remembered, values.double() @ self.projection.double())
+            squares = self._squares(remembered, values.double() @ context.cast(self.projection, torch.float64))
             scale = scale * ops.clip_scale(squares.sum(-1), self.config.clip).to(scale)
         ends = size * torch.arange(1, layout.num_chunks + 1, device=x.device)
         heard = HeardChunks(

@@ -20,6 +20,7 @@ from moshi_ttt.core.state import map_state
 from moshi_ttt.core.testing import BlockCase, Shape, conformance_tests
 from moshi_ttt.core.testing.checks_streaming import layouts
 from moshi_ttt.plugins.common import inner_loop
+from moshi_ttt.plugins.common.hybrid import Linear
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 
@@ -183,6 +184,18 @@ class KeepsFunction(TTTLinear):
     def __init__(self, config, info, roles):
         super().__init__(config, info, roles)
         self.identity = lambda y: y
+
+
+class KeepsCasts(TTTLinear):
+    """A projection is cast at the first step, for good."""
+
+    def weights(self, gate=None, context=None):
+        made = super().weights(gate, context)
+        if not torch.is_grad_enabled():
+            if not hasattr(self, "kept"):
+                self.kept = Linear(*(part.to(self.roles.matmul) for part in (made.wq.weight, made.wq.bias)))
+            made.wq = self.kept
+        return made
 
 
 class ViewsParameter(TTTLinear):
@@ -521,6 +534,7 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     KeepsFakeTensor: {kit.check_other_modes},
     KeepsFakeTensorForValues: {kit.check_other_modes},
     KeepsFunction: {kit.check_copies},
+    KeepsCasts: {kit.check_changed_parameters},
     ViewsParameter: {kit.check_parameter_layouts},
     ScalarParameter: {kit.check_parameter_dimensions},
     KeepsNonfinite: {kit.check_nonfinite_recovery},

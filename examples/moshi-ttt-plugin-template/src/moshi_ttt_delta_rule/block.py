@@ -45,7 +45,7 @@ class DeltaRule(SequenceBlock):
     def compute(self, x, state, context):
         """``x [B, T, D]`` to ``(y [B, T, D], state)``: a function; it writes into nothing that it was given."""
         memory = (state or self.init_state(x.shape[0], x.device))["memory"]
-        q, k, v = (self._heads(x, weight) for weight in (self.wq, self.wk, self.wv))
+        q, k, v = (self._heads(x, weight, context) for weight in (self.wq, self.wk, self.wv))
         k = functional.normalize(k, dim=-2)
         recalled = []
         for query, key, value in zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True):  # each [B, H, Dh, 1]
@@ -55,9 +55,9 @@ class DeltaRule(SequenceBlock):
         update = torch.tanh(self.gate.to(self.roles.output)) * torch.stack(recalled, dim=1).to(self.roles.output)
         return (x.to(self.roles.output) + update).to(x.dtype), {"memory": memory}
 
-    def _heads(self, x, weight):
+    def _heads(self, x, weight, context):
         """``[B, T, H, Dh, 1]``, multiplied in the dtype for products and kept in the state's."""
-        projected = functional.linear(x.to(self.roles.matmul), weight.to(self.roles.matmul))
+        projected = functional.linear(x.to(self.roles.matmul), context.cast(weight, self.roles.matmul))
         return projected.to(self.roles.state).unflatten(-1, (self.info.num_heads, -1))[..., None]
 
     def flops_per_token(self):
