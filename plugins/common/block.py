@@ -122,6 +122,7 @@ class HybridBlock(SequenceBlock):
 
     config: HybridConfig
     scales_inner_lr = True
+    scales_output = True
     skips_nonfinite = True
 
     gate: Tensor
@@ -318,7 +319,7 @@ class HybridBlock(SequenceBlock):
             causal=self.config.causal,
             checkpoint_chunks=self.config.checkpoint_chunks,
         )
-        return gated_output(x, y, weights, self.options, self.roles), after
+        return gated_output(x, y, weights, self.options, self.roles, self.volume_in(context)), after
 
     @torch.no_grad()
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
@@ -336,7 +337,7 @@ class HybridBlock(SequenceBlock):
                 weights.token_scale.to(self.roles.state),
                 context.exec_mask,
             )
-            y = gated_output(tokens, y, weights, self.options, self.roles)
+            y = gated_output(tokens, y, weights, self.options, self.roles, self.volume_in(context))
         return self.info.format.from_tokens(y, x)
 
     def _tokens(

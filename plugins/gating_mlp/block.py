@@ -40,6 +40,7 @@ class GatingMLP(SequenceBlock):
     """Returns the MLP's output ``[B, T, d]`` without the residual."""
 
     scales_inner_lr = True
+    scales_output = True
     skips_nonfinite = True
     kind: ClassVar[SiteKind] = SiteKind.FEED_FORWARD
     learned_state: ClassVar[bool] = False
@@ -111,7 +112,7 @@ class GatingMLP(SequenceBlock):
         layout = self.info.format.chunks(x, self.chunk, None if state is None else state["position"])
         if state is None and not context.want_state and x.shape[1] <= self.chunk:
             self._warn_short(x.shape[1])
-        hidden, base = self._host_mlp(x)
+        hidden, base = self._host_mlp(x, context)
         queries, heard = self._heard(layout, hidden, x, state, context)
         start = None
         if state is not None:
@@ -126,7 +127,7 @@ class GatingMLP(SequenceBlock):
         )  # fmt: skip
         if state is not None:
             added = layout.merge(added.unflatten(1, (-1, self.chunk)))
-        y = self._add(base, added @ self.projection.to(added))
+        y = self.at_volume(base, added @ self.projection.to(added), context)
         if not context.want_state:
             return y, {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not context.detach_state):
@@ -141,12 +142,12 @@ class GatingMLP(SequenceBlock):
         if tokens.shape[1] != 1 or context.reset is not None:
             return super().step(x, state, context)
         self._check_call(tokens, state, context)
-        hidden, base = self._host_mlp(tokens)
+        hidden, base = self._host_mlp(tokens, context)
         token = self._token(hidden, tokens, context)
         weights = self.conv.to(token[0]), self.projection.to(token[0])
         stepper = self._stepper_for(state)
         added = stepper.step(state, token, *weights, context.exec_mask, context.updates_mask(tokens))
-        return self.info.format.from_tokens(self._add(base, added), x)
+        return self.info.format.from_tokens(self.at_volume(base, added, context), x)
 
     def compile_step(self) -> None:
         CompiledStepper(self.memory, torch.empty(0, dtype=self.roles.state, device=self.conv.device))
@@ -161,8 +162,8 @@ class GatingMLP(SequenceBlock):
         hidden: Tensor = mlp.activation(gate) * up
         return hidden
 
-    def _host_mlp(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The hidden activation ``[B, T, h]``, and the output ``[B, T, d]`` of the learned W_0.
+    def _host_mlp(self, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor]:
+        """The hidden activation ``[B, T, h]``, and the output ``[B, T, d]`` of W_0, with its learned change at volume.
 
         W_0 h is bit for bit what the host itself computes. Where it computes its MLP as one compiled function, that
         does not give h away: then the product of ``linear_in`` is made twice.
@@ -174,13 +175,9 @@ class GatingMLP(SequenceBlock):
         if base is None:
             base = mlp.linear_out(hidden)
         if self.config.train_w_down:
-            base = self._add(base, F.linear(_or_zero(hidden), self.w_down_change.to(hidden.dtype)))
+            change = F.linear(_or_zero(hidden), self.w_down_change.to(hidden.dtype))
+            base = self.at_volume(base, change, context)
         return hidden, base
-
-    def _add(self, base: Tensor, added: Tensor) -> Tensor:
-        if base.dtype == added.dtype == self.roles.output:
-            return base + added
-        return (base.to(self.roles.output) + added.to(self.roles.output)).to(base.dtype)
 
     def _token(self, hidden: Tensor, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
         """Key ``[B, T, h]``, target ``[B, T, d]`` and rate ``[B, T, 1]`` of each token."""
