@@ -91,7 +91,7 @@ def no_volume(blocks: str) -> str:
 
 def number_problem(value: object) -> str:
     """What is wrong with a volume that is a number, in a sentence; empty where nothing is."""
-    if isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= LARGEST_VOLUME:
+    if isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= LARGEST_VOLUME:  # type: ignore[operator]
         return ""
     return (
         f"got {value!r}. Give a number from 0 (the base model) to {LARGEST_VOLUME:g}; at 1 a block adds what it adds "
