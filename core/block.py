@@ -30,6 +30,7 @@ from moshi_ttt.core.format import FormatAdapter
 from moshi_ttt.core.gradients import streams
 from moshi_ttt.core.precision import DtypeRoles, check_products, check_role
 from moshi_ttt.core.state import BlockState
+from moshi_ttt.core.volume import at_volume, combined
 
 
 class SiteKind(str, Enum):
@@ -128,6 +129,8 @@ class BlockContext:
         reset: ``[B]`` bool; a row where it is true starts from the learned initial state before this call.
         updates: False disables test-time updates for the tokens of this call; ``[B]`` bool does so row by row. What
             earlier tokens of an unfinished chunk contribute still takes effect when the chunk ends.
+        volume: what the block adds to the base model is multiplied by it: a number from 0 to 10, or ``[B]`` floating
+            point, one for each row. The state does not depend on it.
         coordinates: ``[T, axes]`` int64, where each token is on the host's grid; the block's format sets it.
         prefix: tokens at the beginning that a reversed pass leaves in front, in order; the block's format may set it.
         want_state: False when nobody will use the state after this call: a block may then return an empty one.
@@ -140,6 +143,7 @@ class BlockContext:
     exec_mask: Tensor | None = None
     reset: Tensor | None = None
     updates: bool | Tensor = True
+    volume: float | Tensor = 1.0
     coordinates: Tensor | None = None
     prefix: int = 0
     want_state: bool = True
@@ -180,6 +184,9 @@ class SequenceBlock(nn.Module, ABC):
     """Whether the context must have the input embeddings; a block may set it from its options."""
     scales_inner_lr: ClassVar[bool] = False
     """Whether the block multiplies its inner learning rate by ``inner_lr_factor``: a training schedule needs that."""
+    scales_output: ClassVar[bool] = False
+    """Whether what the block adds is multiplied by the volume, as ``at_volume`` does: ``output_scale`` and
+    ``host.volume`` need that, and are refused without it."""
     skips_nonfinite: ClassVar[bool] = False
     """Whether the update of a chunk with a token that is not finite is left out, in its row alone, and counted by
     ``skipped_updates``; without that, such a token may spoil its own row until it is reset."""
@@ -238,6 +245,23 @@ class SequenceBlock(nn.Module, ABC):
         """Floating-point operations one token adds when streaming (a multiply-add counts two)."""
 
     # ---- what every variant gets
+
+    def at_volume(self, base: Tensor, added: Tensor, context: BlockContext) -> Tensor:
+        """What a block returns: ``base`` plus what it adds, at the volume of this call, in the dtype of ``base``.
+
+        The sum is computed in the role ``output``. Bit for bit ``base`` where the volume is 0, row by row. A block that
+        adds more than once calls this each time, with what it gave as the next ``base``.
+
+        Args:
+            base: ``[B, T, D]``: ``x`` in a sequence block, the output of the host's MLP in a feed-forward block.
+            added: ``[B, T, D]``, any floating dtype.
+            context: of the call.
+        """
+        return at_volume(base, added, self.volume_in(context), self.roles.output)
+
+    def volume_in(self, context: BlockContext) -> float | Tensor:
+        """The volume of a call, a number or ``[B]``: that of the context times ``output_scale``."""
+        return combined(context.volume, self.config.output_scale, self.roles.output)
 
     def forward(
         self, x: Tensor, state: BlockState | None = None, context: BlockContext | None = None

@@ -21,6 +21,7 @@ from moshi_ttt.core.layer_spec import resolve_layers
 from moshi_ttt.core.precision import DtypeRoles, PrecisionPolicy
 from moshi_ttt.core.registry import Registry, Variant, default_registry
 from moshi_ttt.core.sharding import assign
+from moshi_ttt.core.volume import no_volume
 
 logger = logging.getLogger("moshi_ttt.injection")
 
@@ -337,6 +338,8 @@ def _plan_block(
             f"host {host.name!r} is causal and this block is not: it would see the future inside a chunk. "
             "Set causal: true, or use a host that is not causal."
         )
+    if config.output_scale != 1 and not trial.scales_output:
+        raise InjectionError(f"output_scale: {config.output_scale:g} {no_volume(type(trial).__name__)}")
     return PlannedBlock(
         info=info,
         variant=variant,

@@ -122,6 +122,7 @@ class HybridBlock(SequenceBlock):
 
     config: HybridConfig
     scales_inner_lr = True
+    scales_output = True
     skips_nonfinite = True
 
     gate: Tensor
@@ -345,7 +346,7 @@ class HybridBlock(SequenceBlock):
         )
         if caches:
             after |= dict(zip(CACHES, caches, strict=True))
-        return gated_output(x, y, weights, self.options, self.roles), after
+        return gated_output(x, y, weights, self.options, self.roles, self.volume_in(context)), after
 
     @torch.no_grad()
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
@@ -365,7 +366,7 @@ class HybridBlock(SequenceBlock):
                 context.exec_mask,
                 self.update_rule(),
             )
-            y = gated_output(tokens, y, weights, self.options, self.roles)
+            y = gated_output(tokens, y, weights, self.options, self.roles, self.volume_in(context))
         return self.info.format.from_tokens(y, x)
 
     def _tokens(

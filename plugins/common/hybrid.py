@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.core.precision import DtypeRoles
+from moshi_ttt.core.volume import at_volume
 from moshi_ttt.plugins.common.finite import below
 from moshi_ttt.plugins.common.inner_loop import Tokens
 from moshi_ttt.plugins.common.objective import InnerNorm, Objective, PlainLoss
@@ -190,9 +191,19 @@ def objective(weights: HybridWeights, options: HybridOptions, roles: DtypeRoles,
     return InnerNorm(weight, bias, options.norm_eps, exact)
 
 
-def gated_output(x: Tensor, y: Tensor, weights: HybridWeights, options: HybridOptions, roles: DtypeRoles) -> Tensor:
-    """``x + tanh(gate) * wo(post_norm(y))`` for ``x`` and ``y [B, T, D]``, in the dtype of ``x``."""
+def gated_output(
+    x: Tensor,
+    y: Tensor,
+    weights: HybridWeights,
+    options: HybridOptions,
+    roles: DtypeRoles,
+    volume: float | Tensor = 1.0,
+) -> Tensor:
+    """``x + volume * tanh(gate) * wo(post_norm(y))`` for ``x`` and ``y [B, T, D]``, in the dtype of ``x``.
+
+    ``volume``: a number, or ``[B]``.
+    """
     scale, shift = weights.post_norm.weight.to(roles.compute), weights.post_norm.bias.to(roles.compute)
     y = F.layer_norm(y.to(roles.compute), y.shape[-1:], scale, shift, options.post_norm_eps)
     update = weights.wo(y, roles.matmul).to(roles.output)
-    return (x.to(roles.output) + torch.tanh(weights.gate.to(roles.output)) * update).to(x.dtype)
+    return at_volume(x, torch.tanh(weights.gate.to(roles.output)) * update, volume, roles.output)

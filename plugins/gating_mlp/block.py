@@ -40,6 +40,7 @@ class GatingMLP(SequenceBlock):
     """Returns the MLP's output ``[B, T, d]`` without the residual."""
 
     scales_inner_lr = True
+    scales_output = True
     skips_nonfinite = True
     kind: ClassVar[SiteKind] = SiteKind.FEED_FORWARD
     learned_state: ClassVar[bool] = False
@@ -126,7 +127,7 @@ class GatingMLP(SequenceBlock):
         )  # fmt: skip
         if state is not None:
             added = layout.merge(added.unflatten(1, (-1, self.chunk)))
-        y = self._add(base, added @ self.projection.to(added))
+        y = self.at_volume(base, added @ self.projection.to(added), context)
         if not context.want_state:
             return y, {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not context.detach_state):
@@ -147,7 +148,7 @@ class GatingMLP(SequenceBlock):
         stepper = self._stepper_for(state)
         updated = context.updates_mask(tokens)
         added = stepper.step(state, token, conv, projection, context.exec_mask, updated, context.cast)
-        return self.info.format.from_tokens(self._add(base, added), x)
+        return self.info.format.from_tokens(self.at_volume(base, added, context), x)
 
     def compile_step(self) -> None:
         CompiledStepper(self.memory, torch.empty(0, dtype=self.roles.state, device=self.conv.device))
@@ -163,7 +164,7 @@ class GatingMLP(SequenceBlock):
         return hidden
 
     def _host_mlp(self, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor]:
-        """The hidden activation ``[B, T, h]``, and the output ``[B, T, d]`` of the learned W_0.
+        """The hidden activation ``[B, T, h]``, and the output ``[B, T, d]`` of W_0, with its learned change at volume.
 
         W_0 h is bit for bit what the host itself computes. Where it computes its MLP as one compiled function, that
         does not give h away: then the product of ``linear_in`` is made twice.
@@ -175,13 +176,9 @@ class GatingMLP(SequenceBlock):
         if base is None:
             base = mlp.linear_out(hidden)
         if self.config.train_w_down:
-            base = self._add(base, F.linear(_or_zero(hidden), context.cast(self.w_down_change, hidden.dtype)))
+            change = F.linear(_or_zero(hidden), context.cast(self.w_down_change, hidden.dtype))
+            base = self.at_volume(base, change, context)
         return hidden, base
-
-    def _add(self, base: Tensor, added: Tensor) -> Tensor:
-        if base.dtype == added.dtype == self.roles.output:
-            return base + added
-        return (base.to(self.roles.output) + added.to(self.roles.output)).to(base.dtype)
 
     def _token(self, hidden: Tensor, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
         """Key ``[B, T, h]``, target ``[B, T, d]`` and rate ``[B, T, 1]`` of each token."""

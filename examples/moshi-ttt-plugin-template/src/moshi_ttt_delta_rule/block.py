@@ -20,6 +20,7 @@ class DeltaRule(SequenceBlock):
     config: DeltaRuleConfig
     causal = True
     scales_inner_lr = True
+    scales_output = True
 
     def __init__(self, config, info, roles):
         super().__init__(config, info, roles)
@@ -53,7 +54,7 @@ class DeltaRule(SequenceBlock):
             memory = memory + context.where_updated(update)
             recalled.append((memory @ query).flatten(1))
         update = torch.tanh(self.gate.to(self.roles.output)) * torch.stack(recalled, dim=1).to(self.roles.output)
-        return (x.to(self.roles.output) + update).to(x.dtype), {"memory": memory}
+        return self.at_volume(x, update, context), {"memory": memory}
 
     def _heads(self, x, weight, context):
         """``[B, T, H, Dh, 1]``, multiplied in the dtype for products and kept in the state's."""
