@@ -34,6 +34,7 @@ class TTTRidge(SequenceBlock):
     learned_state = False
     scales_inner_lr = True
     skips_nonfinite = True
+    scales_output = True
 
     gate: Tensor
 
@@ -150,7 +151,7 @@ class TTTRidge(SequenceBlock):
         tokens, cache, finite = self._tokens(x, state, context)
         read, after = memory.run(tokens, state, self._rule(), layout, self.config.checkpoint_chunks)
         after |= {"cache": cache, "skipped": state["skipped"] + (~finite).sum(1)}
-        y, gates = self._output(x, tokens, read, state)
+        y, gates = self._output(x, tokens, read, state, context)
         return y, {**after, **gates}
 
     @torch.no_grad()
@@ -164,7 +165,7 @@ class TTTRidge(SequenceBlock):
         with self._without_autocast(x_tokens):
             tokens, cache, finite = self._tokens(x_tokens, state, context)
             read = memory.step(tokens, state, self._rule(), self.chunk, mask)
-            y, gates = self._output(x_tokens, tokens, read, state)
+            y, gates = self._output(x_tokens, tokens, read, state, context)
         for name, after in {"cache": cache, **gates}.items():
             rows = None if mask is None else mask.view(-1, 1, 1)
             state[name].copy_(after if rows is None else torch.where(rows, after, state[name]))
@@ -172,12 +173,12 @@ class TTTRidge(SequenceBlock):
         state["skipped"].add_(bad if mask is None else bad & mask)
         return self.info.format.from_tokens(y, x)
 
-    def _weights(self) -> layer.LayerWeights:
+    def _weights(self, context: BlockContext) -> layer.LayerWeights:
         return layer.LayerWeights(
-            qk=self.wqk.tensors(),
+            qk=self.wqk.inputs(context, self.roles.matmul),
             conv_q=self.conv_q,
             conv_k=self.conv_k,
-            value=self.value_weight,
+            value=context.cast(self.value_weight, self.roles.matmul),
             write=self.write.tensors(),
             heads=self.heads,
             relu2=self.config.features == "relu2",
@@ -192,7 +193,7 @@ class TTTRidge(SequenceBlock):
         finite = layer.finite_tokens(x) if source is x else layer.finite_tokens(x, source)
         mask = context.updates_mask(x)
         updated = torch.ones_like(finite) if mask is None else mask[:, None]
-        tokens, cache = layer.inputs(x, source, state["cache"], finite, updated, self._weights(), self.roles)
+        tokens, cache = layer.inputs(x, source, state["cache"], finite, updated, self._weights(context), self.roles)
         if self.inner_lr_factor != 1:
             tokens = tokens._replace(strength=self.inner_lr_factor * tokens.strength)
         return tokens, cache, finite
@@ -206,7 +207,7 @@ class TTTRidge(SequenceBlock):
         return memory.Rule(regularization, self.keep, novelty, variance=self.config.variance_gate)
 
     def _output(
-        self, x: Tensor, tokens: memory.Tokens, read: memory.Read, state: BlockState
+        self, x: Tensor, tokens: memory.Tokens, read: memory.Read, state: BlockState, context: BlockContext
     ) -> tuple[Tensor, BlockState]:
         """``y [B, T, D]`` and what the success gate keeps, from the state before the call."""
         value, kept = read.value, {}
@@ -220,9 +221,9 @@ class TTTRidge(SequenceBlock):
             offset, slope = (part.to(value.dtype) for part in (self.variance_offset, self.variance_slope))
             heard = offset - slope * (read.variance.clamp(min=0) + VARIANCE_EPS).log()
             gain = gain * torch.sigmoid(heard)[..., None]
-        update = self.wo.tensors()((value * gain).flatten(2), self.roles.matmul).to(self.roles.output)
-        y = x.to(self.roles.output) + torch.tanh(self.gate.to(self.roles.output)) * update
-        return y.to(x.dtype), kept
+        output = self.wo.inputs(context, self.roles.matmul)
+        update = output((value * gain).flatten(2), self.roles.matmul).to(self.roles.output)
+        return self.at_volume(x, torch.tanh(self.gate.to(self.roles.output)) * update, context), kept
 
     def _success_gate(self) -> SuccessGate:
         dtype = self.roles.state
