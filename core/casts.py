@@ -16,6 +16,7 @@ is cast at every step, in the graph too, unless the caller of the stream declare
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +142,11 @@ class ParameterCasts:
             "may have computed with the earlier values. End the stream before parameters change, or start it outside "
             "host.frozen(...)."
         )
+
+
+def copy_bytes(sources: Iterable[Tensor], dtype: torch.dtype) -> int:
+    """Bytes of the copies of ``sources`` in ``dtype``: nothing for what is in it."""
+    return sum(source.numel() * dtype.itemsize for source in sources if source.dtype != dtype)
 
 
 def _twin(source: Tensor) -> Tensor | None:
