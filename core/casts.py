@@ -75,13 +75,16 @@ class ParameterCasts:
         self._copies: dict[tuple[int, torch.dtype], _Copy] = {}
 
     def get(self, source: Tensor, dtype: torch.dtype) -> Tensor:
-        """``source.to(dtype)``, bit for bit, by a copy where one can be kept. Not differentiable: do not write to it.
+        """``source.to(dtype)``, bit for bit, by a copy where one can be kept. Do not write to it.
+
+        Where a gradient would be recorded it is a cast, and the gradient passes.
 
         Raises PrecisionError where ``source`` is frozen and was changed.
         """
         if source.dtype == dtype:
             return source
-        if torch.compiler.is_compiling() or type(source) not in (Tensor, nn.Parameter):
+        recorded = source.requires_grad and torch.is_grad_enabled()
+        if recorded or torch.compiler.is_compiling() or type(source) not in (Tensor, nn.Parameter):
             return source.to(dtype)
         copy = self._copies.get((id(source), dtype))
         if copy is not None and copy.is_current:
