@@ -481,6 +481,13 @@ class SequenceBlock(nn.Module, ABC):
         with torch.no_grad():
             return states.num_bytes(self.init_state(1))
 
+    def cast_bytes(self) -> int:
+        """Bytes of the copies that a stream keeps of what it asks ``context.cast`` for, once for all rows.
+
+        A block that asks says them: ``core.casts.copy_bytes`` counts them.
+        """
+        return 0
+
     def check_precision(self, when: str) -> None:
         """Every stored parameter has the master dtype, or PrecisionError."""
         check_role("master", self.roles.master, self.named_parameters(), self.roles.policy, f"{when}, {self.info.site}")

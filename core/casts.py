@@ -16,6 +16,7 @@ is cast at every step, in the graph too, unless the caller of the stream declare
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,13 +75,16 @@ class ParameterCasts:
         self._copies: dict[tuple[int, torch.dtype], _Copy] = {}
 
     def get(self, source: Tensor, dtype: torch.dtype) -> Tensor:
-        """``source.to(dtype)``, bit for bit, by a copy where one can be kept. Not differentiable: do not write to it.
+        """``source.to(dtype)``, bit for bit, by a copy where one can be kept. Do not write to it.
+
+        Where a gradient would be recorded it is a cast, and the gradient passes.
 
         Raises PrecisionError where ``source`` is frozen and was changed.
         """
         if source.dtype == dtype:
             return source
-        if torch.compiler.is_compiling() or type(source) not in (Tensor, nn.Parameter):
+        recorded = source.requires_grad and torch.is_grad_enabled()
+        if recorded or torch.compiler.is_compiling() or type(source) not in (Tensor, nn.Parameter):
             return source.to(dtype)
         copy = self._copies.get((id(source), dtype))
         if copy is not None and copy.is_current:
@@ -141,6 +145,11 @@ class ParameterCasts:
             "may have computed with the earlier values. End the stream before parameters change, or start it outside "
             "host.frozen(...)."
         )
+
+
+def copy_bytes(sources: Iterable[Tensor], dtype: torch.dtype) -> int:
+    """Bytes of the copies of ``sources`` in ``dtype``: nothing for what is in it."""
+    return sum(source.numel() * dtype.itemsize for source in sources if source.dtype != dtype)
 
 
 def _twin(source: Tensor) -> Tensor | None:

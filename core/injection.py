@@ -37,6 +37,7 @@ class PlannedBlock:
     parameters: int
     state_bytes: int
     flops_per_token: int
+    cast_bytes: int = 0
 
     @property
     def site(self) -> Site:
@@ -65,6 +66,11 @@ class Plan:
     def state_bytes(self) -> int:
         """Bytes of state that one stream will occupy."""
         return sum(block.state_bytes for block in self.blocks)
+
+    @property
+    def cast_bytes(self) -> int:
+        """Bytes that a stream, of any number of rows, keeps of parameters in the dtype of products."""
+        return sum(block.cast_bytes for block in self.blocks)
 
     def apply(self, model: nn.Module, values: Mapping[str, Tensor] | None = None) -> Injection:
         """Build, initialise and attach all blocks. Raises a MoshiTTTError and leaves the model untouched on failure.
@@ -360,6 +366,7 @@ def _trial(
             figures = {
                 "parameters": sum(parameter.numel() for parameter in block.parameters()),
                 "state_bytes": block.state_bytes(),
+                "cast_bytes": block.cast_bytes(),
                 "flops_per_token": block.flops_per_token(),
             }
     except MoshiTTTError:

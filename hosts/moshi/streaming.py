@@ -109,8 +109,8 @@ class BlockStreamState(State):
 
         Raises PrecisionError where parameters were declared frozen and were changed.
         """
-        self._warn_of_skipped()
         try:
+            self._warn_of_skipped()
             if not any(exception):
                 self.casts.check_frozen()
         finally:

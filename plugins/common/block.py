@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo
+from moshi_ttt.core.casts import copy_bytes
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
@@ -476,6 +477,10 @@ class HybridBlock(SequenceBlock):
 
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:
         return health.red_flags(figures)
+
+    def cast_bytes(self) -> int:
+        parts = (self.wq, self.wk, self.wv, self.wo)
+        return copy_bytes((parameter for part in parts for parameter in part.parameters()), self.roles.matmul)
 
     def skipped_updates(self, state: BlockState) -> Tensor:
         return state["skipped"]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo, SiteKind
+from moshi_ttt.core.casts import copy_bytes
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.precision import DtypeRoles
@@ -333,6 +334,13 @@ class GatingMLP(SequenceBlock):
                 "chunks are skipped: lower lr, or look at the input."
             ]
         return []
+
+    def cast_bytes(self) -> int:
+        # The compiled step casts in registers: with it the copy for the clip is made by calls of several tokens alone.
+        total = copy_bytes([self.conv, self.projection], self.roles.state)
+        if self.config.clip is not None and self.projection.dtype == self.roles.state:
+            total += copy_bytes([self.projection], torch.float64)
+        return total + (copy_bytes([self.w_down_change], self.info.dtype) if self.config.train_w_down else 0)
 
     def skipped_updates(self, state: BlockState) -> Tensor:
         return state["skipped"]

@@ -14,12 +14,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD, AdamW
 
+from moshi_ttt.core import casts as casts_module
 from moshi_ttt.core.block import BlockContext
 from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.errors import PrecisionError
 from moshi_ttt.core.sharding import assign
 
 BFLOAT = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_step():
+    with torch.no_grad():
+        yield
 
 
 def module() -> nn.Linear:
@@ -83,7 +90,6 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-@torch.no_grad()
 def test_every_change_of_a_parameter_is_seen(change):
     owner = module()
     casts = ParameterCasts(owner)
@@ -97,7 +103,6 @@ def test_every_change_of_a_parameter_is_seen(change):
     assert not torch.equal(casts.get(owner.weight, BFLOAT), before)
 
 
-@torch.no_grad()
 def test_a_parameter_that_does_not_change_is_cast_once():
     owner = module()
     casts = ParameterCasts(owner)
@@ -114,7 +119,6 @@ def test_a_parameter_that_does_not_change_is_cast_once():
     assert casts.bytes == 8 * 12 * 2
 
 
-@torch.no_grad()
 def test_a_copy_is_refreshed_in_place():
     owner = module()
     casts = ParameterCasts(owner)
@@ -134,7 +138,6 @@ def test_writing_to_a_parameter_after_the_stream_keeps_its_memory():
     assert owner.weight.data_ptr() == address
 
 
-@torch.no_grad()
 def test_training_beside_a_stream_computes_the_same():
     results = []
     for watched in (False, True):
@@ -283,9 +286,34 @@ def test_a_copy_lives_as_long_as_its_stream():
     assert set(owner.state_dict()) == {"weight", "bias"}
 
 
-def test_without_a_stream_a_cast_is_a_cast_with_its_gradient():
+@pytest.mark.parametrize("streaming", [False, True])
+def test_where_gradients_are_recorded_a_cast_has_its_gradient(streaming):
     owner = module()
-    assert BlockContext().cast(owner.weight, BFLOAT).requires_grad
+    context = BlockContext(casts=ParameterCasts(owner) if streaming else None)
+    context.cast(owner.weight, BFLOAT)
+    with torch.enable_grad():
+        context.cast(owner.weight, BFLOAT).sum().backward()
+    assert torch.equal(owner.weight.grad, torch.ones(8, 12))
+
+
+def test_a_torch_that_cannot_say_what_was_written_casts_at_every_step(monkeypatch):
+    monkeypatch.setattr(casts_module, "_CAN_WATCH", False)
+    owner = module()
+    casts = ParameterCasts(owner)
+    casts.get(owner.weight, BFLOAT)
+    owner.weight.data.add_(1)
+    assert torch.equal(casts.get(owner.weight, BFLOAT), owner.weight.to(BFLOAT))
+    assert casts.bytes == 0
+
+
+def test_a_compiled_step_casts():
+    owner = module()
+    casts = ParameterCasts(owner)
+    compiled = torch.compile(lambda: casts.get(owner.weight, BFLOAT) + 1, backend="eager", fullgraph=True)
+    for _ in range(2):
+        owner.weight.data.add_(1)
+        assert torch.equal(compiled(), owner.weight.to(BFLOAT) + 1)
+    assert casts.bytes == 0
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())

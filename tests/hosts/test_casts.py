@@ -122,6 +122,7 @@ def bytes_of(block) -> int:
 def test_a_step_casts_no_parameter_after_the_first(variant):
     model, injection = model_with(variant)
     each = [bytes_of(block) for block in injection.blocks.values()]
+    assert [block.cast_bytes for block in injection.plan.blocks] == each
     codes, written = random_codes(model, ROWS, 6), {}
     for kept in (False, True):
         with torch.no_grad(), model.streaming(ROWS):
@@ -143,7 +144,8 @@ def test_a_stream_that_keeps_casts_is_bit_equal(variant):
 
 
 def test_nothing_is_kept_where_nothing_is_cast(variant):
-    model, _ = model_with(variant, "float32")
+    model, injection = model_with(variant, "float32")
+    assert injection.plan.cast_bytes == sum(block.cast_bytes() for block in injection.blocks.values())
     with torch.no_grad(), model.streaming(ROWS):
         model.forward_text(random_codes(model, ROWS, 1))
         wide = 8 * sites_of(model)[0].block.info.dim ** 2 if variant == "gating_mlp" else 0  # the clip's norm
@@ -312,6 +314,7 @@ def test_the_documentation_says_what_a_block_of_7b_casts(variant, options):
     name = f"`{variant}`" + "".join(f", `{key}: {json.dumps(value)}`" for key, value in options.items())
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
     (row,) = [row for row in rows if row[0] == name or (variant != "gating_mlp" and name in row[0])]
+    assert block.cast_bytes() == casts.bytes
     assert row[1:] == [f"{casts.bytes:,}", "0", f"{casts.bytes:,}"]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from moshi_ttt.core.block import SequenceBlock
+from moshi_ttt.core.casts import copy_bytes
 from moshi_ttt.core.sharding import assign
 from moshi_ttt_delta_rule.config import DeltaRuleConfig
 
@@ -60,6 +61,9 @@ class DeltaRule(SequenceBlock):
         """``[B, T, H, Dh, 1]``, multiplied in the dtype for products and kept in the state's."""
         projected = functional.linear(x.to(self.roles.matmul), context.cast(weight, self.roles.matmul))
         return projected.to(self.roles.state).unflatten(-1, (self.info.num_heads, -1))[..., None]
+
+    def cast_bytes(self):
+        return copy_bytes([self.wq, self.wk, self.wv], self.roles.matmul)
 
     def flops_per_token(self):
         head_dim = self.info.dim // self.info.num_heads
