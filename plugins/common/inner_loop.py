@@ -189,9 +189,10 @@ def run(
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in needed):
         checkpoint_chunks = None
     found, end = _in_groups(call.group, chunks, now, checkpoint_chunks)
-    outputs, spoiled = found[::2], torch.stack(found[1::2], dim=1)
+    if not norm.bounded:
+        spoiled = torch.stack(found[1::2], dim=1)
     counters = (after % size, *_counted(spoiled, state["skipped"], after // size))
-    return layout.merge(torch.stack(outputs, dim=2)), pack(counters, *call.unflattened(end))
+    return layout.merge(torch.stack(found[::2], dim=2)), pack(counters, *call.unflattened(end))
 
 
 class _Call:
@@ -218,6 +219,7 @@ class _Call:
         size, device = layout.chunk_size, position.device
         self.layout, self.norm, self.rule = layout, norm, rule
         self.position, self.after, self.spoiled = position, after, spoiled.unbind(1)
+        self.applied = (spoiled == 0).unbind(1)
         self.begun = None if layout.offset is None else before
         self.layers, self.remembers, self.moves = len(before.inputs), len(before.tokens) > 0, rule.momentum is not None
         self.mask = torch.ones(size, size, dtype=torch.bool, device=device).tril() if causal else None
@@ -234,17 +236,23 @@ class _Call:
         outputs = []
         for n in range(first, last):
             q, k, v, lr = given[4 * (n - first) : 4 * (n - first) + 4]
-            memory, spoiled = self._memory(n, k, v, lr, fast)
+            memory, spoiled, applied = self._memory(n, k, v, lr, fast)
             outputs += [query_pass(q, fast, memory, self.norm, self.scale, self.mask, self.rule.momentum), spoiled]
-            fast, unfinished = self._end(n, fast, memory, unfinished, spoiled == 0)
+            fast, unfinished = self._end(n, fast, memory, unfinished, applied)
         return *outputs, *_flattened(fast, unfinished)
 
-    def _memory(self, n: int, k: Tensor, v: Tensor, lr: Tensor, fast: FastNetwork) -> tuple[ChunkMemory, Tensor]:
-        """What chunk ``n`` holds, the call's keys and those that came before it, and its spoiled tokens ``[B]``."""
+    def _memory(
+        self, n: int, k: Tensor, v: Tensor, lr: Tensor, fast: FastNetwork
+    ) -> tuple[ChunkMemory, Tensor, Tensor]:
+        """What chunk ``n`` holds, the call's keys and those that came before it.
+
+        And ``[B]`` its spoiled tokens, and whether its update is applied when it ends.
+        """
         memory, kept = teach(k, v, lr, fast, self.norm, self.token_scale)
-        spoiled = self.spoiled[n]
+        spoiled, applied = self.spoiled[n], self.applied[n]
         if kept is not None:
             spoiled = spoiled + (self.valid[n][:, 0, :, 0] & ~kept).sum(1)
+            applied = spoiled == 0
         if self.remembers:
             memory.tokens = (v, lr)
         if not self.layout.full:
@@ -252,7 +260,7 @@ class _Call:
         if n == 0 and self.begun is not None:
             earlier = torch.arange(self.layout.chunk_size, device=self.position.device) < self.position[:, None]
             memory = _where(earlier[:, None, :, None], self.begun, memory)
-        return memory, spoiled
+        return memory, spoiled, applied
 
     def _end(
         self, n: int, fast: FastNetwork, memory: ChunkMemory, unfinished: ChunkMemory, rows: Tensor
