@@ -5,7 +5,6 @@ A variant says how wide its fast network's layers are; everything else is here, 
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 
 from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo
 from moshi_ttt.core.casts import copy_bytes
-from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common import health, inner_curves, inner_loop
+from moshi_ttt.plugins.common.block_checks import check_rate, checked_head_width
 from moshi_ttt.plugins.common.derivatives import differentiable_again
 from moshi_ttt.plugins.common.fast_network import UpdateRule
 from moshi_ttt.plugins.common.finite import below, check_state_dtype, largest_factor
@@ -36,8 +35,7 @@ from moshi_ttt.plugins.common.hybrid import (
     over_rms,
 )
 from moshi_ttt.plugins.common.options import HybridConfig
-from moshi_ttt.plugins.common.rope import widths as axis_widths
-from moshi_ttt.plugins.common.short_conv import convolve, convolve_step, empty_cache, one_at_lag
+from moshi_ttt.plugins.common.short_conv import Convolutions, empty_cache, one_at_lag
 
 INIT_STD = 0.02
 """Of what is drawn and has no option of its own."""
@@ -67,54 +65,6 @@ class Projection(nn.Module):
         return Linear(context.cast(self.weight, dtype), context.cast(self.bias, dtype))
 
 
-NARROWEST_HEAD = 8
-"""The head width from which streaming gives what training saw within 1e-5 in float32. A target is divided by a standard
-deviation over the head's channels; over fewer than these it may come as close to zero as rounding."""
-
-
-def _checked_head_width(config: HybridConfig, info: SiteInfo, roles: DtypeRoles) -> int:
-    """The width of a head. Raises ConfigError where RoPE has no use for it, or the host's format for the block."""
-    head_dim, remainder = divmod(info.dim, info.num_heads)
-    if remainder or head_dim % 2:
-        raise ConfigError(
-            f"Width {info.dim} over {info.num_heads} heads: RoPE needs an even whole head width, got "
-            f"{info.dim / info.num_heads:g}. Use a host whose head width is even."
-        )
-    if head_dim < NARROWEST_HEAD and torch.finfo(roles.compute).eps > torch.finfo(torch.float64).eps:
-        # Without the site, so that Python shows it once however many blocks a model has.
-        warnings.warn(
-            f"Heads of width {head_dim}: from width {NARROWEST_HEAD} on a streamed token and the same token in one "
-            "call agree within 1e-5 in float32; over narrower heads rounding grows, and they part ways in long "
-            "sequences. Use a host with wider heads, or load it in float64.",
-            stacklevel=3,
-        )
-    if info.format.axes > 1:
-        if config.causal:
-            raise ConfigError(f"{info.site}: a grid is heard as a whole. Set causal: false, or bidirectional: true.")
-        try:
-            axis_widths(head_dim, info.format.axes)
-        except ValueError as error:
-            raise ConfigError(f"{info.site}: {error} Use a host whose head width is a multiple of 16.") from None
-    return head_dim
-
-
-def _check_rate(config: HybridConfig, head_dim: int, layers: int, roles: DtypeRoles) -> None:
-    """Raise ConfigError for a base_lr with which the fast weights of ``layers`` layers would not stay finite."""
-    # The update of a layer grows with the rate, and what the network gives with the product of its layers.
-    largest = largest_factor(roles.state) ** (1 / layers)
-    if config.base_lr / head_dim > largest:
-        raise ConfigError(
-            f"base_lr {config.base_lr:g} gives a token the rate {config.base_lr / head_dim:g}, and "
-            f"updates of {layers} layers in {roles.state} stay finite up to {largest:.3g}. Lower base_lr."
-        )
-    if not config.inner_norm and config.base_lr > head_dim:
-        raise ConfigError(
-            f"base_lr {config.base_lr:g} with inner_norm: false: above the head width, {head_dim}, a step may "
-            "end farther from a chunk's minimum than it began, and the fast weights grow without end. Lower base_lr to "
-            f"{head_dim} or less, or set inner_norm: true."
-        )
-
-
 class HybridBlock(SequenceBlock):
     """Hybrid layer with a fast network whose layer widths a subclass gives.
 
@@ -132,9 +82,9 @@ class HybridBlock(SequenceBlock):
     def __init__(self, config: HybridConfig, info: SiteInfo, roles: DtypeRoles) -> None:
         super().__init__(config, info, roles)
         check_state_dtype(info, roles)
-        head_dim = _checked_head_width(config, info, roles)
+        head_dim = checked_head_width(config, info, roles)
         widths = self.widths(config, head_dim)
-        _check_rate(config, head_dim, len(widths) - 1, roles)
+        check_rate(config, head_dim, len(widths) - 1, roles)
         self.needs_input_embeddings = config.value == "embedding"
         self.options = HybridOptions(
             num_heads=info.num_heads,
@@ -399,7 +349,8 @@ class HybridBlock(SequenceBlock):
         mix = None
         if self.config.conv_kernel is not None:
             caches = [self._empty_cache(x) for _ in CACHES] if caches is None else caches
-            mix = partial(self._mix, finite, caches, context.exec_mask, in_place)
+            taps = [self.query_taps, self.key_taps]
+            mix = Convolutions(taps, caches, finite, in_place=in_place, exec_mask=context.exec_mask)
         value = self._value_source(source, exact)
         tokens = inner_inputs(x, position, weights, self.options, self.roles, exact, source=value, mix=mix)
         # A rate of nan tells the inner loop to leave the token out.
@@ -418,26 +369,6 @@ class HybridBlock(SequenceBlock):
     def _empty_cache(self, x: Tensor) -> Tensor:
         assert self.config.conv_kernel is not None
         return empty_cache(x.shape[0], x.shape[2], self.config.conv_kernel, x.device, self.roles.state)
-
-    def _mix(
-        self,
-        finite: Tensor,
-        caches: list[Tensor],
-        exec_mask: Tensor | None,
-        in_place: bool,
-        q: Tensor,
-        k: Tensor,
-        kept: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Projected queries and keys ``[B, T, D]`` through their convolutions; others than ``finite`` count as zero."""
-        kept = finite if kept is None else finite & kept
-        taps = self.query_taps, self.key_taps
-        if in_place:
-            q, k = (convolve_step(z, t, c, exec_mask, kept) for z, t, c in zip((q, k), taps, caches, strict=True))
-            return q, k
-        mixed = [convolve(z, t, c, kept) for z, t, c in zip((q, k), taps, caches, strict=True)]
-        caches[:] = [cache for _, cache in mixed]
-        return mixed[0][0], mixed[1][0]
 
     def _from_start(self, x: Tensor, context: BlockContext) -> tuple[HybridWeights, inner_loop.Tokens]:
         """What enters the inner loop when ``x [B, T, D]`` starts a sequence."""

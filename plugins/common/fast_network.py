@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.core.state import row_mask
+from moshi_ttt.plugins.common.finite import largest_factor
 from moshi_ttt.plugins.common.objective import Objective
 
 
@@ -92,6 +93,52 @@ def key_pass(k: Tensor, v: Tensor, lr: Tensor, fast: FastNetwork, norm: Objectiv
     return ChunkMemory(tuple(inputs), tuple(gradients))
 
 
+def teach(
+    k: Tensor, v: Tensor, lr: Tensor, fast: FastNetwork, norm: Objective, token_scale: Tensor
+) -> tuple[ChunkMemory, Tensor | None]:
+    """``key_pass``, and ``[B, C]`` bool, which tokens may update the fast weights; None: all of them.
+
+    Where the loss's gradient has no bound, gradient descent on too large values or by too large a rate runs away, until
+    nothing is finite. A token whose share of an update comes to ``largest_weight`` leaves nothing behind, and neither
+    do the tokens of a row whose weights have come to it.
+
+    Args:
+        token_scale: ``[C]`` of a whole chunk.
+    """
+    memory = key_pass(k, v, lr, fast, norm)
+    if norm.bounded:
+        return memory, None
+    kept = _tame(memory, fast, token_scale)
+    mask = kept[:, None, :, None]
+    inputs, gradients = (tuple(torch.where(mask, t, 0) for t in part) for part in (memory.inputs, memory.gradients))
+    return ChunkMemory(inputs, gradients), kept
+
+
+def largest_weight(dtype: torch.dtype, layers: int) -> float:
+    """What fast weights stay below where nothing else bounds them: products of ``layers`` of them are then finite."""
+    return float(largest_factor(dtype) ** (1 / layers))
+
+
+@torch.no_grad()
+def _tame(memory: ChunkMemory, fast: FastNetwork, token_scale: Tensor) -> Tensor:
+    """``[B, C]`` bool: tokens whose share of any update is small enough, in rows whose weights are."""
+    limit = largest_weight(memory.inputs[0].dtype, len(fast.weights))
+    # Query n subtracts scale[n] times a sum of n + 1 gradients: so many times the largest of them at most.
+    reach = (token_scale * torch.arange(1, token_scale.shape[0] + 1, device=token_scale.device)).max()
+    tame = torch.ones_like(memory.inputs[0][:, 0, :, 0], dtype=torch.bool)
+    for a, g in zip(memory.inputs, memory.gradients, strict=True):
+        share = reach * _largest(a, -1).clamp(min=1) * _largest(g, -1)  # [B, H, C]
+        tame = tame & (share < limit).all(1)
+    for tensor in (*fast.weights, *fast.biases):
+        tame = tame & (_largest(tensor, (1, 2, 3)) < limit)[:, None]
+    return tame
+
+
+def _largest(tensor: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    found: Tensor = torch.linalg.vector_norm(tensor, torch.inf, dim=dim)
+    return found
+
+
 def query_pass(
     q: Tensor,
     fast: FastNetwork,
@@ -145,6 +192,7 @@ def after_chunk(
     for step in range(rule.steps):
         if step:
             memory = _again(memory, fast, norm)
+            rows = rows if norm.bounded else rows & _tame(memory, fast, scale[None] * memory.inputs[0].shape[2]).all(1)
         fast = _after_step(fast, memory, scale, rows, rule.momentum)
     return fast
 
@@ -189,11 +237,11 @@ def descend_(
     The same operations run whether or not a chunk is finished, so that a captured graph needs no branch. Inputs of such
     a row may be anything; its gradients are finite.
     """
-    factor = applied_scale(-scale, rows)
     for step in range(rule.steps):
         if step:
             memory = _again(_only(memory, rows), fast, norm)
-        _step_(fast, memory, factor, rows, rule.momentum)
+            rows = rows if norm.bounded else rows & _tame(memory, fast, scale[None] * memory.inputs[0].shape[2]).all(1)
+        _step_(fast, memory, applied_scale(-scale, rows), rows, rule.momentum)
 
 
 def _step_(fast: FastNetwork, memory: ChunkMemory, factor: Tensor, rows: Tensor, momentum: Tensor | None) -> None:

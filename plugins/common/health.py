@@ -74,10 +74,11 @@ def inner_losses(
     kept = finite[:, : chunks * chunk_size]
     before = after = tokens.q.new_zeros(())
     for n, now in enumerate(kept.split(chunk_size, 1) if chunks else ()):  # now [B, C]
-        memory = fast_network.key_pass(keys[n], values[n], rates[n], fast, norm)
+        memory, tame = fast_network.teach(keys[n], values[n], rates[n], fast, norm, token_scale)
         memory.tokens = (values[n], rates[n])
         before = before + _loss(keys[n], values[n], now, fast, norm)
-        fast = fast_network.after_chunk(fast, memory, norm, token_scale[-1], applied[:, n], rule)
+        rows = applied[:, n] if tame is None else applied[:, n] & tame.all(1)
+        fast = fast_network.after_chunk(fast, memory, norm, token_scale[-1], rows, rule)
         after = after + _loss(keys[n], values[n], now, fast, norm)
     first, second = before / (kept.sum() * heads), after / (kept.sum() * heads)
     return {"inner_loss_before": first, "inner_loss_after": second, "inner_loss_ratio": second / first}

@@ -60,9 +60,10 @@ def hybrid(
         found["initial"].append(norm(fast_network.forward(k, start)))
         found["before"].append(norm(fast_network.forward(k, fast)))
         if k.shape[2] == size:
-            memory = fast_network.key_pass(k, v, lr, fast, norm)
+            memory, tame = fast_network.teach(k, v, lr, fast, norm, token_scale)
             memory.tokens = (v, lr)
-            fast = fast_network.after_chunk(fast, memory, norm, token_scale[-1], kept.all(1), rule)
+            rows = kept.all(1) if tame is None else (kept & tame).all(1)
+            fast = fast_network.after_chunk(fast, memory, norm, token_scale[-1], rows, rule)
             found["after"].append(norm(fast_network.forward(k, fast)))
     losses = curves(norm.target(values, keys), found)
     return {name: loss.masked_fill(~finite[:, None], torch.nan) for name, loss in losses.items()}

@@ -45,8 +45,8 @@ from moshi_ttt.plugins.common.fast_network import (
     UpdateRule,
     after_chunk,
     descend_,
-    key_pass,
     query_pass,
+    teach,
 )
 from moshi_ttt.plugins.common.finite import finite_tokens
 from moshi_ttt.plugins.common.objective import Objective
@@ -183,14 +183,16 @@ def run(
     spoiled = layout.split((~finite)[..., None]).sum((2, 3))
     spoiled = torch.cat([spoiled[:, :1] + state["spoiled"][:, None], spoiled[:, 1:]], dim=1)
     chunks = list(zip(*(layout.split(part.flatten(2), heads).unbind(2) for part in tokens), strict=True))
-    call = _Call(layout, causal, norm, token_scale, rule, position, after, spoiled == 0, before)
+    call = _Call(layout, causal, norm, token_scale, rule, position, after, spoiled, before)
     now = _flattened(fast, _map(before, torch.zeros_like))
     needed = (*tokens, *now, token_scale, *norm.learned, *rule.learned)
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in needed):
         checkpoint_chunks = None
-    outputs, end = _in_groups(call.group, chunks, now, checkpoint_chunks)
+    found, end = _in_groups(call.group, chunks, now, checkpoint_chunks)
+    if not norm.bounded:
+        spoiled = torch.stack(found[1::2], dim=1)
     counters = (after % size, *_counted(spoiled, state["skipped"], after // size))
-    return layout.merge(torch.stack(outputs, dim=2)), pack(counters, *call.unflattened(end))
+    return layout.merge(torch.stack(found[::2], dim=2)), pack(counters, *call.unflattened(end))
 
 
 class _Call:
@@ -198,7 +200,7 @@ class _Call:
 
     Args:
         position, after: ``[B]``, tokens of the first chunk that came before the call, and those plus the call's.
-        applied: ``[B, N]`` bool, chunks whose update is not left out.
+        spoiled: ``[B, N]``, tokens of each chunk that are not finite.
         before: the first chunk's memory of the tokens before the call.
     """
 
@@ -211,20 +213,21 @@ class _Call:
         rule: UpdateRule,
         position: Tensor,
         after: Tensor,
-        applied: Tensor,
+        spoiled: Tensor,
         before: ChunkMemory,
     ) -> None:
         size, device = layout.chunk_size, position.device
         self.layout, self.norm, self.rule = layout, norm, rule
-        self.position, self.after, self.applied = position, after, applied
+        self.position, self.after, self.spoiled = position, after, spoiled.unbind(1)
+        self.applied = (spoiled == 0).unbind(1)
         self.begun = None if layout.offset is None else before
-        self.layers, self.remembers, self.moves = len(before.inputs), bool(before.tokens), rule.momentum is not None
+        self.layers, self.remembers, self.moves = len(before.inputs), len(before.tokens) > 0, rule.momentum is not None
         self.mask = torch.ones(size, size, dtype=torch.bool, device=device).tril() if causal else None
-        self.scale, self.last_scale = token_scale[:, None], token_scale[-1]
+        self.token_scale, self.scale, self.last_scale = token_scale, token_scale[:, None], token_scale[-1]
         self.valid = layout.valid[:, None, :, :, None].unbind(2)
 
     def group(self, first: int, last: int, *given: Tensor) -> tuple[Tensor, ...]:
-        """Chunks ``first`` to ``last - 1``: each one's output, then the fast weights and the unfinished chunk, flat.
+        """Chunks ``first`` to ``last - 1``: output and spoiled tokens of each, then fast weights and unfinished chunk.
 
         ``given`` are q, k, v and lr of each, then what the group starts from. What is kept for another call of it has
         to be among them: an activation checkpoint around this one frees its arguments and nothing else.
@@ -233,14 +236,23 @@ class _Call:
         outputs = []
         for n in range(first, last):
             q, k, v, lr = given[4 * (n - first) : 4 * (n - first) + 4]
-            memory = self._memory(n, k, v, lr, fast)
-            outputs.append(query_pass(q, fast, memory, self.norm, self.scale, self.mask, self.rule.momentum))
-            fast, unfinished = self._end(n, fast, memory, unfinished)
+            memory, spoiled, applied = self._memory(n, k, v, lr, fast)
+            outputs += [query_pass(q, fast, memory, self.norm, self.scale, self.mask, self.rule.momentum), spoiled]
+            fast, unfinished = self._end(n, fast, memory, unfinished, applied)
         return *outputs, *_flattened(fast, unfinished)
 
-    def _memory(self, n: int, k: Tensor, v: Tensor, lr: Tensor, fast: FastNetwork) -> ChunkMemory:
-        """What chunk ``n`` holds: the call's keys, and those that came before it."""
-        memory = key_pass(k, v, lr, fast, self.norm)
+    def _memory(
+        self, n: int, k: Tensor, v: Tensor, lr: Tensor, fast: FastNetwork
+    ) -> tuple[ChunkMemory, Tensor, Tensor]:
+        """What chunk ``n`` holds, the call's keys and those that came before it.
+
+        And ``[B]`` its spoiled tokens, and whether its update is applied when it ends.
+        """
+        memory, kept = teach(k, v, lr, fast, self.norm, self.token_scale)
+        spoiled, applied = self.spoiled[n], self.applied[n]
+        if kept is not None:
+            spoiled = spoiled + (self.valid[n][:, 0, :, 0] & ~kept).sum(1)
+            applied = spoiled == 0
         if self.remembers:
             memory.tokens = (v, lr)
         if not self.layout.full:
@@ -248,19 +260,19 @@ class _Call:
         if n == 0 and self.begun is not None:
             earlier = torch.arange(self.layout.chunk_size, device=self.position.device) < self.position[:, None]
             memory = _where(earlier[:, None, :, None], self.begun, memory)
-        return memory
+        return memory, spoiled, applied
 
     def _end(
-        self, n: int, fast: FastNetwork, memory: ChunkMemory, unfinished: ChunkMemory
+        self, n: int, fast: FastNetwork, memory: ChunkMemory, unfinished: ChunkMemory, rows: Tensor
     ) -> tuple[FastNetwork, ChunkMemory]:
-        """The fast weights after chunk ``n`` and the unfinished chunk, where the call ends in it."""
-        size, length, rows = self.layout.chunk_size, self.layout.length, self.applied[:, n]
+        """The fast weights after chunk ``n``, updated in ``rows``, and the chunk where the call ends in it."""
+        size, length, scale = self.layout.chunk_size, self.layout.length, self.last_scale
         if self.layout.offset is None:
             if (n + 1) * size > length:
                 return fast, memory
-            return after_chunk(fast, memory, self.norm, self.last_scale, rows, self.rule), unfinished
+            return after_chunk(fast, memory, self.norm, scale, rows, self.rule), unfinished
         after = self.after
-        fast = after_chunk(fast, memory, self.norm, self.last_scale, rows & (after >= (n + 1) * size), self.rule)
+        fast = after_chunk(fast, memory, self.norm, scale, rows & (after >= (n + 1) * size), self.rule)
         if (n + 1) * size > length:  # wherever a row began, an earlier chunk ends in this call
             stops_here = (after >= n * size) & (after < (n + 1) * size)
             unfinished = _where(stops_here.view(-1, 1, 1, 1), memory, unfinished)
@@ -291,7 +303,7 @@ def _in_groups(
     now: tuple[Tensor, ...],
     together: int | None,
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Each chunk's output and what the last one leaves; ``together`` chunks share an activation checkpoint."""
+    """Two outputs of each chunk and what the last one leaves; ``together`` chunks share an activation checkpoint."""
     outputs: list[Tensor] = []
     for first in range(0, len(chunks), together or len(chunks)):
         last = min(first + (together or len(chunks)), len(chunks))
@@ -300,8 +312,8 @@ def _in_groups(
             found = group(first, last, *given)
         else:
             found = checkpoint(group, first, last, *given, use_reentrant=False, preserve_rng_state=False)
-        outputs += found[: last - first]
-        now = found[last - first :]
+        outputs += found[: 2 * (last - first)]
+        now = found[2 * (last - first) :]
     return outputs, now
 
 
@@ -351,7 +363,8 @@ def step(
     # [B, 1, H, D] -> [B, H, 1, D]
     q, k, v, lr = (part.transpose(1, 2) for part in tokens._replace(lr=tokens.lr[..., None]))
     size = memory.inputs[0].shape[2]
-    token = key_pass(k, v, lr, fast, norm)
+    token, kept = teach(k, v, lr, fast, norm, token_scale)
+    finite = finite if kept is None else finite & kept
     buffers = memory.inputs + memory.gradients + memory.tokens
     heard = token.inputs + token.gradients + ((v, lr) if memory.tokens else ())
     for buffer, value in zip(buffers, heard, strict=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,9 @@ class Objective(ABC):
     def loss_gradient(self, z: Tensor, target: Tensor) -> Tensor:
         """d/dz of the loss, for ``z`` and ``target`` ``[B, H, C, D]``."""
 
+    bounded: ClassVar[bool]
+    """Whether the loss's gradient is bounded whatever z and the target are, so that updates cannot run away."""
+
     @property
     def learned(self) -> tuple[Tensor, ...]:
         """The tensors that a gradient may be taken of."""
@@ -54,6 +58,7 @@ class InnerNorm(Objective):
     bias: Tensor
     eps: float
     exact: bool = False
+    bounded: ClassVar[bool] = True
 
     def __call__(self, z: Tensor) -> Tensor:
         """``z [B, H, C, D]`` normalised over D, then scaled per head."""
@@ -96,6 +101,8 @@ class InnerNorm(Objective):
 
 class PlainLoss(Objective):
     """1/2 || z - v ||^2: no LayerNorm, nothing learned, and a query reads f(q)."""
+
+    bounded: ClassVar[bool] = False
 
     def __call__(self, z: Tensor) -> Tensor:
         return z

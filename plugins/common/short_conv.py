@@ -16,6 +16,8 @@ Shape legend: B streams, T tokens, D channels, K taps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,41 @@ def convolve_step(
         following = torch.where(row_mask(exec_mask, cache), following, cache)
     cache.copy_(following)
     return _filtered(window, taps, 1)
+
+
+class Convolutions:
+    """Those of one call, of queries and keys, each with taps and a cache of its own.
+
+    Args:
+        taps: of each, ``[D, K]``.
+        caches: of each, ``[B, K - 1, D]``. A call puts the caches after it in the list, or, ``in_place``, writes to
+            them, in rows where ``exec_mask [B]`` is true or None; it then takes one token.
+        finite: ``[B, T]`` bool; other tokens count as zero.
+    """
+
+    def __init__(
+        self,
+        taps: Sequence[Tensor],
+        caches: list[Tensor],
+        finite: Tensor,
+        *,
+        in_place: bool = False,
+        exec_mask: Tensor | None = None,
+    ) -> None:
+        self.taps, self.caches, self.finite = taps, caches, finite
+        self.in_place, self.exec_mask = in_place, exec_mask
+
+    def __call__(self, q: Tensor, k: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Projected queries and keys ``[B, T, D]`` after their convolutions; others than ``kept`` count as zero too."""
+        kept = self.finite if kept is None else self.finite & kept
+        found = [self._convolved(index, z, kept) for index, z in enumerate((q, k))]
+        return found[0], found[1]
+
+    def _convolved(self, index: int, z: Tensor, kept: Tensor) -> Tensor:
+        if self.in_place:
+            return convolve_step(z, self.taps[index], self.caches[index], self.exec_mask, kept)
+        out, self.caches[index] = convolve(z, self.taps[index], self.caches[index], kept)
+        return out
 
 
 def _sane(z: Tensor, kept: Tensor | None) -> Tensor:

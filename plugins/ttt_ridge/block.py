@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo
+from moshi_ttt.core.casts import copy_bytes
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
@@ -286,6 +287,10 @@ class TTTRidge(SequenceBlock):
         read = {"initial": torch.zeros_like(tokens.v), "before": before, "after": after, "baseline": mean}
         # [B, T, H, d] -> [B, H, T]
         return {name: (0.5 * (tokens.v - value).square().sum(-1)).mT for name, value in read.items()}
+
+    def cast_bytes(self) -> int:
+        cast = [self.value_weight, *self.wqk.parameters(), *self.wo.parameters()]
+        return copy_bytes(cast, self.roles.matmul)
 
     def flops_per_token(self) -> int:
         dim, heads, key, value = self.info.dim, self.heads, self.key_width, self.value_width

@@ -17,7 +17,7 @@ from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.testing import BlockCase, Shape
 from moshi_ttt.core.testing.case import error
 from moshi_ttt.plugins.common import hybrid, reference
-from moshi_ttt.plugins.common.block import NARROWEST_HEAD
+from moshi_ttt.plugins.common.block_checks import NARROWEST_HEAD
 from moshi_ttt.plugins.common.rope import rotate
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig

@@ -30,8 +30,8 @@ class NoCausalMask(TTTLinear):
 
     def compute(self, x, state, context):
         query_pass = inner_loop.query_pass
-        inner_loop.query_pass = lambda q, fast, memory, norm, scale, mask: query_pass(
-            q, fast, memory, norm, scale, None
+        inner_loop.query_pass = lambda q, fast, memory, norm, scale, mask, *more: query_pass(
+            q, fast, memory, norm, scale, None, *more
         )
         try:
             return super().compute(x, state, context)
