@@ -9,9 +9,10 @@ from tests.plugins.test_hybrid import build
 
 from moshi_ttt import inject, parse_config
 from moshi_ttt.core.block import BlockContext
-from moshi_ttt.core.errors import ConfigError, ContextError
+from moshi_ttt.core.errors import ConfigError, ContextError, WeightMapError
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.testing import error
+from moshi_ttt.core.weight_map import export_weights
 from moshi_ttt.plugins.common import reference
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
@@ -389,6 +390,16 @@ def test_a_block_with_all_of_them_can_be_traced_whole(variant):
     context = BlockContext(input_embeddings=x.flip(-1), want_state=False)
     compiled = torch.compile(block, backend="eager", fullgraph=True)
     assert error(compiled(x, None, context)[0], block(x, None, context)[0]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"conv_kernel": 2}, "key_taps, query_taps"), ({"inner_norm": False}, "norm_bias, norm_weight")],
+)
+def test_other_layouts_have_no_place_for_their_weights(options, named):
+    weight_map = default_registry().weight_map("ttt_linear-video_dit")
+    with pytest.raises(WeightMapError, match=f"differ in {named}.*without the options that these belong to"):
+        export_weights(excited(causal=False, **options), weight_map)
 
 
 def test_the_audio_host_hands_on_its_input_embeddings():
