@@ -116,11 +116,13 @@ def render(explanation: Explanation) -> RenderableType:
     table.add_column("parameters\nadded", footer=f"{plan.parameters:,}\n({share:.2%} of base)", justify="right")
     table.add_column("state\nper stream", footer=human_bytes(plan.state_bytes), justify="right")
     table.add_column("extra FLOPs\nper token", footer=human_count(flops), justify="right")
+    table.add_column("output\nscale", justify="right")
     for block in plan.blocks:
         provenance = block.variant.provenance
         table.add_row(
             str(block.site), block.variant.name, f"{provenance.distribution} {provenance.version}",
             f"{block.parameters:,}", human_bytes(block.state_bytes), human_count(block.flops_per_token),
+            f"{block.config.output_scale:g}",
         )  # fmt: skip
     roles = Table(title=f"precision policy {explanation.roles.policy}", title_justify="left")
     for heading in ("role", "dtype", "what it holds"):

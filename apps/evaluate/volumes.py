@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from moshi_ttt.apps.evaluate.subjects import Subject
 
 PICTURE = "recall_by_volume.png"
+LABEL_PLACES = ((5, 5), (5, -12), (-22, 5), (-22, -12), (5, 16), (5, -23))
+"""Of a text beside its point, in points."""
 FIGURES = ("recall", "cost", "saved")
 ARE_THE_BASES = "are the base model's, bit for bit"
 
@@ -128,6 +131,7 @@ def plot_volumes(path: Path, points: Sequence[AtVolume], seed: int, colours: Map
     axes = figure.subplots()
     axes.axhline(0, color="#999999", linewidth=1, zorder=0)
     axes.axvline(0, color="#999999", linewidth=1, zorder=0)
+    named = []
     for subject, colour in colours.items():
         own = [each for each in points if each.subject == subject]
         costs, recalls = ([each.interval(name, seed) for each in own] for name in ("cost", "recall"))
@@ -138,14 +142,31 @@ def plot_volumes(path: Path, points: Sequence[AtVolume], seed: int, colours: Map
         for each, cost, recall in zip(own, costs, recalls, strict=True):
             axes.plot([cost.low, cost.high], [recall.value] * 2, linewidth=1, alpha=0.6, color=colour)
             axes.plot([cost.value] * 2, [recall.low, recall.high], linewidth=1, alpha=0.6, color=colour)
-            axes.annotate(
-                f"{each.volume:g}", (cost.value, recall.value), xytext=(5, 5), textcoords="offset points", fontsize=8,
-                color=colour,
-            )  # fmt: skip
+            if each.volume or each.apart:  # else it is the base model, whoever it is
+                named.append((f"{each.volume:g}", (cost.value, recall.value), colour))
     axes.set_xlabel("cost of speech heard once (nats per token above the base model; left is better)", fontsize=9)
     axes.set_ylabel("recall (nats per token beyond the base model's; up is better)", fontsize=9)
     axes.set_title("numbers: volume; bars: 95 % over recordings; the base model is at 0, 0", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    figure.draw_without_rendering()  # from here on it is known where points are
+    _write_apart(axes, named)
     figure.savefig(path, dpi=120)
+
+
+def _write_apart(axes: Axes, named: Sequence[tuple[str, tuple[float, float], str]]) -> None:
+    """Each text beside its point, where no other is; left out where there is no such place."""
+    taken: list[tuple[float, float]] = []
+    scale = float(axes.figure.dpi) / 72
+    for text, point, colour in named:
+        x, y = axes.transData.transform(point)
+        for right, up in LABEL_PLACES:
+            place = (x + right * scale, y + up * scale)
+            if all(abs(place[0] - a) > 24 * scale or abs(place[1] - b) > 9 * scale for a, b in taken):
+                taken.append(place)
+                axes.annotate(
+                    text, point, xytext=(right, up), textcoords="offset points", fontsize=8, color=colour,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.7},
+                )  # fmt: skip
+                break
