@@ -65,6 +65,6 @@ def check_rate(config: HybridConfig, head_dim: int, layers: int, roles: DtypeRol
     if not config.inner_norm and 6 * config.init_std >= largest:
         raise ConfigError(
             f"init_std {config.init_std:g} with inner_norm: false: {layers} layers in {roles.state} are "
-            f"updated while their weights are below {largest:.3g}, and some would start above it. Lower it to less than "
+            f"updated while their weights are below {largest:.3g}; some would start above. Lower it to less than "
             f"{largest / 6:.3g}, or set inner_norm: true."
         )
