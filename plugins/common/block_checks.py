@@ -45,7 +45,10 @@ def checked_head_width(config: HybridConfig, info: SiteInfo, roles: DtypeRoles) 
 
 
 def check_rate(config: HybridConfig, head_dim: int, layers: int, roles: DtypeRoles) -> None:
-    """Raise ConfigError for a base_lr with which the fast weights of ``layers`` layers would not stay finite."""
+    """Raise ConfigError for a base_lr with which the fast weights of ``layers`` layers would not stay finite.
+
+    And for initial ones so large that no update would ever be applied.
+    """
     # The update of a layer grows with the rate, and what the network gives with the product of its layers.
     largest = largest_factor(roles.state) ** (1 / layers)
     if config.base_lr / head_dim > largest:
@@ -58,4 +61,10 @@ def check_rate(config: HybridConfig, head_dim: int, layers: int, roles: DtypeRol
             f"base_lr {config.base_lr:g} with inner_norm: false: above the head width, {head_dim}, a step may "
             "end farther from a chunk's minimum than it began, and the fast weights grow without end. Lower base_lr to "
             f"{head_dim} or less, or set inner_norm: true."
+        )
+    if not config.inner_norm and 6 * config.init_std >= largest:
+        raise ConfigError(
+            f"init_std {config.init_std:g} with inner_norm: false: {layers} layers in {roles.state} are "
+            f"updated while their weights are below {largest:.3g}; some would start above. Lower it to less than "
+            f"{largest / 6:.3g}, or set inner_norm: true."
         )

@@ -336,6 +336,16 @@ def test_a_rate_at_which_a_plain_loss_grows_without_end_is_refused():
     build(config=TTTLinearConfig(base_lr=8.5))
 
 
+def test_fast_weights_that_would_start_too_large_for_a_plain_loss_are_refused():
+    deep = {"hidden_dims": (8,) * 5, "base_lr": 0.1}
+    build(TTTMultilayer, TTTMultilayerConfig(**deep, inner_norm=False, init_std=1.0))
+    build(TTTMultilayer, TTTMultilayerConfig(**deep, init_std=10.0))
+    with pytest.raises(
+        ConfigError, match=r"init_std 10 with inner_norm: false.* 6 layers .* below 40\.3.*less than 6\.72"
+    ):
+        build(TTTMultilayer, TTTMultilayerConfig(**deep, inner_norm=False, init_std=10.0))
+
+
 def test_missing_embeddings_are_refused():
     block = excited(value="embedding")
     with pytest.raises(ContextError, match="needs the input embeddings"):
