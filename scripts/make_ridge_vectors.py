@@ -54,7 +54,7 @@ def stream(inputs: dict[str, Tensor], row: int, head: int, chunk_size: int, keep
         weight = strength[t]
         if "novelty_offset" in inputs:
             said = k[t] @ found
-            cosine = said @ v[t] / torch.sqrt((said @ said) * (v[t] @ v[t]) + 1e-6)
+            cosine = said @ v[t] / (said.norm() * v[t].norm()) if said.any() else said @ v[t]
             weight = weight * torch.sigmoid(inputs["novelty_offset"][head] - inputs["novelty_slope"][head] * cosine)
         weights.append(weight)
     return torch.stack(read), found

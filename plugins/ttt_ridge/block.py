@@ -17,15 +17,16 @@ from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common import short_conv
 from moshi_ttt.plugins.common.block import INIT_STD, Projection
 from moshi_ttt.plugins.common.finite import check_state_dtype
-from moshi_ttt.plugins.common.success_gate import TAPS, SuccessGate
+from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate, initial_state
 from moshi_ttt.plugins.ttt_ridge import layer, memory
 from moshi_ttt.plugins.ttt_ridge.config import REGULARIZATION, TTTRidgeConfig
 
 HEAD_WIDTH = 128
-GATE_OFFSET, GATE_SLOPE = -1.0, 4.0
 NOVELTY_OFFSET, NOVELTY_SLOPE = 2.0, 4.0
 VARIANCE_OFFSET, VARIANCE_SLOPE = -1.0, 1.0
 VARIANCE_EPS = 1e-4
+GATE_STATE = ("last_answer", "last_scores")
+"""What the success gate keeps of a stream, as ``GateState`` has it."""
 
 
 class TTTRidge(SequenceBlock):
@@ -73,8 +74,7 @@ class TTTRidge(SequenceBlock):
         else:
             self.gate = alpha
         if config.success_gate:
-            self.success_offset, self.success_slope = parameter(heads), parameter(heads)
-            self.success_taps = parameter(heads, TAPS)
+            self.success = SuccessGate(heads, device=device, dtype=dtype)
         if config.novelty:
             self.novelty_offset, self.novelty_slope = parameter(heads), parameter(heads)
         if config.variance_gate:
@@ -89,13 +89,14 @@ class TTTRidge(SequenceBlock):
         drawn = {"wqk.weight": wide, "value_weight": wide, "wo.weight": INIT_STD}
         constant = {
             "write.bias": 1.0, "log_regularization": math.log(self.config.regularization),
-            "success_offset": GATE_OFFSET, "success_slope": GATE_SLOPE, "success_taps": 1 / TAPS,
             "novelty_offset": NOVELTY_OFFSET, "novelty_slope": NOVELTY_SLOPE, "variance_offset": VARIANCE_OFFSET,
             "variance_slope": VARIANCE_SLOPE,
         }  # fmt: skip
         self.reset_unsaved()
+        if self.config.success_gate:
+            self.success.reset_parameters()
         for name, parameter in self.named_parameters():
-            if name == "gate":
+            if name == "gate" or name.startswith("success."):
                 continue
             if name in drawn:
                 value = torch.randn(parameter.shape, generator=generator) * drawn[name]
@@ -111,7 +112,7 @@ class TTTRidge(SequenceBlock):
 
     def gate_parameters(self) -> list[nn.Parameter]:
         named = dict(self.named_parameters())
-        gates = ("gate", "success_offset", "success_slope", "variance_offset", "variance_slope")
+        gates = ("gate", "success.bias", "success.slope", "variance_offset", "variance_slope")
         return [named[name] for name in gates if name in named]
 
     # ---- state
@@ -125,8 +126,8 @@ class TTTRidge(SequenceBlock):
         channels = self.heads * self.key_width
         state["cache"] = short_conv.empty_cache(1, channels, taps, like.device, like.dtype).expand(batch_size, -1, -1)
         if self.config.success_gate:
-            state["last_read"] = like.new_zeros(1, self.heads, self.value_width).expand(batch_size, -1, -1)
-            state["last_scores"] = like.new_zeros(1, self.heads, TAPS - 1).expand(batch_size, -1, -1)
+            begun = initial_state(1, self.heads, self.value_width, self.success.taps, like.dtype, like.device)
+            state |= {name: part.expand(batch_size, -1, -1) for name, part in zip(GATE_STATE, begun, strict=True)}
         return state
 
     def memory_names(self) -> frozenset[str]:
@@ -211,13 +212,12 @@ class TTTRidge(SequenceBlock):
         self, x: Tensor, tokens: memory.Tokens, read: memory.Read, state: BlockState, context: BlockContext
     ) -> tuple[Tensor, BlockState]:
         """``y [B, T, D]`` and what the success gate keeps, from the state before the call."""
-        value, kept = read.value, {}
+        value = read.value
+        kept: BlockState = {}
         gain = torch.full_like(value[..., :1], self.config.readout_scale)  # [B, T, H, 1]
         if self.config.success_gate:
-            gate, kept["last_read"], kept["last_scores"] = self._success_gate()(
-                value, tokens.v, state["last_read"], state["last_scores"]
-            )
-            gain = gain * gate
+            gate, after = self.success(value, tokens.v, GateState(*(state[name] for name in GATE_STATE)))
+            kept, gain = dict(zip(GATE_STATE, after, strict=True)), gain * gate
         if read.variance is not None:
             offset, slope = (part.to(value.dtype) for part in (self.variance_offset, self.variance_slope))
             heard = offset - slope * (read.variance.clamp(min=0) + VARIANCE_EPS).log()
@@ -225,10 +225,6 @@ class TTTRidge(SequenceBlock):
         output = self.wo.inputs(context, self.roles.matmul)
         update = output((value * gain).flatten(2), self.roles.matmul).to(self.roles.output)
         return self.at_volume(x, torch.tanh(self.gate.to(self.roles.output)) * update, context), kept
-
-    def _success_gate(self) -> SuccessGate:
-        dtype = self.roles.state
-        return SuccessGate(self.success_offset.to(dtype), self.success_slope.to(dtype), self.success_taps.to(dtype))
 
     # ---- figures
 
@@ -247,8 +243,7 @@ class TTTRidge(SequenceBlock):
             "gate": torch.tanh(self.gate).abs().max(),
         }
         if self.config.success_gate:
-            trust, _, _ = self._success_gate()(read.value, tokens.v, state["last_read"], state["last_scores"])
-            figures["success_gate"] = trust.mean()
+            figures["success_gate"] = self.success(read.value, tokens.v)[0].mean()
         return figures
 
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import BlockState, row_mask
-from moshi_ttt.plugins.common.success_gate import cosine
+from moshi_ttt.plugins.common.success_gate import similarity
 
 
 class Tokens(NamedTuple):
@@ -84,7 +84,7 @@ class Rule:
         if self.novelty is None:
             return strength
         offset, slope = (part[:, None] for part in self.novelty)
-        return strength * torch.sigmoid(offset - slope * cosine(read, value))
+        return strength * torch.sigmoid(offset - slope * similarity(read, value))
 
 
 # ---- state: the solution that is read, the one with the unfinished chunk's tokens too, the covariance of the latter

@@ -48,8 +48,7 @@ def memory(
         weight = strength[:, t]
         if novelty is not None:
             said = torch.einsum("bhmd,bhm->bhd", solution, k[:, t])
-            cosine = (said * v[:, t]).sum(-1) / torch.sqrt(said.norm(dim=-1) ** 2 * v[:, t].norm(dim=-1) ** 2 + 1e-6)
-            weight = weight * torch.sigmoid(novelty[0] - novelty[1] * cosine)
+            weight = weight * torch.sigmoid(novelty[0] - novelty[1] * cosine(said, v[:, t]))
         information, products = keep * information, keep * products
         one = torch.zeros(width, dtype=q.dtype)
         one[t % width] = 1
@@ -61,16 +60,21 @@ def memory(
     return torch.stack(reads, 1), torch.stack(variances, 1), solution
 
 
-def success_gate(read: Tensor, value: Tensor, offset: Tensor, slope: Tensor, taps: Tensor) -> Tensor:
-    """``[B, T, H]`` from ``read`` and ``value [B, T, H, d]``, ``offset`` and ``slope [H]`` and ``taps [H, J]``."""
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """``[B, H]``, of ``a`` and ``b [B, H, d]``; zero where either is."""
+    size = a.norm(dim=-1) * b.norm(dim=-1)
+    return torch.where(size > 0, (a * b).sum(-1) / torch.where(size > 0, size, 1), 0)
+
+
+def success_gate(read: Tensor, value: Tensor, bias: Tensor, slope: Tensor, taps: Tensor) -> Tensor:
+    """``[B, T, H]`` from ``read`` and ``value [B, T, H, d]``, ``bias`` and ``slope [H]`` and ``taps [H, J]``."""
     scores: list[Tensor] = []
     gates = []
     for t in range(read.shape[1]):
         said = read[:, t - 1] if t else torch.zeros_like(read[:, 0])
-        size = torch.sqrt(said.norm(dim=-1) ** 2 * value[:, t].norm(dim=-1) ** 2 + 1e-6)
-        scores.append((said * value[:, t]).sum(-1) / size)
+        scores.append(cosine(said, value[:, t]))
         mean = sum(taps[:, j] * scores[t - j] for j in range(taps.shape[1]) if t >= j)
-        gates.append(torch.sigmoid(offset + slope * mean))
+        gates.append(torch.sigmoid(bias + slope * mean))
     return torch.stack(gates, 1)
 
 
@@ -118,8 +122,8 @@ def layer(
     regularization = weights["log_regularization"].exp()
     read, variance, _ = memory(q, k, v, strength, regularization, chunk_size=chunk_size, keep=keep, novelty=novelty)
     gate = torch.ones_like(read[..., 0])
-    if "success_offset" in weights:
-        parts = (weights[f"success_{name}"] for name in ("offset", "slope", "taps"))
+    if "success.bias" in weights:
+        parts = (weights[f"success.{name}"] for name in ("bias", "slope", "weights"))
         gate = gate * success_gate(read, v, *parts)
     if "variance_offset" in weights:
         heard = torch.log(variance + 1e-4)

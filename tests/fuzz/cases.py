@@ -123,11 +123,11 @@ class Layer:
             "wo.weight": (width, values), "wo.bias": (width,),
         }  # fmt: skip
         shapes |= dict.fromkeys(("conv_q", "conv_k"), (keys, option["conv_kernel"]))
-        for name, there in (("success", "success_gate"), ("novelty", "novelty"), ("variance", "variance_gate")):
+        for name, there in (("novelty", "novelty"), ("variance", "variance_gate")):
             if option[there]:
                 shapes |= dict.fromkeys((f"{name}_offset", f"{name}_slope"), (heads,))
         if option["success_gate"]:
-            shapes["success_taps"] = (heads, 4)
+            shapes |= {"success.bias": (heads,), "success.slope": (heads,), "success.weights": (heads, 4)}
         alpha = option.get("gate", {}).get("alpha", "channel")
         if alpha != "fixed":
             shapes["gate"] = (width,) if alpha == "channel" else (1,)

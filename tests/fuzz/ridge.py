@@ -111,9 +111,9 @@ class RidgeStream:
         p = self.layer.parameters
         self.scores = [_cosine(self.answers[-1], v), *self.scores[:3]]
         gate = torch.ones(q.shape[0], dtype=torch.float64)
-        if "success_offset" in p:
-            mean = sum(p["success_taps"][:, lag] * score for lag, score in enumerate(self.scores))
-            gate = gate * torch.sigmoid(p["success_offset"] + p["success_slope"] * mean)
+        if "success.bias" in p:
+            mean = sum(p["success.weights"][:, lag] * score for lag, score in enumerate(self.scores))
+            gate = gate * torch.sigmoid(p["success.bias"] + p["success.slope"] * mean)
         if "variance_offset" in p:
             variance = torch.stack([q[h] @ self.covariance[h] @ q[h] for h in range(q.shape[0])])
             gate = gate * torch.sigmoid(p["variance_offset"] - p["variance_slope"] * torch.log(variance + 1e-4))
@@ -150,4 +150,5 @@ class RidgeStream:
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """``[H]``, of ``a`` and ``b [H, d]``; zero where either is."""
-    return (a * b).sum(-1) / torch.sqrt(a.square().sum(-1) * b.square().sum(-1) + 1e-6)
+    pairs = zip(a, b, strict=True)
+    return torch.stack([x @ y / ((x @ x) * (y @ y)).sqrt() if x.any() and y.any() else 0 * (x @ y) for x, y in pairs])
