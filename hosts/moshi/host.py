@@ -170,7 +170,8 @@ class MoshiHost(HostModel):
                 delattr(layer, MODULE_NAMES[site.site.kind])
             vars(layer).pop("_frame", None)
             layer.__class__ = StreamingTransformerLayer
-        vars(model.transformer).pop("_carry", None)
+        for name in ("_carry", "_updates", "_volume"):
+            vars(model.transformer).pop(name, None)
         model.transformer.__class__ = StreamingTransformer
         clear_streaming_caches(model)
         return blocks

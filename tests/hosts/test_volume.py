@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from moshi.models import LMGen
-from tests.hosts.toy import make_blocks, random_codes, toy_lm
+from tests.hosts.toy import random_codes, toy_lm
 
 from moshi_ttt import inject, parse_config
 from moshi_ttt.core.errors import ContextError
@@ -319,9 +319,15 @@ def test_a_model_that_was_built_on_meta_has_a_volume_row_by_row():
     streamed(model, torch.tensor([1.0, 0.0, 1.0]))
 
 
-def test_a_block_that_is_attached_inside_streams_at_the_volume_outside():
-    bare = MOSHI_HOST.load(MOSHI_HOST.config_class(**HOST))
-    with MOSHI_HOST.volume(bare, 0):
-        MOSHI_HOST.attach(bare, make_blocks(bare))
-    with torch.no_grad(), bare.streaming(2):
-        bare.forward_text(codes(2)[..., :1])
+def test_blocks_that_are_attached_inside_are_at_volume_1():
+    model, injection = load()
+    with torch.no_grad():
+        loud = logits(model)
+        with MOSHI_HOST.volume(model, 0):
+            blocks = MOSHI_HOST.detach(model)
+            MOSHI_HOST.attach(model, blocks)
+            assert torch.equal(logits(model), loud)
+        assert torch.equal(logits(model), loud)
+    assert set(injection.blocks) == set(blocks)
+    MOSHI_HOST.detach(model)
+    assert "_volume" not in vars(model.transformer)
