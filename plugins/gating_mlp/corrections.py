@@ -5,11 +5,10 @@ With keys K ``[C, h]``, values V and answers O = K D ``[C, d]`` of a chunk, D wh
 - ``gradient``: D <- D + K^T diag(b) (V - O)
 - ``ridge``: D <- D + K^T (K K^T + l diag(1 / b))^-1 (V - O)
 
-The ridge step in the form that a stream can make token by token: with R = diag(sqrt(b)), K' = R K, E' = R (V - O) and
-the Cholesky factor L L^T = K' K'^T + l I, it is D <- D + Q^T Y with L Q = K' and L Y = E'. A row of Q and of Y needs the
-rows before it alone, so each token makes its own as it comes, and what is remembered is keys Q and values Y, to be folded
-like any others: no system is left to solve at the chunk's end. b -> 0 is a row of zeros, and no pivot of L is below
-sqrt(l).
+A stream makes the ridge step token by token. With R = diag(sqrt(b)), K' = R K, E' = R (V - O) and the Cholesky factor
+L L^T = K' K'^T + l I, it is D <- D + Q^T Y, where L Q = K' and L Y = E'. A row of Q and of Y needs the rows before it
+alone, so each token makes its own as it comes; what is remembered is keys Q and values Y, to be folded like any others,
+and no system is left to solve at the chunk's end. b -> 0 is a row of zeros; no pivot of L is below sqrt(l).
 
 A chunk's answers depend on the updates before it, so both forms of training go chunk by chunk.
 
