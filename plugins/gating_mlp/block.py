@@ -375,8 +375,9 @@ class GatingMLP(SequenceBlock):
         )  # fmt: skip
         chunks = HeardChunks(
             keys=found.keys, values=torch.stack(found.values, dim=1),
-            open=torch.cat([torch.stack(found.open, dim=1), rate], dim=-1), complete=complete, spoiled=spoiled,
-            scale=torch.stack(found.scales, dim=1), come=come, factors=found.factors,
+            open=torch.cat([torch.stack(found.open, dim=1), rate], dim=-1), complete=complete,
+            spoiled=torch.stack(found.spoiled, dim=1), scale=torch.stack(found.scales, dim=1), come=come,
+            factors=found.factors,
             squares=torch.stack(found.squares, dim=1) if found.squares else None,
         )  # fmt: skip
         return Heard(queries, torch.cat(found.answers, dim=1), known, filtered, chunks)

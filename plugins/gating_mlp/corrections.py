@@ -10,6 +10,9 @@ L L^T = K' K'^T + l I, it is D <- D + Q^T Y, where L Q = K' and L Y = E'. A row 
 alone, so each token makes its own as it comes; what is remembered is keys Q and values Y, to be folded like any others,
 and no system is left to solve at the chunk's end. b -> 0 is a row of zeros; no pivot of L is below sqrt(l).
 
+A token whose answer is so large that sums might not stay finite counts as one that is not finite: the update of its
+chunk is skipped. So a memory that diverges stays finite.
+
 A chunk's answers depend on the updates before it, so both forms of training go chunk by chunk.
 
 Shape legend: B streams, N chunks, C tokens a chunk, d width, h hidden width.
@@ -24,6 +27,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moshi_ttt.plugins.common.finite import below, largest_factor
 from moshi_ttt.plugins.gating_mlp import ops
 
 RIDGE = 0.3
@@ -133,6 +137,7 @@ class Corrected:
     factors: list[Tensor] = field(default_factory=list)
     scales: list[Tensor] = field(default_factory=list)
     squares: list[Tensor] = field(default_factory=list)
+    spoiled: list[Tensor] = field(default_factory=list)
 
 
 def corrected(
@@ -156,6 +161,7 @@ def corrected(
         answer = memory.ask(queries[:, i])
         answer = answer if answer.numel() else torch.zeros_like(sums[:, i, :size])
         new = answer if before is None else torch.where(before.earlier[..., None], 0, answer)
+        wrong = spoiled[:, i] + (~below(new.detach(), largest_factor(new.dtype))).sum(1)
         opened = torch.cat([sums[:, i, :size] - new, sums[:, i, size:]], dim=1)
         value = opened[:, :size] * rate[:, i, :size]
         if ridge is not None:
@@ -167,7 +173,7 @@ def corrected(
             value = torch.where(before.settled[..., None], before.values, value)
             if before.factor is not None:
                 out.factors[0] = torch.where(before.earlier[..., None], before.factor, out.factors[0])
-        scale = (spoiled[:, i] == 0).to(value)
+        scale = (wrong == 0).to(value)
         if clip is not None:
             out.squares.append(ops.squared_norm(key, value.double() @ clip[1]))
             scale = scale * ops.clip_scale(out.squares[-1].sum(-1), clip[0]).to(scale)
@@ -175,6 +181,7 @@ def corrected(
             memory.tell(key, value * scale[:, None, None], complete[:, i], scale != 0)
         for name, part in (
             ("answers", answer), ("keys", key), ("values", value), ("open", opened), ("scales", scale),
+            ("spoiled", wrong),
         ):  # fmt: skip
             getattr(out, name).append(part)
     return out

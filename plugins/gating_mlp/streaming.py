@@ -77,6 +77,7 @@ class Stepper:
         window[:, -1, -1:].copy_(heard[:, -1:])
         if self.memory.update_rule != "hebbian":
             window[:, -1, :-1].sub_(given)
+            finite = finite & (given.abs().amax(-1) < self.limit)
         values = window[..., :-1] * window[..., -1:]
         ends = done[:, 0].bool()
         if ridge is not None:
