@@ -352,7 +352,7 @@ class InPlaceStream:
         heard = [i for i, rate in enumerate(self.rates) if float(rate.detach()) > 0]
         writes = [torch.zeros_like(error) for error in errors]
         if heard:
-            ridge = self.layer.parameters["log_ridge"].exp().clamp(1e-3, 1e3)
+            ridge = self.layer.parameters["log_ridge"].exp().clamp(1e-2, 1e3)
             keys, rates = torch.stack([self.keys[i] for i in heard]), torch.stack([self.rates[i] for i in heard])
             found = torch.linalg.inv(keys @ keys.T + torch.diag(ridge / rates)) @ torch.stack(
                 [errors[i] for i in heard]

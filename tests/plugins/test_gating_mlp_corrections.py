@@ -177,10 +177,20 @@ def test_the_factor_has_no_pivot_below_the_root_of_the_ridge():
     assert error(keys @ q.mT @ y, torch.ones(1, 64, 3)) < 1e-3  # the answer to the key that was repeated
 
 
-@pytest.mark.parametrize("compared", [("hebbian", "ridge")])
-def test_a_repeated_chunk_adds_up_with_hebbian_and_not_with_ridge(compared):
+def test_a_long_chunk_of_equal_keys_streams_as_it_is_called_in_float32():
+    """The worst case of the lower bound: 8e-3 with l a tenth of it."""
+    block = build(update="ridge", keys="unit", lr=1.0, chunk=256, dtype=torch.float32)
+    with torch.no_grad():
+        block.log_ridge.fill_(-100.0)
+    x, target = draw(1, 1, DIM).float().expand(-1, 257, -1).contiguous(), draw(1, 257, DIM, seed=2).float()
+    _, state = block(x, None, BlockContext(input_embeddings=target))
+    _, streamed = stream(block, x, target)
+    assert error(block.memory.update(streamed), block.memory.update(state)) < 1e-3
+
+
+def test_a_repeated_chunk_adds_up_with_hebbian_and_not_with_ridge():
     norms = {}
-    for update in compared:
+    for update in ("hebbian", "ridge"):
         block = build(update=update, keys="unit", lr=1.0, chunk=4)
         x, target = (draw(1, 4, DIM, seed=seed).repeat(1, 50, 1) for seed in (1, 2))
         _, state = block(x, None, BlockContext(input_embeddings=target))
