@@ -28,7 +28,7 @@ class CompiledStepper:
     """Streams rows whose state is on a CPU, in float32 or float64; holds no state.
 
     Raises:
-        ConfigError: another device or dtype, or step.cpp cannot be built here.
+        ConfigError: options it does not have, another device or dtype, or step.cpp cannot be built here.
     """
 
     def __init__(self, memory: Memory, like: Tensor) -> None:
@@ -36,6 +36,12 @@ class CompiledStepper:
             raise ConfigError(
                 f"The compiled step of gating_mlp is for a state on a CPU in float32 or float64, and this one is "
                 f"{like.dtype} on {like.device}. Stream without compile_step: on CUDA a captured graph does its work."
+            )
+        if memory.update_rule != "hebbian" or memory.gated:
+            asked = f"update: {memory.update_rule}" + (", success_gate: true" if memory.gated else "")
+            raise ConfigError(
+                f"The compiled step of gating_mlp is for update: hebbian without success_gate, and this block has "
+                f"{asked}. Stream without compile_step: the results come from tensor operations."
             )
         schedule = memory.schedule
         self.decay, self.clip = memory.decay, memory.clip

@@ -6,10 +6,13 @@
 - ``keys [B, slots, h]``, ``values [B, slots, d]``: the last finished chunk and the unfinished one, as ``schedule`` lays
   them out; the last slot is zero.
 - ``open [B, K - 1, d + 1]``: what the unfinished chunk's tokens so far add to the filter's output, at the tokens from
-  R before the next one on; in the last column, the tokens' rates.
+  R before the next one on, less the memory's answer to each where updates correct it; in the last column, the rates.
 - ``scale [B]``: what the last finished chunk's update is multiplied by (clipping; 0 where it was skipped).
 - ``spoiled [B]``: tokens of the unfinished chunk because of which its update will be skipped.
 - ``skipped [B]``: updates that were skipped.
+- ``factor [B, C, C]``, with ``update: ridge``: the rows so far of the unfinished chunk's Cholesky factor
+  (corrections.py); the chunk's keys and values are then Q and Y, and the rates in ``open`` are roots.
+- ``answer [B, 1, d]``, ``scores [B, 1, taps - 1]``, with the success gate: see plugins/common/success_gate.py.
 - ``norm [B, parts]``, where updates are clipped: norm of the unfinished update, over tokens whose value is settled, in
   parts that add to it (``ops.norm_in_parts``).
 
@@ -28,7 +31,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.core.state import BlockState, row_mask
+from moshi_ttt.plugins.common.success_gate import TAPS
 from moshi_ttt.plugins.gating_mlp import ops
+from moshi_ttt.plugins.gating_mlp.config import Update
+from moshi_ttt.plugins.gating_mlp.corrections import Unfinished
 from moshi_ttt.plugins.gating_mlp.schedule import FoldSchedule
 
 
@@ -54,11 +60,13 @@ class HeardChunks:
     Attributes:
         keys: N times ``[B, C, h]``; zero where there is no token, one that is not finite, or one that updates nothing.
         values: ``[B, N, C, d]``; zero where there is no token or one that is not finite.
-        open: ``[B, N, C + K, d + 1]``, the filter's output and the rates, also past the chunk's end.
+        open: ``[B, N, C + K, d + 1]``, the filter's output and the rates, also past the chunk's end; less the memory's
+            answers where updates correct it.
         complete: ``[B, N]`` bool, chunks that end in this call.
         spoiled: ``[B, N]`` int64, tokens that are not finite; scale: ``[B, N]``, zero where the update is skipped.
         squares: ``[B, N, C]`` float64, what each token adds to its update's squared norm, or None without clipping.
         come: ``[B]`` int64, tokens since the start of the first chunk.
+        factors: N times ``[B, C, C]``, with ``update: ridge``.
     """
 
     keys: Sequence[Tensor]
@@ -69,6 +77,7 @@ class HeardChunks:
     scale: Tensor
     squares: Tensor | None
     come: Tensor
+    factors: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -87,16 +96,18 @@ class Memory:
     left: int
     decay: float = 0.0
     clip: float | None = None
+    update_rule: Update = "hebbian"
+    gated: bool = False
 
     @classmethod
     def planned(
         cls, *, chunk: int, hidden: int, width: int, kernel: int, padding: str, decay: float = 0.0,
-        clip: float | None = None,
+        clip: float | None = None, update: Update = "hebbian", gated: bool = False,
     ) -> Memory:  # fmt: skip
         """The memory for a filter of ``kernel`` taps, ``centered`` or ``causal``, without those no token can reach."""
         left = ops.left_padding(kernel, padding)
         back, ahead = min(left, chunk - 1), min(kernel - 1 - left, chunk - 1)
-        return cls(FoldSchedule(chunk, hidden, ahead), width, kernel, left - back, back, decay, clip)
+        return cls(FoldSchedule(chunk, hidden, ahead), width, kernel, left - back, back, decay, clip, update, gated)
 
     @property
     def taps(self) -> int:
@@ -116,6 +127,10 @@ class Memory:
             "open": zeros(self.taps - 1, self.width + 1),
             "scale": zeros() + 1,
         }
+        if self.update_rule == "ridge":
+            state["factor"] = zeros(schedule.chunk, schedule.chunk)
+        if self.gated:
+            state |= {"answer": zeros(1, self.width), "scores": zeros(1, TAPS - 1)}
         return state if self.clip is None else {**state, "norm": zeros(ops.num_parts(dtype))}
 
     def update(self, state: BlockState) -> Tensor:
@@ -126,14 +141,18 @@ class Memory:
             delta = delta.clone(memory_format=torch.contiguous_format)
         return self._fold(delta, self._finished(state), state["scale"], start, self.schedule.hidden)
 
-    def unfinished(self, state: BlockState) -> Tokens:
+    def unfinished(self, state: BlockState) -> Unfinished:
         """The C tokens of the unfinished chunk; beyond its position they mean nothing."""
         size, staged = self.schedule.chunk, self.schedule.staged
 
         def found(tokens: Tensor) -> Tensor:
             return torch.cat([tokens[:, size : size + staged], tokens[:, staged:size]], dim=1)
 
-        return Tokens(found(state["keys"]), found(state["values"]))
+        come, token = state["position"][:, None], torch.arange(size, device=state["position"].device)
+        return Unfinished(
+            earlier=token < come, settled=token < come - self.schedule.look_ahead, keys=found(state["keys"]),
+            values=found(state["values"]), factor=state.get("factor"),
+        )  # fmt: skip
 
     def open_tokens(self, state: BlockState) -> Tensor:
         """``state["open"]`` at the tokens it is about: ``[B, C + K, d + 1]``, zero elsewhere."""
@@ -176,6 +195,10 @@ class Memory:
             "spoiled": _of_chunk(heard.spoiled, ended),
             "skipped": before["skipped"] + (heard.complete & (heard.scale == 0)).sum(1),
         }
+        if heard.factors:
+            rows = torch.arange(size, device=position.device) < position[:, None]
+            factor = _of_chunk(torch.stack(list(heard.factors), dim=1), ended)
+            state["factor"] = torch.where(rows[..., None], factor, 0)
         if heard.squares is None:
             return state
         settled = torch.arange(size, device=position.device) < (position - schedule.look_ahead)[:, None]

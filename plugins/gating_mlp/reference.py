@@ -27,33 +27,47 @@ def filtered(target: Tensor, conv: Tensor, left: int) -> Tensor:
 
 def in_place(
     hidden: Tensor, target: Tensor, w_down: Tensor, conv: Tensor, projection: Tensor | None, lr: Tensor, *,
-    chunk_size: int, left: int, decay: float = 0.0, clip: float | None = None,
+    chunk_size: int, left: int, decay: float = 0.0, clip: float | None = None, update: str = "hebbian",
+    ridge: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Apply, then update, chunk by chunk.
+    """Apply, then update, chunk by chunk. With a correcting update, errors are before the projection.
 
     Args:
-        hidden: ``[T, h]``, the gated hidden activation.
+        hidden: ``[T, h]``, the gated hidden activation; with unit keys of norm one (W_0 then does not see it as it is).
         target: ``[T, d]``.
         w_down: ``[d, h]``, the learned down projection W_0.
         conv: ``[d, K]``; projection: ``[d, d]`` or None for the identity.
         lr: ``[T]`` per token.
+        update: ``hebbian``, ``gradient`` or ``ridge``, with l in ``ridge``.
 
     Returns:
         ``y [T, d]`` and the accumulated update ``[d, h]`` after the last full chunk.
     """
-    delta = torch.zeros_like(w_down)
+    fast = torch.zeros_like(w_down)  # before the projection
     outputs = []
     for start in range(0, hidden.shape[0], chunk_size):
         keys, wanted = hidden[start : start + chunk_size], target[start : start + chunk_size]
-        outputs.append(keys @ (w_down + delta).T)
+        projected = fast if projection is None else projection.T @ fast
+        outputs.append(keys @ (w_down + projected).T)
         if keys.shape[0] == chunk_size:
-            values = filtered(wanted, conv, left)
-            if projection is not None:
-                values = values @ projection
-            update = torch.zeros_like(delta)
-            for c in range(chunk_size):
-                update = update + lr[start + c] * torch.outer(values[c], keys[c])
+            values, rate = filtered(wanted, conv, left), lr[start : start + chunk_size]
+            step = torch.zeros_like(fast)
+            for key, write in zip(keys, writes(update, keys, values, keys @ fast.T, rate, ridge), strict=True):
+                step = step + torch.outer(write, key)
             if clip is not None:
-                update = update * torch.clamp(clip / update.norm(), max=1.0)
-            delta = (1 - decay) * delta + update
-    return torch.cat(outputs), delta
+                norm = (step if projection is None else projection.T @ step).norm()
+                step = step * torch.clamp(clip / norm, max=1.0)
+            fast = (1 - decay) * fast + step
+    return torch.cat(outputs), fast if projection is None else projection.T @ fast
+
+
+def writes(update: str, keys: Tensor, values: Tensor, answers: Tensor, rate: Tensor, ridge: float) -> Tensor:
+    """``[c, d]``, what a chunk writes at each of its ``keys [c, h]``; ``values``, ``answers [c, d]``, ``rate [c]``."""
+    if update == "hebbian":
+        return rate[:, None] * values
+    if update == "gradient":
+        return rate[:, None] * (values - answers)
+    # (K K^T + l diag(1 / b))^-1 E = diag(b) (K K^T diag(b) + l I)^-1 E, which has a meaning where b is zero
+    system = keys @ keys.T * rate + ridge * torch.eye(len(keys)).to(keys)
+    written: Tensor = rate[:, None] * torch.linalg.solve(system, values - answers)
+    return written

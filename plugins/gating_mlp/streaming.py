@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moshi_ttt.core.state import BlockState, row_mask
 from moshi_ttt.plugins.common.finite import largest_factor
+from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.memory import Memory
 from moshi_ttt.plugins.gating_mlp.schedule import StepTables
@@ -35,23 +36,28 @@ class Stepper:
         # Where a token's taps lie in the filter [d, 1, kernel]: the one for the earliest token it reaches comes first.
         taps = memory.first_tap + torch.arange(memory.taps - 1, -1, -1, device=like.device)
         self.taps = (taps[:, None] + memory.kernel * torch.arange(memory.width, device=like.device)).flatten()
+        self.token = torch.arange(schedule.chunk, device=like.device)
+        self.slot = (self.token - schedule.staged) % schedule.chunk  # of each token, in the order of ``order``
+        self.eye = torch.eye(schedule.look_ahead + 1, dtype=like.dtype, device=like.device)
         self.unheard = like.new_zeros(batch, 1, memory.width + 1)
 
     def step(
         self, state: BlockState, token: tuple[Tensor, Tensor, Tensor], conv: Tensor, projection: Tensor,
         active: Tensor | None, updated: Tensor | None = None, cast: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to,
+        *, ridge: Tensor | None = None, success: SuccessGate | None = None,
     ) -> Tensor:  # fmt: skip
         """What the earlier chunks' updates add to the token's output, ``[B, 1, d]``; the token goes into ``state``.
 
         Zero for a token that is not finite.
 
         Args:
-            token: key (the hidden activation) ``[B, 1, h]``, target ``[B, 1, d]`` and rate ``[B, 1, 1]``, in the
-                state's dtype.
+            token: key (the hidden activation) ``[B, 1, h]``, target ``[B, 1, d]`` and rate ``[B, 1, 1]`` (with
+                ``update: ridge`` its root), in the state's dtype.
             conv: ``[d, 1, kernel]``; projection: ``[d, d]``.
             active: ``[B]`` bool, or None for all; the state of a row that is not stays as it is.
             updated: ``[B]`` bool, or None for all; the token of a row that is not (its rate is 0) updates nothing.
             cast: gives ``projection`` in another dtype.
+            ridge: l ``[1]``, with ``update: ridge``; success: the success gate, where the block has one.
         """
         row = torch.cat(token, dim=-1)[:, 0]
         finite = row.abs().amax(-1) < self.limit
@@ -72,12 +78,17 @@ class Stepper:
             sums[:, : len(self.window)].masked_fill_((state["position"][:, None] + self.window < 0)[..., None], 0)
         window = sums[:, : len(self.window)]
         window[:, -1, -1:].copy_(heard[:, -1:])
+        if self.memory.update_rule != "hebbian":
+            window[:, -1, :-1].sub_(given)
+            finite = finite & (given.abs().amax(-1) < self.limit)
         values = window[..., :-1] * window[..., -1:]
+        ends = done[:, 0].bool()
+        if ridge is not None:
+            key, values = self._solve(state, key * heard[:, -1:], values, ridge.to(key), ends, active)
         sources = sources.reshape(-1)
         _write(state["keys"], sources, key_slots, key[:, None])
         _write(state["values"], sources, value_slots, values)
 
-        ends = done[:, 0].bool()
         _advance(state["open"], sums[:, 1:], ends, active)
         spoiled = ~finite if active is None else active > finite
         scale = None
@@ -91,6 +102,9 @@ class Stepper:
             _advance(state["norm"], ops.norm_in_parts(square[0], state["norm"].dtype), ends, active)
         _count(state, spoiled, scale, ends)
         state["position"].copy_(following[:, 0])
+        if success is not None:
+            known = GateState(state["answer"], state["scores"])
+            given = given * success.step(given[:, None], heard[:, None, :-1], known, active)[:, 0]
         return (given @ projection)[:, None]
 
     def _recall(self, state: BlockState, query: Tensor, columns: Tensor, folded: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,6 +125,40 @@ class Stepper:
             slices = slices - self.memory.decay * rows.index_select(0, index).view_as(slices)
         rows.index_add_(0, index, slices.reshape(-1, delta.shape[-1]))
         delta[:, -1].zero_()
+
+    def _solve(
+        self, state: BlockState, key: Tensor, errors: Tensor, ridge: Tensor, ends: Tensor, active: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The token's row of Q ``[B, h]``, and those of Y ``[B, R + 1, d]`` of the window's tokens (corrections.py).
+
+        ``key [B, h]`` of K' and ``errors [B, R + 1, d]`` of E'. A row of L is Q k', and its pivot what is left of
+        k' . k' + l: each token needs the rows before it alone.
+        """
+        start, end = self.memory.schedule.staged, self.memory.schedule.staged + self.memory.schedule.chunk
+        position = state["position"][:, None]
+        rows_q, rows_y = state["keys"][:, start:end], state["values"][:, start:end]  # [B, C, ...], in ``order``
+        row = torch.bmm(rows_q, key[..., None])[..., 0]
+        row = torch.where(self.order < position, row, 0)  # [B, C]
+        pivot = (key.square().sum(-1) + ridge - row.square().sum(-1)).clamp(min=ridge).sqrt()[:, None]
+        q = (key - torch.bmm(row[:, None], rows_q)[:, 0]) / pivot
+        own = self.token == position
+        row = torch.where(own, pivot, row.index_select(1, self.slot))
+        factor = torch.where(own[..., None], row[:, None], state["factor"])
+        index = (position + self.window).clamp(min=0)  # [B, R + 1]
+        there = (position + self.window >= 0)[..., None]
+        rows = factor.gather(1, index[..., None].expand(-1, -1, factor.shape[-1]))  # [B, R + 1, C]
+        settled = torch.where(there & (self.token < position + self.window[0])[:, None], rows, 0)
+        rest = errors - torch.bmm(settled.index_select(2, self.order), rows_y)
+        corner = rows.gather(2, index[:, None].expand(-1, len(self.window), -1))  # [B, R + 1, R + 1]
+        corner = torch.where(there & there.mT, corner, self.eye)
+        found: list[Tensor] = []
+        for i in range(len(self.window)):
+            left = rest[:, i]
+            for j, y in enumerate(found):
+                left = left - corner[:, i, j, None] * y
+            found.append(left / corner[:, i, i, None])
+        _advance(state["factor"], factor, ends, active)
+        return q, torch.stack(found, dim=1)
 
     def _square(self, state: BlockState, keys: Tensor, values: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
         """``[B]`` float64 twice: the unfinished update's squared norm over settled tokens, and if the chunk ended now.

@@ -34,8 +34,9 @@ HYBRID_DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 BASE_LR = {"ttt_linear": 1.0, "ttt_mlp": 0.1, "ttt_multilayer": 0.1}
 IN_PLACE_DEFAULTS: dict[str, Any] = {
-    "chunk": 256, "lr": 0.3, "learned_lr": False, "target": "input_embed", "conv_kernel": 5, "padding": "centered",
-    "decay": 0.0, "clip": None, "train_w_down": False,
+    "chunk": 256, "update": "hebbian", "lr": 0.3, "learned_lr": False, "keys": "raw", "target": "input_embed",
+    "target_norm": False, "conv_kernel": 5, "padding": "centered", "start": "published", "read_scale": 1.0,
+    "success_gate": False, "decay": 0.0, "clip": None, "train_w_down": False,
 }  # fmt: skip
 """As documented, written down again: a default that changed would show."""
 
@@ -138,6 +139,10 @@ class Layer:
         shapes: dict[str, tuple[int, ...]] = {"conv": (width, 1, option["conv_kernel"]), "projection": (width, width)}
         if option["learned_lr"]:
             shapes |= {"lr_weight": (width,), "lr_bias": (1,)}
+        if option["update"] == "ridge":
+            shapes["log_ridge"] = (1,)
+        if option["success_gate"]:
+            shapes |= {"success.bias": (1,), "success.slope": (1,), "success.weights": (1, 4)}
         if option["train_w_down"]:
             shapes["w_down_change"] = (width, self.hidden)
         return shapes
@@ -201,7 +206,10 @@ class Layer:
         """The oracle with these values, the host's included."""
         option = self.option
         if self.in_place:
-            names = ("chunk", "lr", "target", "padding", "decay", "clip")
+            names = (
+                "chunk", "update", "lr", "keys", "target", "target_norm", "padding", "read_scale", "success_gate",
+                "decay", "clip",
+            )  # fmt: skip
             return InPlace(InPlaceOptions(**{name: option[name] for name in names}), parameters)
         if self.ridge:
             return self._ridge_definition(parameters)

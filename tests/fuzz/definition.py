@@ -349,6 +349,11 @@ class InPlaceOptions:
     padding: str
     decay: float
     clip: float | None
+    update: str = "hebbian"
+    keys: str = "raw"
+    target_norm: bool = False
+    read_scale: float = 1.0
+    success_gate: bool = False
 
 
 class InPlace:
@@ -356,7 +361,8 @@ class InPlace:
 
     ``parameters``: linear_in ``[2 h, D]`` (gate, then up) and linear_out ``[D, h]`` of the host; conv ``[D, 1, K]``,
     projection ``[D, D]`` (absent: the identity), lr_weight ``[D]`` and lr_bias ``[1]`` where the rate is learned,
-    w_down_change ``[D, h]`` where the down projection is trained.
+    w_down_change ``[D, h]`` where the down projection is trained, log_ridge ``[1]`` with update: ridge, success.bias,
+    success.slope ``[1]`` and success.weights ``[1, taps]`` with the success gate.
     """
 
     def __init__(self, options: InPlaceOptions, parameters: Mapping[str, Tensor]) -> None:
@@ -374,24 +380,43 @@ class InPlaceStream:
 
     def __init__(self, layer: InPlace) -> None:
         self.layer = layer
-        self.update = torch.zeros_like(layer.parameters["linear_out"])
-        self.hidden: list[Tensor] = []
+        self.fast = torch.zeros_like(layer.parameters["linear_out"])
+        """D ``[D, h]``: before the projection."""
+        self.keys: list[Tensor] = []
         self.targets: list[Tensor] = []
+        self.answers: list[Tensor] = []
         self.rates: list[Tensor] = []
+        self.scores: list[Tensor] = []
+        """Of all tokens so far, with the success gate."""
+        self.last_answer = torch.zeros_like(self.fast[:, 0])
+
+    @property
+    def update(self) -> Tensor:
+        """``[D, h]``: what is added to the down projection."""
+        return self.layer.options.read_scale * self._projected(self.fast)
 
     def hear(self, x: Tensor, embedding: Tensor | None, learns: bool = True) -> Tensor:
         """``x`` and ``embedding [D]``. A token with updates off has rate zero, and is seen by the filter."""
         p, options = self.layer.parameters, self.layer.options
         hidden = hidden_activation(p["linear_in"], x)
         w_0 = p["linear_out"] + p["w_down_change"] if "w_down_change" in p else p["linear_out"]
-        y = (w_0 + self.update) @ hidden
+        key = unit(hidden) if options.keys == "unit" else hidden
+        target = embedding if options.target == "input_embed" else x
+        assert target is not None
+        if options.target_norm:
+            target = unit(target) * math.sqrt(len(target))
+        answer = self.fast @ key
+        y = w_0 @ hidden + options.read_scale * self._gate(target) * self._projected(answer)
+        self.last_answer = answer
         rate = torch.tensor(options.lr, dtype=torch.float64)
         if "lr_weight" in p:
-            rate = rate * 2 * torch.sigmoid(p["lr_weight"] @ x + p["lr_bias"])
-        self.hidden.append(hidden)
-        self.targets.append(embedding if options.target == "input_embed" else x)
-        self.rates.append(rate if learns else torch.zeros_like(rate))
-        if len(self.hidden) == options.chunk:
+            most = 2 if options.update == "hebbian" else 1
+            rate = rate * most * torch.sigmoid(p["lr_weight"] @ x + p["lr_bias"])
+        self.keys.append(key)
+        self.targets.append(target)
+        self.answers.append(answer)
+        self.rates.append(rate.reshape(()) if learns else torch.zeros((), dtype=torch.float64))
+        if len(self.keys) == options.chunk:
             self._finish_chunk()
         return y
 
@@ -399,17 +424,53 @@ class InPlaceStream:
         return named(self.update)
 
     def _finish_chunk(self) -> None:
-        options, p = self.layer.options, self.layer.parameters
-        step = torch.zeros_like(self.update)
-        for position, (hidden, rate) in enumerate(zip(self.hidden, self.rates, strict=True)):
-            value = self._filtered(position)
-            value = value @ p["projection"] if "projection" in p else value
-            step = step + rate * torch.outer(value, hidden)
-        norm = step.square().sum().sqrt()
+        options = self.layer.options
+        step = torch.zeros_like(self.fast)
+        for key, write in zip(self.keys, self._writes(), strict=True):
+            step = step + torch.outer(write, key)
+        norm = self._projected(step).square().sum().sqrt()
         if options.clip is not None and norm > options.clip:
             step = step * (options.clip / norm)
-        self.update = (1 - options.decay) * self.update + step
-        self.hidden, self.targets, self.rates = [], [], []
+        self.fast = (1 - options.decay) * self.fast + step
+        self.keys, self.targets, self.answers, self.rates = [], [], [], []
+
+    def _writes(self) -> list[Tensor]:
+        """What the chunk writes at each of its keys: column c of the update is the sum over tokens of write key[c]."""
+        options = self.layer.options
+        values = [self._filtered(position) for position in range(len(self.keys))]
+        if options.update == "hebbian":
+            return [rate * value for rate, value in zip(self.rates, values, strict=True)]
+        errors = [value - answer for value, answer in zip(values, self.answers, strict=True)]
+        if options.update == "gradient":
+            return [rate * error for rate, error in zip(self.rates, errors, strict=True)]
+        # A token without strength writes nothing, which is what 1 / b says in the limit.
+        heard = [i for i, rate in enumerate(self.rates) if float(rate.detach()) > 0]
+        writes = [torch.zeros_like(error) for error in errors]
+        if heard:
+            ridge = self.layer.parameters["log_ridge"].exp().clamp(1e-2, 1e3)
+            keys, rates = torch.stack([self.keys[i] for i in heard]), torch.stack([self.rates[i] for i in heard])
+            found = torch.linalg.inv(keys @ keys.T + torch.diag(ridge / rates)) @ torch.stack(
+                [errors[i] for i in heard]
+            )
+            for i, write in zip(heard, found, strict=True):
+                writes[i] = write
+        return writes
+
+    def _projected(self, columns: Tensor) -> Tensor:
+        """P^T of ``[D]`` or ``[D, h]``."""
+        p = self.layer.parameters
+        return p["projection"].T @ columns if "projection" in p else columns
+
+    def _gate(self, target: Tensor) -> Tensor | float:
+        """How well the last answers met the targets that came after them."""
+        if not self.layer.options.success_gate:
+            return 1.0
+        p = self.layer.parameters
+        self.scores.append((unit(self.last_answer) * unit(target)).sum())
+        weights = p["success.weights"][0]
+        recent = self.scores[::-1][: len(weights)]
+        total = sum(weight * score for weight, score in zip(weights, recent, strict=False))
+        return torch.sigmoid(p["success.bias"] + p["success.slope"] * total)
 
     def _filtered(self, position: int) -> Tensor:
         """The depthwise convolution at a position of the chunk, zero beyond the chunk's edges."""
@@ -422,6 +483,11 @@ class InPlaceStream:
             if 0 <= source < len(self.targets):
                 value = value + taps[:, 0, tap] * self.targets[source]
         return value
+
+
+def unit(x: Tensor) -> Tensor:
+    """``x [D]`` over its norm; zero where x is."""
+    return x / x.square().sum().sqrt() if bool(x.any()) else x
 
 
 def named(fast: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:

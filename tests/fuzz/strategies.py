@@ -89,7 +89,22 @@ def memory_options(draw: DrawFn, without_norm: bool) -> dict[str, Any]:
 
 
 @st.composite
-def in_place_layers(draw: DrawFn, *, width: SearchStrategy[int] = SIZES, hidden: SearchStrategy[int] = SIZES) -> Layer:
+def corrections(draw: DrawFn, chunk: int, padding: str, kernel: int) -> dict[str, Any]:
+    """What gating_mlp has beside the published form."""
+    options: dict[str, Any] = {"update": draw(st.sampled_from(["ridge", "gradient", "hebbian"]))}
+    options["keys"] = draw(st.sampled_from(["unit", "raw"]))
+    options["target_norm"] = draw(BOOLS)
+    options["success_gate"] = draw(BOOLS)
+    options["read_scale"] = draw(st.sampled_from([1.0, 8.0, 0.5]))
+    if chunk > 1 and kernel > 1 and padding == "centered":
+        options["start"] = draw(st.sampled_from(["published", "next_frame"]))
+    return options
+
+
+@st.composite
+def in_place_layers(
+    draw: DrawFn, *, width: SearchStrategy[int] = SIZES, hidden: SearchStrategy[int] = SIZES, published: bool = False
+) -> Layer:
     """gating_mlp with any options, odd widths included."""
     options: dict[str, Any] = {"variant": "gating_mlp", "chunk": draw(st.integers(1, 13))}
     options["conv_kernel"] = draw(st.integers(1, 7))
@@ -98,6 +113,10 @@ def in_place_layers(draw: DrawFn, *, width: SearchStrategy[int] = SIZES, hidden:
     options["lr"] = draw(st.sampled_from([0.3, 0.05, 1.0]))
     if draw(BOOLS):
         options["learned_lr"] = True
+    if not published and draw(BOOLS):
+        options |= draw(corrections(options["chunk"], options["padding"], options["conv_kernel"]))
+        if options["update"] == "gradient":
+            options["lr"] = 0.05  # with a larger one and like keys it diverges, and no bound is of use
     if draw(BOOLS):
         options["decay"] = draw(st.sampled_from([0.1, 0.5, 0.9]))
     if draw(BOOLS):

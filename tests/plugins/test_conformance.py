@@ -59,6 +59,15 @@ test_gating_mlp = conformance_tests(
     {"chunk": 3, "lr": 0.1, "conv_kernel": 2, "padding": "causal", "decay": 0.2},
     {"chunk": "0.48s", "lr": 0.1, "conv_kernel": 2, "train_w_down": True},
 )
+BEST = {"keys": "unit", "target_norm": True, "start": "next_frame", "success_gate": True}
+test_gating_mlp_corrections = conformance_tests(
+    "gating_mlp",
+    {"chunk": 4, "update": "ridge", "lr": 1.0, "learned_lr": True, "read_scale": 8.0, **BEST},
+    {"chunk": 5, "update": "ridge", "conv_kernel": 4, "target": "hidden_states", "decay": 0.1, "clip": 0.5},
+    {"chunk": 3, "update": "gradient", "learned_lr": True, "conv_kernel": 6, "read_scale": 2.0, **BEST},
+    {"chunk": 5, "update": "gradient", "lr": 0.05, "conv_kernel": 2, "padding": "causal", "decay": 0.2, "clip": 1.0},
+    {"chunk": 4, "update": "hebbian", "lr": 0.1, "conv_kernel": 2, "train_w_down": True, **BEST},
+)
 test_gating_mlp_compiled = conformance_tests(
     "gating_mlp",
     {"chunk": 4, "lr": 0.1},

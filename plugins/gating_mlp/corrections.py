@@ -1,0 +1,188 @@
+"""Updates against what the memory says already: one gradient step a chunk, or the chunk's ridge (proximal) step.
+
+With keys K ``[C, h]``, values V and answers O = K D ``[C, d]`` of a chunk, D what the memory is when the chunk begins:
+
+- ``gradient``: D <- D + K^T diag(b) (V - O)
+- ``ridge``: D <- D + K^T (K K^T + l diag(1 / b))^-1 (V - O)
+
+A stream makes the ridge step token by token. With R = diag(sqrt(b)), K' = R K, E' = R (V - O) and the Cholesky factor
+L L^T = K' K'^T + l I, it is D <- D + Q^T Y, where L Q = K' and L Y = E'. A row of Q and of Y needs the rows before it
+alone, so each token makes its own as it comes; what is remembered is keys Q and values Y, to be folded like any others,
+and no system is left to solve at the chunk's end. b -> 0 is a row of zeros; no pivot of L is below sqrt(l).
+
+A token whose answer is so large that sums might not stay finite counts as one that is not finite: the update of its
+chunk is skipped. So a memory that diverges stays finite.
+
+A chunk's answers depend on the updates before it, so both forms of training go chunk by chunk.
+
+Shape legend: B streams, N chunks, C tokens a chunk, d width, h hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moshi_ttt.plugins.common.finite import below, largest_factor
+from moshi_ttt.plugins.gating_mlp import ops
+
+RIDGE = 0.3
+"""l at the start."""
+RIDGE_BOUNDS = (1e-2, 1e3)
+"""What l is kept between. A stream's error in float32 grows as C |k'|^2 / l where keys are nearly equal: with 256 equal
+keys of norm one it is 1e-4 at the lower bound, and was 8e-3 at a tenth of it."""
+
+
+def ridge_of(log_ridge: Tensor) -> Tensor:
+    """l ``[1]`` float64 of the parameter, its logarithm ``[1]``."""
+    low, high = RIDGE_BOUNDS
+    return log_ridge.double().exp().clamp(low, high)
+
+
+def solved(keys: Tensor, errors: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Q ``[B, C, h]``, Y ``[B, C, d]`` and L ``[B, C, C]`` of K' and E', by float64, in the dtype of ``keys``."""
+    wide = keys.double()
+    diagonal = ridge * torch.eye(keys.shape[1], dtype=torch.float64, device=keys.device)
+    factor = torch.linalg.cholesky_ex(wide @ wide.mT + diagonal).L  # checks no value on the host
+    both = torch.linalg.solve_triangular(factor, torch.cat([wide, errors.double()], dim=-1), upper=False)
+    q, y = both.to(keys.dtype).split([keys.shape[-1], errors.shape[-1]], dim=-1)
+    return q, y, factor.to(keys.dtype)
+
+
+@dataclass
+class Unfinished:
+    """What a call finds of the chunk that was unfinished before it.
+
+    Attributes:
+        earlier: ``[B, C]`` bool, tokens that have come; settled: those whose value no later token changes.
+        keys, values: ``[B, C, h]`` and ``[B, C, d]``, as they are remembered; factor: ``[B, C, C]``, with ``ridge``.
+    """
+
+    earlier: Tensor
+    settled: Tensor
+    keys: Tensor
+    values: Tensor
+    factor: Tensor | None
+
+    def before_the_solution(self, keys: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+        """K' and E' of the chunk: of the tokens that have come, from Q, Y and L."""
+        assert self.factor is not None
+        factor = self.factor.double()
+        known = torch.where(self.earlier[..., None], self.keys, 0).double()
+        found = torch.where(self.settled[..., None], self.values, 0).double()
+        return (
+            torch.where(self.earlier[..., None], (factor @ known).to(keys), keys),
+            torch.where(self.settled[..., None], (factor @ found).to(errors), errors),
+        )
+
+
+class Answers(Protocol):
+    """A memory that is asked and told chunk by chunk."""
+
+    def ask(self, queries: Tensor) -> Tensor:
+        """``[B, C, d]`` for ``queries [B, C, h]``."""
+
+    def tell(self, keys: Tensor, values: Tensor, ended: Tensor, taught: Tensor) -> None:
+        """A chunk's keys and values; where it ``ended [B or 1]`` the next is asked with it, if it ``taught [B]``."""
+
+
+class RunningSum:
+    """The plain form: keeps D."""
+
+    def __init__(self, start: Tensor, decay: float) -> None:
+        self.delta, self.decay = start, decay
+
+    def ask(self, queries: Tensor) -> Tensor:
+        return queries @ self.delta
+
+    def tell(self, keys: Tensor, values: Tensor, ended: Tensor, taught: Tensor) -> None:
+        self.delta = ops.after_chunk(self.delta, keys, values, ended, taught, self.decay)
+
+
+class GramSum:
+    """The same without D: the chunks before, each by its products with the queries."""
+
+    def __init__(self, start: Tensor | None, decay: float) -> None:
+        self.start, self.decay = start, decay
+        self.past: list[tuple[Tensor, Tensor]] = []
+
+    def ask(self, queries: Tensor) -> Tensor:
+        count, parts = len(self.past), []
+        if self.start is not None:
+            parts.append((1 - self.decay) ** count * (queries @ self.start))
+        for i, (keys, values) in enumerate(self.past):
+            part = (queries @ keys.mT) @ values
+            parts.append((1 - self.decay) ** (count - 1 - i) * part if self.decay else part)
+        if not parts:
+            return queries.new_zeros(0)
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+    def tell(self, keys: Tensor, values: Tensor, ended: Tensor, taught: Tensor) -> None:
+        # No token of a row looks back at its chunk that did not end: it is the row's last.
+        mask = taught[:, None, None]
+        self.past.append((torch.where(mask, keys, 0), torch.where(mask, values, 0)))
+
+
+@dataclass
+class Corrected:
+    """Chunk by chunk, what a call leaves: see ``memory.HeardChunks``."""
+
+    answers: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    open: list[Tensor] = field(default_factory=list)
+    factors: list[Tensor] = field(default_factory=list)
+    scales: list[Tensor] = field(default_factory=list)
+    squares: list[Tensor] = field(default_factory=list)
+    spoiled: list[Tensor] = field(default_factory=list)
+
+
+def corrected(
+    memory: Answers, queries: Tensor, keys: Sequence[Tensor], sums: Tensor, rate: Tensor, spoiled: Tensor,
+    complete: Tensor, unfinished: Unfinished | None, ridge: Tensor | None, clip: tuple[float, Tensor] | None,
+) -> Corrected:  # fmt: skip
+    """Ask, correct, tell, chunk by chunk.
+
+    Args:
+        queries: ``[B, N, C, h]``; keys: N times ``[B, C, h]``, with ``ridge`` K'.
+        sums: ``[B, N, C + any, d]``, the filter's output, less the answers to the tokens of earlier calls; rate:
+            ``[B, N, C + any, 1]``, b, with ``ridge`` its root.
+        spoiled, complete: ``[B, N]``.
+        unfinished: the chunk that the first goes on with.
+        ridge: l, or None for a gradient step.
+        clip: the largest norm and the projection ``[d, d]`` float64.
+    """
+    out, size = Corrected(), queries.shape[2]
+    for i, key in enumerate(keys):
+        before = unfinished if i == 0 else None
+        answer = memory.ask(queries[:, i])
+        answer = answer if answer.numel() else torch.zeros_like(sums[:, i, :size])
+        new = answer if before is None else torch.where(before.earlier[..., None], 0, answer)
+        wrong = spoiled[:, i] + (~below(new.detach(), largest_factor(new.dtype))).sum(1)
+        opened = torch.cat([sums[:, i, :size] - new, sums[:, i, size:]], dim=1)
+        value = opened[:, :size] * rate[:, i, :size]
+        if ridge is not None:
+            wanted = (key, value) if before is None else before.before_the_solution(key, value)
+            key, value, factor = solved(*wanted, ridge)
+            out.factors.append(factor)
+        if before is not None:
+            key = torch.where(before.earlier[..., None], before.keys, key)
+            value = torch.where(before.settled[..., None], before.values, value)
+            if before.factor is not None:
+                out.factors[0] = torch.where(before.earlier[..., None], before.factor, out.factors[0])
+        scale = (wrong == 0).to(value)
+        if clip is not None:
+            out.squares.append(ops.squared_norm(key, value.double() @ clip[1]))
+            scale = scale * ops.clip_scale(out.squares[-1].sum(-1), clip[0]).to(scale)
+        if i + 1 < len(keys):
+            memory.tell(key, value * scale[:, None, None], complete[:, i], scale != 0)
+        for name, part in (
+            ("answers", answer), ("keys", key), ("values", value), ("open", opened), ("scales", scale),
+            ("spoiled", wrong),
+        ):  # fmt: skip
+            getattr(out, name).append(part)
+    return out
