@@ -149,9 +149,13 @@ def ridge_layers(draw: DrawFn, *, width: SearchStrategy[int] | None = None) -> L
     return Layer(options=options, width=total, seed=draw(SEEDS))
 
 
+def layers() -> SearchStrategy[Layer]:
+    return st.one_of(in_place_layers(), hybrid_layers(), ridge_layers())
+
+
 @st.composite
-def configurations(draw: DrawFn) -> Configuration:
-    layer = draw(st.one_of(in_place_layers(), hybrid_layers(), ridge_layers()))
+def configurations(draw: DrawFn, layers: SearchStrategy[Layer] = layers()) -> Configuration:  # noqa: B008
+    layer = draw(layers)
     chunk = layer.option["chunk"]
     length = draw(st.integers(1, min(3 * chunk + 2, 28 if layer.in_place else 16)))
     batch = draw(st.integers(1, 4))
@@ -223,9 +227,11 @@ def calls(batch: int, chunk: int) -> SearchStrategy[Call]:
 
 
 @st.composite
-def schedules(draw: DrawFn) -> Schedule:
+def schedules(draw: DrawFn, *, hybrid: bool = False) -> Schedule:
+    """Of any causal layer, or of a ``hybrid`` one alone."""
     dtype, batch = draw(st.sampled_from(["float64", "float64", "float32"])), draw(st.integers(1, 4))
-    layer = draw(st.one_of(in_place_layers(), hybrid_layers(causal=True, head_width=WIDTHS_OF[dtype]), ridge_layers()))
+    kinds = [hybrid_layers(causal=True, head_width=WIDTHS_OF[dtype])]
+    layer = draw(st.one_of(*kinds, *([] if hybrid else [in_place_layers(), ridge_layers()])))
     others = [st.builds(Reset, rows=st.tuples(*[BOOLS] * batch)), st.builds(Reload)]
     others += [st.builds(CompileStep)] if layer.in_place else []
     events = _several(draw, calls(batch, layer.option["chunk"]), others)

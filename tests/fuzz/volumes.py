@@ -17,7 +17,7 @@ from tests.fuzz.cases import Configuration, Layer, shape_of
 from tests.fuzz.comparison import check, differences, error
 from tests.fuzz.configurations import BOUND, updates
 from tests.fuzz.definition import hidden_activation
-from tests.fuzz.strategies import BOOLS, SEEDS, hybrid_layers, in_place_layers
+from tests.fuzz.strategies import BOOLS, SEEDS, layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class AtVolumes:
 
 @st.composite
 def heard_at_volumes(draw: DrawFn) -> AtVolumes:
-    layer = draw(st.one_of(in_place_layers(), hybrid_layers()))
+    layer = draw(layers())
     if draw(BOOLS):
         layer = replace(layer, options={**layer.options, "output_scale": draw(st.sampled_from([0.5, 0.0, 2.0]))})
     batch = draw(st.integers(1, 3))
