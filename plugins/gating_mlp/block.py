@@ -430,7 +430,7 @@ class GatingMLP(SequenceBlock):
         return {
             "key_norm": key.norm(dim=-1).max(),
             "target_norm": target.norm(dim=-1).max(),
-            "rate": rate.max(),
+            "rate": rate.max().square() if self.config.update == "ridge" else rate.max(),
             "nonfinite_tokens": (~finite).float().mean(),
             "filter": self.conv.abs().max(),
         }
