@@ -40,6 +40,7 @@ BLOCKS: tuple[tuple[str, dict[str, Any], bool], ...] = (
     ("gating_mlp", {"chunk": 256}, False),
     ("gating_mlp", {"chunk": 256}, True),
     ("gating_mlp", {"chunk": 256, "clip": 1.0, "decay": 0.1, "learned_lr": True}, False),
+    ("gating_mlp", {"chunk": 256, "update": "ridge", "keys": "unit"}, False),
 )
 """Variant, options, and whether the call continues a state and gives the one after it."""
 

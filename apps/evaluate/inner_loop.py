@@ -117,7 +117,7 @@ def write_inner_loop(folder: Path, result: InnerLoop, *, made_by: str, frame_sec
         "Means over the tokens of whole chunks after the first, of all recordings. *initial*: at the learned initial "
         "weights; *before* and *after*: at the weights before and after the update of the token's own chunk; "
         "*baseline*: of predicting the recording's mean target. Not weighted by the inner learning rate. gating_mlp "
-        "reconstructs nothing: of it this is a diagnostic, not what is minimised.", "",
+        "with update: hebbian reconstructs nothing: of it this is a diagnostic, not what is minimised.", "",
     ]  # fmt: skip
     for site in result.sites:
         lines += _section(site, frame_seconds)

@@ -179,6 +179,7 @@ def _behaviour_of(case: BlockCase, values: dict[str, Any]) -> dict[str, torch.Te
 
 def _behaviour(case: BlockCase, config: BlockConfig) -> dict[str, torch.Tensor]:
     """Initial values, outputs over three chunks after a fixed disturbance of the parameters, what backward needs."""
+    case = case.at(compiled_step=False)  # which has no part in a call, and may be refused for an option
     block: SequenceBlock = case.at(config=config).block()
     generator = torch.Generator().manual_seed(0)
     block.reset_parameters(generator)

@@ -55,13 +55,12 @@ class Heard(NamedTuple):
     Attributes:
         queries: ``[B, T, h]``, or with a state ``[B, N C, h]``.
         answers: ``[B, N C, d]``, before the projection; None where updates do not depend on them.
-        target: ``[B, T, d]``; sums: ``[B, N, C + any, d]``, filtered, the memory's answers not subtracted.
+        target: ``[B, T, d]``, with the success gate.
     """
 
     queries: Tensor
     answers: Tensor | None
-    target: Tensor
-    sums: Tensor
+    target: Tensor | None
     chunks: HeardChunks
 
 
@@ -201,13 +200,13 @@ class GatingMLP(SequenceBlock):
         )  # fmt: skip
 
     def _success(
-        self, answers: Tensor, target: Tensor, state: BlockState | None
+        self, answers: Tensor, target: Tensor | None, state: BlockState | None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The gate ``[B, T, 1]`` of ``answers`` and ``target [B, T, d]``, None without one, and its state.
 
         The answer to a token is about its value, the (filtered) next target: what has come by the next token.
         """
-        if self.success is None:
+        if self.success is None or target is None:
             return None, {}
         before = None if state is None else GateState(state["answer"], state["scores"])
         gate, after = self.success(answers[:, :, None], target[:, :, None], before)
@@ -312,7 +311,7 @@ class GatingMLP(SequenceBlock):
         # A key that is not finite would spoil gradients that are summed over tokens, however it is masked after this.
         keys = torch.where(finite, keys, 0)
         target, rate = torch.where(finite, target, 0), torch.where(finite, rate, 0)
-        known, strength = target, rate
+        known, strength = None if self.success is None else target, rate
         target, rate = layout.split(target), layout.split(rate)
         queries = keys if state is None else layout.split(keys).flatten(1, 2)
         remembered = list(keys.split(size, 1))
@@ -324,7 +323,7 @@ class GatingMLP(SequenceBlock):
         beyond = self.memory.taps if context.want_state else 0
         sums = ops.filtered(target, self._reaching().to(target), self.memory.left, beyond)
         rate = F.pad(rate, (0, 0, 0, beyond))
-        come, filtered, first = x.new_full((batch,), length, dtype=torch.int64), sums, None
+        come, first = x.new_full((batch,), length, dtype=torch.int64), None
         if state is not None:
             come = come + state["position"]
             opened = self.memory.open_tokens(state)[:, : size + beyond]
@@ -337,9 +336,7 @@ class GatingMLP(SequenceBlock):
         if self.config.update != "hebbian":
             if state is None:
                 queries = layout.split(queries).flatten(1, 2)
-            return self._corrected(
-                queries, remembered, sums, rate, spoiled, complete, come, first, start, known, filtered
-            )
+            return self._corrected(queries, remembered, sums, rate, spoiled, complete, come, first, start, known)
         values = (sums * rate)[:, :, :size]
         if first is not None:
             earlier, settled = first.earlier[..., None], first.settled[..., None]
@@ -354,11 +351,11 @@ class GatingMLP(SequenceBlock):
             keys=remembered, values=values, open=torch.cat([sums, rate], dim=-1), complete=complete,
             spoiled=spoiled, scale=scale, squares=squares, come=come,
         )  # fmt: skip
-        return Heard(queries, None, known, filtered, heard)
+        return Heard(queries, None, known, heard)
 
     def _corrected(
         self, queries: Tensor, keys: list[Tensor], sums: Tensor, rate: Tensor, spoiled: Tensor, complete: Tensor,
-        come: Tensor, first: Unfinished | None, start: Tensor | None, known: Tensor, filtered: Tensor,
+        come: Tensor, first: Unfinished | None, start: Tensor | None, known: Tensor | None,
     ) -> Heard:  # fmt: skip
         """``_heard`` where a chunk's update depends on what the memory answers to it."""
         config, (width, hidden) = self.config, (sums.shape[-1], queries.shape[-1])
@@ -380,7 +377,7 @@ class GatingMLP(SequenceBlock):
             factors=found.factors,
             squares=torch.stack(found.squares, dim=1) if found.squares else None,
         )  # fmt: skip
-        return Heard(queries, torch.cat(found.answers, dim=1), known, filtered, chunks)
+        return Heard(queries, torch.cat(found.answers, dim=1), known, chunks)
 
     def _squares(self, keys: list[Tensor], values: Tensor) -> Tensor:
         """``[B, N, C]`` float64: what each token adds to the squared norm of its chunk's update.
@@ -433,7 +430,7 @@ class GatingMLP(SequenceBlock):
         return {
             "key_norm": key.norm(dim=-1).max(),
             "target_norm": target.norm(dim=-1).max(),
-            "rate": rate.max(),
+            "rate": rate.max().square() if self.config.update == "ridge" else rate.max(),
             "nonfinite_tokens": (~finite).float().mean(),
             "filter": self.conv.abs().max(),
         }
@@ -453,9 +450,11 @@ class GatingMLP(SequenceBlock):
             heard = self._heard(layout, hidden, x, None, context, None)
             queries, chunks = heard.queries[:, : x.shape[1]], heard.chunks
             projection = self.projection.to(queries)
-            if self.config.update != "hebbian":
+            target = layout.merge(chunks.open[:, :, : self.chunk, :-1])
+            if heard.answers is not None:  # what was subtracted is added again
                 projection = torch.eye(x.shape[-1], dtype=queries.dtype, device=queries.device)
-            target = layout.merge(heard.sums[:, :, : self.chunk]) @ projection
+                target = target + heard.answers[:, : x.shape[1]]
+            target = target @ projection
             start = delta = queries.new_zeros(x.shape[0], queries.shape[-1], x.shape[-1])
             found: dict[str, list[Tensor]] = {"initial": [], "before": [], "after": []}
             for n, asked in enumerate(queries.split(self.chunk, 1)):

@@ -69,5 +69,5 @@ def writes(update: str, keys: Tensor, values: Tensor, answers: Tensor, rate: Ten
         return rate[:, None] * (values - answers)
     # (K K^T + l diag(1 / b))^-1 E = diag(b) (K K^T diag(b) + l I)^-1 E, which has a meaning where b is zero
     system = keys @ keys.T * rate + ridge * torch.eye(len(keys)).to(keys)
-    written: Tensor = rate[:, None] * torch.linalg.solve(system, values - answers)
-    return written
+    found: Tensor = rate[:, None] * torch.linalg.solve(system, values - answers)
+    return found

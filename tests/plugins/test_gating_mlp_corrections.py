@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from tests.plugins.gating import DIM, build, draw
 
 from moshi_ttt.core.block import BlockContext
+from moshi_ttt.core.config_parsing import load_config
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.precision import UNIFORM
+from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.testing import error
 from moshi_ttt.core.testing.toy_host import ToyMLP
 from moshi_ttt.plugins.common.success_gate import directions
@@ -296,3 +299,40 @@ def test_ridge_in_a_bfloat16_state_is_refused():
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         GatingMLPConfig(**options)
+
+
+@pytest.mark.parametrize("update", ["gradient", "ridge"])
+def test_inner_losses_are_what_the_update_lowers(update):
+    """Before the projection, against the definition; a chunk of known keys is answered better after it."""
+    block = build(update=update, keys="unit", lr=0.5, chunk=4)
+    x, target = draw(2, 12, DIM), draw(2, 12, DIM, seed=2)
+    found = block.inner_losses(x, BlockContext(input_embeddings=target))
+    gate, up = block.info.mlp.linear_in(x).chunk(2, dim=-1)
+    keys = directions(block.info.mlp.activation(gate) * up)
+    for b in range(2):
+        wanted = torch.cat([reference.filtered(part, block.conv[:, 0], 2) for part in target[b].split(4)])
+        _, first = reference.in_place(
+            keys[b, :4], target[b, :4], torch.zeros(DIM, keys.shape[-1], dtype=torch.float64), block.conv[:, 0], None,
+            torch.full((4,), 0.5), chunk_size=4, left=2, update=update,
+            ridge=block.log_ridge.exp().item() if update == "ridge" else 0.0,
+        )  # fmt: skip
+        assert error(found["initial"][b, 0], wanted.square().sum(-1) / 2) < 1e-12
+        second = (keys[b, 4:8] @ first.T - wanted[4:8]).square().sum(-1) / 2
+        assert error(found["before"][b, 0, 4:8], second) < 1e-12
+    assert (found["after"].sum(-1) < found["before"].sum(-1)).all()
+
+
+def test_the_published_form_is_every_options_default_and_the_shipped_one_corrects():
+    registry = default_registry()
+    folder = Path(__file__).parents[2] / "configs"
+    published, shipped, tiny = (
+        load_config(folder / f"{name}.yaml", registry=registry).ttt[0]
+        for name in ("moshi-7b-in-place-published", "moshi-7b-gating-mlp", "tiny-gating-mlp")
+    )
+    new = ("update", "keys", "target_norm", "start", "read_scale", "success_gate", "train_w_down", "learned_lr")
+    assert {name: getattr(published, name) for name in new} == {
+        name: GatingMLPConfig.model_fields[name].default for name in new
+    }
+    for config in (shipped, tiny):
+        assert {name: getattr(config, name) for name in BEST} == BEST
+        assert config.train_w_down is False
