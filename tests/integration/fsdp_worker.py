@@ -31,8 +31,12 @@ CONFIG = {
         {"variant": "ttt_multilayer", "layers": "2", "chunk": 4, "expansion": 1},
         {"variant": "ttt_mlp", "layers": "3", "chunk": 5, "checkpoint_chunks": 2},
         {"variant": "gating_mlp", "layers": "1,2", "chunk": 4},
+        {
+            "variant": "gating_mlp", "layers": "3", "chunk": 4, "update": "ridge", "lr": 1.0, "learned_lr": True,
+            "keys": "unit", "start": "next_frame", "success_gate": True,
+        },
     ],
-}
+}  # fmt: skip
 
 
 def train(rows: list[int], *, sharded: bool) -> dict:
