@@ -12,7 +12,7 @@
 - ``skipped [B]``: updates that were skipped.
 - ``factor [B, C, C]``, with ``update: ridge``: the rows so far of the unfinished chunk's Cholesky factor
   (corrections.py); the chunk's keys and values are then Q and Y, and the rates in ``open`` are roots.
-- ``answer [B, 1, d]``, ``scores [B, 1, taps - 1]``, with the success gate: see plugins/common/success_gate.py.
+- ``answer [B, 1, d]``, ``scores [B, 1, taps - 1]``, with the success gate: see plugins/gating_mlp/success_gate.py.
 - ``norm [B, parts]``, where updates are clipped: norm of the unfinished update, over tokens whose value is settled, in
   parts that add to it (``ops.norm_in_parts``).
 
@@ -31,11 +31,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.core.state import BlockState, row_mask
-from moshi_ttt.plugins.common.success_gate import TAPS
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.config import Update
 from moshi_ttt.plugins.gating_mlp.corrections import Unfinished
 from moshi_ttt.plugins.gating_mlp.schedule import FoldSchedule
+from moshi_ttt.plugins.gating_mlp.success_gate import TAPS
 
 
 class Tokens(NamedTuple):

@@ -32,8 +32,12 @@ CONFIG = {
         {"variant": "ttt_mlp", "layers": "3", "chunk": 5, "checkpoint_chunks": 2},
         {"variant": "ttt_ridge", "layers": "0", "chunk": 4},
         {"variant": "gating_mlp", "layers": "1,2", "chunk": 4},
+        {
+            "variant": "gating_mlp", "layers": "3", "chunk": 4, "update": "ridge", "lr": 1.0, "learned_lr": True,
+            "keys": "unit", "start": "next_frame", "success_gate": True,
+        },
     ],
-}
+}  # fmt: skip
 
 
 def train(rows: list[int], *, sharded: bool) -> dict:

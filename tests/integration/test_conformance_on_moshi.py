@@ -13,6 +13,11 @@ OFF = {"gate": {"init": 0.0}}
 test_ttt_linear = host_conformance_tests(RANDOM, "ttt_linear", {"chunk": 4}, identity=OFF)
 test_ttt_mlp = host_conformance_tests(RANDOM, "ttt_mlp", {"chunk": 5}, identity=OFF)
 test_gating_mlp = host_conformance_tests(RANDOM, "gating_mlp", {"chunk": 4, "lr": 0.1}, identity={})
+CORRECTING = {
+    "chunk": 4, "update": "ridge", "lr": 1.0, "learned_lr": True, "keys": "unit", "target_norm": True,
+    "start": "next_frame", "read_scale": 8.0, "success_gate": True,
+}  # fmt: skip
+test_gating_mlp_that_corrects = host_conformance_tests(RANDOM, "gating_mlp", CORRECTING, identity=CORRECTING)
 test_gating_mlp_on_the_bundle = host_conformance_tests(
     BUNDLE, "gating_mlp", {"chunk": 6, "lr": 0.03, "target": "hidden_states", "clip": 1.0, "decay": 0.1}, identity={}
 )
