@@ -50,6 +50,18 @@ def speech_files() -> tuple[Path, ...]:
     return tuple(sorted((bundle_folder() / "speech").glob("*.wav")))
 
 
+def memory_adapter() -> Path:
+    """The adapter that ships with the tiny Moshi: a memory (``ttt_ridge``) that recalls what a stream has heard.
+
+    For ``core.adapter.load_adapter``, or ``-a memory=PATH`` on the command line. Raises HostError when it was not
+    installed.
+    """
+    folder = bundle_folder() / "memory"
+    if not (folder / "adapter.json").is_file():
+        raise HostError(f"This installation has no {folder}; train it with scripts/train_tiny_memory.py.")
+    return folder
+
+
 def random_tiny_lm(
     *,
     seed: int = 0,
