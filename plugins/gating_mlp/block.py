@@ -27,6 +27,7 @@ from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState, outlives_modes
 from moshi_ttt.plugins.common import inner_curves
 from moshi_ttt.plugins.common.finite import below, check_state_dtype, finite_tokens
+from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate, directions
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.compiled import CompiledStepper
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
@@ -41,7 +42,6 @@ from moshi_ttt.plugins.gating_mlp.corrections import (
 from moshi_ttt.plugins.gating_mlp.gram import gram
 from moshi_ttt.plugins.gating_mlp.memory import HeardChunks, Memory
 from moshi_ttt.plugins.gating_mlp.streaming import Stepper
-from moshi_ttt.plugins.gating_mlp.success_gate import GateState, SuccessGate, directions
 
 INIT_STD = 0.02
 RIDGE_STRENGTH = 2.0

@@ -31,11 +31,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.core.state import BlockState, row_mask
+from moshi_ttt.plugins.common.success_gate import TAPS
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.config import Update
 from moshi_ttt.plugins.gating_mlp.corrections import Unfinished
 from moshi_ttt.plugins.gating_mlp.schedule import FoldSchedule
-from moshi_ttt.plugins.gating_mlp.success_gate import TAPS
 
 
 class Tokens(NamedTuple):

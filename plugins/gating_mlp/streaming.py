@@ -16,10 +16,10 @@ from torch import Tensor
 
 from moshi_ttt.core.state import BlockState, row_mask
 from moshi_ttt.plugins.common.finite import largest_factor
+from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.memory import Memory
 from moshi_ttt.plugins.gating_mlp.schedule import StepTables
-from moshi_ttt.plugins.gating_mlp.success_gate import GateState, SuccessGate
 
 
 class Stepper:

@@ -16,11 +16,11 @@ from moshi_ttt.core.precision import UNIFORM
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.testing import error
 from moshi_ttt.core.testing.toy_host import ToyMLP
+from moshi_ttt.plugins.common.success_gate import directions
 from moshi_ttt.plugins.gating_mlp import ops, reference
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.corrections import RIDGE_BOUNDS, solved
-from moshi_ttt.plugins.gating_mlp.success_gate import directions
 
 BEST = {
     "update": "ridge", "lr": 1.0, "learned_lr": True, "keys": "unit", "target_norm": True, "start": "next_frame",

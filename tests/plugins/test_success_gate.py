@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moshi_ttt.core.testing import error
-from moshi_ttt.plugins.gating_mlp.success_gate import GateState, SuccessGate, directions, initial_state, similarity
+from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate, directions, initial_state, similarity
 
 CPU = torch.device("cpu")
 
