@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from moshi_ttt.apps.quickstart.evaluate import WINDOW, Curve
+from moshi_ttt.apps.quickstart.recall import Twice
 from moshi_ttt.apps.quickstart.results import Results
 from moshi_ttt.apps.quickstart.train import TrainingLog
 from moshi_ttt.core.block import Site
@@ -20,6 +21,33 @@ Values = NDArray[np.float64]
 # Okabe and Ito's palette; each curve has a line style of its own as well.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 SITE_STYLES: Sequence[tuple[str, Any]] = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
+
+
+def plot_twice(path: Path, twice: Twice, results: Results, *, frame_seconds: float) -> None:
+    """Left: a clip heard twice, without and with the shipped memory. Right: the loss along a recording heard once."""
+    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    seconds = np.arange(1, 2 * twice.frames + 1) * frame_seconds
+    for curve, colour, style in ((twice.base, GREY, (0, (1, 1.2))), (twice.memory, BLUE, "-")):
+        left.plot(
+            seconds, _smooth(curve.values.numpy(), 16), color=colour, linestyle=style, linewidth=2, label=curve.name
+        )
+    left.axvline(twice.frames * frame_seconds, color="#444444", linewidth=1)
+    for place, text in ((0.25, "first hearing"), (0.75, "the same clip again")):
+        left.text(place, 0.02, text, transform=left.transAxes, ha="center", fontsize=10)
+    left.set_title(f"A clip heard twice: {twice.saved:.2f} nats per token saved")
+    for curve, colour, style in ((results.base, GREY, (0, (1, 1.2))), (results.on, BLUE, "-")):
+        along = np.arange(1, len(curve.values) + 1) * frame_seconds
+        right.plot(along, _smooth(curve.values.numpy()), color=colour, linestyle=style, linewidth=2, label=curve.name)
+    right.set_title("A recording heard once, blocks trained here")
+    for axes in (left, right):
+        _plain(axes)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low - 0.08 * (high - low), high + 0.2 * (high - low))
+        axes.set_xlabel("time heard (s)")
+        axes.legend(loc="upper center", ncols=2, handlelength=2.2)
+    left.set_ylabel("audio loss (nats per token)")
+    _save(figure, path)
 
 
 def plot_positions(path: Path, results: Results, *, frame_seconds: float) -> None:
@@ -104,10 +132,14 @@ def _figure(rows: int, *, height: float, ratios: Sequence[float]) -> tuple[Figur
     figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     for part in axes:
-        part.grid(True, color="#dddddd", linewidth=0.6)
-        part.set_axisbelow(True)
-        part.spines[["top", "right"]].set_visible(False)
+        _plain(part)
     return figure, list(axes)
+
+
+def _plain(axes: Any) -> None:
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -21,8 +21,9 @@ def write(folder: Path, setup: Setup, results: Results, seconds: Mapping[str, fl
     """Both files."""
     figures = metrics(setup, results, seconds, made_by=made_by)
     (folder / METRICS).write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    sections = (_heading, _result, _data, _training, _streaming, _reproduce)
-    text = "\n\n".join(section(setup, results, figures).strip() for section in sections)
+    sections = (_heading, _recall, _result, _data, _training, _streaming, _reproduce)
+    written = (section(setup, results, figures).strip() for section in sections)
+    text = "\n\n".join(section for section in written if section)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
 
 
@@ -35,6 +36,21 @@ def _heading(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:
 {plan.parameters:,} trained parameters beside {figures["parameters"]["base"]:,} frozen ones of
 `{setup.settings.host.hf_repo}`; {human_bytes(plan.state_bytes)} of state per stream; precision policy
 `{plan.policy.name}`."""
+
+
+def _recall(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:
+    twice = results.twice
+    if twice is None:
+        return ""
+    seconds = twice.frames * results.streamed.frame_ms / 1000
+    return f"""## A clip heard twice
+
+The first {seconds:.1f} s of the held-out recording, and then the same again. The second time the memory that ships with
+the tiny Moshi saves **{twice.saved:.2f} nats per audio token** against the base model, where attention (which sees
+{twice.skip} frames) sees nothing of the first hearing. It was not trained on this recording. What the blocks that were
+trained here do is on the right, and below.
+
+![heard twice](heard_twice.png)"""
 
 
 def _result(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:

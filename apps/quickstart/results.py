@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moshi_ttt.apps.quickstart.evaluate import WINDOW, Curve, Difference, compare
+from moshi_ttt.apps.quickstart.recall import Twice
 from moshi_ttt.apps.quickstart.setup import Setup
 from moshi_ttt.apps.quickstart.stream import Agreement, Streamed
 from moshi_ttt.apps.quickstart.train import TrainingLog
@@ -31,6 +32,7 @@ class Results:
             None where attention sees everything.
         control: blocks trained from the same start, on the same speech, for as long, but without updates; None where
             blocks do nothing without them.
+        twice: a clip heard twice, without and with the memory that ships with the tiny Moshi; None for another model.
     """
 
     training: TrainingLog
@@ -41,6 +43,7 @@ class Results:
     control: Curve | None
     agreement: Agreement
     streamed: Streamed
+    twice: Twice | None = None
 
     @property
     def curves(self) -> tuple[Curve, ...]:
@@ -106,6 +109,7 @@ def metrics(setup: Setup, results: Results, seconds: Mapping[str, float], *, mad
             curve.name: {"mean": _number(curve.mean), "windows": [(a, b, _number(v)) for a, b, v in curve.windows()]}
             for curve in results.curves
         },
+        "heard_twice": None if results.twice is None else _heard_twice(results.twice),
         "window_frames": WINDOW,
         "differences": [
             {key: _number(value) if isinstance(value, float) else value for key, value in asdict(difference).items()}
@@ -122,6 +126,13 @@ def metrics(setup: Setup, results: Results, seconds: Mapping[str, float], *, mad
         },
         "seconds": dict(seconds),
     }
+
+
+def _heard_twice(twice: Twice) -> dict[str, Any]:
+    curves = {curve.name: [_number(value) for value in curve.values.tolist()] for curve in (twice.base, twice.memory)}
+    return {
+        "frames": twice.frames, "attention_sees_the_first_for": twice.skip, "saved": _number(twice.saved), **curves,
+    }  # fmt: skip
 
 
 def _percentile(values: list[float], share: float) -> float:

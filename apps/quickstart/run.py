@@ -16,7 +16,7 @@ from moshi_ttt.apps import threads
 from moshi_ttt.apps.audio import decode, write_wav
 from moshi_ttt.apps.output_folder import check_free, new_folder
 from moshi_ttt.apps.quickstart import evaluate as evaluating
-from moshi_ttt.apps.quickstart import plots, report, summary
+from moshi_ttt.apps.quickstart import plots, recall, report, summary
 from moshi_ttt.apps.quickstart.evaluate import Curve
 from moshi_ttt.apps.quickstart.results import Results
 from moshi_ttt.apps.quickstart.setup import Request, Setup, prepare, read_settings
@@ -63,6 +63,10 @@ def measure(setup: Setup, folder: Path, console: Console, seconds: dict[str, flo
             return evaluating.evaluate(model, host, document, name=name, updates=updates)
 
     base = evaluate("base model")
+    twice, memory = None, recall.shipped_memory(settings.host)
+    if memory is not None:
+        with _timed(seconds, "hear twice"):
+            twice = recall.hear_twice(model, document, memory)
     injection: Injection = setup.plan.apply(model)
     with _timed(seconds, "train"), _bar(console, "training the blocks", settings.train.steps) as advance:
         log = train(
@@ -87,11 +91,13 @@ def measure(setup: Setup, folder: Path, console: Console, seconds: dict[str, flo
     injection.remove()
     results = Results(
         training=log, base=base, on=on, off=off, cleared=cleared, agreement=agreement, streamed=streamed,
-        control=control(setup, document, console, seconds),
+        control=control(setup, document, console, seconds), twice=twice,
     )  # fmt: skip
     with _timed(seconds, "plots"):
         if streamed.tokens.shape[1]:
             write_wav(folder / "generated.wav", decode(codec.mimi, streamed.tokens[1:]), int(codec.mimi.sample_rate))
+        if twice is not None:
+            plots.plot_twice(folder / "heard_twice.png", twice, results, frame_seconds=frame_seconds)
         plots.plot_positions(folder / "loss_by_position.png", results, frame_seconds=frame_seconds)
         plots.plot_training(folder / "training.png", log)
         plots.plot_state(folder / "state.png", streamed.change, frame_seconds=frame_seconds)

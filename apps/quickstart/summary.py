@@ -33,6 +33,12 @@ def conclusion(out: Path, files: list[str], setup: Setup, results: Results, seco
     for curve in results.curves:
         table.add_row(curve.name, f"{curve.mean:.4f}")
     lines = [verdict(difference) for difference in results.differences]
+    if results.twice is not None:
+        lines.insert(
+            0,
+            f"A clip heard twice: the shipped memory saves {results.twice.saved:.2f} nats per token the second time "
+            "(heard_twice.png).",
+        )
     lines.append(
         f"Streaming: {streamed.median_ms:.0f} ms per frame of {streamed.frame_ms:.0f} ms (real-time factor "
         f"{streamed.real_time_factor:.2f}). Token by token, the logits differ from training's by at most "
