@@ -81,6 +81,7 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
                 "version": block.variant.provenance.version,
                 "parameters": block.parameters,
                 "state_bytes": block.state_bytes,
+                "cast_bytes": block.cast_bytes,
                 "flops_per_token": block.flops_per_token,
                 "config": block.config.model_dump(mode="json", exclude={"layers"}),
             }
@@ -89,6 +90,7 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
         "totals": {
             "parameters": plan.parameters,
             "state_bytes": plan.state_bytes,
+            "cast_bytes": plan.cast_bytes,
             "flops_per_token": sum(block.flops_per_token for block in plan.blocks),
         },
     }
@@ -98,9 +100,10 @@ def render(explanation: Explanation) -> RenderableType:
     """Two tables: the plan, and the dtype of each role."""
     plan = explanation.plan
     host = ", ".join(f"{key} {value}" for key, value in explanation.host.model_dump().items() if value is not None)
+    casts = f"; a stream keeps {human_bytes(plan.cast_bytes)} of casts for all rows" if plan.cast_bytes else ""
     table = Table(
         title=f"{explanation.name}: what injection adds to a base of {explanation.base_parameters:,} parameters",
-        caption=f"host: {host}",
+        caption=f"host: {host}{casts}",
         title_justify="left",
         caption_justify="left",
         show_footer=True,
@@ -113,11 +116,13 @@ def render(explanation: Explanation) -> RenderableType:
     table.add_column("parameters\nadded", footer=f"{plan.parameters:,}\n({share:.2%} of base)", justify="right")
     table.add_column("state\nper stream", footer=human_bytes(plan.state_bytes), justify="right")
     table.add_column("extra FLOPs\nper token", footer=human_count(flops), justify="right")
+    table.add_column("output\nscale", justify="right")
     for block in plan.blocks:
         provenance = block.variant.provenance
         table.add_row(
             str(block.site), block.variant.name, f"{provenance.distribution} {provenance.version}",
             f"{block.parameters:,}", human_bytes(block.state_bytes), human_count(block.flops_per_token),
+            f"{block.config.output_scale:g}",
         )  # fmt: skip
     roles = Table(title=f"precision policy {explanation.roles.policy}", title_justify="left")
     for heading in ("role", "dtype", "what it holds"):

@@ -253,7 +253,11 @@ def fill_from_adapter(injection: Injection, folder: str | Path, *, registry: Reg
     notes = []
     for site, block in planned.items():
         now = block.config.model_dump(mode="json", exclude={"layers"})
-        changed = {key: (saved[site].get(key), now.get(key)) for key in sorted({*saved[site], *now})}
+        fields = type(
+            block.config
+        ).model_fields  # an adapter from before an option was there was trained at its default
+        was = {key: field.get_default(call_default_factory=True) for key, field in fields.items()} | saved[site]
+        changed = {key: (was.get(key), now.get(key)) for key in sorted({*saved[site], *now})}
         listed = [f"{key} was {old!r} and is {new!r}" for key, (old, new) in changed.items() if old != new]
         if listed:
             notes.append(f"{site}: the adapter was trained with other options: {'; '.join(listed)}.")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from moshi_ttt.core import state as states
 from moshi_ttt.core.call_checks import check_call, check_dtypes, check_prefix, check_state
+from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.config import BlockConfig, Length
 from moshi_ttt.core.derivatives import once_differentiable
 from moshi_ttt.core.errors import ConfigError, PrecisionError
@@ -29,6 +30,7 @@ from moshi_ttt.core.format import FormatAdapter
 from moshi_ttt.core.gradients import streams
 from moshi_ttt.core.precision import DtypeRoles, check_products, check_role
 from moshi_ttt.core.state import BlockState
+from moshi_ttt.core.volume import at_volume, combined
 
 
 class SiteKind(str, Enum):
@@ -127,21 +129,34 @@ class BlockContext:
         reset: ``[B]`` bool; a row where it is true starts from the learned initial state before this call.
         updates: False disables test-time updates for the tokens of this call; ``[B]`` bool does so row by row. What
             earlier tokens of an unfinished chunk contribute still takes effect when the chunk ends.
+        volume: what the block adds to the base model is multiplied by it: a number from 0 to 10, or ``[B]`` floating
+            point, one for each row. The state does not depend on it.
         coordinates: ``[T, axes]`` int64, where each token is on the host's grid; the block's format sets it.
         prefix: tokens at the beginning that a reversed pass leaves in front, in order; the block's format may set it.
         want_state: False when nobody will use the state after this call: a block may then return an empty one.
         detach_state: True when the state after this call is to be cut from the graph. A block may then make it in place
             and without what a gradient through it would need.
+        casts: where ``cast`` keeps its results from step to step; a host gives it while it streams.
     """
 
     input_embeddings: Tensor | None = None
     exec_mask: Tensor | None = None
     reset: Tensor | None = None
     updates: bool | Tensor = True
+    volume: float | Tensor = 1.0
     coordinates: Tensor | None = None
     prefix: int = 0
     want_state: bool = True
     detach_state: bool = False
+    casts: ParameterCasts | None = None
+
+    def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """``parameter.to(dtype)``, the same bits; while a host streams, by a copy that is made once.
+
+        For the block's own parameters and buffers. A parameter that changes in the middle of a stream is cast anew.
+        Do not keep what this returns: ask in every step. Outside streams gradients pass as through ``to``.
+        """
+        return parameter.to(dtype) if self.casts is None else self.casts.get(parameter, dtype)
 
     def updates_mask(self, like: Tensor) -> Tensor | None:
         """``updates`` as ``[B]`` bool on the device of ``like [B, ...]``; None where they are enabled for all rows."""
@@ -169,6 +184,9 @@ class SequenceBlock(nn.Module, ABC):
     """Whether the context must have the input embeddings; a block may set it from its options."""
     scales_inner_lr: ClassVar[bool] = False
     """Whether the block multiplies its inner learning rate by ``inner_lr_factor``: a training schedule needs that."""
+    scales_output: ClassVar[bool] = False
+    """Whether what the block adds is multiplied by the volume, as ``at_volume`` does: ``output_scale`` and
+    ``host.volume`` need that, and are refused without it."""
     skips_nonfinite: ClassVar[bool] = False
     """Whether the update of a chunk with a token that is not finite is left out, in its row alone, and counted by
     ``skipped_updates``; without that, such a token may spoil its own row until it is reset."""
@@ -227,6 +245,23 @@ class SequenceBlock(nn.Module, ABC):
         """Floating-point operations one token adds when streaming (a multiply-add counts two)."""
 
     # ---- what every variant gets
+
+    def at_volume(self, base: Tensor, added: Tensor, context: BlockContext) -> Tensor:
+        """What a block returns: ``base`` plus what it adds, at the volume of this call, in the dtype of ``base``.
+
+        The sum is computed in the role ``output``. Bit for bit ``base`` where the volume is 0, row by row. A block that
+        adds more than once calls this each time, with what it gave as the next ``base``.
+
+        Args:
+            base: ``[B, T, D]``: ``x`` in a sequence block, the output of the host's MLP in a feed-forward block.
+            added: ``[B, T, D]``, any floating dtype.
+            context: of the call.
+        """
+        return at_volume(base, added, self.volume_in(context), self.roles.output)
+
+    def volume_in(self, context: BlockContext) -> float | Tensor:
+        """The volume of a call, a number or ``[B]``: that of the context times ``output_scale``."""
+        return combined(context.volume, self.config.output_scale, self.roles.output)
 
     def forward(
         self, x: Tensor, state: BlockState | None = None, context: BlockContext | None = None
@@ -445,6 +480,13 @@ class SequenceBlock(nn.Module, ABC):
         """Bytes of state one stream occupies."""
         with torch.no_grad():
             return states.num_bytes(self.init_state(1))
+
+    def cast_bytes(self) -> int:
+        """Bytes of the copies that a stream keeps of what it asks ``context.cast`` for, once for all rows.
+
+        A block that asks says them: ``core.casts.copy_bytes`` counts them.
+        """
+        return 0
 
     def check_precision(self, when: str) -> None:
         """Every stored parameter has the master dtype, or PrecisionError."""

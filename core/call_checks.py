@@ -11,6 +11,7 @@ from moshi_ttt.core import state as states
 from moshi_ttt.core.errors import ContextError
 from moshi_ttt.core.precision import check_products, check_role
 from moshi_ttt.core.state import BlockState
+from moshi_ttt.core.volume import number_problem, require_volume
 
 if TYPE_CHECKING:
     from moshi_ttt.core.block import BlockContext, SequenceBlock
@@ -41,6 +42,7 @@ def check_call(block: SequenceBlock, tokens: Tensor, state: BlockState | None, c
         _check_mask(block, "reset", context.reset, shape[0])
     if isinstance(context.updates, Tensor):
         _check_mask(block, "updates", context.updates, shape[0])
+    check_volume(block, context.volume, tokens)
     check_prefix(block, context.prefix, shape[1])
     if context.prefix and block.causal:
         raise ContextError(
@@ -80,6 +82,26 @@ def check_state(block: SequenceBlock, state: BlockState) -> None:
     for tensor in state.values():
         if tensor.dtype is not expected and tensor.is_floating_point():
             check_role("state", expected, state.items(), block.roles.policy, f"call, {block.info.site}")
+
+
+def check_volume(block: SequenceBlock, volume: float | Tensor, tokens: Tensor) -> None:
+    """ContextError unless the block can be heard at ``volume``: a number, or one per row of ``tokens [B, T, D]``."""
+    if not isinstance(volume, Tensor):
+        if problem := number_problem(volume):
+            raise ContextError(f"The block at {block.info.site} got a volume that is none: {problem}")
+        if volume == 1:
+            return
+    elif not volume.is_floating_point() or volume.dim() != 1 or len(volume) != len(tokens):
+        raise ContextError(
+            f"The block at {block.info.site} got {len(tokens)} rows and volume of shape {tuple(volume.shape)} and "
+            f"dtype {volume.dtype}. Give one number per row, floating point."
+        )
+    elif volume.device != tokens.device:
+        raise ContextError(
+            f"The block at {block.info.site} got tokens on {tokens.device} and volume on {volume.device}. Put it where "
+            "the tokens are."
+        )
+    require_volume({block.info.site: block})
 
 
 def check_prefix(block: SequenceBlock, prefix: object, length: int) -> None:

@@ -16,6 +16,9 @@ Length = Annotated[int, Field(ge=1, strict=True)] | Annotated[str, Field(pattern
 """A length of sequence: a number of tokens, or seconds as in ``20.5s`` (``SiteInfo.tokens`` knows the host's rate)."""
 
 
+LARGEST_VOLUME = 10.0
+"""Of ``output_scale``, and of a volume at run time (``core.volume``)."""
+
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What seeds a random generator."""
 
@@ -43,10 +46,13 @@ class BlockConfig(FrozenConfig):
     Attributes:
         variant: the registered name of the variant.
         layers: the layer specification (see ``core.layer_spec``); an int or a list of ints means those layers.
+        output_scale: what the block adds to the base model is multiplied by it, in training and after it; 0 is the base
+            model. See ``core.volume``.
     """
 
     variant: str
     layers: str | int | tuple[int, ...] = "all"
+    output_scale: float = Field(default=1.0, ge=0.0, le=LARGEST_VOLUME)
 
 
 class HostConfig(FrozenConfig):

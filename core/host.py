@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -147,6 +147,30 @@ class HostModel(ABC):
         does not have a row for each row of a running stream. With guidance an
         LMGen streams two rows for each voice, b and B + b.
         """
+
+    def volume(self, model: nn.Module, value: float | Tensor) -> AbstractContextManager[None]:
+        """Inside this context what blocks add to the base model is multiplied by ``value``: in calls and in streams.
+
+        ``value`` is a number from 0 to 10 (``core.config.LARGEST_VOLUME``) for all rows, or ``[B]`` floating point, one
+        for each; it multiplies each block's ``output_scale``. At 0 the model is the base model bit for bit, row by row,
+        at 1 what training made. Memory learns at every volume, from what the blocks below give at it. Contexts nest and
+        streams follow as with ``updates``.
+
+        Raises ContextError for anything else (``volume_switch`` says so, and reads a tensor's values), where ``value``
+        does not have a row for each row of a running stream, and where a block does not declare ``scales_output`` and
+        ``value`` is not the number 1. Raises HostError in a host without a volume, as one is that does not override it.
+        """
+        raise HostError(f"The host {self.name!r} has no volume. Implement HostModel.volume, beside updates.")
+
+    def frozen(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Declare that no parameter of a block changes while a stream runs that starts inside this context.
+
+        Such a stream casts each parameter once on every device, and a graph captured in it reads the copies. Without
+        this a graph casts them at every replay, because it runs no Python that could see a change; on a CPU a stream
+        sees changes by itself. A change raises PrecisionError, at the next step that is not replayed or when the stream
+        ends. A host that keeps no copies need not do anything here.
+        """
+        return nullcontext()
 
     def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
         """A training loss, differentiable, on made-up input that depends on the seed alone: for health checks.

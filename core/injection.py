@@ -21,6 +21,7 @@ from moshi_ttt.core.layer_spec import resolve_layers
 from moshi_ttt.core.precision import DtypeRoles, PrecisionPolicy
 from moshi_ttt.core.registry import Registry, Variant, default_registry
 from moshi_ttt.core.sharding import assign
+from moshi_ttt.core.volume import no_volume
 
 logger = logging.getLogger("moshi_ttt.injection")
 
@@ -36,6 +37,7 @@ class PlannedBlock:
     parameters: int
     state_bytes: int
     flops_per_token: int
+    cast_bytes: int = 0
 
     @property
     def site(self) -> Site:
@@ -64,6 +66,11 @@ class Plan:
     def state_bytes(self) -> int:
         """Bytes of state that one stream will occupy."""
         return sum(block.state_bytes for block in self.blocks)
+
+    @property
+    def cast_bytes(self) -> int:
+        """Bytes that a stream, of any number of rows, keeps of parameters in the dtype of products."""
+        return sum(block.cast_bytes for block in self.blocks)
 
     def apply(self, model: nn.Module, values: Mapping[str, Tensor] | None = None) -> Injection:
         """Build, initialise and attach all blocks. Raises a MoshiTTTError and leaves the model untouched on failure.
@@ -337,6 +344,8 @@ def _plan_block(
             f"host {host.name!r} is causal and this block is not: it would see the future inside a chunk. "
             "Set causal: true, or use a host that is not causal."
         )
+    if config.output_scale != 1 and not trial.scales_output:
+        raise InjectionError(f"output_scale: {config.output_scale:g} {no_volume(type(trial).__name__)}")
     return PlannedBlock(
         info=info,
         variant=variant,
@@ -357,6 +366,7 @@ def _trial(
             figures = {
                 "parameters": sum(parameter.numel() for parameter in block.parameters()),
                 "state_bytes": block.state_bytes(),
+                "cast_bytes": block.cast_bytes(),
                 "flops_per_token": block.flops_per_token(),
             }
     except MoshiTTTError:

@@ -85,6 +85,6 @@ def _checked_names(block: SequenceBlock, weight_map: WeightMap) -> Mapping[str, 
         differ = ", ".join(sorted(own.symmetric_difference(mapped))) or "a parameter that it has twice"
         raise WeightMapError(
             f"This weight map is not for the block at {block.info.site}, a {type(block).__name__}: they differ in "
-            f"{differ}. Take the map of the block's own variant."
+            f"{differ}. Take the map of the block's own variant, and a block without the options that these belong to."
         )
     return names

@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SUITES = (
     "tests/plugins/test_conformance.py", "tests/plugins/test_kit_mutations.py",
     "tests/integration/test_conformance_on_moshi.py", "tests/hosts/test_stream_state.py", "tests/hosts/test_updates.py",
+    "-k", "not test_options_of",
 )  # fmt: skip
+"""Options of the hybrid layers are left out: their arithmetic is that of the layers without them."""
 SWITCHES: dict[str, dict[str, str]] = {
     "PyTorch without AVX-512": {"ATEN_CPU_CAPABILITY": "avx2"},
     "MKL with AVX2": {"MKL_ENABLE_INSTRUCTIONS": "AVX2"},

@@ -100,7 +100,7 @@ def test_discovery_from_the_wheel_loads_everything(installed, tmp_path):
     expected = pyproject()["project"]["entry-points"]["moshi_ttt"]
     ours = {plugin: record for plugin, record in found["plugins"].items() if record[2] == "moshi-ttt"}
     assert ours == {plugin: ["loaded", "", "moshi-ttt"] for plugin in expected}
-    blocks = ("ttt_linear", "ttt_mlp", "ttt_multilayer", "gating_mlp")
+    blocks = ("ttt_linear", "ttt_mlp", "ttt_multilayer", "ttt_ridge", "gating_mlp")
     for name in (*(f"block {block}" for block in blocks), "host moshi", "precision_policy fp32_state"):
         assert name in found["names"]
 

@@ -121,6 +121,14 @@ def recall(
         int | None, typer.Option("--frames", min=2, help="Of a piece; three contexts if left out.")
     ] = None,
     pieces: Annotated[int, typer.Option("--pieces", min=1, help="Heard of each recording, at most.")] = 1,
+    volume: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--volume",
+            metavar="LIST",
+            help="Recall against cost at volumes such as 0,0.25,0.5,1 (0 is the base).",
+        ),
+    ] = None,
     batch_size: Batch = 4,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -130,9 +138,13 @@ def recall(
     from moshi_ttt.apps.evaluate import recall as evaluation
     from moshi_ttt.apps.evaluate.reporting import write_recall
     from moshi_ttt.apps.evaluate.subjects import CONDITIONS
+    from moshi_ttt.apps.evaluate.volumes import read_volumes, refuse_volumes
     from moshi_ttt.apps.output_folder import check_free, new_folder
 
     made_by = "moshi-ttt evaluate recall"
+    volumes = read_volumes(volume) if volume else ()
+    if volumes and not adapter:
+        refuse_volumes((), volumes)
     check_free(out, made_by=made_by, overwrite=overwrite)
     speakers = (speaker_label, moshi_channel)
     subjects, documents, facts, _ = _prepare(
@@ -142,7 +154,7 @@ def recall(
     with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
         result = evaluation.evaluate(
             subjects, documents, frames=frames or 3 * int(subjects[0].model.context or 64), conditions=conditions,
-            batch_size=batch_size, pieces=pieces, seed=seed,
+            batch_size=batch_size, pieces=pieces, volumes=volumes, seed=seed,
         )  # fmt: skip
         result.facts.update(facts)
         write_recall(folder, result, made_by=made_by)

@@ -85,6 +85,11 @@ def _recall(values: dict[str, Any]) -> Iterator[Result]:
     for gain in values["gains"]:
         what = f"recall, {gain['hearing']} hearing (nats saved a token)"
         yield _result(what, _label(gain), gain["gain"], lower_is_better=False)
+    for point in values.get("by_volume", ()):
+        label = f"{point['subject']}, volume {point['volume']:g}"
+        what = "recall, second hearing beyond the base (nats a token)"
+        yield _result(what, label, point["recall"], lower_is_better=False)
+        yield _result("cost of speech heard once (nats a token)", label, point["cost"], lower_is_better=True)
 
 
 def _zero_shot(values: dict[str, Any]) -> Iterator[Result]:

@@ -20,6 +20,7 @@ from moshi_ttt.apps.evaluate.documents import Document
 from moshi_ttt.apps.evaluate.pieces import Piece, Row, heard_own, lay_out
 from moshi_ttt.apps.evaluate.statistics import Interval, bootstrap
 from moshi_ttt.apps.evaluate.subjects import Condition, Subject, listen
+from moshi_ttt.apps.evaluate.volumes import AtVolume, refuse_volumes
 from moshi_ttt.core.errors import ConfigError
 
 HEARINGS = ("second", "third")
@@ -67,6 +68,7 @@ class Recall:
         frames, skip: the length of a piece, and what is not counted of it.
         heard_own: by hearing, in how many pieces ``memory of another`` had heard the piece's own recording; None where
             nobody was heard under that condition.
+        by_volume: of each subject with blocks, volumes ascending; empty where none was asked for.
     """
 
     gains: list[Gains]
@@ -79,6 +81,7 @@ class Recall:
     skip: int
     heard_own: dict[str, int] | None
     seed: int
+    by_volume: list[AtVolume] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def of(self, subject: str, condition: Condition, hearing: str) -> Gains:
@@ -111,6 +114,7 @@ def evaluate(
     conditions: Sequence[Condition],
     batch_size: int,
     pieces: int = 1,
+    volumes: Sequence[float] = (),
     seed: int = 0,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Recall:
@@ -118,46 +122,93 @@ def evaluate(
 
     Of each recording up to ``pieces`` pieces of ``frames`` frames are heard, one after the other from its beginning.
     The frames that are not counted are the attention's context at the beginning of each hearing. ``memory reset`` and
-    ``memory of another`` act between hearings.
+    ``memory of another`` act between hearings. At the ``volumes``, subjects with blocks hear with updates on; the base
+    model, which is the first subject then, hears once.
 
-    Raises ConfigError when fewer than two recordings have a piece, or the context leaves nothing to count.
+    Raises ConfigError when fewer than two recordings have a piece, or the context leaves nothing to count; and as
+    ``refuse_volumes``.
     """
     skip = int(subjects[0].model.context or 0)
     kept, left_out = _choose(documents, frames, pieces, skip)
+    refuse_volumes(subjects, volumes)
     counts = [min(pieces, document.frames // frames) for document in kept]
     batches = lay_out(counts, batch_size, next_between=pieces == 1)  # so one piece of each gives the numbers it gave
-    owners = torch.tensor([row.own.recording for rows in batches for row in rows])
-
-    def of_recordings(values: Tensor) -> Tensor:
-        """``[R, ...]``: the mean of each recording's pieces, of ``values [P, ...]``."""
-        return torch.stack([values[owners == recording].nanmean(0) for recording in range(len(kept))])
-
-    gains, by_position, exchanged = [], [], False
+    hearings = _Hearings(kept, batches, frames, skip, on_batch)
+    gains, by_position, by_volume, exchanged = [], [], [], False
+    base: Tensor | None = None
     for subject in subjects:
         with subject.present():  # once for all its conditions
-            for condition in (each for each in conditions if each in subject.conditions):
+            heard = {
+                condition: hearings.losses(subject, condition)
+                for condition in conditions
+                if condition in subject.conditions
+            }
+            for condition, losses in heard.items():
                 exchanged = exchanged or condition == "memory of another"
-                parts = []
-                for rows in batches:
-                    parts.append(listen(subject, _heard(kept, rows, frames), condition, every=frames).audio)
-                    on_batch()
-                losses = torch.cat(parts).unflatten(1, (4, frames))  # [P, 4, T]
-                for hearing in HEARINGS:
-                    saved = (losses[:, 0] - losses[:, PLACES[hearing]])[:, skip:].nanmean(1)
-                    own = of_recordings(losses[:, PLACES[hearing], skip:].nanmean(1))
-                    gains.append(
-                        Gains(
-                            subject=subject.name, condition=condition, hearing=hearing, values=of_recordings(saved),
-                            losses=own,
-                        )
-                    )  # fmt: skip
-                mean = _without_late(subject.model, of_recordings(losses).nanmean(0)[list(PLACES.values())])
+                gains += [hearings.gains(losses, subject.name, condition, hearing) for hearing in HEARINGS]
+                mean = _without_late(subject.model, hearings.of_recordings(losses).nanmean(0)[list(PLACES.values())])
                 by_position.append(ByPosition(subject=subject.name, condition=condition, losses=mean))
+            if subject.name == "base":
+                base = heard.get("updates on")
+            for volume in volumes if subject.injection is not None else ():
+                assert base is not None, "the base model hears first, with updates on"
+                losses = heard["updates on"] if volume == 1 else hearings.losses(subject, "updates on", volume)
+                by_volume.append(hearings.at_volume(losses, base, subject.name, volume))
     return Recall(
         gains=gains, by_position=by_position, recordings=[document.name for document in kept], left_out=left_out,
         asked=pieces, pieces=counts, frames=frames, skip=skip, heard_own=heard_own(batches) if exchanged else None,
-        seed=seed,
+        seed=seed, by_volume=by_volume,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Hearings:
+    """What everybody hears, and what is counted of it."""
+
+    documents: Sequence[Document]
+    batches: Sequence[Sequence[Row]]
+    frames: int
+    skip: int
+    on_batch: Callable[[], None]
+
+    def losses(self, subject: Subject, condition: Condition, volume: float = 1.0) -> Tensor:
+        """``[P, 4, T]``: of A, A, B, A."""
+        parts = []
+        for rows in self.batches:
+            codes = _heard(self.documents, rows, self.frames)
+            parts.append(listen(subject, codes, condition, every=self.frames, volume=volume).audio)
+            self.on_batch()
+        losses: Tensor = torch.cat(parts).unflatten(1, (4, self.frames))
+        return losses
+
+    def of_recordings(self, values: Tensor) -> Tensor:
+        """``[R, ...]``: the mean of each recording's pieces, of ``values [P, ...]``."""
+        owners = torch.tensor([row.own.recording for rows in self.batches for row in rows])
+        return torch.stack([values[owners == recording].nanmean(0) for recording in range(len(self.documents))])
+
+    def counted(self, losses: Tensor) -> Tensor:
+        """``[R]``: the mean loss of a hearing, ``losses [P, T]``."""
+        return self.of_recordings(losses[:, self.skip :].nanmean(1))
+
+    def gains(self, losses: Tensor, subject: str, condition: Condition, hearing: str) -> Gains:
+        """Of ``losses [P, 4, T]``."""
+        later = losses[:, PLACES[hearing]]
+        return Gains(
+            subject=subject, condition=condition, hearing=hearing, values=self.counted(losses[:, 0] - later),
+            losses=self.counted(later),
+        )  # fmt: skip
+
+    def at_volume(self, losses: Tensor, base: Tensor, subject: str, volume: float) -> AtVolume:
+        """Of ``losses [P, 4, T]``, beside the base model's."""
+        saved, apart = losses[:, 0] - losses[:, 1], (losses - base).abs()
+        return AtVolume(
+            subject=subject,
+            volume=volume,
+            recall=self.counted(saved - (base[:, 0] - base[:, 1])),
+            cost=self.counted(losses[:, 0] - base[:, 0]),
+            saved=self.counted(base[:, 1] - losses[:, 1]),
+            apart=float(torch.where(losses.isnan() & base.isnan(), 0, apart.nan_to_num(torch.inf)).max()),
+        )
 
 
 def _choose(documents: Sequence[Document], frames: int, pieces: int, skip: int) -> tuple[list[Document], list[str]]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from moshi_ttt.apps.evaluate.long_context import STREAMS, Curve, LongContext
 from moshi_ttt.apps.evaluate.recall import PLACES, Recall
-from moshi_ttt.apps.evaluate.statistics import RESAMPLES, Interval, window_means
+from moshi_ttt.apps.evaluate.statistics import RESAMPLES, as_json, window_means
+from moshi_ttt.apps.evaluate.volumes import PICTURE, plot_volumes, volume_lines, volume_rows
 from moshi_ttt.apps.output_folder import METRICS
 
 PALETTE = ("#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -90,9 +91,9 @@ def write_recall(folder: Path, result: Recall, *, made_by: str) -> None:
     rows = [
         {
             "subject": gains.subject, "condition": gains.condition, "hearing": gains.hearing,
-            "gain": _interval(result.gain(gains)), "beyond_base": _interval(result.beyond_base(gains)),
+            "gain": as_json(result.gain(gains)), "beyond_base": as_json(result.beyond_base(gains)),
             "by_recording": _numbers(gains.values),
-            "saved_against_base": _interval(result.saved(gains)), "loss_by_recording": _numbers(gains.losses),
+            "saved_against_base": as_json(result.saved(gains)), "loss_by_recording": _numbers(gains.losses),
         }
         for gains in result.gains
     ]  # fmt: skip
@@ -107,6 +108,8 @@ def write_recall(folder: Path, result: Recall, *, made_by: str) -> None:
         "pieces_asked_for": result.asked, "pieces_by_recording": result.pieces,
         "memory_of_another_had_heard_own": result.heard_own, "gains": rows, "loss_by_position": by_position,
     }  # fmt: skip
+    if result.by_volume:
+        values["by_volume"] = volume_rows(result.by_volume, result.seed)
     (folder / METRICS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     lines = [
         "# Recall", "", *_facts(result.facts, result.recordings, result.left_out), *_heard(result), "",
@@ -118,7 +121,14 @@ def write_recall(folder: Path, result: Recall, *, made_by: str) -> None:
         against = (result.beyond_base(gains), result.saved(gains))
         beyond, saved = ("", "") if gains.subject == "base" else map(str, against)
         lines.append(f"| {label} | {gains.hearing} | {result.gain(gains)} | {beyond} | {saved} |")
-    lines += ["", "![hearings](recall_by_position.png)", "", NOTE, ""]
+    lines += ["", "![hearings](recall_by_position.png)", ""]
+    if result.by_volume:
+        lines += volume_lines(result.by_volume, result.seed)
+        subjects = list(dict.fromkeys(gains.subject for gains in result.gains))
+        drawn = dict.fromkeys(each.subject for each in result.by_volume)
+        colours = {name: look(subjects, name, "updates on")["color"] for name in drawn}
+        plot_volumes(folder / PICTURE, result.by_volume, result.seed, colours)
+    lines += [NOTE, ""]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
     _plot_recall(folder / "recall_by_position.png", result)
 
@@ -154,14 +164,10 @@ def _facts(facts: dict[str, Any], recordings: Sequence[str], left_out: Sequence[
 def _curve(result: LongContext, curve: Curve) -> dict[str, Any]:
     return {
         "subject": curve.subject, "condition": curve.condition, "stream": curve.stream,
-        "loss_beyond_context": _interval(result.loss(curve)), "slope_per_1000_frames": _interval(result.slope(curve)),
+        "loss_beyond_context": as_json(result.loss(curve)), "slope_per_1000_frames": as_json(result.slope(curve)),
         "mean_by_window": _numbers(curve.windows.nanmean(0)),
         "by_recording": [_numbers(row) for row in curve.windows],
     }  # fmt: skip
-
-
-def _interval(interval: Interval) -> dict[str, float | None]:
-    return {"value": _number(interval.value), "low": _number(interval.low), "high": _number(interval.high)}
 
 
 def _number(value: float) -> float | None:

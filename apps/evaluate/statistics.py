@@ -5,6 +5,7 @@ Shape legend: R recordings, T frames, W windows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,6 +31,11 @@ class Interval:
     def clear_of_zero(self) -> bool:
         """Whether zero is outside."""
         return self.low > 0 or self.high < 0
+
+
+def as_json(interval: Interval) -> dict[str, float | None]:
+    """Its three numbers; None for what is not finite, which JSON cannot hold."""
+    return {name: value if math.isfinite(value) else None for name, value in vars(interval).items()}
 
 
 def window_means(values: Tensor, size: int) -> Tensor:

@@ -86,7 +86,13 @@ def load_subjects(
 
 
 def listen(
-    subject: Subject, codes: Tensor, condition: Condition, *, every: int, segments: int | None = None
+    subject: Subject,
+    codes: Tensor,
+    condition: Condition,
+    *,
+    every: int,
+    segments: int | None = None,
+    volume: float = 1.0,
 ) -> FrameLosses:
     """The losses of ``codes [B, Q, T]`` under a condition; the subject is afterwards as it was.
 
@@ -96,13 +102,15 @@ def listen(
     Args:
         segments: None streams token by token; else the frames of the plain forward passes that are made instead, with
             memory carried from one to the next and attention starting afresh in each.
+        volume: of what its blocks add.
 
     Raises ConfigError: one row has no other's memory, or an intervention would fall inside a segment.
     """
     refuse_uneven((condition,), every=every, segments=segments)
     if condition == "memory of another" and codes.shape[0] < 2:
         raise ConfigError("Memory can be exchanged between two recordings or more: give more, or a larger batch.")
-    with subject.present(), MOSHI_HOST.updates(subject.model, condition != "updates off"):
+    updates = condition != "updates off"
+    with subject.present(), MOSHI_HOST.updates(subject.model, updates), MOSHI_HOST.volume(subject.model, volume):
         if segments is None:
             return _streamed(subject, codes, condition, every)
         return _in_segments(subject, codes, condition, every, segments)

@@ -44,6 +44,7 @@ from moshi_ttt.core.testing.checks_streaming import (
     check_updates_off,
 )
 from moshi_ttt.core.testing.checks_surroundings import (
+    check_changed_parameters,
     check_copies,
     check_other_modes,
     check_parameter_dimensions,
@@ -60,6 +61,7 @@ from moshi_ttt.core.testing.checks_training import (
     check_trainable_set,
     check_two_forwards,
 )
+from moshi_ttt.core.testing.checks_volume import check_volume, check_volume_gradient, check_volume_streamed
 from moshi_ttt.core.testing.device_cost import DeviceCost, check_device, device_cost
 from moshi_ttt.core.testing.host_checks import (
     HOST_CHECKS,
@@ -85,12 +87,16 @@ CHECKS: tuple[Check, ...] = (
     check_nonfinite_recovery,
     check_layouts,
     check_updates_off,
+    check_volume,
+    check_volume_streamed,
+    check_volume_gradient,
     check_memory,
     check_inner_lr_factor,
     check_no_host_read,
     check_device,
     check_other_modes,
     check_copies,
+    check_changed_parameters,
     check_state_is_float32,
     check_long_stream,
     check_parameter_dimensions,

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from moshi_ttt.core.adapter import load_adapter, save_adapter
 from moshi_ttt.core.block import SequenceBlock
+from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.config import BlockConfig
 from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import MoshiTTTError
@@ -52,11 +53,22 @@ def check_plan_figures(case: BlockCase) -> None:
     storage = sum(t.numel() * t.element_size() for t in block.allocate_state(1).values())
     assert storage == plan.state_bytes, f"a stream takes {storage} bytes, the plan says {plan.state_bytes}"
     assert plan.blocks[0].flops_per_token > 0
+    kept = _kept_casts(case, block)
+    assert kept <= plan.cast_bytes, f"a stream keeps {kept} bytes of casts, the plan says {plan.cast_bytes}"
     assert all(not p.is_meta and p.device == next(model.parameters()).device for p in block.parameters())
     injection.remove()
     assert set(model.state_dict()) == names
     with torch.no_grad():
         assert_equal(model(x), base, "the model after removal")
+
+
+def _kept_casts(case: BlockCase, block: SequenceBlock) -> int:
+    """Bytes of the copies that a stream keeps after a step."""
+    casts = ParameterCasts(block, frozen=True)
+    if case.causal:
+        with torch.no_grad():
+            case.step(block, case.inputs(1, batch=1), block.allocate_state(1), casts=casts)
+    return casts.bytes
 
 
 def check_adapter_round_trip(case: BlockCase) -> None:

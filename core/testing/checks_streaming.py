@@ -356,7 +356,8 @@ def check_no_host_read(case: BlockCase) -> None:
         mask = torch.ones(x.shape[0], dtype=torch.bool)
         case.step(block, x, state)
         case.step(block, x, state, exec_mask=mask)
-        case.step(block, x, state, updates=mask)  # as in every stream of a host
+        volume = mask.to(block.roles.output) if block.scales_output else 1.0
+        case.step(block, x, state, updates=mask, volume=volume)  # as in every stream of a host
         block.reset_state(state, mask)
 
 

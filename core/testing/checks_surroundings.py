@@ -6,13 +6,15 @@ import copy
 import io
 import pickle
 import sys
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moshi_ttt.core import state as states
 from moshi_ttt.core.block import SequenceBlock
+from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.core.testing.case import BlockCase, assert_close, assert_equal
 
@@ -85,6 +87,56 @@ def check_parameter_dimensions(case: BlockCase) -> None:
     """Every parameter has a dimension: one without cannot be sharded."""
     for name, parameter in case.block().named_parameters():
         assert parameter.dim() > 0, f"parameter {name!r} has no dimension and cannot be sharded: give it the shape [1]"
+
+
+def _scale(block: SequenceBlock) -> None:
+    for parameter in block.parameters():
+        parameter.mul_(1.25)
+
+
+def _scale_data(block: SequenceBlock) -> None:
+    for parameter in block.parameters():
+        parameter.data.mul_(0.75)
+
+
+def _other_data(block: SequenceBlock) -> None:
+    for parameter in block.parameters():
+        parameter.data = 1.25 * parameter.data
+
+
+def _replace(block: SequenceBlock) -> None:
+    for module in block.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(0.75 * parameter.detach(), parameter.requires_grad))
+
+
+_CHANGES: dict[str, Callable[[SequenceBlock], None]] = {
+    "written to in place": _scale, "written to by .data": _scale_data, "given other .data": _other_data,
+    "replaced": _replace,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def check_changed_parameters(case: BlockCase) -> None:
+    """A parameter that changes in the middle of a stream takes effect in the next step, bit for bit, also where a host
+    lets the block keep its casts.
+    """
+    if not case.causal:
+        return
+    block, x = case.block(), case.inputs(3 * len(_CHANGES))
+    state, casts = block.allocate_state(len(x)), ParameterCasts(block)
+    tokens = iter(x.split(1, dim=1))
+    for name, change in _CHANGES.items():
+        for _ in range(2):
+            case.step(block, next(tokens), state, casts=casts)
+        change(block)
+        fresh, expected, token = case.block(), states.clone(state), next(tokens)
+        for parameter, changed in zip(fresh.parameters(), block.parameters(), strict=True):
+            parameter.copy_(changed)
+        wanted = case.step(fresh, token, expected)
+        assert_equal(case.step(block, token, state, casts=casts), wanted, f"parameters {name}: the next step")
+        for key, tensor in expected.items():
+            assert_equal(state[key], tensor, f"parameters {name}: the next step, state {key!r}")
 
 
 def _compare(case: BlockCase, block: SequenceBlock, expected: SequenceBlock, x: Tensor, what: str) -> None:

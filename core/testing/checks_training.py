@@ -145,14 +145,17 @@ def check_detached_state(case: BlockCase) -> None:
 
 
 def check_trainable_set(case: BlockCase) -> None:
-    """Every parameter requires a gradient, has one by the second step over two chunks, and then moves."""
+    """Every parameter requires a gradient, has one by the second step over three chunks, and then moves.
+
+    Three: what decides how a chunk is written by what an earlier one left shows in a third.
+    """
     block = case.block()
     optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
     before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
     largest = dict.fromkeys(before, 0.0)
     for step in range(2):
         optimizer.zero_grad()
-        _loss(case.call(block, case.inputs(2 * case.chunk, seed=20 + step))[0]).backward()
+        _loss(case.call(block, case.inputs(3 * case.chunk, seed=20 + step))[0]).backward()
         for name, parameter in block.named_parameters():
             assert parameter.requires_grad, f"parameter {name!r} does not require a gradient"
             if parameter.grad is not None:

@@ -60,9 +60,12 @@ def check_device(case: BlockCase) -> None:
     block, rows = case.block(device="meta"), case.shape.batch
     x = torch.empty(rows, 2 * case.chunk + 1, case.shape.dim, dtype=case.dtype, device="meta", requires_grad=True)
     mask = torch.empty(rows, dtype=torch.bool, device="meta")
+    volume = torch.empty(rows, dtype=block.roles.output, device="meta") if block.scales_output else 1.0
     runs: dict[str, Callable[[], object]] = {
         "a training call and its backward pass": lambda: case.call(block, x, want_state=False)[0].sum().backward(),
-        "a call that gives its state, row by row": lambda: case.call(block, x, updates=mask)[0].sum().backward(),
+        "a call that gives its state, row by row": lambda: (
+            case.call(block, x, updates=mask, volume=volume)[0].sum().backward()
+        ),
         "statistics": lambda: block.statistics(x.detach(), case.context(x.detach())),
         "inner losses": lambda: block.inner_losses(x.detach(), case.context(x.detach())),
     }
@@ -72,7 +75,7 @@ def check_device(case: BlockCase) -> None:
         runs |= {
             "a call that continues a state": lambda: case.call(block, x, buffers, reset=mask, exec_mask=mask),
             "a step": lambda: case.step(block, token, buffers),
-            "a step with masks": lambda: case.step(block, token, buffers, exec_mask=mask, updates=mask),
+            "a step with masks": lambda: case.step(block, token, buffers, exec_mask=mask, updates=mask, volume=volume),
             "a step with a reset": lambda: case.step(block, token, buffers, reset=mask),
             "several tokens streamed": lambda: case.step(block, x.detach(), buffers),
             "a reset": lambda: block.reset_state(buffers, mask),

@@ -230,6 +230,52 @@ def check_host_carry(case: HostVariantCase) -> None:
             continue
 
 
+@torch.no_grad()
+def check_host_volume(case: HostVariantCase) -> None:
+    """At volume 0 logits are bit-equal to the base model's, at 1 to those without a volume, row by row and in streams.
+
+    Takes a number from 0 to 10 or ``[B]`` of them, refuses anything else, and does not follow a tensor that its caller
+    changes. A stream that starts inside starts at it. Memory learns at volume 0.
+    """
+    model, host = case.injected(), case.on.host
+    tokens = case.on.tokens(2, LENGTH, 1)
+    base = case.on.model(case.dtype)
+    plain, learned = case.on.logits(base, tokens), case.on.logits(model, tokens)
+    streamed, heard = case.streamed(base, tokens), case.streamed(model, tokens)
+    given = torch.tensor([0.0, 1.0])
+    with host.volume(model, 0):
+        assert_equal(case.on.logits(model, tokens), plain, "logits of one pass at volume 0")
+        assert_equal(case.streamed(model, tokens), streamed, "streamed logits at volume 0")
+        with host.carry(model) as state:
+            assert_equal(case.on.logits(model, tokens), plain, "logits of a pass that leaves its state, at volume 0")
+        with host.volume(model, given):
+            given.fill_(0.5)
+            mixed, rows = case.on.logits(model, tokens), case.streamed(model, tokens)
+        assert_equal(case.on.logits(model, tokens), plain, "volume is 0 again")
+    with host.volume(model, 0.5):
+        half = case.on.logits(model, tokens)
+    assert not torch.equal(half, plain), "volume 0.5 is volume 0"
+    assert not torch.equal(half, learned), "volume 0.5 is volume 1"
+    for what, found, base_logits, own in (("one pass", mixed, plain, learned), ("a stream", rows, streamed, heard)):
+        assert_equal(found[0], base_logits[0], f"{what}: the row at volume 0")
+        assert_equal(found[1], own[1], f"{what}: the row at volume 1")
+    assert_equal(case.on.logits(model, tokens), learned, "volume is 1 again")
+    later = case.on.tokens(2, LENGTH, 2)
+    with host.carry(model, state):
+        carried = case.on.logits(model, later)
+    assert not torch.equal(carried, case.on.logits(model, later)), "nothing was learned at volume 0"
+    wrong: tuple[Any, ...] = (
+        -0.5, float("nan"), float("inf"), 10.5, None, "loud", True, torch.tensor([1, 0]), torch.ones(2, 1),
+        torch.tensor([0.5, float("nan")]), torch.tensor([0.5, -1.0]), torch.tensor(0.5),
+    )  # fmt: skip
+    for value in wrong:
+        try:
+            with host.volume(model, value):
+                raise AssertionError(f"volume took {value!r}, and only a number from 0 to 10 or [B] of them is allowed")
+        except ContextError:
+            continue
+
+
 def check_host_weights(case: HostVariantCase) -> None:
     """No base name changes, base weights load after injection, removal and an adapter's round trip are bit-equal."""
     tokens = case.on.tokens(2, LENGTH, 1)
@@ -276,6 +322,7 @@ HOST_CHECKS: tuple[Callable[[HostVariantCase], None], ...] = (
     check_host_rows,
     check_host_reset,
     check_host_carry,
+    check_host_volume,
     check_host_weights,
     check_host_refusals,
 )

@@ -16,6 +16,7 @@ from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.host import CarriedState, HostModel, updates_switch
 from moshi_ttt.core.registry import Registry
+from moshi_ttt.core.volume import volume_switch
 
 FRAME_RATE = 12.5
 """What the toy host says its tokens a second are."""
@@ -62,9 +63,10 @@ class ToyModel(nn.Module):
         self.reset: Tensor | None = None
         """``[B]`` bool, rows that the next forward pass starts anew: their document changed."""
         self.updates: bool | Tensor = True
+        self.volume: float | Tensor = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        context = BlockContext(input_embeddings=x, updates=self.updates, reset=self.reset)
+        context = BlockContext(input_embeddings=x, updates=self.updates, volume=self.volume, reset=self.reset)
         self.reset = None
         for index, layer in enumerate(self.layers):
             sequence, feed_forward = (Site(index, kind) for kind in SiteKind)
@@ -185,6 +187,15 @@ class ToyHost(HostModel):
             yield
         finally:
             model.updates = before
+
+    @contextmanager
+    def volume(self, model: nn.Module, value: float | Tensor) -> Iterator[None]:
+        model = self._checked(model)
+        before, model.volume = model.volume, volume_switch(value, self.blocks(model))
+        try:
+            yield
+        finally:
+            model.volume = before
 
     def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> torch.Tensor:
         x = torch.randn(batch_size, length, self._checked(model).dim, generator=torch.Generator().manual_seed(seed))

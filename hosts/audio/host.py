@@ -17,6 +17,7 @@ from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.host import CarriedState, HostModel, updates_switch
 from moshi_ttt.core.sharding import assign
+from moshi_ttt.core.volume import volume_switch
 from moshi_ttt.hosts.audio.model import AudioDenoiser, AudioLayer, denoising_loss
 
 
@@ -134,6 +135,15 @@ class AudioHost(HostModel):
             yield
         finally:
             model.updates = before
+
+    @contextmanager
+    def volume(self, model: nn.Module, value: float | Tensor) -> Iterator[None]:
+        model = _checked(model)
+        before, model.volume = model.volume, volume_switch(value, self.blocks(model))
+        try:
+            yield
+        finally:
+            model.volume = before
 
     def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
         """The denoising loss on made-up tones in noise."""

@@ -24,11 +24,12 @@ class AudioLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.ttt: SequenceBlock | None = None
 
-    def forward(self, x: Tensor, updates: bool | Tensor) -> Tensor:
+    def forward(self, x: Tensor, embeddings: Tensor, updates: bool | Tensor, volume: float | Tensor) -> Tensor:
         heard = self.norm_attention(x)
         x = x + cast(Tensor, self.attention(heard, heard, heard, need_weights=False)[0])
         if self.ttt is not None:
-            x = self.ttt(x, None, BlockContext(updates=updates, want_state=False))[0]
+            context = BlockContext(input_embeddings=embeddings, updates=updates, volume=volume, want_state=False)
+            x = self.ttt(x, None, context)[0]
         return x + cast(Tensor, self.mlp(self.norm_mlp(x)))
 
 
@@ -42,11 +43,13 @@ class AudioDenoiser(nn.Module):
         self.layers = nn.ModuleList(AudioLayer(dim, num_heads) for _ in range(num_layers))
         self.updates: bool | Tensor = True
         """Whether the blocks' test-time updates are enabled, for all rows or ``[B]`` bool."""
+        self.volume: float | Tensor = 1.0
+        """Of what the blocks add, for all rows or ``[B]``."""
 
     def forward(self, samples: Tensor) -> Tensor:
-        x = self.encode(samples.unflatten(1, (-1, self.frame)))
+        x = embeddings = self.encode(samples.unflatten(1, (-1, self.frame)))
         for layer in self.layers:
-            x = layer(x, self.updates)
+            x = layer(x, embeddings, self.updates, self.volume)
         return samples + cast(Tensor, self.decode(x)).flatten(1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo, SiteKind
 from moshi_ttt.core.config import HostConfig
 from moshi_ttt.core.errors import ContextError, HostError
 from moshi_ttt.core.format import SequenceFormat
-from moshi_ttt.core.host import CarriedState, HostModel
+from moshi_ttt.core.host import CarriedState, HostModel, updates_switch
+from moshi_ttt.core.volume import volume_switch
 from moshi_ttt.hosts.moshi import base_weights, lora
 from moshi_ttt.hosts.moshi.compiling import compiled_output
 from moshi_ttt.hosts.moshi.fit import require_unconditioned
@@ -28,7 +29,7 @@ from moshi_ttt.hosts.moshi.layers import (
     block_sites,
     clear_streaming_caches,
     open_carry,
-    updates_enabled,
+    switched,
 )
 from moshi_ttt.hosts.moshi.loading import FILES, MoshiBundle, load_skeleton, resolve_repo
 from moshi_ttt.hosts.moshi.upstream import (
@@ -251,9 +252,30 @@ class MoshiHost(HostModel):
     @contextmanager
     def updates(self, model: nn.Module, enabled: bool | Tensor) -> Iterator[None]:
         transformer = require_lm(model).transformer
-        blocks = isinstance(transformer, TTTStreamingTransformer)
-        with updates_enabled(cast(TTTStreamingTransformer, transformer), enabled) if blocks else nullcontext():
+        enabled = updates_switch(enabled)
+        with switched(transformer, "updates", enabled) if _has_blocks(transformer) else nullcontext():
             yield
+
+    @contextmanager
+    def volume(self, model: nn.Module, value: float | Tensor) -> Iterator[None]:
+        transformer = require_lm(model).transformer
+        value = volume_switch(value, self.blocks(model))
+        with switched(transformer, "volume", value) if _has_blocks(transformer) else nullcontext():
+            yield
+
+    @contextmanager
+    def frozen(self, model: nn.Module) -> Iterator[None]:
+        transformer = require_lm(model).transformer
+        layers = transformer.layers if isinstance(transformer, TTTStreamingTransformer) else ()
+        sites = [site for layer in layers for site in block_sites(layer)]
+        before = [site.frozen for site in sites]
+        try:
+            for site in sites:
+                site.frozen = True
+            yield
+        finally:
+            for site, was in zip(sites, before, strict=True):
+                site.frozen = was
 
     def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
         """Moshi's audio loss on uniformly random tokens; the text loss of a model that predicts text alone.
@@ -324,6 +346,10 @@ def require_lm(model: nn.Module) -> LMModel:
 def main_layers(model: LMModel) -> list[StreamingTransformerLayer]:
     """The layers of the main transformer, which are what this host's sites number."""
     return [cast(StreamingTransformerLayer, layer) for layer in model.transformer.layers]
+
+
+def _has_blocks(transformer: nn.Module) -> TypeGuard[TTTStreamingTransformer]:
+    return isinstance(transformer, TTTStreamingTransformer)
 
 
 def _is_streaming(transformer: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ from torch.distributed.tensor import DTensor
 
 from moshi_ttt.core import state as states
 from moshi_ttt.core.block import BlockContext, SequenceBlock, Site, SiteKind
+from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.errors import ContextError, HostError
-from moshi_ttt.core.host import CarriedState, updates_switch
+from moshi_ttt.core.host import CarriedState
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.hosts.moshi.streaming import BlockStreamState
 from moshi_ttt.hosts.moshi.upstream import StreamingModule, StreamingTransformer, StreamingTransformerLayer
@@ -40,6 +41,7 @@ class Frame:
         initial: the states this pass continues from; a site that is missing starts from its learned state.
         reset: ``[B]`` bool, rows that start from the learned state whatever ``initial`` holds.
         updates: whether test-time updates are enabled, for all rows or ``[B]`` bool.
+        volume: of what blocks add, for all rows or ``[B]``.
         final: where the state after this pass goes, or None when nobody asked for it.
     """
 
@@ -47,6 +49,7 @@ class Frame:
     initial: Mapping[Site, BlockState] = field(default_factory=dict)
     reset: Tensor | None = None
     updates: bool | Tensor = True
+    volume: float | Tensor = 1.0
     final: dict[Site, BlockState] | None = None
 
     def record(self, site: Site, state: BlockState) -> None:
@@ -66,20 +69,27 @@ class Carry:
         self.state = state
         self.reset = reset
 
-    def frame(self, input_embeddings: Tensor, updates: bool | Tensor) -> Frame:
-        """The frame of the next forward pass. Raises ContextError when its rows are not those of the document ids."""
+    def frame(self, input_embeddings: Tensor, **switches: Any) -> Frame:
+        """The frame of the next forward pass, at these ``updates`` and this ``volume``.
+
+        Raises ContextError when its rows are not those of the document ids.
+        """
         ids = self.state.document_ids
         if ids is not None and ids.shape[0] != input_embeddings.shape[0]:
             raise ContextError(
                 f"document_ids has {ids.shape[0]} rows and this batch {input_embeddings.shape[0]}: give one per row."
             )
-        return Frame(input_embeddings, dict(self.state.blocks), self.reset, updates, {})
+        return Frame(input_embeddings, dict(self.state.blocks), self.reset, final={}, **switches)
 
     def advance(self, frame: Frame) -> None:
         """Continue after a forward pass that has ended: from its final states, with no row to reset."""
         self.state.blocks = dict(frame.final or {})
         self.reset = None
 
+
+Switch = Literal["updates", "volume"]
+SWITCHES: tuple[Switch, ...] = get_args(Switch)
+"""What a host switches for all blocks, for all rows or row by row."""
 
 MODULE_NAMES: dict[SiteKind, str] = {SiteKind.SEQUENCE: "ttt", SiteKind.FEED_FORWARD: "ttt_feed_forward"}
 """What the module of a block is called in its layer."""
@@ -90,12 +100,16 @@ class BlockSite(StreamingModule[BlockStreamState]):
 
     Attributes:
         updates: whether a stream that starts now starts with test-time updates enabled, for all rows or ``[B]`` bool.
+        frozen: whether the block's parameters are declared not to change in a stream that starts now.
+        volume: at which it starts, for all rows or ``[B]``.
     """
 
     def __init__(self, block: SequenceBlock) -> None:
         super().__init__()
         self.block = block
         self.updates: bool | Tensor = True
+        self.frozen = False
+        self.volume: float | Tensor = 1.0
 
     @property
     def site(self) -> Site:
@@ -112,20 +126,28 @@ class BlockSite(StreamingModule[BlockStreamState]):
         device = self.device
         self.check_rows(batch_size)
         state = BlockStreamState(batch_size, device, self.block, self.block.allocate_state(batch_size, device))
-        state.set_updates(self.updates)
+        state.set_switch("updates", self.updates)
+        state.set_switch("volume", self.volume)
+        state.casts = ParameterCasts(self.block, frozen=self.frozen)
         return state
 
     def check_rows(self, rows: int) -> None:
-        """Raise ContextError where updates are enabled row by row, and a stream would have another number of rows."""
-        if isinstance(self.updates, Tensor) and len(self.updates) != rows:
-            raise ContextError(_rows_differ(self.updates, rows))
+        """Raise ContextError where a switch is set row by row, and a stream would have another number of rows."""
+        for name in SWITCHES:
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and len(value) != rows:
+                raise ContextError(_rows_differ(name, value, rows))
 
     def forward(self, x: Tensor, frame: Frame) -> Tensor:
         """``x [B, T, D]`` through the block, in the regime that the host is in."""
         streaming = self._streaming_state
         if streaming is not None:
             context = BlockContext(
-                exec_mask=streaming.exec_mask, input_embeddings=frame.input_embeddings, updates=streaming.updates
+                exec_mask=streaming.exec_mask,
+                input_embeddings=frame.input_embeddings,
+                updates=streaming.updates,
+                volume=streaming.volume if self.block.scales_output else 1.0,
+                casts=streaming.casts,
             )
             return self.block.step(x, streaming.buffers, context)
         context = BlockContext(
@@ -133,6 +155,7 @@ class BlockSite(StreamingModule[BlockStreamState]):
             reset=frame.reset,
             # On the device of this layer: a model may lie on several.
             updates=frame.updates.to(x.device) if isinstance(frame.updates, Tensor) else frame.updates,
+            volume=frame.volume.to(x.device) if isinstance(frame.volume, Tensor) else frame.volume,
             want_state=frame.final is not None,
             detach_state=True,
         )
@@ -187,11 +210,13 @@ class TTTStreamingTransformer(StreamingTransformer):
 
     _carry: Carry | None = None
     _updates: bool | Tensor = True
+    _volume: float | Tensor = 1.0
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``x [B, T, D]``, the input embeddings, to ``[B, T, D]``."""
         carry = self._carry
-        frame = Frame(x, updates=self._updates) if carry is None else carry.frame(x, self._updates)
+        switches: dict[str, Any] = {"updates": self._updates, "volume": self._volume}
+        frame = Frame(x, **switches) if carry is None else carry.frame(x, **switches)
         y: Tensor = super().forward(x, *args, ttt=frame, **kwargs)
         if carry is not None:
             carry.advance(frame)
@@ -251,37 +276,38 @@ def open_carry(
 
 
 @contextmanager
-def updates_enabled(transformer: TTTStreamingTransformer, enabled: bool | Tensor) -> Iterator[None]:
-    """See ``HostModel.updates``. The tensor is copied: the caller may change theirs."""
+def switched(transformer: TTTStreamingTransformer, name: Switch, value: float | Tensor) -> Iterator[None]:
+    """See ``HostModel.updates`` and ``HostModel.volume``; ``value`` is what its own switch gives."""
     sites = [site for layer in transformer.layers for site in block_sites(layer)]
-    enabled = updates_switch(enabled)
-    if isinstance(enabled, Tensor):
-        enabled = enabled.to(sites[0].device if sites else enabled.device)
+    if isinstance(value, Tensor):
+        value = value.to(sites[0].device if sites else value.device)
         for site in sites:
-            if site._streaming_state is not None and site._streaming_state.batch_size != len(enabled):
-                raise ContextError(_rows_differ(enabled, site._streaming_state.batch_size))
-    before = transformer._updates
+            if site._streaming_state is not None and site._streaming_state.batch_size != len(value):
+                raise ContextError(_rows_differ(name, value, site._streaming_state.batch_size))
+    before = getattr(transformer, f"_{name}")
     try:
-        _set_updates(transformer, sites, enabled)
+        _set_switch(transformer, sites, name, value)
         yield
     finally:
-        _set_updates(transformer, sites, before)
+        _set_switch(transformer, sites, name, before)
 
 
-def _set_updates(transformer: TTTStreamingTransformer, sites: list[BlockSite], enabled: bool | Tensor) -> None:
+def _set_switch(
+    transformer: TTTStreamingTransformer, sites: list[BlockSite], name: Switch, value: float | Tensor
+) -> None:
     # All sites first: where a stream of another number of rows is refused, no site is left with another answer.
-    transformer._updates = enabled
+    setattr(transformer, f"_{name}", value)
     for site in sites:
-        site.updates = enabled
+        setattr(site, name, value)
     for site in sites:
         if site._streaming_state is not None:
             site.check_rows(site._streaming_state.batch_size)
-            site._streaming_state.set_updates(enabled)
+            site._streaming_state.set_switch(name, value)
 
 
-def _rows_differ(enabled: Tensor, rows: int) -> str:
+def _rows_differ(name: str, value: Tensor, rows: int) -> str:
     return (
-        f"updates has {len(enabled)} rows, and the stream has {rows}: give one answer a row. With guidance an LMGen "
+        f"{name} has {len(value)} rows, and the stream has {rows}: give one answer a row. With guidance an LMGen "
         "streams two rows for each voice, b and B + b."
     )
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from moshi_ttt.core import state as states
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.block import SequenceBlock
+from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.hosts.moshi.upstream import (
@@ -41,7 +42,7 @@ FORMAT = {"format": "moshi_ttt.stream_state", "version": "1"}
 # Made anew by every stream, and the same in each: configuration, callbacks, captured graphs.
 _NOT_CARRIED = {
     "batch_size", "device", "block", "graphed_main", "graphed_depth", "exit_stack", "reset_callback",
-    "set_exec_mask_callback", "_set_exec_mask_graphed", "skipped_before", "updates",
+    "set_exec_mask_callback", "_set_exec_mask_graphed", "skipped_before", "updates", "volume", "casts",
 }  # fmt: skip
 # Filled by the first step, None before: the keys and values of what cross-attention looks at.
 _FILLED_LATER = ("k_cross", "v_cross")
@@ -53,6 +54,8 @@ class BlockStreamState(State):
 
     Attributes:
         updates: ``[B]`` bool, the rows whose test-time updates are enabled; a tensor, so that a captured graph follows.
+        casts: the block's parameters as this stream's steps multiply them.
+        volume: ``[B]``, of what the block adds, in the dtype of the role ``output``; a tensor for the same reason.
     """
 
     block: SequenceBlock
@@ -62,14 +65,17 @@ class BlockStreamState(State):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.skipped_before = torch.zeros_like(self.block.skipped_updates(self.buffers))
         self.updates = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
+        self.casts = ParameterCasts(self.block)
+        self.volume = torch.ones(self.batch_size, dtype=self.block.roles.output, device=self.device)
 
     @torch.no_grad()
-    def set_updates(self, enabled: bool | Tensor) -> None:
-        """Enable or disable test-time updates, for all rows or ``[B]`` bool, from the next step on."""
-        if isinstance(enabled, Tensor):
-            self.updates.copy_(enabled)
+    def set_switch(self, name: str, value: float | Tensor) -> None:
+        """Set ``updates`` or ``volume``, for all rows or ``[B]``, from the next step on."""
+        rows: Tensor = getattr(self, name)
+        if isinstance(value, Tensor):
+            rows.copy_(value)
         else:
-            self.updates.fill_(enabled)
+            rows.fill_(value)
 
     @torch.no_grad()
     def forget(self) -> None:
@@ -99,7 +105,18 @@ class BlockStreamState(State):
         self.block.reset_state(self.buffers, reset_mask)
 
     def __exit__(self, *exception: object) -> None:
-        """At the end of streaming, warn about updates that were left out in each row, whoever was in it."""
+        """At the end of streaming, warn about updates that were left out in each row, whoever was in it.
+
+        Raises PrecisionError where parameters were declared frozen and were changed.
+        """
+        try:
+            self._warn_of_skipped()
+            if not any(exception):
+                self.casts.check_frozen()
+        finally:
+            self.casts.clear()
+
+    def _warn_of_skipped(self) -> None:
         skipped = (self.skipped_before + self.block.skipped_updates(self.buffers)).tolist()
         if any(skipped):
             warnings.warn(

@@ -5,26 +5,25 @@ A variant says how wide its fast network's layers are; everything else is here, 
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from math import log
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo
-from moshi_ttt.core.config import BlockConfig, FrozenConfig
-from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.casts import copy_bytes
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common import health, inner_curves, inner_loop
+from moshi_ttt.plugins.common.block_checks import check_rate, checked_head_width
 from moshi_ttt.plugins.common.derivatives import differentiable_again
+from moshi_ttt.plugins.common.fast_network import UpdateRule
 from moshi_ttt.plugins.common.finite import below, check_state_dtype, largest_factor
 from moshi_ttt.plugins.common.hybrid import (
     HybridOptions,
@@ -32,66 +31,17 @@ from moshi_ttt.plugins.common.hybrid import (
     Linear,
     gated_output,
     inner_inputs,
-    inner_norm,
+    objective,
+    over_rms,
 )
-from moshi_ttt.plugins.common.rope import widths as axis_widths
+from moshi_ttt.plugins.common.options import HybridConfig
+from moshi_ttt.plugins.common.short_conv import Convolutions, empty_cache, one_at_lag
 
 INIT_STD = 0.02
+"""Of what is drawn and has no option of its own."""
 
-
-class GateConfig(FrozenConfig):
-    """``tanh(alpha)`` times what the layer adds.
-
-    Attributes:
-        init: alpha at the start; 0 makes the block an identity.
-        alpha: one learned for each ``channel``, one learned for the whole ``layer``, or ``fixed`` at ``init``.
-    """
-
-    init: float = Field(default=0.05, ge=0.0, le=1.0)
-    alpha: Literal["channel", "layer", "fixed"] = "channel"
-
-
-class HybridConfig(BlockConfig):
-    """Options of every hybrid block.
-
-    Attributes:
-        chunk: tokens per inner-loop step (mini-batch).
-        base_lr: inner learning rate before the learned per-token factor, divided by the head width.
-        causal: False lets a token see its whole chunk; a causal host refuses that.
-        bidirectional: run over the sequence and then over the reversed result, by the same weights and a gate each; not
-            causal (and ``causal`` is then False when it is left out). As published (arXiv:2504.05298) tokens are
-            reversed and rotary positions are not, and a prefix that the host's format declares, a text before a
-            video, stays in front.
-        gate: the gate, or gates.
-        rope_theta: base of the rotary frequencies.
-        checkpoint_chunks: chunks of the inner loop that a backward pass computes again together: it then needs only the
-            tokens and the fast weights between such groups; None keeps everything. No result depends on it.
-        norm_eps, target_eps, post_norm_eps: of the inner LayerNorm, the target's standard deviation, the post norm.
-    """
-
-    chunk: int = Field(default=32, ge=1)
-    base_lr: float = Field(gt=0.0)
-    causal: bool = True
-    bidirectional: bool = False
-    gate: GateConfig = GateConfig()
-    rope_theta: float = Field(default=10_000.0, gt=1.0)
-    norm_eps: float = Field(default=1e-6, gt=0.0)
-    target_eps: float = Field(default=1e-8, gt=0.0)
-    post_norm_eps: float = Field(default=1e-6, gt=0.0)
-    checkpoint_chunks: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _both_directions_are_not_causal(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("bidirectional") is True:
-            return {"causal": False, **values}
-        return values
-
-    @model_validator(mode="after")
-    def _not_causal_and_bidirectional(self) -> HybridConfig:
-        if self.bidirectional and self.causal:
-            raise ValueError("a bidirectional block sees the future: it cannot be causal; leave causal out")
-        return self
+CACHES = ("query_cache", "key_cache")
+"""State of the short convolutions."""
 
 
 class Projection(nn.Module):
@@ -108,10 +58,11 @@ class Projection(nn.Module):
     def tensors(self) -> Linear:
         return Linear(self.weight, self.bias)
 
-
-NARROWEST_HEAD = 8
-"""The head width from which streaming gives what training saw within 1e-5 in float32. A target is divided by a standard
-deviation over the head's channels; over fewer than these it may come as close to zero as rounding."""
+    def inputs(self, context: BlockContext | None, dtype: torch.dtype) -> Linear:
+        """The parameters for products in ``dtype``: while a host streams, the copies that the stream keeps."""
+        if context is None or context.casts is None:
+            return self.tensors()
+        return Linear(context.cast(self.weight, dtype), context.cast(self.bias, dtype))
 
 
 class HybridBlock(SequenceBlock):
@@ -122,6 +73,7 @@ class HybridBlock(SequenceBlock):
 
     config: HybridConfig
     scales_inner_lr = True
+    scales_output = True
     skips_nonfinite = True
 
     gate: Tensor
@@ -130,37 +82,10 @@ class HybridBlock(SequenceBlock):
     def __init__(self, config: HybridConfig, info: SiteInfo, roles: DtypeRoles) -> None:
         super().__init__(config, info, roles)
         check_state_dtype(info, roles)
-        head_dim, remainder = divmod(info.dim, info.num_heads)
-        if remainder or head_dim % 2:
-            raise ConfigError(
-                f"Width {info.dim} over {info.num_heads} heads: RoPE needs an even whole head width, got "
-                f"{info.dim / info.num_heads:g}. Use a host whose head width is even."
-            )
-        if head_dim < NARROWEST_HEAD and torch.finfo(roles.compute).eps > torch.finfo(torch.float64).eps:
-            # Without the site, so that Python shows it once however many blocks a model has.
-            warnings.warn(
-                f"Heads of width {head_dim}: from width {NARROWEST_HEAD} on a streamed token and the same token in one "
-                "call agree within 1e-5 in float32; over narrower heads rounding grows, and they part ways in long "
-                "sequences. Use a host with wider heads, or load it in float64.",
-                stacklevel=2,
-            )
-        if info.format.axes > 1:
-            if config.causal:
-                raise ConfigError(
-                    f"{info.site}: a grid is heard as a whole. Set causal: false, or bidirectional: true."
-                )
-            try:
-                axis_widths(head_dim, info.format.axes)
-            except ValueError as error:
-                raise ConfigError(f"{info.site}: {error} Use a host whose head width is a multiple of 16.") from None
+        head_dim = checked_head_width(config, info, roles)
         widths = self.widths(config, head_dim)
-        # The update of a layer grows with the rate, and what the network gives with the product of its layers.
-        largest = largest_factor(roles.state) ** (1 / (len(widths) - 1))
-        if config.base_lr / head_dim > largest:
-            raise ConfigError(
-                f"base_lr {config.base_lr:g} gives a token the rate {config.base_lr / head_dim:g}, and "
-                f"updates of {len(widths) - 1} layers in {roles.state} stay finite up to {largest:.3g}. Lower base_lr."
-            )
+        check_rate(config, head_dim, len(widths) - 1, roles)
+        self.needs_input_embeddings = config.value == "embedding"
         self.options = HybridOptions(
             num_heads=info.num_heads,
             chunk_size=config.chunk,
@@ -177,7 +102,12 @@ class HybridBlock(SequenceBlock):
 
         self.wq, self.wk, self.wv, self.wo = (Projection((info.dim, info.dim), device, dtype) for _ in range(4))
         self.lr_weight, self.lr_bias = parameter(heads, 1, info.dim), parameter(heads, 1)
-        self.norm_weight, self.norm_bias = parameter(heads, head_dim), parameter(heads, head_dim)
+        if config.inner_norm:
+            self.norm_weight, self.norm_bias = parameter(heads, head_dim), parameter(heads, head_dim)
+        if config.conv_kernel is not None:
+            self.query_taps, self.key_taps = (parameter(info.dim, config.conv_kernel) for _ in range(2))
+        if config.learned_momentum:
+            self.momentum_logit = parameter(heads)
         self.post_norm = Projection((info.dim,), device, dtype)
         if config.causal:
             self.token_scale_offset = parameter(config.chunk)
@@ -201,18 +131,32 @@ class HybridBlock(SequenceBlock):
         return self.config.causal
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        drawn = {self.wq.weight, self.wk.weight, self.wv.weight, self.wo.weight, self.lr_weight, *self.fast_weight}
-        ones = {self.norm_weight, self.post_norm.weight}
+        drawn = {self.wq.weight, self.wk.weight, self.wv.weight, self.wo.weight, self.lr_weight}
+        fast, given = set(self.fast_weight), self._starting_values()
         for gate in self.gates():
             assign(gate, torch.full(gate.shape, self.config.gate.init, dtype=torch.float64))
         for name, parameter in self.named_parameters():
             if name in ("gate", "gate_reversed"):
                 continue
-            if parameter in drawn:
-                value = torch.randn(parameter.shape, generator=generator) * INIT_STD
+            if parameter in drawn or parameter in fast:
+                std = self.config.init_std if parameter in fast else INIT_STD
+                value = torch.randn(parameter.shape, generator=generator) * std
             else:
-                value = torch.ones(parameter.shape) if parameter in ones else torch.zeros(parameter.shape)
+                value = given.get(name, torch.zeros(parameter.shape))
             assign(parameter, value)
+
+    def _starting_values(self) -> dict[str, Tensor]:
+        """Of the parameters that are neither drawn nor zero."""
+        config, eta = self.config, self.config.start_momentum
+        given = {"post_norm.weight": torch.ones(self.post_norm.weight.shape)}
+        if config.inner_norm:
+            given["norm_weight"] = torch.ones(self.norm_weight.shape)
+        if config.conv_kernel is not None:
+            given["query_taps"] = one_at_lag(self.info.dim, config.conv_kernel, lag=0)
+            given["key_taps"] = one_at_lag(self.info.dim, config.conv_kernel, lag=1)
+        if config.learned_momentum:
+            given["momentum_logit"] = torch.full(self.momentum_logit.shape, log(eta / (1 - eta)))
+        return given
 
     def reset_unsaved(self, generator: torch.Generator | None = None) -> None:
         if type(self).reset_parameters is not HybridBlock.reset_parameters:  # a subclass sets more than is set here
@@ -237,17 +181,18 @@ class HybridBlock(SequenceBlock):
     def gate_parameters(self) -> list[nn.Parameter]:
         return [gate for gate in self.gates() if isinstance(gate, nn.Parameter)]
 
-    def weights(self, gate: Tensor | None = None) -> HybridWeights:
+    def weights(self, gate: Tensor | None = None, context: BlockContext | None = None) -> HybridWeights:
         """The parameters as the pure functions of ``hybrid`` take them, with the given gate or the (first) own."""
+        wq, wk, wv, wo = (part.inputs(context, self.roles.matmul) for part in (self.wq, self.wk, self.wv, self.wo))
         return HybridWeights(
-            wq=self.wq.tensors(),
-            wk=self.wk.tensors(),
-            wv=self.wv.tensors(),
-            wo=self.wo.tensors(),
+            wq=wq,
+            wk=wk,
+            wv=wv,
+            wo=wo,
             lr_weight=self.lr_weight,
             lr_bias=self.lr_bias,
-            norm_weight=self.norm_weight,
-            norm_bias=self.norm_bias,
+            norm_weight=self.norm_weight if self.config.inner_norm else None,
+            norm_bias=self.norm_bias if self.config.inner_norm else None,
             post_norm=self.post_norm.tensors(),
             token_scale=self.token_scale(),
             gate=self.gate if gate is None else gate,
@@ -257,14 +202,36 @@ class HybridBlock(SequenceBlock):
         def parts(parameters: nn.ParameterList) -> tuple[Tensor, ...]:
             return tuple(p.to(device=device, dtype=self.roles.state) for p in parameters)
 
-        weights, biases = parts(self.fast_weight), parts(self.fast_bias)
-        return inner_loop.initial_state(weights, biases, self.config.chunk, batch_size)
+        config, (weights, biases) = self.config, (parts(self.fast_weight), parts(self.fast_bias))
+        momentum = config.start_momentum > 0
+        state = inner_loop.initial_state(
+            weights, biases, config.chunk, batch_size, momentum=momentum, steps=config.inner_steps
+        )
+        if config.conv_kernel is not None:
+            like = weights[0]
+            cache = empty_cache(batch_size, self.info.dim, config.conv_kernel, like.device, like.dtype)
+            state |= {name: cache.clone() for name in CACHES}
+        return state
+
+    def memory_names(self) -> frozenset[str]:
+        return super().memory_names() - set(CACHES)
+
+    def update_rule(self) -> UpdateRule:
+        """What a finished chunk does with its gradients, in the state's dtype."""
+        config, dtype = self.config, self.roles.state
+        momentum = None
+        if config.learned_momentum:
+            momentum = torch.sigmoid(self.momentum_logit.to(dtype))[:, None, None]
+        elif config.start_momentum > 0:
+            momentum = torch.full((1, 1, 1), config.start_momentum, device=self.gate.device, dtype=dtype)
+        return UpdateRule(momentum, config.inner_steps)
 
     def compute(self, x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
         y, after = self._directions(x, state, context)
         if not y.requires_grad or torch.compiler.is_compiling():  # what is compiled, torch differentiates only once
             return y, after
-        inputs = (x, *self.parameters(), *(state or {}).values())
+        source = context.input_embeddings if self.needs_input_embeddings else None
+        inputs = (x, *(() if source is None else (source,)), *self.parameters(), *(state or {}).values())
         again = partial(self._again, None if state is None else tuple(state), replace(context, input_embeddings=None))
         (y,) = differentiable_again((y,), inputs, lambda *given: (again(*given)[0],))
         if learned := [name for name, tensor in after.items() if context.want_state and tensor.requires_grad]:
@@ -277,7 +244,12 @@ class HybridBlock(SequenceBlock):
     def _again(
         self, state: tuple[str, ...] | None, context: BlockContext, x: Tensor, *given: Tensor
     ) -> tuple[Tensor, BlockState]:
-        """What ``compute`` computes, exactly differentiable, of its parameters' values and then its state's by name."""
+        """What ``compute`` computes, exactly differentiable, of the tensors that it depends on.
+
+        ``given``: the input embeddings where they are needed, the parameters' values, then the state's by name.
+        """
+        if self.needs_input_embeddings:
+            context, given = replace(context, input_embeddings=given[0]), given[1:]
         names = [f"block.{name}" for name, _ in self.named_parameters()]
         parameters = dict(zip(names, given[: len(names)], strict=True))
         start = None if state is None else dict(zip(state, given[len(names) :], strict=True))
@@ -291,6 +263,9 @@ class HybridBlock(SequenceBlock):
         y, after = self._pass(x, state, context, self.gate, exact)
         if self.config.bidirectional:
             # Tokens change places and RoPE does not: a token is turned by the place it is moved to.
+            if self.needs_input_embeddings and context.input_embeddings is not None:
+                embeddings = _reversed(context.input_embeddings, context.prefix)
+                context = replace(context, input_embeddings=embeddings)
             y = self._pass(_reversed(y, context.prefix), None, context, self.gate_reversed, exact)[0]
             y = _reversed(y, context.prefix)
         return y, after
@@ -303,22 +278,26 @@ class HybridBlock(SequenceBlock):
         offset = None if state is None else state["position"]
         state = self.init_state(batch, x.device) if state is None else state
         layout = self.info.format.chunks(x, self.config.chunk, offset)
-        weights = self.weights(gate)
+        weights = self.weights(gate, context)
         if context.coordinates is None:
             start = torch.zeros(1, dtype=torch.int64, device=x.device) if offset is None else offset
             position = (start[:, None] + torch.arange(length, device=x.device)) % self.config.chunk
         else:
             position = context.coordinates[None]
+        caches = [state[name] for name in CACHES if name in state]
         y, after = inner_loop.run(
-            self._tokens(x, position, weights, context, exact),
+            self._tokens(x, position, weights, context, exact, caches),
             state,
-            replace(inner_norm(weights, self.options, self.roles), exact=exact),
+            objective(weights, self.options, self.roles, exact),
             weights.token_scale.to(self.roles.state),
             layout=layout,
             causal=self.config.causal,
             checkpoint_chunks=self.config.checkpoint_chunks,
+            rule=self.update_rule(),
         )
-        return gated_output(x, y, weights, self.options, self.roles), after
+        if caches:
+            after |= dict(zip(CACHES, caches, strict=True))
+        return gated_output(x, y, weights, self.options, self.roles, self.volume_in(context)), after
 
     @torch.no_grad()
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
@@ -328,30 +307,68 @@ class HybridBlock(SequenceBlock):
             return super().step(x, state, context)
         self._check_call(tokens, state, context)
         with self._without_autocast(tokens):
-            weights = self.weights()
+            weights = self.weights(context=context)
+            caches = [state[name] for name in CACHES if name in state]
             y = inner_loop.step(
-                self._tokens(tokens, state["position"][:, None], weights, context),
+                self._tokens(tokens, state["position"][:, None], weights, context, caches=caches, in_place=True),
                 state,
-                inner_norm(weights, self.options, self.roles),
+                objective(weights, self.options, self.roles),
                 weights.token_scale.to(self.roles.state),
                 context.exec_mask,
+                self.update_rule(),
             )
-            y = gated_output(tokens, y, weights, self.options, self.roles)
+            y = gated_output(tokens, y, weights, self.options, self.roles, self.volume_in(context))
         return self.info.format.from_tokens(y, x)
 
     def _tokens(
-        self, x: Tensor, position: Tensor, weights: HybridWeights, context: BlockContext, exact: bool = False
+        self,
+        x: Tensor,
+        position: Tensor,
+        weights: HybridWeights,
+        context: BlockContext,
+        exact: bool = False,
+        caches: list[Tensor] | None = None,
+        in_place: bool = False,
     ) -> inner_loop.Tokens:
+        """What enters the inner loop. ``caches`` of the convolutions, of queries and keys (None: a stream's start), are
+        replaced in the list by those after the call, or, ``in_place``, written to where ``context`` says so.
+        """
+        source = x
+        if self.needs_input_embeddings:
+            assert context.input_embeddings is not None
+            source = context.input_embeddings
         with torch.no_grad():
-            finite = below(x, largest_factor(torch.promote_types(x.dtype, torch.float32)))[..., None]  # [B, T, 1]
+            finite = self._finite(x) if source is x else self._finite(x) & self._finite(source)
+            kept = finite[..., None]  # [B, T, 1]
         if torch.is_grad_enabled():
             # A token that is not finite keeps its nan in the residual, and enters no product with a parameter: its
             # gradient, however it is masked, would be zero times nan.
-            x = torch.where(finite, x, 0)
-        tokens = inner_inputs(x, position, weights, self.options, self.roles, exact)
+            same = source is x
+            x = torch.where(kept, x, 0)
+            source = x if same else torch.where(kept, source, 0)
+        mix = None
+        if self.config.conv_kernel is not None:
+            caches = [self._empty_cache(x) for _ in CACHES] if caches is None else caches
+            taps = [self.query_taps, self.key_taps]
+            mix = Convolutions(taps, caches, finite, in_place=in_place, exec_mask=context.exec_mask)
+        value = self._value_source(source, exact)
+        tokens = inner_inputs(x, position, weights, self.options, self.roles, exact, source=value, mix=mix)
         # A rate of nan tells the inner loop to leave the token out.
         lr = tokens.lr if self.inner_lr_factor == 1 else self.inner_lr_factor * tokens.lr
-        return tokens._replace(lr=torch.where(finite, context.where_updated(lr), torch.nan))
+        return tokens._replace(lr=torch.where(kept, context.where_updated(lr), torch.nan))
+
+    @staticmethod
+    def _finite(x: Tensor) -> Tensor:
+        """``[B, T]`` bool: tokens of ``x [B, T, D]`` that may enter the layer."""
+        return below(x, largest_factor(torch.promote_types(x.dtype, torch.float32)))
+
+    def _value_source(self, source: Tensor, exact: bool = False) -> Tensor:
+        """What values are projected from, ``[B, T, D]``, of the hidden state or of the input embeddings."""
+        return over_rms(source.to(self.roles.compute), exact) if self.needs_input_embeddings else source
+
+    def _empty_cache(self, x: Tensor) -> Tensor:
+        assert self.config.conv_kernel is not None
+        return empty_cache(x.shape[0], x.shape[2], self.config.conv_kernel, x.device, self.roles.state)
 
     def _from_start(self, x: Tensor, context: BlockContext) -> tuple[HybridWeights, inner_loop.Tokens]:
         """What enters the inner loop when ``x [B, T, D]`` starts a sequence."""
@@ -365,13 +382,15 @@ class HybridBlock(SequenceBlock):
         heads = self.info.num_heads
         weights, tokens = self._from_start(x, context)
         tokens, finite = inner_loop.only_finite(tokens)
-        value = weights.wv(x, self.roles.matmul).unflatten(-1, (heads, -1)).to(tokens.k)
-        norm = inner_norm(weights, self.options, self.roles)
+        source = context.input_embeddings if self.needs_input_embeddings else x
+        assert source is not None
+        value = weights.wv(self._value_source(source), self.roles.matmul).unflatten(-1, (heads, -1)).to(tokens.k)
+        norm = objective(weights, self.options, self.roles)
         scale = weights.token_scale.to(self.roles.state)
         state = self.init_state(x.shape[0], x.device)
         return {
-            **health.target_figures(tokens, finite, value, norm.weight, norm.bias),
-            **health.inner_losses(tokens, finite, state, norm, scale, self.config.chunk),
+            **health.target_figures(tokens, finite, value, norm),
+            **health.inner_losses(tokens, finite, state, norm, scale, self.update_rule()),
             "token_scale_last": scale[-1],
             "nonfinite_tokens": (~finite).float().mean(),
             "gate": torch.tanh(torch.stack(self.gates())).abs().max(),
@@ -382,24 +401,33 @@ class HybridBlock(SequenceBlock):
         """As the base class says; of a bidirectional block, in the forward direction."""
         with self._without_autocast(x):
             weights, tokens = self._from_start(x, context)
-            norm = inner_norm(weights, self.options, self.roles)
+            norm = objective(weights, self.options, self.roles)
             scale = weights.token_scale.to(self.roles.state)
-            return inner_curves.hybrid(tokens, self.init_state(x.shape[0], x.device), norm, scale)
+            state = self.init_state(x.shape[0], x.device)
+            return inner_curves.hybrid(tokens, state, norm, scale, self.update_rule())
 
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:
         return health.red_flags(figures)
+
+    def cast_bytes(self) -> int:
+        parts = (self.wq, self.wk, self.wv, self.wo)
+        return copy_bytes((parameter for part in parts for parameter in part.parameters()), self.roles.matmul)
 
     def skipped_updates(self, state: BlockState) -> Tensor:
         return state["skipped"]
 
     def flops_per_token(self) -> int:
         dim, heads, size = self.info.dim, self.info.num_heads, self.config.chunk
-        total = 2 * (4 * dim * dim + heads * dim)
+        total = 2 * (4 * dim * dim + heads * dim + 2 * (self.config.conv_kernel or 0) * dim)
         for i, weight in enumerate(self.fast_weight):
             _, fan_in, fan_out = weight.shape
             # key and query forward; from the second layer on the gradient's way back; the chunk's update, which a step
             # runs whether or not the chunk is complete
             products = (2 + (i > 0) + size) * fan_in * fan_out + size * (fan_in + fan_out)
+            # each further step on the chunk: all of its keys forward and back, and an update
+            products += (self.config.inner_steps - 1) * size * (2 + (i > 0)) * fan_in * fan_out
+            if self.config.start_momentum > 0:
+                products += (1 + self.config.inner_steps) * fan_in * fan_out
             total += 2 * heads * products
         return total * (2 if self.config.bidirectional else 1)
 

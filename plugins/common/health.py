@@ -16,8 +16,10 @@ from torch import Tensor
 
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import BlockState
-from moshi_ttt.plugins.common import inner_loop
-from moshi_ttt.plugins.common.inner_loop import InnerNorm, Tokens
+from moshi_ttt.plugins.common import fast_network, inner_loop
+from moshi_ttt.plugins.common.fast_network import FastNetwork, UpdateRule
+from moshi_ttt.plugins.common.inner_loop import Tokens
+from moshi_ttt.plugins.common.objective import InnerNorm, Objective
 
 SMALL_STD = 1e-5
 CLEAR_STD = 1e-2
@@ -26,24 +28,25 @@ RAISED = 1.1
 """An inner loss that an update raises by more than a tenth is a learning rate that is too high, not noise."""
 
 
-def target_figures(
-    tokens: Tokens, finite: Tensor, value: Tensor, norm_weight: Tensor, norm_bias: Tensor
-) -> dict[str, Tensor]:
-    """Of the keys and targets of tokens that are finite.
+def target_figures(tokens: Tokens, finite: Tensor, value: Tensor, norm: Objective) -> dict[str, Tensor]:
+    """Of the keys and targets of tokens that are finite; those of the normalised target only where it is one.
 
     Args:
         tokens, finite: what ``inner_loop.only_finite`` gives; the ``v`` is the normalised target plus k.
         value: ``[B, T, H, Dh]``, the value before normalisation.
-        norm_weight, norm_bias: ``[H, Dh]``.
     """
+    figures = {"key_norm": tokens.k.norm(dim=-1).max()}
+    return figures | _normalised(tokens, finite, value, norm) if isinstance(norm, InnerNorm) else figures
+
+
+def _normalised(tokens: Tokens, finite: Tensor, value: Tensor, norm: InnerNorm) -> dict[str, Tensor]:
     kept = finite[..., None]  # [B, T, 1], for [B, T, H]
     std = (value - tokens.k).std(-1)
-    weight = torch.where(norm_weight == 0, 1, norm_weight)
-    normal = (tokens.v - tokens.k - norm_bias) / weight
+    weight = torch.where(norm.weight == 0, 1, norm.weight)
+    normal = (tokens.v - tokens.k - norm.bias) / weight
     expected = normal.shape[-1] - 1
     deviation = (normal.square().sum(-1) / expected - 1).abs()
     return {
-        "key_norm": tokens.k.norm(dim=-1).max(),
         "std_smallest": torch.where(kept, std, torch.inf).min(),
         "std_largest": torch.where(kept, std, 0).max(),
         "std_below_eps": (kept & (std < SMALL_STD)).float().mean() / finite.float().mean(),
@@ -53,14 +56,16 @@ def target_figures(
 
 
 def inner_losses(
-    tokens: Tokens, finite: Tensor, state: BlockState, norm: InnerNorm, token_scale: Tensor, chunk_size: int
+    tokens: Tokens, finite: Tensor, state: BlockState, norm: Objective, token_scale: Tensor, rule: UpdateRule
 ) -> dict[str, Tensor]:
     """Mean reconstruction loss of the whole chunks, at the chunk's first weights and after the chunk's update.
 
-    Weighted by nothing: 1/2 || LN(f(k)) - (v - k) ||^2 per finite token and head. nan when there is none in a whole
-    chunk. ``tokens`` and ``finite [B, T]`` are what ``inner_loop.only_finite`` gives.
+    Weighted by nothing: 1/2 || LN(f(k)) - (v - k) ||^2 per finite token and head, without the inner LayerNorm
+    1/2 || f(k) - v ||^2. nan when there is none in a whole chunk. ``tokens`` and ``finite [B, T]`` are
+    what ``inner_loop.only_finite`` gives.
     """
     fast, _ = inner_loop.unpack(state)
+    chunk_size = token_scale.shape[0]
     layout = ChunkLayout(tokens.q.shape[1], chunk_size, device=tokens.q.device)
     heads = tokens.q.shape[2]
     applied = layout.split((~finite)[..., None]).sum((2, 3)) == 0  # [B, N]
@@ -69,17 +74,19 @@ def inner_losses(
     kept = finite[:, : chunks * chunk_size]
     before = after = tokens.q.new_zeros(())
     for n, now in enumerate(kept.split(chunk_size, 1) if chunks else ()):  # now [B, C]
-        memory = inner_loop.key_pass(keys[n], values[n], rates[n], fast, norm)
+        memory, tame = fast_network.teach(keys[n], values[n], rates[n], fast, norm, token_scale)
+        memory.tokens = (values[n], rates[n])
         before = before + _loss(keys[n], values[n], now, fast, norm)
-        fast = inner_loop.updated(fast, memory, inner_loop.applied_scale(token_scale[-1], applied[:, n]))
+        rows = applied[:, n] if tame is None else applied[:, n] & tame.all(1)
+        fast = fast_network.after_chunk(fast, memory, norm, token_scale[-1], rows, rule)
         after = after + _loss(keys[n], values[n], now, fast, norm)
     first, second = before / (kept.sum() * heads), after / (kept.sum() * heads)
     return {"inner_loss_before": first, "inner_loss_after": second, "inner_loss_ratio": second / first}
 
 
-def _loss(keys: Tensor, values: Tensor, kept: Tensor, fast: inner_loop.FastNetwork, norm: InnerNorm) -> Tensor:
+def _loss(keys: Tensor, values: Tensor, kept: Tensor, fast: FastNetwork, norm: Objective) -> Tensor:
     """The sum over tokens where ``kept [B, C]`` and over heads, of ``keys`` and ``values [B, H, C, Dh]``."""
-    losses = (norm(inner_loop.forward(keys, fast)) - (values - keys)).square().sum(-1) / 2  # [B, H, C]
+    losses = (norm(fast_network.forward(keys, fast)) - norm.target(values, keys)).square().sum(-1) / 2  # [B, H, C]
     return torch.where(kept[:, None], losses, 0).sum()
 
 
@@ -93,17 +100,17 @@ def red_flags(figures: Mapping[str, float]) -> list[str]:
         )
     if figures["key_norm"] > 1.01:
         flags.append(f"A key has norm {figures['key_norm']:.3g}: keys must be L2-normalised.")
-    if figures["std_smallest"] < 0 or figures["target_variance_error"] > 0.01:
+    if figures.get("std_smallest", 0) < 0 or figures.get("target_variance_error", 0) > 0.01:
         flags.append(
             f"The targets' variance is off by {figures['target_variance_error']:.1%}: they are not divided by the "
             "standard deviation of v - k."
         )
-    if figures["std_below_eps"] > 0.1:
+    if figures.get("std_below_eps", 0) > 0.1:
         flags.append(
             f"v - k is all but constant in {figures['std_below_eps']:.0%} of the tokens: the target is noise. "
             "Look at the value projection."
         )
-    if figures["amplification"] > 100:
+    if figures.get("amplification", 0) > 100:
         flags.append(f"Targets are {figures['amplification']:.3g} times as large as keys: the inner loop explodes.")
     if figures["token_scale_last"] == 0:
         flags.append("The token scale at the chunk's last position is 0: no update ever reaches the state.")

@@ -7,6 +7,10 @@ The hybrid layer of Dalal et al. 2025 (arXiv:2504.05298), forward direction, on 
     lr_t    = base_lr * sigmoid(w_h . x_t + b_h) / Dh
     y       = x + tanh(alpha) * (W_o LN(inner loop(q, k, v')) + b_o)
 
+Options change three of these: a short causal convolution over time on the projected queries and keys, before they are
+normalised (``short_conv``); v projected from e / rms(e), e the host's input embedding of the token; without the inner
+LayerNorm, v' = v.
+
 The functions here are pure: weights come as a ``HybridWeights``. The module that owns parameters is in ``block.py``.
 The dataclasses that hold tensors are not frozen: torch.compile cannot trace frozen ones. Nothing writes to them.
 
@@ -15,6 +19,8 @@ Shape legend: B streams, T tokens, D width, H heads, Dh = D / H, C tokens a chun
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +28,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.core.precision import DtypeRoles
+from moshi_ttt.core.volume import at_volume
 from moshi_ttt.plugins.common.finite import below
-from moshi_ttt.plugins.common.inner_loop import InnerNorm, Tokens
+from moshi_ttt.plugins.common.inner_loop import Tokens
+from moshi_ttt.plugins.common.objective import InnerNorm, Objective, PlainLoss
 from moshi_ttt.plugins.common.rope import rotate
 
 
@@ -46,7 +54,7 @@ class HybridWeights:
     Attributes:
         wq, wk, wv, wo: ``[D, D]`` projections with bias.
         lr_weight, lr_bias: ``[H, 1, D]`` and ``[H, 1]``.
-        norm_weight, norm_bias: ``[H, Dh]``, shared by the target and the inner LayerNorm.
+        norm_weight, norm_bias: ``[H, Dh]``, shared by the target and the inner LayerNorm; None without that.
         post_norm: weight and bias ``[D]``.
         token_scale: ``[C]``, as used (not the learned offset).
         gate: ``[D]``, before tanh.
@@ -58,8 +66,8 @@ class HybridWeights:
     wo: Linear
     lr_weight: Tensor
     lr_bias: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
     post_norm: Linear
     token_scale: Tensor
     gate: Tensor
@@ -78,6 +86,10 @@ class HybridOptions:
     post_norm_eps: float = 1e-6
 
 
+Mix = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""``(q, k, kept) -> (q, k)``: projected queries and keys ``[B, T, D]`` mixed over time; ``kept [B, T]`` or None."""
+
+
 def l2_normalise(x: Tensor, exact: bool = False) -> Tensor:
     """``x / max(|x|, 1e-12)`` over the last dimension (the smallest normal number where a dtype has no 1e-12).
 
@@ -89,6 +101,11 @@ def l2_normalise(x: Tensor, exact: bool = False) -> Tensor:
     if exact:
         norm = torch.linalg.vector_norm(torch.where(positive, x, 1), dim=-1, keepdim=True)
     return x / torch.where(positive, norm.clamp(min=max(1e-12, torch.finfo(x.dtype).tiny)), 1)
+
+
+def over_rms(e: Tensor, exact: bool = False) -> Tensor:
+    """``e / rms(e)`` over the last dimension; a vector of zeros stays one. ``exact`` as in ``l2_normalise``."""
+    return l2_normalise(e, exact) * math.sqrt(e.shape[-1])
 
 
 def reconstruction_target(
@@ -116,6 +133,9 @@ def inner_inputs(
     options: HybridOptions,
     roles: DtypeRoles,
     exact: bool = False,
+    *,
+    source: Tensor | None = None,
+    mix: Mix | None = None,
 ) -> Tokens:
     """What enters the inner loop, token by token, in the state's dtype.
 
@@ -123,19 +143,26 @@ def inner_inputs(
         x: ``[B, T, D]``.
         position: ``[B or 1, T]``, each token's position in its chunk, or ``[1, T, A]``, where it is on a grid.
         exact: as in ``l2_normalise``.
+        source: ``[B, T, D]``, what values are projected from; None: ``x``.
+        mix: what queries and keys go through between projection and normalisation; it is told which tokens overflow.
 
     Returns:
-        q, k, the target's v' and lr. v' is nan where a projection overflows: the inner loop leaves such a token out.
+        q, k, v and lr; v is what the objective takes: v', or without an inner LayerNorm the value itself. It is nan
+        where a projection overflows: the inner loop leaves such a token out.
     """
-    projected = [projection(x, roles.matmul) for projection in (weights.wq, weights.wk, weights.wv)]
+    sources = (x, x, x if source is None else source)
+    projections = (weights.wq, weights.wk, weights.wv)
+    projected = [projection(part, roles.matmul) for projection, part in zip(projections, sources, strict=True)]
     overflows = None
     if roles.matmul == torch.float16:  # others hold a projection of whatever the block lets through
         with torch.no_grad():
             overflows = ~torch.stack([below(part, torch.inf) for part in projected]).all(0)[..., None]  # [B, T, 1]
         # Before the norms: their gradient at an infinite vector is nan, and masking what they give comes too late.
         projected = [torch.where(overflows, 0, part) for part in projected]
-    # [B, T, D] -> [B, T, H, Dh]
-    q, k, v = (part.to(roles.compute).unflatten(-1, (options.num_heads, -1)) for part in projected)
+    q, k, v = (part.to(roles.compute) for part in projected)
+    if mix is not None:
+        q, k = mix(q, k, None if overflows is None else ~overflows[..., 0])
+    q, k, v = (part.unflatten(-1, (options.num_heads, -1)) for part in (q, k, v))  # [B, T, D] -> [B, T, H, Dh]
     q, k = (
         rotate(
             l2_normalise(part, exact),
@@ -145,8 +172,9 @@ def inner_inputs(
         )
         for part in (q, k)
     )
-    norm_weight, norm_bias = weights.norm_weight.to(roles.compute), weights.norm_bias.to(roles.compute)
-    v = reconstruction_target(v, k, norm_weight, norm_bias, options.target_eps, exact)
+    if weights.norm_weight is not None and weights.norm_bias is not None:
+        norm_weight, norm_bias = weights.norm_weight.to(roles.compute), weights.norm_bias.to(roles.compute)
+        v = reconstruction_target(v, k, norm_weight, norm_bias, options.target_eps, exact)
     if overflows is not None:
         v = torch.where(overflows[..., None], torch.nan, v)
     rate = F.linear(x.to(roles.compute), weights.lr_weight.flatten(0, 1).to(roles.compute))
@@ -155,14 +183,27 @@ def inner_inputs(
     return Tokens(*(part.to(roles.state) for part in (q, k, v, lr)))
 
 
-def inner_norm(weights: HybridWeights, options: HybridOptions, roles: DtypeRoles) -> InnerNorm:
-    """The LayerNorm of the inner loop, in the state's dtype."""
-    return InnerNorm(weights.norm_weight.to(roles.state), weights.norm_bias.to(roles.state), options.norm_eps)
+def objective(weights: HybridWeights, options: HybridOptions, roles: DtypeRoles, exact: bool = False) -> Objective:
+    """The inner loss, in the state's dtype, with the inner LayerNorm where there is one; ``exact`` is for that."""
+    if weights.norm_weight is None or weights.norm_bias is None:
+        return PlainLoss()
+    weight, bias = weights.norm_weight.to(roles.state), weights.norm_bias.to(roles.state)
+    return InnerNorm(weight, bias, options.norm_eps, exact)
 
 
-def gated_output(x: Tensor, y: Tensor, weights: HybridWeights, options: HybridOptions, roles: DtypeRoles) -> Tensor:
-    """``x + tanh(gate) * wo(post_norm(y))`` for ``x`` and ``y [B, T, D]``, in the dtype of ``x``."""
+def gated_output(
+    x: Tensor,
+    y: Tensor,
+    weights: HybridWeights,
+    options: HybridOptions,
+    roles: DtypeRoles,
+    volume: float | Tensor = 1.0,
+) -> Tensor:
+    """``x + volume * tanh(gate) * wo(post_norm(y))`` for ``x`` and ``y [B, T, D]``, in the dtype of ``x``.
+
+    ``volume``: a number, or ``[B]``.
+    """
     scale, shift = weights.post_norm.weight.to(roles.compute), weights.post_norm.bias.to(roles.compute)
     y = F.layer_norm(y.to(roles.compute), y.shape[-1:], scale, shift, options.post_norm_eps)
     update = weights.wo(y, roles.matmul).to(roles.output)
-    return (x.to(roles.output) + torch.tanh(weights.gate.to(roles.output)) * update).to(x.dtype)
+    return at_volume(x, torch.tanh(weights.gate.to(roles.output)) * update, volume, roles.output)

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.core.state import BlockState
-from moshi_ttt.plugins.common import inner_loop
-from moshi_ttt.plugins.common.inner_loop import InnerNorm, Tokens
+from moshi_ttt.plugins.common import fast_network, inner_loop
+from moshi_ttt.plugins.common.fast_network import UpdateRule
+from moshi_ttt.plugins.common.inner_loop import Tokens
+from moshi_ttt.plugins.common.objective import Objective
 
 
 def curves(target: Tensor, predictions: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
@@ -34,8 +36,12 @@ def curves(target: Tensor, predictions: Mapping[str, Sequence[Tensor]]) -> dict[
     return losses | {"baseline": _half_square(target - target.mean(2, keepdim=True))}
 
 
-def hybrid(tokens: Tokens, state: BlockState, norm: InnerNorm, token_scale: Tensor) -> dict[str, Tensor]:
+def hybrid(
+    tokens: Tokens, state: BlockState, norm: Objective, token_scale: Tensor, rule: UpdateRule
+) -> dict[str, Tensor]:
     """1/2 || LN(f(k; W)) - (v - k) ||^2 per token and head, without the token's learning rate.
+
+    Without the inner LayerNorm, 1/2 || f(k; W) - v ||^2.
 
     NaN for a token that is not finite; the update of its chunk is skipped.
 
@@ -51,13 +57,15 @@ def hybrid(tokens: Tokens, state: BlockState, norm: InnerNorm, token_scale: Tens
     found: dict[str, list[Tensor]] = {"initial": [], "before": [], "after": []}
     chunks = zip(keys.split(size, 2), values.split(size, 2), rates.split(size, 2), finite.split(size, 1), strict=True)
     for k, v, lr, kept in chunks:
-        found["initial"].append(norm(inner_loop.forward(k, start)))
-        found["before"].append(norm(inner_loop.forward(k, fast)))
+        found["initial"].append(norm(fast_network.forward(k, start)))
+        found["before"].append(norm(fast_network.forward(k, fast)))
         if k.shape[2] == size:
-            scale = inner_loop.applied_scale(token_scale[-1], kept.all(1))
-            fast = inner_loop.updated(fast, inner_loop.key_pass(k, v, lr, fast, norm), scale)
-            found["after"].append(norm(inner_loop.forward(k, fast)))
-    losses = curves(values - keys, found)
+            memory, tame = fast_network.teach(k, v, lr, fast, norm, token_scale)
+            memory.tokens = (v, lr)
+            rows = kept.all(1) if tame is None else (kept & tame).all(1)
+            fast = fast_network.after_chunk(fast, memory, norm, token_scale[-1], rows, rule)
+            found["after"].append(norm(fast_network.forward(k, fast)))
+    losses = curves(norm.target(values, keys), found)
     return {name: loss.masked_fill(~finite[:, None], torch.nan) for name, loss in losses.items()}
 
 

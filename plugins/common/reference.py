@@ -36,8 +36,13 @@ def network(x: Tensor, fast: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 def inner_loop(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, token_scale: Tensor, norm_weight: Tensor, norm_bias: Tensor,
     weights: Sequence[Tensor], biases: Sequence[Tensor], *, chunk_size: int, eps: float, causal: bool,
+    steps: int = 1, momentum: Tensor | None = None, norm: bool = True,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """Definition of the inner loop.
+
+    With momentum eta, S <- eta S - scale * sum of gradients and W <- W + S; query n reads W + eta S - scale[n] * sum
+    over the keys up to its own. A chunk whose tokens all have a gradient of zero has no such step. Steps of a finished
+    chunk after its first have the gradients of all its tokens at the weights before them.
 
     Args:
         q, k, v: ``[B, H, T, D]``.
@@ -45,6 +50,9 @@ def inner_loop(
         token_scale: ``[chunk_size]``.
         norm_weight, norm_bias: ``[H, D]``.
         weights, biases: per layer, ``[H, in, out]`` and ``[H, 1, out]``.
+        steps: gradient steps on a finished chunk.
+        momentum: eta, ``[H, 1, 1]``; None: none.
+        norm: False: the loss is ``lr / 2 |f(k) - v|^2``, and y is ``f(q)``.
 
     Returns:
         ``y [B, H, T, D]``, and the weights and biases ``[B, H, ...]`` after the last full chunk.
@@ -55,17 +63,22 @@ def inner_loop(
             (_tracked(weight.expand(batch, *weight.shape)), _tracked(bias.expand(batch, *bias.shape)))
             for weight, bias in zip(weights, biases, strict=True)
         ]
+        learned = (norm_weight, norm_bias, eps) if norm else None
+        velocity = [torch.zeros_like(tensor) for layer in fast for tensor in layer]
         outputs: list[Tensor] = []
         for start in range(0, length, chunk_size):
             tokens = range(start, min(start + chunk_size, length))
-            gradients = [_loss_gradients(k, v, lr, t, fast, norm_weight, norm_bias, eps) for t in tokens]
+            gradients = [_loss_gradients(k, v, lr, t, fast, learned) for t in tokens]
             for n in range(len(tokens)):
                 used = gradients[: n + 1] if causal else gradients
-                local = _descend(fast, used, token_scale[n])
+                local, _ = _descend(fast, velocity, used, token_scale[n], momentum)
                 query = q[:, :, tokens[n], None]
-                outputs.append(query + layer_norm(network(query, local), norm_weight, norm_bias, eps))
-            if len(tokens) == chunk_size:
-                fast = _descend(fast, gradients, token_scale[-1])
+                z = network(query, local)
+                outputs.append(z if learned is None else query + layer_norm(z, *learned))
+            for step in range(steps if len(tokens) == chunk_size else 0):
+                if step:
+                    gradients = [_loss_gradients(k, v, lr, t, fast, learned) for t in tokens]
+                fast, velocity = _descend(fast, velocity, gradients, token_scale[-1], momentum)
     return torch.cat(outputs, dim=2), [weight for weight, _ in fast], [bias for _, bias in fast]
 
 
@@ -79,22 +92,41 @@ def _loss_gradients(
     lr: Tensor,
     t: int,
     fast: Sequence[tuple[Tensor, Tensor]],
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
+    norm: tuple[Tensor, Tensor, float] | None,
 ) -> list[Tensor]:
     """Gradient of token t's loss with respect to every weight and bias, flat: w0, b0, w1, b1, ..."""
     key, value = k[:, :, t, None], v[:, :, t, None]
-    error = layer_norm(network(key, fast), weight, bias, eps) - (value - key)
+    z = network(key, fast)
+    error = z - value if norm is None else layer_norm(z, *norm) - (value - key)
     loss = (lr[:, :, t] * 0.5 * (error**2).sum((-1, -2))).sum()  # rows and heads do not share weights: summing is exact
     return list(torch.autograd.grad(loss, [p for layer in fast for p in layer], create_graph=True))
 
 
 def _descend(
-    fast: Sequence[tuple[Tensor, Tensor]], gradients: Sequence[Sequence[Tensor]], scale: Tensor
-) -> list[tuple[Tensor, Tensor]]:
+    fast: Sequence[tuple[Tensor, Tensor]],
+    velocity: Sequence[Tensor],
+    gradients: Sequence[Sequence[Tensor]],
+    scale: Tensor,
+    momentum: Tensor | None,
+) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    """The weights after a step, and the velocity, flat: of w0, b0, w1, b1, ..."""
     total = [torch.stack(parts).sum(0) for parts in zip(*gradients, strict=True)]
-    return [(weight - scale * total[2 * i], bias - scale * total[2 * i + 1]) for i, (weight, bias) in enumerate(fast)]
+    moved = [-scale * part for part in total]
+    if momentum is not None:
+        rows = torch.stack([(part.detach() != 0).flatten(1).any(1) for step in gradients for part in step]).any(0)
+        rows = rows[:, None, None, None]  # [B, 1, 1, 1]: those with a gradient
+        moved = [torch.where(rows, momentum * s + part, 0) for s, part in zip(velocity, moved, strict=True)]
+        velocity = [torch.where(rows, s, old) for s, old in zip(moved, velocity, strict=True)]
+    pairs = [(weight + moved[2 * i], bias + moved[2 * i + 1]) for i, (weight, bias) in enumerate(fast)]
+    return pairs, list(velocity)
+
+
+def convolved(z: Tensor, taps: Tensor) -> Tensor:
+    """``z [B, T, D]`` to ``sum_j taps[:, j] z_(t-j)``, with ``taps [D, K]``; nothing comes before the first token."""
+    columns = []
+    for t in range(z.shape[1]):
+        columns.append(sum((taps[:, j] * z[:, t - j] for j in range(min(taps.shape[1], t + 1))), torch.zeros(())))
+    return torch.stack(columns, dim=1)
 
 
 def rotated(x: Tensor, chunk_size: int, theta: float) -> Tensor:
@@ -109,25 +141,36 @@ def rotated(x: Tensor, chunk_size: int, theta: float) -> Tensor:
 
 
 def hybrid_inputs(x: Tensor, given: dict[str, Tensor], *, num_heads: int, chunk_size: int, base_lr: float,
-                  theta: float, target_eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """q, k, v' ``[B, H, T, D]`` and lr ``[B, H, T]`` of the hybrid layer; ``given`` as in the reference vectors."""
+                  theta: float, target_eps: float, embeddings: Tensor | None = None,
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k, v' ``[B, H, T, D]`` and lr ``[B, H, T]`` of the hybrid layer; ``given`` as in the reference vectors.
+
+    With ``query_taps`` and ``key_taps`` among them queries and keys are convolved over time; without ``norm_weight``
+    v' is v; with ``embeddings [B, T, D]`` values come from those.
+    """
     batch, length, dim = x.shape
     head_dim = dim // num_heads
 
-    def heads(name: str) -> Tensor:
-        projected = x @ given[f"{name}.weight"].T + given[f"{name}.bias"]
+    def heads(name: str, source: Tensor, taps: str) -> Tensor:
+        projected = source @ given[f"{name}.weight"].T + given[f"{name}.bias"]
+        if taps in given:
+            projected = convolved(projected, given[taps])
         return projected.view(batch, length, num_heads, head_dim).transpose(1, 2)
 
-    q, k, v = heads("wq"), heads("wk"), heads("wv")
+    heard = x if embeddings is None else embeddings / (embeddings**2).mean(-1, keepdim=True).sqrt()
+    q, k, v = heads("wq", x, "query_taps"), heads("wk", x, "key_taps"), heads("wv", heard, "")
     q, k = (rotated(part / part.norm(dim=-1, keepdim=True), chunk_size, theta) for part in (q, k))
+    rate = torch.einsum("btd,hd->bht", x, given["lr_weight"][:, 0]) + given["lr_bias"]
+    rate = base_lr * torch.sigmoid(rate) / head_dim
+    if "norm_weight" not in given:
+        return q, k, v, rate
     difference = v - k
     mean = difference.mean(-1, keepdim=True)
     deviation = torch.sqrt(((difference - mean) ** 2).sum(-1, keepdim=True) / (head_dim - 1))
     target = (
         given["norm_weight"][:, None] * (difference - mean) / (deviation + target_eps) + given["norm_bias"][:, None]
     )
-    rate = torch.einsum("btd,hd->bht", x, given["lr_weight"][:, 0]) + given["lr_bias"]
-    return q, k, target + k, base_lr * torch.sigmoid(rate) / head_dim
+    return q, k, target + k, rate
 
 
 def hybrid_output(x: Tensor, y: Tensor, given: dict[str, Tensor], *, eps: float) -> Tensor:

@@ -13,6 +13,7 @@ from moshi_ttt.core.precision import FP32_STATE
 from moshi_ttt.core.state import BlockState, clone
 from moshi_ttt.core.verification import Kind, Shape, VectorSchema, Verifier
 from moshi_ttt.plugins.common import hybrid, inner_loop, reference
+from moshi_ttt.plugins.common.objective import InnerNorm
 
 INNER_LOOP: Mapping[str, Kind] = {
     "chunk_size": "count", "layers": "count", "causal": "flag", "norm_eps": "number", "activation": "text",
@@ -122,8 +123,8 @@ def _tokens(inputs: Mapping[str, Tensor], start: int = 0, stop: int | None = Non
     return inner_loop.Tokens(*(inputs[name][:, :, start:stop].transpose(1, 2) for name in ("q", "k", "v", "lr")))
 
 
-def _norm(inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> inner_loop.InnerNorm:
-    return inner_loop.InnerNorm(inputs["norm_weight"], inputs["norm_bias"], float(metadata["norm_eps"]))
+def _norm(inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> InnerNorm:
+    return InnerNorm(inputs["norm_weight"], inputs["norm_bias"], float(metadata["norm_eps"]))
 
 
 def _per_head(y: Tensor, heads: int) -> Tensor:
@@ -211,7 +212,7 @@ class Hybrid(_HybridVerifier):
         y, _ = inner_loop.run(
             tokens,
             inner_loop.initial_state(*_fast(inputs, metadata), size, batch),
-            hybrid.inner_norm(weights, options, roles),
+            hybrid.objective(weights, options, roles),
             weights.token_scale,
             layout=ChunkLayout(length, size),
             causal=metadata["causal"] == "true",

@@ -10,6 +10,10 @@ its scenes and texts are interleaved.
 and keys are not L2-normalised, the target is not normalised, and the layer stands in attention's place without a gate:
 its weights are a start for ours, not the same function. Variants with shared queries and keys or an output gate have
 further weights, which are refused.
+
+Neither has the options of ours that change keys, values and updates. A block with more weights by them
+(``conv_kernel``, ``learned_momentum``) or fewer (``inner_norm: false``) is refused; with others the weights are a
+start, not the same layer.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo, SiteKind
+from moshi_ttt.core.casts import copy_bytes
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.precision import DtypeRoles
@@ -67,6 +68,7 @@ class GatingMLP(SequenceBlock):
     """Returns the MLP's output ``[B, T, d]`` without the residual."""
 
     scales_inner_lr = True
+    scales_output = True
     skips_nonfinite = True
     kind: ClassVar[SiteKind] = SiteKind.FEED_FORWARD
     learned_state: ClassVar[bool] = False
@@ -167,7 +169,7 @@ class GatingMLP(SequenceBlock):
         layout = self.info.format.chunks(x, self.chunk, None if state is None else state["position"])
         if state is None and not context.want_state and x.shape[1] <= self.chunk:
             self._warn_short(x.shape[1])
-        hidden, base = self._host_mlp(x)
+        hidden, base = self._host_mlp(x, context)
         start = None
         if state is not None:
             learned = any(tensor.requires_grad for tensor in state.values())
@@ -179,7 +181,7 @@ class GatingMLP(SequenceBlock):
             answers = layout.merge(answers.unflatten(1, (-1, self.chunk)))
         answers = answers[:, : x.shape[1]]
         gate, gated = self._success(answers, heard.target, state)
-        y = self._add(base, self._read(answers, gate, self.projection.to(answers)))
+        y = self.at_volume(base, self._read(answers, gate, self.projection.to(answers)), context)
         if not context.want_state:
             return y, {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not context.detach_state):
@@ -226,18 +228,20 @@ class GatingMLP(SequenceBlock):
         if tokens.shape[1] != 1 or context.reset is not None:
             return super().step(x, state, context)
         self._check_call(tokens, state, context)
-        hidden, base = self._host_mlp(tokens)
+        hidden, base = self._host_mlp(tokens, context)
         token = self._token(hidden, tokens, context)
-        weights = self.conv.to(token[0]), self.projection.to(token[0])
+        conv, projection = (context.cast(part, token[0].dtype) for part in (self.conv, self.projection))
         stepper = self._stepper_for(state)
         masks = context.exec_mask, context.updates_mask(tokens)
         if isinstance(stepper, CompiledStepper):
-            added = stepper.step(state, token, *weights, *masks)
+            added = stepper.step(state, token, conv, projection, *masks, context.cast)
         else:
             ridge = ridge_of(self.log_ridge) if self.config.update == "ridge" else None
-            added = stepper.step(state, token, *weights, *masks, ridge=ridge, success=self.success)
+            added = stepper.step(
+                state, token, conv, projection, *masks, context.cast, ridge=ridge, success=self.success
+            )
         added = added if self.config.read_scale == 1 else self.config.read_scale * added
-        return self.info.format.from_tokens(self._add(base, added), x)
+        return self.info.format.from_tokens(self.at_volume(base, added, context), x)
 
     def compile_step(self) -> None:
         CompiledStepper(self.memory, torch.empty(0, dtype=self.roles.state, device=self.conv.device))
@@ -252,8 +256,8 @@ class GatingMLP(SequenceBlock):
         hidden: Tensor = mlp.activation(gate) * up
         return hidden
 
-    def _host_mlp(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The hidden activation ``[B, T, h]``, and the output ``[B, T, d]`` of the learned W_0.
+    def _host_mlp(self, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor]:
+        """The hidden activation ``[B, T, h]``, and the output ``[B, T, d]`` of W_0, with its learned change at volume.
 
         W_0 h is bit for bit what the host itself computes. Where it computes its MLP as one compiled function, that
         does not give h away: then the product of ``linear_in`` is made twice.
@@ -265,13 +269,9 @@ class GatingMLP(SequenceBlock):
         if base is None:
             base = mlp.linear_out(hidden)
         if self.config.train_w_down:
-            base = self._add(base, F.linear(_or_zero(hidden), self.w_down_change.to(hidden.dtype)))
+            change = F.linear(_or_zero(hidden), context.cast(self.w_down_change, hidden.dtype))
+            base = self.at_volume(base, change, context)
         return hidden, base
-
-    def _add(self, base: Tensor, added: Tensor) -> Tensor:
-        if base.dtype == added.dtype == self.roles.output:
-            return base + added
-        return (base.to(self.roles.output) + added.to(self.roles.output)).to(base.dtype)
 
     def _token(self, hidden: Tensor, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
         """Key ``[B, T, h]``, target ``[B, T, d]`` and rate ``[B, T, 1]`` of each token."""
@@ -345,7 +345,7 @@ class GatingMLP(SequenceBlock):
             values = torch.cat([torch.where(settled, first.values, values[:, 0])[:, None], values[:, 1:]], dim=1)
         scale, squares = (spoiled == 0).to(values.dtype), None
         if self.config.clip is not None:
-            squares = self._squares(remembered, values.double() @ self.projection.double())
+            squares = self._squares(remembered, values.double() @ context.cast(self.projection, torch.float64))
             scale = scale * ops.clip_scale(squares.sum(-1), self.config.clip).to(scale)
         heard = HeardChunks(
             keys=remembered, values=values, open=torch.cat([sums, rate], dim=-1), complete=complete,
@@ -476,6 +476,13 @@ class GatingMLP(SequenceBlock):
                 "chunks are skipped: lower lr, or look at the input."
             ]
         return []
+
+    def cast_bytes(self) -> int:
+        # The compiled step casts in registers: with it the copy for the clip is made by calls of several tokens alone.
+        total = copy_bytes([self.conv, self.projection], self.roles.state)
+        if self.config.clip is not None and self.projection.dtype == self.roles.state:
+            total += copy_bytes([self.projection], torch.float64)
+        return total + (copy_bytes([self.w_down_change], self.info.dtype) if self.config.train_w_down else 0)
 
     def skipped_updates(self, state: BlockState) -> Tensor:
         return state["skipped"]

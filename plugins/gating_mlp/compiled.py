@@ -54,9 +54,9 @@ class CompiledStepper:
 
     def step(
         self, state: BlockState, token: tuple[Tensor, Tensor, Tensor], conv: Tensor, projection: Tensor,
-        active: Tensor | None, updated: Tensor | None = None,
+        active: Tensor | None, updated: Tensor | None = None, cast: object = None,
     ) -> Tensor:  # fmt: skip
-        """See ``Stepper.step``."""
+        """See ``Stepper.step``; what is cast here is cast in registers."""
         added: Tensor = self.run(
             state["position"], state["delta"], state["keys"], state["values"], state["open"], state["scale"],
             state["spoiled"], state["skipped"], state.get("norm"), *token, conv, projection, active, updated,

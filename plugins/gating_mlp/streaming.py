@@ -9,6 +9,8 @@ step, m tokens moved a step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -41,8 +43,8 @@ class Stepper:
 
     def step(
         self, state: BlockState, token: tuple[Tensor, Tensor, Tensor], conv: Tensor, projection: Tensor,
-        active: Tensor | None, updated: Tensor | None = None, *, ridge: Tensor | None = None,
-        success: SuccessGate | None = None,
+        active: Tensor | None, updated: Tensor | None = None, cast: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to,
+        *, ridge: Tensor | None = None, success: SuccessGate | None = None,
     ) -> Tensor:  # fmt: skip
         """What the earlier chunks' updates add to the token's output, ``[B, 1, d]``; the token goes into ``state``.
 
@@ -54,6 +56,7 @@ class Stepper:
             conv: ``[d, 1, kernel]``; projection: ``[d, d]``.
             active: ``[B]`` bool, or None for all; the state of a row that is not stays as it is.
             updated: ``[B]`` bool, or None for all; the token of a row that is not (its rate is 0) updates nothing.
+            cast: gives ``projection`` in another dtype.
             ridge: l ``[1]``, with ``update: ridge``; success: the success gate, where the block has one.
         """
         row = torch.cat(token, dim=-1)[:, 0]
@@ -93,7 +96,8 @@ class Stepper:
             keys = (
                 state["keys"].view(-1, key.shape[-1]).index_select(0, value_slots[:, -len(self.window) :].reshape(-1))
             )
-            square = self._square(state, keys.view(*values.shape[:2], -1), values, projection)
+            wide = cast(projection, torch.float64)
+            square = self._square(state, keys.view(*values.shape[:2], -1), values, wide)
             scale = ops.clip_scale(square[1], self.memory.clip).to(state["scale"])
             _advance(state["norm"], ops.norm_in_parts(square[0], state["norm"].dtype), ends, active)
         _count(state, spoiled, scale, ends)
@@ -156,17 +160,16 @@ class Stepper:
         _advance(state["factor"], factor, ends, active)
         return q, torch.stack(found, dim=1)
 
-    def _square(self, state: BlockState, keys: Tensor, values: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
+    def _square(self, state: BlockState, keys: Tensor, values: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
         """``[B]`` float64 twice: the unfinished update's squared norm over settled tokens, and if the chunk ended now.
 
         The terms of ``ops.squared_norm``, token by token. ``keys [B, R + 1, h]`` and ``values [B, R + 1, d]`` are those
-        of the window.
+        of the window; ``wide`` is the projection in float64.
         """
         start, end = self.memory.schedule.staged, self.memory.schedule.staged + self.memory.schedule.chunk
         # A pair of different tokens counts twice, with the later one; tokens that have not come count nothing.
         weight = 1 + torch.sign((state["position"][:, None] + self.window)[..., None] - self.order)  # [B, R + 1, C]
         products = torch.bmm(keys.double(), state["keys"][:, start:end].double().mT)
-        wide = projection.double()
         products *= torch.bmm(values.double() @ wide @ wide.mT, state["values"][:, start:end].double().mT)
         added = torch.where(weight > 0, products * weight, 0).sum(-1)  # [B, R + 1]
         settled = ops.square_of_parts(state["norm"]) + added[:, 0]

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from moshi_ttt.plugins.common.block import HybridConfig
+from moshi_ttt.plugins.common.options import HybridConfig
 
 
 class TTTLinearConfig(HybridConfig):

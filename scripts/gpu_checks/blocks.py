@@ -71,7 +71,8 @@ def _replay(report: Report, label: str, block: SequenceBlock) -> None:
     mine, eager = block.allocate_state(batch), block.allocate_state(batch)
     start = states.clone(mine)
     out = torch.full_like(token, torch.nan)
-    context = BlockContext(input_embeddings=embedded, exec_mask=mask, updates=updates)
+    volume = torch.ones(batch, dtype=block.roles.output, device=device)
+    context = BlockContext(input_embeddings=embedded, exec_mask=mask, updates=updates, volume=volume)
     replay = graph_of(report, lambda: out.copy_(block.step(token, mine, context)), mine)
     worst = torch.zeros((), device=device)
     for t in range(LENGTH):
@@ -79,9 +80,12 @@ def _replay(report: Report, label: str, block: SequenceBlock) -> None:
         embedded.copy_(embeddings[:, t : t + 1])
         mask.copy_(active[t])
         updates.fill_(t != CHUNK + 1)  # one step with test-time updates disabled
+        volume[t % batch] = (0.0, 1.0, 0.5)[t % 3]  # each step another row's
         out.fill_(torch.nan)
         replay()
-        own = BlockContext(input_embeddings=embedded.clone(), exec_mask=mask.clone(), updates=updates.clone())
+        own = BlockContext(
+            input_embeddings=embedded.clone(), exec_mask=mask.clone(), updates=updates.clone(), volume=volume.clone()
+        )  # fmt: skip
         expected = block.step(token.clone(), eager, own)
         rows = active[t][:, None, None]
         worst = torch.maximum(worst, torch.where(rows, (out - expected).abs(), 0).float().max())

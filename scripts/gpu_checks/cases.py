@@ -25,6 +25,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ttt_linear": {"variant": "ttt_linear", "chunk": CHUNK},
     "ttt_mlp": {"variant": "ttt_mlp", "chunk": CHUNK},
     "ttt_multilayer": {"variant": "ttt_multilayer", "chunk": CHUNK, "depth": 3},
+    "ttt_ridge": {"variant": "ttt_ridge", "chunk": CHUNK, "heads": 2},
+    "ttt_ridge decaying": {
+        "variant": "ttt_ridge", "chunk": CHUNK, "heads": 2, "features": "relu2", "key_width": 48, "novelty": True,
+        "decay": 0.1, "variance_gate": True,
+    },
     "gating_mlp": {"variant": "gating_mlp", "chunk": CHUNK, "lr": 0.3},
     "gating_mlp clipped": {"variant": "gating_mlp", "chunk": CHUNK, "lr": 0.3, "clip": 0.5, "decay": 0.01},
     "gating_mlp causal": {

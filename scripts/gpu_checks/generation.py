@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from moshi.utils.compile import no_cuda_graph
 from torch import Tensor
 
+from moshi_ttt.core.injection import Injection
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.streaming import restore_stream_state, stream_state
 from moshi_ttt.hosts.moshi.upstream import LMGen
 
@@ -24,7 +27,8 @@ def with_and_without_graphs(report: Report) -> None:
         if report.out_of_time(f"{name} and what follows"):
             return
         for dtype in (torch.float32,) if report.small else (torch.float32, torch.bfloat16):
-            model, _ = tiny_model(entry, report.device, dtype)
+            model, injection = tiny_model(entry, report.device, dtype)
+            assert injection is not None
             spoken = torch.randint(0, 30, (3, 8, STEPS + LATER), generator=torch.Generator().manual_seed(1))
             spoken = spoken.to(report.device)
             captured = _generate(model, spoken, graphs=True)
@@ -38,9 +42,33 @@ def with_and_without_graphs(report: Report) -> None:
             report.check(f"{label}: memory that never moved", float(not any(captured[2][k].any() for k in memory)), 0.0)
             resumed = _resume(model, spoken, captured[2])
             report.check(f"{label}: restored after a capture", float((resumed != captured[1]).sum()), 0.0)
+            with MOSHI_HOST.frozen(model):
+                frozen = _generate(model, spoken, graphs=True)
+            different = float(sum((one != other).sum() for one, other in zip(frozen[:2], captured[:2], strict=True)))
+            report.check(f"{label}: tokens where parameters are frozen", different, 0.0)
+            changed = [_changed(model, injection, spoken, graphs=graphs) for graphs in (True, False)]
+            different = float((changed[0] != changed[1]).sum())
+            report.check(f"{label}: tokens after a change that a graph cannot see", different, 0.0)
 
 
-def _generate(model: Any, spoken: Tensor, *, graphs: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _changed(model: Any, injection: Injection, spoken: Tensor, *, graphs: bool) -> Tensor:
+    """The tokens of a stream in whose middle every parameter is written to; the model is put back."""
+    before = [parameter.detach().clone() for parameter in injection.parameters()]
+
+    def change() -> None:
+        for parameter in injection.parameters():
+            parameter.data.mul_(1.5)
+
+    tokens = _generate(model, spoken, graphs=graphs, at_ten=change)
+    with torch.no_grad():
+        for parameter, value in zip(injection.parameters(), before, strict=True):
+            parameter.copy_(value)
+    return torch.cat(tokens[:2], -1)
+
+
+def _generate(
+    model: Any, spoken: Tensor, *, graphs: bool, at_ten: Callable[[], None] = lambda: None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Tokens of the first steps, of those after saving, and the state between them. ``spoken [B, Q, T]``."""
     generator = LMGen(model, use_sampling=False, support_out_of_sync=True)
     first = []
@@ -48,6 +76,7 @@ def _generate(model: Any, spoken: Tensor, *, graphs: bool) -> tuple[Tensor, Tens
         for t in range(STEPS):
             first.append(generator.step(spoken[..., t : t + 1]).clone())
             if t == 10:
+                at_ten()
                 generator.reset_streaming(torch.tensor([True, False, False]))
             generator.set_exec_mask(torch.tensor([True, True, t % 4 != 2]))
         saved = {name: tensor.cpu() for name, tensor in stream_state(generator).items()}

@@ -36,6 +36,7 @@ SMALL = {"tiny": {"dim": 64, "heads": 2, "hidden": 96}}
 TRAINED: dict[str, dict[str, Any]] = {
     "ttt_linear C32": {"variant": "ttt_linear", "chunk": 32}, "ttt_mlp C32": {"variant": "ttt_mlp", "chunk": 32},
     "ttt_multilayer C32": {"variant": "ttt_multilayer", "chunk": 32, "depth": 3},
+    "ttt_ridge C16": {"variant": "ttt_ridge", "chunk": 16},
     "gating_mlp C256": {"variant": "gating_mlp", "chunk": 256, "target": "hidden_states"},
 }  # fmt: skip
 BIG = "builtin:moshi-7b"
@@ -137,6 +138,9 @@ def _time_block(report: Report, label: str, block: Any, batch: int, frames: int,
 def _operations(block: Any, chunk: int, frames: int) -> tuple[float, float]:
     """Of one token forward: operations in products of the model's dtype, and of the inner loop in float32."""
     dim, heads = block.info.dim, block.info.num_heads
+    if hasattr(block, "key_width"):  # ridge: projections, and what a token changes; a chunk's system is small beside it
+        products = 2.0 * dim * block.heads * (block.key_width + 2 * block.value_width)
+        return products, block.flops_per_token() - products
     weights = getattr(block, "fast_weight", None)
     if weights is None:  # in place: the MLP's three matrices; the Gram form reads half of the T x T scores, twice
         hidden = block.info.mlp.linear_out.in_features
@@ -231,6 +235,7 @@ def decoding(report: Report) -> None:
         "base": [],
         "3 TTT-Linear": [{"variant": "ttt_linear", "layers": last, "chunk": chunk}],
         "3 TTT-MLP": [{"variant": "ttt_mlp", "layers": last, "chunk": chunk}],
+        "3 TTT-Ridge": [{"variant": "ttt_ridge", "layers": last, "chunk": 8 if report.small else 16}],
         "5 in place": [
             {"variant": "gating_mlp", "layers": spread, "chunk": 8 if report.small else 256, "target": "hidden_states"}
         ],

@@ -16,7 +16,7 @@ from moshi_ttt.core.health import HealthMonitor
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.plugins.common import hybrid
 
-VARIANTS = ("ttt_linear", "ttt_mlp", "ttt_multilayer", "gating_mlp")
+VARIANTS = ("ttt_linear", "ttt_mlp", "ttt_multilayer", "ttt_ridge", "gating_mlp")
 
 
 def injected(precision="fp32_state", dtype="float32", **options):

@@ -13,8 +13,8 @@ from moshi_ttt.core.health import HealthMonitor, sample_length
 from moshi_ttt.core.injection import Injection
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 
-CHUNKS = {"ttt_linear": 32, "ttt_mlp": 32, "ttt_multilayer": 32, "gating_mlp": 128}
-MOST_LAUNCHES = {"ttt_linear": 520, "ttt_mlp": 650, "ttt_multilayer": 790, "gating_mlp": 150}
+CHUNKS = {"ttt_linear": 32, "ttt_mlp": 32, "ttt_multilayer": 32, "ttt_ridge": 32, "gating_mlp": 128}
+MOST_LAUNCHES = {"ttt_linear": 520, "ttt_mlp": 650, "ttt_multilayer": 790, "ttt_ridge": 530, "gating_mlp": 150}
 """Operations of one measurement of a block, reading included. Of 1,250 tokens, measured whole: 3,160 to 6,590 (147)."""
 
 
@@ -125,7 +125,7 @@ def test_a_sample_is_the_first_tokens_and_the_rest_is_measured_whole(variant):
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "fp32_state"), ("bfloat16", "uniform")])
-@pytest.mark.parametrize("variant", CHUNKS)
+@pytest.mark.parametrize("variant", [variant for variant in CHUNKS if variant != "ttt_ridge"])
 def test_drift_and_norms_are_those_of_float64_without_a_copy_in_it(variant, dtype, precision):
     injection = injected(variant, dtype, precision)
     ((site, block),) = injection.blocks.items()

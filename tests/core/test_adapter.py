@@ -174,6 +174,19 @@ def test_another_minor_version_is_accepted(tmp_path):
     assert load_adapter(tiny(), folder).blocks
 
 
+def test_an_option_that_an_adapter_does_not_name_was_at_its_default(tmp_path):
+    injection = inject_tiny(tiny())
+    folder = save_adapter(injection, tmp_path / "adapter")
+    saved = read_manifest(folder)["sites"][0]["config"]
+    assert saved["output_scale"] == 1
+    edit_sites(folder, lambda site: site["config"].pop("output_scale"))
+    assert fill_from_adapter(injection, folder) == []
+    edit_sites(folder, lambda site: site["config"].update(output_scale=0.5))
+    assert all("output_scale was 0.5 and is 1.0" in note for note in fill_from_adapter(injection, folder))
+    blocks = load_adapter(tiny(), folder).blocks.values()
+    assert [block.config.output_scale for block in blocks] == [0.5] * len(blocks)
+
+
 def test_a_variant_registered_at_run_time_is_taken_with_a_warning(tmp_path):
     folder = made_with(save_adapter(injected(), tmp_path / "adapter"), distribution="other-ttt", version="3")
     with pytest.warns(UserWarning, match=r"of other-ttt 3 .* It is taken for the same"):

@@ -21,11 +21,16 @@ from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.precision import FP32_STATE
 from moshi_ttt.core.registry import default_registry
+from tests.fuzz import ridge
 from tests.fuzz.definition import Hybrid, HybridOptions, HybridStream, InPlace, InPlaceOptions, InPlaceStream
+
+Definition = Hybrid | InPlace | ridge.Ridge
+Stream = HybridStream | InPlaceStream | ridge.RidgeStream
 
 HYBRID_DEFAULTS: dict[str, Any] = {
     "chunk": 32, "causal": True, "bidirectional": False, "rope_theta": 10_000.0,
-    "norm_eps": 1e-6, "target_eps": 1e-8, "post_norm_eps": 1e-6,
+    "norm_eps": 1e-6, "target_eps": 1e-8, "post_norm_eps": 1e-6, "conv_kernel": None, "value": "hidden",
+    "inner_norm": True, "inner_steps": 1, "momentum": None,
 }  # fmt: skip
 BASE_LR = {"ttt_linear": 1.0, "ttt_mlp": 0.1, "ttt_multilayer": 0.1}
 IN_PLACE_DEFAULTS: dict[str, Any] = {
@@ -69,10 +74,16 @@ class Layer:
         return self.options["variant"] == "gating_mlp"
 
     @property
+    def ridge(self) -> bool:
+        return self.options["variant"] == "ttt_ridge"
+
+    @property
     def option(self) -> dict[str, Any]:
         """Every option, defaults included."""
         if self.in_place:
             return {**IN_PLACE_DEFAULTS, **self.options}
+        if self.ridge:
+            return {**ridge.DEFAULTS, **self.options}
         defaults = {**HYBRID_DEFAULTS, "base_lr": BASE_LR[self.options["variant"]]}
         if self.options.get("bidirectional"):
             defaults["causal"] = False
@@ -80,7 +91,7 @@ class Layer:
 
     @property
     def causal(self) -> bool:
-        return self.in_place or self.option["causal"]
+        return self.in_place or self.ridge or self.option["causal"]
 
     @property
     def fast_widths(self) -> list[int]:
@@ -95,7 +106,33 @@ class Layer:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the block's own parameters, by name."""
+        if self.ridge:
+            return self._ridge_shapes()
         return self._in_place_shapes() if self.in_place else self._hybrid_shapes()
+
+    @property
+    def memories(self) -> int:
+        """Heads of ttt_ridge: one for each 128 channels where the option is left out."""
+        return self.option["heads"] or max(1, self.width // 128)
+
+    def _ridge_shapes(self) -> dict[str, tuple[int, ...]]:
+        option, width, heads = self.option, self.width, self.memories
+        keys, values = (heads * (option[name] or width // heads) for name in ("key_width", "value_width"))
+        shapes: dict[str, tuple[int, ...]] = {
+            "wqk.weight": (keys, width), "wqk.bias": (keys,), "value_weight": (values, width),
+            "write.weight": (heads, width), "write.bias": (heads,), "log_regularization": (heads,),
+            "wo.weight": (width, values), "wo.bias": (width,),
+        }  # fmt: skip
+        shapes |= dict.fromkeys(("conv_q", "conv_k"), (keys, option["conv_kernel"]))
+        for name, there in (("success", "success_gate"), ("novelty", "novelty"), ("variance", "variance_gate")):
+            if option[there]:
+                shapes |= dict.fromkeys((f"{name}_offset", f"{name}_slope"), (heads,))
+        if option["success_gate"]:
+            shapes["success_taps"] = (heads, 4)
+        alpha = option.get("gate", {}).get("alpha", "channel")
+        if alpha != "fixed":
+            shapes["gate"] = (width,) if alpha == "channel" else (1,)
+        return shapes
 
     def _in_place_shapes(self) -> dict[str, tuple[int, ...]]:
         option, width = self.option, self.width
@@ -113,9 +150,15 @@ class Layer:
     def _hybrid_shapes(self) -> dict[str, tuple[int, ...]]:
         option, width, heads, head = self.option, self.width, self.heads, self.width // self.heads
         shapes: dict[str, tuple[int, ...]] = {
-            "lr_weight": (heads, 1, width), "lr_bias": (heads, 1), "norm_weight": (heads, head),
-            "norm_bias": (heads, head), "post_norm.weight": (width,), "post_norm.bias": (width,),
+            "lr_weight": (heads, 1, width), "lr_bias": (heads, 1), "post_norm.weight": (width,),
+            "post_norm.bias": (width,),
         }  # fmt: skip
+        if option["inner_norm"]:
+            shapes |= {"norm_weight": (heads, head), "norm_bias": (heads, head)}
+        if option["conv_kernel"] is not None:
+            shapes |= dict.fromkeys(("query_taps", "key_taps"), (width, option["conv_kernel"]))
+        if option.get("learned_momentum"):
+            shapes["momentum_logit"] = (heads,)
         for name in ("wq", "wk", "wv", "wo"):
             shapes |= {f"{name}.weight": (width, width), f"{name}.bias": (width,)}
         for i, (before, after) in enumerate(pairwise(self.fast_widths)):
@@ -142,7 +185,7 @@ class Layer:
                 values[name] = self.spread * noise / math.sqrt(shape[-2])
             elif name.endswith("weight") or name in ("projection", "w_down_change"):
                 values[name] = self.spread * noise / math.sqrt(shape[-1])
-            elif name in ("gate", "gate_reversed", "conv"):
+            elif name in ("gate", "gate_reversed", "conv", "conv_q", "conv_k", "query_taps", "key_taps"):
                 values[name] = noise
             else:  # biases, and token_scale_offset: 1 / (n + 1) + 0.5 noise is often below zero
                 values[name] = 0.5 * noise
@@ -159,7 +202,7 @@ class Layer:
             for name, shape in shapes.items()
         }
 
-    def definition(self, parameters: Mapping[str, Tensor], *, keep_graph: bool = True) -> Hybrid | InPlace:
+    def definition(self, parameters: Mapping[str, Tensor], *, keep_graph: bool = True) -> Definition:
         """The oracle with these values, the host's included."""
         option = self.option
         if self.in_place:
@@ -168,6 +211,8 @@ class Layer:
                 "decay", "clip",
             )  # fmt: skip
             return InPlace(InPlaceOptions(**{name: option[name] for name in names}), parameters)
+        if self.ridge:
+            return self._ridge_definition(parameters)
         options = HybridOptions(heads=self.heads, **{n: option[n] for n in (*HYBRID_DEFAULTS, "base_lr")})
         gate = option.get("gate", {})
         if gate.get("alpha") == "fixed":
@@ -175,7 +220,18 @@ class Layer:
             parameters = {**parameters, **dict.fromkeys(self._gates(), fixed)}
         return Hybrid(options, parameters, keep_graph=keep_graph)
 
-    def stream(self, definition: Hybrid | InPlace) -> HybridStream | InPlaceStream:
+    def _ridge_definition(self, parameters: Mapping[str, Tensor]) -> ridge.Ridge:
+        option = self.option
+        names = ("chunk", "features", "value", "decay", "readout_scale")
+        options = ridge.RidgeOptions(heads=self.memories, **{name: option[name] for name in names})
+        gate = option.get("gate", {})
+        if gate.get("alpha") == "fixed":
+            parameters = {**parameters, "gate": torch.tensor([gate.get("init", 0.05)], dtype=torch.float64)}
+        return ridge.Ridge(options, parameters)
+
+    def stream(self, definition: Definition) -> Stream:
+        if isinstance(definition, ridge.Ridge):
+            return ridge.RidgeStream(definition)
         return InPlaceStream(definition) if isinstance(definition, InPlace) else HybridStream(definition)
 
     def config(self) -> BlockConfig:

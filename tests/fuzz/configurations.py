@@ -62,7 +62,7 @@ def by_definition(case: Configuration, ulps: int = 0) -> dict[str, Tensor]:
     y = torch.stack([row[0] for row in rows])
     results = {"y": y, **_gradients(y, inputs["cotangent"], values)}
     if layer.causal:
-        ends = [named(row[1]) for row in rows]
+        ends = [row[1] if isinstance(row[1], dict) else named(row[1]) for row in rows]
         results |= {f"{name} after": torch.stack([end[name] for end in ends]) for name in ends[0]}
     return results
 
@@ -71,7 +71,7 @@ def memory(block: SequenceBlock, state: BlockState) -> dict[str, Tensor]:
     """What a state's fast weights are, by the names that the definition gives them, ``[B, ...]``."""
     if hasattr(block, "accumulated_update"):
         return {"update": block.accumulated_update(state)}
-    return {name: tensor for name, tensor in state.items() if name.startswith(("weight.", "bias."))}
+    return {name: tensor for name, tensor in state.items() if name.startswith(("weight.", "bias.", "solution"))}
 
 
 def updates(learns: tuple[bool, ...] | bool) -> bool | Tensor:

@@ -53,26 +53,34 @@ class Token:
 
 
 class InnerLoop:
-    """One stream's fast weights: an MLP per head that learns to map k to v - k.
+    """One stream's fast weights: an MLP per head that learns to map k to v - k, or without a norm k to v.
 
     Args:
         weights, biases: of each layer, ``[H, in, out]`` and ``[H, 1, out]``.
-        norm: weight and bias ``[H, Dh]`` of the LayerNorm at the network's end, and its eps.
+        norm: weight and bias ``[H, Dh]`` of the LayerNorm at the network's end, and its eps; None: no LayerNorm.
         scale: ``[C]``, what a query at each position of a chunk multiplies the sum of gradients by.
         keep_graph: whether anything will be differentiated through the loop.
+        steps: gradient steps on a finished chunk.
+        momentum: eta ``[H, 1, 1]``; None: none.
     """
 
     def __init__(
         self,
         weights: Sequence[Tensor],
         biases: Sequence[Tensor],
-        norm: tuple[Tensor, Tensor, float],
+        norm: tuple[Tensor, Tensor, float] | None,
         scale: Tensor,
         keep_graph: bool,
+        steps: int = 1,
+        momentum: Tensor | None = None,
     ) -> None:
         self.norm, self.scale, self.keep_graph = norm, scale, keep_graph
+        self.steps, self.momentum = steps, momentum
+        self.tokens: list[Token] = []
         self.gradients: list[list[Tensor]] = []
         """Of the unfinished chunk's tokens."""
+        self.velocity = [torch.zeros_like(t) for layer in zip(weights, biases, strict=True) for t in layer]
+        """S, of weight and bias, layer after layer."""
         self.fast = self._variables([tensor for layer in zip(weights, biases, strict=True) for tensor in layer])
         """Weight and bias, layer after layer, at the first token of the chunk."""
 
@@ -83,43 +91,68 @@ class InnerLoop:
 
     def hear(self, token: Token) -> Tensor:
         """The causal form: a query sees the keys up to its own. ``[H, Dh]``."""
+        self.tokens.append(token)
         self.gradients.append(self._gradient(token))
-        fast = self._after(self.gradients, self.position - 1)
+        fast, _ = self._after(self.gradients, self.position - 1)
         y = self._answer(token.q, fast)
         if self.position == len(self.scale):
-            self.fast, self.gradients = self._variables(fast), []
+            self._finish_chunk(self.tokens, self.gradients)
+            self.tokens, self.gradients = [], []
         return y
 
     def hear_chunk(self, tokens: Sequence[Token]) -> list[Tensor]:
         """The form that is not causal: every query of a chunk, or of what there is of the last, sees all its keys."""
         gradients = [self._gradient(token) for token in tokens]
         after = [self._after(gradients, position) for position in range(len(tokens))]
-        answers = [self._answer(token.q, fast) for token, fast in zip(tokens, after, strict=True)]
+        answers = [self._answer(token.q, fast) for token, (fast, _) in zip(tokens, after, strict=True)]
         if len(tokens) == len(self.scale):
-            self.fast = self._variables(after[-1])
+            self._finish_chunk(tokens, gradients)
         return answers
 
+    def _finish_chunk(self, tokens: Sequence[Token], gradients: Sequence[Sequence[Tensor]]) -> None:
+        """Each step has the gradients of all the chunk's tokens at the weights that the step before left."""
+        for step in range(self.steps):
+            if step:
+                gradients = [self._gradient(token) for token in tokens]
+            fast, self.velocity = self._after(gradients, len(self.scale) - 1)
+            self.fast = self._variables(fast)
+
     def _gradient(self, token: Token) -> list[Tensor]:
-        """Of rate / 2 ||LN(f(k)) - (v - k)||^2, summed over heads, each of which has weights of its own."""
+        """Of rate / 2 ||LN(f(k)) - (v - k)||^2, summed over heads, each of which has weights of its own.
+
+        Without a norm, of rate / 2 ||f(k) - v||^2.
+        """
         with torch.enable_grad():
-            difference = self._network(token.k, self.fast) - (token.v - token.k)
+            target = token.v if self.norm is None else token.v - token.k
+            difference = self._network(token.k, self.fast) - target
             loss = (token.rate * difference.square().sum(-1) / 2).sum()
             return list(torch.autograd.grad(loss, self.fast, create_graph=self.keep_graph))
 
-    def _after(self, gradients: Sequence[Sequence[Tensor]], position: int) -> list[Tensor]:
-        total = [sum(parts) for parts in zip(*gradients, strict=True)]
-        return [start - self.scale[position] * part for start, part in zip(self.fast, total, strict=True)]
+    def _after(self, gradients: Sequence[Sequence[Tensor]], position: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The weights after a step, and S: with momentum S <- eta S - scale * sum, W <- W + S.
+
+        Where no token has a gradient there is no step.
+        """
+        step = [-self.scale[position] * sum(parts) for parts in zip(*gradients, strict=True)]
+        if self.momentum is None:
+            return [start + part for start, part in zip(self.fast, step, strict=True)], self.velocity
+        if all(bool((part == 0).all()) for parts in gradients for part in parts):
+            return list(self.fast), self.velocity
+        velocity = [self.momentum * s + part for s, part in zip(self.velocity, step, strict=True)]
+        return [start + s for start, s in zip(self.fast, velocity, strict=True)], velocity
 
     def _answer(self, q: Tensor, fast: Sequence[Tensor]) -> Tensor:
-        return q + self._network(q, fast)
+        return self._network(q, fast) if self.norm is None else q + self._network(q, fast)
 
     def _network(self, z: Tensor, fast: Sequence[Tensor]) -> Tensor:
-        """LN(f(z)) for ``z [H, Dh]``."""
+        """LN(f(z)) for ``z [H, Dh]``, or f(z)."""
         layers = len(fast) // 2
         z = z[:, None, :]  # [H, 1, Dh]: one row vector per head
         for layer in range(layers):
             z = z @ fast[2 * layer] + fast[2 * layer + 1]
             z = gelu(z) if layer < layers - 1 else z
+        if self.norm is None:
+            return z[:, 0, :]
         weight, bias, eps = self.norm
         return layer_norm(z[:, 0, :], weight, bias, eps)
 
@@ -147,6 +180,11 @@ class HybridOptions:
     norm_eps: float
     target_eps: float
     post_norm_eps: float
+    conv_kernel: int | None = None
+    value: str = "hidden"
+    inner_norm: bool = True
+    inner_steps: int = 1
+    momentum: float | None = None
 
 
 class Hybrid:
@@ -155,7 +193,8 @@ class Hybrid:
     ``parameters``: wq wk wv wo (``.weight [D, D]``, ``.bias [D]``), post_norm (both ``[D]``), lr_weight ``[H, 1, D]``,
     lr_bias ``[H, 1]``, norm_weight and norm_bias ``[H, Dh]``, fast_weight.i ``[H, in, out]``, fast_bias.i
     ``[H, 1, out]``, token_scale_offset ``[C]`` where causal, gate and, where bidirectional, gate_reversed: ``[D]`` or
-    ``[1]``.
+    ``[1]``. By options: no norm_weight and norm_bias; query_taps and key_taps ``[D, K]``, lag 0 first; momentum_logit
+    ``[H]``, of a learned momentum.
     """
 
     def __init__(self, options: HybridOptions, parameters: Mapping[str, Tensor], *, keep_graph: bool = True) -> None:
@@ -173,21 +212,65 @@ class Hybrid:
         p = self.parameters
         layers = range(sum(name.startswith("fast_weight.") for name in p))
         weights, biases = [p[f"fast_weight.{i}"] for i in layers], [p[f"fast_bias.{i}"] for i in layers]
-        norm = (p["norm_weight"], p["norm_bias"], self.options.norm_eps)
-        return InnerLoop(weights, biases, norm, self.scale(), self.keep_graph)
+        norm = (p["norm_weight"], p["norm_bias"], self.options.norm_eps) if self.options.inner_norm else None
+        return InnerLoop(
+            weights, biases, norm, self.scale(), self.keep_graph, self.options.inner_steps, self.momentum()
+        )  # fmt: skip
 
-    def token(self, x: Tensor, position: int, learns: bool) -> Token:
-        """``x [D]``, at a position of its chunk. A token with updates off has rate zero."""
+    def momentum(self) -> Tensor | None:
+        """``[H, 1, 1]``: eta, learned or fixed."""
+        if "momentum_logit" in self.parameters:
+            return torch.sigmoid(self.parameters["momentum_logit"])[:, None, None]
+        if not self.options.momentum:
+            return None
+        return torch.full((self.options.heads, 1, 1), self.options.momentum, dtype=torch.float64)
+
+    def projected(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys ``[D]`` of ``x [D]`` before anything else. A token that is not finite counts as zero."""
+        p = self.parameters
+        zq, zk = (p[f"{name}.weight"] @ x + p[f"{name}.bias"] for name in ("wq", "wk"))
+        return (zq, zk) if x.isfinite().all() else (torch.zeros_like(zq), torch.zeros_like(zk))
+
+    def mixed(self, heard: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Query and key of the last of ``heard``: sums over the last K of them, one tap for each channel and lag."""
+        q, k = heard[-1]
+        if self.options.conv_kernel is None:
+            return q, k
+        q, k = torch.zeros_like(q), torch.zeros_like(k)
+        for lag in range(min(self.options.conv_kernel, len(heard))):
+            zq, zk = heard[-1 - lag]
+            q = q + self.parameters["query_taps"][:, lag] * zq
+            k = k + self.parameters["key_taps"][:, lag] * zk
+        return q, k
+
+    def token(
+        self,
+        x: Tensor,
+        position: int,
+        learns: bool,
+        embedding: Tensor | None = None,
+        earlier: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> Token:
+        """``x [D]``, at a position of its chunk. A token with updates off has rate zero.
+
+        ``earlier``: what ``projected`` gave for the tokens before, the last one last.
+        """
         p, options = self.parameters, self.options
-        q, k, v = (
-            (p[f"{name}.weight"] @ x + p[f"{name}.bias"]).reshape(options.heads, -1) for name in ("wq", "wk", "wv")
-        )
+        q, k = self.mixed([*earlier, self.projected(x)])
+        source = x
+        if options.value == "embedding":
+            assert embedding is not None
+            source = embedding / embedding.square().mean().sqrt()
+        v = p["wv.weight"] @ source + p["wv.bias"]
+        q, k, v = (z.reshape(options.heads, -1) for z in (q, k, v))
         q, k = (z / z.square().sum(-1, keepdim=True).sqrt() for z in (q, k))
         q, k = (rotate(z, position, options.rope_theta) for z in (q, k))
-        difference = v - k
-        deviation = difference - difference.mean(-1, keepdim=True)
-        std = (deviation.square().sum(-1, keepdim=True) / (deviation.shape[-1] - 1)).sqrt()
-        target = p["norm_weight"] * deviation / (std + options.target_eps) + p["norm_bias"] + k
+        target = v
+        if options.inner_norm:
+            difference = v - k
+            deviation = difference - difference.mean(-1, keepdim=True)
+            std = (deviation.square().sum(-1, keepdim=True) / (deviation.shape[-1] - 1)).sqrt()
+            target = p["norm_weight"] * deviation / (std + options.target_eps) + p["norm_bias"] + k
         factor = torch.sigmoid((p["lr_weight"] * x).sum(-1) + p["lr_bias"])[:, 0]  # [H]
         rate = options.base_lr * factor / q.shape[-1]
         return Token(q, k, target, rate if learns else torch.zeros_like(rate))
@@ -200,21 +283,28 @@ class Hybrid:
 
     def sequence(self, x: Tensor, embeddings: Tensor | None = None, learns: bool = True) -> tuple[Tensor, list[Tensor]]:
         """``x [T, D]`` to the outputs ``[T, D]``, and the fast weights that the next chunk would start from."""
+        beside: list[Tensor | None] = [None] * len(x) if embeddings is None else list(embeddings)
         if self.options.causal:
             stream = HybridStream(self)
-            y = torch.stack([stream.hear(token, None, learns) for token in x])
+            y = torch.stack([stream.hear(token, e, learns) for token, e in zip(x, beside, strict=True)])
             return y, stream.loop.fast
-        y, fast = self._in_one_direction(list(x), learns, "gate")
+        y, fast = self._in_one_direction(list(x), beside, learns, "gate")
         if self.options.bidirectional:
-            y, fast = self._in_one_direction(y[::-1], learns, "gate_reversed")
+            y, fast = self._in_one_direction(y[::-1], beside[::-1], learns, "gate_reversed")
             y = y[::-1]
         return torch.stack(y), fast
 
-    def _in_one_direction(self, x: list[Tensor], learns: bool, gate: str) -> tuple[list[Tensor], list[Tensor]]:
+    def _in_one_direction(
+        self, x: list[Tensor], embeddings: list[Tensor | None], learns: bool, gate: str
+    ) -> tuple[list[Tensor], list[Tensor]]:
         loop, y = self.inner_loop(), []
+        heard = [self.projected(token) for token in x]
         for start in range(0, len(x), self.options.chunk):
             part = x[start : start + self.options.chunk]
-            tokens = [self.token(token, position, learns) for position, token in enumerate(part)]
+            tokens = [
+                self.token(token, position, learns, embeddings[start + position], heard[: start + position])
+                for position, token in enumerate(part)
+            ]
             answers = loop.hear_chunk(tokens)
             y += [self.output(token, answer, gate) for token, answer in zip(part, answers, strict=True)]
         return y, loop.fast
@@ -225,9 +315,14 @@ class HybridStream:
 
     def __init__(self, layer: Hybrid) -> None:
         self.layer, self.loop = layer, layer.inner_loop()
+        self.heard: list[tuple[Tensor, Tensor]] = []
+        """Projected queries and keys of all tokens so far."""
 
-    def hear(self, x: Tensor, embedding: Tensor | None, learns: bool = True) -> Tensor:
-        answer = self.loop.hear(self.layer.token(x, self.loop.position, learns))
+    def hear(self, x: Tensor, embedding: Tensor | None, learns: bool = True, spoiled: bool = False) -> Tensor:
+        """``spoiled``: later tokens hear the token as zero."""
+        answer = self.loop.hear(self.layer.token(x, self.loop.position, learns, embedding, self.heard))
+        now = self.layer.projected(torch.full_like(x, torch.nan) if spoiled else x)
+        self.heard = [*self.heard, now][-(self.layer.options.conv_kernel or 1) :]
         return self.layer.output(x, answer, "gate")
 
     def memory(self) -> dict[str, Tensor]:

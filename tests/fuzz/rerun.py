@@ -22,14 +22,16 @@ from tests.fuzz.configurations import check_configuration
 from tests.fuzz.hosts import check_host_schedule
 from tests.fuzz.schedules import check_schedule
 from tests.fuzz.spoiled import check_spoiled
+from tests.fuzz.volumes import AtVolumes, check_volumes
 
-Case = Configuration | Schedule | HostSchedule | Spoiled
+Case = Configuration | Schedule | HostSchedule | Spoiled | AtVolumes
 
 CHECKS: dict[type, Callable[[Any], None]] = {
     Configuration: check_configuration,
     Schedule: check_schedule,
     HostSchedule: check_host_schedule,
     Spoiled: check_spoiled,
+    AtVolumes: check_volumes,
 }
 
 
@@ -44,6 +46,7 @@ def command(case: Case) -> str:
 
 
 __all__ = [
+    "AtVolumes",
     "Call",
     "CompileStep",
     "Configuration",

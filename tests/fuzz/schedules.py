@@ -14,10 +14,11 @@ from moshi_ttt.core import state as states
 from moshi_ttt.core.block import BlockContext, SequenceBlock
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.state import BlockState
-from tests.fuzz.cases import Call, CompileStep, Layer, Reload, Reset, Schedule, alternated
+from tests.fuzz.cases import Call, CompileStep, Layer, Reload, Reset, Schedule, Stream, alternated
 from tests.fuzz.comparison import check, error
 from tests.fuzz.configurations import memory, updates
-from tests.fuzz.definition import HybridStream, InPlaceStream
+from tests.fuzz.definition import HybridStream
+from tests.fuzz.ridge import RidgeStream
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-4}
 """float32 is compared with the float64 definition on the same rounded values, as the reference vectors are."""
@@ -48,16 +49,21 @@ class Rows:
         values = {**layer.parameters(), **layer.host_parameters()}
         rounded = {name: value.to(dtype).double() for name, value in values.items()}
         self.layer, self.definition = layer, layer.definition(rounded, keep_graph=False)
-        self.streams: list[HybridStream | InPlaceStream] = [layer.stream(self.definition) for _ in range(batch)]
+        self.streams: list[Stream] = [layer.stream(self.definition) for _ in range(batch)]
 
     def reset(self, rows: Sequence[bool]) -> None:
         fresh = [self.layer.stream(self.definition) for _ in rows]
         self.streams = [new if anew else old for anew, new, old in zip(rows, fresh, self.streams, strict=True)]
 
-    def hear(self, row: int, x: Tensor, embeddings: Tensor, learns: bool) -> Tensor:
-        """``x`` and ``embeddings [T, D]`` of one row."""
-        tokens = zip(x.double(), embeddings.double(), strict=True)
-        return torch.stack([self.streams[row].hear(*token, learns).detach() for token in tokens])
+    def hear(self, row: int, x: Tensor, embeddings: Tensor, learns: bool, spoiled: int | None = None) -> Tensor:
+        """``x`` and ``embeddings [T, D]`` of one row. Token ``spoiled`` of them reaches no later one but as zero."""
+        stream, outputs = self.streams[row], []
+        for index, token in enumerate(zip(x.double(), embeddings.double(), strict=True)):
+            if isinstance(stream, HybridStream | RidgeStream):
+                outputs.append(stream.hear(*token, learns, spoiled=index == spoiled).detach())
+            else:
+                outputs.append(stream.hear(*token, learns).detach())
+        return torch.stack(outputs)
 
     def memory(self) -> dict[str, Tensor]:
         ends = [stream.memory() for stream in self.streams]

@@ -52,17 +52,23 @@ def _heard(block: SequenceBlock, x: Tensor, embeddings: Tensor, steps: bool) -> 
 def _memory_problems(
     case: Spoiled, block: SequenceBlock, state: BlockState, y: Tensor, sane: tuple[Tensor, Tensor]
 ) -> list[str]:
-    """After its chunk the row goes on as if that chunk's updates had been off; one skipped update where it ended."""
+    """After its chunk the row goes on as if that chunk's updates had been off; one skipped update where it ended.
+
+    Of ttt_ridge the token's own updates alone, and it is counted at once.
+    """
     chunk, row, dtype = case.layer.option["chunk"], case.row, y.dtype
     begins = case.token - case.token % chunk
     ends = begins + chunk
     rows = Rows(case.layer, case.batch, dtype)
+    if case.layer.ridge:
+        begins, ends = case.token, case.token + 1
     parts = [(0, begins, True), (begins, min(ends, case.length), False), (ends, case.length, True)]
     problems = []
     for start, end, learns in parts:
         if start >= end:
             continue
-        expected = rows.hear(row, *(tensor[row, start:end] for tensor in sane), learns)
+        heard = (tensor[row, start:end] for tensor in sane)
+        expected = rows.hear(row, *heard, learns, spoiled=None if learns else case.token - start)
         if learns and not (wrong := error(y[row, start:end], expected)) <= BOUNDS[case.dtype]:
             problems.append(f"tokens {start} to {end - 1}: error {wrong:.3g}")
     counts = block.skipped_updates(state).tolist()

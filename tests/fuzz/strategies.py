@@ -61,8 +61,31 @@ def hybrid_layers(
         options["norm_eps"] = draw(st.sampled_from([1e-6, 1e-4, 1e-2]))
         options["target_eps"] = draw(st.sampled_from([1e-8, 1e-5, 1e-2]))
         options["post_norm_eps"] = draw(st.sampled_from([1e-6, 1e-3, 1e-1]))
-    count, spread = draw(heads), draw(st.sampled_from([1.0, 0.3, 0.1]))
-    return Layer(options=options, width=count * draw(head_width), heads=count, spread=spread, seed=draw(SEEDS))
+    count, spread, head = draw(heads), draw(st.sampled_from([1.0, 0.3, 0.1])), draw(head_width)
+    options |= draw(memory_options(options["base_lr"] <= head and "norm_eps" not in options))
+    return Layer(options=options, width=count * head, heads=count, spread=spread, seed=draw(SEEDS))
+
+
+@st.composite
+def memory_options(draw: DrawFn, without_norm: bool) -> dict[str, Any]:
+    """What changes keys, values and updates of a hybrid layer: often none, often several."""
+    options: dict[str, Any] = {}
+    if draw(BOOLS):
+        return options
+    if draw(BOOLS):
+        options["conv_kernel"] = draw(st.integers(2, 5))
+    if draw(BOOLS):
+        options["value"] = "embedding"
+    if without_norm and draw(BOOLS):
+        options["inner_norm"] = False
+    if draw(BOOLS):
+        options["inner_steps"] = draw(st.integers(2, 3))
+    momentum = draw(st.sampled_from(["none", "fixed", "learned"]))
+    if momentum == "fixed":
+        options["momentum"] = draw(st.sampled_from([0.9, 0.5, 0.0]))
+    elif momentum == "learned":
+        options["learned_momentum"] = True
+    return options
 
 
 @st.composite
@@ -104,8 +127,31 @@ def in_place_layers(
 
 
 @st.composite
+def ridge_layers(draw: DrawFn, *, width: SearchStrategy[int] | None = None) -> Layer:
+    """ttt_ridge with any options, odd widths included."""
+    heads = draw(st.integers(1, 3))
+    options: dict[str, Any] = {"variant": "ttt_ridge", "chunk": draw(st.integers(1, 6)), "heads": heads}
+    total = draw(width) if width is not None else heads * draw(st.integers(1, 6))
+    if total % heads or draw(BOOLS):
+        options |= {"key_width": draw(st.integers(1, 8)), "value_width": draw(st.integers(1, 5))}
+    if draw(BOOLS):
+        options["features"] = "relu2"
+    options["conv_kernel"] = draw(st.integers(2, 5))
+    options["value"] = draw(st.sampled_from(["embedding", "hidden"]))
+    options |= {name: draw(BOOLS) for name in ("novelty", "success_gate", "variance_gate")}
+    if draw(BOOLS):
+        options["decay"] = draw(st.sampled_from([0.1, 0.5, 0.01]))
+    if draw(BOOLS):
+        options["readout_scale"] = draw(st.sampled_from([1.0, 8.0, 0.5]))
+    if draw(BOOLS):
+        init = draw(st.sampled_from([0.05, 0.5, 1.0]))
+        options["gate"] = {"alpha": draw(st.sampled_from(["channel", "layer", "fixed"])), "init": init}
+    return Layer(options=options, width=total, seed=draw(SEEDS))
+
+
+@st.composite
 def configurations(draw: DrawFn) -> Configuration:
-    layer = draw(st.one_of(in_place_layers(), hybrid_layers()))
+    layer = draw(st.one_of(in_place_layers(), hybrid_layers(), ridge_layers()))
     chunk = layer.option["chunk"]
     length = draw(st.integers(1, min(3 * chunk + 2, 28 if layer.in_place else 16)))
     batch = draw(st.integers(1, 4))
@@ -147,7 +193,7 @@ def cancelling_schedules(draw: DrawFn) -> Schedule:
 @st.composite
 def spoiled_tokens(draw: DrawFn) -> Spoiled:
     dtype = draw(st.sampled_from(["float64", "float32"]))
-    layer = draw(st.one_of(in_place_layers(), hybrid_layers(head_width=WIDTHS_OF[dtype])))
+    layer = draw(st.one_of(in_place_layers(), hybrid_layers(head_width=WIDTHS_OF[dtype]), ridge_layers()))
     chunk, batch = layer.option["chunk"], draw(st.integers(2, 3))
     length = draw(st.integers(1, 2 * chunk + 2))
     return Spoiled(
@@ -179,7 +225,7 @@ def calls(batch: int, chunk: int) -> SearchStrategy[Call]:
 @st.composite
 def schedules(draw: DrawFn) -> Schedule:
     dtype, batch = draw(st.sampled_from(["float64", "float64", "float32"])), draw(st.integers(1, 4))
-    layer = draw(st.one_of(in_place_layers(), hybrid_layers(causal=True, head_width=WIDTHS_OF[dtype])))
+    layer = draw(st.one_of(in_place_layers(), hybrid_layers(causal=True, head_width=WIDTHS_OF[dtype]), ridge_layers()))
     others = [st.builds(Reset, rows=st.tuples(*[BOOLS] * batch)), st.builds(Reload)]
     others += [st.builds(CompileStep)] if layer.in_place else []
     events = _several(draw, calls(batch, layer.option["chunk"]), others)
@@ -191,7 +237,8 @@ def host_schedules(draw: DrawFn) -> HostSchedule:
     """One to three layers of a model, each with no block, one, or one at each of its sites."""
     heads, head, batch = draw(st.integers(1, 2)), draw(st.sampled_from([4, 6])), draw(st.integers(1, 3))
     width = heads * head
-    sequence = hybrid_layers(causal=True, heads=st.just(heads), head_width=st.just(head))
+    hybrid = hybrid_layers(causal=True, heads=st.just(heads), head_width=st.just(head))
+    sequence = st.one_of(hybrid, hybrid, ridge_layers(width=st.just(width)))
     feed_forward = in_place_layers(width=st.just(width), hidden=st.just(2 * width))
     either = st.tuples(st.none() | sequence, st.none() | feed_forward)
     blocks = draw(st.lists(either, min_size=1, max_size=3).filter(lambda layers: any(any(pair) for pair in layers)))

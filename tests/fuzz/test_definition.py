@@ -12,7 +12,11 @@ from torch import Tensor
 from tests.fuzz.comparison import error
 from tests.fuzz.definition import Hybrid, HybridOptions, InnerLoop, InPlace, InPlaceOptions, Token
 
-GOLDENS = sorted((Path(__file__).parents[1] / "goldens").glob("*.safetensors"))
+GOLDENS = [
+    path
+    for path in sorted((Path(__file__).parents[1] / "goldens").glob("*.safetensors"))
+    if not path.stem.startswith("ridge")  # those are the memory alone, and made by a definition of their own
+]
 BOUND = {"1": 1e-9, "2": 1e-8, "3": 1e-8}
 """By the number of fast layers: the design's. The published MLPs compute gelu's derivative from a rounded constant."""
 

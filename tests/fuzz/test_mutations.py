@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis.strategies import SearchStrategy
 
 from moshi_ttt.core.block import BlockContext
-from moshi_ttt.plugins.common import hybrid, inner_loop
+from moshi_ttt.plugins.common import block, fast_network, hybrid, inner_loop, short_conv
 from moshi_ttt.plugins.common.block import HybridBlock
 from moshi_ttt.plugins.gating_mlp import ops
 from tests.fuzz.cases import Configuration, Layer
@@ -31,8 +31,8 @@ def turns_the_other_way(patch: Patch) -> None:
 def mask_is_off_by_one(patch: Patch) -> None:
     query_pass = inner_loop.query_pass
 
-    def mutated(q, fast, memory, norm, scale, mask):
-        return query_pass(q, fast, memory, norm, scale, None if mask is None else mask.tril(-1))
+    def mutated(q, fast, memory, norm, scale, mask, *more):
+        return query_pass(q, fast, memory, norm, scale, None if mask is None else mask.tril(-1), *more)
 
     patch.setattr(inner_loop, "query_pass", mutated)
 
@@ -68,6 +68,23 @@ def gradient_misses_the_deviation(patch: Patch) -> None:
         return weight * (difference - difference.mean(-1, keepdim=True)) / (std + eps) + bias + k
 
     patch.setattr(hybrid, "reconstruction_target", mutated)
+
+
+def taps_are_the_other_way_round(patch: Patch) -> None:
+    filtered = short_conv._filtered
+    patch.setattr(short_conv, "_filtered", lambda window, taps, length: filtered(window, taps.flip(1), length))
+
+
+def values_are_not_normalised(patch: Patch) -> None:
+    patch.setattr(block, "over_rms", lambda e, exact=False: e)
+
+
+def momentum_needs_no_gradient(patch: Patch) -> None:
+    patch.setattr(fast_network, "_moving", lambda memory, rows: rows)
+
+
+def later_steps_repeat_the_first(patch: Patch) -> None:
+    patch.setattr(fast_network, "_again", lambda memory, *_: memory)
 
 
 def even_kernels_look_back_further(patch: Patch) -> None:
@@ -128,6 +145,9 @@ MISTAKES = [
         lambda case: options(case)["decay"] == 0.1 and case.length == options(case)["chunk"] + 1,
     ),
     (rows_cannot_switch_updates_off, lambda case: is_one_row(case) and case.learns == (False,)),
+    (taps_are_the_other_way_round, lambda case: is_one_row(case) and options(case)["conv_kernel"] == 2),
+    (values_are_not_normalised, lambda case: is_one_row(case) and case.length == 1),
+    (later_steps_repeat_the_first, lambda case: is_one_row(case) and options(case)["inner_steps"] == 2),
 ]
 
 
@@ -149,6 +169,18 @@ def test_a_mistake_in_a_stream(monkeypatch, mutate):
         case = smallest_failure(schedules())
         assert case.batch == 1
         assert len(case.events) == 1
+        with pytest.raises(AssertionError, match="not what the definition says"):
+            run_printed(case)
+    run_printed(case)
+
+
+def test_a_momentum_that_goes_on_while_updates_are_off(monkeypatch):
+    with monkeypatch.context() as patch:
+        momentum_needs_no_gradient(patch)
+        case = smallest_failure(schedules())
+        assert case.batch == 1
+        assert options(case)["chunk"] == 1
+        assert any(event.learns in (False, (False,)) for event in case.events)
         with pytest.raises(AssertionError, match="not what the definition says"):
             run_printed(case)
     run_printed(case)

@@ -8,7 +8,7 @@ import torch
 from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.hosts.moshi.loading import resolve_repo
 
-VARIANTS = ("ttt_linear", "ttt_mlp", "ttt_multilayer", "gating_mlp")
+VARIANTS = ("ttt_linear", "ttt_mlp", "ttt_multilayer", "ttt_ridge", "gating_mlp")
 
 
 def tiny_with(*entries: dict, dtype: torch.dtype = torch.float32, excite: bool = True):

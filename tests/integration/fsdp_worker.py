@@ -30,6 +30,7 @@ CONFIG = {
         {"variant": "ttt_linear", "layers": "1", "chunk": 4},
         {"variant": "ttt_multilayer", "layers": "2", "chunk": 4, "expansion": 1},
         {"variant": "ttt_mlp", "layers": "3", "chunk": 5, "checkpoint_chunks": 2},
+        {"variant": "ttt_ridge", "layers": "0", "chunk": 4},
         {"variant": "gating_mlp", "layers": "1,2", "chunk": 4},
         {
             "variant": "gating_mlp", "layers": "3", "chunk": 4, "update": "ridge", "lr": 1.0, "learned_lr": True,

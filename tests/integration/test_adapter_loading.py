@@ -17,7 +17,7 @@ from moshi_ttt.core.precision import FP32_STATE
 from moshi_ttt.hosts.moshi import lora
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 from moshi_ttt.hosts.moshi.loading import resolve_repo
-from moshi_ttt.plugins.common.block import GateConfig
+from moshi_ttt.plugins.common.options import GateConfig
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 
@@ -25,6 +25,7 @@ BLOCKS = {
     "ttt_linear": {"chunk": 8, "gate": {"alpha": "fixed", "init": 0.25}},
     "ttt_mlp": {"chunk": 8},
     "ttt_multilayer": {"chunk": 8, "depth": 3},
+    "ttt_ridge": {"chunk": 8, "heads": 2, "gate": {"alpha": "fixed", "init": 0.25}},
     "gating_mlp": {"chunk": 8, "train_w_down": True, "conv_kernel": 3},
 }
 

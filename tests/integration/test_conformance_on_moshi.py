@@ -23,7 +23,17 @@ test_gating_mlp_on_the_bundle = host_conformance_tests(
 )
 test_ttt_linear_on_the_bundle = host_conformance_tests(BUNDLE, "ttt_linear", {"chunk": 8}, identity=OFF)
 test_ttt_multilayer = host_conformance_tests(RANDOM, "ttt_multilayer", {"chunk": 5, "expansion": 1}, identity=OFF)
+test_ttt_ridge = host_conformance_tests(RANDOM, "ttt_ridge", {"chunk": 4, "heads": 2}, identity=OFF)
+test_ttt_ridge_on_the_bundle = host_conformance_tests(
+    BUNDLE, "ttt_ridge", {"chunk": 6, "features": "relu2", "novelty": True, "decay": 0.1}, identity=OFF
+)
 test_ttt_mlp_on_the_bundle = host_conformance_tests(BUNDLE, "ttt_mlp", {"chunk": 8}, identity=OFF)
+test_ttt_mlp_with_other_keys_values_and_updates = host_conformance_tests(
+    RANDOM,
+    "ttt_mlp",
+    {"chunk": 4, "conv_kernel": 4, "value": "embedding", "inner_norm": False, "inner_steps": 2, "momentum": 0.9},
+    identity=OFF,
+)
 test_two_blocks_in_a_layer = host_conformance_tests(
     RANDOM, "ttt_linear", {"chunk": 4}, identity=OFF, beside={"variant": "gating_mlp", "chunk": 4, "lr": 0.1}
 )

@@ -103,7 +103,7 @@ def test_guidance_gives_every_row_of_the_doubled_batch_its_own_state(variant):
             generator.step(codes[..., t : t + 1])
         (site,) = block_sites(model.transformer.layers[3])
         state = site._streaming_state.buffers
-        name = "values" if variant == "gating_mlp" else "weight.0"
+        name = {"gating_mlp": "values", "ttt_ridge": "covariance"}.get(variant, "weight.0")
         first, second, masked_first, _ = state[name]
         assert not torch.equal(first, second)
         assert not torch.equal(first, masked_first), "the row without text has a state of its own"

@@ -115,7 +115,7 @@ def test_gradients_are_bit_equal_under_the_hosts_checkpointing(variant):
         assert torch.equal(gradient, plain[name]), name
 
 
-@pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp", "ttt_multilayer"])
+@pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp", "ttt_multilayer", "ttt_ridge"])
 def test_groups_of_chunks_change_no_gradient_alone_and_inside_the_hosts_checkpointing(variant):
     entry = {"variant": variant, "layers": "1,3", "chunk": 3}
     plain = gradients(*tiny_with(entry))

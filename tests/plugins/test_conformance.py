@@ -22,6 +22,36 @@ test_ttt_multilayer = conformance_tests(
     {"chunk": 5, "hidden_dims": (6, 10, 4)},
     {"chunk": 4, "depth": 4, "expansion": 1, "causal": False},
 )
+test_options_of_ttt_linear = conformance_tests(
+    "ttt_linear",
+    {"chunk": 4, "conv_kernel": 4},
+    {"chunk": 3, "value": "embedding", "init_std": 0.5},
+    {"chunk": 4, "inner_norm": False},
+    {"chunk": 4, "momentum": 0.9},
+    {"chunk": 4, "inner_steps": 2},
+    {
+        "chunk": 2,
+        "conv_kernel": 3,
+        "value": "embedding",
+        "inner_norm": False,
+        "inner_steps": 2,
+        "learned_momentum": True,
+        "checkpoint_chunks": 2,
+    },
+)
+test_options_of_ttt_mlp = conformance_tests(
+    "ttt_mlp",
+    {"chunk": 4, "expansion": 2, "conv_kernel": 2, "value": "embedding", "init_std": 0.3},
+    {"chunk": 4, "expansion": 2, "inner_norm": False, "learned_momentum": True, "momentum": 0.5},
+    {"chunk": 3, "expansion": 1, "inner_steps": 3, "checkpoint_chunks": 1},
+    {"chunk": 4, "causal": False, "conv_kernel": 3, "value": "embedding", "inner_steps": 2, "momentum": 0.3},
+    {"chunk": 5, "bidirectional": True, "conv_kernel": 2, "value": "embedding", "inner_norm": False},
+)
+test_options_of_ttt_multilayer = conformance_tests(
+    "ttt_multilayer",
+    {"chunk": 4, "expansion": 1, "conv_kernel": 4, "learned_momentum": True},
+    {"chunk": 3, "hidden_dims": (5, 3), "inner_norm": False, "inner_steps": 2, "momentum": 0.8, "value": "embedding"},
+)
 test_gating_mlp = conformance_tests(
     "gating_mlp",
     {"chunk": 4, "lr": 0.1},
@@ -44,10 +74,17 @@ test_gating_mlp_compiled = conformance_tests(
     {"chunk": 5, "lr": 0.1, "conv_kernel": 4, "target": "hidden_states", "learned_lr": True, "decay": 0.1, "clip": 0.5},
     compiled_step=True,
 )
+test_ttt_ridge = conformance_tests(
+    "ttt_ridge",
+    {"chunk": 4},
+    {"chunk": 5, "heads": 2, "features": "relu2", "key_width": 20, "novelty": True, "checkpoint_chunks": 2},
+    {"chunk": "0.4s", "heads": 2, "decay": 0.2, "variance_gate": True, "value": "hidden", "conv_kernel": 2},
+    {"chunk": 4, "success_gate": False, "gate": {"alpha": "fixed", "init": 0.3}},
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp", "ttt_multilayer", "gating_mlp"])
+@pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp", "ttt_multilayer", "ttt_ridge", "gating_mlp"])
 def test_thirty_thousand_steps(variant):
     for case in default_cases(variant, [{"chunk": 16}]):
         check_long_stream(case, steps=30_000)

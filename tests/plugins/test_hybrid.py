@@ -17,7 +17,7 @@ from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.testing import BlockCase, Shape
 from moshi_ttt.core.testing.case import error
 from moshi_ttt.plugins.common import hybrid, reference
-from moshi_ttt.plugins.common.block import NARROWEST_HEAD
+from moshi_ttt.plugins.common.block_checks import NARROWEST_HEAD
 from moshi_ttt.plugins.common.rope import rotate
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
@@ -334,9 +334,10 @@ def test_a_rate_whose_updates_overflow_is_refused():
 @pytest.mark.parametrize("block", [TTTLinear, TTTMLP], ids=["linear", "mlp"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "noncausal"])
 @pytest.mark.parametrize("policy", [FP32_STATE, UNIFORM_WITH_FLOAT32_STATE], ids=lambda policy: policy.name)
-def test_a_projection_that_overflows_spoils_no_gradient(block, causal, policy):
+@pytest.mark.parametrize("more", [{}, {"conv_kernel": 3}, {"conv_kernel": 2, "inner_norm": False, "momentum": 0.9}])
+def test_a_projection_that_overflows_spoils_no_gradient(block, causal, policy, more):
     """Finite activations whose projection is past 65504: left out like a nan, and no parameter learns a nan from it."""
-    config = {TTTLinear: TTTLinearConfig, TTTMLP: TTTMLPConfig}[block](chunk=4, causal=causal)
+    config = {TTTLinear: TTTLinearConfig, TTTMLP: TTTMLPConfig}[block](chunk=4, causal=causal, **more)
     made = build(block, config, dtype=torch.float16, policy=policy)
     with torch.no_grad():
         for projection in (made.wq, made.wk, made.wv):

@@ -12,6 +12,7 @@ from moshi_ttt.core.precision import FP32_STATE
 from moshi_ttt.core.testing import error
 from moshi_ttt.core.testing.toy_host import ToyMLP
 from moshi_ttt.plugins.common import inner_curves, reference
+from moshi_ttt.plugins.common.objective import InnerNorm
 from moshi_ttt.plugins.gating_mlp.reference import filtered
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
@@ -172,8 +173,8 @@ def test_weights_before_a_chunk_are_those_of_the_state():
     made, x = hybrid(TTTMLP, TTTMLPConfig), gating.draw(2, 12, DIM)
     _, state = made(x[:, :8])
     _, tokens = made._from_start(x[:, 8:], BlockContext())
-    norm = inner_curves.InnerNorm(made.norm_weight, made.norm_bias, made.config.norm_eps)
-    expected = inner_curves.hybrid(tokens, state, norm, made.token_scale())
+    norm = InnerNorm(made.norm_weight, made.norm_bias, made.config.norm_eps)
+    expected = inner_curves.hybrid(tokens, state, norm, made.token_scale(), made.update_rule())
     losses = made.inner_losses(x, BlockContext())
     assert error(losses["before"][..., 8:], expected["initial"]) < 1e-12
     assert error(losses["after"][..., 8:], expected["after"]) < 1e-12

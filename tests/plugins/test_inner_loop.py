@@ -12,7 +12,9 @@ from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import clone
 from moshi_ttt.core.testing import error
 from moshi_ttt.plugins.common import inner_loop, reference
-from moshi_ttt.plugins.common.inner_loop import FastNetwork, InnerNorm, Tokens
+from moshi_ttt.plugins.common.fast_network import ChunkMemory, FastNetwork, UpdateRule, after_chunk
+from moshi_ttt.plugins.common.inner_loop import Tokens
+from moshi_ttt.plugins.common.objective import InnerNorm, PlainLoss
 
 DEPTHS = [(4, 4), (4, 12, 4), (6, 9, 5, 6)]
 
@@ -198,9 +200,9 @@ def test_a_thousand_updates_below_a_bfloat16_ulp_survive_in_float32_and_are_lost
     def total(dtype):
         fast = FastNetwork((torch.ones(1, 1, 1, 1, dtype=dtype),), (torch.zeros(1, 1, 1, 1, dtype=dtype),))
         one = torch.ones(1, 1, 1, 1, dtype=dtype)
-        memory = inner_loop.ChunkMemory((one,), (-quarter_ulp * one,))
+        memory, everyone = ChunkMemory((one,), (-quarter_ulp * one,)), torch.tensor([True])
         for _ in range(1_000):
-            fast = inner_loop.updated(fast, memory, torch.ones((), dtype=dtype))
+            fast = after_chunk(fast, memory, PlainLoss(), torch.ones((), dtype=dtype), everyone, UpdateRule())
         return float(fast.weights[0]) - 1
 
     assert total(torch.float32) == pytest.approx(1_000 * quarter_ulp, rel=1e-6)

@@ -20,6 +20,7 @@ from moshi_ttt.core.state import map_state
 from moshi_ttt.core.testing import BlockCase, Shape, conformance_tests
 from moshi_ttt.core.testing.checks_streaming import layouts
 from moshi_ttt.plugins.common import inner_loop
+from moshi_ttt.plugins.common.hybrid import Linear
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 
@@ -29,8 +30,8 @@ class NoCausalMask(TTTLinear):
 
     def compute(self, x, state, context):
         query_pass = inner_loop.query_pass
-        inner_loop.query_pass = lambda q, fast, memory, norm, scale, mask: query_pass(
-            q, fast, memory, norm, scale, None
+        inner_loop.query_pass = lambda q, fast, memory, norm, scale, mask, *more: query_pass(
+            q, fast, memory, norm, scale, None, *more
         )
         try:
             return super().compute(x, state, context)
@@ -185,6 +186,18 @@ class KeepsFunction(TTTLinear):
         self.identity = lambda y: y
 
 
+class KeepsCasts(TTTLinear):
+    """A projection is cast at the first step, for good."""
+
+    def weights(self, gate=None, context=None):
+        made = super().weights(gate, context)
+        if not torch.is_grad_enabled():
+            if not hasattr(self, "kept"):
+                self.kept = Linear(*(part.to(self.roles.matmul) for part in (made.wq.weight, made.wq.bias)))
+            made.wq = self.kept
+        return made
+
+
 class ViewsParameter(TTTLinear):
     """A parameter is viewed in another shape, which only a contiguous one allows."""
 
@@ -277,6 +290,109 @@ class IgnoresRowsOfUpdates(TTTLinear):
     def compute(self, x, state, context):
         updates = context.updates
         return super().compute(x, state, replace(context, updates=bool(torch.as_tensor(updates).all())))
+
+
+class HasNoVolume(TTTLinear):
+    """A block of before there was a volume: it declares none."""
+
+    scales_output = False
+
+
+class IgnoresVolume(TTTLinear):
+    """The volume is declared and ignored."""
+
+    def volume_in(self, context):
+        return 1.0
+
+
+class IgnoresOutputScale(TTTLinear):
+    """The volume at run time counts, and the option does not."""
+
+    def volume_in(self, context):
+        return context.volume
+
+
+class VolumeOfTheFirstRow(TTTLinear):
+    """One volume for the whole batch."""
+
+    def volume_in(self, context):
+        volume = super().volume_in(context)
+        return volume[:1].expand_as(volume) if isinstance(volume, torch.Tensor) else volume
+
+
+class ZeroTimesWhatIsAdded(TTTLinear):
+    """Right where everything is finite and no zero is negative: 0 times what is not finite is nan."""
+
+    def compute(self, x, state, context):
+        volume = self.volume_in(context)
+        if not isinstance(volume, torch.Tensor):
+            volume = torch.full((len(x),), volume)
+        y, blend, after = _blended(self, x, state, context, volume)
+        return torch.where(volume[:, None, None] == 1, y, blend), after
+
+
+class BlendsAtEveryVolume(TTTLinear):
+    """x + volume * (y - x): at 1 that is y but for rounding, which no tolerance sees."""
+
+    def compute(self, x, state, context):
+        volume = self.volume_in(context)
+        if not isinstance(volume, torch.Tensor):
+            return super().compute(x, state, context)
+        _, blend, after = _blended(self, x, state, context, volume)
+        return torch.where(volume[:, None, None] == 0, x, blend), after
+
+
+def _blended(block, x, state, context, volume):
+    """``(y, x + volume * (y - x), state)``, y at volume 1."""
+    with mock.patch.object(block, "volume_in", return_value=1.0):
+        y, after = TTTLinear.compute(block, x, state, context)
+    return y, x + volume.to(x)[:, None, None] * (y - x), after
+
+
+class LearnsAtItsVolume(TTTLinear):
+    """What is not heard is not learned: the volume scales the inner learning rate too."""
+
+    def compute(self, x, state, context):
+        volume = context.volume
+        kept, self.inner_lr_factor = self.inner_lr_factor, volume if not isinstance(volume, torch.Tensor) else 1.0
+        try:
+            return super().compute(x, state, context)
+        finally:
+            self.inner_lr_factor = kept
+
+
+class StreamsAtVolumeOne(TTTLinear):
+    """A call follows the volume and a stream does not."""
+
+    def step(self, x, state, context=None):
+        return super().step(x, state, replace(context, volume=1.0))
+
+
+class RowsOfVolumeInStreams(TTTLinear):
+    """A stream at volume 0 in one row leaves the state of that row as it was."""
+
+    def step(self, x, state, context=None):
+        if isinstance(context.volume, torch.Tensor):
+            context = replace(context, updates=context.volume > 0)
+        return super().step(x, state, context)
+
+
+class ReadsVolumeOnHost(TTTLinear):
+    """Right, by a branch on the volume's value: a captured graph would not follow."""
+
+    def step(self, x, state, context=None):
+        if context is not None and isinstance(context.volume, torch.Tensor) and bool((context.volume == 1).all()):
+            context = replace(context, volume=1.0)
+        return super().step(x, state, context)
+
+
+class FullGradientAtAnyVolume(TTTLinear):
+    """Outputs follow the volume; gradients are those of volume 1."""
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        loud, _ = super().compute(x, state, replace(context, volume=1.0))
+        return loud + (y - loud).detach(), after
 
 
 class ForgetsTable(TTTLinear):
@@ -510,6 +626,17 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     ReadsUpdatesOnHost: {kit.check_no_host_read},
     LearnsInStreams: {kit.check_updates_off},
     IgnoresRowsOfUpdates: {kit.check_updates_off},
+    HasNoVolume: {kit.check_volume},
+    IgnoresVolume: {kit.check_volume, kit.check_volume_streamed, kit.check_volume_gradient, kit.check_config_keys},
+    IgnoresOutputScale: {kit.check_volume},
+    VolumeOfTheFirstRow: {kit.check_volume, kit.check_volume_streamed},
+    ZeroTimesWhatIsAdded: {kit.check_volume},
+    BlendsAtEveryVolume: {kit.check_volume},
+    LearnsAtItsVolume: {kit.check_volume},
+    StreamsAtVolumeOne: {kit.check_volume_streamed},
+    RowsOfVolumeInStreams: {kit.check_volume_streamed},
+    FullGradientAtAnyVolume: {kit.check_volume_gradient},
+    ReadsVolumeOnHost: {kit.check_no_host_read},
     ForgetsBuffer: {kit.check_buffers},
     ForgetsTable: {kit.check_buffers},
     ForgetsUnsavedTable: {kit.check_buffers},
@@ -521,6 +648,7 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     KeepsFakeTensor: {kit.check_other_modes},
     KeepsFakeTensorForValues: {kit.check_other_modes},
     KeepsFunction: {kit.check_copies},
+    KeepsCasts: {kit.check_changed_parameters},
     ViewsParameter: {kit.check_parameter_layouts},
     ScalarParameter: {kit.check_parameter_dimensions},
     KeepsNonfinite: {kit.check_nonfinite_recovery},
@@ -552,6 +680,7 @@ RAISED: dict[type[TTTLinear], type[Exception] | tuple[type[Exception], ...]] = {
     BfloatState: PrecisionError,
     ReadsOnHost: DataDependentOutputException,
     ReadsUpdatesOnHost: DataDependentOutputException,
+    ReadsVolumeOnHost: DataDependentOutputException,
     DetachedGate: GradcheckError,
     KeepsFakeTensor: DataDependentOutputException,
     KeepsFakeTensorForValues: DataDependentOutputException,

@@ -10,7 +10,7 @@ from tests.plugins.test_inner_loop import DEPTHS, Problem
 
 from moshi_ttt.core.testing import Shape, default_cases, error
 from moshi_ttt.plugins.common.derivatives import differentiable_again
-from moshi_ttt.plugins.common.inner_loop import InnerNorm
+from moshi_ttt.plugins.common.objective import InnerNorm
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.gram import gram
 
@@ -19,6 +19,7 @@ CASES = [
     ("ttt_linear", {"chunk": 4, "causal": False}),
     ("ttt_mlp", {"chunk": 4, "bidirectional": True}),
     ("ttt_multilayer", {"chunk": 4, "expansion": 2}),
+    ("ttt_ridge", {"chunk": 4, "heads": 2, "decay": 0.1, "novelty": True}),
     ("gating_mlp", {"chunk": 4, "decay": 0.1, "clip": 0.5, "learned_lr": True}),
 ]
 

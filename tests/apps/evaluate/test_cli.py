@@ -98,6 +98,29 @@ def test_recall(cli, talks, adapter, tmp_path):
     assert "recall, third hearing" in compared.said
 
 
+def test_recall_by_volume(cli, talks, adapter, tmp_path):
+    command = [
+        "evaluate", "recall", "train-cpu", "--data", talks, "--layout", "librilight", "--frames", 80, "--out",
+        tmp_path / "recall",
+    ]  # fmt: skip
+    for given, message in ((["0,0.5,0.5"], "are one volume"), ([""], "'' is no volume"), (["0,loud"], "'loud' is no")):
+        refused = cli(*command, "-a", f"mine={adapter}", "--volume", *given)
+        assert refused.exit_code == 2
+        assert message in refused.said
+    refused = cli(*command, "--volume", "0,1")
+    assert refused.exit_code == 2
+    assert "There is no volume without blocks" in refused.said
+    assert not (tmp_path / "recall").exists()
+    result = cli(*command, "-a", f"mine={adapter}", "--volume", "0,1")
+    assert result.exit_code == 0, result.said
+    assert "At volume 0, the losses of mine are the base model's, bit for bit." in result.said
+    points = json.loads((tmp_path / "recall" / "metrics.json").read_text())["by_volume"]
+    assert [point["volume"] for point in points] == [0, 1]
+    compared = cli("evaluate", "compare", tmp_path / "recall", "--out", tmp_path / "compared")
+    assert "cost of speech heard once" in compared.said
+    assert "| mine, volume 1 |" in compared.said
+
+
 @pytest.mark.parametrize("names", [["mine"], ["mine", "other"]])
 def test_inner_loop(cli, talks, adapter, tmp_path, names):
     chosen = [part for name in names for part in ("-a", f"{name}={adapter}")]

@@ -20,7 +20,7 @@ from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 
 from .conftest import CONTEXT, document, subject_with
 
-VARIANTS = ["ttt_linear", "ttt_mlp", "ttt_multilayer", "gating_mlp"]
+VARIANTS = ["ttt_linear", "ttt_mlp", "ttt_multilayer", "ttt_ridge", "gating_mlp"]
 
 
 def run(subject, documents, **changes):

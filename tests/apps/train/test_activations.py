@@ -20,7 +20,7 @@ from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 ROWS, FRAMES, WITHIN = 3, 40, 0.15
 VARIANTS: dict[str, dict[str, Any]] = {
     "ttt_linear": {"chunk": 8}, "ttt_mlp": {"chunk": 8}, "ttt_mlp grouped": {"chunk": 4, "checkpoint_chunks": 2},
-    "ttt_multilayer": {"chunk": 8}, "gating_mlp": {"chunk": 16},
+    "ttt_multilayer": {"chunk": 8}, "ttt_ridge": {"chunk": 8}, "gating_mlp": {"chunk": 16},
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
     "blocks": {}, "LoRA": {"lora": {"enable": True, "rank": 8}}, "everything": {"full_finetuning": True},

@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
         "ttt": [block("ttt_multilayer", "2", depth=3)], "gradient_checkpointing": True, "carry_state": True,
         "lora": LORA,
     },
+    "ridge, carried": {"ttt": [block("ttt_ridge", "0,2", heads=2)], "carry_state": True},
     "gating, LoRA": {"ttt": [block("gating_mlp", "1,2", lr=0.3, train_w_down=True)], "lora": LORA},
     "gating and mlp, checkpointing, carried": {
         "ttt": [block("gating_mlp", "0", lr=0.3), block("ttt_mlp", "2")], "gradient_checkpointing": True,

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from moshi_ttt.core.block import SequenceBlock
+from moshi_ttt.core.casts import copy_bytes
 from moshi_ttt.core.sharding import assign
 from moshi_ttt_delta_rule.config import DeltaRuleConfig
 
@@ -20,6 +21,7 @@ class DeltaRule(SequenceBlock):
     config: DeltaRuleConfig
     causal = True
     scales_inner_lr = True
+    scales_output = True
 
     def __init__(self, config, info, roles):
         super().__init__(config, info, roles)
@@ -45,7 +47,7 @@ class DeltaRule(SequenceBlock):
     def compute(self, x, state, context):
         """``x [B, T, D]`` to ``(y [B, T, D], state)``: a function; it writes into nothing that it was given."""
         memory = (state or self.init_state(x.shape[0], x.device))["memory"]
-        q, k, v = (self._heads(x, weight) for weight in (self.wq, self.wk, self.wv))
+        q, k, v = (self._heads(x, weight, context) for weight in (self.wq, self.wk, self.wv))
         k = functional.normalize(k, dim=-2)
         recalled = []
         for query, key, value in zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True):  # each [B, H, Dh, 1]
@@ -53,12 +55,15 @@ class DeltaRule(SequenceBlock):
             memory = memory + context.where_updated(update)
             recalled.append((memory @ query).flatten(1))
         update = torch.tanh(self.gate.to(self.roles.output)) * torch.stack(recalled, dim=1).to(self.roles.output)
-        return (x.to(self.roles.output) + update).to(x.dtype), {"memory": memory}
+        return self.at_volume(x, update, context), {"memory": memory}
 
-    def _heads(self, x, weight):
+    def _heads(self, x, weight, context):
         """``[B, T, H, Dh, 1]``, multiplied in the dtype for products and kept in the state's."""
-        projected = functional.linear(x.to(self.roles.matmul), weight.to(self.roles.matmul))
+        projected = functional.linear(x.to(self.roles.matmul), context.cast(weight, self.roles.matmul))
         return projected.to(self.roles.state).unflatten(-1, (self.info.num_heads, -1))[..., None]
+
+    def cast_bytes(self):
+        return copy_bytes([self.wq, self.wk, self.wv], self.roles.matmul)
 
     def flops_per_token(self):
         head_dim = self.info.dim // self.info.num_heads

@@ -1,0 +1,23 @@
+"""The variant ``ttt_ridge``: registers itself, imports nothing until it is used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moshi_ttt.core.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from moshi_ttt.core.registrar import BlockRegistrar, Registrar
+
+MOSHI_TTT_API = 1
+
+
+@hookimpl
+def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
+    registrar.add("ttt_ridge", config=f"{__name__}.config:TTTRidgeConfig", block=f"{__name__}.block:TTTRidge")
+
+
+@hookimpl
+def moshi_ttt_verifiers(registrar: Registrar) -> None:
+    for form in ("reference", "chunked", "streamed"):
+        registrar.add(f"ttt_ridge-{form}", f"{__name__}.verifiers:{form.upper()}")

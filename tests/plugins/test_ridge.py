@@ -1,0 +1,250 @@
+"""``ttt_ridge`` against its definition: every option, in one call, in pieces and streamed; ill-conditioned streams."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moshi_ttt.core import state as states
+from moshi_ttt.core.block import BlockContext
+from moshi_ttt.core.config_parsing import parse_block
+from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.format import ChunkLayout, GridFormat
+from moshi_ttt.core.precision import FP32_STATE, UNIFORM
+from moshi_ttt.core.registry import default_registry
+from moshi_ttt.core.testing import BlockCase, Shape, error
+from moshi_ttt.plugins.ttt_ridge import memory, reference
+from moshi_ttt.plugins.ttt_ridge.block import TTTRidge
+from moshi_ttt.plugins.ttt_ridge.config import REGULARIZATION
+
+OPTIONS: list[dict[str, Any]] = [
+    {"chunk": 4},
+    {"chunk": 5, "heads": 2, "key_width": 6, "value_width": 3, "success_gate": False},
+    {"chunk": 3, "heads": 2, "features": "relu2", "key_width": 20, "novelty": True, "conv_kernel": 2},
+    {"chunk": 4, "heads": 4, "decay": 0.3, "value": "hidden", "gate": {"alpha": "layer", "init": 0.4}},
+    {"chunk": 6, "heads": 2, "variance_gate": True, "decay": 0.1, "novelty": True, "regularization": 2.0},
+    {"chunk": 1, "heads": 2, "gate": {"alpha": "fixed", "init": 0.3}, "readout_scale": 1.5},
+]
+
+
+def case_of(dtype: torch.dtype = torch.float64, **options: Any) -> BlockCase:
+    registry = default_registry()
+    config = parse_block({"variant": "ttt_ridge", **options}, registry=registry)
+    return BlockCase(variant="ttt_ridge", config=config, shape=Shape(dim=16, heads=2, batch=2), dtype=dtype)
+
+
+def weights_of(block: Any) -> dict[str, Tensor]:
+    return {**dict(block.named_parameters()), "gate": block.gate}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_layer_is_its_definition(options):
+    case = case_of(**options)
+    block, x = case.block(), case.inputs(23)
+    context = case.context(x)
+    source = context.input_embeddings if case.config.value == "embedding" else x
+    expected = reference.layer(
+        x, source, weights_of(block), heads=block.heads, chunk_size=block.chunk, features=case.config.features,
+        keep=block.keep, readout_scale=case.config.readout_scale,
+    )  # fmt: skip
+    y, _ = block(x, None, context)
+    assert error(y, expected) < 1e-10
+    state = block.allocate_state(2)
+    streamed = torch.cat([case.step(block, x[:, t : t + 1], state) for t in range(23)], dim=1)
+    assert error(streamed, expected) < 1e-10
+    cotangent = torch.randn_like(y)
+    parameters = list(block.parameters())
+    ours = torch.autograd.grad((y * cotangent).sum(), parameters)
+    theirs = torch.autograd.grad((expected * cotangent).sum(), parameters)
+    for (name, _), a, b in zip(block.named_parameters(), ours, theirs, strict=True):
+        assert error(a, b) < 1e-9, name
+
+
+# ---- streams that are hard to solve
+
+
+def stream_of(kind: str, length: int, width: int) -> Tensor:
+    """Keys ``[T, m]``, float64: as speech has them (alike, and some directions rare), all equal, or zero."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(length, width, generator=generator, dtype=torch.float64)
+    if kind == "zero":
+        return torch.zeros_like(drawn)
+    if kind == "equal":
+        drawn = drawn[:1].expand(length, -1)
+    if kind == "speech":
+        drawn = drawn * torch.linspace(2, 0.02, width, dtype=torch.float64) + drawn[:1]
+    return torch.nn.functional.normalize(drawn, dim=-1)
+
+
+def tokens_of(k: Tensor, v: Tensor, strength: Tensor, dtype: torch.dtype) -> memory.Tokens:
+    """One stream and one head of ``k [T, m]``, ``v [T, d]``, ``strength [T]``; queries are the keys."""
+    parts = (part.to(dtype)[None, :, None] for part in (k, k, v, strength))
+    return memory.Tokens(*parts, written=torch.ones(1, len(k), dtype=torch.bool))
+
+
+def after_all(tokens: memory.Tokens, rule: memory.Rule, form: str, chunk: int = 16) -> Tensor:
+    """The solution ``[m, d]`` after all tokens, in one call or step by step."""
+    k, v = tokens.k, tokens.v
+    state = memory.initial_state(1, 1, k.shape[-1], v.shape[-1], k, decays=rule.keep != 1, variance=False)
+    if form == "call":
+        _, state = memory.run(tokens, state, rule, ChunkLayout(k.shape[1], chunk))
+    else:
+        state = states.clone(state)
+        for t in range(k.shape[1]):
+            memory.step(memory.Tokens(*(part[:, t : t + 1] for part in tokens)), state, rule, chunk)
+    return state["pending"][0, 0].double()
+
+
+@pytest.mark.parametrize("form", ["call", "steps"])
+@pytest.mark.parametrize("keep", [1.0, 0.999])
+@pytest.mark.parametrize("regularization", [*REGULARIZATION, 0.05])
+@pytest.mark.parametrize(("kind", "bound"), [("speech", 1e-4), ("equal", 0.1), ("zero", 0.0)])
+def test_float32_stays_near_the_exact_solution(kind, bound, regularization, keep, form):
+    """Every stream stays finite; equal keys cancel digits, and the README says how many are left."""
+    length, width = 2000, 32
+    generator = torch.Generator().manual_seed(1)
+    k = stream_of(kind, length, width)
+    v = k @ torch.randn(width, 8, generator=generator, dtype=torch.float64)
+    v = v + 0.5 * torch.randn(v.shape, generator=generator, dtype=torch.float64)
+    k, v = k.float().double(), v.float().double()
+    strength = torch.full((length,), 0.75, dtype=torch.float64)
+    prior = torch.tensor([regularization], dtype=torch.float32)
+    found = after_all(tokens_of(k, v, strength, torch.float32), memory.Rule(prior, keep), form)
+    exact = after_all(tokens_of(k, v, strength, torch.float64), memory.Rule(prior.double(), keep), "call")
+    assert found.isfinite().all()
+    said, expected = k[-200:] @ found, k[-200:] @ exact
+    assert float((said - expected).norm()) <= bound * float(expected.norm())
+
+
+def test_the_exact_solution_is_that_of_the_normal_equations():
+    k, generator = stream_of("speech", 500, 16), torch.Generator().manual_seed(2)
+    v, strength = (
+        torch.randn(500, 4, generator=generator, dtype=torch.float64),
+        torch.rand(500, generator=generator).double(),
+    )
+    found = after_all(
+        tokens_of(k, v, strength, torch.float64), memory.Rule(torch.tensor([0.05], dtype=torch.float64)), "call"
+    )
+    weighted = k.mT * strength
+    expected = torch.linalg.solve(weighted @ k + 0.05 * torch.eye(16, dtype=torch.float64), weighted @ v)
+    assert error(found, expected) < 1e-10
+
+
+def test_a_key_heard_once_is_recalled_and_the_variance_says_so():
+    """One chunk of orthogonal keys: each reads its own value, all but the regularization's share."""
+    k, v = torch.eye(4, dtype=torch.float64), torch.arange(8.0, dtype=torch.float64).view(4, 2)
+    rule = memory.Rule(torch.tensor([0.25], dtype=torch.float64), variance=True)
+    twice = tokens_of(torch.cat([k, k]), torch.cat([v, v]), torch.ones(8, dtype=torch.float64), torch.float64)
+    state = memory.initial_state(1, 1, 4, 2, k, decays=False, variance=True)
+    read, _ = memory.run(twice, state, rule, ChunkLayout(8, 4))
+    assert error(read.value[0, :, 0], torch.cat([torch.zeros_like(v), v / 1.25])) < 1e-12
+    assert read.variance is not None
+    assert error(read.variance[0, :, 0], torch.tensor([1.0] * 4 + [0.2] * 4, dtype=torch.float64)) < 1e-12
+
+
+def test_decay_keeps_the_weight_of_the_prior():
+    """However long the stream, a memory that hears nothing new has its prior back, and no direction runs away."""
+    case = case_of(chunk=4, heads=2, decay=0.3)
+    block, x = case.block(), case.inputs(400)
+    state = block.allocate_state(2)
+    for t in range(400):
+        case.step(block, x[:, t : t + 1], state)
+    variances = torch.linalg.eigvalsh(state["covariance"])
+    assert (variances > 0).all()
+    assert (variances < 2).all()
+    assert torch.equal(state["covariance"], state["covariance"].mT)
+
+
+# ---- the block
+
+
+def test_nothing_heard_is_nothing_added():
+    """The first chunk reads zeros: a new block is its host but for the gated bias, which starts at zero."""
+    case = case_of(chunk=4)
+    block = case.block()
+    block.reset_parameters(torch.Generator().manual_seed(0))
+    x = case.inputs(4)
+    assert torch.equal(block(x, None, case.context(x))[0], x)
+    longer = case.inputs(12)
+    assert torch.equal(block(longer, None, case.context(longer, updates=False))[0], longer)
+
+
+def test_a_value_is_found_under_the_key_before_it():
+    """The claim of the layer: a pair of frames heard once, and the second is expected when the first comes again."""
+    case = BlockCase(
+        variant="ttt_ridge", shape=Shape(dim=64, heads=1, batch=1), dtype=torch.float64,
+        config=parse_block({"variant": "ttt_ridge", "chunk": 2, "success_gate": False}, registry=default_registry()),
+    )  # fmt: skip
+    block = case.block()
+    block.reset_parameters(torch.Generator().manual_seed(0))
+    x = case.inputs(12)
+    x = torch.cat([x, x], dim=1)
+    state = block.init_state(1)
+    tokens, _, _ = block._tokens(x, state, BlockContext(input_embeddings=x))
+    read, _ = memory.run(tokens, state, block._rule(), ChunkLayout(24, 2))
+    following = torch.nn.functional.cosine_similarity(read.value[0, 12:-1, 0], tokens.v[0, 13:, 0])
+    first = torch.nn.functional.cosine_similarity(read.value[0, 2:11, 0], tokens.v[0, 3:12, 0])
+    assert following.min() > 0.8 > 0.5 > first.abs().mean()
+
+
+def test_drift_is_the_share_of_variance_that_is_gone():
+    case = case_of(chunk=4, heads=2)
+    block, x = case.block(), case.inputs(40)
+    assert block.drift(block.init_state(2)).tolist() == [0, 0]
+    _, state = block(x, None, case.context(x))
+    assert ((block.drift(state) > 0.5) & (block.drift(state) < 1)).all()
+
+
+def test_checkpointed_groups_keep_less_and_change_nothing():
+    kept, outcomes = {}, {}
+    for together in (None, 8):
+        block_case = case_of(chunk=2, heads=2, key_width=24, checkpoint_chunks=together)
+        block, x, sizes = block_case.block(), block_case.inputs(128), []
+
+        def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y, _ = block_case.call(block, x)
+        gradients = torch.autograd.grad(y.square().sum(), list(block.parameters()))
+        kept[together], outcomes[together] = sum(sizes), [y, *gradients]
+    assert kept[8] < kept[None] / 2
+    for a, b in zip(outcomes[8], outcomes[None], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_block_of_moshi_7b_keeps_six_mebibytes_a_stream():
+    info = replace(case_of().info("meta"), dim=4096, num_heads=32, device=torch.device("meta"))
+    block = TTTRidge(case_of().config, info, FP32_STATE.roles(torch.bfloat16))
+    assert (block.heads, block.key_width, block.value_width) == (32, 128, 128)
+    assert 6 * 2**20 < block.state_bytes() < 8 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 3}, "Set heads to a divisor of 16"),
+        ({"regularization": 1e-4}, "greater than or equal to 0.001"),
+        ({"gate": {"alpha": "fixed", "init": 0.0}}, "adds nothing"),
+        ({"features": "relu"}, "'identity' or 'relu2'"),
+        ({"conv_kernel": 1}, "greater than or equal to 2"),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(ConfigError, match=message):
+        case_of(**options).block()
+
+
+def test_a_state_of_few_digits_is_refused():
+    with pytest.raises(ConfigError, match=r"bfloat16.*needs the digits of float32\. Use a policy"):
+        case_of(dtype=torch.bfloat16).at(policy=UNIFORM).block()
+
+
+def test_a_grid_is_refused():
+    with pytest.raises(ConfigError, match=r"tokens of a grid do not follow each other\. Use ttt_linear or ttt_mlp"):
+        TTTRidge(case_of().config, replace(case_of().info(), format=GridFormat()), FP32_STATE.roles(torch.float32))
