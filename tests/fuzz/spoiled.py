@@ -70,7 +70,8 @@ def _memory_problems(
         heard = (tensor[row, start:end] for tensor in sane)
         expected = rows.hear(row, *heard, learns, spoiled=None if learns else case.token - start)
         # The success gate weighs four scores: that of the bad token and that of its answer, by the next, are zero.
-        judged = case.token + 5 if case.layer.options.get("success_gate") and start >= ends else start
+        gated = case.layer.in_place and case.layer.option["success_gate"] and start >= ends
+        judged = max(start, case.token + 5) if gated else start
         if judged >= end or not learns:
             continue
         if not (wrong := error(y[row, judged:end], expected[judged - start :])) <= BOUNDS[case.dtype]:
