@@ -69,7 +69,12 @@ def _memory_problems(
             continue
         heard = (tensor[row, start:end] for tensor in sane)
         expected = rows.hear(row, *heard, learns, spoiled=None if learns else case.token - start)
-        if learns and not (wrong := error(y[row, start:end], expected)) <= BOUNDS[case.dtype]:
+        # The success gate weighs four scores: that of the bad token and that of its answer, by the next, are zero.
+        gated = case.layer.in_place and case.layer.option["success_gate"] and start >= ends
+        judged = max(start, case.token + 5) if gated else start
+        if judged >= end or not learns:
+            continue
+        if not (wrong := error(y[row, judged:end], expected[judged - start :])) <= BOUNDS[case.dtype]:
             problems.append(f"tokens {start} to {end - 1}: error {wrong:.3g}")
     counts = block.skipped_updates(state).tolist()
     wanted = [int(other == row and ends <= case.length) for other in range(case.batch)]
