@@ -20,16 +20,19 @@ from moshi_ttt.apps.audio_files import AudioError
 from moshi_ttt.apps.output_folder import OutputError, new_folder
 from moshi_ttt.apps.quickstart import run as running
 from moshi_ttt.apps.quickstart.evaluate import Curve, compare, evaluate
+from moshi_ttt.apps.quickstart.recall import shipped_memory
 from moshi_ttt.apps.quickstart.results import verdict
 from moshi_ttt.apps.quickstart.stream import loss_with_memory_cleared
+from moshi_ttt.hosts.moshi.host import MoshiHostConfig
 from moshi_ttt.hosts.moshi.loading import resolve_repo
+from moshi_ttt.hosts.moshi.tiny import memory_adapter
 
 from .conftest import write_wav
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "quickstart_api.py"
 FILES = {
-    ".made_by.json", "adapter", "generated.wav", "loss_by_position.png", "metrics.json", "report.md", "state.png",
-    "training.png",
+    ".made_by.json", "adapter", "generated.wav", "heard_twice.png", "loss_by_position.png", "metrics.json", "report.md",
+    "state.png", "training.png",
 }  # fmt: skip
 
 
@@ -45,10 +48,11 @@ def test_quickstart_writes_the_whole_folder(cli, tmp_path):
     numbers = _numbers(metrics)
     assert len(numbers) > 50
     assert all(math.isfinite(number) for number in numbers)
+    assert metrics["heard_twice"]["saved"] > 0.1
     report = (folder / "report.md").read_text()
     for fact in (
         "ttt_linear", "updates on", "updates off", "base model", "trained without updates", "memory cleared",
-        "CC-BY-SA", "fp32_state", "bfloat16", "real-time factor",
+        "CC-BY-SA", "fp32_state", "bfloat16", "real-time factor", "A clip heard twice",
     ):  # fmt: skip
         assert fact in report, fact
     model = resolve_repo("builtin:tiny").load_lm()
@@ -60,6 +64,13 @@ def test_quickstart_writes_the_whole_folder(cli, tmp_path):
     again = cli("quickstart", "--steps", 2, "--out", "run")
     assert again.exit_code == 2
     assert "--overwrite" in again.said
+
+
+def test_the_shipped_memory_is_of_the_shipped_model_alone():
+    assert shipped_memory(MoshiHostConfig(hf_repo="builtin:tiny")) == memory_adapter()
+    assert shipped_memory(MoshiHostConfig(hf_repo="builtin:tiny", config_path="config.json")) is None
+    assert shipped_memory(MoshiHostConfig(hf_repo="builtin:tiny", moshi_weights="model.safetensors")) is None
+    assert shipped_memory(MoshiHostConfig(hf_repo="kyutai/moshiko-pytorch-bf16")) is None
 
 
 def _numbers(value) -> list[float]:
