@@ -195,7 +195,9 @@ class TTTRidge(SequenceBlock):
         finite = layer.finite_tokens(x) if source is x else layer.finite_tokens(x, source)
         mask = context.updates_mask(x)
         updated = torch.ones_like(finite) if mask is None else mask[:, None]
-        tokens, cache = layer.inputs(x, source, state["cache"], finite, updated, self._weights(context), self.roles)
+        tokens, cache, finite = layer.inputs(
+            x, source, state["cache"], finite, updated, self._weights(context), self.roles
+        )
         if self.inner_lr_factor != 1:
             tokens = tokens._replace(strength=self.inner_lr_factor * tokens.strength)
         return tokens, cache, finite

@@ -65,8 +65,8 @@ def finite_tokens(*given: Tensor) -> Tensor:
 
 def inputs(
     x: Tensor, source: Tensor, cache: Tensor, finite: Tensor, updated: Tensor, weights: LayerWeights, roles: DtypeRoles
-) -> tuple[Tokens, Tensor]:
-    """What enters the memory, and the convolution's cache after the call.
+) -> tuple[Tokens, Tensor, Tensor]:
+    """What enters the memory, the convolution's cache after the call, and which tokens ``[B, T]`` stayed finite.
 
     Args:
         x: ``[B, T, D]``.
@@ -94,4 +94,4 @@ def inputs(
     strength = torch.sigmoid(weights.write(normal, roles.compute))
     v = v.unflatten(-1, (weights.heads, -1))  # [B, T, H d] -> [B, T, H, d]
     q, k, v, strength = (part.to(roles.state) for part in (q, k, v, strength))
-    return Tokens(q, k, v, strength, finite & updated), cache
+    return Tokens(q, k, v, strength, finite & updated), cache, finite

@@ -245,6 +245,19 @@ def test_a_state_of_few_digits_is_refused():
         case_of(dtype=torch.bfloat16).at(policy=UNIFORM).block()
 
 
+def test_a_projection_that_overflows_in_float16_is_not_written_and_is_counted():
+    case = case_of(dtype=torch.float16, chunk=4)
+    block, x = case.block(), case.inputs(12)
+    with torch.no_grad():
+        block.wqk.weight.mul_(3e4)
+        x[0, 6] = 1.0  # all channels add up
+        block.wqk.weight[0] = 3e4
+    y, state = case.call(block, x)
+    assert y.isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert block.skipped_updates(state)[0] >= 1
+
+
 def test_a_grid_is_refused():
     with pytest.raises(ConfigError, match=r"tokens of a grid do not follow each other\. Use ttt_linear or ttt_mlp"):
         TTTRidge(case_of().config, replace(case_of().info(), format=GridFormat()), FP32_STATE.roles(torch.float32))
