@@ -21,7 +21,7 @@ ONE_OF_EACH = [GOLDENS / f"{name}.safetensors" for name in ("mlp_causal", "hybri
 OTHER_METADATA = {
     "op": "another", "chunk_size": "5", "layers": "1", "causal": None, "norm_eps": "2e-6", "activation": "relu",
     "num_heads": "1", "base_lr": "0.11", "rope_theta": "10001", "target_eps": "2e-8", "post_norm_eps": "2e-6",
-    "learning_rate": "0.31", "conv_kernel_size": "3",
+    "learning_rate": "0.31", "conv_kernel_size": "3", "keep": "0.9",
 }  # fmt: skip
 """Another legal value of each; None is the other of two."""
 

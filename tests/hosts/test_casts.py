@@ -296,7 +296,13 @@ def test_frozen_parameters_are_cast_once_on_every_device():
 
 @pytest.mark.parametrize(
     ("variant", "options"),
-    [("ttt_mlp", {}), ("gating_mlp", {}), ("gating_mlp", {"train_w_down": True}), ("gating_mlp", {"clip": 1.0})],
+    [
+        ("ttt_mlp", {}),
+        ("ttt_ridge", {}),
+        ("gating_mlp", {}),
+        ("gating_mlp", {"train_w_down": True}),
+        ("gating_mlp", {"clip": 1.0}),
+    ],
 )
 def test_the_documentation_says_what_a_block_of_7b_casts(variant, options):
     case = BlockCase(
@@ -310,7 +316,7 @@ def test_the_documentation_says_what_a_block_of_7b_casts(variant, options):
     casts, x = ParameterCasts(block, frozen=True), torch.empty(1, 1, 4096, dtype=torch.bfloat16, device="meta")
     with torch.no_grad():
         block.step(x, block.allocate_state(1), case.context(x, casts=casts))
-    table = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").split("## Casts in a stream")[1]
+    table = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").split("## Casts in a stream")[1].split("\n## ")[0]
     name = f"`{variant}`" + "".join(f", `{key}: {json.dumps(value)}`" for key, value in options.items())
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
     (row,) = [row for row in rows if row[0] == name or (variant != "gating_mlp" and name in row[0])]
