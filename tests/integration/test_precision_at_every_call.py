@@ -181,7 +181,7 @@ def test_one_answer_whatever_ran_before(variant, before, then):
                     then(case, block, x, state, call)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "ttt_ridge"])  # refuses that policy
 def test_another_policy_is_held_to_its_own_dtypes(variant):
     case = case_of(variant, UNIFORM)
     block, x = case.block(), case.inputs(LENGTH)
