@@ -20,7 +20,9 @@ class ConvolvedConfig(TTTLinearConfig):
 
 
 class Convolved(TTTLinear):
-    """TTT-Linear over x_t + 0.5 x_(t-1). Its state has x_(t-1), ``[B, 1, D]``, which updates do not write."""
+    """What TTT-Linear adds to x_t + 0.5 x_(t-1), added to x_t. Its state has x_(t-1), ``[B, 1, D]``, which updates do
+    not write.
+    """
 
     skips_nonfinite = False  # through the cache a token that is not finite reaches the next one
 
@@ -37,7 +39,8 @@ class Convolved(TTTLinear):
         last = state.pop("last")
         mixed = x + 0.5 * torch.cat([last.to(x), x[:, :-1]], dim=1)
         y, after = super().compute(mixed, state, context)
-        return y, {**after, "last": x[:, -1:].to(last)}
+        moved = torch.where(y == mixed, x, x + (y - mixed))  # bit for bit x where nothing is added: -0 + 0 is 0
+        return moved, {**after, "last": x[:, -1:].to(last)}
 
     def step(self, x, state, context=None):
         return SequenceBlock.step(self, x, state, context)
@@ -73,10 +76,10 @@ class Unscaled(TTTLinear):
 
     scales_inner_lr = False
 
-    def _tokens(self, *args):
+    def _tokens(self, *args, **named):
         factor, self.inner_lr_factor = self.inner_lr_factor, 1.0
         try:
-            return super()._tokens(*args)
+            return super()._tokens(*args, **named)
         finally:
             self.inner_lr_factor = factor
 
