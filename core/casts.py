@@ -167,7 +167,7 @@ def _twin(source: Tensor) -> Tensor | None:
 
 def _address(tensor: Tensor) -> int:
     """Where the values lie. Unlike ``data_ptr``, this does not count as a write. 0 where there are none (meta)."""
-    return 0 if tensor.is_meta else int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
+    return 0 if tensor.is_meta or not hasattr(torch._C, "_data_address") else int(torch._C._data_address(tensor))
 
 
 def _version(tensor: Tensor) -> int:

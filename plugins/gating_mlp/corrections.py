@@ -20,6 +20,7 @@ Shape legend: B streams, N chunks, C tokens a chunk, d width, h hidden width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -40,7 +41,7 @@ keys of norm one it is 1 % of the update at the lower bound, and was 60 % at a t
 def ridge_of(log_ridge: Tensor) -> Tensor:
     """l ``[1]`` float64 of the parameter, its logarithm ``[1]``."""
     low, high = RIDGE_BOUNDS
-    return log_ridge.double().exp().clamp(low, high)
+    return log_ridge.double().clamp(math.log(low), math.log(high)).exp()  # before exp: none is infinite
 
 
 def solved(keys: Tensor, errors: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor, Tensor]:

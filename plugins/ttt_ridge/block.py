@@ -22,6 +22,7 @@ from moshi_ttt.plugins.ttt_ridge import layer, memory
 from moshi_ttt.plugins.ttt_ridge.config import REGULARIZATION, TTTRidgeConfig
 
 HEAD_WIDTH = 128
+LARGEST_GROWTH = 1e3
 NOVELTY_OFFSET, NOVELTY_SLOPE = 2.0, 4.0
 VARIANCE_OFFSET, VARIANCE_SLOPE = -1.0, 1.0
 VARIANCE_EPS = 1e-4
@@ -57,6 +58,13 @@ class TTTRidge(SequenceBlock):
         self.chunk = info.tokens(config.chunk)
         self.heads, self.key_width, self.value_width = _widths(config, info)
         self.keep = 1.0 if config.decay == 0 else (1 - config.decay) ** (1 / self.chunk)
+        # Each coordinate gets its prior back every key_width tokens: between, its variance grows by keep^-key_width.
+        if (grows := -self.key_width * math.log(self.keep)) > math.log(LARGEST_GROWTH):
+            raise ConfigError(
+                f"{info.site}: with decay {config.decay:g}, chunk {self.chunk} and keys of {self.key_width} a variance "
+                f"grows by 10^{grows / math.log(10):.1f} until its prior is back, and {LARGEST_GROWTH:g} is allowed: "
+                "beyond, float32 has no digits left. Lower decay, raise chunk, or make key_width smaller."
+            )
         device, dtype, heads, taps = info.device, roles.master, self.heads, config.conv_kernel
         keys, values = heads * self.key_width, heads * self.value_width
 
@@ -203,8 +211,10 @@ class TTTRidge(SequenceBlock):
         return tokens, cache, finite
 
     def _rule(self) -> memory.Rule:
-        least, largest = REGULARIZATION
-        regularization = self.log_regularization.to(self.roles.state).exp().clamp(least, largest)
+        learned = self.log_regularization.to(self.roles.state)
+        least, largest = (math.log(end) for end in REGULARIZATION)
+        # Outside the ends the gradient is that at the end, so that a head can come back.
+        regularization = (learned + (learned.clamp(least, largest) - learned).detach()).exp()
         novelty = None
         if self.config.novelty:
             novelty = (self.novelty_offset.to(self.roles.state), self.novelty_slope.to(self.roles.state))
@@ -240,7 +250,8 @@ class TTTRidge(SequenceBlock):
             "write_strength": tokens.strength.mean(),
             "memory_used": self.drift(after).mean(),
             "readout": read.value.norm(dim=-1).mean() / tokens.v.norm(dim=-1).mean(),
-            "regularization": self._rule().regularization.mean(),
+            "regularization_least": self._rule().regularization.min(),
+            "regularization_largest": self._rule().regularization.max(),
             "nonfinite_tokens": (~finite).float().mean(),
             "gate": torch.tanh(self.gate).abs().max(),
         }
@@ -256,10 +267,11 @@ class TTTRidge(SequenceBlock):
                 "Look at the host's activations and embeddings."
             )
         least, largest = REGULARIZATION
-        if not 1.001 * least < figures.get("regularization", 1.0) < 0.999 * largest:
+        found = (figures.get("regularization_least", 1.0), figures.get("regularization_largest", 1.0))
+        if found[0] < 1.001 * least or found[1] > 0.999 * largest:
             flags.append(
-                f"The regularization is {figures['regularization']:.3g}, at an end of [{least:g}, {largest:g}]: it "
-                "learns no more. Lower the learning rate."
+                f"The regularization of the heads is {found[0]:.3g} to {found[1]:.3g}, at an end of [{least:g}, "
+                f"{largest:g}]. Start it further inside, or lower the learning rate."
             )
         return flags
 

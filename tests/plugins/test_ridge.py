@@ -233,11 +233,28 @@ def test_a_block_of_moshi_7b_keeps_six_mebibytes_a_stream():
         ({"gate": {"alpha": "fixed", "init": 0.0}}, "adds nothing"),
         ({"features": "relu"}, "'identity' or 'relu2'"),
         ({"conv_kernel": 1}, "greater than or equal to 2"),
+        ({"decay": 0.5, "key_width": 512}, "Lower decay, raise chunk, or make key_width smaller"),
     ],
 )
 def test_refusals(options, message):
     with pytest.raises(ConfigError, match=message):
         case_of(**options).block()
+
+
+@pytest.mark.parametrize("end", REGULARIZATION)
+@pytest.mark.parametrize("beyond", [0.0, 3.0, 200.0])
+def test_regularization_learns_at_its_ends_and_comes_back_from_beyond(end, beyond):
+    case = case_of(dtype=torch.float32, chunk=4, heads=2, regularization=end)
+    block, x = case.block(), case.inputs(16)
+    block.reset_parameters(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        block.log_regularization.add_(beyond if end > 1 else -beyond)
+    assert torch.allclose(block._rule().regularization, torch.tensor(end))
+    case.call(block, x)[0].square().sum().backward()
+    gradient = block.log_regularization.grad
+    assert gradient.isfinite().all()
+    assert (gradient != 0).all()
+    assert block.red_flags({"regularization_least": min(1.0, end), "regularization_largest": max(1.0, end)})
 
 
 def test_a_state_of_few_digits_is_refused():
