@@ -93,13 +93,24 @@ def segment_losses(
     for first in range(0, codes.shape[2], frames):
         if between is not None and state is not None:
             state = between(first, state)
-        segment = codes[:, :, first : first + frames]
-        with host.carry(model, state) as after:
-            losses = _text_alone(model, segment) if model.depformer is None else _of_forward(model, segment)
+        losses, state = forward_losses(model, codes[:, :, first : first + frames], host, state)
         text.append(losses.text)
         audio.append(losses.audio)
-        state = after
     return FrameLosses(torch.cat(text, dim=1), torch.cat(audio, dim=1))
+
+
+@torch.no_grad()
+def forward_losses(
+    model: Any, codes: Tensor, host: HostModel, state: CarriedState | None = None
+) -> tuple[FrameLosses, CarriedState]:
+    """The losses of ``codes [B, Q, T]`` in one plain forward pass from ``state``, and the state after it.
+
+    None is the learned initial state. ``state`` itself is left as it is: any number of passes can start from it.
+    """
+    codes = codes.to(model.device)
+    with host.carry(model, state) as after:
+        losses = _text_alone(model, codes) if model.depformer is None else _of_forward(model, codes)
+    return losses, after
 
 
 def _of_forward(model: Any, codes: Tensor) -> FrameLosses:
