@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Options:
         batch_size: recordings heard at a time.
         conditions: which are run.
         segments: frames of the forward passes a recording is heard in; None streams it token by token.
+        lengths: frames at which recordings are divided into groups by length, ascending; empty reports no groups.
         seed: of the bootstrap.
     """
 
@@ -50,7 +52,38 @@ class Options:
     batch_size: int
     conditions: tuple[Condition, ...]
     segments: int | None = None
+    lengths: tuple[int, ...] = ()
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthGroup:
+    """What is saved on recordings of one length: ``first <= frames < end``, without an end where it is None.
+
+    Attributes:
+        recordings: how many there are.
+        saved: against the base model, beyond what attention sees.
+    """
+
+    first: int
+    end: int | None
+    recordings: int
+    saved: Interval
+
+    @property
+    def label(self) -> str:
+        return f"{self.first} and more" if self.end is None else f"{self.first} to {self.end - 1}"
+
+
+def read_lengths(text: str) -> tuple[int, ...]:
+    """``"48,192,480"`` as numbers of frames. Raises ConfigError where they are not positive and ascending."""
+    try:
+        lengths = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        lengths = ()
+    if not lengths or lengths[0] < 1 or any(a >= b for a, b in pairwise(lengths)):
+        raise ConfigError(f"--lengths {text!r}: give ascending numbers of frames, such as 48,192,480,960.")
+    return lengths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +118,7 @@ class LongContext:
     Attributes:
         curves: one for each subject, condition and stream.
         recordings: their names, in the order of R.
+        frames: their lengths, in the same order.
         left_out: recordings that do not reach beyond what attention sees.
         context: frames of the model's attention.
         reach: how many of them it can see: no more than a segment has.
@@ -92,6 +126,7 @@ class LongContext:
 
     curves: list[Curve]
     recordings: list[str]
+    frames: list[int]
     left_out: list[str]
     context: int
     reach: int
@@ -118,6 +153,21 @@ class LongContext:
         """How much lower the loss of ``curve`` is than ``other``'s, by recording, beyond what attention sees."""
         return bootstrap(other.beyond - curve.beyond, mean_of_recordings, seed=self.options.seed)
 
+    def saved_by_length(self, curve: Curve, other: Curve) -> list[LengthGroup]:
+        """``saved`` on the recordings of each length in ``options.lengths``.
+
+        Recordings shorter than the first length are a group of their own; a group without recordings is left out.
+        """
+        frames, difference = torch.tensor(self.frames), other.beyond - curve.beyond
+        edges = (0, *self.options.lengths)
+        groups = []
+        for first, end in zip(edges, (*self.options.lengths, None), strict=True):
+            chosen = (frames >= first) & (frames < end if end is not None else True)
+            if count := int(chosen.sum()):
+                saved = bootstrap(difference[chosen], mean_of_recordings, seed=self.options.seed)
+                groups.append(LengthGroup(first=first, end=end, recordings=count, saved=saved))
+        return groups
+
 
 def evaluate(
     subjects: Sequence[Subject],
@@ -142,15 +192,17 @@ def evaluate(
     kept, left_out = _choose(documents, (first_beyond + 1) * options.window, context, options)
     curves: list[Curve] = []
     names: list[str] = []
+    frames: list[int] = []
     padding = subjects[0].model.zero_token_id
     for subject in subjects:
         with subject.present():  # once for all its conditions
             for condition in (each for each in options.conditions if each in subject.conditions):
                 found: list[FrameLosses] = []
-                names = []
+                names, frames = [], []
                 for chosen, codes in batches(kept, options.batch_size, padding):
                     found.append(listen(subject, codes, condition, every=options.every, segments=segments))
                     names += [document.name for document in chosen]
+                    frames += [document.frames for document in chosen]
                     on_batch()
                 curves += _curves(subject, condition, found, options.window, first_beyond)
     if all(curve.windows.isnan().all() for curve in curves):
@@ -159,7 +211,8 @@ def evaluate(
             "manifest of them as --data."
         )
     return LongContext(
-        curves=curves, recordings=names, left_out=left_out, context=context, reach=reach, options=options
+        curves=curves, recordings=names, frames=frames, left_out=left_out, context=context, reach=reach,
+        options=options,
     )  # fmt: skip
 
 

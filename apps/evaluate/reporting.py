@@ -47,7 +47,7 @@ def write_long_context(folder: Path, result: LongContext, *, made_by: str, frame
         "window_frames": result.options.window, "seed": result.options.seed, "every_frames": result.options.every,
         "segment_frames": result.options.segments, "attention_restarts": result.options.segments is not None,
         "figures_from_frame": result.curves[0].first_beyond * result.options.window,
-        "recordings": result.recordings, "left_out": result.left_out,
+        "recordings": result.recordings, "frames": result.frames, "left_out": result.left_out,
         "curves": [_curve(result, curve) for curve in result.curves if curve.stream in streams],
     }  # fmt: skip
     (folder / METRICS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -68,9 +68,26 @@ def write_long_context(folder: Path, result: LongContext, *, made_by: str, frame
                     f"| {curve.label} | {loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f}) | {saved} | "
                     f"{result.slope(curve)} |"
                 )
+        lines += _by_length(result, stream)
         lines += ["", f"![{stream}]({stream}_by_position.png)", ""]
         _plot(folder / f"{stream}_by_position.png", result, stream, frame_seconds)
     (folder / "report.md").write_text("\n".join([*lines, NOTE, ""]), encoding="utf-8")
+
+
+def _by_length(result: LongContext, stream: str) -> list[str]:
+    """A table of what is saved by length of the recordings; nothing where no lengths are given."""
+    base = result.curve("base", "updates on", stream)
+    compared = [curve for curve in result.curves if curve.stream == stream and curve is not base]
+    if not result.options.lengths or not compared:
+        return []
+    groups = {curve.label: result.saved_by_length(curve, base) for curve in compared}
+    columns = next(iter(groups.values()))
+    return [
+        "", "Saved against base, by the length of the recordings in frames:", "",
+        "| | " + " | ".join(f"{group.label} ({group.recordings})" for group in columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+        *(f"| {label} | " + " | ".join(str(group.saved) for group in row) + " |" for label, row in groups.items()),
+    ]  # fmt: skip
 
 
 def _how_heard(result: LongContext, frame_seconds: float) -> str:
@@ -165,6 +182,11 @@ def _curve(result: LongContext, curve: Curve) -> dict[str, Any]:
     return {
         "subject": curve.subject, "condition": curve.condition, "stream": curve.stream,
         "loss_beyond_context": as_json(result.loss(curve)), "slope_per_1000_frames": as_json(result.slope(curve)),
+        "saved_by_length": [
+            {"from_frames": group.first, "to_frames": group.end, "recordings": group.recordings}
+            | as_json(group.saved)
+            for group in result.saved_by_length(curve, result.curve("base", "updates on", curve.stream))
+        ] if result.options.lengths else [],
         "mean_by_window": _numbers(curve.windows.nanmean(0)),
         "by_recording": [_numbers(row) for row in curve.windows],
     }  # fmt: skip
