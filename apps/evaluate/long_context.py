@@ -43,7 +43,7 @@ class Options:
         batch_size: recordings heard at a time.
         conditions: which are run.
         segments: frames of the forward passes a recording is heard in; None streams it token by token.
-        lengths: frames at which recordings are divided into groups by length, ascending; empty reports no groups.
+        spans: frames at which recordings are divided into spans of positions, ascending; empty reports none.
         seed: of the bootstrap.
     """
 
@@ -52,17 +52,17 @@ class Options:
     batch_size: int
     conditions: tuple[Condition, ...]
     segments: int | None = None
-    lengths: tuple[int, ...] = ()
+    spans: tuple[int, ...] = ()
     seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class LengthGroup:
-    """What is saved on recordings of one length: ``first <= frames < end``, without an end where it is None.
+class Span:
+    """What is saved at positions of a recording: ``first <= frame < end``, without an end where it is None.
 
     Attributes:
-        recordings: how many there are.
-        saved: against the base model, beyond what attention sees.
+        recordings: how many reach it.
+        saved: against the base model.
     """
 
     first: int
@@ -75,15 +75,23 @@ class LengthGroup:
         return f"{self.first} and more" if self.end is None else f"{self.first} to {self.end - 1}"
 
 
-def read_lengths(text: str) -> tuple[int, ...]:
-    """``"48,192,480"`` as numbers of frames. Raises ConfigError where they are not positive and ascending."""
+def read_spans(text: str, window: int) -> tuple[int, ...]:
+    """``"48,192,480"`` as numbers of frames.
+
+    Raises ConfigError where they are not ascending, or no multiples of ``window``.
+    """
     try:
-        lengths = tuple(int(part) for part in text.split(","))
+        spans = tuple(int(part) for part in text.split(","))
     except ValueError:
-        lengths = ()
-    if not lengths or lengths[0] < 1 or any(a >= b for a, b in pairwise(lengths)):
-        raise ConfigError(f"--lengths {text!r}: give ascending numbers of frames, such as 48,192,480,960.")
-    return lengths
+        spans = ()
+    if not spans or spans[0] < 0 or any(a >= b for a, b in pairwise(spans)):
+        raise ConfigError(f"--spans {text!r}: give ascending numbers of frames, such as 48,192,480,960.")
+    if uneven := [span for span in spans if span % window]:
+        raise ConfigError(
+            f"--spans {text!r}: {uneven[0]} is inside a window of {window} frames. Give multiples of {window}, or "
+            "another --window."
+        )
+    return spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +126,6 @@ class LongContext:
     Attributes:
         curves: one for each subject, condition and stream.
         recordings: their names, in the order of R.
-        frames: their lengths, in the same order.
         left_out: recordings that do not reach beyond what attention sees.
         context: frames of the model's attention.
         reach: how many of them it can see: no more than a segment has.
@@ -126,7 +133,6 @@ class LongContext:
 
     curves: list[Curve]
     recordings: list[str]
-    frames: list[int]
     left_out: list[str]
     context: int
     reach: int
@@ -153,20 +159,20 @@ class LongContext:
         """How much lower the loss of ``curve`` is than ``other``'s, by recording, beyond what attention sees."""
         return bootstrap(other.beyond - curve.beyond, mean_of_recordings, seed=self.options.seed)
 
-    def saved_by_length(self, curve: Curve, other: Curve) -> list[LengthGroup]:
-        """``saved`` on the recordings of each length in ``options.lengths``.
+    def saved_by_span(self, curve: Curve, other: Curve) -> list[Span]:
+        """What is saved against ``other`` at the positions of each span, from what attention does not see on.
 
-        Recordings shorter than the first length are a group of their own; a group without recordings is left out.
+        A span that no recording reaches is left out.
         """
-        frames, difference = torch.tensor(self.frames), other.beyond - curve.beyond
-        edges = (0, *self.options.lengths)
-        groups = []
-        for first, end in zip(edges, (*self.options.lengths, None), strict=True):
-            chosen = (frames >= first) & (frames < end if end is not None else True)
-            if count := int(chosen.sum()):
-                saved = bootstrap(difference[chosen], mean_of_recordings, seed=self.options.seed)
-                groups.append(LengthGroup(first=first, end=end, recordings=count, saved=saved))
-        return groups
+        difference = other.windows - curve.windows  # [R, W]
+        spans = []
+        for first, end in zip(self.options.spans, (*self.options.spans, None)[1:], strict=True):
+            begin = max(first // self.options.window, curve.first_beyond)
+            values = difference[:, begin : None if end is None else end // self.options.window]
+            if count := int((~values.isnan()).any(1).sum()):
+                saved = bootstrap(values, mean_of_recordings, seed=self.options.seed)
+                spans.append(Span(first=first, end=end, recordings=count, saved=saved))
+        return spans
 
 
 def evaluate(
@@ -192,17 +198,15 @@ def evaluate(
     kept, left_out = _choose(documents, (first_beyond + 1) * options.window, context, options)
     curves: list[Curve] = []
     names: list[str] = []
-    frames: list[int] = []
     padding = subjects[0].model.zero_token_id
     for subject in subjects:
         with subject.present():  # once for all its conditions
             for condition in (each for each in options.conditions if each in subject.conditions):
                 found: list[FrameLosses] = []
-                names, frames = [], []
+                names = []
                 for chosen, codes in batches(kept, options.batch_size, padding):
                     found.append(listen(subject, codes, condition, every=options.every, segments=segments))
                     names += [document.name for document in chosen]
-                    frames += [document.frames for document in chosen]
                     on_batch()
                 curves += _curves(subject, condition, found, options.window, first_beyond)
     if all(curve.windows.isnan().all() for curve in curves):
@@ -211,8 +215,7 @@ def evaluate(
             "manifest of them as --data."
         )
     return LongContext(
-        curves=curves, recordings=names, frames=frames, left_out=left_out, context=context, reach=reach,
-        options=options,
+        curves=curves, recordings=names, left_out=left_out, context=context, reach=reach, options=options
     )  # fmt: skip
 
 

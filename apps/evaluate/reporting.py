@@ -47,7 +47,7 @@ def write_long_context(folder: Path, result: LongContext, *, made_by: str, frame
         "window_frames": result.options.window, "seed": result.options.seed, "every_frames": result.options.every,
         "segment_frames": result.options.segments, "attention_restarts": result.options.segments is not None,
         "figures_from_frame": result.curves[0].first_beyond * result.options.window,
-        "recordings": result.recordings, "frames": result.frames, "left_out": result.left_out,
+        "recordings": result.recordings, "left_out": result.left_out,
         "curves": [_curve(result, curve) for curve in result.curves if curve.stream in streams],
     }  # fmt: skip
     (folder / METRICS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -68,25 +68,27 @@ def write_long_context(folder: Path, result: LongContext, *, made_by: str, frame
                     f"| {curve.label} | {loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f}) | {saved} | "
                     f"{result.slope(curve)} |"
                 )
-        lines += _by_length(result, stream)
+        lines += _by_span(result, stream)
         lines += ["", f"![{stream}]({stream}_by_position.png)", ""]
         _plot(folder / f"{stream}_by_position.png", result, stream, frame_seconds)
     (folder / "report.md").write_text("\n".join([*lines, NOTE, ""]), encoding="utf-8")
 
 
-def _by_length(result: LongContext, stream: str) -> list[str]:
-    """A table of what is saved by length of the recordings; nothing where no lengths are given."""
+def _by_span(result: LongContext, stream: str) -> list[str]:
+    """A table of what is saved by position in the recordings; nothing where no spans are given."""
     base = result.curve("base", "updates on", stream)
-    compared = [curve for curve in result.curves if curve.stream == stream and curve is not base]
-    if not result.options.lengths or not compared:
+    rows = {
+        curve.label: result.saved_by_span(curve, base)
+        for curve in result.curves if curve.stream == stream and curve is not base
+    }  # fmt: skip
+    columns = next(iter(rows.values()), [])
+    if not columns:
         return []
-    groups = {curve.label: result.saved_by_length(curve, base) for curve in compared}
-    columns = next(iter(groups.values()))
     return [
-        "", "Saved against base, by the length of the recordings in frames:", "",
-        "| | " + " | ".join(f"{group.label} ({group.recordings})" for group in columns) + " |",
+        "", "Saved against base, by position in the recording, in frames (recordings that reach it):", "",
+        "| | " + " | ".join(f"{span.label} ({span.recordings})" for span in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
-        *(f"| {label} | " + " | ".join(str(group.saved) for group in row) + " |" for label, row in groups.items()),
+        *(f"| {label} | " + " | ".join(str(span.saved) for span in row) + " |" for label, row in rows.items()),
     ]  # fmt: skip
 
 
@@ -182,11 +184,10 @@ def _curve(result: LongContext, curve: Curve) -> dict[str, Any]:
     return {
         "subject": curve.subject, "condition": curve.condition, "stream": curve.stream,
         "loss_beyond_context": as_json(result.loss(curve)), "slope_per_1000_frames": as_json(result.slope(curve)),
-        "saved_by_length": [
-            {"from_frames": group.first, "to_frames": group.end, "recordings": group.recordings}
-            | as_json(group.saved)
-            for group in result.saved_by_length(curve, result.curve("base", "updates on", curve.stream))
-        ] if result.options.lengths else [],
+        "saved_by_span": [
+            {"from_frame": span.first, "to_frame": span.end, "recordings": span.recordings} | as_json(span.saved)
+            for span in result.saved_by_span(curve, result.curve("base", "updates on", curve.stream))
+        ],
         "mean_by_window": _numbers(curve.windows.nanmean(0)),
         "by_recording": [_numbers(row) for row in curve.windows],
     }  # fmt: skip
