@@ -66,6 +66,8 @@ def test_import_contracts_hold(tree):
         ("plugins/ttt_mlp/block.py", "import moshi_ttt.plugins.ttt_linear.block", "plugins do not import each other"),
         ("hosts/moshi/host.py", "from moshi_ttt.plugins.common import rope", "a host imports core alone"),
         ("apps/cli.py", "from moshi_ttt.plugins.ttt_linear.block import X", "apps reach a plugin only through"),
+        ("system/threads.py", "from moshi_ttt.apps import cli", "packages import only those below them"),
+        ("system/threads.py", "import moshi_ttt.hosts.moshi.host", "packages import only those below them"),
     ],
 )  # fmt: skip
 def test_forbidden_import_is_caught(tree, importer, statement, contract):
@@ -86,7 +88,7 @@ def test_contract_of_independence_names_every_plugin():
 # ---- a second copy of the registry
 
 
-@pytest.mark.parametrize("folder", ["core", "plugins", "hosts", "apps"])
+@pytest.mark.parametrize("folder", ["core", "plugins", "hosts", "system", "apps"])
 @pytest.mark.parametrize("statement", ["import {}", "import {}.x", "from {} import x", "from {}.x import y"])
 def test_import_of_a_root_folder_is_banned(folder, statement):
     command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "TID251"]

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moshi_ttt.apps.arguments import PATH, Threads
-from moshi_ttt.apps.output_folder import METRICS
-from moshi_ttt.apps.system import check_file_names
-from moshi_ttt.apps.threads import computing, largest
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.paths import user_path
+from moshi_ttt.system.output_folder import METRICS
+from moshi_ttt.system.platforms import check_file_names
+from moshi_ttt.system.threads import computing, largest
 
 if TYPE_CHECKING:
     from moshi_ttt.apps.evaluate.documents import Document, Layout
@@ -84,7 +84,7 @@ def long_context(
     from moshi_ttt.apps.evaluate import long_context as evaluation
     from moshi_ttt.apps.evaluate.reporting import write_long_context
     from moshi_ttt.apps.evaluate.subjects import CONDITIONS, refuse_uneven
-    from moshi_ttt.apps.output_folder import check_free, new_folder
+    from moshi_ttt.system.output_folder import check_free, new_folder
 
     made_by = "moshi-ttt evaluate long-context"
     check_free(out, made_by=made_by, overwrite=overwrite)
@@ -139,7 +139,7 @@ def recall(
     from moshi_ttt.apps.evaluate.reporting import write_recall
     from moshi_ttt.apps.evaluate.subjects import CONDITIONS
     from moshi_ttt.apps.evaluate.volumes import read_volumes, refuse_volumes
-    from moshi_ttt.apps.output_folder import check_free, new_folder
+    from moshi_ttt.system.output_folder import check_free, new_folder
 
     made_by = "moshi-ttt evaluate recall"
     volumes = read_volumes(volume) if volume else ()
@@ -179,7 +179,7 @@ def inner_loop(
 ) -> None:
     """Inner loss by position, layer and head: initial weights, before and after each update, and the mean target."""
     from moshi_ttt.apps.evaluate import inner_loop as evaluation
-    from moshi_ttt.apps.output_folder import check_free, new_folder
+    from moshi_ttt.system.output_folder import check_free, new_folder
 
     made_by = "moshi-ttt evaluate inner-loop"
     check_free(out, made_by=made_by, overwrite=overwrite)
@@ -227,8 +227,8 @@ def zero_shot(
     from moshi_ttt.apps.evaluate import zero_shot as evaluation
     from moshi_ttt.apps.evaluate.pairs import read_pairs
     from moshi_ttt.apps.evaluate.reporting import versions
-    from moshi_ttt.apps.output_folder import check_free, new_folder
     from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+    from moshi_ttt.system.output_folder import check_free, new_folder
 
     for option, given, allowed in (
         ("--normalisation", normalisation, get_args(evaluation.Normalisation)),
@@ -267,7 +267,7 @@ def compare(
 ) -> None:
     """Several evaluations of one base model in one table and one figure."""
     from moshi_ttt.apps.evaluate.compare import read_results, write_comparison
-    from moshi_ttt.apps.output_folder import check_free, new_folder
+    from moshi_ttt.system.output_folder import check_free, new_folder
 
     made_by = "moshi-ttt evaluate compare"
     check_free(out, made_by=made_by, overwrite=overwrite)

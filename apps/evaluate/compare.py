@@ -11,8 +11,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from moshi_ttt.apps.output_folder import METRICS
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.system.output_folder import METRICS
 
 COMPARED = ("long-context", "recall", "zero-shot")
 BLUE, GREY = "#0072B2", "#666666"

@@ -9,18 +9,18 @@ from pathlib import Path
 
 from moshi_ttt.apps.config_files import read_config
 from moshi_ttt.apps.evaluate.subjects import Subject, load_subjects
-from moshi_ttt.apps.folder_lock import LOCK, hold
-from moshi_ttt.apps.output_folder import LITTER, OutputError, check_free, new_folder
 from moshi_ttt.apps.study import cost
 from moshi_ttt.apps.study.plan import Scale
 from moshi_ttt.apps.study.plan import Subject as Trained
 from moshi_ttt.apps.study.report import Report
 from moshi_ttt.apps.study.results import read_group
 from moshi_ttt.apps.study.stages import GROUPS, Study
-from moshi_ttt.apps.threads import computing, largest
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.hosts.moshi.host import MoshiHostConfig
+from moshi_ttt.system.folder_lock import LOCK, hold
+from moshi_ttt.system.output_folder import LITTER, OutputError, check_free, new_folder
+from moshi_ttt.system.threads import computing, largest
 
 MADE_BY = "moshi-ttt study"
 MARKER = "study.json"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-from moshi_ttt.apps.threads import of_job
 from moshi_ttt.core.errors import MoshiTTTError
+from moshi_ttt.system.threads import of_job
 
 TAIL = 15
 """Lines of a log that are shown when its job fails."""

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 
 from moshi_ttt.apps.evaluate.reporting import PALETTE, versions
 from moshi_ttt.apps.evaluate.statistics import Interval
-from moshi_ttt.apps.output_folder import METRICS
 from moshi_ttt.apps.study.cost import Cost
 from moshi_ttt.apps.study.plan import FRAME_RATE, Scale
 from moshi_ttt.apps.study.results import BASE, ON, Group
+from moshi_ttt.system.output_folder import METRICS
 
 LORA = "LoRA"
 TITLES = {"test": "voices heard in training", "unseen": "voices never heard in training"}

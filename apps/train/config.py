@@ -155,7 +155,7 @@ class RunConfig(FrozenConfig):
         shard_size: ranks that share one copy of the model; all when left out, fewer replicate it (HSDP).
         device: what to compute on; CUDA where there is one when left out.
         deterministic: take deterministic algorithms alone: on CUDA a run then repeats and resumes bit for bit, slower.
-        threads: processor threads of each rank; when left out, one for a small model (``apps/threads.py``).
+        threads: processor threads of each rank; when left out, one for a small model (``system/threads.py``).
         ckpt_freq: steps between checkpoints; 0 or less saves at the end alone.
         num_ckpt_keep: checkpoints to keep; null keeps all.
         save_adapters: export blocks and LoRA as they are; false merges LoRA into full weights.

@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moshi_ttt.apps.system import peak_memory
 from moshi_ttt.apps.train.config import RunConfig, WandbConfig
 from moshi_ttt.apps.train.trainer import Losses, Step
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.block import Site
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.health import BlockHealth
+from moshi_ttt.system.platforms import peak_memory
 
 METRICS = "metrics.jsonl"
 

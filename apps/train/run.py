@@ -13,8 +13,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moshi_ttt.apps import system, threads
-from moshi_ttt.apps.interruption import StopRequest
 from moshi_ttt.apps.train import export
 from moshi_ttt.apps.train.checkpoint import CheckpointWriter, load, num_bytes, read_state
 from moshi_ttt.apps.train.config import RunConfig
@@ -36,6 +34,8 @@ from moshi_ttt.core.injection import PlannedBlock
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.hosts.moshi.fit import require_trainable
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.system import platforms, threads
+from moshi_ttt.system.interruption import StopRequest
 
 NOT_COMPARED = {
     "run_dir", "overwrite_run_dir", "resume", "moshi_paths", "adapter", "wandb", "threads", "stop_grace_sec",
@@ -54,7 +54,7 @@ def run(settings: Settings, registry: Registry, console: Console, stop: StopRequ
     """
     export.check(settings)
     check_installed(settings.run)
-    system.check_workers(settings.run.data.num_workers)
+    platforms.check_workers(settings.run.data.num_workers)
     with ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest())
         stack.enter_context(deterministic(settings.run.deterministic, device_kind(settings.run.device)))

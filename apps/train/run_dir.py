@@ -16,8 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moshi_ttt.apps.folder_lock import LOCK, hold
-from moshi_ttt.apps.output_folder import LITTER
 from moshi_ttt.apps.train.checkpoint import NAME, STATE, find_checkpoints
 from moshi_ttt.apps.train.inner_losses import FOLDER as INNER_LOSSES
 from moshi_ttt.apps.train.logs import METRICS
@@ -26,6 +24,8 @@ from moshi_ttt.apps.train.runtime import Runtime
 from moshi_ttt.apps.train.settings import Settings, write_settings
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.errors import ConfigError, MoshiTTTError
+from moshi_ttt.system.folder_lock import LOCK, hold
+from moshi_ttt.system.output_folder import LITTER
 
 RUN = "run.json"
 ARGS = "args.yaml"

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moshi_ttt.apps.system import check_training
 from moshi_ttt.apps.train.ranks import Place, find_place
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.system.platforms import check_training
 
 ValueT = TypeVar("ValueT")
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moshi_ttt.apps.interruption import StopRequest, launched_by_torchrun
 from moshi_ttt.apps.train.runtime import Runtime
+from moshi_ttt.system.interruption import StopRequest, launched_by_torchrun
 
 SAFETY = 1.5
 """A step is finished only if the time left is so many times what finishing and saving took before."""

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from moshi_ttt.apps.interruption import handle, stop_signals
 from moshi_ttt.apps.train.data.corpus import Corpus, SegmentError
 from moshi_ttt.apps.train.data.manifest import DataError
 from moshi_ttt.apps.train.data.order import SegmentOrder, StreamOrder
+from moshi_ttt.system.interruption import handle, stop_signals
 
 TRIES = 20
 """Segments tried in place of one that cannot be read."""

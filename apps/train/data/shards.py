@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moshi_ttt.apps.output_folder import new_folder
 from moshi_ttt.apps.train.data.codec import SpeechCodec
 from moshi_ttt.apps.train.data.manifest import (
     SHARD_INDEX,
@@ -37,6 +36,7 @@ from moshi_ttt.apps.train.data.text import TranscriptError, read_words
 from moshi_ttt.apps.train.data.words import WordCounts, total_words
 from moshi_ttt.core.config import FrozenConfig, parse_model
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.system.output_folder import new_folder
 
 FORMAT_VERSION: Literal[1] = 1
 SHARD_SIZE = 256

@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from moshi_ttt.apps.folder_lock import LOCK
 from moshi_ttt.apps.train.checkpoint import find_checkpoints
+from moshi_ttt.system.folder_lock import LOCK
 
 LAUNCHER = Path(__file__).parent / "launcher.py"
 STOPPED = 75

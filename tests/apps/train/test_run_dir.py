@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from moshi_ttt.apps.folder_lock import LOCK
 from moshi_ttt.apps.train import run as running
 from moshi_ttt.apps.train.checkpoint import find_checkpoints
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.system.folder_lock import LOCK
 
 from .conftest import records
 
@@ -154,7 +154,7 @@ def test_a_run_keeps_its_id_and_says_how_it_ended(train, tmp_path, monkeypatch):
 HOLD = """
 import sys, time
 from pathlib import Path
-from moshi_ttt.apps.folder_lock import hold
+from moshi_ttt.system.folder_lock import hold
 with hold(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -210,7 +210,7 @@ def test_the_lock_is_held_while_a_run_goes_on_and_given_back(train, tmp_path, mo
 def test_workers_of_a_killed_run_do_not_hold_its_folder(train, encoded, tmp_path):
     # A forked worker lives a few seconds longer than the process that it worked for.
     script = (
-        "import os, sys, time\nfrom pathlib import Path\nfrom moshi_ttt.apps.folder_lock import hold\n"
+        "import os, sys, time\nfrom pathlib import Path\nfrom moshi_ttt.system.folder_lock import hold\n"
         "with hold(Path(sys.argv[1])):\n"
         "    if (child := os.fork()) == 0:\n        time.sleep(60)\n        os._exit(0)\n"
         "    print(child, flush=True)\n    os.kill(os.getpid(), 9)\n"

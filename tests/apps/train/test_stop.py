@@ -16,13 +16,13 @@ import torch
 from rich.console import Console
 
 from moshi_ttt import default_registry
-from moshi_ttt.apps import interruption
-from moshi_ttt.apps.interruption import AGAIN_SEC, Interrupted, Interruption, Requests
 from moshi_ttt.apps.train import run as running
 from moshi_ttt.apps.train import trainer as stepping
 from moshi_ttt.apps.train.checkpoint import CheckpointWriter, find_checkpoints
 from moshi_ttt.apps.train.stopping import Pace, launcher_warnings
 from moshi_ttt.apps.train.trainer import Trainer
+from moshi_ttt.system import interruption
+from moshi_ttt.system.interruption import AGAIN_SEC, Interrupted, Interruption, Requests
 
 from .conftest import LORA, TTT, adapter, records, same, values
 from .stops import HOW, STOPPED, WHEN, Runs, check, stop_once

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moshi_ttt.apps.output_folder import OutputError
 from moshi_ttt.apps.train.data.manifest import DataError
 from moshi_ttt.apps.train.data.shards import (
     check_codec,
@@ -18,6 +17,7 @@ from moshi_ttt.apps.train.data.shards import (
     rearrange_shards,
     write_shards,
 )
+from moshi_ttt.system.output_folder import OutputError
 
 from .conftest import FRAME, cut_off, write_audio, write_manifest
 

@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from moshi_ttt.apps.output_folder import remove_empty
 from moshi_ttt.core.errors import MoshiTTTError
+from moshi_ttt.system.output_folder import remove_empty
 
 LOCK = "run.lock"
 _TAKEN = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}

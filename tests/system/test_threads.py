@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 
-from moshi_ttt.apps import threads
 from moshi_ttt.apps.quickstart.setup import Request
 from moshi_ttt.apps.study.jobs import Job, run_jobs
 from moshi_ttt.apps.train.data.dataset import loader
 from moshi_ttt.hosts.moshi.loading import load_skeleton
+from moshi_ttt.system import threads
 
 LARGE, TINY = threads.SMALL, threads.SMALL - 1
 ALL = (*threads.WAITING, *threads.COUNTS, "OPENBLAS_NUM_THREADS")
@@ -124,7 +124,7 @@ def test_how_threads_wait_is_chosen_unless_the_user_did(given, made):
 
 PROGRAM = """
 import json, os, runpy, sys
-from moshi_ttt.apps import threads
+from moshi_ttt.system import threads
 seen, choose = {}, threads.choose
 class Watch:
     def find_spec(self, name, path=None, target=None):

@@ -15,12 +15,12 @@ import torch
 import yaml
 
 from moshi_ttt import default_registry
-from moshi_ttt.apps import system
 from moshi_ttt.apps.train.logs import memory_bytes, summary
 from moshi_ttt.apps.train.runtime import start
 from moshi_ttt.apps.train.settings import parse_settings, write_settings
 from moshi_ttt.core.errors import ConfigError
-from tests.project import ROOT
+from moshi_ttt.system import platforms
+from tests.project import ROOT, package_folders
 
 # ---- memory
 
@@ -33,7 +33,7 @@ def test_the_unit_of_memory_is_the_platforms(monkeypatch, platform, held):
     fake = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: usage)
     monkeypatch.setitem(sys.modules, "resource", fake)
     monkeypatch.setattr(sys, "platform", platform)
-    assert system.peak_memory() == held
+    assert platforms.peak_memory() == held
 
 
 def test_without_the_module_memory_is_unknown_and_left_out(monkeypatch):
@@ -51,12 +51,12 @@ def test_without_the_module_memory_is_unknown_and_left_out(monkeypatch):
 
 
 def test_data_workers_need_a_fork(monkeypatch):
-    system.check_workers(2)
+    platforms.check_workers(2)
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
     monkeypatch.setattr(sys, "platform", "win32")
-    system.check_workers(0)
+    platforms.check_workers(0)
     with pytest.raises(ConfigError, match=r"data.num_workers is 2.*Windows cannot do. Set it to 0"):
-        system.check_workers(2)
+        platforms.check_workers(2)
 
 
 def test_training_on_cuda_needs_nccl(monkeypatch):
@@ -111,8 +111,9 @@ def test_a_terminal_without_the_letters_shows_others():
 def test_every_text_file_is_opened_with_an_encoding():
     """Windows' own is not UTF-8."""
     careless = []
-    for folder in ("apps", "core", "hosts", "plugins", "scripts", "benchmarks", "examples", "src"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
+    others = [ROOT / name for name in ("scripts", "benchmarks", "examples")]
+    for folder in (*package_folders().values(), *others):
+        for path in sorted(folder.rglob("*.py")):
             for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(call, ast.Call) and _opens_text(call):
                     careless.append(f"{path.relative_to(ROOT)}:{call.lineno}")
@@ -139,7 +140,7 @@ def _opens_text(call: ast.Call) -> bool:
 
 
 def test_names_that_every_system_can_keep_apart_are_allowed():
-    system.check_file_names(["ttt", "in-place TTT, chunk 32", "TTT multi-layer (3)", "a.b", "ä", ".hidden"])
+    platforms.check_file_names(["ttt", "in-place TTT, chunk 32", "TTT multi-layer (3)", "a.b", "ä", ".hidden"])
 
 
 @pytest.mark.parametrize(
@@ -147,12 +148,12 @@ def test_names_that_every_system_can_keep_apart_are_allowed():
 )
 def test_names_that_some_system_refuses_are_refused(name):
     with pytest.raises(ConfigError, match="is to name a folder"):
-        system.check_file_names(["fine", name])
+        platforms.check_file_names(["fine", name])
 
 
 def test_names_that_are_one_on_some_system_are_refused(cli):
     with pytest.raises(ConfigError, match=r"'TTT' and 'ttt' are to name two folders"):
-        system.check_file_names(["TTT", "lora", "ttt"])
+        platforms.check_file_names(["TTT", "lora", "ttt"])
     options = ["--data", "d", "--out", "o", "-a", "a=x"]
     result = cli("evaluate", "inner-loop", "tiny-ttt-mlp", *options, "-a", "A=y")
     assert (result.exit_code, "one on Windows and macOS" in result.said) == (2, True)

@@ -10,7 +10,7 @@ import socket
 
 import pytest
 
-from moshi_ttt.apps.folder_lock import LOCK, FolderInUseError, hold
+from moshi_ttt.system.folder_lock import LOCK, FolderInUseError, hold
 
 
 def test_a_folder_is_made_and_removed_when_it_stays_empty(tmp_path):
