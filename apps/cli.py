@@ -168,7 +168,7 @@ def train(
 
 def _train(config: str, overrides: list[str], stop: StopRequest, *, plan: bool, ranks: int) -> Outcome | None:
     """Train; or show what would be, and nothing comes of it."""
-    from moshi_ttt.apps.train import settings as reading
+    from moshi_ttt.configs import settings as reading
     from moshi_ttt.core.registry import default_registry
 
     registry = default_registry()
@@ -196,7 +196,7 @@ def encode(
     Every run that reads recordings themselves encodes them anew in every epoch; shards hold the very same numbers.
     """
     from moshi_ttt.apps.train import encoding
-    from moshi_ttt.apps.train import settings as reading
+    from moshi_ttt.configs import settings as reading
     from moshi_ttt.core.registry import default_registry
 
     settings = reading.read_settings(config, overrides or [], default_registry())

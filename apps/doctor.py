@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from moshi_ttt.apps.config_files import read_config
+from moshi_ttt.configs.reading import read_config
 from moshi_ttt.core.adapter import find_adapter, load_adapter
 from moshi_ttt.core.block import Site
 from moshi_ttt.core.errors import ConfigError

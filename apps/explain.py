@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import nn
 
-from moshi_ttt.apps.config_files import read_config
+from moshi_ttt.configs.reading import read_config
 from moshi_ttt.core.config import HostConfig, TTTConfig
 from moshi_ttt.core.injection import Plan, make_plan
 from moshi_ttt.core.precision import DtypeRoles

@@ -24,7 +24,7 @@ from moshi_ttt.apps.train.encoding import encode
 from moshi_ttt.apps.train.logs import METRICS
 from moshi_ttt.apps.train.model import skeleton
 from moshi_ttt.apps.train.run import run
-from moshi_ttt.apps.train.settings import read_settings
+from moshi_ttt.configs.settings import read_settings
 from moshi_ttt.core.atomic import atomic_file
 
 CONFIG = "train-cpu"

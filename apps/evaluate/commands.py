@@ -303,8 +303,8 @@ def _prepare(
     from dataclasses import replace
     from typing import cast
 
-    from moshi_ttt.apps.config_files import read_speakers
     from moshi_ttt.apps.evaluate.documents import read_documents
+    from moshi_ttt.configs.reading import read_speakers
 
     if layout not in ("files", "librilight"):
         raise ConfigError(f"--layout {layout!r}: allowed are files and librilight.")
@@ -331,9 +331,9 @@ def _load(
     """
     import torch
 
-    from moshi_ttt.apps.config_files import read_config
     from moshi_ttt.apps.evaluate.subjects import load_subjects
     from moshi_ttt.apps.train.data.codec import SpeechCodec
+    from moshi_ttt.configs.reading import read_config
     from moshi_ttt.core.registry import default_registry
     from moshi_ttt.hosts.moshi.fit import require_audio, require_unconditioned
     from moshi_ttt.hosts.moshi.host import MoshiHostConfig

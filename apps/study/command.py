@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from moshi_ttt.apps.config_files import read_config
 from moshi_ttt.apps.evaluate.subjects import Subject, load_subjects
 from moshi_ttt.apps.study import cost
 from moshi_ttt.apps.study.plan import Scale
@@ -15,6 +14,7 @@ from moshi_ttt.apps.study.plan import Subject as Trained
 from moshi_ttt.apps.study.report import Report
 from moshi_ttt.apps.study.results import read_group
 from moshi_ttt.apps.study.stages import GROUPS, Study
+from moshi_ttt.configs.reading import read_config
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.hosts.moshi.host import MoshiHostConfig

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import get_rank
 
 from moshi_ttt.apps.train.model import TrainedModel
-from moshi_ttt.apps.train.settings import Settings
+from moshi_ttt.configs.settings import Settings
 from moshi_ttt.core.adapter import collect_adapter
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.sharding import whole

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moshi_ttt.apps.train.config import RunConfig
+from moshi_ttt.configs.training import RunConfig
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.injection import Injection
 from moshi_ttt.core.inner_losses import SiteCurves, Sums, measured, numbers, plot_site

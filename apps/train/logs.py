@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moshi_ttt.apps.train.config import RunConfig, WandbConfig
 from moshi_ttt.apps.train.trainer import Losses, Step
+from moshi_ttt.configs.training import RunConfig, WandbConfig
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.block import Site
 from moshi_ttt.core.errors import ConfigError

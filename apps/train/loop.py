@@ -19,9 +19,9 @@ from moshi_ttt.apps.train.evaluation import evaluation_batches
 from moshi_ttt.apps.train.inner_losses import InnerLosses
 from moshi_ttt.apps.train.logs import RunLog, health_record, loss_record, memory_bytes, step_record
 from moshi_ttt.apps.train.runtime import Runtime
-from moshi_ttt.apps.train.settings import Settings
 from moshi_ttt.apps.train.stopping import SafePoints, StepGivenUpError
 from moshi_ttt.apps.train.trainer import Losses, Step, Trainer, TrainingError, some_of
+from moshi_ttt.configs.settings import Settings
 from moshi_ttt.core.block import Site
 from moshi_ttt.core.health import BlockHealth, HealthMonitor
 

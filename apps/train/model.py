@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from moshi_ttt.apps.train.settings import Settings
+from moshi_ttt.configs.settings import Settings
 from moshi_ttt.core.adapter import fill_from_adapter, find_adapter, read_manifest
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.injection import Injection, make_plan

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
-from moshi_ttt.apps.train.config import OptimConfig
 from moshi_ttt.apps.train.model import Group, TrainedModel
+from moshi_ttt.configs.training import OptimConfig
 
 BETAS = (0.9, 0.95)
 

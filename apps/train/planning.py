@@ -19,7 +19,7 @@ from moshi_ttt.apps.train import export
 from moshi_ttt.apps.train.activations import step_bytes
 from moshi_ttt.apps.train.model import TrainedModel, skeleton
 from moshi_ttt.apps.train.optimisation import rates, reach, too_low
-from moshi_ttt.apps.train.settings import Settings
+from moshi_ttt.configs.settings import Settings
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.core.units import human_bytes

@@ -15,7 +15,6 @@ from rich.table import Table
 
 from moshi_ttt.apps.train import export
 from moshi_ttt.apps.train.checkpoint import CheckpointWriter, load, num_bytes, read_state
-from moshi_ttt.apps.train.config import RunConfig
 from moshi_ttt.apps.train.data.codec import SpeechCodec
 from moshi_ttt.apps.train.data.corpus import Corpus, open_corpus
 from moshi_ttt.apps.train.data.dataset import TrainingData, loader
@@ -26,9 +25,10 @@ from moshi_ttt.apps.train.model import build, continued_lora
 from moshi_ttt.apps.train.planning import group_plans, groups_table, low_rates
 from moshi_ttt.apps.train.run_dir import RunDir, hold_run_dir
 from moshi_ttt.apps.train.runtime import Runtime, device_kind, start
-from moshi_ttt.apps.train.settings import Settings
 from moshi_ttt.apps.train.stopping import Pace, SafePoints, launcher_warnings
 from moshi_ttt.apps.train.trainer import Trainer, TrainingError
+from moshi_ttt.configs.settings import Settings
+from moshi_ttt.configs.training import RunConfig
 from moshi_ttt.core.adapter import find_adapter, major_version
 from moshi_ttt.core.injection import PlannedBlock
 from moshi_ttt.core.registry import Registry

@@ -21,7 +21,7 @@ from moshi_ttt.apps.train.inner_losses import FOLDER as INNER_LOSSES
 from moshi_ttt.apps.train.logs import METRICS
 from moshi_ttt.apps.train.loop import Outcome
 from moshi_ttt.apps.train.runtime import Runtime
-from moshi_ttt.apps.train.settings import Settings, write_settings
+from moshi_ttt.configs.settings import Settings, write_settings
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.errors import ConfigError, MoshiTTTError
 from moshi_ttt.system.folder_lock import LOCK, hold

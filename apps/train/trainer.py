@@ -18,13 +18,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
-from moshi_ttt.apps.train.config import RunConfig
 from moshi_ttt.apps.train.data.dataset import Batch
 from moshi_ttt.apps.train.losses import LossWeights, count, loss_sums
 from moshi_ttt.apps.train.model import TrainedModel
 from moshi_ttt.apps.train.optimisation import advance, current_rates, make_optimizer, make_schedule, prepare_state
 from moshi_ttt.apps.train.runtime import Runtime
 from moshi_ttt.apps.train.stopping import SafePoints, StepGivenUpError
+from moshi_ttt.configs.training import RunConfig
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.core.host import CarriedState
 from moshi_ttt.core.sharding import local, whole

@@ -19,8 +19,8 @@ from torch import nn
 from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.apps.train.model import skeleton
 from moshi_ttt.apps.train.runtime import start
-from moshi_ttt.apps.train.settings import parse_settings
 from moshi_ttt.apps.train.trainer import Trainer
+from moshi_ttt.configs.settings import parse_settings
 from moshi_ttt.core.block import BlockContext
 from moshi_ttt.core.sharding import local
 from moshi_ttt.hosts.moshi import lora

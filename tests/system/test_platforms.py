@@ -17,7 +17,7 @@ import yaml
 from moshi_ttt import default_registry
 from moshi_ttt.apps.train.logs import memory_bytes, summary
 from moshi_ttt.apps.train.runtime import start
-from moshi_ttt.apps.train.settings import parse_settings, write_settings
+from moshi_ttt.configs.settings import parse_settings, write_settings
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.system import platforms
 from tests.project import ROOT, package_folders

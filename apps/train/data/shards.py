@@ -31,9 +31,9 @@ from moshi_ttt.apps.train.data.manifest import (
     parse_sources,
     read_manifest,
 )
-from moshi_ttt.apps.train.data.speakers import MAIN_SPEAKER, Side
 from moshi_ttt.apps.train.data.text import TranscriptError, read_words
 from moshi_ttt.apps.train.data.words import WordCounts, total_words
+from moshi_ttt.configs.speakers import MAIN_SPEAKER, Side
 from moshi_ttt.core.config import FrozenConfig, parse_model
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.system.output_folder import new_folder

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moshi_ttt.apps.train.data.speakers import MAIN_SPEAKER
+from moshi_ttt.configs.speakers import MAIN_SPEAKER
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.core.text_files import read_text
 

@@ -18,7 +18,7 @@ from moshi_ttt.apps.study.command import make
 from moshi_ttt.apps.study.jobs import StudyError
 from moshi_ttt.apps.study.stages import Study
 from moshi_ttt.apps.train.model import skeleton
-from moshi_ttt.apps.train.settings import read_settings
+from moshi_ttt.configs.settings import read_settings
 from moshi_ttt.hosts.moshi.tiny import speech_files
 from moshi_ttt.system.output_folder import OutputError
 from tests.apps.train.data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript

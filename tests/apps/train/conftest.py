@@ -18,7 +18,7 @@ from moshi_ttt.apps.audio import read_audio
 from moshi_ttt.apps.train.data.codec import SpeechCodec
 from moshi_ttt.apps.train.data.shards import write_shards
 from moshi_ttt.apps.train.run import Outcome, run
-from moshi_ttt.apps.train.settings import Settings, parse_settings
+from moshi_ttt.configs.settings import Settings, parse_settings
 from moshi_ttt.hosts.moshi.loading import load_skeleton, resolve_repo
 from moshi_ttt.hosts.moshi.tiny import speech_files
 

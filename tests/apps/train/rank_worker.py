@@ -15,7 +15,7 @@ from rich.console import Console
 
 from moshi_ttt import default_registry
 from moshi_ttt.apps.train.run import run
-from moshi_ttt.apps.train.settings import parse_settings
+from moshi_ttt.configs.settings import parse_settings
 
 
 def main(configs: list[str]) -> None:

@@ -12,7 +12,7 @@ from moshi_ttt import default_registry
 from moshi_ttt.apps.train.activations import step_bytes
 from moshi_ttt.apps.train.losses import LossWeights, loss_sums
 from moshi_ttt.apps.train.model import skeleton
-from moshi_ttt.apps.train.settings import parse_settings
+from moshi_ttt.configs.settings import parse_settings
 from moshi_ttt.core.device_log import DeviceLog
 from moshi_ttt.core.host import CarriedState
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST

@@ -13,7 +13,7 @@ from rich.console import Console
 from moshi_ttt import default_registry
 from moshi_ttt.apps.train.checkpoint import CheckpointError, find_checkpoints
 from moshi_ttt.apps.train.run import Outcome, run
-from moshi_ttt.apps.train.settings import parse_settings
+from moshi_ttt.configs.settings import parse_settings
 from moshi_ttt.core.registrar import Entry, Provenance
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from moshi_ttt import default_registry
 from moshi_ttt.apps.train import run as running
-from moshi_ttt.apps.train.settings import parse_settings
+from moshi_ttt.configs.settings import parse_settings
 from moshi_ttt.core.errors import ConfigError
 
 from .conftest import FRAMES, LORA, adapter, records, same, values

@@ -24,7 +24,7 @@ from moshi_ttt.apps.train import planning
 from moshi_ttt.apps.train.model import TrainedModel, build, skeleton
 from moshi_ttt.apps.train.planning import TrainingPlan
 from moshi_ttt.apps.train.runtime import start
-from moshi_ttt.apps.train.settings import Settings, parse_settings
+from moshi_ttt.configs.settings import Settings, parse_settings
 from moshi_ttt.core import state as states
 from moshi_ttt.core.errors import ConfigError, HostError
 from moshi_ttt.hosts.moshi.fsdp import shard

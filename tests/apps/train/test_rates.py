@@ -10,8 +10,8 @@ from rich.console import Console
 from moshi_ttt import default_registry
 from moshi_ttt.apps.train import planning
 from moshi_ttt.apps.train import run as running
-from moshi_ttt.apps.train.config import OptimConfig
 from moshi_ttt.apps.train.optimisation import rates, reach, too_low
+from moshi_ttt.configs.training import OptimConfig
 
 from .conftest import LORA, records
 

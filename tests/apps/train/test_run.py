@@ -18,9 +18,9 @@ from moshi_ttt import default_registry, load_adapter
 from moshi_ttt.apps.train import model as module
 from moshi_ttt.apps.train import run as running
 from moshi_ttt.apps.train.checkpoint import find_checkpoints
-from moshi_ttt.apps.train.config import RunConfig
-from moshi_ttt.apps.train.settings import parse_settings
 from moshi_ttt.apps.train.trainer import TrainingError
+from moshi_ttt.configs.settings import parse_settings
+from moshi_ttt.configs.training import RunConfig
 from moshi_ttt.core.errors import ConfigError, HostError, InjectionError
 from moshi_ttt.core.health import HealthMonitor
 from moshi_ttt.core.injection import Injection

@@ -29,7 +29,7 @@ def tuned(encoded, tmp_path_factory):
     from rich.console import Console
 
     from moshi_ttt.apps.train.run import run
-    from moshi_ttt.apps.train.settings import parse_settings
+    from moshi_ttt.configs.settings import parse_settings
 
     def make(lora):
         folder = tmp_path_factory.mktemp("tuned") / "run"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moshi_ttt.apps.config_paths import find_config
-from moshi_ttt.apps.options import SECTIONS
-from moshi_ttt.apps.train.config import DataConfig
-from moshi_ttt.apps.train.data.speakers import Side
-from moshi_ttt.apps.train.settings import parse_settings
+from moshi_ttt.configs.paths import find_config
+from moshi_ttt.configs.sections import SECTIONS
+from moshi_ttt.configs.settings import parse_settings
+from moshi_ttt.configs.speakers import Side
+from moshi_ttt.configs.training import DataConfig
 from moshi_ttt.core.config import TTTConfig, parse_model
 from moshi_ttt.core.config_parsing import parse_config, read_mapping
 from moshi_ttt.core.registry import Registry, default_registry

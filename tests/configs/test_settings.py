@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from moshi_ttt import default_registry
-from moshi_ttt.apps.train.settings import parse_settings, read_settings, write_settings
+from moshi_ttt.configs.settings import parse_settings, read_settings, write_settings
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.tiny import BUNDLE

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from moshi_ttt.apps.config_paths import find_config
-from moshi_ttt.apps.train.config import DEFAULT_REPO, IGNORED, MoshiPaths, RunConfig
+from moshi_ttt.configs.paths import find_config
+from moshi_ttt.configs.training import DEFAULT_REPO, IGNORED, MoshiPaths, RunConfig
 from moshi_ttt.core.adapter import adapter_entries, find_adapter
 from moshi_ttt.core.config import TTTConfig, parse_model
 from moshi_ttt.core.config_parsing import parse_config, read_mapping

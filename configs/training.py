@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from moshi_ttt.apps.train.data.speakers import MAIN_SPEAKER, SIDES, Side
+from moshi_ttt.configs.speakers import MAIN_SPEAKER, SIDES, Side
 from moshi_ttt.core.config import FrozenConfig, Seed
 from moshi_ttt.core.paths import user_path
 
