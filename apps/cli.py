@@ -195,9 +195,9 @@ def encode(
 
     Every run that reads recordings themselves encodes them anew in every epoch; shards hold the very same numbers.
     """
-    from moshi_ttt.apps.train import encoding
     from moshi_ttt.configs import settings as reading
     from moshi_ttt.core.registry import default_registry
+    from moshi_ttt.data import encoding
 
     settings = reading.read_settings(config, overrides or [], default_registry())
     encoding.encode(settings, out, _console(), held_out=held_out)

@@ -24,11 +24,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from moshi_ttt import default_registry, make_plan
-from moshi_ttt.apps.train.data.dataset import Batch
 from moshi_ttt.apps.train.model import TrainedModel, choose_trained
 from moshi_ttt.apps.train.runtime import Runtime, start
 from moshi_ttt.apps.train.trainer import Trainer
 from moshi_ttt.configs.settings import parse_settings
+from moshi_ttt.data.dataset import Batch
 from moshi_ttt.hosts.moshi.depformer import make_steps_contiguous
 from moshi_ttt.hosts.moshi.fsdp import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST

@@ -61,7 +61,7 @@ def test_files_that_documents_name_exist(document):
         assert (document.parent / target).exists(), f"{document.name} links to {target}"
     base = next((folder for folder in document.parents if (folder / "pyproject.toml").is_file()), ROOT)
     for path in re.findall(
-        r"`((?:core|plugins|hosts|system|apps|tests|docs|configs|examples|benchmarks|scripts)/[\w./]+\.\w+)`", text
+        r"`((?:core|plugins|hosts|system|data|apps|tests|docs|configs|examples|benchmarks|scripts)/[\w./]+\.\w+)`", text
     ):
         assert (base / path).exists(), f"{document.name} names {path}"
 

@@ -68,6 +68,9 @@ def test_import_contracts_hold(tree):
         ("apps/cli.py", "from moshi_ttt.plugins.ttt_linear.block import X", "plugins are reached only through"),
         ("configs/reading.py", "from moshi_ttt.apps import cli", "packages import only those below them"),
         ("configs/reading.py", "from moshi_ttt.plugins.ttt_linear.block import X", "plugins are reached only through"),
+        ("configs/reading.py", "from moshi_ttt.data import codec", "packages import only those below them"),
+        ("data/codec.py", "from moshi_ttt.apps import cli", "packages import only those below them"),
+        ("data/codec.py", "from moshi_ttt.plugins.ttt_mlp.block import X", "plugins are reached only through"),
         ("system/threads.py", "from moshi_ttt.apps import cli", "packages import only those below them"),
         ("system/threads.py", "import moshi_ttt.hosts.moshi.host", "packages import only those below them"),
     ],
@@ -90,7 +93,7 @@ def test_contract_of_independence_names_every_plugin():
 # ---- a second copy of the registry
 
 
-@pytest.mark.parametrize("folder", ["core", "plugins", "hosts", "system", "configs", "apps"])
+@pytest.mark.parametrize("folder", ["core", "plugins", "hosts", "system", "configs", "data", "apps"])
 @pytest.mark.parametrize("statement", ["import {}", "import {}.x", "from {} import x", "from {}.x import y"])
 def test_import_of_a_root_folder_is_banned(folder, statement):
     command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "TID251"]

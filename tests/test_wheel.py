@@ -22,7 +22,7 @@ print(json.dumps({
     "folder": moshi_ttt.__file__,
     "plugins": {r.provenance.plugin: [r.status, r.reason, r.provenance.distribution] for r in registry.plugins()},
     "names": sorted(f"{e.kind} {e.name}" for e in registry.entries()),
-    "root_folders": sorted(sys.modules.keys() & {"core", "plugins", "hosts", "system", "configs", "apps"}),
+    "root_folders": sorted(sys.modules.keys() & {"core", "plugins", "hosts", "system", "configs", "data", "apps"}),
 }))
 """
 

@@ -18,7 +18,7 @@ from moshi_ttt.system.threads import computing, largest
 if TYPE_CHECKING:
     from moshi_ttt.apps.evaluate.documents import Document, Layout
     from moshi_ttt.apps.evaluate.subjects import Condition, Subject
-    from moshi_ttt.apps.train.data.codec import SpeechCodec
+    from moshi_ttt.data.codec import SpeechCodec
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -332,9 +332,9 @@ def _load(
     import torch
 
     from moshi_ttt.apps.evaluate.subjects import load_subjects
-    from moshi_ttt.apps.train.data.codec import SpeechCodec
     from moshi_ttt.configs.reading import read_config
     from moshi_ttt.core.registry import default_registry
+    from moshi_ttt.data.codec import SpeechCodec
     from moshi_ttt.hosts.moshi.fit import require_audio, require_unconditioned
     from moshi_ttt.hosts.moshi.host import MoshiHostConfig
 

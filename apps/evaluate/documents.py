@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moshi_ttt.apps.train.data.codec import SpeechCodec
-from moshi_ttt.apps.train.data.corpus import open_corpus
-from moshi_ttt.apps.train.data.manifest import APPLE_DOUBLE, DataError, SourceSpec, Transcripts, read_header
 from moshi_ttt.core.paths import user_path
+from moshi_ttt.data.codec import SpeechCodec
+from moshi_ttt.data.corpus import open_corpus
+from moshi_ttt.data.manifest import APPLE_DOUBLE, DataError, SourceSpec, Transcripts, read_header
 
 SUFFIXES = (".flac", ".mp3", ".ogg", ".wav")
 SEGMENT_FRAMES = 250

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moshi_ttt.apps.train.data.shards import rearrange_shards
+from moshi_ttt.data.shards import rearrange_shards
 
 MADE_BY = "moshi-ttt study"
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from moshi_ttt.apps.train.data.corpus import Corpus, SegmentError
-from moshi_ttt.apps.train.data.dataset import Batch
+from moshi_ttt.data.corpus import Corpus, SegmentError
+from moshi_ttt.data.dataset import Batch
 
 
 def evaluation_batches(corpus: Corpus, *, batch_size: int, rank: int, world_size: int) -> Iterator[Iterator[Batch]]:

@@ -13,8 +13,6 @@ import torch
 
 from moshi_ttt.apps.train import export
 from moshi_ttt.apps.train.checkpoint import CheckpointWriter
-from moshi_ttt.apps.train.data.corpus import Corpus
-from moshi_ttt.apps.train.data.dataset import Batch
 from moshi_ttt.apps.train.evaluation import evaluation_batches
 from moshi_ttt.apps.train.inner_losses import InnerLosses
 from moshi_ttt.apps.train.logs import RunLog, health_record, loss_record, memory_bytes, step_record
@@ -24,6 +22,8 @@ from moshi_ttt.apps.train.trainer import Losses, Step, Trainer, TrainingError, s
 from moshi_ttt.configs.settings import Settings
 from moshi_ttt.core.block import Site
 from moshi_ttt.core.health import BlockHealth, HealthMonitor
+from moshi_ttt.data.corpus import Corpus
+from moshi_ttt.data.dataset import Batch
 
 CHECKED_STEPS = 2
 """Steps by which every trained parameter should have had a gradient."""

@@ -15,9 +15,6 @@ from rich.table import Table
 
 from moshi_ttt.apps.train import export
 from moshi_ttt.apps.train.checkpoint import CheckpointWriter, load, num_bytes, read_state
-from moshi_ttt.apps.train.data.codec import SpeechCodec
-from moshi_ttt.apps.train.data.corpus import Corpus, open_corpus
-from moshi_ttt.apps.train.data.dataset import TrainingData, loader
 from moshi_ttt.apps.train.determinism import deterministic
 from moshi_ttt.apps.train.logs import METRICS, RunLog, check_installed
 from moshi_ttt.apps.train.loop import Loop, Outcome
@@ -32,6 +29,9 @@ from moshi_ttt.configs.training import RunConfig
 from moshi_ttt.core.adapter import find_adapter, major_version
 from moshi_ttt.core.injection import PlannedBlock
 from moshi_ttt.core.registry import Registry
+from moshi_ttt.data.codec import SpeechCodec
+from moshi_ttt.data.corpus import Corpus, open_corpus
+from moshi_ttt.data.dataset import TrainingData, loader
 from moshi_ttt.hosts.moshi.fit import require_trainable
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.system import platforms, threads

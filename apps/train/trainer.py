@@ -18,7 +18,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
-from moshi_ttt.apps.train.data.dataset import Batch
 from moshi_ttt.apps.train.losses import LossWeights, count, loss_sums
 from moshi_ttt.apps.train.model import TrainedModel
 from moshi_ttt.apps.train.optimisation import advance, current_rates, make_optimizer, make_schedule, prepare_state
@@ -28,6 +27,7 @@ from moshi_ttt.configs.training import RunConfig
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.core.host import CarriedState
 from moshi_ttt.core.sharding import local, whole
+from moshi_ttt.data.dataset import Batch
 
 
 class TrainingError(MoshiTTTError, RuntimeError):

@@ -14,7 +14,7 @@ import yaml
 
 from moshi_ttt.apps.quickstart.setup import Request
 from moshi_ttt.apps.study.jobs import Job, run_jobs
-from moshi_ttt.apps.train.data.dataset import loader
+from moshi_ttt.data.dataset import loader
 from moshi_ttt.hosts.moshi.loading import load_skeleton
 from moshi_ttt.system import threads
 

@@ -13,13 +13,13 @@ import torch
 import yaml
 
 from moshi_ttt import default_registry, inject, parse_config, save_adapter
-from moshi_ttt.apps.audio import read_audio
 from moshi_ttt.apps.evaluate.documents import read_documents
-from moshi_ttt.apps.train.data.codec import SpeechCodec
 from moshi_ttt.configs.reading import read_speakers
+from moshi_ttt.data.audio import read_audio
+from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.hosts.moshi.loading import load_skeleton, resolve_repo
 from moshi_ttt.hosts.moshi.tiny import speech_files
-from tests.apps.train.data.conftest import write_audio, write_manifest, write_transcript
+from tests.data.conftest import write_audio, write_manifest, write_transcript
 
 
 @pytest.fixture(scope="module")

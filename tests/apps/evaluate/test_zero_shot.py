@@ -14,7 +14,6 @@ import torch
 from torch.nn import functional as F
 
 from moshi_ttt import default_registry, inject, parse_config
-from moshi_ttt.apps.audio import read_audio
 from moshi_ttt.apps.evaluate.pairs import DATASETS, Pair, PairsError, PairSet, read_pairs
 from moshi_ttt.apps.evaluate.zero_shot import (
     Score,
@@ -27,12 +26,13 @@ from moshi_ttt.apps.evaluate.zero_shot import (
     score,
     score_codes,
 )
-from moshi_ttt.apps.train.data.codec import SpeechCodec
-from moshi_ttt.apps.train.data.manifest import DataError
+from moshi_ttt.data.audio import read_audio
+from moshi_ttt.data.codec import SpeechCodec
+from moshi_ttt.data.manifest import DataError
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import load_skeleton, resolve_repo
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm, speech_files
-from tests.apps.train.data.conftest import FRAME, RATE, write_audio
+from tests.data.conftest import FRAME, RATE, write_audio
 
 ENTRY = {"variant": "ttt_linear", "layers": "1,3", "chunk": 2}
 

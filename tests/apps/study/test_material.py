@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moshi_ttt.apps.study.material import heard_twice, shuffled_twice
-from moshi_ttt.apps.train.data.manifest import DataError
-from moshi_ttt.apps.train.data.shards import read_index, read_tokens
+from moshi_ttt.data.manifest import DataError
+from moshi_ttt.data.shards import read_index, read_tokens
 
 LENGTH = 50
 

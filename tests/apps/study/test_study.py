@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from moshi_ttt import default_registry
-from moshi_ttt.apps.audio import read_audio
 from moshi_ttt.apps.study import plan
 from moshi_ttt.apps.study.command import make
 from moshi_ttt.apps.study.jobs import StudyError
 from moshi_ttt.apps.study.stages import Study
 from moshi_ttt.apps.train.model import skeleton
 from moshi_ttt.configs.settings import read_settings
+from moshi_ttt.data.audio import read_audio
 from moshi_ttt.hosts.moshi.tiny import speech_files
 from moshi_ttt.system.output_folder import OutputError
-from tests.apps.train.data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript
+from tests.data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript
 
 FRAMES = {"train": 130, "valid": 60, "test": 110}
 SUBJECTS = tuple(subject for subject in plan.SUBJECTS if subject.name in ("LoRA", "in-place TTT"))

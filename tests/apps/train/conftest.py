@@ -14,15 +14,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from moshi_ttt import default_registry
-from moshi_ttt.apps.audio import read_audio
-from moshi_ttt.apps.train.data.codec import SpeechCodec
-from moshi_ttt.apps.train.data.shards import write_shards
 from moshi_ttt.apps.train.run import Outcome, run
 from moshi_ttt.configs.settings import Settings, parse_settings
+from moshi_ttt.data.audio import read_audio
+from moshi_ttt.data.codec import SpeechCodec
+from moshi_ttt.data.shards import write_shards
 from moshi_ttt.hosts.moshi.loading import load_skeleton, resolve_repo
 from moshi_ttt.hosts.moshi.tiny import speech_files
-
-from .data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript
+from tests.data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript
 
 FRAMES = 12
 LENGTHS = (62, 20, 33)

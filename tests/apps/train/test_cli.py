@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript
+
 from .conftest import FRAMES, records, values
-from .data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript
 
 
 @pytest.fixture

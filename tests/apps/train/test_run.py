@@ -67,10 +67,10 @@ def test_the_first_loss_is_that_of_the_model_and_the_data(train, settings, tmp_p
     setup = settings()
     model = base_model()
     from moshi_ttt import inject
-    from moshi_ttt.apps.train.data.codec import SpeechCodec
-    from moshi_ttt.apps.train.data.corpus import open_corpus
-    from moshi_ttt.apps.train.data.dataset import TrainingData
     from moshi_ttt.apps.train.losses import LossWeights, count, loss_sums
+    from moshi_ttt.data.codec import SpeechCodec
+    from moshi_ttt.data.corpus import open_corpus
+    from moshi_ttt.data.dataset import TrainingData
 
     bundle = resolve_repo("builtin:tiny")
     codec = SpeechCodec.of(model, bundle.load_mimi(), bundle.tokenizer())

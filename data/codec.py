@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moshi_ttt.apps.audio import resample
-from moshi_ttt.apps.audio_files import AudioError, read_samples
-from moshi_ttt.apps.train.data.manifest import DURATION_SECONDS, DataError, read_header
-from moshi_ttt.apps.train.data.text import Word, text_stream
 from moshi_ttt.configs.speakers import MAIN_SPEAKER, Side
+from moshi_ttt.data.audio import resample
+from moshi_ttt.data.audio_files import AudioError, read_samples
+from moshi_ttt.data.manifest import DURATION_SECONDS, DataError, read_header
+from moshi_ttt.data.text import Word, text_stream
 from moshi_ttt.hosts.moshi.fit import require_fit
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 

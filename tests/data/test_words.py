@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moshi_ttt.apps.train.data.corpus import open_corpus
-from moshi_ttt.apps.train.data.manifest import DataError
-from moshi_ttt.apps.train.data.shards import read_index, write_shards
-from moshi_ttt.apps.train.data.text import Transcript, Word, text_stream
-from moshi_ttt.apps.train.data.words import WordCounts, count_words, total_words
+from moshi_ttt.data.corpus import open_corpus
+from moshi_ttt.data.manifest import DataError
+from moshi_ttt.data.shards import read_index, write_shards
+from moshi_ttt.data.text import Transcript, Word, text_stream
+from moshi_ttt.data.words import WordCounts, count_words, total_words
 
 from .conftest import FRAME, RATE, write_audio, write_manifest
 from .test_text import END, PADDING, Letters, random_words

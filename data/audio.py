@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moshi_ttt.apps.audio_files import AudioError, read_header, read_samples
+from moshi_ttt.data.audio_files import AudioError, read_header, read_samples
 
 MIN_FRAMES = 2
 """A model of sequences needs something to predict and something to predict it from."""

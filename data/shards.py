@@ -18,8 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moshi_ttt.apps.train.data.codec import SpeechCodec
-from moshi_ttt.apps.train.data.manifest import (
+from moshi_ttt.configs.speakers import MAIN_SPEAKER, Side
+from moshi_ttt.core.config import FrozenConfig, parse_model
+from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.data.codec import SpeechCodec
+from moshi_ttt.data.manifest import (
     SHARD_INDEX,
     DataError,
     Entry,
@@ -31,11 +34,8 @@ from moshi_ttt.apps.train.data.manifest import (
     parse_sources,
     read_manifest,
 )
-from moshi_ttt.apps.train.data.text import TranscriptError, read_words
-from moshi_ttt.apps.train.data.words import WordCounts, total_words
-from moshi_ttt.configs.speakers import MAIN_SPEAKER, Side
-from moshi_ttt.core.config import FrozenConfig, parse_model
-from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.data.text import TranscriptError, read_words
+from moshi_ttt.data.words import WordCounts, total_words
 from moshi_ttt.system.output_folder import new_folder
 
 FORMAT_VERSION: Literal[1] = 1

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import sphn
 
-from moshi_ttt.apps.audio_format import converted, refusal, wav_samples
-from moshi_ttt.apps.mp3 import read_mp3
 from moshi_ttt.core.errors import MoshiTTTError
+from moshi_ttt.data.audio_format import converted, refusal, wav_samples
+from moshi_ttt.data.mp3 import read_mp3
 
 FORMATS = "wav, ogg, flac or mp3"
 """What can be read."""

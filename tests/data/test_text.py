@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from moshi_ttt.apps.train.data.text import TranscriptError, Word, read_words, text_stream
+from moshi_ttt.data.text import TranscriptError, Word, read_words, text_stream
 
 from .conftest import write_transcript
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moshi_ttt.apps.train.data import dataset
-from moshi_ttt.apps.train.data.corpus import Corpus, Recording, SegmentError, Source, open_corpus
-from moshi_ttt.apps.train.data.dataset import TrainingData, loader
-from moshi_ttt.apps.train.data.manifest import DataError, Problem, SourceSpec
+from moshi_ttt.data import dataset
+from moshi_ttt.data.corpus import Corpus, Recording, SegmentError, Source, open_corpus
+from moshi_ttt.data.dataset import TrainingData, loader
+from moshi_ttt.data.manifest import DataError, Problem, SourceSpec
 
 from .conftest import cut_off
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moshi_ttt.apps.audio import read_audio
-from moshi_ttt.apps.audio_files import AudioError, read_header, read_samples
+from moshi_ttt.data.audio import read_audio
+from moshi_ttt.data.audio_files import AudioError, read_header, read_samples
 
 AUDIO = Path(__file__).parent / "audio"
 RATE = 24_000

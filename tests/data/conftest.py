@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from moshi_ttt.apps.audio import read_audio
-from moshi_ttt.apps.train.data.codec import SpeechCodec
+from moshi_ttt.data.audio import read_audio
+from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.hosts.moshi.loading import load_skeleton, resolve_repo
 from moshi_ttt.hosts.moshi.tiny import speech_files
 

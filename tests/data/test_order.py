@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from moshi_ttt.apps.train.data.order import SegmentOrder, StreamOrder
+from moshi_ttt.data.order import SegmentOrder, StreamOrder
 
 
 def taken(counts, weights, n, *, seed=0, shuffle=True):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sphn
 
-from moshi_ttt.apps.train.data.manifest import (
+from moshi_ttt.data.manifest import (
     DataError,
     Problem,
     check_share,
@@ -23,7 +23,7 @@ from moshi_ttt.apps.train.data.manifest import (
 
 from .conftest import RATE, write_audio, write_manifest, write_transcript
 
-CLICKS = Path(__file__).parents[2] / "audio"
+CLICKS = Path(__file__).parent / "audio"
 
 
 @pytest.fixture

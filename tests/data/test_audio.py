@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moshi_ttt.apps.audio import resample
+from moshi_ttt.data.audio import resample
 
 
 @pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 25_440, 44_100, 48_000])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moshi_ttt.apps.train.data.corpus import SegmentError, open_corpus
-from moshi_ttt.apps.train.data.manifest import DataError
-from moshi_ttt.apps.train.data.shards import write_shards
-from moshi_ttt.apps.train.data.text import read_words
+from moshi_ttt.data.corpus import SegmentError, open_corpus
+from moshi_ttt.data.manifest import DataError
+from moshi_ttt.data.shards import write_shards
+from moshi_ttt.data.text import read_words
 
 from .conftest import cut_off, write_manifest
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moshi_ttt.apps.train.data.manifest import DataError
-from moshi_ttt.apps.train.data.shards import (
+from moshi_ttt.data.manifest import DataError
+from moshi_ttt.data.shards import (
     check_codec,
     read_index,
     read_tokens,

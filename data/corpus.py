@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moshi_ttt.apps.train.data.codec import SpeechCodec
-from moshi_ttt.apps.train.data.manifest import (
+from moshi_ttt.data.codec import SpeechCodec
+from moshi_ttt.data.manifest import (
     SHARD_INDEX,
     DataError,
     Entry,
@@ -33,9 +33,9 @@ from moshi_ttt.apps.train.data.manifest import (
     parse_sources,
     read_manifest,
 )
-from moshi_ttt.apps.train.data.shards import EncodedRecording, ShardIndex, check_codec, read_index, read_tokens
-from moshi_ttt.apps.train.data.text import TranscriptError, read_words
-from moshi_ttt.apps.train.data.words import WordCounts, total_words
+from moshi_ttt.data.shards import EncodedRecording, ShardIndex, check_codec, read_index, read_tokens
+from moshi_ttt.data.text import TranscriptError, read_words
+from moshi_ttt.data.words import WordCounts, total_words
 
 CACHED_TEXTS = 64
 """Recordings of a source whose text stream is kept."""

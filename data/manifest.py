@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moshi_ttt.apps import audio_files
-from moshi_ttt.apps.audio_files import AudioError, Header
-from moshi_ttt.apps.train.data.text import TranscriptError, read_transcript
-from moshi_ttt.apps.train.data.words import WordCounts, count_words, total_words
 from moshi_ttt.configs.speakers import MAIN_SPEAKER
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.core.text_files import read_text
+from moshi_ttt.data import audio_files
+from moshi_ttt.data.audio_files import AudioError, Header
+from moshi_ttt.data.text import TranscriptError, read_transcript
+from moshi_ttt.data.words import WordCounts, count_words, total_words
 
 Transcripts = Literal["required", "optional", "none"]
 """Whether every recording must have a transcript, may have one, or is read without."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import Field
 
-from moshi_ttt.apps.train.data.text import Transcript, first_frame
 from moshi_ttt.core.config import FrozenConfig
+from moshi_ttt.data.text import Transcript, first_frame
 
 LISTED_LABELS = 4
 """Labels of other speakers that a message names, the most frequent ones."""
