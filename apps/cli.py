@@ -25,7 +25,7 @@ from moshi_ttt.system.threads import computing, prepare_environment
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moshi_ttt.apps.train.loop import Outcome
+    from moshi_ttt.training.loop import Outcome
 
 EXIT_FAILED = 1
 EXIT_ERROR = 2
@@ -174,11 +174,11 @@ def _train(config: str, overrides: list[str], stop: StopRequest, *, plan: bool, 
     registry = default_registry()
     settings = reading.read_settings(config, overrides, registry)
     if plan:
-        from moshi_ttt.apps.train import planning
+        from moshi_ttt.training import planning
 
         _console().print(planning.render(planning.plan(settings, registry, ranks=ranks, activations=True)))
         return None
-    from moshi_ttt.apps.train.run import run
+    from moshi_ttt.training.run import run
 
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own writing of checkpoints
     return run(settings, registry, _console(), stop)

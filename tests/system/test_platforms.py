@@ -15,11 +15,11 @@ import torch
 import yaml
 
 from moshi_ttt import default_registry
-from moshi_ttt.apps.train.logs import memory_bytes, summary
-from moshi_ttt.apps.train.runtime import start
 from moshi_ttt.configs.settings import parse_settings, write_settings
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.system import platforms
+from moshi_ttt.training.logs import memory_bytes, summary
+from moshi_ttt.training.runtime import start
 from tests.project import ROOT, package_folders
 
 # ---- memory
