@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from moshi_ttt.apps.arguments import PATH, Threads
-from moshi_ttt.apps.evaluate.commands import app as evaluate_app
+from moshi_ttt.apps.commands.evaluate import app as evaluate_app
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.system.interruption import EXIT_STOPPED, Interruption, StopRequest, handle, stop_signals
 from moshi_ttt.system.threads import computing, prepare_environment

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from moshi_ttt.apps.evaluate.subjects import Subject, load_subjects
 from moshi_ttt.apps.study import cost
 from moshi_ttt.apps.study.plan import Scale
 from moshi_ttt.apps.study.plan import Subject as Trained
@@ -17,6 +16,7 @@ from moshi_ttt.apps.study.stages import GROUPS, Study
 from moshi_ttt.configs.reading import read_config
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.registry import default_registry
+from moshi_ttt.evaluation.subjects import Subject, load_subjects
 from moshi_ttt.hosts.moshi.host import MoshiHostConfig
 from moshi_ttt.system.folder_lock import LOCK, hold
 from moshi_ttt.system.output_folder import LITTER, OutputError, check_free, new_folder

@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from moshi_ttt.apps.evaluate.subjects import Subject
+from moshi_ttt.evaluation.subjects import Subject
 
 ROUNDS, FRAMES = 20, 16
 

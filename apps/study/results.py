@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moshi_ttt.apps.evaluate.statistics import Interval, bootstrap, mean_of_recordings
 from moshi_ttt.apps.study.jobs import StudyError
+from moshi_ttt.evaluation.statistics import Interval, bootstrap, mean_of_recordings
 from moshi_ttt.system.output_folder import METRICS
 
 BASE, ON = "base", "updates on"

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from moshi_ttt import default_registry
-from moshi_ttt.apps.evaluate.subjects import load_subjects
 from moshi_ttt.core.errors import AdapterError, ConfigError, HostError
+from moshi_ttt.evaluation.subjects import load_subjects
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 from moshi_ttt.hosts.moshi.tiny import bundle_folder
 from moshi_ttt.training.checkpoint import find_checkpoints

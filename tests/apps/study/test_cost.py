@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moshi_ttt.apps.study.cost import measure
-from tests.apps.evaluate.conftest import subject_with
+from tests.evaluation.conftest import subject_with
 
 
 def test_cost_is_against_the_base_model_and_changes_nothing():

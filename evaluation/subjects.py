@@ -11,13 +11,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from moshi_ttt.apps.evaluate.adapters import HeldAdapter
-from moshi_ttt.apps.teacher_forcing import FrameLosses, segment_losses, stream_losses
 from moshi_ttt.core.adapter import find_adapter, read_manifest
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.host import CarriedState
 from moshi_ttt.core.injection import Injection
 from moshi_ttt.core.registry import Registry
+from moshi_ttt.evaluation.adapters import HeldAdapter
+from moshi_ttt.evaluation.teacher_forcing import FrameLosses, segment_losses, stream_losses
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 from moshi_ttt.hosts.moshi.layers import BlockSite
 

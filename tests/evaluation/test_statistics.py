@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moshi_ttt.apps.evaluate.statistics import (
+from moshi_ttt.evaluation.statistics import (
     Interval,
     bootstrap,
     mean_of_recordings,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moshi_ttt import inject, parse_config
-from moshi_ttt.apps.evaluate.subjects import Subject, listen
+from moshi_ttt.evaluation.subjects import Subject, listen
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from tests.plugins.test_convolution_cache import Convolved, Unscaled, registry_of
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from moshi_ttt import default_registry, inject, parse_config
-from moshi_ttt.apps.evaluate import long_context, zero_shot
-from moshi_ttt.apps.evaluate.subjects import CONDITIONS, Subject, listen, load_subjects
 from moshi_ttt.core.adapter import MANIFEST, TENSORS, load_adapter, save_adapter
 from moshi_ttt.core.errors import AdapterError, InjectionError
+from moshi_ttt.evaluation import long_context, zero_shot
+from moshi_ttt.evaluation.subjects import CONDITIONS, Subject, listen, load_subjects
 from moshi_ttt.hosts.moshi import lora
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHost, MoshiHostConfig
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from moshi_ttt import default_registry, inject, parse_config
-from moshi_ttt.apps.evaluate.documents import Document
-from moshi_ttt.apps.evaluate.subjects import Subject
+from moshi_ttt.evaluation.documents import Document
+from moshi_ttt.evaluation.subjects import Subject
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 
 CONTEXT = 8

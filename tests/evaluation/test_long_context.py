@@ -8,12 +8,12 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from moshi_ttt.apps.evaluate.documents import batches
-from moshi_ttt.apps.evaluate.long_context import Options, evaluate
-from moshi_ttt.apps.evaluate.reporting import look, write_long_context
-from moshi_ttt.apps.evaluate.subjects import CONDITIONS, listen
-from moshi_ttt.apps.teacher_forcing import stream_losses
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.evaluation.documents import batches
+from moshi_ttt.evaluation.long_context import Options, evaluate
+from moshi_ttt.evaluation.reporting import look, write_long_context
+from moshi_ttt.evaluation.subjects import CONDITIONS, listen
+from moshi_ttt.evaluation.teacher_forcing import stream_losses
 
 from .conftest import CONTEXT, document, subject_with
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moshi_ttt.apps.evaluate.documents import Document
-from moshi_ttt.apps.evaluate.pieces import Piece, Row, heard_own, lay_out
-from moshi_ttt.apps.evaluate.statistics import Interval, bootstrap
-from moshi_ttt.apps.evaluate.subjects import Condition, Subject, listen
-from moshi_ttt.apps.evaluate.volumes import AtVolume, refuse_volumes
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.evaluation.documents import Document
+from moshi_ttt.evaluation.pieces import Piece, Row, heard_own, lay_out
+from moshi_ttt.evaluation.statistics import Interval, bootstrap
+from moshi_ttt.evaluation.subjects import Condition, Subject, listen
+from moshi_ttt.evaluation.volumes import AtVolume, refuse_volumes
 
 HEARINGS = ("second", "third")
 PLACES = {"first": 0, "second": 1, "third": 3}

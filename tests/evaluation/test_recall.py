@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
-from moshi_ttt.apps.evaluate.pieces import heard_own, lay_out
-from moshi_ttt.apps.evaluate.recall import evaluate
-from moshi_ttt.apps.evaluate.reporting import write_recall
-from moshi_ttt.apps.evaluate.subjects import CONDITIONS, listen
-from moshi_ttt.apps.teacher_forcing import stream_losses
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.evaluation.pieces import heard_own, lay_out
+from moshi_ttt.evaluation.recall import evaluate
+from moshi_ttt.evaluation.reporting import write_recall
+from moshi_ttt.evaluation.subjects import CONDITIONS, listen
+from moshi_ttt.evaluation.teacher_forcing import stream_losses
 
 from .conftest import CONTEXT, document, subject_with
 

@@ -14,8 +14,11 @@ import torch
 from torch.nn import functional as F
 
 from moshi_ttt import default_registry, inject, parse_config
-from moshi_ttt.apps.evaluate.pairs import DATASETS, Pair, PairsError, PairSet, read_pairs
-from moshi_ttt.apps.evaluate.zero_shot import (
+from moshi_ttt.data.audio import read_audio
+from moshi_ttt.data.codec import SpeechCodec
+from moshi_ttt.data.manifest import DataError
+from moshi_ttt.evaluation.pairs import DATASETS, Pair, PairsError, PairSet, read_pairs
+from moshi_ttt.evaluation.zero_shot import (
     Score,
     ScoringError,
     Variant,
@@ -26,9 +29,6 @@ from moshi_ttt.apps.evaluate.zero_shot import (
     score,
     score_codes,
 )
-from moshi_ttt.data.audio import read_audio
-from moshi_ttt.data.codec import SpeechCodec
-from moshi_ttt.data.manifest import DataError
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import load_skeleton, resolve_repo
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm, speech_files

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from moshi_ttt import default_registry, inject, parse_config
-from moshi_ttt.apps.teacher_forcing import delayed, segment_losses, stream_losses
 from moshi_ttt.core.errors import ContextError
+from moshi_ttt.evaluation.teacher_forcing import delayed, segment_losses, stream_losses
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 from moshi_ttt.training.losses import LossWeights, count, loss_sums

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moshi_ttt.apps.evaluate.documents import Document, batches
-from moshi_ttt.apps.evaluate.statistics import (
+from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.evaluation.documents import Document, batches
+from moshi_ttt.evaluation.statistics import (
     Interval,
     bootstrap,
     mean_of_recordings,
     slope_per_window,
     window_means,
 )
-from moshi_ttt.apps.evaluate.subjects import Condition, Subject, listen, refuse_uneven
-from moshi_ttt.apps.teacher_forcing import FrameLosses
-from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.evaluation.subjects import Condition, Subject, listen, refuse_uneven
+from moshi_ttt.evaluation.teacher_forcing import FrameLosses
 
 STREAMS = ("audio", "text")
 

@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-from moshi_ttt.apps.evaluate.recall import evaluate
-from moshi_ttt.apps.evaluate.reporting import write_recall
-from moshi_ttt.apps.evaluate.subjects import listen
-from moshi_ttt.apps.evaluate.volumes import read_volumes
 from moshi_ttt.core.errors import ConfigError, ContextError
+from moshi_ttt.evaluation.recall import evaluate
+from moshi_ttt.evaluation.reporting import write_recall
+from moshi_ttt.evaluation.subjects import listen
+from moshi_ttt.evaluation.volumes import read_volumes
 
 from .conftest import CONTEXT, document, subject_with
 

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moshi_ttt.apps.evaluate.pairs import Pair, PairSet
-from moshi_ttt.apps.evaluate.statistics import LEVEL, Interval, bootstrap
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.core.host import HostModel
 from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.data.manifest import DataError, read_header
+from moshi_ttt.evaluation.pairs import Pair, PairSet
+from moshi_ttt.evaluation.statistics import LEVEL, Interval, bootstrap
 from moshi_ttt.hosts.moshi.fit import layout_of
 
 Normalisation = Literal["token", "sum"]

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from moshi_ttt.apps.evaluate.long_context import STREAMS, Curve, LongContext
-from moshi_ttt.apps.evaluate.recall import PLACES, Recall
-from moshi_ttt.apps.evaluate.statistics import RESAMPLES, as_json, window_means
-from moshi_ttt.apps.evaluate.volumes import PICTURE, plot_volumes, volume_lines, volume_rows
+from moshi_ttt.evaluation.long_context import STREAMS, Curve, LongContext
+from moshi_ttt.evaluation.recall import PLACES, Recall
+from moshi_ttt.evaluation.statistics import RESAMPLES, as_json, window_means
+from moshi_ttt.evaluation.volumes import PICTURE, plot_volumes, volume_lines, volume_rows
 from moshi_ttt.system.output_folder import METRICS
 
 PALETTE = ("#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -15,13 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from moshi_ttt.apps.evaluate.statistics import Interval, as_json, bootstrap
 from moshi_ttt.core.config import LARGEST_VOLUME
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.volume import require_volume
+from moshi_ttt.evaluation.statistics import Interval, as_json, bootstrap
 
 if TYPE_CHECKING:
-    from moshi_ttt.apps.evaluate.subjects import Subject
+    from moshi_ttt.evaluation.subjects import Subject
 
 PICTURE = "recall_by_volume.png"
 LABEL_PLACES = ((5, 5), (5, -12), (-22, 5), (-22, -12), (5, 16), (5, -23))

@@ -21,12 +21,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moshi_ttt.apps.evaluate.documents import Document
-from moshi_ttt.apps.evaluate.reporting import versions
-from moshi_ttt.apps.evaluate.subjects import Subject
-from moshi_ttt.apps.teacher_forcing import delayed
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.inner_losses import SiteCurves, Sums, measured, numbers, plot_site
+from moshi_ttt.evaluation.documents import Document
+from moshi_ttt.evaluation.reporting import versions
+from moshi_ttt.evaluation.subjects import Subject
+from moshi_ttt.evaluation.teacher_forcing import delayed
 from moshi_ttt.system.output_folder import METRICS
 
 TENSORS = "curves.safetensors"

@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from moshi_ttt import default_registry, inject, parse_config, save_adapter
-from moshi_ttt.apps.evaluate.documents import read_documents
 from moshi_ttt.configs.reading import read_speakers
 from moshi_ttt.data.audio import read_audio
 from moshi_ttt.data.codec import SpeechCodec
+from moshi_ttt.evaluation.documents import read_documents
 from moshi_ttt.hosts.moshi.loading import load_skeleton, resolve_repo
 from moshi_ttt.hosts.moshi.tiny import speech_files
 from tests.data.conftest import write_audio, write_manifest, write_transcript

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moshi_ttt.apps.evaluate.long_context import Options, evaluate
-from moshi_ttt.apps.evaluate.reporting import write_long_context
-from moshi_ttt.apps.evaluate.subjects import CONDITIONS, listen
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.evaluation.long_context import Options, evaluate
+from moshi_ttt.evaluation.reporting import write_long_context
+from moshi_ttt.evaluation.subjects import CONDITIONS, listen
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 
 from .conftest import CONTEXT, document, subject_with

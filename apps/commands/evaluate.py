@@ -16,9 +16,9 @@ from moshi_ttt.system.platforms import check_file_names
 from moshi_ttt.system.threads import computing, largest
 
 if TYPE_CHECKING:
-    from moshi_ttt.apps.evaluate.documents import Document, Layout
-    from moshi_ttt.apps.evaluate.subjects import Condition, Subject
     from moshi_ttt.data.codec import SpeechCodec
+    from moshi_ttt.evaluation.documents import Document, Layout
+    from moshi_ttt.evaluation.subjects import Condition, Subject
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -81,9 +81,9 @@ def long_context(
     threads: Threads = None,
 ) -> None:
     """Loss by position over long recordings: updates on, updates off, memory reset, memory of another."""
-    from moshi_ttt.apps.evaluate import long_context as evaluation
-    from moshi_ttt.apps.evaluate.reporting import write_long_context
-    from moshi_ttt.apps.evaluate.subjects import CONDITIONS, refuse_uneven
+    from moshi_ttt.evaluation import long_context as evaluation
+    from moshi_ttt.evaluation.reporting import write_long_context
+    from moshi_ttt.evaluation.subjects import CONDITIONS, refuse_uneven
     from moshi_ttt.system.output_folder import check_free, new_folder
 
     made_by = "moshi-ttt evaluate long-context"
@@ -135,10 +135,10 @@ def recall(
     threads: Threads = None,
 ) -> None:
     """Pieces of recordings heard twice, and again after one of another: what the later hearings save."""
-    from moshi_ttt.apps.evaluate import recall as evaluation
-    from moshi_ttt.apps.evaluate.reporting import write_recall
-    from moshi_ttt.apps.evaluate.subjects import CONDITIONS
-    from moshi_ttt.apps.evaluate.volumes import read_volumes, refuse_volumes
+    from moshi_ttt.evaluation import recall as evaluation
+    from moshi_ttt.evaluation.reporting import write_recall
+    from moshi_ttt.evaluation.subjects import CONDITIONS
+    from moshi_ttt.evaluation.volumes import read_volumes, refuse_volumes
     from moshi_ttt.system.output_folder import check_free, new_folder
 
     made_by = "moshi-ttt evaluate recall"
@@ -178,7 +178,7 @@ def inner_loop(
     threads: Threads = None,
 ) -> None:
     """Inner loss by position, layer and head: initial weights, before and after each update, and the mean target."""
-    from moshi_ttt.apps.evaluate import inner_loop as evaluation
+    from moshi_ttt.evaluation import inner_loop as evaluation
     from moshi_ttt.system.output_folder import check_free, new_folder
 
     made_by = "moshi-ttt evaluate inner-loop"
@@ -224,9 +224,9 @@ def zero_shot(
     """Share of pairs of recordings whose right one is likelier: spoken words, sentences, endings of stories."""
     from typing import cast, get_args
 
-    from moshi_ttt.apps.evaluate import zero_shot as evaluation
-    from moshi_ttt.apps.evaluate.pairs import read_pairs
-    from moshi_ttt.apps.evaluate.reporting import versions
+    from moshi_ttt.evaluation import zero_shot as evaluation
+    from moshi_ttt.evaluation.pairs import read_pairs
+    from moshi_ttt.evaluation.reporting import versions
     from moshi_ttt.hosts.moshi.host import MOSHI_HOST
     from moshi_ttt.system.output_folder import check_free, new_folder
 
@@ -266,7 +266,7 @@ def compare(
     overwrite: Overwrite = False,
 ) -> None:
     """Several evaluations of one base model in one table and one figure."""
-    from moshi_ttt.apps.evaluate.compare import read_results, write_comparison
+    from moshi_ttt.evaluation.compare import read_results, write_comparison
     from moshi_ttt.system.output_folder import check_free, new_folder
 
     made_by = "moshi-ttt evaluate compare"
@@ -303,8 +303,8 @@ def _prepare(
     from dataclasses import replace
     from typing import cast
 
-    from moshi_ttt.apps.evaluate.documents import read_documents
     from moshi_ttt.configs.reading import read_speakers
+    from moshi_ttt.evaluation.documents import read_documents
 
     if layout not in ("files", "librilight"):
         raise ConfigError(f"--layout {layout!r}: allowed are files and librilight.")
@@ -331,10 +331,10 @@ def _load(
     """
     import torch
 
-    from moshi_ttt.apps.evaluate.subjects import load_subjects
     from moshi_ttt.configs.reading import read_config
     from moshi_ttt.core.registry import default_registry
     from moshi_ttt.data.codec import SpeechCodec
+    from moshi_ttt.evaluation.subjects import load_subjects
     from moshi_ttt.hosts.moshi.fit import require_audio, require_unconditioned
     from moshi_ttt.hosts.moshi.host import MoshiHostConfig
 
