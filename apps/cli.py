@@ -18,7 +18,6 @@ from moshi_ttt.apps.commands import (
     new_plugin,
     plugins,
     quickstart,
-    study,
     train,
     verify,
 )
@@ -60,7 +59,6 @@ app.command()(quickstart.quickstart)
 app.command()(train.train)
 app.command()(encode.encode)
 app.add_typer(evaluate.app, name="evaluate")
-app.command()(study.study)
 app.command()(explain.explain)
 app.command()(doctor.doctor)
 app.command()(plugins.plugins)

@@ -6,10 +6,12 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.system.interruption import Interruption, handle, stop_signals
@@ -26,21 +28,36 @@ interruption = Interruption()
 """What a signal does in a process of the command line, until a training takes it over."""
 
 
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn an error that a user can meet, and an interruption, into a message and an exit code."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if was_interrupted(error):
+            errors().print("\n[bold]Interrupted.[/] Nothing half-written was left behind.")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        if not isinstance(error, (MoshiTTTError, OSError)):
+            raise
+        end = "." if isinstance(error, OSError) else ""
+        errors().print(f"[bold red]Error:[/] {_plain(error)}{end}", highlight=False, soft_wrap=True)
+        raise typer.Exit(EXIT_ERROR) from None
+
+
 class Commands(TyperGroup):
     """Every command: an error that a user can meet is a message, not a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with user_errors():
             return super().invoke(ctx)
-        except (Exception, KeyboardInterrupt) as error:
-            if was_interrupted(error):
-                errors().print("\n[bold]Interrupted.[/] Nothing half-written was left behind.")
-                raise typer.Exit(EXIT_INTERRUPTED) from None
-            if not isinstance(error, (MoshiTTTError, OSError)):
-                raise
-            end = "." if isinstance(error, OSError) else ""
-            errors().print(f"[bold red]Error:[/] {_plain(error)}{end}", highlight=False, soft_wrap=True)
-            raise typer.Exit(EXIT_ERROR) from None
+
+
+class Command(TyperCommand):
+    """The same for a program that is one command."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with user_errors():
+            return super().invoke(ctx)
 
 
 def was_interrupted(error: BaseException | None) -> bool:
