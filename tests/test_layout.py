@@ -60,11 +60,14 @@ def test_import_contracts_hold(tree):
     ("importer", "statement", "contract"),
     [
         ("core/state.py", "import moshi", "core imports no other part"),
-        ("core/state.py", "from moshi_ttt.plugins.common import rope", "core imports no other part"),
+        ("core/state.py", "from moshi_ttt.plugins.hybrid import rope", "core imports no other part"),
         ("core/state.py", "def f():\n    from moshi_ttt.hosts import moshi", "core imports no other part"),
-        ("plugins/common/rope.py", "import moshi_ttt.hosts.moshi", "a plugin imports core and plugins.common alone"),
+        ("plugins/hybrid/rope.py", "import moshi_ttt.hosts.moshi", "a plugin imports core, plugins.common and"),
+        ("plugins/gating_mlp/ops.py", "from moshi_ttt.plugins.hybrid import rope", "plugins.hybrid is the layer of"),
+        ("plugins/common/finite.py", "from moshi_ttt.plugins.hybrid import rope", "plugins.hybrid is the layer of"),
+        ("plugins/hybrid/rope.py", "import moshi_ttt.plugins.ttt_mlp.block", "plugins.common and plugins.hybrid"),
         ("plugins/ttt_mlp/block.py", "import moshi_ttt.plugins.ttt_linear.block", "plugins do not import each other"),
-        ("hosts/moshi/host.py", "from moshi_ttt.plugins.common import rope", "a host imports core alone"),
+        ("hosts/moshi/host.py", "from moshi_ttt.plugins.hybrid import rope", "a host imports core alone"),
         ("apps/cli.py", "from moshi_ttt.plugins.ttt_linear.block import X", "apps reach a plugin only through"),
     ],
 )  # fmt: skip
@@ -76,11 +79,19 @@ def test_forbidden_import_is_caught(tree, importer, statement, contract):
     assert re.search(rf"^{contract}.* BROKEN$", result.stdout, re.MULTILINE), result.stdout
 
 
-def test_contract_of_independence_names_every_plugin():
+LIBRARIES = {"common", "hybrid"}
+"""Folders of plugins/ that plugins share: they register nothing."""
+
+
+def test_contracts_name_every_plugin():
     contracts = pyproject()["tool"]["importlinter"]["contracts"]
     (independent,) = (contract["modules"] for contract in contracts if contract["type"] == "independence")
-    plugins = {name for name in packages_on_disk() if re.fullmatch(r"moshi_ttt\.plugins\.\w+", name)}
-    assert set(independent) == plugins - {"moshi_ttt.plugins.common"}
+    (libraries,) = (contract for contract in contracts if contract["name"].endswith("import no plugin"))
+    folders = {name for name in packages_on_disk() if re.fullmatch(r"moshi_ttt\.plugins\.\w+", name)}
+    plugins = folders - {f"moshi_ttt.plugins.{name}" for name in LIBRARIES}
+    assert set(independent) == plugins
+    assert set(libraries["forbidden_modules"]) == plugins
+    assert set(libraries["source_modules"]) == folders - plugins
 
 
 # ---- a second copy of the registry
@@ -103,5 +114,5 @@ def test_import_of_a_root_folder_is_banned(folder, statement):
 
 def test_every_plugin_entry_point_is_a_package_of_ours():
     points = pyproject()["project"]["entry-points"]["moshi_ttt"]
-    plugins = {name.rpartition(".")[2] for name in packages_on_disk() if name.startswith("moshi_ttt.plugins.")}
-    assert plugins - {"common"} <= points.keys(), "a plugin without an entry point is never found"
+    folders = {match[1] for name in packages_on_disk() if (match := re.fullmatch(r"moshi_ttt\.plugins\.(\w+)", name))}
+    assert folders - LIBRARIES <= points.keys(), "a plugin without an entry point is never found"

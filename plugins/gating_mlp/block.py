@@ -39,9 +39,9 @@ from moshi_ttt.plugins.gating_mlp.corrections import (
     corrected,
     ridge_of,
 )
-from moshi_ttt.plugins.gating_mlp.gram import gram
 from moshi_ttt.plugins.gating_mlp.memory import HeardChunks, Memory
-from moshi_ttt.plugins.gating_mlp.streaming import Stepper
+from moshi_ttt.plugins.gating_mlp.parallel import gram
+from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
 
 INIT_STD = 0.02
 RIDGE_STRENGTH = 2.0

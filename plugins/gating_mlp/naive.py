@@ -25,7 +25,7 @@ def filtered(target: Tensor, conv: Tensor, left: int) -> Tensor:
     return torch.stack(rows)
 
 
-def in_place(
+def naive_in_place(
     hidden: Tensor, target: Tensor, w_down: Tensor, conv: Tensor, projection: Tensor | None, lr: Tensor, *,
     chunk_size: int, left: int, decay: float = 0.0, clip: float | None = None, update: str = "hebbian",
     ridge: float = 0.0,

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.verification import Kind, Shape, VectorSchema, Verifier
-from moshi_ttt.plugins.gating_mlp import ops, reference
-from moshi_ttt.plugins.gating_mlp.gram import gram
+from moshi_ttt.plugins.gating_mlp import naive, ops
 from moshi_ttt.plugins.gating_mlp.memory import Memory
-from moshi_ttt.plugins.gating_mlp.streaming import Stepper
+from moshi_ttt.plugins.gating_mlp.parallel import gram
+from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
@@ -61,7 +61,7 @@ class Reference(_InPlace):
         hidden = _hidden(inputs, metadata)
         rate = torch.full(hidden.shape[1:2], float(metadata["learning_rate"]), dtype=hidden.dtype)
         rows = [
-            reference.in_place(
+            naive.naive_in_place(
                 h, t, inputs["linear_out"], inputs["conv"][:, 0], inputs.get("proj"), rate,
                 chunk_size=int(metadata["chunk_size"]),
                 left=ops.left_padding(int(metadata["conv_kernel_size"]), "centered"),

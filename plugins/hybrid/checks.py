@@ -1,4 +1,4 @@
-"""What a hybrid block refuses, or warns of, when it is made."""
+"""What a TTT layer refuses, or warns of, when it is built."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from moshi_ttt.core.block import SiteInfo
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.plugins.common.finite import largest_factor
-from moshi_ttt.plugins.common.options import HybridConfig
-from moshi_ttt.plugins.common.rope import widths as axis_widths
+from moshi_ttt.plugins.hybrid.config import HybridConfig
+from moshi_ttt.plugins.hybrid.rope import widths as axis_widths
 
 NARROWEST_HEAD = 8
-"""The head width from which streaming gives what training saw within 1e-5 in float32. A target is divided by a standard
-deviation over the head's channels; over fewer than these it may come as close to zero as rounding."""
+"""The smallest head width at which streaming equals training within 1e-5 in float32. A target is divided by a standard
+deviation over the head's channels; over fewer channels that may be as small as rounding."""
 
 
 def checked_head_width(config: HybridConfig, info: SiteInfo, roles: DtypeRoles) -> int:
-    """The width of a head. Raises ConfigError where RoPE has no use for it, or the host's format for the block."""
+    """The width of a head. Raises ConfigError where RoPE cannot use it, or the block does not fit the host's format."""
     head_dim, remainder = divmod(info.dim, info.num_heads)
     if remainder or head_dim % 2:
         raise ConfigError(
@@ -29,14 +29,16 @@ def checked_head_width(config: HybridConfig, info: SiteInfo, roles: DtypeRoles) 
     if head_dim < NARROWEST_HEAD and torch.finfo(roles.compute).eps > torch.finfo(torch.float64).eps:
         # Without the site, so that Python shows it once however many blocks a model has.
         warnings.warn(
-            f"Heads of width {head_dim}: from width {NARROWEST_HEAD} on a streamed token and the same token in one "
-            "call agree within 1e-5 in float32; over narrower heads rounding grows, and they part ways in long "
-            "sequences. Use a host with wider heads, or load it in float64.",
+            f"Heads of width {head_dim}: from width {NARROWEST_HEAD} on, streaming and one call agree within 1e-5 in "
+            "float32. Over narrower heads the difference grows with the length of the sequence. Use a host with wider "
+            "heads, or load it in float64.",
             stacklevel=3,
         )
     if info.format.axes > 1:
         if config.causal:
-            raise ConfigError(f"{info.site}: a grid is heard as a whole. Set causal: false, or bidirectional: true.")
+            raise ConfigError(
+                f"{info.site}: tokens of a grid have no causal order. Set causal: false, or bidirectional: true."
+            )
         try:
             axis_widths(head_dim, info.format.axes)
         except ValueError as error:

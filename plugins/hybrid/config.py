@@ -1,4 +1,4 @@
-"""The options that every hybrid block has."""
+"""The options of the TTT layer."""
 
 from __future__ import annotations
 
@@ -7,54 +7,44 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from moshi_ttt.core.config import BlockConfig, FrozenConfig
+from moshi_ttt.core.config import BlockConfig
+from moshi_ttt.plugins.common.gate import GateConfig
 
 START_MOMENTUM = 0.9
-"""Of a learned momentum, where ``momentum`` is left out."""
-
-
-class GateConfig(FrozenConfig):
-    """``tanh(alpha)`` times what the layer adds.
-
-    Attributes:
-        init: alpha at the start; 0 makes the block an identity.
-        alpha: one learned for each ``channel``, one learned for the whole ``layer``, or ``fixed`` at ``init``.
-    """
-
-    init: float = Field(default=0.05, ge=0.0, le=1.0)
-    alpha: Literal["channel", "layer", "fixed"] = "channel"
+"""The initial value of a learned momentum, where ``momentum`` is left out."""
 
 
 class HybridConfig(BlockConfig):
-    """Options of every hybrid block. With each of them left out the layer is the published one.
+    """Options of the TTT layer. With each of them left out the layer is the published one.
 
     Attributes:
         chunk: tokens per inner-loop step (mini-batch).
         base_lr: inner learning rate before the learned per-token factor, divided by the head width. Without
             ``inner_norm`` at most the head width.
         causal: False lets a token see its whole chunk; a causal host refuses that.
-        bidirectional: run over the sequence and then over the reversed result, by the same weights and a gate each; not
-            causal (and ``causal`` is then False when it is left out). As published (arXiv:2504.05298) tokens are
-            reversed and rotary positions are not, and a prefix that the host's format declares, a text before a
+        bidirectional: run over the sequence, then over the reversed result, with the same weights and one gate for
+            each pass. Not causal (``causal`` is then False when it is left out). As published (arXiv:2504.05298) tokens
+            are reversed and rotary positions are not, and a prefix that the host's format declares, a text before a
             video, stays in front.
         gate: the gate, or gates.
         rope_theta: base of the rotary frequencies.
-        checkpoint_chunks: chunks of the inner loop that a backward pass computes again together: it then needs only the
+        checkpoint_chunks: chunks of the inner loop in one activation checkpoint. The backward pass then needs only the
             tokens and the fast weights between such groups; None keeps everything. No result depends on it.
-        norm_eps, target_eps, post_norm_eps: of the inner LayerNorm, the target's standard deviation, the post norm.
+        norm_eps, target_eps, post_norm_eps: eps of the inner LayerNorm, the target's standard deviation, the post norm.
         conv_kernel: taps of a short causal convolution over time on queries and keys, learned for each channel, before
-            they are normalised. It starts with queries as they are and keys of the token before: what is stored beside
-            a key is then what came after it. None leaves it out.
+            they are normalized. It starts at lag 0 for queries and at lag 1 for keys: a key is then that of the token
+            before, and its value is what came after it. None leaves it out.
         value: what values are projected from: the ``hidden`` state x, or the ``embedding``, the host's input embedding
             e of the token over its root mean square.
-        init_std: standard deviation that the initial fast weights are drawn with.
+        init_std: standard deviation of the initial fast weights.
         inner_norm: False leaves the inner LayerNorm out. The inner loss is then ``lr / 2 |f(k) - v|^2`` with v the
-            value as projected (not normalised, and without k taken off), and what is read is ``f(q)``, without q.
-        inner_steps: gradient steps on a finished chunk, each with the gradients of all its tokens at the weights that
-            the step before left. Within the chunk a token reads what the first step makes of the tokens up to it.
-        momentum: eta of S <- eta S - gradient step, W <- W + S (Titans, arXiv:2501.00663, by chunk), S part of the
-            memory. Neither moves in a chunk whose tokens all have updates disabled. None or 0 leaves it out.
-        learned_momentum: eta is learned, one a head, between 0 and 1, from ``momentum`` on (0.9 where left out).
+            projected value (not normalized, k not subtracted), and the output is ``f(q)``, without q.
+        inner_steps: gradient steps on a finished chunk. Each step takes the gradients of all its tokens at the weights
+            that the step before left. Within the chunk a query sees the first step alone, over the keys up to its own.
+        momentum: eta of S <- eta S - gradient step, W <- W + S (Titans, arXiv:2501.00663, by chunk). S is part of the
+            memory. Neither changes in a chunk whose tokens all have updates disabled. None or 0 leaves it out.
+        learned_momentum: eta is learned, one for each head, between 0 and 1. It starts at ``momentum`` (0.9 where that
+            is left out).
     """
 
     chunk: int = Field(default=32, ge=1)
@@ -111,7 +101,7 @@ class HybridConfig(BlockConfig):
 
     @property
     def start_momentum(self) -> float:
-        """eta, fixed or at the start; 0 where the updates have no momentum."""
+        """eta, fixed or initial; 0 where the updates have no momentum."""
         if self.momentum is None:
             return START_MOMENTUM if self.learned_momentum else 0.0
         return self.momentum

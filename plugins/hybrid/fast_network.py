@@ -1,6 +1,6 @@
-"""The fast network of the inner loop, the gradients that a chunk's keys give it, and the update at the chunk's end.
+"""The fast network of the inner loop, its gradients at a chunk's keys, and the update at the chunk's end.
 
-What the loop computes with these is in ``inner_loop``.
+``chunk`` and ``recurrent`` compute with these; ``inner_loop`` says what.
 
 Shape legend: B streams, H heads, C tokens a chunk, D head width, L layers. Everything has the dtype of the fast
 weights.
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from moshi_ttt.core.state import row_mask
 from moshi_ttt.plugins.common.finite import largest_factor
-from moshi_ttt.plugins.common.objective import Objective
+from moshi_ttt.plugins.hybrid.objective import Objective
 
 
 @dataclass
@@ -34,7 +34,7 @@ class FastNetwork:
 
 @dataclass
 class ChunkMemory:
-    """What a chunk's keys leave behind, per layer: inputs ``a [B, H, C, in]`` and gradients ``g [B, H, C, out]``.
+    """A chunk's keys as the updates need them, per layer: inputs ``a [B, H, C, in]``, gradients ``g [B, H, C, out]``.
 
     Gradients include the learning rate. Slots that hold no token have g = 0, so they change nothing.
 
@@ -50,14 +50,14 @@ class ChunkMemory:
 
 @dataclass
 class UpdateRule:
-    """What a finished chunk does with its gradients: ``steps`` gradient steps on it, with or without momentum.
+    """How a finished chunk updates the fast weights: ``steps`` gradient steps, with or without momentum.
 
     Each step takes the gradients of all of the chunk's tokens at the weights that the step before left (the first at
     those the chunk started from). With ``momentum`` eta, ``[H or 1, 1, 1]``, a step is S <- eta S - scale * sum of
     gradients, W <- W + S (Behrouz et al. 2024, arXiv:2501.00663, by chunk); without, W <- W - scale * sum. Query n of
-    the chunk reads what the first step makes of the keys up to its own: W + eta S - scale[n] * sum.
+    the chunk sees the first step over the keys up to its own: W + eta S - scale[n] * sum.
 
-    A step that no token has a gradient for (updates are disabled) changes neither W nor S, and query n reads W.
+    A step that no token has a gradient for (updates are disabled) changes neither W nor S, and query n sees W.
     """
 
     momentum: Tensor | None = None
@@ -93,14 +93,14 @@ def key_pass(k: Tensor, v: Tensor, lr: Tensor, fast: FastNetwork, norm: Objectiv
     return ChunkMemory(tuple(inputs), tuple(gradients))
 
 
-def teach(
+def chunk_gradients(
     k: Tensor, v: Tensor, lr: Tensor, fast: FastNetwork, norm: Objective, token_scale: Tensor
 ) -> tuple[ChunkMemory, Tensor | None]:
     """``key_pass``, and ``[B, C]`` bool, which tokens may update the fast weights; None: all of them.
 
-    Where the loss's gradient has no bound, gradient descent on too large values or by too large a rate runs away, until
-    nothing is finite. A token whose share of an update comes to ``largest_weight`` leaves nothing behind, and neither
-    do the tokens of a row whose weights have come to it.
+    Where the loss's gradient has no bound, gradient descent diverges on too large values or by too large a rate, until
+    nothing is finite. A token whose share of an update reaches ``largest_weight`` is left out, and so are the tokens of
+    a row whose weights have reached it.
 
     Args:
         token_scale: ``[C]`` of a whole chunk.
@@ -108,10 +108,10 @@ def teach(
     memory = key_pass(k, v, lr, fast, norm)
     if norm.bounded:
         return memory, None
-    kept = _tame(memory, fast, token_scale)
-    mask = kept[:, None, :, None]
+    bounded = _bounded(memory, fast, token_scale)
+    mask = bounded[:, None, :, None]  # [B, C] -> [B, 1, C, 1], for [B, H, C, in] and [B, H, C, out]
     inputs, gradients = (tuple(torch.where(mask, t, 0) for t in part) for part in (memory.inputs, memory.gradients))
-    return ChunkMemory(inputs, gradients), kept
+    return ChunkMemory(inputs, gradients), bounded
 
 
 def largest_weight(dtype: torch.dtype, layers: int) -> float:
@@ -120,18 +120,23 @@ def largest_weight(dtype: torch.dtype, layers: int) -> float:
 
 
 @torch.no_grad()
-def _tame(memory: ChunkMemory, fast: FastNetwork, token_scale: Tensor) -> Tensor:
-    """``[B, C]`` bool: tokens whose share of any update is small enough, in rows whose weights are."""
+def _bounded(memory: ChunkMemory, fast: FastNetwork, token_scale: Tensor) -> Tensor:
+    """``[B, C]`` bool: tokens whose share of any update is below ``largest_weight``, in rows whose weights are."""
     limit = largest_weight(memory.inputs[0].dtype, len(fast.weights))
     # Query n subtracts scale[n] times a sum of n + 1 gradients: so many times the largest of them at most.
     reach = (token_scale * torch.arange(1, token_scale.shape[0] + 1, device=token_scale.device)).max()
-    tame = torch.ones_like(memory.inputs[0][:, 0, :, 0], dtype=torch.bool)
+    bounded = torch.ones_like(memory.inputs[0][:, 0, :, 0], dtype=torch.bool)  # [B, C]
     for a, g in zip(memory.inputs, memory.gradients, strict=True):
         share = reach * _largest(a, -1).clamp(min=1) * _largest(g, -1)  # [B, H, C]
-        tame = tame & (share < limit).all(1)
+        bounded = bounded & (share < limit).all(1)
     for tensor in (*fast.weights, *fast.biases):
-        tame = tame & (_largest(tensor, (1, 2, 3)) < limit)[:, None]
-    return tame
+        bounded = bounded & (_largest(tensor, (1, 2, 3)) < limit)[:, None]  # [B] -> [B, 1]
+    return bounded
+
+
+def _all_bounded(memory: ChunkMemory, fast: FastNetwork, scale: Tensor) -> Tensor:
+    """``[B]`` bool: rows all of whose tokens are ``_bounded``, for an update of the chunk scaled by ``scale []``."""
+    return _bounded(memory, fast, scale[None] * memory.inputs[0].shape[2]).all(1)
 
 
 def _largest(tensor: Tensor, dim: int | tuple[int, ...]) -> Tensor:
@@ -148,31 +153,31 @@ def query_pass(
     mask: Tensor | None,
     momentum: Tensor | None = None,
 ) -> Tensor:
-    """What the queries ``q [B, H, Q, D]`` read: with the inner LayerNorm ``q + LN(f(q; W_n))``, else ``f(q; W_n)``.
+    """The output of the queries ``q [B, H, Q, D]``: with the inner LayerNorm ``q + LN(f(q; W_n))``, else ``f(q; W_n)``.
 
     Args:
         scale: token scale of each query, ``[Q, 1]`` or ``[B, 1, Q, 1]``.
         mask: bool, true where query n may use key t, broadcast to ``[B, H, Q, C]``; None: every query uses every key.
-        momentum: as in ``UpdateRule``. A query reads the velocity once one of its keys has a gradient.
+        momentum: as in ``UpdateRule``. A query sees the velocity once one of its keys has a gradient.
     """
     x = q
     last = len(fast.weights) - 1
-    carried = None if momentum is None else torch.where(_begun(memory, mask), momentum, 0)  # [B, H or 1, Q, 1]
+    carried = None if momentum is None else torch.where(_has_gradient(memory, mask), momentum, 0)  # [B, H or 1, Q, 1]
     for i, (weight, bias) in enumerate(zip(fast.weights, fast.biases, strict=True)):
-        affinity = x @ memory.inputs[i].mT + 1
+        affinity = x @ memory.inputs[i].mT + 1  # [B, H, Q, C]
         if mask is not None:
             affinity = affinity.masked_fill(~mask, 0)
         output = x @ weight + bias - scale * (affinity @ memory.gradients[i])
         if carried is not None:
             output = output + carried * (x @ fast.velocity[i] + fast.velocity[last + 1 + i])
         x = output if i == last else F.gelu(output, approximate="tanh")
-    return norm.answer(q, x)
+    return norm.output(q, x)
 
 
-def _begun(memory: ChunkMemory, mask: Tensor | None) -> Tensor:
+def _has_gradient(memory: ChunkMemory, mask: Tensor | None) -> Tensor:
     """``[B, 1, Q or 1, 1]`` bool: whether a query has a key with a gradient."""
-    taught = (memory.gradients[-1] != 0).any(-1).any(1)[:, None, None]  # [B, 1, 1, C]
-    return (taught if mask is None else taught & mask).any(-1, keepdim=True)
+    has_gradient = (memory.gradients[-1] != 0).any(-1).any(1)[:, None, None]  # [B, 1, 1, C]
+    return (has_gradient if mask is None else has_gradient & mask).any(-1, keepdim=True)
 
 
 def applied_scale(scale: Tensor, rows: Tensor) -> Tensor:
@@ -186,13 +191,13 @@ def after_chunk(
     """The weights after a whole chunk, in rows where ``rows [B]`` is true; those of others stay.
 
     Args:
-        memory: what the chunk's keys left at the weights ``fast``.
+        memory: the chunk's keys, with gradients at the weights ``fast``.
         scale: ``[]``, the token scale of the chunk's last token.
     """
     for step in range(rule.steps):
         if step:
             memory = _again(memory, fast, norm)
-            rows = rows if norm.bounded else rows & _tame(memory, fast, scale[None] * memory.inputs[0].shape[2]).all(1)
+            rows = rows if norm.bounded else rows & _all_bounded(memory, fast, scale)
         fast = _after_step(fast, memory, scale, rows, rule.momentum)
     return fast
 
@@ -240,7 +245,7 @@ def descend_(
     for step in range(rule.steps):
         if step:
             memory = _again(_only(memory, rows), fast, norm)
-            rows = rows if norm.bounded else rows & _tame(memory, fast, scale[None] * memory.inputs[0].shape[2]).all(1)
+            rows = rows if norm.bounded else rows & _all_bounded(memory, fast, scale)
         _step_(fast, memory, applied_scale(-scale, rows), rows, rule.momentum)
 
 
@@ -249,13 +254,14 @@ def _step_(fast: FastNetwork, memory: ChunkMemory, factor: Tensor, rows: Tensor,
     weights, biases, moving = fast.weights, fast.biases, rows
     if momentum is not None:
         moving = _moving(memory, rows)
-        kept = torch.where(moving[:, None, None, None], momentum, 1)  # [B, H or 1, 1, 1]
+        factors = torch.where(moving[:, None, None, None], momentum, 1)  # [B, H or 1, 1, 1]
         for velocity in fast.velocity:
-            velocity.mul_(kept)
+            velocity.mul_(factors)
         weights, biases = fast.velocity[:layers], fast.velocity[layers:]
     for weight, bias, a, g in zip(weights, biases, memory.inputs, memory.gradients, strict=True):
         scaled = g * factor
         finished = torch.where(row_mask(rows, a), a, 0)
+        # [B, H, any, any] -> [B H, any, any]
         weight.flatten(0, 1).baddbmm_(finished.flatten(0, 1).mT, scaled.flatten(0, 1))
         bias.add_(scaled.sum(-2, keepdim=True))
     if momentum is not None:

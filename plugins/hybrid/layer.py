@@ -1,25 +1,24 @@
-"""The layer around the inner loop: projections, normalisation, RoPE, target, post norm, gate.
+"""The layer around the inner loop: projections, normalization, RoPE, target, post norm, gate.
 
-The hybrid layer of Dalal et al. 2025 (arXiv:2504.05298), forward direction, on the un-normalised residual stream:
+The hybrid layer of Dalal et al. 2025 (arXiv:2504.05298), forward direction, on the un-normalized residual stream:
 
-    q, k, v = projections of x, per head; q and k L2-normalised and rotated (position within the chunk)
+    q, k, v = projections of x, per head; q and k L2-normalized and rotated (position within the chunk)
     v'      = gamma * (v - k - mean) / (std + eps) + beta + k       (gamma, beta: the inner LayerNorm's)
     lr_t    = base_lr * sigmoid(w_h . x_t + b_h) / Dh
     y       = x + tanh(alpha) * (W_o LN(inner loop(q, k, v')) + b_o)
 
-Options change three of these: a short causal convolution over time on the projected queries and keys, before they are
-normalised (``short_conv``); v projected from e / rms(e), e the host's input embedding of the token; without the inner
-LayerNorm, v' = v.
+Three options change this: a short causal convolution over time on the projected queries and keys, before they are
+normalized (``conv_kernel``); v projected from e / rms(e), e the host's input embedding of the token (``value``); and no
+inner LayerNorm, with v' = v (``inner_norm``).
 
-The functions here are pure: weights come as a ``HybridWeights``. The module that owns parameters is in ``block.py``.
-The dataclasses that hold tensors are not frozen: torch.compile cannot trace frozen ones. Nothing writes to them.
+The functions here are pure: weights and options come as a ``HybridLayer``. ``parameters.py`` has the module that owns
+the parameters, ``naive.py`` the same layer from its definition.
 
 Shape legend: B streams, T tokens, D width, H heads, Dh = D / H, C tokens a chunk, L layers of the fast network.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,36 +29,35 @@ from torch.nn import functional as F
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.volume import at_volume
 from moshi_ttt.plugins.common.finite import below
-from moshi_ttt.plugins.common.inner_loop import Tokens
-from moshi_ttt.plugins.common.objective import InnerNorm, Objective, PlainLoss
-from moshi_ttt.plugins.common.rope import rotate
+from moshi_ttt.plugins.common.normalization import l2_normalize
+from moshi_ttt.plugins.common.projection import Linear
+from moshi_ttt.plugins.hybrid.config import HybridConfig
+from moshi_ttt.plugins.hybrid.inner_loop import Tokens
+from moshi_ttt.plugins.hybrid.objective import InnerNorm, Objective, PlainLoss
+from moshi_ttt.plugins.hybrid.rope import rotate
 
 
 @dataclass
-class Linear:
-    """Weight ``[out, in]`` and bias ``[out]``."""
+class HybridLayer:
+    """What the functions of this module need of a layer: its options, its dtypes and its tensors.
 
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``x W^T + b`` with inputs in ``dtype`` (products accumulate in float32, then round to ``dtype``)."""
-        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-
-
-@dataclass
-class HybridWeights:
-    """Everything learned, except the fast network's initial weights.
+    Everything learned is here, but for the fast network's initial weights and the convolution's taps. Not frozen:
+    torch.compile cannot trace a frozen dataclass that holds tensors. Nothing writes to it.
 
     Attributes:
+        config: the options.
+        roles: the dtype of each role.
         wq, wk, wv, wo: ``[D, D]`` projections with bias.
         lr_weight, lr_bias: ``[H, 1, D]`` and ``[H, 1]``.
         norm_weight, norm_bias: ``[H, Dh]``, shared by the target and the inner LayerNorm; None without that.
         post_norm: weight and bias ``[D]``.
-        token_scale: ``[C]``, as used (not the learned offset).
-        gate: ``[D]``, before tanh.
+        token_scale: ``[C]``, as used: max(0, 1/(n+1) + learned_n) in a causal layer. ttt-lm calls the learned part
+            ``token_idx``.
+        gate: ``[D]`` or ``[1]``, alpha, before tanh.
     """
 
+    config: HybridConfig
+    roles: DtypeRoles
     wq: Linear
     wk: Linear
     wv: Linear
@@ -72,40 +70,13 @@ class HybridWeights:
     token_scale: Tensor
     gate: Tensor
 
-
-@dataclass(frozen=True, kw_only=True)
-class HybridOptions:
-    """The numbers that are not learned."""
-
-    num_heads: int
-    chunk_size: int
-    base_lr: float
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
-    target_eps: float = 1e-8
-    post_norm_eps: float = 1e-6
+    @property
+    def num_heads(self) -> int:
+        return self.lr_weight.shape[0]
 
 
 Mix = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""``(q, k, kept) -> (q, k)``: projected queries and keys ``[B, T, D]`` mixed over time; ``kept [B, T]`` or None."""
-
-
-def l2_normalise(x: Tensor, exact: bool = False) -> Tensor:
-    """``x / max(|x|, 1e-12)`` over the last dimension (the smallest normal number where a dtype has no 1e-12).
-
-    A vector of zeros stays one, with gradient 1: the formula's own, 1e12, would swamp every other token's. ``exact``
-    gives it a second derivative too, zero, where the norm's is nan.
-    """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    positive = norm > 0
-    if exact:
-        norm = torch.linalg.vector_norm(torch.where(positive, x, 1), dim=-1, keepdim=True)
-    return x / torch.where(positive, norm.clamp(min=max(1e-12, torch.finfo(x.dtype).tiny)), 1)
-
-
-def over_rms(e: Tensor, exact: bool = False) -> Tensor:
-    """``e / rms(e)`` over the last dimension; a vector of zeros stays one. ``exact`` as in ``l2_normalise``."""
-    return l2_normalise(e, exact) * math.sqrt(e.shape[-1])
+"""``(q, k, finite) -> (q, k)``: projected queries and keys ``[B, T, D]`` mixed over time; ``finite [B, T]`` or None."""
 
 
 def reconstruction_target(
@@ -113,25 +84,27 @@ def reconstruction_target(
 ) -> Tensor:
     """``weight * (v - k - mean) / (std + eps) + bias + k``, std unbiased (n - 1), over the last dimension.
 
-    ``v`` and ``k`` are ``[B, T, H, Dh]``, ``weight`` and ``bias`` ``[H, Dh]``. A constant ``v - k`` is not divided by
-    eps: it has nothing to normalise, and its gradient would be 1 / eps. ``exact`` as in ``l2_normalise``.
+    A constant ``v - k`` is not divided by eps: it has nothing to normalize, and its gradient would be 1 / eps.
+
+    Args:
+        v, k: ``[B, T, H, Dh]``.
+        weight, bias: ``[H, Dh]``.
+        exact: as in ``l2_normalize``.
     """
     difference = v - k
-    centred = difference - difference.mean(-1, keepdim=True)
-    std = difference.std(-1, keepdim=True)
+    centered = difference - difference.mean(-1, keepdim=True)
+    std = difference.std(-1, keepdim=True)  # [B, T, H, 1]
     positive = std > 0
     if exact:
-        varied = torch.arange(difference.shape[-1], device=difference.device, dtype=difference.dtype)
+        varied = torch.arange(difference.shape[-1], device=difference.device, dtype=difference.dtype)  # [Dh]
         std = torch.where(positive, difference, varied).std(-1, keepdim=True)
-    return weight * centred / torch.where(positive, std + max(eps, torch.finfo(std.dtype).tiny), 1) + bias + k
+    return weight * centered / torch.where(positive, std + max(eps, torch.finfo(std.dtype).tiny), 1) + bias + k
 
 
 def inner_inputs(
     x: Tensor,
     position: Tensor,
-    weights: HybridWeights,
-    options: HybridOptions,
-    roles: DtypeRoles,
+    layer: HybridLayer,
     exact: bool = False,
     *,
     source: Tensor | None = None,
@@ -141,69 +114,78 @@ def inner_inputs(
 
     Args:
         x: ``[B, T, D]``.
-        position: ``[B or 1, T]``, each token's position in its chunk, or ``[1, T, A]``, where it is on a grid.
-        exact: as in ``l2_normalise``.
+        position: ``[B or 1, T]``, each token's position in its chunk, or ``[1, T, A]``, its position on a grid.
+        exact: as in ``l2_normalize``.
         source: ``[B, T, D]``, what values are projected from; None: ``x``.
-        mix: what queries and keys go through between projection and normalisation; it is told which tokens overflow.
+        mix: applied to queries and keys between projection and normalization.
 
     Returns:
-        q, k, v and lr; v is what the objective takes: v', or without an inner LayerNorm the value itself. It is nan
+        q, k, v and lr. v is what the objective takes: v', or without an inner LayerNorm the value itself. It is nan
         where a projection overflows: the inner loop leaves such a token out.
     """
-    sources = (x, x, x if source is None else source)
-    projections = (weights.wq, weights.wk, weights.wv)
-    projected = [projection(part, roles.matmul) for projection, part in zip(projections, sources, strict=True)]
-    overflows = None
-    if roles.matmul == torch.float16:  # others hold a projection of whatever the block lets through
-        with torch.no_grad():
-            overflows = ~torch.stack([below(part, torch.inf) for part in projected]).all(0)[..., None]  # [B, T, 1]
-        # Before the norms: their gradient at an infinite vector is nan, and masking what they give comes too late.
-        projected = [torch.where(overflows, 0, part) for part in projected]
+    roles = layer.roles
+    projected, finite = _projected(x, x if source is None else source, layer)
     q, k, v = (part.to(roles.compute) for part in projected)
     if mix is not None:
-        q, k = mix(q, k, None if overflows is None else ~overflows[..., 0])
-    q, k, v = (part.unflatten(-1, (options.num_heads, -1)) for part in (q, k, v))  # [B, T, D] -> [B, T, H, Dh]
+        q, k = mix(q, k, finite)
+    q, k, v = (part.unflatten(-1, (layer.num_heads, -1)) for part in (q, k, v))  # [B, T, D] -> [B, T, H, Dh]
     q, k = (
         rotate(
-            l2_normalise(part, exact),
+            l2_normalize(part, exact),
             position,
-            theta=options.rope_theta,
+            theta=layer.config.rope_theta,
             dtype=torch.promote_types(roles.rope, part.dtype),
         )
         for part in (q, k)
     )
-    if weights.norm_weight is not None and weights.norm_bias is not None:
-        norm_weight, norm_bias = weights.norm_weight.to(roles.compute), weights.norm_bias.to(roles.compute)
-        v = reconstruction_target(v, k, norm_weight, norm_bias, options.target_eps, exact)
-    if overflows is not None:
-        v = torch.where(overflows[..., None], torch.nan, v)
-    rate = F.linear(x.to(roles.compute), weights.lr_weight.flatten(0, 1).to(roles.compute))
-    rate = torch.sigmoid(rate + weights.lr_bias.flatten().to(roles.compute))
-    lr = options.base_lr / q.shape[-1] * rate
+    if layer.norm_weight is not None and layer.norm_bias is not None:
+        weight, bias = layer.norm_weight.to(roles.compute), layer.norm_bias.to(roles.compute)
+        v = reconstruction_target(v, k, weight, bias, layer.config.target_eps, exact)
+    if finite is not None:
+        v = torch.where(finite[..., None, None], v, torch.nan)  # [B, T, 1, 1] over [B, T, H, Dh]
+    # [H, 1, D] -> [H, D], and [H, 1] -> [H]
+    rate = F.linear(x.to(roles.compute), layer.lr_weight.flatten(0, 1).to(roles.compute))  # [B, T, H]
+    rate = torch.sigmoid(rate + layer.lr_bias.flatten().to(roles.compute))
+    lr = layer.config.base_lr / q.shape[-1] * rate
     return Tokens(*(part.to(roles.state) for part in (q, k, v, lr)))
 
 
-def objective(weights: HybridWeights, options: HybridOptions, roles: DtypeRoles, exact: bool = False) -> Objective:
-    """The inner loss, in the state's dtype, with the inner LayerNorm where there is one; ``exact`` is for that."""
-    if weights.norm_weight is None or weights.norm_bias is None:
-        return PlainLoss()
-    weight, bias = weights.norm_weight.to(roles.state), weights.norm_bias.to(roles.state)
-    return InnerNorm(weight, bias, options.norm_eps, exact)
+def _projected(x: Tensor, source: Tensor, layer: HybridLayer) -> tuple[list[Tensor], Tensor | None]:
+    """Projected queries, keys and values ``[B, T, D]``, and ``[B, T]`` bool, which tokens' are finite; None: all.
 
-
-def gated_output(
-    x: Tensor,
-    y: Tensor,
-    weights: HybridWeights,
-    options: HybridOptions,
-    roles: DtypeRoles,
-    volume: float | Tensor = 1.0,
-) -> Tensor:
-    """``x + volume * tanh(gate) * wo(post_norm(y))`` for ``x`` and ``y [B, T, D]``, in the dtype of ``x``.
-
-    ``volume``: a number, or ``[B]``.
+    Zero where they are not.
     """
-    scale, shift = weights.post_norm.weight.to(roles.compute), weights.post_norm.bias.to(roles.compute)
-    y = F.layer_norm(y.to(roles.compute), y.shape[-1:], scale, shift, options.post_norm_eps)
-    update = weights.wo(y, roles.matmul).to(roles.output)
-    return at_volume(x, torch.tanh(weights.gate.to(roles.output)) * update, volume, roles.output)
+    pairs = ((layer.wq, x), (layer.wk, x), (layer.wv, source))
+    projected = [projection(part, layer.roles.matmul) for projection, part in pairs]
+    if layer.roles.matmul != torch.float16:  # other dtypes hold a projection of every token that the block lets through
+        return projected, None
+    with torch.no_grad():
+        finite = torch.stack([below(part, torch.inf) for part in projected]).all(0)  # [3, B, T] -> [B, T]
+    # Before the norms: their gradient at an infinite vector is nan, and masking their output comes too late.
+    return [torch.where(finite[..., None], part, 0) for part in projected], finite
+
+
+def objective(layer: HybridLayer, exact: bool = False) -> Objective:
+    """The inner loss, in the state's dtype, with the inner LayerNorm where the layer has one.
+
+    ``exact``: see ``InnerNorm``.
+    """
+    if layer.norm_weight is None or layer.norm_bias is None:
+        return PlainLoss()
+    weight, bias = layer.norm_weight.to(layer.roles.state), layer.norm_bias.to(layer.roles.state)
+    return InnerNorm(weight, bias, layer.config.norm_eps, exact)
+
+
+def gated_output(x: Tensor, y: Tensor, layer: HybridLayer, volume: float | Tensor = 1.0) -> Tensor:
+    """``x + volume * tanh(gate) * wo(post_norm(y))``, in the dtype of ``x``.
+
+    Args:
+        x: ``[B, T, D]``, the residual stream.
+        y: ``[B, T, D]``, the inner loop's output.
+        volume: a number, or ``[B]``.
+    """
+    roles = layer.roles
+    scale, shift = layer.post_norm.weight.to(roles.compute), layer.post_norm.bias.to(roles.compute)
+    y = F.layer_norm(y.to(roles.compute), y.shape[-1:], scale, shift, layer.config.post_norm_eps)
+    update = layer.wo(y, roles.matmul).to(roles.output)
+    return at_volume(x, torch.tanh(layer.gate.to(roles.output)) * update, volume, roles.output)

@@ -1,6 +1,6 @@
-"""The inner loop and the hybrid layer straight from their definitions: slow, per token, gradients by autograd.
+"""The naive form: the inner loop and the hybrid layer from their definitions. Slow, per token, gradients by autograd.
 
-Nothing here shares code with the fast path except the shapes. Read this to know what the fast path must compute.
+Nothing here shares code with the fast forms. Read this to know what they must compute.
 
 Shape legend: B streams, H heads, T tokens, D head width.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """``z [B, H, 1, D]`` normalised over D (biased variance), scaled by ``weight`` and ``bias [H, D]``."""
+    """``z [B, H, 1, D]`` normalized over D (biased variance), scaled by ``weight`` and ``bias [H, D]``."""
     mean = z.mean(-1, keepdim=True)
     variance = ((z - mean) ** 2).mean(-1, keepdim=True)
     return (z - mean) / torch.sqrt(variance + eps) * weight[:, None] + bias[:, None]
@@ -33,7 +33,7 @@ def network(x: Tensor, fast: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return x
 
 
-def inner_loop(
+def naive_inner_loop(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, token_scale: Tensor, norm_weight: Tensor, norm_bias: Tensor,
     weights: Sequence[Tensor], biases: Sequence[Tensor], *, chunk_size: int, eps: float, causal: bool,
     steps: int = 1, momentum: Tensor | None = None, norm: bool = True,
@@ -140,7 +140,7 @@ def rotated(x: Tensor, chunk_size: int, theta: float) -> Tensor:
     return torch.stack(columns, dim=-1)
 
 
-def hybrid_inputs(x: Tensor, given: dict[str, Tensor], *, num_heads: int, chunk_size: int, base_lr: float,
+def naive_inputs(x: Tensor, given: dict[str, Tensor], *, num_heads: int, chunk_size: int, base_lr: float,
                   theta: float, target_eps: float, embeddings: Tensor | None = None,
                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k, v' ``[B, H, T, D]`` and lr ``[B, H, T]`` of the hybrid layer; ``given`` as in the reference vectors.
@@ -157,8 +157,8 @@ def hybrid_inputs(x: Tensor, given: dict[str, Tensor], *, num_heads: int, chunk_
             projected = convolved(projected, given[taps])
         return projected.view(batch, length, num_heads, head_dim).transpose(1, 2)
 
-    heard = x if embeddings is None else embeddings / (embeddings**2).mean(-1, keepdim=True).sqrt()
-    q, k, v = heads("wq", x, "query_taps"), heads("wk", x, "key_taps"), heads("wv", heard, "")
+    source = x if embeddings is None else embeddings / (embeddings**2).mean(-1, keepdim=True).sqrt()
+    q, k, v = heads("wq", x, "query_taps"), heads("wk", x, "key_taps"), heads("wv", source, "")
     q, k = (rotated(part / part.norm(dim=-1, keepdim=True), chunk_size, theta) for part in (q, k))
     rate = torch.einsum("btd,hd->bht", x, given["lr_weight"][:, 0]) + given["lr_bias"]
     rate = base_lr * torch.sigmoid(rate) / head_dim
@@ -173,10 +173,10 @@ def hybrid_inputs(x: Tensor, given: dict[str, Tensor], *, num_heads: int, chunk_
     return q, k, target + k, rate
 
 
-def hybrid_output(x: Tensor, y: Tensor, given: dict[str, Tensor], *, eps: float) -> Tensor:
+def naive_output(x: Tensor, y: Tensor, given: dict[str, Tensor], *, eps: float) -> Tensor:
     """``x + tanh(alpha) * wo(post_norm(y))`` for ``x [B, T, H*D]`` and the inner loop's ``y [B, H, T, D]``."""
     merged = y.transpose(1, 2).reshape(x.shape)
-    centred = merged - merged.mean(-1, keepdim=True)
-    normal = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + eps)
+    centered = merged - merged.mean(-1, keepdim=True)
+    normal = centered / torch.sqrt((centered**2).mean(-1, keepdim=True) + eps)
     normal = normal * given["post_norm.weight"] + given["post_norm.bias"]
     return x + torch.tanh(given["alpha"]) * (normal @ given["wo.weight"].T + given["wo.bias"])

@@ -1,7 +1,7 @@
-"""What the fast network's output is compared with in the inner loss, and what of it a query reads.
+"""The inner loss of the fast network's output, and what a query's output is.
 
 Two forms. ``InnerNorm``, the published one (arXiv:2407.04620): a LayerNorm at the network's end, the target v - k, and
-what is read is q + LN(f(q)). ``PlainLoss``, without it: the target is v, and what is read is f(q).
+the output q + LN(f(q)). ``PlainLoss``, without it: the target is v, and the output is f(q).
 
 Shape legend: B streams, H heads, C tokens, D head width.
 """
@@ -22,22 +22,22 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(self, z: Tensor) -> Tensor:
-        """What the network predicts with ``z``."""
+        """The prediction ``[B, H, C, D]``, of the network's output ``z``."""
 
     @abstractmethod
     def target(self, v: Tensor, k: Tensor) -> Tensor:
-        """What a key ``k`` is to give, for its value ``v``; both ``[..., D]``."""
+        """The target ``[..., D]`` of a key ``k`` and its value ``v``, both ``[..., D]``."""
 
     @abstractmethod
-    def answer(self, q: Tensor, z: Tensor) -> Tensor:
-        """What a query ``q`` reads where the network gives ``z``."""
+    def output(self, q: Tensor, z: Tensor) -> Tensor:
+        """The output ``[B, H, C, D]`` of a query ``q``, for which the network gives ``z``."""
 
     @abstractmethod
     def loss_gradient(self, z: Tensor, target: Tensor) -> Tensor:
         """d/dz of the loss, for ``z`` and ``target`` ``[B, H, C, D]``."""
 
     bounded: ClassVar[bool]
-    """Whether the loss's gradient is bounded whatever z and the target are, so that updates cannot run away."""
+    """Whether the loss's gradient is bounded whatever z and the target are, so that updates cannot diverge."""
 
     @property
     def learned(self) -> tuple[Tensor, ...]:
@@ -50,8 +50,8 @@ class InnerNorm(Objective):
     """The LayerNorm inside the loss and the output: ``weight`` and ``bias [H, D]``, and its eps.
 
     Attributes:
-        exact: write the loss's gradient out. torch's own operation for it has a right first derivative and no right
-            second one: it takes the mean and the standard deviation for constants by then.
+        exact: write the loss's gradient out. torch's own operation for it has a right first derivative and a wrong
+            second one: that takes the mean and the standard deviation for constants.
     """
 
     weight: Tensor
@@ -61,13 +61,14 @@ class InnerNorm(Objective):
     bounded: ClassVar[bool] = True
 
     def __call__(self, z: Tensor) -> Tensor:
-        """``z [B, H, C, D]`` normalised over D, then scaled per head."""
+        """``z [B, H, C, D]`` normalized over D, then scaled per head."""
+        # [H, D] -> [H, 1, D]
         return F.layer_norm(z, z.shape[-1:], eps=self.eps) * self.weight[:, None] + self.bias[:, None]
 
     def target(self, v: Tensor, k: Tensor) -> Tensor:
         return v - k
 
-    def answer(self, q: Tensor, z: Tensor) -> Tensor:
+    def output(self, q: Tensor, z: Tensor) -> Tensor:
         return q + self(z)
 
     def loss_gradient(self, z: Tensor, target: Tensor) -> Tensor:
@@ -88,9 +89,9 @@ class InnerNorm(Objective):
         m is the mean over D; half-precision numbers are computed with in float32, as torch's operation does.
         """
         wide = z.to(torch.promote_types(z.dtype, torch.float32))
-        centred = wide - wide.mean(-1, keepdim=True)
-        r = (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        n = centred * r
+        centered = wide - wide.mean(-1, keepdim=True)
+        r = (centered.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        n = centered * r
         u = (n * self.weight[:, None] + self.bias[:, None] - target) * self.weight[:, None]
         return (r * (u - u.mean(-1, keepdim=True) - n * (u * n).mean(-1, keepdim=True))).to(z.dtype)
 
@@ -100,7 +101,7 @@ class InnerNorm(Objective):
 
 
 class PlainLoss(Objective):
-    """1/2 || z - v ||^2: no LayerNorm, nothing learned, and a query reads f(q)."""
+    """1/2 || z - v ||^2: no LayerNorm, nothing learned, and the output is f(q)."""
 
     bounded: ClassVar[bool] = False
 
@@ -110,7 +111,7 @@ class PlainLoss(Objective):
     def target(self, v: Tensor, k: Tensor) -> Tensor:
         return v
 
-    def answer(self, q: Tensor, z: Tensor) -> Tensor:
+    def output(self, q: Tensor, z: Tensor) -> Tensor:
         return z
 
     def loss_gradient(self, z: Tensor, target: Tensor) -> Tensor:

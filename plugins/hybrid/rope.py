@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 SHARES = {1: (8,), 3: (2, 3, 3)}
-"""Number of axes -> eighths of the head width that each turns."""
+"""Number of axes -> eighths of the head width that each axis rotates."""
 
 
 def widths(head_dim: int, axes: int) -> list[int]:
-    """Channels that each axis turns. Raises ValueError where they are not even whole numbers."""
+    """Channels that each axis rotates. Raises ValueError where they are not even whole numbers."""
     if axes not in SHARES or any(head_dim * share % 16 for share in SHARES[axes]):
         raise ValueError(
             f"RoPE over {axes} axes needs a head width that divides into {SHARES.get(axes)} eighths of pairs."
@@ -27,20 +27,22 @@ def rotate(x: Tensor, position: Tensor, *, theta: float = 10_000.0, dtype: torch
 
     Args:
         x: ``[B, T, H, Dh]``, Dh even, any floating dtype.
-        position: ``[B or 1, T]`` integer positions, or ``[B or 1, T, A]`` for A axes, each turning its own channels
-            (``widths``), with frequencies of its own.
+        position: ``[B or 1, T]`` integer positions, or ``[B or 1, T, A]`` for A axes: each rotates channels of its
+            own (``widths``), with frequencies of its own.
         theta: base of the frequencies.
-        dtype: what angles and products are computed in; the result has the dtype of ``x``.
+        dtype: of angles and products; the result has the dtype of ``x``.
     """
     if position.dim() == 3:
-        parts = x.split(widths(x.shape[-1], position.shape[-1]), dim=-1)
-        turned = [
+        parts = x.split(widths(x.shape[-1], position.shape[-1]), dim=-1)  # A times [B, T, H, width of the axis]
+        rotated = [
             rotate(part, where, theta=theta, dtype=dtype)
             for part, where in zip(parts, position.unbind(-1), strict=True)
         ]
-        return torch.cat(turned, dim=-1)
+        return torch.cat(rotated, dim=-1)
     pairs = torch.arange(0, x.shape[-1], 2, device=x.device, dtype=dtype)
+    # [B or 1, T, 1, 1] and [Dh / 2] -> [B or 1, T, 1, Dh / 2]
     angle = position.to(dtype)[..., None, None] * theta ** (-pairs / x.shape[-1])
     cos, sin = angle.cos(), angle.sin()
-    even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)  # [B, T, H, Dh / 2, 2] -> twice [B, T, H, Dh / 2]
+    # [B, T, H, Dh / 2, 2] -> [B, T, H, Dh]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)

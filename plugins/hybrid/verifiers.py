@@ -1,4 +1,4 @@
-"""Every form of the inner loop and the hybrid layer, as verifiers of reference vectors (``moshi-ttt verify``)."""
+"""Verifiers of reference vectors (``moshi-ttt verify``): every form of the inner loop and of the hybrid layer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.precision import FP32_STATE
 from moshi_ttt.core.state import BlockState, clone
 from moshi_ttt.core.verification import Kind, Shape, VectorSchema, Verifier
-from moshi_ttt.plugins.common import hybrid, inner_loop, reference
-from moshi_ttt.plugins.common.objective import InnerNorm
+from moshi_ttt.plugins.common.projection import Linear
+from moshi_ttt.plugins.hybrid import inner_loop, layer
+from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
+from moshi_ttt.plugins.hybrid.config import HybridConfig
+from moshi_ttt.plugins.hybrid.naive import naive_inner_loop, naive_inputs, naive_output
+from moshi_ttt.plugins.hybrid.objective import InnerNorm
+from moshi_ttt.plugins.hybrid.recurrent import recurrent_inner_loop
 
 INNER_LOOP: Mapping[str, Kind] = {
     "chunk_size": "count", "layers": "count", "causal": "flag", "norm_eps": "number", "activation": "text",
@@ -104,12 +109,12 @@ def _final(state: BlockState) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name.startswith(("weight.", "bias."))}
 
 
-class Reference(_InnerLoopVerifier):
+class Naive(_InnerLoopVerifier):
     """The inner loop, token by token from the definition."""
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         weights, biases = _fast(inputs, metadata)
-        y, weights_after, biases_after = reference.inner_loop(
+        y, weights_after, biases_after = naive_inner_loop(
             inputs["q"], inputs["k"], inputs["v"], inputs["lr"], inputs["token_scale"], inputs["norm_weight"],
             inputs["norm_bias"], weights, biases, chunk_size=int(metadata["chunk_size"]),
             eps=float(metadata["norm_eps"]), causal=metadata["causal"] == "true",
@@ -132,13 +137,13 @@ def _per_head(y: Tensor, heads: int) -> Tensor:
     return y.view(*y.shape[:2], heads, -1).transpose(1, 2)
 
 
-class Chunked(_InnerLoopVerifier):
+class Chunk(_InnerLoopVerifier):
     """The inner loop in its dual form: what training runs."""
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         batch, heads, length, _ = inputs["q"].shape
         size = int(metadata["chunk_size"])
-        y, state = inner_loop.run(
+        y, state = chunk_inner_loop(
             _tokens(inputs),
             inner_loop.initial_state(*_fast(inputs, metadata), size, batch),
             _norm(inputs, metadata),
@@ -149,7 +154,7 @@ class Chunked(_InnerLoopVerifier):
         return {"y": _per_head(y, heads), **_final(state)}
 
 
-class Streamed(_InnerLoopVerifier):
+class Recurrent(_InnerLoopVerifier):
     """The inner loop token by token with a state updated in place: what streaming runs. No gradients, causal only."""
 
     differentiable = False
@@ -162,70 +167,73 @@ class Streamed(_InnerLoopVerifier):
         norm = _norm(inputs, metadata)
         state = clone(inner_loop.initial_state(*_fast(inputs, metadata), int(metadata["chunk_size"]), batch))
         outputs = [
-            inner_loop.step(_tokens(inputs, t, t + 1), state, norm, inputs["token_scale"]) for t in range(length)
+            recurrent_inner_loop(_tokens(inputs, t, t + 1), state, norm, inputs["token_scale"]) for t in range(length)
         ]
         return {"y": _per_head(torch.cat(outputs, dim=1), heads), **_final(state)}
 
 
-class HybridReference(_HybridVerifier):
+class HybridNaive(_HybridVerifier):
     """The hybrid layer from its definition."""
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         given = dict(inputs)
         size = int(metadata["chunk_size"])
-        q, k, v, lr = reference.hybrid_inputs(
+        q, k, v, lr = naive_inputs(
             given["x"], given, num_heads=int(metadata["num_heads"]), chunk_size=size,
             base_lr=float(metadata["base_lr"]), theta=float(metadata["rope_theta"]),
             target_eps=float(metadata["target_eps"]),
         )  # fmt: skip
         weights, biases = _fast(inputs, metadata)
-        y, _, _ = reference.inner_loop(
+        y, _, _ = naive_inner_loop(
             q, k, v, lr, given["token_scale"], given["norm_weight"], given["norm_bias"], weights, biases,
             chunk_size=size, eps=float(metadata["norm_eps"]), causal=metadata["causal"] == "true",
         )  # fmt: skip
         return {
-            "y": reference.hybrid_output(given["x"], y, given, eps=float(metadata["post_norm_eps"])),
+            "y": naive_output(given["x"], y, given, eps=float(metadata["post_norm_eps"])),
             "q": q, "k": k, "v": v,
         }  # fmt: skip
 
 
 class Hybrid(_HybridVerifier):
-    """The hybrid layer by the functions the block is made of."""
+    """The hybrid layer by the functions that the block consists of."""
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         x = inputs["x"]
         batch, length, _ = x.shape
         size = int(metadata["chunk_size"])
-        options = hybrid.HybridOptions(
-            num_heads=int(metadata["num_heads"]),
-            chunk_size=size,
-            base_lr=float(metadata["base_lr"]),
-            rope_theta=float(metadata["rope_theta"]),
-            norm_eps=float(metadata["norm_eps"]),
-            target_eps=float(metadata["target_eps"]),
-            post_norm_eps=float(metadata["post_norm_eps"]),
-        )
-        weights = _hybrid_weights(inputs)
-        roles = FP32_STATE.roles(x.dtype)
-        position = torch.arange(length, device=x.device)[None] % size
-        tokens = hybrid.inner_inputs(x, position, weights, options, roles)
-        y, _ = inner_loop.run(
+        given = _layer(inputs, metadata)
+        position = torch.arange(length, device=x.device)[None] % size  # [1, T]
+        tokens = layer.inner_inputs(x, position, given)
+        y, _ = chunk_inner_loop(
             tokens,
             inner_loop.initial_state(*_fast(inputs, metadata), size, batch),
-            hybrid.objective(weights, options, roles),
-            weights.token_scale,
+            layer.objective(given),
+            given.token_scale,
             layout=ChunkLayout(length, size),
             causal=metadata["causal"] == "true",
         )
+        # [B, T, H, D] -> [B, H, T, D]
         result = {name: part.transpose(1, 2) for name, part in zip("qkv", tokens[:3], strict=True)}
-        return {"y": hybrid.gated_output(x, y, weights, options, roles), **result}
+        return {"y": layer.gated_output(x, y, given), **result}
 
 
-def _hybrid_weights(inputs: Mapping[str, Tensor]) -> hybrid.HybridWeights:
-    def linear(name: str) -> hybrid.Linear:
-        return hybrid.Linear(inputs[f"{name}.weight"], inputs[f"{name}.bias"])
+def _layer(inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> layer.HybridLayer:
+    def linear(name: str) -> Linear:
+        return Linear(inputs[f"{name}.weight"], inputs[f"{name}.bias"])
 
-    return hybrid.HybridWeights(
+    config = HybridConfig(
+        variant="hybrid",
+        chunk=int(metadata["chunk_size"]),
+        base_lr=float(metadata["base_lr"]),
+        causal=metadata["causal"] == "true",
+        rope_theta=float(metadata["rope_theta"]),
+        norm_eps=float(metadata["norm_eps"]),
+        target_eps=float(metadata["target_eps"]),
+        post_norm_eps=float(metadata["post_norm_eps"]),
+    )
+    return layer.HybridLayer(
+        config=config,
+        roles=FP32_STATE.roles(inputs["x"].dtype),
         wq=linear("wq"),
         wk=linear("wk"),
         wv=linear("wv"),

@@ -1,19 +1,19 @@
 """The names that two published implementations give the weights of a TTT layer.
 
 ``ttt-video-dit`` (arXiv:2504.05298): the same layer as ours when not causal. Its gate is a module of its own beside the
-layer; give its ``gating_alpha`` with the layer's tensors (and that of the reversed pass as ``backward_gating_alpha``).
-There the tokens of a text before the video have gates of their own, and here they have the video's: the layer is the
-same one where the two are equal, or where there is no text. Of a video of several scenes only the weights are the same:
-its scenes and texts are interleaved.
+layer; pass its ``gating_alpha`` with the layer's tensors (and that of the reversed pass as ``backward_gating_alpha``).
+It has separate gates for the tokens of a text before the video; ours gates them as the video. The two layers are equal
+where those gates are, or where there is no text. For a video of several scenes only the weights are equal: its scenes
+and texts are interleaved.
 
-``ttt-lm`` (arXiv:2407.04620): the same inner loop inside another layer. There are no biases in its projections, queries
-and keys are not L2-normalised, the target is not normalised, and the layer stands in attention's place without a gate:
-its weights are a start for ours, not the same function. Variants with shared queries and keys or an output gate have
-further weights, which are refused.
+``ttt-lm`` (arXiv:2407.04620): the same inner loop inside another layer. Its projections have no biases, queries and
+keys are not L2-normalized, the target is not normalized, and the layer replaces attention and has no gate: its weights
+initialize ours, but do not give the same function. Its ``learnable_token_idx`` is our ``token_scale_offset``. Variants
+with shared queries and keys or an output gate have further weights, which are refused.
 
-Neither has the options of ours that change keys, values and updates. A block with more weights by them
-(``conv_kernel``, ``learned_momentum``) or fewer (``inner_norm: false``) is refused; with others the weights are a
-start, not the same layer.
+Neither has our options for keys, values and updates. A block that has more weights because of them (``conv_kernel``,
+``learned_momentum``) or fewer (``inner_norm: false``) is refused; with other options the weights initialize ours, but
+do not give the same function.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The forms of ``ttt_linear`` that reference vectors are checked against: a fast network of 1 layer(s)."""
+"""What ``moshi-ttt verify`` compares with reference vectors: the forms of ``ttt_linear``, one fast layer."""
 
 from __future__ import annotations
 
-from moshi_ttt.plugins.common.verifiers import Chunked, Hybrid, HybridReference, Reference, Streamed
+from moshi_ttt.plugins.hybrid.verifiers import Chunk, Hybrid, HybridNaive, Naive, Recurrent
 
-REFERENCE = Reference(layers=1)
-CHUNKED = Chunked(layers=1)
-STREAMED = Streamed(layers=1)
+NAIVE = Naive(layers=1)
+CHUNK = Chunk(layers=1)
+RECURRENT = Recurrent(layers=1)
 HYBRID = Hybrid(layers=1)
-HYBRID_REFERENCE = HybridReference(layers=1)
+HYBRID_NAIVE = HybridNaive(layers=1)

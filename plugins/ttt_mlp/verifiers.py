@@ -1,11 +1,11 @@
-"""The forms of ``ttt_mlp`` that reference vectors are checked against: a fast network of 2 layer(s)."""
+"""What ``moshi-ttt verify`` compares with reference vectors: the forms of ``ttt_mlp``, two fast layers."""
 
 from __future__ import annotations
 
-from moshi_ttt.plugins.common.verifiers import Chunked, Hybrid, HybridReference, Reference, Streamed
+from moshi_ttt.plugins.hybrid.verifiers import Chunk, Hybrid, HybridNaive, Naive, Recurrent
 
-REFERENCE = Reference(layers=2)
-CHUNKED = Chunked(layers=2)
-STREAMED = Streamed(layers=2)
+NAIVE = Naive(layers=2)
+CHUNK = Chunk(layers=2)
+RECURRENT = Recurrent(layers=2)
 HYBRID = Hybrid(layers=2)
-HYBRID_REFERENCE = HybridReference(layers=2)
+HYBRID_NAIVE = HybridNaive(layers=2)

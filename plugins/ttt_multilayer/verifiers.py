@@ -1,14 +1,14 @@
-"""The forms of ``ttt_multilayer`` that reference vectors are checked against: fast networks of three layers and more.
+"""What ``moshi-ttt verify`` compares with reference vectors: the forms of ``ttt_multilayer``, three layers and more.
 
 One layer and two are ``ttt_linear``'s and ``ttt_mlp``'s, by the same code.
 """
 
 from __future__ import annotations
 
-from moshi_ttt.plugins.common.verifiers import Chunked, Hybrid, HybridReference, Reference, Streamed
+from moshi_ttt.plugins.hybrid.verifiers import Chunk, Hybrid, HybridNaive, Naive, Recurrent
 
-REFERENCE = Reference(at_least=3)
-CHUNKED = Chunked(at_least=3)
-STREAMED = Streamed(at_least=3)
+NAIVE = Naive(at_least=3)
+CHUNK = Chunk(at_least=3)
+RECURRENT = Recurrent(at_least=3)
 HYBRID = Hybrid(at_least=3)
-HYBRID_REFERENCE = HybridReference(at_least=3)
+HYBRID_NAIVE = HybridNaive(at_least=3)

@@ -15,8 +15,8 @@ from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common import short_conv
-from moshi_ttt.plugins.common.block import INIT_STD, Projection
 from moshi_ttt.plugins.common.finite import check_state_dtype
+from moshi_ttt.plugins.common.projection import INIT_STD, Projection
 from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate, initial_state
 from moshi_ttt.plugins.ttt_ridge import layer, memory
 from moshi_ttt.plugins.ttt_ridge.config import REGULARIZATION, TTTRidgeConfig

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from moshi_ttt.core.config import BlockConfig, Length
-from moshi_ttt.plugins.common.options import GateConfig
+from moshi_ttt.plugins.common.gate import GateConfig
 
 REGULARIZATION = (1e-3, 1e3)
 """The least and the largest regularization. Below, float32 has no room for what a stream of an hour writes."""

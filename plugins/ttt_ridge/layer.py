@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.plugins.common import short_conv
 from moshi_ttt.plugins.common.finite import below, largest_factor
-from moshi_ttt.plugins.common.hybrid import Linear, l2_normalise
+from moshi_ttt.plugins.common.normalization import l2_normalize
+from moshi_ttt.plugins.common.projection import Linear
 from moshi_ttt.plugins.ttt_ridge.memory import Tokens
 
 RMS_EPS = 1e-6
@@ -90,7 +91,7 @@ def inputs(
     if weights.relu2:
         q, k = F.relu(q).square(), F.relu(k).square()
     # [B, T, H m] -> [B, T, H, m]
-    q, k = (l2_normalise(part.unflatten(-1, (weights.heads, -1)), exact=True) for part in (q, k))
+    q, k = (l2_normalize(part.unflatten(-1, (weights.heads, -1)), exact=True) for part in (q, k))
     strength = torch.sigmoid(weights.write(normal, roles.compute))
     v = v.unflatten(-1, (weights.heads, -1))  # [B, T, H d] -> [B, T, H, d]
     q, k, v, strength = (part.to(roles.state) for part in (q, k, v, strength))

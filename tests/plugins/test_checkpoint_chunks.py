@@ -13,7 +13,7 @@ from moshi_ttt.core.device_log import DeviceLog
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.testing import Shape, default_cases
-from moshi_ttt.plugins.common import inner_loop
+from moshi_ttt.plugins.hybrid import inner_loop
 
 CASES = [
     ("ttt_linear", {"chunk": 4}),

@@ -17,10 +17,11 @@ from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.testing import error
 from moshi_ttt.core.testing.toy_host import ToyMLP
 from moshi_ttt.plugins.common.success_gate import directions
-from moshi_ttt.plugins.gating_mlp import ops, reference
+from moshi_ttt.plugins.gating_mlp import naive, ops
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.corrections import RIDGE_BOUNDS, solved
+from moshi_ttt.plugins.gating_mlp.naive import naive_in_place
 
 BEST = {
     "update": "ridge", "lr": 1.0, "learned_lr": True, "keys": "unit", "target_norm": True, "start": "next_frame",
@@ -46,7 +47,7 @@ def strengths(block, x):
 
 
 def defined(block, x, target):
-    """Outputs and accumulated updates by reference.py, row by row."""
+    """Outputs and accumulated updates by naive.py, row by row."""
     config, mlp = block.config, block.info.mlp
     gate, up = mlp.linear_in(x).chunk(2, dim=-1)
     hidden = mlp.activation(gate) * up
@@ -55,7 +56,7 @@ def defined(block, x, target):
     ridge = block.log_ridge.exp().item() if config.update == "ridge" else 0.0
     outputs, deltas = [], []
     for b in range(x.shape[0]):
-        y, delta = reference.in_place(
+        y, delta = naive_in_place(
             keys[b], target[b], torch.zeros_like(mlp.linear_out.weight), block.conv[:, 0], block.projection, rate[b],
             chunk_size=config.chunk, left=ops.left_padding(config.conv_kernel, config.padding), decay=config.decay,
             clip=config.clip, update=config.update, ridge=ridge,
@@ -161,7 +162,7 @@ def ill_conditioned_definition(block, mlp, x, target):
     rate = torch.sigmoid(block.lr_bias.double()).expand(20)
     ridge = block.log_ridge.double().exp().clamp(*RIDGE_BOUNDS)
     rows = [
-        reference.in_place(
+        naive_in_place(
             keys[b], target[b], torch.zeros_like(mlp.linear_out.weight), block.conv.double()[:, 0],
             block.projection.double(), rate, chunk_size=8, left=2, update="ridge", ridge=ridge,
         )
@@ -310,8 +311,8 @@ def test_inner_losses_are_what_the_update_lowers(update):
     gate, up = block.info.mlp.linear_in(x).chunk(2, dim=-1)
     keys = directions(block.info.mlp.activation(gate) * up)
     for b in range(2):
-        wanted = torch.cat([reference.filtered(part, block.conv[:, 0], 2) for part in target[b].split(4)])
-        _, first = reference.in_place(
+        wanted = torch.cat([naive.filtered(part, block.conv[:, 0], 2) for part in target[b].split(4)])
+        _, first = naive_in_place(
             keys[b, :4], target[b, :4], torch.zeros(DIM, keys.shape[-1], dtype=torch.float64), block.conv[:, 0], None,
             torch.full((4,), 0.5), chunk_size=4, left=2, update=update,
             ridge=block.log_ridge.exp().item() if update == "ridge" else 0.0,

@@ -14,9 +14,10 @@ from moshi_ttt.core.precision import UNIFORM
 from moshi_ttt.core.state import clone
 from moshi_ttt.core.testing import error
 from moshi_ttt.core.testing.toy_host import ToyMLP
-from moshi_ttt.plugins.gating_mlp import ops, reference
+from moshi_ttt.plugins.gating_mlp import naive, ops
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
+from moshi_ttt.plugins.gating_mlp.naive import naive_in_place
 from moshi_ttt.plugins.gating_mlp.schedule import FoldSchedule, StepTables
 
 
@@ -45,7 +46,7 @@ def defined(block, x, target, taught=None):
     if taught is not None:
         rate = rate * taught.repeat_interleave(size, dim=1)[:, : x.shape[1]]
     rows = [
-        reference.in_place(
+        naive_in_place(
             hidden[b], target[b], mlp.linear_out.weight, block.conv[:, 0], block.projection, rate[b], chunk_size=size,
             left=ops.left_padding(config.conv_kernel, config.padding), decay=config.decay, clip=config.clip,
         )
@@ -197,9 +198,7 @@ def test_the_clip_is_right_where_the_tokens_updates_all_but_cancel(dtype, bound,
         gate, up = block.info.mlp.linear_in(x).chunk(2, dim=-1)
         keys = (block.info.mlp.activation(gate) * up)[0, :size].double()
         left = ops.left_padding(kernel, "centered")
-        values = (
-            reference.filtered(target[0, :size].double(), block.conv[:, 0].double(), left) @ block.projection.double()
-        )
+        values = naive.filtered(target[0, :size].double(), block.conv[:, 0].double(), left) @ block.projection.double()
         norms = keys.norm(dim=1) * values.norm(dim=1)
         ratio = norms.sum() / (values.T @ keys).norm()
         assert ratio > (1e3 if kernel == 1 else 10), ratio  # at a chunk's edges a filter leaves what cancels nothing

@@ -19,8 +19,8 @@ from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.state import map_state
 from moshi_ttt.core.testing import BlockCase, Shape, conformance_tests
 from moshi_ttt.core.testing.checks_streaming import layouts
-from moshi_ttt.plugins.common import inner_loop
-from moshi_ttt.plugins.common.hybrid import Linear
+from moshi_ttt.plugins.common.projection import Linear
+from moshi_ttt.plugins.hybrid import chunk
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 
@@ -29,14 +29,14 @@ class NoCausalMask(TTTLinear):
     """Every query of a chunk uses all keys of the chunk, as in the published video form."""
 
     def compute(self, x, state, context):
-        query_pass = inner_loop.query_pass
-        inner_loop.query_pass = lambda q, fast, memory, norm, scale, mask, *more: query_pass(
+        query_pass = chunk.query_pass
+        chunk.query_pass = lambda q, fast, memory, norm, scale, mask, *more: query_pass(
             q, fast, memory, norm, scale, None, *more
         )
         try:
             return super().compute(x, state, context)
         finally:
-            inner_loop.query_pass = query_pass
+            chunk.query_pass = query_pass
 
 
 class SharedRows(TTTLinear):
@@ -102,7 +102,7 @@ class KeepsNonfinite(TTTLinear):
 
     def compute(self, x, state, context):
         everything = torch.ones(x.shape[:2], dtype=torch.bool)
-        with mock.patch.object(inner_loop, "only_finite", lambda tokens: (tokens, everything)):
+        with mock.patch.object(chunk, "only_finite", lambda tokens: (tokens, everything)):
             return super().compute(x, state, context)
 
 
@@ -189,8 +189,8 @@ class KeepsFunction(TTTLinear):
 class KeepsCasts(TTTLinear):
     """A projection is cast at the first step, for good."""
 
-    def weights(self, gate=None, context=None):
-        made = super().weights(gate, context)
+    def layer(self, gate=None, context=None):
+        made = super().layer(gate, context)
         if not torch.is_grad_enabled():
             if not hasattr(self, "kept"):
                 self.kept = Linear(*(part.to(self.roles.matmul) for part in (made.wq.weight, made.wq.bias)))
@@ -461,7 +461,7 @@ class DifferentiableOnce(TTTLinear):
     """A gradient that is right, and silently wrong when it is differentiated again."""
 
     def compute(self, x, state, context):
-        with mock.patch("moshi_ttt.plugins.common.block.differentiable_again", lambda outputs, *_: tuple(outputs)):
+        with mock.patch("moshi_ttt.plugins.hybrid.block.differentiable_again", lambda outputs, *_: tuple(outputs)):
             return super().compute(x, state, context)
 
 

@@ -26,7 +26,7 @@ from moshi_ttt.core.health import HealthMonitor
 from moshi_ttt.core.injection import Injection
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import resolve_repo
-from moshi_ttt.plugins.common.block import HybridBlock
+from moshi_ttt.plugins.hybrid.block import HybridBlock
 from tests.plugins.test_convolution_cache import Unscaled, registry_of
 
 from .conftest import FRAMES, LORA, adapter, records, same, values

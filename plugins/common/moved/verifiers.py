@@ -1,0 +1,14 @@
+"""Moved to ``moshi_ttt.plugins.hybrid.verifiers``."""
+
+from moshi_ttt.core.deprecation import moved_names
+
+__getattr__ = moved_names(
+    "moshi_ttt.plugins.common.verifiers",
+    "moshi_ttt.plugins.hybrid.verifiers",
+    {
+        "Reference": "Naive",
+        "Chunked": "Chunk",
+        "Streamed": "Recurrent",
+        "HybridReference": "HybridNaive",
+    },
+)

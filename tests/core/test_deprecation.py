@@ -1,0 +1,76 @@
+"""Names that moved: found under the earlier name with a warning, refused where there is none."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import warnings
+
+import pytest
+
+from moshi_ttt.core.deprecation import moved_modules, moved_names
+from moshi_ttt.plugins import common
+from moshi_ttt.plugins.common import moved
+
+
+def test_an_earlier_name_is_the_new_object_with_a_warning():
+    find = moved_names("old.place", "moshi_ttt.core.paths")
+    with pytest.warns(DeprecationWarning, match=r"old\.place\.user_path is now moshi_ttt\.core\.paths\.user_path"):
+        found = find("user_path")
+    assert found is importlib.import_module("moshi_ttt.core.paths").user_path
+
+
+@pytest.mark.parametrize("target", ["user_path", "moshi_ttt.core.paths:user_path"])
+def test_a_renamed_name(target):
+    find = moved_names("old.place", "moshi_ttt.core.paths", {"path_of": target})
+    with pytest.warns(DeprecationWarning, match=r"old\.place\.path_of is now moshi_ttt\.core\.paths\.user_path"):
+        assert find("path_of") is importlib.import_module("moshi_ttt.core.paths").user_path
+
+
+@pytest.mark.parametrize("name", ["nothing", "__path__"])
+def test_a_name_that_never_was(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(AttributeError, match=f"module 'old.place' has no attribute '{name}'"):
+            moved_names("old.place", "moshi_ttt.core.paths")(name)
+
+
+def test_an_earlier_module():
+    find = moved_modules("old", {"paths": "moshi_ttt.core.paths"})
+    with pytest.warns(DeprecationWarning, match=r"old\.paths is now moshi_ttt\.core\.paths"):
+        assert find("paths") is importlib.import_module("moshi_ttt.core.paths")
+    with pytest.raises(AttributeError, match="has no attribute 'other'"):
+        find("other")
+
+
+EARLIER = {
+    "block": ["HybridBlock", "Projection", "INIT_STD"],
+    "block_checks": ["NARROWEST_HEAD", "checked_head_width"],
+    "derivatives": ["differentiable_again"],
+    "fast_network": ["FastNetwork", "UpdateRule", "teach", "key_pass", "query_pass", "after_chunk", "descend_"],
+    "health": ["target_figures", "inner_losses", "red_flags"],
+    "hybrid": ["Linear", "l2_normalise", "over_rms", "reconstruction_target", "inner_inputs", "gated_output"],
+    "inner_loop": ["Tokens", "initial_state", "unpack", "pack", "run", "step"],
+    "objective": ["Objective", "InnerNorm", "PlainLoss"],
+    "options": ["GateConfig", "HybridConfig", "START_MOMENTUM"],
+    "reference": ["inner_loop", "hybrid_inputs", "hybrid_output", "network", "layer_norm", "rotated"],
+    "rope": ["rotate", "widths"],
+    "verifiers": ["Reference", "Chunked", "Streamed", "Hybrid", "HybridReference"],
+    "weight_maps": ["VideoDiT", "LanguageModel"],
+}
+"""Names that plugins.common had before the TTT layer moved to plugins.hybrid."""
+
+
+@pytest.mark.parametrize("module", EARLIER)
+def test_names_that_moved_to_plugins_hybrid(module):
+    earlier = importlib.import_module(f"moshi_ttt.plugins.common.{module}")
+    for name in EARLIER[module]:
+        with pytest.warns(DeprecationWarning, match=rf"plugins\.common\.{module}\.{name} is now moshi_ttt\.plugins\."):
+            found = getattr(earlier, name)
+        assert getattr(found, "__module__", "moshi_ttt.plugins.").startswith("moshi_ttt.plugins.")
+
+
+def test_every_module_that_moved_is_tried():
+    assert {each.name for each in pkgutil.iter_modules(moved.__path__)} == EARLIER.keys()
+    own = {each.name for each in pkgutil.iter_modules(common.__path__[:1])}
+    assert not own & EARLIER.keys(), "a module of the same name would hide the earlier one"
