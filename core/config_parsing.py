@@ -15,7 +15,7 @@ import yaml
 
 from moshi_ttt.core.config import BlockConfig, FrozenConfig, HostConfig, Seed, TTTConfig, parse_model
 from moshi_ttt.core.errors import ConfigError, nearest
-from moshi_ttt.core.flat_config import native_entries
+from moshi_ttt.core.host import HostModel
 from moshi_ttt.core.paths import user_path
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.core.text_files import read_text
@@ -31,8 +31,9 @@ def parse_config(
     """A validated configuration from plain values.
 
     Args:
-        values: what a YAML file holds: ``host``, ``precision``, ``seed``, ``ttt`` and the sections asked for. A flat
-            ``ttt`` mapping of earlier code is read as the entries it means, with a warning that shows them.
+        values: what a YAML file holds: ``host``, ``precision``, ``seed``, ``ttt`` and the sections asked for. Where
+            ``ttt`` is a mapping, the host reads it (``HostModel.entries_of_mapping``), with a warning that shows the
+            entries.
         registry: decides which hosts, policies and variants exist.
         sections: further top-level sections and the models that validate them.
         where: what error messages call the source.
@@ -58,7 +59,8 @@ def parse_config(
     host = attempt(_parse_host_entry, values.get("host"), registry)
     entries = values.get("ttt")
     if isinstance(entries, Mapping):
-        entries = attempt(_read_flat, entries) or ()
+        # Without a host nothing can read it, and the host's own problem is listed already.
+        entries = () if host is None else attempt(_read_mapping, entries, registry.host(host.name)) or ()
     if not isinstance(entries, list | tuple):
         problems.append(f"{where}: 'ttt' must be a list of entries, each with a variant, got {entries!r}.")
         entries = ()
@@ -69,8 +71,12 @@ def parse_config(
     return TTTConfig(host=host, precision=precision, seed=seed, ttt=tuple(blocks), extra=extra)
 
 
-def _read_flat(flat: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    entries, message = native_entries(flat, where)
+def _read_mapping(mapping: Mapping[str, Any], host: HostModel, where: str) -> list[dict[str, Any]]:
+    if "variant" in mapping:
+        raise ConfigError(
+            f"{where}: 'ttt' is a list of entries: write it as `ttt: [{{variant: {mapping['variant']}, ...}}]`."
+        )
+    entries, message = host.entries_of_mapping(mapping, where)
     warnings.warn(message, stacklevel=4)
     return entries
 

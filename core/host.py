@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moshi_ttt.core import state as states
 from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo
 from moshi_ttt.core.config import HostConfig
-from moshi_ttt.core.errors import ContextError, HostError
+from moshi_ttt.core.errors import ConfigError, ContextError, HostError
 from moshi_ttt.core.state import BlockState
 
 
@@ -75,6 +75,26 @@ class HostModel(ABC):
     @abstractmethod
     def skeleton(self, config: Any) -> nn.Module:
         """The architecture named by ``config`` on the meta device; no weights are read. Raises HostError."""
+
+    def entries_of_mapping(self, mapping: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], str]:
+        """The entries that a ``ttt`` mapping stands for, in a config that was written for earlier code of this host.
+
+        Override it in a host that has such code.
+
+        Args:
+            mapping: the value of ``ttt``, which should be a list of entries.
+            where: what error messages call the source.
+
+        Returns:
+            The entries, not yet validated, and the message of a warning that shows them.
+
+        Raises:
+            ConfigError: this host reads no such mapping, or not this one.
+        """
+        raise ConfigError(
+            f"{where}: 'ttt' must be a list of entries, each with a variant, got {dict(mapping)!r}. The host "
+            f"{self.name!r} has no earlier form of it."
+        )
 
     @abstractmethod
     def sites(self, model: nn.Module) -> tuple[SiteInfo, ...]:
@@ -138,10 +158,9 @@ class HostModel(ABC):
         """Inside this context test-time updates are enabled or disabled: in forward passes, in training and in streams.
 
         ``enabled`` is one answer for all rows, or ``[B]`` bool, one for each; it reaches every block by its context. A
-        row whose updates are disabled learns nothing, and other rows do not notice; a block that forgets (``decay`` of
-        ``gating_mlp``) goes on forgetting at each chunk's end. Contexts nest: the
-        innermost decides, and the one outside holds again after it, also after an error. A stream that was captured in
-        a graph follows, and one that starts inside starts with it.
+        row whose updates are disabled learns nothing, and other rows are not affected. Decay of what was learned is the
+        variant's own, and may continue. Contexts nest: the innermost one counts, and the outer one again after it, also
+        after an error. A stream that was captured in a graph follows the switch, and so does one that starts inside.
 
         Raises ContextError for anything but a bool or ``[B]`` bool (``updates_switch`` says so), and where ``enabled``
         does not have a row for each row of a running stream. With guidance an

@@ -28,7 +28,11 @@ logger = logging.getLogger("moshi_ttt.injection")
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedBlock:
-    """One block of a plan; the figures come from building it on the meta device, so they are exact."""
+    """One block of a plan; the figures come from building it on the meta device, so they are exact.
+
+    Attributes:
+        trial: that block; it has shapes and dtypes, and no values.
+    """
 
     info: SiteInfo
     variant: Variant
@@ -37,15 +41,23 @@ class PlannedBlock:
     parameters: int
     state_bytes: int
     flops_per_token: int
-    cast_bytes: int = 0
+    cast_bytes: int
+    trial: SequenceBlock = field(repr=False, compare=False)
 
     @property
     def site(self) -> Site:
         return self.info.site
 
     def build(self) -> SequenceBlock:
-        """The block on its site's device, uninitialised."""
+        """The block on its site's device, uninitialized."""
         return self.variant.factory(self.config, self.info, self.roles)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The block's parameters and persistent buffers by name, on the meta device: what an adapter holds of it.
+
+        Raises ConfigError for state that is no tensor, which an adapter cannot hold.
+        """
+        return {**dict(self.trial.named_parameters()), **self.trial.persistent_buffers()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,6 +363,7 @@ def _plan_block(
         variant=variant,
         config=config,
         roles=roles,
+        trial=trial,
         **figures,
     )
 

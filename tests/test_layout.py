@@ -94,6 +94,15 @@ def test_contracts_name_every_plugin():
     assert set(libraries["source_modules"]) == folders - plugins
 
 
+def test_core_names_no_plugin():
+    points = pyproject()["project"]["entry-points"]["moshi_ttt"]
+    plugins = [name for name, target in points.items() if ".plugins." in target]
+    assert len(plugins) > 4
+    for path in sorted((ROOT / "core").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert [name for name in plugins if re.search(rf"\b{name}\b", text)] == [], path
+
+
 # ---- a second copy of the registry
 
 

@@ -1,7 +1,7 @@
-"""The flat ``ttt:`` block of earlier TTT code for Moshi, read as the list of entries that it means.
+"""The flat ``ttt:`` block of earlier TTT code for Moshi, read as the list of entries that it stands for.
 
-It is one mapping instead of a list of entries, for one variant, with the names and defaults of that code. What it says
-about training, logging and plots is not part of an entry; it is named, so that nothing is dropped in silence.
+It is one mapping instead of a list of entries, for one variant, with the names and defaults of that code. Its options
+of training, logging and plots are not part of an entry; the message names them, so that nothing is dropped silently.
 """
 
 from __future__ import annotations
@@ -48,14 +48,10 @@ IN_PLACE_OPTIONS = {"chunk_size": ("chunk", 256), "learning_rate": ("lr", 1e-3),
 
 
 def native_entries(flat: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], str]:
-    """The entries that ``flat`` means, and a message that shows them and says what became of the rest.
+    """The entries that ``flat`` stands for, and a message that shows them and says where the other options are.
 
     Raises ConfigError with every unknown key, and for options of two variants at once.
     """
-    if "variant" in flat:
-        raise ConfigError(
-            f"{where}: 'ttt' is a list of entries: write it as `ttt: [{{variant: {flat['variant']}, ...}}]`."
-        )
     unknown = [f"{where}: ttt: unknown key {key!r}. {nearest(str(key), KEYS)}" for key in flat if key not in KEYS]
     if unknown:
         raise ConfigError("\n".join(unknown))

@@ -21,6 +21,7 @@ from moshi_ttt.core.volume import volume_switch
 from moshi_ttt.hosts.moshi import base_weights, lora
 from moshi_ttt.hosts.moshi.compiling import compiled_output
 from moshi_ttt.hosts.moshi.fit import require_unconditioned
+from moshi_ttt.hosts.moshi.flat_config import native_entries
 from moshi_ttt.hosts.moshi.layers import (
     MODULE_NAMES,
     BlockSite,
@@ -115,6 +116,9 @@ class MoshiHost(HostModel):
         """The architecture on the meta device; of a hub repository, only config.json is fetched. Raises HostError."""
         dtype = cast(torch.dtype, getattr(torch, config.dtype)) if config.dtype else None
         return load_skeleton(config.hf_repo, revision=config.revision, dtype=dtype, config_path=config.config_path)
+
+    def entries_of_mapping(self, mapping: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], str]:
+        return native_entries(mapping, where)
 
     def sites(self, model: nn.Module) -> tuple[SiteInfo, ...]:
         model = require_lm(model)

@@ -8,7 +8,7 @@ import pytest
 
 from moshi_ttt import default_registry, parse_config
 from moshi_ttt.core.errors import ConfigError
-from moshi_ttt.core.flat_config import ELSEWHERE, KEYS, native_entries
+from moshi_ttt.hosts.moshi.flat_config import ELSEWHERE, KEYS, native_entries
 
 HOST = {"name": "moshi", "hf_repo": "builtin:tiny"}
 DEFAULTS = {"layers": "29,30,31", "chunk": 32, "base_lr": 1.0, "gate": {"init": 0.05}}
@@ -176,3 +176,19 @@ def test_all_that_is_refused_is_named():
         entries_of(yarn=True, unfreeze_ttt_layers=1)
     assert "yarn = True" in str(error.value)
     assert "unfreeze_ttt_layers = 1" in str(error.value)
+
+
+# ---- whose it is
+
+
+def test_a_host_without_earlier_code_refuses_a_mapping():
+    config = {"host": {"name": "audio"}, "ttt": {"ttt_mlp_layers": 2}}
+    with pytest.raises(ConfigError, match=r"must be a list of entries.*host 'audio' has no earlier form"):
+        parse_config(config, registry=default_registry())
+
+
+def test_without_a_host_only_the_host_is_a_problem():
+    with pytest.raises(ConfigError) as error:
+        parse_config({"ttt": {"ttt_mlp_layers": 2}}, registry=default_registry())
+    assert "config: host: expected a mapping with a 'name'" in str(error.value)
+    assert "ttt_mlp_layers" not in str(error.value)
