@@ -32,7 +32,7 @@ hookimpl = pluggy.HookimplMarker("moshi_ttt")
 
 
 class HookSpecs:
-    """All hooks. Each gets a registrar; a target is an object, or a ``"module:attribute"`` string imported at first use."""
+    """All hooks. Each gets a registrar. Targets are objects, or ``"module:attribute"`` strings imported when used."""
 
     @hookspec
     def moshi_ttt_blocks(self, registrar: BlockRegistrar) -> None:
