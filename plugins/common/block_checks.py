@@ -19,7 +19,7 @@ deviation over the head's channels; over fewer than these it may come as close t
 
 
 def checked_head_width(config: HybridConfig, info: SiteInfo, roles: DtypeRoles) -> int:
-    """The width of a head. Raises ConfigError where RoPE has no use for it, or the host's format for the block."""
+    """The width of a head. Raises ConfigError where RoPE has no use for it, or the host's format for the options."""
     head_dim, remainder = divmod(info.dim, info.num_heads)
     if remainder or head_dim % 2:
         raise ConfigError(
@@ -37,6 +37,11 @@ def checked_head_width(config: HybridConfig, info: SiteInfo, roles: DtypeRoles) 
     if info.format.axes > 1:
         if config.causal:
             raise ConfigError(f"{info.site}: a grid is heard as a whole. Set causal: false, or bidirectional: true.")
+        if config.conv_kernel is not None:
+            raise ConfigError(
+                f"{info.site}: conv_kernel: {config.conv_kernel} mixes each token with those before it in time, and "
+                "tokens of a grid do not follow each other. Leave it out."
+            )
         try:
             axis_widths(head_dim, info.format.axes)
         except ValueError as error:

@@ -44,7 +44,8 @@ class HybridConfig(BlockConfig):
         norm_eps, target_eps, post_norm_eps: of the inner LayerNorm, the target's standard deviation, the post norm.
         conv_kernel: taps of a short causal convolution over time on queries and keys, learned for each channel, before
             they are normalised. It starts with queries as they are and keys of the token before: what is stored beside
-            a key is then what came after it. None leaves it out.
+            a key is then what came after it. None leaves it out. Refused on a grid, whose tokens do not follow each
+            other.
         value: what values are projected from: the ``hidden`` state x, or the ``embedding``, the host's input embedding
             e of the token over its root mean square.
         init_std: standard deviation that the initial fast weights are drawn with.
