@@ -318,7 +318,8 @@ class SequenceBlock(nn.Module, ABC):
         """Stream ``x [B, T, D]`` (usually T = 1), updating ``state`` in place. No value is read on the host.
 
         Without a graph, whatever a variant does and whether or not gradients are enabled. A backward pass that would
-        carry a gradient through the output, to ``x`` or to a parameter that requires one, raises ContextError.
+        carry a gradient through the output, to ``x`` or to a parameter that requires one, raises ContextError, as does
+        a ``state`` with a tensor that is not contiguous (``allocate_state`` makes none): nothing is written then.
         """
         y, after = self.forward(x, state, context)
         states.copy_(state, after)

@@ -44,6 +44,7 @@ from moshi_ttt.core.testing.checks_streaming import (
     check_updates_off,
 )
 from moshi_ttt.core.testing.checks_surroundings import (
+    check_buffer_layouts,
     check_changed_parameters,
     check_copies,
     check_other_modes,
@@ -101,6 +102,7 @@ CHECKS: tuple[Check, ...] = (
     check_long_stream,
     check_parameter_dimensions,
     check_parameter_layouts,
+    check_buffer_layouts,
     check_parameters_unwritten,
     check_checkpointing,
     check_two_forwards,

@@ -1,4 +1,4 @@
-"""Checks of what a block lives among: other modes of the tensor library, copies, and parameters laid out otherwise."""
+"""Checks of what a block lives among: other modes of torch, copies, and parameters and buffers laid out otherwise."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moshi_ttt.core import state as states
 from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.core.casts import ParameterCasts
+from moshi_ttt.core.errors import ContextError
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.core.testing.case import BlockCase, assert_close, assert_equal
 
@@ -81,6 +82,29 @@ def check_parameter_layouts(case: BlockCase) -> None:
     if case.causal:
         outputs = [_streamed(case, each, x)[0] for each in (block, plain)]
         assert_close(outputs[0], outputs[1], case.tolerance, "parameters that are not contiguous, streamed")
+
+
+def check_buffer_layouts(case: BlockCase) -> None:
+    """A step refuses a buffer that is not contiguous, where writes to a copy would be lost, and then writes nothing."""
+    if not case.causal:
+        return
+    block, x = case.block(), case.inputs(2 * case.chunk + 1)
+    state = block.allocate_state(len(x))
+    for name, tensor in state.items():
+        strided = _strided(tensor)
+        if strided.is_contiguous():
+            continue
+        given = {**state, name: strided}
+        before = states.clone(given)
+        for length in (1, 2):
+            try:
+                case.step(block, x[:, :length], given)
+            except ContextError as error:
+                assert repr(name) in str(error), f"state {name!r} is not contiguous, and the refusal names another"
+            else:
+                raise AssertionError(f"a step of {length} tokens took a state whose {name!r} is not contiguous")
+        for part, buffer in before.items():
+            assert_equal(given[part], buffer, f"state {part!r} after a step that was refused for {name!r}")
 
 
 def check_parameter_dimensions(case: BlockCase) -> None:

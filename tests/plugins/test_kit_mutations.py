@@ -206,6 +206,13 @@ class ViewsParameter(TTTLinear):
         return y + 0 * self.lr_weight.view(-1)[0].to(y), after
 
 
+class WritesToCopies(TTTLinear):
+    """A step takes buffers that are not contiguous, and what it writes to a copy of one with two heads is lost."""
+
+
+WritesToCopies.step = TTTLinear.step.__wrapped__
+
+
 class ScalarParameter(TTTLinear):
     """A parameter without a dimension."""
 
@@ -650,6 +657,7 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     KeepsFunction: {kit.check_copies},
     KeepsCasts: {kit.check_changed_parameters},
     ViewsParameter: {kit.check_parameter_layouts},
+    WritesToCopies: {kit.check_buffer_layouts},
     ScalarParameter: {kit.check_parameter_dimensions},
     KeepsNonfinite: {kit.check_nonfinite_recovery},
     MixesRows: {kit.check_nonfinite_rows},
@@ -749,6 +757,17 @@ def test_mixed_rows_are_caught_in_every_memory_layout(layout: str, monkeypatch: 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_one_row_and_several_have_one_memory_layout(batch: int) -> None:
     kit.check_layouts(_case(TTTLinear, torch.float32).at(shape=Shape(batch=batch)))
+
+
+def test_what_is_written_to_a_strided_buffer_with_two_heads_is_lost() -> None:
+    case = _case(WritesToCopies, torch.float64)
+    block, x = case.block(), case.inputs(case.chunk)
+    state = block.allocate_state(len(x))
+    strided = {**state, "weight.0": torch.stack([state["weight.0"]] * 2, dim=-1)[..., 0]}
+    for token in x.split(1, dim=1):
+        case.step(block, token, state)
+        case.step(block, token, strided)
+    assert not torch.equal(state["weight.0"], strided["weight.0"])
 
 
 def test_every_check_has_a_mutation_that_it_catches() -> None:
