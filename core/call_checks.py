@@ -85,7 +85,7 @@ def check_state(block: SequenceBlock, state: BlockState) -> None:
 
 
 def check_buffers(block: SequenceBlock, state: BlockState) -> None:
-    """ContextError where a buffer that a step is to write into is not contiguous: writes to copies of it would be lost."""
+    """ContextError where a buffer of a step is not contiguous: what is written to a copy of it would be lost."""
     for name, tensor in state.items():
         if not tensor.is_contiguous():
             raise ContextError(

@@ -1,5 +1,4 @@
-"""What a step would lose in silence: it writes its state in place, so it has no gradient to give, and needs buffers.
-"""
+"""What a step would lose in silence: it writes its state in place, so it has no gradient to give, and needs buffers."""
 
 from __future__ import annotations
 

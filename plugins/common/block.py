@@ -399,12 +399,11 @@ class HybridBlock(SequenceBlock):
     @torch.no_grad()
     def inner_losses(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         """As the base class says; of a bidirectional block, in the forward direction."""
-        with self._without_autocast(x):
-            weights, tokens = self._from_start(x, context)
-            norm = objective(weights, self.options, self.roles)
-            scale = weights.token_scale.to(self.roles.state)
-            state = self.init_state(x.shape[0], x.device)
-            return inner_curves.hybrid(tokens, state, norm, scale, self.update_rule())
+        weights, tokens = self._from_start(x, context)
+        norm = objective(weights, self.options, self.roles)
+        scale = weights.token_scale.to(self.roles.state)
+        state = self.init_state(x.shape[0], x.device)
+        return inner_curves.hybrid(tokens, state, norm, scale, self.update_rule())
 
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:
         return health.red_flags(figures)

@@ -178,6 +178,13 @@ class KeepsFakeTensorForValues(TTTLinear):
         return super().step(x, state, context) + constant
 
 
+class MeasuresUnderAutocast(TTTLinear):
+    """Statistics are computed by products that an autocast rounds."""
+
+
+MeasuresUnderAutocast.statistics = TTTLinear.statistics.__wrapped__
+
+
 class KeepsFunction(TTTLinear):
     """A function that was made inside another is kept, which no pickle can hold."""
 
@@ -654,6 +661,7 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     ReadsInBackward: {kit.check_device},
     KeepsFakeTensor: {kit.check_other_modes},
     KeepsFakeTensorForValues: {kit.check_other_modes},
+    MeasuresUnderAutocast: {kit.check_figures_under_autocast},
     KeepsFunction: {kit.check_copies},
     KeepsCasts: {kit.check_changed_parameters},
     ViewsParameter: {kit.check_parameter_layouts},

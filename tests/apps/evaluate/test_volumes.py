@@ -159,7 +159,7 @@ def test_volumes_without_the_base_model_or_updates_on_are_refused(base, loud):
     for subjects, conditions in (
         ([base, loud], ("updates off",)), ([loud], ("updates on",)), ([loud, base], ("updates on",)),
     ):  # fmt: skip
-        with pytest.raises(ConfigError, match="against the base model.*first subject.*'updates on'"):
+        with pytest.raises(ConfigError, match=r"against the base model.*first subject.*'updates on'"):
             run(subjects, (0.5,), conditions=conditions, on_batch=lambda: heard.append(None))
     assert heard == []
     assert run([base, loud], (), conditions=("updates off",)).by_volume == []
