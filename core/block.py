@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -312,13 +312,16 @@ class SequenceBlock(nn.Module, ABC):
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
         cls.step = streams(cls.step)  # type: ignore[method-assign]
+        for name in ("statistics", "inner_losses", "drift"):
+            setattr(cls, name, _unrounded(getattr(cls, name)))
 
     @streams
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
         """Stream ``x [B, T, D]`` (usually T = 1), updating ``state`` in place. No value is read on the host.
 
         Without a graph, whatever a variant does and whether or not gradients are enabled. A backward pass that would
-        carry a gradient through the output, to ``x`` or to a parameter that requires one, raises ContextError.
+        carry a gradient through the output, to ``x`` or to a parameter that requires one, raises ContextError, as does
+        a ``state`` with a tensor that is not contiguous (``allocate_state`` makes none): nothing is written then.
         """
         y, after = self.forward(x, state, context)
         states.copy_(state, after)
@@ -415,7 +418,8 @@ class SequenceBlock(nn.Module, ABC):
     def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         """Scalars on the device that tell whether the block is healthy on ``x [B, T, D]``; nothing is read on the host.
 
-        From the learned initial state. What every block shares (drift, what is not finite) need not be here.
+        From the learned initial state. What every block shares (drift, what is not finite) need not be here. An
+        autocast around it has no effect, whatever a variant does, as with ``inner_losses`` and ``drift``.
         """
         return {}
 
@@ -541,6 +545,21 @@ class SequenceBlock(nn.Module, ABC):
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         self._start_checked = False  # a host that is cast whole casts what a fast weight may start from
         return self
+
+
+def _unrounded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a block whose first argument is a tensor or a state, run without autocast."""
+    if getattr(method, "unrounded", False):
+        return method
+
+    @wraps(method)
+    def without_autocast(self: SequenceBlock, *given: Any, **named: Any) -> Any:
+        first = next(iter((*given, *named.values())))
+        with self._without_autocast(first if isinstance(first, Tensor) else next(iter(first.values()))):
+            return method(self, *given, **named)
+
+    without_autocast.unrounded = True  # type: ignore[attr-defined]
+    return without_autocast
 
 
 def _row_norms(tensor: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from moshi_ttt.hosts.moshi.flat_config import native_entries
 from moshi_ttt.hosts.moshi.layers import (
     MODULE_NAMES,
     BlockSite,
+    TTTLMModel,
     TTTStreamingTransformer,
     TTTStreamingTransformerLayer,
     block_sites,
@@ -155,6 +156,7 @@ class MoshiHost(HostModel):
             raise HostError("No block was attached:\n" + "\n".join(f"- {problem}" for problem in problems))
         if not blocks:
             return
+        model.__class__ = TTTLMModel
         model.transformer.__class__ = TTTStreamingTransformer
         for layer in main_layers(model):
             layer.__class__ = TTTStreamingTransformerLayer
@@ -177,6 +179,7 @@ class MoshiHost(HostModel):
         for name in ("_carry", "_updates", "_volume"):
             vars(model.transformer).pop(name, None)
         model.transformer.__class__ = StreamingTransformer
+        model.__class__ = LMModel
         clear_streaming_caches(model)
         return blocks
 
@@ -373,7 +376,7 @@ def _require_idle(model: LMModel, what: str) -> None:
 
 def _foreign_classes(model: LMModel) -> list[str]:
     """Complaints about classes other than Moshi's own: changing them to ours would lose what they do."""
-    expected: list[tuple[nn.Module, type[nn.Module]]] = [(model.transformer, StreamingTransformer)]
+    expected: list[tuple[nn.Module, type[nn.Module]]] = [(model, LMModel), (model.transformer, StreamingTransformer)]
     expected += [(layer, StreamingTransformerLayer) for layer in main_layers(model)]
     return [
         f"the model has a {type(module).__name__} where Moshi has a {wanted.__name__}; blocks go into Moshi's own."

@@ -162,7 +162,8 @@ class GatingMLP(SequenceBlock):
 
     def accumulated_update(self, state: BlockState) -> Tensor:
         """``[B, d, h]``: what the finished chunks have added to W_0."""
-        update = self.projection.to(self.roles.state).mT @ self.memory.update(state).mT
+        with self._without_autocast(state["delta"]):
+            update = self.projection.to(self.roles.state).mT @ self.memory.update(state).mT
         return update if self.config.read_scale == 1 else self.config.read_scale * update
 
     def compute(self, x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
@@ -444,30 +445,29 @@ class GatingMLP(SequenceBlock):
         A sequence's end ends its last chunk for the filter, which may look ahead.
         """
         context = replace(context, want_state=True)
-        with self._without_autocast(x):
-            layout = self.info.format.chunks(x, self.chunk)
-            hidden = self._hidden(x)
-            heard = self._heard(layout, hidden, x, None, context, None)
-            queries, chunks = heard.queries[:, : x.shape[1]], heard.chunks
-            projection = self.projection.to(queries)
-            target = layout.merge(chunks.open[:, :, : self.chunk, :-1])
-            if heard.answers is not None:  # what was subtracted is added again
-                projection = torch.eye(x.shape[-1], dtype=queries.dtype, device=queries.device)
-                target = target + heard.answers[:, : x.shape[1]]
-            target = target @ projection
-            start = delta = queries.new_zeros(x.shape[0], queries.shape[-1], x.shape[-1])
-            found: dict[str, list[Tensor]] = {"initial": [], "before": [], "after": []}
-            for n, asked in enumerate(queries.split(self.chunk, 1)):
-                scale = chunks.scale[:, n]
-                values = chunks.values[:, n] * scale[:, None, None]
-                found["initial"].append(asked @ start @ projection)
-                found["before"].append(asked @ delta @ projection)
-                if asked.shape[1] == self.chunk:
-                    ended = chunks.complete[:, n]
-                    delta = ops.after_chunk(delta, chunks.keys[n], values, ended, scale != 0, self.config.decay)
-                    found["after"].append(asked @ delta @ projection)
-            by_head = {name: [chunk[:, None] for chunk in chunks] for name, chunks in found.items()}
-            return inner_curves.curves(target[:, None], by_head)
+        layout = self.info.format.chunks(x, self.chunk)
+        hidden = self._hidden(x)
+        heard = self._heard(layout, hidden, x, None, context, None)
+        queries, chunks = heard.queries[:, : x.shape[1]], heard.chunks
+        projection = self.projection.to(queries)
+        target = layout.merge(chunks.open[:, :, : self.chunk, :-1])
+        if heard.answers is not None:  # what was subtracted is added again
+            projection = torch.eye(x.shape[-1], dtype=queries.dtype, device=queries.device)
+            target = target + heard.answers[:, : x.shape[1]]
+        target = target @ projection
+        start = delta = queries.new_zeros(x.shape[0], queries.shape[-1], x.shape[-1])
+        found: dict[str, list[Tensor]] = {"initial": [], "before": [], "after": []}
+        for n, asked in enumerate(queries.split(self.chunk, 1)):
+            scale = chunks.scale[:, n]
+            values = chunks.values[:, n] * scale[:, None, None]
+            found["initial"].append(asked @ start @ projection)
+            found["before"].append(asked @ delta @ projection)
+            if asked.shape[1] == self.chunk:
+                ended = chunks.complete[:, n]
+                delta = ops.after_chunk(delta, chunks.keys[n], values, ended, scale != 0, self.config.decay)
+                found["after"].append(asked @ delta @ projection)
+        by_head = {name: [chunk[:, None] for chunk in chunks] for name, chunks in found.items()}
+        return inner_curves.curves(target[:, None], by_head)
 
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:
         if figures["nonfinite_tokens"] > 0:

@@ -248,11 +248,10 @@ class HybridBlock(HybridParameters):
     @torch.no_grad()
     def inner_losses(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         """As the base class says; of a bidirectional block, in the forward direction."""
-        with self._without_autocast(x):
-            layer, tokens = self._from_start(x, context)
-            scale = layer.token_scale.to(self.roles.state)
-            state = self.init_state(x.shape[0], x.device)
-            return diagnostics.inner_loss_curves(tokens, state, objective(layer), scale, self.update_rule())
+        layer, tokens = self._from_start(x, context)
+        scale = layer.token_scale.to(self.roles.state)
+        state = self.init_state(x.shape[0], x.device)
+        return diagnostics.inner_loss_curves(tokens, state, objective(layer), scale, self.update_rule())
 
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:
         return diagnostics.red_flags(figures)

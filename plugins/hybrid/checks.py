@@ -39,6 +39,11 @@ def checked_head_width(config: HybridConfig, info: SiteInfo, roles: DtypeRoles) 
             raise ConfigError(
                 f"{info.site}: tokens of a grid have no causal order. Set causal: false, or bidirectional: true."
             )
+        if config.conv_kernel is not None:
+            raise ConfigError(
+                f"{info.site}: conv_kernel: {config.conv_kernel} mixes each token with those before it in time, and "
+                "tokens of a grid do not follow each other. Leave it out."
+            )
         try:
             axis_widths(head_dim, info.format.axes)
         except ValueError as error:

@@ -33,7 +33,7 @@ class HybridConfig(BlockConfig):
         norm_eps, target_eps, post_norm_eps: eps of the inner LayerNorm, the target's standard deviation, the post norm.
         conv_kernel: taps of a short causal convolution over time on queries and keys, learned for each channel, before
             they are normalized. It starts at lag 0 for queries and at lag 1 for keys: a key is then that of the token
-            before, and its value is what came after it. None leaves it out.
+            before, and its value is what came after it. None leaves it out. Refused on a grid.
         value: what values are projected from: the ``hidden`` state x, or the ``embedding``, the host's input embedding
             e of the token over its root mean square.
         init_std: standard deviation of the initial fast weights.

@@ -283,10 +283,6 @@ class TTTRidge(SequenceBlock):
     @torch.no_grad()
     def inner_losses(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         """As the base class says: 1/2 |S^T k - v|^2, a head's target is its value; the initial solution is zero."""
-        with self._without_autocast(x):
-            return self._inner_losses(x, context)
-
-    def _inner_losses(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         state = self.init_state(x.shape[0], x.device)
         tokens, _, _ = self._tokens(x, state, context)
         before, after = torch.zeros_like(tokens.v), torch.full_like(tokens.v, torch.nan)

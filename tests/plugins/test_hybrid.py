@@ -314,6 +314,12 @@ def test_a_grid_refuses_a_causal_block_and_an_odd_head_width():
         TTTLinear(TTTLinearConfig(causal=False), info, FP32_STATE.roles(torch.float64))
 
 
+@pytest.mark.parametrize("options", [{"causal": False}, {"bidirectional": True}], ids=str)
+def test_a_grid_refuses_a_convolution_over_time(options):
+    with pytest.raises(ConfigError, match=r"conv_kernel: 4.*tokens of a grid do not follow each other\. Leave it out"):
+        grid_block(conv_kernel=4, **options)
+
+
 def test_a_schedule_scales_the_inner_learning_rate():
     half, full = (
         build(config=TTTLinearConfig(chunk=4, base_lr=0.5)),

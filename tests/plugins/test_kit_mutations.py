@@ -178,6 +178,13 @@ class KeepsFakeTensorForValues(TTTLinear):
         return super().step(x, state, context) + constant
 
 
+class MeasuresUnderAutocast(TTTLinear):
+    """Statistics are computed by products that an autocast rounds."""
+
+
+MeasuresUnderAutocast.statistics = TTTLinear.statistics.__wrapped__
+
+
 class KeepsFunction(TTTLinear):
     """A function that was made inside another is kept, which no pickle can hold."""
 
@@ -204,6 +211,13 @@ class ViewsParameter(TTTLinear):
     def compute(self, x, state, context):
         y, after = super().compute(x, state, context)
         return y + 0 * self.lr_weight.view(-1)[0].to(y), after
+
+
+class WritesToCopies(TTTLinear):
+    """A step takes buffers that are not contiguous, and what it writes to a copy of one with two heads is lost."""
+
+
+WritesToCopies.step = TTTLinear.step.__wrapped__
 
 
 class ScalarParameter(TTTLinear):
@@ -647,9 +661,11 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     ReadsInBackward: {kit.check_device},
     KeepsFakeTensor: {kit.check_other_modes},
     KeepsFakeTensorForValues: {kit.check_other_modes},
+    MeasuresUnderAutocast: {kit.check_figures_under_autocast},
     KeepsFunction: {kit.check_copies},
     KeepsCasts: {kit.check_changed_parameters},
     ViewsParameter: {kit.check_parameter_layouts},
+    WritesToCopies: {kit.check_buffer_layouts},
     ScalarParameter: {kit.check_parameter_dimensions},
     KeepsNonfinite: {kit.check_nonfinite_recovery},
     MixesRows: {kit.check_nonfinite_rows},
@@ -749,6 +765,17 @@ def test_mixed_rows_are_caught_in_every_memory_layout(layout: str, monkeypatch: 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_one_row_and_several_have_one_memory_layout(batch: int) -> None:
     kit.check_layouts(_case(TTTLinear, torch.float32).at(shape=Shape(batch=batch)))
+
+
+def test_what_is_written_to_a_strided_buffer_with_two_heads_is_lost() -> None:
+    case = _case(WritesToCopies, torch.float64)
+    block, x = case.block(), case.inputs(case.chunk)
+    state = block.allocate_state(len(x))
+    strided = {**state, "weight.0": torch.stack([state["weight.0"]] * 2, dim=-1)[..., 0]}
+    for token in x.split(1, dim=1):
+        case.step(block, token, state)
+        case.step(block, token, strided)
+    assert not torch.equal(state["weight.0"], strided["weight.0"])
 
 
 def test_every_check_has_a_mutation_that_it_catches() -> None:
