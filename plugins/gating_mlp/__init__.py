@@ -19,5 +19,5 @@ def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
 
 @hookimpl
 def moshi_ttt_verifiers(registrar: Registrar) -> None:
-    for form in ("reference", "gram", "running_sum", "streamed"):
+    for form in ("naive", "parallel", "chunkwise", "recurrent"):
         registrar.add(f"gating_mlp-{form}", f"{__name__}.verifiers:{form.upper()}")

@@ -1,4 +1,4 @@
-"""In-place TTT straight from its definition: one chunk after the other, the fast weight written out. Slow.
+"""The naive form of in-place TTT, from its definition: one chunk after the other, the fast weight written out. Slow.
 
 Shape legend: T tokens, d width, h hidden width, K taps. One stream at a time.
 """

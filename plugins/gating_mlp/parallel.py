@@ -1,7 +1,10 @@
-"""The Gram form of in-place TTT with a backward of its own.
+"""The parallel form of in-place TTT, masked linear attention, with a backward of its own.
 
-Chunk by chunk against all of the past at once: the past is a prefix of one tensor, so nothing is joined or copied, and
-gradients are added up in place. Left to autograd, the gradient of every slice is as large as the whole.
+D is never built: what chunk i gets from chunk j < i is (1 - decay)^(i-1-j) s_j (k_i k_j^T) v_j. It costs about
+T (h + d) / 2 multiply-adds a token, and its backward keeps T^2 / 2 numbers.
+
+Each chunk is multiplied with all of the past at once: the past is a prefix of one tensor, so nothing is joined or
+copied, and gradients are added in place. With autograd, the gradient of every slice would be as large as the whole.
 
 Shape legend: B streams, T tokens, N chunks, C tokens a chunk (fewer in the last), d width, h hidden width.
 """
@@ -15,23 +18,23 @@ import torch
 from torch import Tensor
 
 
-def gram(
-    keys: Tensor, values: Tensor, start: Tensor | None, complete: Tensor, taught: Tensor, decay: float, size: int
+def parallel_in_place(
+    keys: Tensor, values: Tensor, start: Tensor | None, complete: Tensor, applied: Tensor, decay: float, size: int
 ) -> Tensor:
-    """``ops.running_sum`` as masked linear attention: (1 - decay)^(i-1-j) (k_i k_j^T) v_j over the chunks j < i.
+    """``chunkwise_in_place`` as masked linear attention; the same arguments.
 
-    A chunk that does not end in this call is the last one of its row, so no token looks back at it: ``complete`` is not
+    A chunk that does not end in this call is the last one of its row, so no token reads its update: ``complete`` is not
     needed.
     """
-    chunk = torch.arange(taught.shape[1], device=keys.device)
-    age = (chunk[:, None] - 1 - chunk).clamp(min=0)
-    weights = taught[:, None] * torch.pow(1 - decay, age.to(keys.dtype))
-    kept = [(1 - decay) ** i for i in range(taught.shape[1])]
-    result: Tensor = _Gram.apply(keys, values, start, weights, kept, size)  # type: ignore[no-untyped-call]
+    chunk = torch.arange(applied.shape[1], device=keys.device)
+    age = (chunk[:, None] - 1 - chunk).clamp(min=0)  # [N, 1] and [N] -> [N, N]
+    weights = applied[:, None] * torch.pow(1 - decay, age.to(keys.dtype))  # [B, 1, N] times [N, N] -> [B, N, N]
+    kept = [(1 - decay) ** i for i in range(applied.shape[1])]
+    result: Tensor = _Parallel.apply(keys, values, start, weights, kept, size)  # type: ignore[no-untyped-call]
     return result
 
 
-class _Gram(torch.autograd.Function):
+class _Parallel(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, keys: Tensor, values: Tensor, start: Tensor | None, weights: Tensor, kept: list[float], size: int
@@ -40,6 +43,7 @@ class _Gram(torch.autograd.Function):
         affinities = []
         for i, now, past in _chunks(keys.shape[1], size):
             if i:
+                # now has c tokens, past i C: [B, c, h] and [B, h, i C] -> [B, c, i C]
                 affinity = _weighted(keys[:, now] @ keys[:, past].mT, weights, i, size)
                 out[:, now].baddbmm_(affinity, values[:, past])
                 if any(ctx.needs_input_grad):
@@ -58,10 +62,11 @@ class _Gram(torch.autograd.Function):
         for i, now, past in _chunks(keys.shape[1], ctx.size):
             given = grad[:, now]
             if i:
+                # [B, c, d] and [B, d, i C] -> [B, c, i C]
                 grad_affinity = _weighted(given @ values[:, past].mT, weights, i, ctx.size)
                 grad_keys[:, now].baddbmm_(grad_affinity, keys[:, past])
                 grad_keys[:, past].baddbmm_(grad_affinity.mT, keys[:, now])
-                if torch.is_grad_enabled():  # who differentiates again needs the affinity as a function of the keys
+                if torch.is_grad_enabled():  # a second derivative needs the affinity as a function of the keys
                     affinity = _weighted(keys[:, now] @ keys[:, past].mT, weights, i, ctx.size)
                 else:
                     affinity = affinities[i - 1]
@@ -80,6 +85,11 @@ def _chunks(length: int, size: int) -> Iterator[tuple[int, slice, slice]]:
 
 
 def _weighted(affinity: Tensor, weights: Tensor, i: int, size: int) -> Tensor:
-    """``affinity [B, c, i C]`` of chunk i times the weights of the chunks before it; what has none may be nan."""
-    weight = weights[:, i, :i].repeat_interleave(size, dim=1)[:, None]
+    """``affinity [B, c, i C]`` of chunk i times the weights of the chunks before it; where one is 0 it may be nan."""
+    weight = weights[:, i, :i].repeat_interleave(size, dim=1)[:, None]  # [B, i] -> [B, i C] -> [B, 1, i C]
     return affinity.mul_(weight).masked_fill_(weight == 0, 0)
+
+
+def prefers_parallel(tokens: int, width: int, hidden: int) -> bool:
+    """Whether the parallel form does less work than the chunkwise one for this many tokens."""
+    return tokens * (hidden + width) < 4 * width * hidden

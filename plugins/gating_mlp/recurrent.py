@@ -1,4 +1,4 @@
-"""One streamed token: the same result as the functional form, in place, the same work at every step.
+"""The recurrent form of in-place TTT: one streamed token, in place, with the same work at every step.
 
 What is read a row: the update (h d numbers), the last finished chunk (C (h + d)), and, where updates are clipped, the
 unfinished one. W_0 and the projection are read once for all rows.
@@ -23,7 +23,7 @@ from moshi_ttt.plugins.gating_mlp.schedule import StepTables
 
 
 class Stepper:
-    """Streams B rows; holds the constant tensors of a step, no state."""
+    """The step for B rows. It holds the constant tensors of a step, and no state."""
 
     def __init__(self, memory: Memory, like: Tensor) -> None:
         schedule, batch = memory.schedule, like.shape[0]
@@ -39,7 +39,7 @@ class Stepper:
         self.token = torch.arange(schedule.chunk, device=like.device)
         self.slot = (self.token - schedule.staged) % schedule.chunk  # of each token, in the order of ``order``
         self.eye = torch.eye(schedule.look_ahead + 1, dtype=like.dtype, device=like.device)
-        self.unheard = like.new_zeros(batch, 1, memory.width + 1)
+        self.new_tail = like.new_zeros(batch, 1, memory.width + 1)
 
     def step(
         self, state: BlockState, token: tuple[Tensor, Tensor, Tensor], conv: Tensor, projection: Tensor,
@@ -59,10 +59,11 @@ class Stepper:
             cast: gives ``projection`` in another dtype.
             ridge: l ``[1]``, with ``update: ridge``; success: the success gate, where the block has one.
         """
-        row = torch.cat(token, dim=-1)[:, 0]
+        row = torch.cat(token, dim=-1)[:, 0]  # [B, 1, h + d + 1] -> [B, h + d + 1]
         finite = row.abs().amax(-1) < self.limit
         row = torch.where(finite[:, None], row, 0)
-        key, heard = row.split_with_sizes([token[0].shape[-1], row.shape[1] - token[0].shape[-1]], dim=1)
+        # [B, h] and, target and rate together, [B, d + 1]
+        key, target = row.split_with_sizes([token[0].shape[-1], row.shape[1] - token[0].shape[-1]], dim=1)
         columns, channels, sources, key_slots, value_slots, folded, done, following = self.tables.at(
             state["position"], active
         )
@@ -71,26 +72,27 @@ class Stepper:
 
         if updated is not None:
             key = torch.where(updated[:, None], key, 0)
-        sums = torch.cat([state["open"], self.unheard], dim=1)
-        taps = conv.reshape(-1).index_select(0, self.taps).view(self.memory.taps, -1)
-        sums[..., :-1].addcmul_(taps, heard[:, None, :-1])
+        sums = torch.cat([state["open"], self.new_tail], dim=1)  # [B, K, d + 1]
+        taps = conv.reshape(-1).index_select(0, self.taps).view(self.memory.taps, -1)  # [d, 1, kernel] -> [K, d]
+        sums[..., :-1].addcmul_(taps, target[:, None, :-1])
         if len(self.window) > 1:  # there are no tokens before the chunk's first
+            # [B, 1] and [R + 1] -> [B, R + 1, 1]
             sums[:, : len(self.window)].masked_fill_((state["position"][:, None] + self.window < 0)[..., None], 0)
-        window = sums[:, : len(self.window)]
-        window[:, -1, -1:].copy_(heard[:, -1:])
+        window = sums[:, : len(self.window)]  # [B, R + 1, d + 1]
+        window[:, -1, -1:].copy_(target[:, -1:])
         if self.memory.update_rule != "hebbian":
             window[:, -1, :-1].sub_(given)
             finite = finite & (given.abs().amax(-1) < self.limit)
-        values = window[..., :-1] * window[..., -1:]
+        values = window[..., :-1] * window[..., -1:]  # [B, R + 1, d]
         ends = done[:, 0].bool()
         if ridge is not None:
-            key, values = self._solve(state, key * heard[:, -1:], values, ridge.to(key), ends, active)
+            key, values = self._solve(state, key * target[:, -1:], values, ridge.to(key), ends, active)
         sources = sources.reshape(-1)
         _write(state["keys"], sources, key_slots, key[:, None])
         _write(state["values"], sources, value_slots, values)
 
         _advance(state["open"], sums[:, 1:], ends, active)
-        spoiled = ~finite if active is None else active > finite
+        nonfinite = ~finite if active is None else active > finite  # [B]
         scale = None
         if self.memory.clip is not None:
             keys = (
@@ -100,11 +102,11 @@ class Stepper:
             square = self._square(state, keys.view(*values.shape[:2], -1), values, wide)
             scale = ops.clip_scale(square[1], self.memory.clip).to(state["scale"])
             _advance(state["norm"], ops.norm_in_parts(square[0], state["norm"].dtype), ends, active)
-        _count(state, spoiled, scale, ends)
+        _count(state, nonfinite, scale, ends)
         state["position"].copy_(following[:, 0])
         if success is not None:
             known = GateState(state["answer"], state["scores"])
-            given = given * success.step(given[:, None], heard[:, None, :-1], known, active)[:, 0]
+            given = given * success.step(given[:, None], target[:, None, :-1], known, active)[:, 0]
         return (given @ projection)[:, None]
 
     def _recall(self, state: BlockState, query: Tensor, columns: Tensor, folded: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +139,7 @@ class Stepper:
         start, end = self.memory.schedule.staged, self.memory.schedule.staged + self.memory.schedule.chunk
         position = state["position"][:, None]
         rows_q, rows_y = state["keys"][:, start:end], state["values"][:, start:end]  # [B, C, ...], in ``order``
-        row = torch.bmm(rows_q, key[..., None])[..., 0]
+        row = torch.bmm(rows_q, key[..., None])[..., 0]  # [B, C, h] and [B, h, 1] -> [B, C]
         row = torch.where(self.order < position, row, 0)  # [B, C]
         pivot = (key.square().sum(-1) + ridge - row.square().sum(-1)).clamp(min=ridge).sqrt()[:, None]
         q = (key - torch.bmm(row[:, None], rows_q)[:, 0]) / pivot
@@ -167,7 +169,7 @@ class Stepper:
         of the window; ``wide`` is the projection in float64.
         """
         start, end = self.memory.schedule.staged, self.memory.schedule.staged + self.memory.schedule.chunk
-        # A pair of different tokens counts twice, with the later one; tokens that have not come count nothing.
+        # A pair of different tokens counts twice, with the later one; tokens that were not seen yet count nothing.
         weight = 1 + torch.sign((state["position"][:, None] + self.window)[..., None] - self.order)  # [B, R + 1, C]
         products = torch.bmm(keys.double(), state["keys"][:, start:end].double().mT)
         products *= torch.bmm(values.double() @ wide @ wide.mT, state["values"][:, start:end].double().mT)
@@ -176,17 +178,17 @@ class Stepper:
         return settled, settled + added[:, 1:].sum(-1)
 
 
-def _count(state: BlockState, spoiled: Tensor, clip_scale: Tensor | None, ends: Tensor) -> None:
-    """Count a token that is not finite where ``spoiled [B]``; where the chunk ``ends [B]``, scale its update."""
-    spoiled = state["spoiled"] + spoiled
-    taught = spoiled == 0
-    scale = taught.to(state["scale"].dtype)
+def _count(state: BlockState, nonfinite: Tensor, clip_scale: Tensor | None, ends: Tensor) -> None:
+    """Count a ``nonfinite [B]`` token; where the chunk ``ends [B]``, set the scale of its update."""
+    num_nonfinite = state["spoiled"] + nonfinite
+    applied = num_nonfinite == 0
+    scale = applied.to(state["scale"].dtype)
     if clip_scale is not None:
         scale = scale * clip_scale
-        taught = scale != 0
+        applied = scale != 0
     state["scale"].copy_(torch.where(ends, scale, state["scale"]))
-    state["skipped"].add_(ends > taught)
-    state["spoiled"].copy_(spoiled.masked_fill_(ends, 0))
+    state["skipped"].add_(ends > applied)
+    state["spoiled"].copy_(num_nonfinite.masked_fill_(ends, 0))
 
 
 def _write(tokens: Tensor, sources: Tensor, targets: Tensor, new: Tensor) -> None:

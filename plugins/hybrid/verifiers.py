@@ -109,7 +109,7 @@ def _final(state: BlockState) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name.startswith(("weight.", "bias."))}
 
 
-class Naive(_InnerLoopVerifier):
+class InnerLoopNaive(_InnerLoopVerifier):
     """The inner loop, token by token from the definition."""
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ def _per_head(y: Tensor, heads: int) -> Tensor:
     return y.view(*y.shape[:2], heads, -1).transpose(1, 2)
 
 
-class Chunk(_InnerLoopVerifier):
+class InnerLoopChunk(_InnerLoopVerifier):
     """The inner loop in its dual form: what training runs."""
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
@@ -154,7 +154,7 @@ class Chunk(_InnerLoopVerifier):
         return {"y": _per_head(y, heads), **_final(state)}
 
 
-class Recurrent(_InnerLoopVerifier):
+class InnerLoopRecurrent(_InnerLoopVerifier):
     """The inner loop token by token with a state updated in place: what streaming runs. No gradients, causal only."""
 
     differentiable = False
@@ -194,7 +194,7 @@ class HybridNaive(_HybridVerifier):
         }  # fmt: skip
 
 
-class Hybrid(_HybridVerifier):
+class HybridChunk(_HybridVerifier):
     """The hybrid layer by the functions that the block consists of."""
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from moshi_ttt.plugins.hybrid.verifiers import Chunk, Hybrid, HybridNaive, Naive, Recurrent
+from moshi_ttt.plugins.hybrid.verifiers import (
+    HybridChunk,
+    HybridNaive,
+    InnerLoopChunk,
+    InnerLoopNaive,
+    InnerLoopRecurrent,
+)
 
-NAIVE = Naive(layers=1)
-CHUNK = Chunk(layers=1)
-RECURRENT = Recurrent(layers=1)
-HYBRID = Hybrid(layers=1)
+NAIVE = InnerLoopNaive(layers=1)
+CHUNK = InnerLoopChunk(layers=1)
+RECURRENT = InnerLoopRecurrent(layers=1)
+HYBRID = HybridChunk(layers=1)
 HYBRID_NAIVE = HybridNaive(layers=1)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from moshi_ttt.plugins.hybrid.verifiers import Chunk, Hybrid, HybridNaive, Naive, Recurrent
+from moshi_ttt.plugins.hybrid.verifiers import (
+    HybridChunk,
+    HybridNaive,
+    InnerLoopChunk,
+    InnerLoopNaive,
+    InnerLoopRecurrent,
+)
 
-NAIVE = Naive(layers=2)
-CHUNK = Chunk(layers=2)
-RECURRENT = Recurrent(layers=2)
-HYBRID = Hybrid(layers=2)
+NAIVE = InnerLoopNaive(layers=2)
+CHUNK = InnerLoopChunk(layers=2)
+RECURRENT = InnerLoopRecurrent(layers=2)
+HYBRID = HybridChunk(layers=2)
 HYBRID_NAIVE = HybridNaive(layers=2)

@@ -5,10 +5,16 @@ One layer and two are ``ttt_linear``'s and ``ttt_mlp``'s, by the same code.
 
 from __future__ import annotations
 
-from moshi_ttt.plugins.hybrid.verifiers import Chunk, Hybrid, HybridNaive, Naive, Recurrent
+from moshi_ttt.plugins.hybrid.verifiers import (
+    HybridChunk,
+    HybridNaive,
+    InnerLoopChunk,
+    InnerLoopNaive,
+    InnerLoopRecurrent,
+)
 
-NAIVE = Naive(at_least=3)
-CHUNK = Chunk(at_least=3)
-RECURRENT = Recurrent(at_least=3)
-HYBRID = Hybrid(at_least=3)
+NAIVE = InnerLoopNaive(at_least=3)
+CHUNK = InnerLoopChunk(at_least=3)
+RECURRENT = InnerLoopRecurrent(at_least=3)
+HYBRID = HybridChunk(at_least=3)
 HYBRID_NAIVE = HybridNaive(at_least=3)

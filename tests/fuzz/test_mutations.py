@@ -12,7 +12,7 @@ from hypothesis.strategies import SearchStrategy
 
 from moshi_ttt.core.block import BlockContext
 from moshi_ttt.plugins.common import short_conv
-from moshi_ttt.plugins.gating_mlp import ops
+from moshi_ttt.plugins.gating_mlp import chunkwise, ops
 from moshi_ttt.plugins.hybrid import block, chunk, fast_network, layer, recurrent
 from moshi_ttt.plugins.hybrid.block import HybridBlock
 from tests.fuzz.cases import Configuration, Layer
@@ -97,7 +97,7 @@ def decay_spares_nothing(patch: Patch) -> None:
     def mutated(delta, keys, values, ended, taught, decay):
         return (1 - decay) * (delta + keys.mT @ values)
 
-    patch.setattr(ops, "after_chunk", mutated)
+    patch.setattr(chunkwise, "after_chunk", mutated)
 
 
 def rows_cannot_switch_updates_off(patch: Patch) -> None:

@@ -17,9 +17,10 @@ from moshi_ttt.core.testing import error
 from moshi_ttt.core.testing.toy_host import ToyMLP
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
+from moshi_ttt.plugins.gating_mlp.chunkwise import chunkwise_in_place
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.naive import naive_in_place
-from moshi_ttt.plugins.gating_mlp.parallel import gram
+from moshi_ttt.plugins.gating_mlp.parallel import parallel_in_place
 
 
 @pytest.mark.parametrize("padding", ["centered", "causal"])
@@ -53,7 +54,7 @@ def test_both_forms_agree_with_gradients(length, with_start, decay):
     taught = torch.tensor([[True, True, False, True, True], [False, True, True, True, True]])
     leaves = [leaf for leaf in (keys, values, start) if leaf is not None]
     results = []
-    for form in (gram, ops.running_sum):
+    for form in (parallel_in_place, chunkwise_in_place):
         y = form(keys, values, start, complete, taught, decay, 4)
         cotangent = draw(*y.shape, seed=4)
         cotangent[1, 16:] = 0  # row 1 ends in chunk 3: its chunk 4 holds no tokens

@@ -17,7 +17,7 @@ from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.testing import error
 from moshi_ttt.core.testing.toy_host import ToyMLP
 from moshi_ttt.plugins.common.success_gate import directions
-from moshi_ttt.plugins.gating_mlp import naive, ops
+from moshi_ttt.plugins.gating_mlp import chunk, naive, ops
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.corrections import RIDGE_BOUNDS, solved
@@ -102,8 +102,8 @@ def test_the_dense_and_the_gram_form_agree_in_outputs_and_gradients(update, with
     state = block(x[:, :6], None, BlockContext(input_embeddings=target[:, :6]))[1] if with_state else None
     state = None if state is None else {name: tensor.detach() for name, tensor in state.items()}
     found = []
-    for gram in (True, False):
-        monkeypatch.setattr(ops, "prefers_gram", lambda *_, gram=gram: gram)
+    for parallel in (True, False):
+        monkeypatch.setattr(chunk, "prefers_parallel", lambda *_, parallel=parallel: parallel)
         leaf = x.clone().requires_grad_()
         y, after = block(leaf, state, context)
         sources = [leaf, *block.parameters()]

@@ -9,8 +9,8 @@ import torch
 from tests.plugins.test_inner_loop import DEPTHS, Problem
 
 from moshi_ttt.core.testing import Shape, default_cases, error
-from moshi_ttt.plugins.gating_mlp import ops
-from moshi_ttt.plugins.gating_mlp.parallel import gram
+from moshi_ttt.plugins.gating_mlp.chunkwise import chunkwise_in_place
+from moshi_ttt.plugins.gating_mlp.parallel import parallel_in_place
 from moshi_ttt.plugins.hybrid.derivatives import differentiable_again
 from moshi_ttt.plugins.hybrid.objective import InnerNorm
 
@@ -77,7 +77,10 @@ def test_both_forms_of_in_place_learning_agree_twice(length, with_start, decay):
     chunks = -(-length // 4)
     complete = torch.arange(4, 4 * chunks + 1, 4)[None] <= length
     taught = torch.tensor([[True] * chunks, [i % 2 == 0 for i in range(chunks)]])
-    both = [second(form(keys, values, start, complete, taught, decay, 4), leaves) for form in (gram, ops.running_sum)]
+    both = [
+        second(form(keys, values, start, complete, taught, decay, 4), leaves)
+        for form in (parallel_in_place, chunkwise_in_place)
+    ]
     for actual, wanted in zip(*both, strict=True):
         assert error(actual, wanted) < 1e-12
     assert any(float(wanted.abs().max()) > 0 for wanted in both[1])

@@ -6,9 +6,10 @@ __getattr__ = moved_names(
     "moshi_ttt.plugins.common.verifiers",
     "moshi_ttt.plugins.hybrid.verifiers",
     {
-        "Reference": "Naive",
-        "Chunked": "Chunk",
-        "Streamed": "Recurrent",
+        "Reference": "InnerLoopNaive",
+        "Chunked": "InnerLoopChunk",
+        "Streamed": "InnerLoopRecurrent",
+        "Hybrid": "HybridChunk",
         "HybridReference": "HybridNaive",
     },
 )
