@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moshi_ttt.core.hooks import hookimpl
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
     from moshi_ttt.core.registrar import BlockRegistrar, Registrar
 
 MOSHI_TTT_API = 1
+
+# Earlier names of modules are found for one version (moved/__init__.py).
+__path__ = [*__path__, str(Path(__file__).parent / "moved")]
 
 
 @hookimpl

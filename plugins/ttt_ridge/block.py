@@ -18,8 +18,10 @@ from moshi_ttt.plugins.common import short_conv
 from moshi_ttt.plugins.common.finite import check_state_dtype
 from moshi_ttt.plugins.common.projection import INIT_STD, Projection
 from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate, initial_state
-from moshi_ttt.plugins.ttt_ridge import chunk, layer, memory, recurrent
+from moshi_ttt.plugins.ttt_ridge import layer, memory
+from moshi_ttt.plugins.ttt_ridge.chunk import chunk_ridge
 from moshi_ttt.plugins.ttt_ridge.config import REGULARIZATION, TTTRidgeConfig
+from moshi_ttt.plugins.ttt_ridge.recurrent import recurrent_ridge
 
 HEAD_WIDTH = 128
 LARGEST_GROWTH = 1e3
@@ -160,7 +162,7 @@ class TTTRidge(SequenceBlock):
         fresh = state is None
         state = self.init_state(x.shape[0], x.device) if state is None else state
         tokens, cache, finite = self._tokens(x, state, context)
-        read, after = chunk.run(
+        read, after = chunk_ridge(
             tokens, state, self._rule(), layout, self.config.checkpoint_chunks,
             fresh=fresh, want_state=context.want_state,
         )  # fmt: skip
@@ -179,7 +181,7 @@ class TTTRidge(SequenceBlock):
         mask = context.exec_mask
         with self._without_autocast(x_tokens):
             tokens, cache, finite = self._tokens(x_tokens, state, context)
-            read = recurrent.step(tokens, state, self._rule(), self.chunk, mask)
+            read = recurrent_ridge(tokens, state, self._rule(), self.chunk, mask)
             y, gates = self._output(x_tokens, tokens, read, state, context)
         for name, after in {"cache": cache, **gates}.items():
             rows = None if mask is None else mask.view(-1, 1, 1)
@@ -199,7 +201,7 @@ class TTTRidge(SequenceBlock):
             relu2=self.config.features == "relu2",
         )
 
-    def _tokens(self, x: Tensor, state: BlockState, context: BlockContext) -> tuple[memory.Tokens, Tensor, Tensor]:
+    def _tokens(self, x: Tensor, state: BlockState, context: BlockContext) -> tuple[memory.RidgeTokens, Tensor, Tensor]:
         """What enters the memory for ``x [B, T, D]``, the filters' cache after it, and finite tokens ``[B, T]``."""
         source = x
         if self.config.value == "embedding":
@@ -226,7 +228,7 @@ class TTTRidge(SequenceBlock):
         return memory.Rule(regularization, self.keep, novelty, variance=self.config.variance_gate)
 
     def _output(
-        self, x: Tensor, tokens: memory.Tokens, read: memory.Read, state: BlockState, context: BlockContext
+        self, x: Tensor, tokens: memory.RidgeTokens, read: memory.Read, state: BlockState, context: BlockContext
     ) -> tuple[Tensor, BlockState]:
         """``y [B, T, D]`` and what the success gate keeps, from the state before the call."""
         value = read.value
@@ -249,7 +251,7 @@ class TTTRidge(SequenceBlock):
         state = self.init_state(x.shape[0], x.device)
         tokens, _, finite = self._tokens(x, state, context)
         layout = self.info.format.chunks(x, self.chunk)
-        read, after = chunk.run(tokens, state, self._rule(), layout)
+        read, after = chunk_ridge(tokens, state, self._rule(), layout)
         figures = {
             "key_norm": tokens.k.norm(dim=-1).max(),
             "write_strength": tokens.strength.mean(),
@@ -287,10 +289,10 @@ class TTTRidge(SequenceBlock):
         tokens, _, _ = self._tokens(x, state, context)
         before, after = torch.zeros_like(tokens.v), torch.full_like(tokens.v, torch.nan)
         for first in range(0, x.shape[1], self.chunk):
-            part = memory.Tokens(*(each[:, first : first + self.chunk] for each in tokens))
+            part = memory.RidgeTokens(*(each[:, first : first + self.chunk] for each in tokens))
             at = slice(first, first + part.k.shape[1])
             before[:, at] = torch.einsum("bthm,bhmd->bthd", part.k, state["solution"])
-            _, state = chunk.run(part, state, self._rule(), self.info.format.chunks(part.v.flatten(2), self.chunk))
+            _, state = chunk_ridge(part, state, self._rule(), self.info.format.chunks(part.v.flatten(2), self.chunk))
             if part.k.shape[1] == self.chunk:
                 after[:, at] = torch.einsum("bthm,bhmd->bthd", part.k, state["solution"])
         mean = tokens.v.mean(1, keepdim=True)

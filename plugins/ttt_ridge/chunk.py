@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import BlockState, row_mask
-from moshi_ttt.plugins.ttt_ridge.memory import Read, Rule, Tokens
+from moshi_ttt.plugins.ttt_ridge.memory import Read, RidgeTokens, Rule
 
 LARGEST_SYSTEM = 256
 """How many tokens are solved as one system at most, but in a fresh memory."""
 
 
-def run(
-    tokens: Tokens,
+def chunk_ridge(
+    tokens: RidgeTokens,
     state: BlockState,
     rule: Rule,
     layout: ChunkLayout,

@@ -25,7 +25,7 @@ from moshi_ttt.plugins.common import short_conv
 from moshi_ttt.plugins.common.finite import below, largest_factor
 from moshi_ttt.plugins.common.normalization import l2_normalize
 from moshi_ttt.plugins.common.projection import Linear
-from moshi_ttt.plugins.ttt_ridge.memory import Tokens
+from moshi_ttt.plugins.ttt_ridge.memory import RidgeTokens
 
 RMS_EPS = 1e-6
 
@@ -66,7 +66,7 @@ def finite_tokens(*given: Tensor) -> Tensor:
 
 def inputs(
     x: Tensor, source: Tensor, cache: Tensor, finite: Tensor, updated: Tensor, weights: LayerWeights, roles: DtypeRoles
-) -> tuple[Tokens, Tensor, Tensor]:
+) -> tuple[RidgeTokens, Tensor, Tensor]:
     """What enters the memory, the convolution's cache after the call, and which tokens ``[B, T]`` stayed finite.
 
     Args:
@@ -95,4 +95,4 @@ def inputs(
     strength = torch.sigmoid(weights.write(normal, roles.compute))
     v = v.unflatten(-1, (weights.heads, -1))  # [B, T, H d] -> [B, T, H, d]
     q, k, v, strength = (part.to(roles.state) for part in (q, k, v, strength))
-    return Tokens(q, k, v, strength, finite & updated), cache, finite
+    return RidgeTokens(q, k, v, strength, finite & updated), cache, finite

@@ -1,4 +1,4 @@
-"""The layer of ``ttt_ridge`` straight from its definition: sums over all tokens, one solution for each chunk.
+"""The naive form of ``ttt_ridge``, from its definition: sums over all tokens, one solution for each chunk.
 
 Slow and plain, for tests and reference vectors. Nothing here is shared with the fast forms.
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def memory(
+def naive_ridge(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -78,7 +78,7 @@ def success_gate(read: Tensor, value: Tensor, bias: Tensor, slope: Tensor, taps:
     return torch.stack(gates, 1)
 
 
-def layer(
+def naive_layer(
     x: Tensor,
     source: Tensor,
     weights: Mapping[str, Tensor],
@@ -120,14 +120,16 @@ def layer(
     if "novelty_offset" in weights:
         novelty = (weights["novelty_offset"], weights["novelty_slope"])
     regularization = weights["log_regularization"].exp()
-    read, variance, _ = memory(q, k, v, strength, regularization, chunk_size=chunk_size, keep=keep, novelty=novelty)
+    read, variance, _ = naive_ridge(
+        q, k, v, strength, regularization, chunk_size=chunk_size, keep=keep, novelty=novelty
+    )
     gate = torch.ones_like(read[..., 0])
     if "success.bias" in weights:
         parts = (weights[f"success.{name}"] for name in ("bias", "slope", "weights"))
         gate = gate * success_gate(read, v, *parts)
     if "variance_offset" in weights:
-        heard = torch.log(variance + 1e-4)
-        gate = gate * torch.sigmoid(weights["variance_offset"] - weights["variance_slope"] * heard)
+        log_variance = torch.log(variance + 1e-4)
+        gate = gate * torch.sigmoid(weights["variance_offset"] - weights["variance_slope"] * log_variance)
     added = (readout_scale * gate[..., None] * read).flatten(2) @ weights["wo.weight"].T + weights["wo.bias"]
     y: Tensor = x + torch.tanh(weights["gate"]) * added
     return y

@@ -9,8 +9,6 @@ import warnings
 import pytest
 
 from moshi_ttt.core.deprecation import moved_names
-from moshi_ttt.plugins import common
-from moshi_ttt.plugins.common import moved
 
 
 def test_an_earlier_name_is_the_new_object_with_a_warning():
@@ -44,33 +42,41 @@ def test_a_module_of_which_some_names_have_moved():
 
 
 EARLIER = {
-    "block": ["HybridBlock", "Projection", "INIT_STD"],
-    "block_checks": ["NARROWEST_HEAD", "checked_head_width"],
-    "derivatives": ["differentiable_again"],
-    "fast_network": ["FastNetwork", "UpdateRule", "teach", "key_pass", "query_pass", "after_chunk", "descend_"],
-    "health": ["target_figures", "inner_losses", "red_flags"],
-    "hybrid": ["Linear", "l2_normalise", "over_rms", "reconstruction_target", "inner_inputs", "gated_output"],
-    "inner_loop": ["Tokens", "initial_state", "unpack", "pack", "run", "step"],
-    "objective": ["Objective", "InnerNorm", "PlainLoss"],
-    "options": ["GateConfig", "HybridConfig", "START_MOMENTUM"],
-    "reference": ["inner_loop", "hybrid_inputs", "hybrid_output", "network", "layer_norm", "rotated"],
-    "rope": ["rotate", "widths"],
-    "verifiers": ["Reference", "Chunked", "Streamed", "Hybrid", "HybridReference"],
-    "weight_maps": ["VideoDiT", "LanguageModel"],
+    "common.block": ["HybridBlock", "Projection", "INIT_STD"],
+    "common.block_checks": ["NARROWEST_HEAD", "checked_head_width"],
+    "common.derivatives": ["differentiable_again"],
+    "common.fast_network": ["FastNetwork", "UpdateRule", "teach", "key_pass", "query_pass", "after_chunk", "descend_"],
+    "common.health": ["target_figures", "inner_losses", "red_flags"],
+    "common.hybrid": ["Linear", "l2_normalise", "over_rms", "reconstruction_target", "inner_inputs", "gated_output"],
+    "common.inner_loop": ["Tokens", "initial_state", "unpack", "pack", "run", "step"],
+    "common.objective": ["Objective", "InnerNorm", "PlainLoss"],
+    "common.options": ["GateConfig", "HybridConfig", "START_MOMENTUM"],
+    "common.reference": ["inner_loop", "hybrid_inputs", "hybrid_output", "network", "layer_norm", "rotated"],
+    "common.rope": ["rotate", "widths"],
+    "common.verifiers": ["Reference", "Chunked", "Streamed", "Hybrid", "HybridReference"],
+    "common.weight_maps": ["VideoDiT", "LanguageModel"],
+    "gating_mlp.gram": ["gram"],
+    "gating_mlp.reference": ["in_place", "filtered", "writes"],
+    "gating_mlp.streaming": ["Stepper"],
+    "gating_mlp.ops": ["running_sum", "after_chunk", "prefers_gram"],
+    "ttt_ridge.reference": ["memory", "layer", "success_gate", "cosine"],
 }
-"""Names that plugins.common had before the TTT layer moved to plugins.hybrid."""
+"""Module of ``plugins`` -> names that it had, and that are elsewhere now."""
 
 
 @pytest.mark.parametrize("module", EARLIER)
-def test_names_that_moved_to_plugins_hybrid(module):
-    earlier = importlib.import_module(f"moshi_ttt.plugins.common.{module}")
+def test_names_that_moved(module):
+    earlier = importlib.import_module(f"moshi_ttt.plugins.{module}")
     for name in EARLIER[module]:
-        with pytest.warns(DeprecationWarning, match=rf"plugins\.common\.{module}\.{name} is now moshi_ttt\.plugins\."):
+        with pytest.warns(DeprecationWarning, match=rf"plugins\.{module}\.{name} is now moshi_ttt\.plugins\."):
             found = getattr(earlier, name)
         assert getattr(found, "__module__", "moshi_ttt.plugins.").startswith("moshi_ttt.plugins.")
 
 
-def test_every_module_that_moved_is_tried():
-    assert {each.name for each in pkgutil.iter_modules(moved.__path__)} == EARLIER.keys()
-    own = {each.name for each in pkgutil.iter_modules(common.__path__[:1])}
-    assert not own & EARLIER.keys(), "a module of the same name would hide the earlier one"
+@pytest.mark.parametrize("name", ["common", "gating_mlp", "ttt_ridge"])
+def test_every_module_that_moved_is_tried(name):
+    package = importlib.import_module(f"moshi_ttt.plugins.{name}")
+    own, moved = ({each.name for each in pkgutil.iter_modules([path])} for path in package.__path__)
+    assert moved
+    assert {f"{name}.{each}" for each in moved} <= EARLIER.keys()
+    assert not own & moved, "a module of the same name would hide the earlier one"
