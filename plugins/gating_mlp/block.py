@@ -92,7 +92,7 @@ class GatingMLP(SequenceBlock):
             # What is trained is the change: the host's own weight stays as it is, for removal, LoRA and a later load.
             self.w_down_change = nn.Parameter(torch.empty(dim, self.hidden_width, device=device, dtype=dtype))
         self._warned = False
-        # Constants of a step for each shape of state that was allocated. Kept: a captured graph goes on reading them.
+        # Constants of a step for each shape of state that was allocated. Kept: a captured graph continues to read them.
         self._steppers: Steppers = {}
         self._make_stepper: Callable[[Memory, Tensor], Stepper | CompiledStepper] = Stepper
 

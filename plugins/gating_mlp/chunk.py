@@ -78,14 +78,14 @@ class ChunkForm:
         finite = finite_tokens(key, target, rate)[..., None]  # [B, T] -> [B, T, 1]
         num_nonfinite = layout.split((~finite).to(key.dtype)).sum((2, 3)).long()  # [B, N, C, 1] -> [B, N]
         # A key that is not finite would spoil gradients that are summed over tokens, however it is masked after this.
-        key, target, rate = (torch.where(finite, part, 0) for part in (key, target, rate))
+        key, target, rate = (torch.where(finite, part, 0) for part in (key, target, rate))  # [B, T, 1] over [B, T, any]
         gate_target = target if memory.gated else None
         queries = key if state is None else layout.split(key).flatten(1, 2)  # [B, N, C, h] -> [B, N C, h]
         if memory.update_rule != "hebbian":
             written = key * rate if memory.update_rule == "ridge" else context.where_updated(key)
             keys = list(layout.split(written).unbind(1))  # N times [B, C, h]
         elif context.want_state or state is not None:
-            keys = list(layout.split(context.where_updated(key)).unbind(1))
+            keys = list(layout.split(context.where_updated(key)).unbind(1))  # [B, T, h] -> N times [B, C, h]
         else:
             keys = list(key.split(size, 1))  # the last may be shorter
         beyond = memory.taps if context.want_state else 0
@@ -95,9 +95,12 @@ class ChunkForm:
         if state is not None:
             seen = seen + state["position"]
             tail = memory.conv_tail(state)[:, : size + beyond]  # [B, C + beyond, d + 1]
+            # the first chunk's [B, C + beyond, d]
             sums = torch.cat([(sums[:, 0] + tail[..., :-1])[:, None], sums[:, 1:]], dim=1)
+            # the first chunk's [B, C + beyond, 1]
             rate = torch.cat([(rate[:, 0] + tail[..., -1:])[:, None], rate[:, 1:]], dim=1)
             first = memory.unfinished(state)
+            # [B, N]
             num_nonfinite = torch.cat([num_nonfinite[:, :1] + state["spoiled"][:, None], num_nonfinite[:, 1:]], dim=1)
         ends = size * torch.arange(1, layout.num_chunks + 1, device=key.device)
         complete = seen[:, None] >= ends  # [B, 1] and [N] -> [B, N]
@@ -156,10 +159,12 @@ class ChunkForm:
         else:
             start = queries.new_zeros(queries.shape[0], hidden, width) if start is None else start
             memory = ChunkwiseMemory(start, decay)
+        # [B, N C, h] -> [B, N, C, h]
         found = corrected(
             memory, queries.unflatten(1, (-1, self.memory.schedule.chunk)), keys, sums, rate, num_nonfinite, complete,
             first, self.ridge, None if clip is None else (clip, self.projection.double()),
         )  # fmt: skip
+        # N times [B, ...] -> [B, N, ...]
         chunks = CallChunks(
             keys=found.keys, values=torch.stack(found.values, dim=1),
             conv_tail=torch.cat([torch.stack(found.conv_tails, dim=1), rate], dim=-1), complete=complete,

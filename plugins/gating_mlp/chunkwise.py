@@ -32,7 +32,7 @@ def chunkwise_in_place(
         outputs.append(k @ delta)
         if (i + 1) * size < keys.shape[1]:
             delta = after_chunk(delta, k, v, complete[:, i], applied[:, i], decay)
-    return torch.cat(outputs, dim=1)
+    return torch.cat(outputs, dim=1)  # N times [B, C, d] -> [B, T, d]
 
 
 def after_chunk(delta: Tensor, keys: Tensor, values: Tensor, ended: Tensor, applied: Tensor, decay: float) -> Tensor:

@@ -178,16 +178,17 @@ def corrected(
             key, value, factor = solved(*system, ridge)
             out.factors.append(factor)
         if before is not None:
-            key = torch.where(before.earlier[..., None], before.keys, key)
-            value = torch.where(before.settled[..., None], before.values, value)
+            key = torch.where(before.earlier[..., None], before.keys, key)  # [B, C, 1] over [B, C, h]
+            value = torch.where(before.settled[..., None], before.values, value)  # [B, C, 1] over [B, C, d]
             if before.factor is not None:
+                # [B, C, 1] over [B, C, C]
                 out.factors[0] = torch.where(before.earlier[..., None], before.factor, out.factors[0])
         scale = (nonfinite == 0).to(value)
         if clip is not None:
             out.squares.append(ops.squared_norm(key, value.double() @ clip[1]))
             scale = scale * ops.clip_scale(out.squares[-1].sum(-1), clip[0]).to(scale)
         if i + 1 < len(keys):
-            memory.write(key, value * scale[:, None, None], complete[:, i], scale != 0)
+            memory.write(key, value * scale[:, None, None], complete[:, i], scale != 0)  # [B, C, d] times [B, 1, 1]
         for name, part in (
             ("answers", answer), ("keys", key), ("values", value), ("conv_tails", tail), ("scales", scale),
             ("num_nonfinite", nonfinite),

@@ -50,4 +50,4 @@ def inner_loss_curves(tokens: CallTokens, layout: ChunkLayout, memory: Memory, p
             found["after"].append(query @ delta @ projection)
     # One head: [B, C, d] -> [B, 1, C, d], and [B, T, d] -> [B, 1, T, d]
     by_head = {name: [chunk[:, None] for chunk in chunks] for name, chunks in found.items()}
-    return curves(target[:, None], by_head)
+    return curves(target[:, None], by_head)  # [B, T, d] -> [B, 1, T, d]

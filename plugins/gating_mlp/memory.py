@@ -195,8 +195,8 @@ class Memory:
         for i, chunk in enumerate(map(StoredTokens, call.keys, call.values.unbind(1))):  # [B, C, h] and [B, C, d]
             done = call.complete[:, i]
             # Where the chunk has not ended there is nothing to fold: no channel from its first to its first.
-            delta = self._fold(delta, last, scale, folded, torch.where(done, schedule.hidden, folded))
-            folded, scale = torch.where(done, 0, folded), torch.where(done, call.scale[:, i], scale)
+            delta = self._fold(delta, last, scale, folded, torch.where(done, schedule.hidden, folded))  # [B] -> [B]
+            folded, scale = torch.where(done, 0, folded), torch.where(done, call.scale[:, i], scale)  # each [B]
             last = chunk.where(done, last)
             staged = chunk.first(schedule.staged).where(done, staged)
             current = chunk.where(ended == i, current)
@@ -204,6 +204,7 @@ class Memory:
         seen = torch.arange(schedule.staged, device=position.device) < position[:, None]  # [S] and [B, 1] -> [B, S]
         place = current.where(schedule.in_place(position), last)
         staged = current.first(schedule.staged).where(seen, staged)
+        # slots: C in place, S staged, one that is zero: [B, C + S + 1, any]; delta [B, h, d] -> [B, h + 1, d]
         state = {
             "position": position,
             "delta": F.pad(delta, (0, 0, 0, 1)) if torch.is_grad_enabled() else whole,
@@ -217,11 +218,11 @@ class Memory:
         if call.factors:
             rows = torch.arange(size, device=position.device) < position[:, None]  # [C] and [B, 1] -> [B, C]
             factor = _of_chunk(torch.stack(list(call.factors), dim=1), ended)  # [B, N, C, C] -> [B, C, C]
-            state["factor"] = torch.where(rows[..., None], factor, 0)
+            state["factor"] = torch.where(rows[..., None], factor, 0)  # [B, C, 1] over [B, C, C]
         if call.squares is None:
             return state
         settled = torch.arange(size, device=position.device) < (position - schedule.look_ahead)[:, None]  # [B, C]
-        square = torch.where(settled, _of_chunk(call.squares, ended), 0).sum(1)
+        square = torch.where(settled, _of_chunk(call.squares, ended), 0).sum(1)  # [B, N, C] -> [B, C] -> [B]
         return {**state, "norm": ops.norm_in_parts(square, before["norm"].dtype)}
 
     def _finished(self, state: BlockState) -> StoredTokens:

@@ -58,7 +58,7 @@ def naive_in_place(
                 norm = (step if projection is None else projection.T @ step).norm()
                 step = step * torch.clamp(clip / norm, max=1.0)
             fast = (1 - decay) * fast + step
-    return torch.cat(outputs), fast if projection is None else projection.T @ fast
+    return torch.cat(outputs), fast if projection is None else projection.T @ fast  # [T, d], and [d, h]
 
 
 def writes(update: str, keys: Tensor, values: Tensor, answers: Tensor, rate: Tensor, ridge: float) -> Tensor:

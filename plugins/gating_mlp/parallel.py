@@ -65,16 +65,16 @@ class _Parallel(torch.autograd.Function):
                 # [B, c, d] and [B, d, i C] -> [B, c, i C]
                 grad_affinity = _weighted(given @ values[:, past].mT, weights, i, ctx.size)
                 grad_keys[:, now].baddbmm_(grad_affinity, keys[:, past])
-                grad_keys[:, past].baddbmm_(grad_affinity.mT, keys[:, now])
+                grad_keys[:, past].baddbmm_(grad_affinity.mT, keys[:, now])  # [B, i C, c] and [B, c, h]
                 if torch.is_grad_enabled():  # a second derivative needs the affinity as a function of the keys
-                    affinity = _weighted(keys[:, now] @ keys[:, past].mT, weights, i, ctx.size)
+                    affinity = _weighted(keys[:, now] @ keys[:, past].mT, weights, i, ctx.size)  # [B, c, i C]
                 else:
                     affinity = affinities[i - 1]
-                grad_values[:, past].baddbmm_(affinity.mT, given)
+                grad_values[:, past].baddbmm_(affinity.mT, given)  # [B, i C, c] and [B, c, d]
             if start is not None:
-                grad_keys[:, now].baddbmm_(given, start.mT, alpha=ctx.kept[i])
+                grad_keys[:, now].baddbmm_(given, start.mT, alpha=ctx.kept[i])  # [B, c, d] and [B, d, h]
                 assert grad_start is not None
-                grad_start.baddbmm_(keys[:, now].mT, given, alpha=ctx.kept[i])
+                grad_start.baddbmm_(keys[:, now].mT, given, alpha=ctx.kept[i])  # [B, h, c] and [B, c, d]
         return grad_keys, grad_values, grad_start, None, None, None
 
 

@@ -61,7 +61,7 @@ class Stepper:
         """
         row = torch.cat(token, dim=-1)[:, 0]  # [B, 1, h + d + 1] -> [B, h + d + 1]
         finite = row.abs().amax(-1) < self.limit
-        row = torch.where(finite[:, None], row, 0)
+        row = torch.where(finite[:, None], row, 0)  # [B, 1] over [B, h + d + 1]
         # [B, h] and, target and rate together, [B, d + 1]
         key, target = row.split_with_sizes([token[0].shape[-1], row.shape[1] - token[0].shape[-1]], dim=1)
         columns, channels, sources, key_slots, value_slots, folded, done, following = self.tables.at(
@@ -71,10 +71,10 @@ class Stepper:
         self._fold(state["delta"], channels, slices)
 
         if updated is not None:
-            key = torch.where(updated[:, None], key, 0)
+            key = torch.where(updated[:, None], key, 0)  # [B, 1] over [B, h]
         sums = torch.cat([state["open"], self.new_tail], dim=1)  # [B, K, d + 1]
         taps = conv.reshape(-1).index_select(0, self.taps).view(self.memory.taps, -1)  # [d, 1, kernel] -> [K, d]
-        sums[..., :-1].addcmul_(taps, target[:, None, :-1])
+        sums[..., :-1].addcmul_(taps, target[:, None, :-1])  # [K, d] times [B, 1, d]
         if len(self.window) > 1:  # there are no tokens before the chunk's first
             # [B, 1] and [R + 1] -> [B, R + 1, 1]
             sums[:, : len(self.window)].masked_fill_((state["position"][:, None] + self.window < 0)[..., None], 0)
@@ -87,18 +87,20 @@ class Stepper:
         ends = done[:, 0].bool()
         if ridge is not None:
             key, values = self._solve(state, key * target[:, -1:], values, ridge.to(key), ends, active)
-        sources = sources.reshape(-1)
-        _write(state["keys"], sources, key_slots, key[:, None])
+        sources = sources.reshape(-1)  # [B, m] -> [B m]
+        _write(state["keys"], sources, key_slots, key[:, None])  # [B, 1, h]
         _write(state["values"], sources, value_slots, values)
 
         _advance(state["open"], sums[:, 1:], ends, active)
         nonfinite = ~finite if active is None else active > finite  # [B]
         scale = None
         if self.memory.clip is not None:
+            # the window's keys: [B slots, h] -> [B (R + 1), h]
             keys = (
                 state["keys"].view(-1, key.shape[-1]).index_select(0, value_slots[:, -len(self.window) :].reshape(-1))
             )
             wide = cast(projection, torch.float64)
+            # [B (R + 1), h] -> [B, R + 1, h]
             square = self._square(state, keys.view(*values.shape[:2], -1), values, wide)
             scale = ops.clip_scale(square[1], self.memory.clip).to(state["scale"])
             _advance(state["norm"], ops.norm_in_parts(square[0], state["norm"].dtype), ends, active)
@@ -106,8 +108,9 @@ class Stepper:
         state["position"].copy_(following[:, 0])
         if success is not None:
             known = GateState(state["answer"], state["scores"])
+            # [B, d] times [B, 1]
             given = given * success.step(given[:, None], target[:, None, :-1], known, active)[:, 0]
-        return (given @ projection)[:, None]
+        return (given @ projection)[:, None]  # [B, d] -> [B, 1, d]
 
     def _recall(self, state: BlockState, query: Tensor, columns: Tensor, folded: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, d]``, what the dense and the factored update give; ``[B, w, d]``, the slice to fold."""
@@ -137,30 +140,30 @@ class Stepper:
         k' . k' + l: each token needs the rows before it alone.
         """
         start, end = self.memory.schedule.staged, self.memory.schedule.staged + self.memory.schedule.chunk
-        position = state["position"][:, None]
+        position = state["position"][:, None]  # [B] -> [B, 1]
         rows_q, rows_y = state["keys"][:, start:end], state["values"][:, start:end]  # [B, C, ...], in ``order``
         row = torch.bmm(rows_q, key[..., None])[..., 0]  # [B, C, h] and [B, h, 1] -> [B, C]
         row = torch.where(self.order < position, row, 0)  # [B, C]
-        pivot = (key.square().sum(-1) + ridge - row.square().sum(-1)).clamp(min=ridge).sqrt()[:, None]
-        q = (key - torch.bmm(row[:, None], rows_q)[:, 0]) / pivot
+        pivot = (key.square().sum(-1) + ridge - row.square().sum(-1)).clamp(min=ridge).sqrt()[:, None]  # [B] -> [B, 1]
+        q = (key - torch.bmm(row[:, None], rows_q)[:, 0]) / pivot  # [B, 1, C] and [B, C, h] -> [B, h]
         own = self.token == position
-        row = torch.where(own, pivot, row.index_select(1, self.slot))
-        factor = torch.where(own[..., None], row[:, None], state["factor"])
+        row = torch.where(own, pivot, row.index_select(1, self.slot))  # [B, C], by token
+        factor = torch.where(own[..., None], row[:, None], state["factor"])  # [B, C, 1] over [B, 1, C] and [B, C, C]
         index = (position + self.window).clamp(min=0)  # [B, R + 1]
-        there = (position + self.window >= 0)[..., None]
+        there = (position + self.window >= 0)[..., None]  # [B, R + 1, 1]
         rows = factor.gather(1, index[..., None].expand(-1, -1, factor.shape[-1]))  # [B, R + 1, C]
-        settled = torch.where(there & (self.token < position + self.window[0])[:, None], rows, 0)
+        settled = torch.where(there & (self.token < position + self.window[0])[:, None], rows, 0)  # [B, R + 1, C]
         rest = errors - torch.bmm(settled.index_select(2, self.order), rows_y)
         corner = rows.gather(2, index[:, None].expand(-1, len(self.window), -1))  # [B, R + 1, R + 1]
-        corner = torch.where(there & there.mT, corner, self.eye)
+        corner = torch.where(there & there.mT, corner, self.eye)  # [B, R + 1, R + 1]
         found: list[Tensor] = []
         for i in range(len(self.window)):
             left = rest[:, i]
             for j, y in enumerate(found):
-                left = left - corner[:, i, j, None] * y
-            found.append(left / corner[:, i, i, None])
+                left = left - corner[:, i, j, None] * y  # [B, 1] times [B, d]
+            found.append(left / corner[:, i, i, None])  # [B, d] over [B, 1]
         _advance(state["factor"], factor, ends, active)
-        return q, torch.stack(found, dim=1)
+        return q, torch.stack(found, dim=1)  # R + 1 times [B, d] -> [B, R + 1, d]
 
     def _square(self, state: BlockState, keys: Tensor, values: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
         """``[B]`` float64 twice: the unfinished update's squared norm over settled tokens, and if the chunk ended now.

@@ -192,7 +192,7 @@ class HybridBlock(HybridParameters):
             # gradient, however it is masked, would be zero times nan.
             same = source is x
             x = torch.where(finite[..., None], x, 0)  # [B, T, 1] over [B, T, D]
-            source = x if same else torch.where(finite[..., None], source, 0)
+            source = x if same else torch.where(finite[..., None], source, 0)  # [B, T, 1] over [B, T, D]
         mix = None
         if self.config.conv_kernel is not None:
             caches = [self._empty_cache(x) for _ in CACHES] if caches is None else caches
@@ -202,6 +202,7 @@ class HybridBlock(HybridParameters):
         tokens = inner_inputs(x, position, layer, exact, source=value, mix=mix)
         # A rate of nan tells the inner loop to leave the token out.
         lr = tokens.lr if self.inner_lr_factor == 1 else self.inner_lr_factor * tokens.lr  # [B, T, H]
+        # [B, T, 1] over [B, T, H]
         return tokens._replace(lr=torch.where(finite[..., None], context.where_updated(lr), torch.nan))
 
     @staticmethod

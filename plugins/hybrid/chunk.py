@@ -63,7 +63,7 @@ def chunk_inner_loop(
     tokens, finite = only_finite(tokens)
     # [B, T, 1] -> [B, N]: tokens of each chunk that are not finite, the first chunk's earlier ones among them
     num_nonfinite = layout.split((~finite)[..., None]).sum((2, 3))
-    num_nonfinite = torch.cat([num_nonfinite[:, :1] + state["spoiled"][:, None], num_nonfinite[:, 1:]], dim=1)
+    num_nonfinite = torch.cat([num_nonfinite[:, :1] + state["spoiled"][:, None], num_nonfinite[:, 1:]], dim=1)  # [B, N]
     # q, k, v [B, T, H, D] and lr [B, T, H] -> [B, T, H any] -> [B, H, N, C, any] -> N times [B, H, C, any]
     chunks = list(zip(*(layout.split(part.flatten(2), heads).unbind(2) for part in tokens), strict=True))
     call = _Call(layout, causal, norm, token_scale, rule, position, after, num_nonfinite, earlier)
@@ -103,13 +103,15 @@ class _Call:
     ) -> None:
         size, device = layout.chunk_size, position.device
         self.layout, self.norm, self.rule = layout, norm, rule
-        self.position, self.after, self.num_nonfinite = position, after, num_nonfinite.unbind(1)
+        self.position, self.after, self.num_nonfinite = position, after, num_nonfinite.unbind(1)  # N times [B]
         self.applied = (num_nonfinite == 0).unbind(1)  # N times [B]
         self.earlier = None if layout.offset is None else earlier
         self.layers, self.has_tokens, self.has_velocity = (
             len(earlier.inputs), len(earlier.tokens) > 0, rule.momentum is not None,
         )  # fmt: skip
+        # [C, C]: query, key
         self.mask = torch.ones(size, size, dtype=torch.bool, device=device).tril() if causal else None
+        # [C], [C, 1] and []
         self.token_scale, self.scale, self.last_scale = token_scale, token_scale[:, None], token_scale[-1]
         self.valid = layout.valid[:, None, :, :, None].unbind(2)  # [B or 1, N, C] -> N times [B or 1, 1, C, 1]
 

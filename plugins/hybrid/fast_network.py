@@ -166,7 +166,7 @@ def query_pass(
     for i, (weight, bias) in enumerate(zip(fast.weights, fast.biases, strict=True)):
         affinity = x @ memory.inputs[i].mT + 1  # [B, H, Q, C]
         if mask is not None:
-            affinity = affinity.masked_fill(~mask, 0)
+            affinity = affinity.masked_fill(~mask, 0)  # [B, H, Q, C]
         output = x @ weight + bias - scale * (affinity @ memory.gradients[i])
         if carried is not None:
             output = output + carried * (x @ fast.velocity[i] + fast.velocity[last + 1 + i])

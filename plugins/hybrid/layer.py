@@ -145,7 +145,7 @@ def inner_inputs(
         v = torch.where(finite[..., None, None], v, torch.nan)  # [B, T, 1, 1] over [B, T, H, Dh]
     # [H, 1, D] -> [H, D], and [H, 1] -> [H]
     rate = F.linear(x.to(roles.compute), layer.lr_weight.flatten(0, 1).to(roles.compute))  # [B, T, H]
-    rate = torch.sigmoid(rate + layer.lr_bias.flatten().to(roles.compute))
+    rate = torch.sigmoid(rate + layer.lr_bias.flatten().to(roles.compute))  # [H] over [B, T, H]
     lr = layer.config.base_lr / q.shape[-1] * rate
     return Tokens(*(part.to(roles.state) for part in (q, k, v, lr)))
 
@@ -161,7 +161,7 @@ def _projected(x: Tensor, source: Tensor, layer: HybridLayer) -> tuple[list[Tens
         return projected, None
     with torch.no_grad():
         finite = torch.stack([below(part, torch.inf) for part in projected]).all(0)  # [3, B, T] -> [B, T]
-    # Before the norms: their gradient at an infinite vector is nan, and masking their output comes too late.
+    # Before the norms: their gradient at an infinite vector is nan, and masking their output is too late.
     return [torch.where(finite[..., None], part, 0) for part in projected], finite
 
 

@@ -60,6 +60,7 @@ def naive_inner_loop(
     batch, length = q.shape[0], q.shape[2]
     with torch.enable_grad():
         fast = [
+            # [H, in, out] -> [B, H, in, out], and [H, 1, out] -> [B, H, 1, out]
             (_tracked(weight.expand(batch, *weight.shape)), _tracked(bias.expand(batch, *bias.shape)))
             for weight, bias in zip(weights, biases, strict=True)
         ]
@@ -79,6 +80,7 @@ def naive_inner_loop(
                 if step:
                     gradients = [_loss_gradients(k, v, lr, t, fast, learned) for t in tokens]
                 fast, velocity = _descend(fast, velocity, gradients, token_scale[-1], momentum)
+    # T times [B, H, 1, D] -> [B, H, T, D]
     return torch.cat(outputs, dim=2), [weight for weight, _ in fast], [bias for _, bias in fast]
 
 
@@ -122,7 +124,7 @@ def _descend(
 
 
 def convolved(z: Tensor, taps: Tensor) -> Tensor:
-    """``z [B, T, D]`` to ``sum_j taps[:, j] z_(t-j)``, with ``taps [D, K]``; nothing comes before the first token."""
+    """``z [B, T, D]`` to ``sum_j taps[:, j] z_(t-j)``, with ``taps [D, K]``; zero before the first token."""
     columns = []
     for t in range(z.shape[1]):
         columns.append(sum((taps[:, j] * z[:, t - j] for j in range(min(taps.shape[1], t + 1))), torch.zeros(())))
@@ -155,6 +157,7 @@ def naive_inputs(x: Tensor, given: dict[str, Tensor], *, num_heads: int, chunk_s
         projected = source @ given[f"{name}.weight"].T + given[f"{name}.bias"]
         if taps in given:
             projected = convolved(projected, given[taps])
+        # [B, T, H D] -> [B, T, H, D] -> [B, H, T, D]
         return projected.view(batch, length, num_heads, head_dim).transpose(1, 2)
 
     source = x if embeddings is None else embeddings / (embeddings**2).mean(-1, keepdim=True).sqrt()
@@ -167,6 +170,7 @@ def naive_inputs(x: Tensor, given: dict[str, Tensor], *, num_heads: int, chunk_s
     difference = v - k
     mean = difference.mean(-1, keepdim=True)
     deviation = torch.sqrt(((difference - mean) ** 2).sum(-1, keepdim=True) / (head_dim - 1))
+    # [H, 1, D] over [B, H, T, D]
     target = (
         given["norm_weight"][:, None] * (difference - mean) / (deviation + target_eps) + given["norm_bias"][:, None]
     )

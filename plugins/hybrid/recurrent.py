@@ -52,8 +52,9 @@ def recurrent_inner_loop(
         # [B] -> [B, H, 1, any]: the token's slot, for a buffer [B, H, C, any] and an entry [B, H, 1, any]
         slot = position.view(-1, 1, 1, 1).expand(-1, buffer.shape[1], 1, buffer.shape[3])
         if exec_mask is not None:
+            # [B, 1, 1, 1] over [B, H, 1, any]
             entry = torch.where(row_mask(exec_mask, entry), entry, buffer.gather(2, slot))
-        buffer.scatter_(2, slot, entry)
+        buffer.scatter_(2, slot, entry)  # [B, H, 1, any] into [B, H, C, any]
     seen = (torch.arange(size, device=position.device) <= position[:, None])[:, None]  # [C] and [B, 1] -> [B, 1, C]
     # Slots ahead of the position hold nothing; whatever lies there (even nan) is replaced, not multiplied by zero.
     gradients = tuple(torch.where(seen[..., None], g, 0) for g in memory.gradients)  # [B, 1, C, 1] over [B, H, C, out]
@@ -64,13 +65,13 @@ def recurrent_inner_loop(
     done, nonfinite, following = position == size - 1, ~finite[:, 0], (position + 1) % size  # each [B]
     if exec_mask is not None:
         done, nonfinite = done & exec_mask, nonfinite & exec_mask
-        following = torch.where(exec_mask, following, position)
+        following = torch.where(exec_mask, following, position)  # [B]
     num_nonfinite = state["spoiled"] + nonfinite
     applied = done & (num_nonfinite == 0)
     descend_(fast, seen_keys, norm, token_scale[-1], applied, rule)
     for buffer in buffers:
-        buffer.masked_fill_(row_mask(done, buffer), 0)
+        buffer.masked_fill_(row_mask(done, buffer), 0)  # [B, 1, 1, 1] over [B, H, C, any]
     state["skipped"].add_(done > applied)
-    state["spoiled"].copy_(num_nonfinite.masked_fill_(done, 0))
+    state["spoiled"].copy_(num_nonfinite.masked_fill_(done, 0))  # [B]
     position.copy_(following)
     return y.transpose(1, 2).flatten(2)  # [B, H, 1, D] -> [B, 1, H D]

@@ -36,9 +36,10 @@ def rotate(x: Tensor, position: Tensor, *, theta: float = 10_000.0, dtype: torch
         parts = x.split(widths(x.shape[-1], position.shape[-1]), dim=-1)  # A times [B, T, H, width of the axis]
         rotated = [
             rotate(part, where, theta=theta, dtype=dtype)
+            # position [B or 1, T, A] -> A times [B or 1, T]
             for part, where in zip(parts, position.unbind(-1), strict=True)
         ]
-        return torch.cat(rotated, dim=-1)
+        return torch.cat(rotated, dim=-1)  # [B, T, H, Dh]
     pairs = torch.arange(0, x.shape[-1], 2, device=x.device, dtype=dtype)
     # [B or 1, T, 1, 1] and [Dh / 2] -> [B or 1, T, 1, Dh / 2]
     angle = position.to(dtype)[..., None, None] * theta ** (-pairs / x.shape[-1])

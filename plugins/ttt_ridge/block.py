@@ -209,7 +209,7 @@ class TTTRidge(SequenceBlock):
             source = context.input_embeddings
         finite = layer.finite_tokens(x) if source is x else layer.finite_tokens(x, source)
         mask = context.updates_mask(x)
-        updated = torch.ones_like(finite) if mask is None else mask[:, None]
+        updated = torch.ones_like(finite) if mask is None else mask[:, None]  # [B, T], or [B, 1]
         tokens, cache, finite = layer.inputs(
             x, source, state["cache"], finite, updated, self._weights(context), self.roles
         )
@@ -220,7 +220,7 @@ class TTTRidge(SequenceBlock):
     def _rule(self) -> memory.Rule:
         learned = self.log_regularization.to(self.roles.state)
         least, largest = (math.log(end) for end in REGULARIZATION)
-        # Outside the ends the gradient is that at the end, so that a head can come back.
+        # Outside the ends the gradient is that at the end, so that a head can return.
         regularization = (learned + (learned.clamp(least, largest) - learned).detach()).exp()
         novelty = None
         if self.config.novelty:
@@ -239,9 +239,10 @@ class TTTRidge(SequenceBlock):
             kept, gain = dict(zip(GATE_STATE, after, strict=True)), gain * gate
         if read.variance is not None:
             offset, slope = (part.to(value.dtype) for part in (self.variance_offset, self.variance_slope))
-            heard = offset - slope * (read.variance.clamp(min=0) + VARIANCE_EPS).log()
-            gain = gain * torch.sigmoid(heard)[..., None]
+            logit = offset - slope * (read.variance.clamp(min=0) + VARIANCE_EPS).log()
+            gain = gain * torch.sigmoid(logit)[..., None]  # [B, T, H] -> [B, T, H, 1]
         output = self.wo.inputs(context, self.roles.matmul)
+        # [B, T, H, d] -> [B, T, H d] -> [B, T, D]
         update = output((value * gain).flatten(2), self.roles.matmul).to(self.roles.output)
         return self.at_volume(x, torch.tanh(self.gate.to(self.roles.output)) * update, context), kept
 

@@ -49,6 +49,7 @@ def chunk_ridge(
     written = layout.split(tokens.written[..., None])[..., 0].bool()  # [B, N, C]
     # [B, T, H, any] -> blocks of [B, H, G, C, any]
     parts = (*tokens[:3], tokens.strength[..., None])
+    # [B, T, H, any] -> [B, H, N, C, any], in groups of chunks
     q, k, v, strength = (layout.split(part.flatten(2), heads).split(together, dim=2) for part in parts)
     coordinate = state.get("coordinate", torch.zeros_like(after))
     # [B, N]: which coordinate comes first in each chunk

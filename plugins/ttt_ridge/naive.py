@@ -36,7 +36,7 @@ def naive_ridge(
     """
     batch, length, heads, width = q.shape
     prior = regularization[:, None, None] * torch.eye(width, dtype=q.dtype)  # [H, m, m]
-    information = prior.expand(batch, heads, width, width)
+    information = prior.expand(batch, heads, width, width)  # [H, m, m] -> [B, H, m, m]
     products = torch.zeros(batch, heads, width, v.shape[-1], dtype=q.dtype)
     solution, posterior = torch.linalg.solve(information, products), torch.linalg.inv(information) @ prior
     reads, variances = [], []
@@ -47,8 +47,8 @@ def naive_ridge(
         variances.append(torch.einsum("bhm,bhmn,bhn->bh", q[:, t], posterior, q[:, t]))
         weight = strength[:, t]
         if novelty is not None:
-            said = torch.einsum("bhmd,bhm->bhd", solution, k[:, t])
-            weight = weight * torch.sigmoid(novelty[0] - novelty[1] * cosine(said, v[:, t]))
+            predicted = torch.einsum("bhmd,bhm->bhd", solution, k[:, t])
+            weight = weight * torch.sigmoid(novelty[0] - novelty[1] * cosine(predicted, v[:, t]))
         information, products = keep * information, keep * products
         one = torch.zeros(width, dtype=q.dtype)
         one[t % width] = 1
@@ -57,7 +57,7 @@ def naive_ridge(
         products = products + torch.einsum("bh,bhm,bhd->bhmd", weight, k[:, t], v[:, t])
     if length % chunk_size == 0:
         solution = torch.linalg.solve(information, products)
-    return torch.stack(reads, 1), torch.stack(variances, 1), solution
+    return torch.stack(reads, 1), torch.stack(variances, 1), solution  # T times [B, H, ...] -> [B, T, H, ...]
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ def success_gate(read: Tensor, value: Tensor, bias: Tensor, slope: Tensor, taps:
     scores: list[Tensor] = []
     gates = []
     for t in range(read.shape[1]):
-        said = read[:, t - 1] if t else torch.zeros_like(read[:, 0])
-        scores.append(cosine(said, value[:, t]))
+        predicted = read[:, t - 1] if t else torch.zeros_like(read[:, 0])
+        scores.append(cosine(predicted, value[:, t]))
         mean = sum(taps[:, j] * scores[t - j] for j in range(taps.shape[1]) if t >= j)
         gates.append(torch.sigmoid(bias + slope * mean))
     return torch.stack(gates, 1)
@@ -109,12 +109,12 @@ def naive_layer(
             out = out.clamp(min=0) ** 2
         out = out.unflatten(-1, (heads, -1))  # [B, T, H m] -> [B, T, H, m]
         norm = out.norm(dim=-1, keepdim=True)
-        unit: Tensor = out / torch.where(norm > 0, norm, 1)
+        unit: Tensor = out / torch.where(norm > 0, norm, 1)  # [B, T, H, m] over [B, T, H, 1]
         return unit
 
     z = normal(x) @ weights["wqk.weight"].T + weights["wqk.bias"]
     q, k = convolved(z, weights["conv_q"]), convolved(z, weights["conv_k"])
-    v = (normal(source) @ weights["value_weight"].T).unflatten(-1, (heads, -1))
+    v = (normal(source) @ weights["value_weight"].T).unflatten(-1, (heads, -1))  # [B, T, H d] -> [B, T, H, d]
     strength = torch.sigmoid(normal(x) @ weights["write.weight"].T + weights["write.bias"])
     novelty = None
     if "novelty_offset" in weights:
@@ -130,6 +130,7 @@ def naive_layer(
     if "variance_offset" in weights:
         log_variance = torch.log(variance + 1e-4)
         gate = gate * torch.sigmoid(weights["variance_offset"] - weights["variance_slope"] * log_variance)
+    # [B, T, H, d] -> [B, T, H d]
     added = (readout_scale * gate[..., None] * read).flatten(2) @ weights["wo.weight"].T + weights["wo.bias"]
     y: Tensor = x + torch.tanh(weights["gate"]) * added
     return y

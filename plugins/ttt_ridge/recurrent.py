@@ -28,7 +28,7 @@ def recurrent_ridge(
     following, done = (position + 1) % chunk_size, position == chunk_size - 1
     if exec_mask is not None:
         written, done = written & exec_mask, done & exec_mask
-        following = torch.where(exec_mask, following, position)
+        following = torch.where(exec_mask, following, position)  # [B]
     read, variance = q @ solution, None
     if rule.variance:
         variance = (q @ state["covariance_read"] * q).sum(-1).transpose(1, 2)  # [B, H, 1] -> [B, 1, H]
@@ -43,7 +43,7 @@ def recurrent_ridge(
     if rule.variance:
         _copy_rows(state["covariance_read"], covariance, done)
     position.copy_(following)
-    return Read(read.transpose(1, 2), variance)
+    return Read(read.transpose(1, 2), variance)  # [B, H, 1, d] -> [B, 1, H, d]
 
 
 def _age(solution: Tensor, covariance: Tensor, coordinate: Tensor, written: Tensor, keep: float) -> None:
