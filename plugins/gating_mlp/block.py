@@ -24,9 +24,10 @@ from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState, outlives_modes
-from moshi_ttt.plugins.common.finite import below, check_state_dtype, finite_tokens
+from moshi_ttt.plugins.common.finite import below, finite_tokens
 from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate, directions
 from moshi_ttt.plugins.gating_mlp import ops
+from moshi_ttt.plugins.gating_mlp.checks import check_options
 from moshi_ttt.plugins.gating_mlp.chunk import ChunkForm
 from moshi_ttt.plugins.gating_mlp.compiled import CompiledStepper
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
@@ -61,19 +62,9 @@ class GatingMLP(SequenceBlock):
                     f"{info.site}: its {type(part).__name__} is quantised, and nothing can be learned on top of that. "
                     "Load the model unquantised."
                 )
-        check_state_dtype(info, roles)
-        if config.update == "ridge" and roles.state not in (torch.float32, torch.float64):
-            raise ConfigError(
-                f"{info.site}: update: ridge solves a system in the state's dtype, which policy {roles.policy!r} makes "
-                f"{roles.state}. Use a policy whose state is float32 (fp32_state), or another update."
-            )
         self.needs_input_embeddings = config.target == "input_embed"
         self.chunk = info.tokens(config.chunk)
-        if config.start == "next_frame" and self.chunk < 2:
-            raise ConfigError(
-                f"{info.site}: start: next_frame, and a chunk of {config.chunk} is one token: the filter does not see "
-                "the next. Take a longer chunk, or start: published."
-            )
+        check_options(config, info, roles, self.chunk)
         self.memory = Memory.planned(
             chunk=self.chunk, hidden=self.hidden_width, width=info.dim, kernel=config.conv_kernel,
             padding=config.padding, decay=config.decay, clip=config.clip, update=config.update,

@@ -62,7 +62,7 @@ class Stepper:
         row = torch.cat(token, dim=-1)[:, 0]  # [B, 1, h + d + 1] -> [B, h + d + 1]
         finite = row.abs().amax(-1) < self.limit
         row = torch.where(finite[:, None], row, 0)  # [B, 1] over [B, h + d + 1]
-        # [B, h] and, target and rate together, [B, d + 1]
+        # the key [B, h], and target and rate together [B, d + 1]
         key, target = row.split_with_sizes([token[0].shape[-1], row.shape[1] - token[0].shape[-1]], dim=1)
         columns, channels, sources, key_slots, value_slots, folded, done, following = self.tables.at(
             state["position"], active
@@ -95,15 +95,7 @@ class Stepper:
         nonfinite = ~finite if active is None else active > finite  # [B]
         scale = None
         if self.memory.clip is not None:
-            # the window's keys: [B slots, h] -> [B (R + 1), h]
-            keys = (
-                state["keys"].view(-1, key.shape[-1]).index_select(0, value_slots[:, -len(self.window) :].reshape(-1))
-            )
-            wide = cast(projection, torch.float64)
-            # [B (R + 1), h] -> [B, R + 1, h]
-            square = self._square(state, keys.view(*values.shape[:2], -1), values, wide)
-            scale = ops.clip_scale(square[1], self.memory.clip).to(state["scale"])
-            _advance(state["norm"], ops.norm_in_parts(square[0], state["norm"].dtype), ends, active)
+            scale = self._clip(state, value_slots, values, cast(projection, torch.float64), ends, active)
         _count(state, nonfinite, scale, ends)
         state["position"].copy_(following[:, 0])
         if success is not None:
@@ -164,6 +156,22 @@ class Stepper:
             found.append(left / corner[:, i, i, None])  # [B, d] over [B, 1]
         _advance(state["factor"], factor, ends, active)
         return q, torch.stack(found, dim=1)  # R + 1 times [B, d] -> [B, R + 1, d]
+
+    def _clip(
+        self, state: BlockState, slots: Tensor, values: Tensor, wide: Tensor, ends: Tensor, active: Tensor | None
+    ) -> Tensor:
+        """``[B]``: the scale of the chunk's update, if the chunk ended now; the norm so far goes into ``state``.
+
+        ``slots [B, m + R + 1]``, the last of which are the window's; ``values [B, R + 1, d]``; ``wide`` is the
+        projection in float64.
+        """
+        assert self.memory.clip is not None
+        index = slots[:, -len(self.window) :].reshape(-1)  # [B, R + 1] -> [B (R + 1)]
+        keys = state["keys"].view(-1, state["keys"].shape[-1]).index_select(0, index)  # [B slots, h] -> [B (R + 1), h]
+        keys = keys.view(*values.shape[:2], -1)  # [B, R + 1, h]
+        settled, whole = self._square(state, keys, values, wide)
+        _advance(state["norm"], ops.norm_in_parts(settled, state["norm"].dtype), ends, active)
+        return ops.clip_scale(whole, self.memory.clip).to(state["scale"])
 
     def _square(self, state: BlockState, keys: Tensor, values: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
         """``[B]`` float64 twice: the unfinished update's squared norm over settled tokens, and if the chunk ended now.
