@@ -138,10 +138,9 @@ class HostModel(ABC):
         """Inside this context test-time updates are enabled or disabled: in forward passes, in training and in streams.
 
         ``enabled`` is one answer for all rows, or ``[B]`` bool, one for each; it reaches every block by its context. A
-        row whose updates are disabled learns nothing, and other rows do not notice; a block that forgets (``decay`` of
-        ``gating_mlp``) goes on forgetting at each chunk's end. Contexts nest: the
-        innermost decides, and the one outside holds again after it, also after an error. A stream that was captured in
-        a graph follows, and one that starts inside starts with it.
+        row whose updates are disabled learns nothing and forgets nothing (a block's ``decay``), and other rows do not
+        notice. Contexts nest: the innermost decides, and the one outside holds again after it, also after an error. A
+        stream that was captured in a graph follows, and one that starts inside starts with it.
 
         Raises ContextError for anything but a bool or ``[B]`` bool (``updates_switch`` says so), and where ``enabled``
         does not have a row for each row of a running stream. With guidance an

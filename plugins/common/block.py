@@ -68,6 +68,8 @@ class Projection(nn.Module):
 class HybridBlock(SequenceBlock):
     """Hybrid layer with a fast network whose layer widths a subclass gives.
 
+    A token that is not finite, or too large, is left out with the update of its whole chunk.
+
     Warns where heads are narrower than ``NARROWEST_HEAD``, unless the block computes in float64.
     """
 
@@ -294,6 +296,7 @@ class HybridBlock(SequenceBlock):
             causal=self.config.causal,
             checkpoint_chunks=self.config.checkpoint_chunks,
             rule=self.update_rule(),
+            updated=context.updates_mask(x),
         )
         if caches:
             after |= dict(zip(CACHES, caches, strict=True))
@@ -316,6 +319,7 @@ class HybridBlock(SequenceBlock):
                 weights.token_scale.to(self.roles.state),
                 context.exec_mask,
                 self.update_rule(),
+                context.updates_mask(tokens),
             )
             y = gated_output(tokens, y, weights, self.options, self.roles, self.volume_in(context))
         return self.info.format.from_tokens(y, x)

@@ -21,7 +21,7 @@ up to its own, so it stays causal, and the next chunk starts from the weights af
 momentum is the form above.
 
 A token that is not finite, or too large (``only_finite``), takes no part: no other token sees it, and the update of
-its chunk is skipped in its row. Its own output means nothing.
+its chunk is skipped in its row, unless its own was disabled. Its own output means nothing.
 
 Shape legend: B streams, H heads, N chunks, C tokens a chunk, D head width, L layers. Everything has the dtype of the
 fast weights.
@@ -157,6 +157,7 @@ def run(
     causal: bool = True,
     checkpoint_chunks: int | None = None,
     rule: UpdateRule | None = None,
+    updated: Tensor | None = None,
 ) -> tuple[Tensor, BlockState]:
     """The inner loop over a whole call.
 
@@ -170,6 +171,7 @@ def run(
         checkpoint_chunks: chunks that the backward pass computes again together. Between the passes only the tokens
             and the fast weights at the start of each such group are kept. None: everything is kept.
         rule: what a finished chunk does with its gradients; the state has to be one for it. None: a plain step.
+        updated: ``[B]`` bool, rows whose updates are enabled (others have rates of zero); None: all.
 
     Returns:
         ``y [B, T, H * D]`` and the state after the last token.
@@ -180,10 +182,10 @@ def run(
     after = position + layout.length
     tokens, finite = only_finite(tokens)
     # [B, N]: tokens of each chunk that are not finite; the first chunk goes on with those it had.
-    spoiled = layout.split((~finite)[..., None]).sum((2, 3))
+    spoiled = layout.split((~finite if updated is None else updated[:, None] & ~finite)[..., None]).sum((2, 3))
     spoiled = torch.cat([spoiled[:, :1] + state["spoiled"][:, None], spoiled[:, 1:]], dim=1)
     chunks = list(zip(*(layout.split(part.flatten(2), heads).unbind(2) for part in tokens), strict=True))
-    call = _Call(layout, causal, norm, token_scale, rule, position, after, spoiled, before)
+    call = _Call(layout, causal, norm, token_scale, rule, position, after, spoiled, before, updated)
     now = _flattened(fast, _map(before, torch.zeros_like))
     needed = (*tokens, *now, token_scale, *norm.learned, *rule.learned)
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in needed):
@@ -202,6 +204,7 @@ class _Call:
         position, after: ``[B]``, tokens of the first chunk that came before the call, and those plus the call's.
         spoiled: ``[B, N]``, tokens of each chunk that are not finite.
         before: the first chunk's memory of the tokens before the call.
+        updated: as in ``run``.
     """
 
     def __init__(
@@ -215,8 +218,10 @@ class _Call:
         after: Tensor,
         spoiled: Tensor,
         before: ChunkMemory,
+        updated: Tensor | None,
     ) -> None:
         size, device = layout.chunk_size, position.device
+        self.updated = updated
         self.layout, self.norm, self.rule = layout, norm, rule
         self.position, self.after, self.spoiled = position, after, spoiled.unbind(1)
         self.applied = (spoiled == 0).unbind(1)
@@ -251,7 +256,8 @@ class _Call:
         memory, kept = teach(k, v, lr, fast, self.norm, self.token_scale)
         spoiled, applied = self.spoiled[n], self.applied[n]
         if kept is not None:
-            spoiled = spoiled + (self.valid[n][:, 0, :, 0] & ~kept).sum(1)
+            wrong = self.valid[n][:, 0, :, 0] & ~kept  # [B, C]
+            spoiled = spoiled + (wrong if self.updated is None else self.updated[:, None] & wrong).sum(1)
             applied = spoiled == 0
         if self.remembers:
             memory.tokens = (v, lr)
@@ -346,13 +352,14 @@ def step(
     token_scale: Tensor,
     exec_mask: Tensor | None = None,
     rule: UpdateRule | None = None,
+    updated: Tensor | None = None,
 ) -> Tensor:
     """One token of every stream, causal; ``state`` is updated in place and no value is read on the host.
 
     Args:
         tokens: with T = 1.
         state: buffers; rows where ``exec_mask [B]`` is false stay bit-equal.
-        rule: as in ``run``.
+        rule, updated: as in ``run``.
 
     Returns:
         ``y [B, 1, H * D]``.
@@ -380,6 +387,7 @@ def step(
     scale = token_scale[position].view(-1, 1, 1, 1)
     y = query_pass(q, fast, written, norm, scale, seen[:, :, None], rule.momentum)
     done, bad, following = position == size - 1, ~finite[:, 0], (position + 1) % size
+    bad = bad if updated is None else bad & updated
     if exec_mask is not None:
         done, bad, following = done & exec_mask, bad & exec_mask, torch.where(exec_mask, following, position)
     spoiled = state["spoiled"] + bad

@@ -88,7 +88,10 @@ class Answers(Protocol):
         """``[B, C, d]`` for ``queries [B, C, h]``."""
 
     def tell(self, keys: Tensor, values: Tensor, ended: Tensor, taught: Tensor) -> None:
-        """A chunk's keys and values; where it ``ended [B or 1]`` the next is asked with it, if it ``taught [B]``."""
+        """A chunk's keys and values; where it ``ended [B or 1]`` the next is asked with it, if it ``taught [B]``.
+
+        Where it taught nothing, nothing decays.
+        """
 
 
 class RunningSum:
@@ -109,23 +112,28 @@ class GramSum:
 
     def __init__(self, start: Tensor | None, decay: float) -> None:
         self.start, self.decay = start, decay
-        self.past: list[tuple[Tensor, Tensor]] = []
+        self.past: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Keys, values, and ``[B]`` the updates made up to the chunk's end."""
 
     def ask(self, queries: Tensor) -> Tensor:
-        count, parts = len(self.past), []
+        made, parts = self.past[-1][2] if self.past else queries.new_zeros(queries.shape[0]), []
+
+        def decayed(part: Tensor, updates: Tensor) -> Tensor:
+            return torch.pow(1 - self.decay, updates)[:, None, None] * part if self.decay else part
+
         if self.start is not None:
-            parts.append((1 - self.decay) ** count * (queries @ self.start))
-        for i, (keys, values) in enumerate(self.past):
-            part = (queries @ keys.mT) @ values
-            parts.append((1 - self.decay) ** (count - 1 - i) * part if self.decay else part)
+            parts.append(decayed(queries @ self.start, made))
+        for keys, values, before in self.past:
+            parts.append(decayed((queries @ keys.mT) @ values, made - before))
         if not parts:
             return queries.new_zeros(0)
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
     def tell(self, keys: Tensor, values: Tensor, ended: Tensor, taught: Tensor) -> None:
         # No token of a row looks back at its chunk that did not end: it is the row's last.
-        mask = taught[:, None, None]
-        self.past.append((torch.where(mask, keys, 0), torch.where(mask, values, 0)))
+        mask, made = taught[:, None, None], taught.to(values.dtype)
+        made = self.past[-1][2] + made if self.past else made
+        self.past.append((torch.where(mask, keys, 0), torch.where(mask, values, 0), made))
 
 
 @dataclass
@@ -144,7 +152,8 @@ class Corrected:
 
 def corrected(
     memory: Answers, queries: Tensor, keys: Sequence[Tensor], sums: Tensor, rate: Tensor, spoiled: Tensor,
-    complete: Tensor, unfinished: Unfinished | None, ridge: Tensor | None, clip: tuple[float, Tensor] | None,
+    enabled: Tensor, complete: Tensor, unfinished: Unfinished | None, ridge: Tensor | None,
+    clip: tuple[float, Tensor] | None,
 ) -> Corrected:  # fmt: skip
     """Ask, correct, tell, chunk by chunk.
 
@@ -152,7 +161,7 @@ def corrected(
         queries: ``[B, N, C, h]``; keys: N times ``[B, C, h]``, with ``ridge`` K'.
         sums: ``[B, N, C + any, d]``, the filter's output, less the answers to the tokens of earlier calls; rate:
             ``[B, N, C + any, 1]``, b, with ``ridge`` its root.
-        spoiled, complete: ``[B, N]``.
+        spoiled, enabled, complete: ``[B, N]``.
         unfinished: the chunk that the first goes on with.
         ridge: l, or None for a gradient step.
         clip: the largest norm and the projection ``[d, d]`` float64.
@@ -175,7 +184,7 @@ def corrected(
             value = torch.where(before.settled[..., None], before.values, value)
             if before.factor is not None:
                 out.factors[0] = torch.where(before.earlier[..., None], before.factor, out.factors[0])
-        scale = (wrong == 0).to(value)
+        scale = ((wrong == 0) & (enabled[:, i] > 0)).to(value)
         if clip is not None:
             out.squares.append(ops.squared_norm(key, value.double() @ clip[1]))
             scale = scale * ops.clip_scale(out.squares[-1].sum(-1), clip[0]).to(scale)

@@ -18,15 +18,15 @@ from torch import Tensor
 def gram(
     keys: Tensor, values: Tensor, start: Tensor | None, complete: Tensor, taught: Tensor, decay: float, size: int
 ) -> Tensor:
-    """``ops.running_sum`` as masked linear attention: (1 - decay)^(i-1-j) (k_i k_j^T) v_j over the chunks j < i.
+    """``ops.running_sum`` as masked linear attention: (1 - decay)^n (k_i k_j^T) v_j over the chunks j < i.
 
-    A chunk that does not end in this call is the last one of its row, so no token looks back at it: ``complete`` is not
-    needed.
+    n is how many of the chunks between them made an update. A chunk that does not end in this call is the last one of
+    its row, so no token looks back at it: ``complete`` is not needed.
     """
-    chunk = torch.arange(taught.shape[1], device=keys.device)
-    age = (chunk[:, None] - 1 - chunk).clamp(min=0)
-    weights = taught[:, None] * torch.pow(1 - decay, age.to(keys.dtype))
-    kept = [(1 - decay) ** i for i in range(taught.shape[1])]
+    made = taught.cumsum(1)  # [B, N], updates up to each chunk's end
+    age = (made - taught.long())[:, :, None] - made[:, None]  # [B, N, N], updates after chunk j and before chunk i
+    weights = taught[:, None] * torch.pow(1 - decay, age.clamp(min=0).to(keys.dtype))
+    kept = torch.pow(1 - decay, (made - taught.long()).to(keys.dtype)) if decay else None  # [B, N], of the start
     result: Tensor = _Gram.apply(keys, values, start, weights, kept, size)  # type: ignore[no-untyped-call]
     return result
 
@@ -34,7 +34,7 @@ def gram(
 class _Gram(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, keys: Tensor, values: Tensor, start: Tensor | None, weights: Tensor, kept: list[float], size: int
+        ctx: Any, keys: Tensor, values: Tensor, start: Tensor | None, weights: Tensor, kept: Tensor | None, size: int
     ) -> Tensor:
         out = values.new_zeros(*keys.shape[:2], values.shape[-1])
         affinities = []
@@ -45,14 +45,14 @@ class _Gram(torch.autograd.Function):
                 if any(ctx.needs_input_grad):
                     affinities.append(affinity)
             if start is not None:
-                out[:, now].baddbmm_(keys[:, now], start, alpha=kept[i])
-        ctx.save_for_backward(keys, values, start, weights, *affinities)
-        ctx.kept, ctx.size = kept, size
+                out[:, now].baddbmm_(_decayed(keys[:, now], kept, i), start)
+        ctx.save_for_backward(keys, values, start, weights, kept, *affinities)
+        ctx.size = size
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        keys, values, start, weights, *affinities = ctx.saved_tensors
+        keys, values, start, weights, kept, *affinities = ctx.saved_tensors
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         grad_start = None if start is None else torch.zeros_like(start)
         for i, now, past in _chunks(keys.shape[1], ctx.size):
@@ -67,9 +67,10 @@ class _Gram(torch.autograd.Function):
                     affinity = affinities[i - 1]
                 grad_values[:, past].baddbmm_(affinity.mT, given)
             if start is not None:
-                grad_keys[:, now].baddbmm_(given, start.mT, alpha=ctx.kept[i])
+                given = _decayed(given, kept, i)
+                grad_keys[:, now].baddbmm_(given, start.mT)
                 assert grad_start is not None
-                grad_start.baddbmm_(keys[:, now].mT, given, alpha=ctx.kept[i])
+                grad_start.baddbmm_(keys[:, now].mT, given)
         return grad_keys, grad_values, grad_start, None, None, None
 
 
@@ -77,6 +78,11 @@ def _chunks(length: int, size: int) -> Iterator[tuple[int, slice, slice]]:
     """Index, tokens of the chunk, tokens before it."""
     for i, first in enumerate(range(0, length, size)):
         yield i, slice(first, min(first + size, length)), slice(0, first)
+
+
+def _decayed(tokens: Tensor, kept: Tensor | None, i: int) -> Tensor:
+    """``tokens [B, c, any]`` of chunk i times what is left of the start there, ``kept [B, N]``; None: all of it."""
+    return tokens if kept is None else tokens * kept[:, i, None, None]
 
 
 def _weighted(affinity: Tensor, weights: Tensor, i: int, size: int) -> Tensor:

@@ -7,8 +7,10 @@
   them out; the last slot is zero.
 - ``open [B, K - 1, d + 1]``: what the unfinished chunk's tokens so far add to the filter's output, at the tokens from
   R before the next one on, less the memory's answer to each where updates correct it; in the last column, the rates.
-- ``scale [B]``: what the last finished chunk's update is multiplied by (clipping; 0 where it was skipped).
+- ``scale [B]``: what the last finished chunk's update is multiplied by (clipping; 0 where it made none, because it was
+  skipped or disabled: then nothing decayed either).
 - ``spoiled [B]``: tokens of the unfinished chunk because of which its update will be skipped.
+- ``enabled [B]``: tokens of the unfinished chunk whose updates are enabled; without any, none is made.
 - ``skipped [B]``: updates that were skipped.
 - ``factor [B, C, C]``, with ``update: ridge``: the rows so far of the unfinished chunk's Cholesky factor
   (corrections.py); the chunk's keys and values are then Q and Y, and the rates in ``open`` are roots.
@@ -63,7 +65,8 @@ class HeardChunks:
         open: ``[B, N, C + K, d + 1]``, the filter's output and the rates, also past the chunk's end; less the memory's
             answers where updates correct it.
         complete: ``[B, N]`` bool, chunks that end in this call.
-        spoiled: ``[B, N]`` int64, tokens that are not finite; scale: ``[B, N]``, zero where the update is skipped.
+        spoiled, enabled: ``[B, N]`` int64, tokens that are not finite, and those whose updates are enabled.
+        scale: ``[B, N]``, zero where no update is made.
         squares: ``[B, N, C]`` float64, what each token adds to its update's squared norm, or None without clipping.
         come: ``[B]`` int64, tokens since the start of the first chunk.
         factors: N times ``[B, C, C]``, with ``update: ridge``.
@@ -74,6 +77,7 @@ class HeardChunks:
     open: Tensor
     complete: Tensor
     spoiled: Tensor
+    enabled: Tensor
     scale: Tensor
     squares: Tensor | None
     come: Tensor
@@ -120,12 +124,12 @@ class Memory:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
-        state = {name: zeros().long() for name in ("position", "spoiled", "skipped")} | {
+        state = {name: zeros().long() for name in ("position", "spoiled", "enabled", "skipped")} | {
             "delta": zeros(schedule.hidden + 1, self.width),
             "keys": zeros(schedule.slots, schedule.hidden),
             "values": zeros(schedule.slots, self.width),
             "open": zeros(self.taps - 1, self.width + 1),
-            "scale": zeros() + 1,
+            "scale": zeros(),
         }
         if self.update_rule == "ridge":
             state["factor"] = zeros(schedule.chunk, schedule.chunk)
@@ -193,7 +197,8 @@ class Memory:
             "open": self._open(_of_chunk(heard.open, ended), position),
             "scale": scale,
             "spoiled": _of_chunk(heard.spoiled, ended),
-            "skipped": before["skipped"] + (heard.complete & (heard.scale == 0)).sum(1),
+            "enabled": _of_chunk(heard.enabled, ended),
+            "skipped": before["skipped"] + (heard.complete & (heard.enabled > 0) & (heard.scale == 0)).sum(1),
         }
         if heard.factors:
             rows = torch.arange(size, device=position.device) < position[:, None]
@@ -217,10 +222,11 @@ class Memory:
         channel = torch.arange(self.schedule.hidden, device=delta.device)
         inside = (channel >= start[:, None]) & (channel < (end if isinstance(end, int) else end[:, None]))  # [B, h]
         values = chunk.values * row_mask(scale, chunk.values)
+        kept = 1 - self.decay * (inside & (scale != 0)[:, None]).to(delta)[..., None]  # [B, h, 1]
         if torch.is_grad_enabled():
-            return torch.where(inside[..., None], (1 - self.decay) * delta + chunk.keys.mT @ values, delta)
+            return torch.where(inside[..., None], kept * delta + chunk.keys.mT @ values, delta)
         if self.decay:
-            delta.mul_((1 - self.decay * inside.to(delta))[..., None])
+            delta.mul_(kept)
         return delta.baddbmm_(torch.where(inside[:, None], chunk.keys, 0).mT, values)
 
     def _open(self, sums: Tensor, position: Tensor) -> Tensor:

@@ -2,14 +2,16 @@
 
 Chunk i is computed with W_0 + P^T D_i, where D_0 is given and D_{i+1} = (1 - decay) D_i + s_i sum_c v_c k_c^T over the
 tokens c of chunk i (keys k: the hidden activation; values v: learning rate times the filtered target; s_i: clipping).
+A chunk that makes no update, s_i = 0, leaves D_i as it is: nothing decays.
 The projection P of the target is linear in v, so it is applied once to what D gives, not to every value.
 
 - ``running_sum`` keeps D. It costs 2 d h multiply-adds a token, and its backward keeps one D per chunk.
-- ``gram`` (in gram.py) never builds D: what chunk i gets from chunk j < i is (1 - decay)^(i-1-j) s_j (k_i k_j^T) v_j,
-  masked linear attention. It costs about T (h + d) / 2 a token, and its backward keeps T^2 / 2 numbers.
+- ``gram`` (in gram.py) never builds D: what chunk i gets from chunk j < i is (1 - decay)^n s_j (k_i k_j^T) v_j, n
+  the updates made between them, masked linear attention. It costs about T (h + d) / 2 a token, and its backward keeps
+  T^2 / 2 numbers.
 
 A chunk with a key, target or rate that is not finite, or so large that sums of their products may not stay so, teaches
-nothing: s_i = 0.
+nothing: s_i = 0. So does one whose tokens all have updates disabled.
 
 Shape legend: B streams, N chunks, C tokens a chunk (fewer in the last), d width, h hidden width, K taps. D is kept
 transposed, ``[B, h, d]``.
@@ -117,12 +119,11 @@ def running_sum(
 
 
 def after_chunk(delta: Tensor, keys: Tensor, values: Tensor, ended: Tensor, taught: Tensor, decay: float) -> Tensor:
-    """``delta [B, h, d]`` after a chunk where it ``ended [B or 1]``; its update where it ``taught [B]`` something.
+    """``delta [B, h, d]`` after a chunk; as before where it has not ``ended [B or 1]`` or ``taught [B]`` nothing.
 
     ``keys [B, C, h]``, ``values [B, C, d]``.
     """
-    update = torch.where(taught[:, None, None], keys.mT @ values, 0)
-    return torch.where(ended[:, None, None], (1 - decay) * delta + update, delta)
+    return torch.where((ended & taught)[:, None, None], (1 - decay) * delta + keys.mT @ values, delta)
 
 
 def prefers_gram(tokens: int, width: int, hidden: int) -> bool:
