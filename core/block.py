@@ -128,7 +128,8 @@ class BlockContext:
         exec_mask: ``[B]`` bool; a row where it is false keeps its state (its output means nothing).
         reset: ``[B]`` bool; a row where it is true starts from the learned initial state before this call.
         updates: False disables test-time updates for the tokens of this call; ``[B]`` bool does so row by row. What
-            earlier tokens of an unfinished chunk contribute still takes effect when the chunk ends.
+            earlier tokens of an unfinished chunk contribute still takes effect when the chunk ends. Nothing decays with
+            tokens, or with whole chunks, whose updates are disabled.
         volume: what the block adds to the base model is multiplied by it: a number from 0 to 10, or ``[B]`` floating
             point, one for each row. The state does not depend on it.
         coordinates: ``[T, axes]`` int64, where each token is on the host's grid; the block's format sets it.
@@ -188,8 +189,13 @@ class SequenceBlock(nn.Module, ABC):
     """Whether what the block adds is multiplied by the volume, as ``at_volume`` does: ``output_scale`` and
     ``host.volume`` need that, and are refused without it."""
     skips_nonfinite: ClassVar[bool] = False
-    """Whether the update of a chunk with a token that is not finite is left out, in its row alone, and counted by
-    ``skipped_updates``; without that, such a token may spoil its own row until it is reset."""
+    """Whether a token that is not finite is left out of what its row learns, alone or with the update of its whole
+    chunk (the block's docstring says which), and that is counted by ``skipped_updates``; without it, such a token may
+    spoil its own row until it is reset."""
+    skipped_advice: ClassVar[str] = (
+        "Lower the block's learning rate, or look for values in the input that are not finite."
+    )
+    """What to do about ``skipped_updates``: a host says it when a stream ends."""
     learned_state: ClassVar[bool] = True
     """Whether the initial state depends on the block's own parameters (a fast weight may start at the host's)."""
 
@@ -440,7 +446,10 @@ class SequenceBlock(nn.Module, ABC):
         return []
 
     def skipped_updates(self, state: BlockState) -> Tensor:
-        """``[B]`` int64: updates each stream left out as not finite. A variant that leaves none out says zero."""
+        """``[B]`` int64: updates each stream left out as not finite, of tokens or of chunks: see ``skips_nonfinite``.
+
+        None is counted where updates are disabled: none was to be made. A variant that leaves none out says zero.
+        """
         return torch.zeros(states.rows(state), dtype=torch.int64, device=next(iter(state.values())).device)
 
     def compile_compute(self) -> None:

@@ -158,9 +158,9 @@ class HostModel(ABC):
         """Inside this context test-time updates are enabled or disabled: in forward passes, in training and in streams.
 
         ``enabled`` is one answer for all rows, or ``[B]`` bool, one for each; it reaches every block by its context. A
-        row whose updates are disabled learns nothing, and other rows are not affected. Decay of what was learned is the
-        variant's own, and may continue. Contexts nest: the innermost one counts, and the outer one again after it, also
-        after an error. A stream that was captured in a graph follows the switch, and so does one that starts inside.
+        row whose updates are disabled learns nothing and forgets nothing (a block's ``decay``), and other rows are not
+        affected. Contexts nest: the innermost one counts, and the outer one again after it, also after an error. A
+        stream that was captured in a graph follows the switch, and so does one that starts inside.
 
         Raises ContextError for anything but a bool or ``[B]`` bool (``updates_switch`` says so), and where ``enabled``
         does not have a row for each row of a running stream. With guidance an

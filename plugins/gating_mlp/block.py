@@ -43,7 +43,10 @@ Steppers = dict[tuple[int, torch.dtype, torch.device], Stepper | CompiledStepper
 
 
 class GatingMLP(SequenceBlock):
-    """Returns the MLP's output ``[B, T, d]`` without the residual."""
+    """Returns the MLP's output ``[B, T, d]`` without the residual.
+
+    A token that is not finite, or too large, is left out with the update of its whole chunk.
+    """
 
     scales_inner_lr = True
     scales_output = True

@@ -77,6 +77,8 @@ class ChunkForm:
         memory, size = self.memory, self.memory.schedule.chunk
         finite = finite_tokens(key, target, rate)[..., None]  # [B, T] -> [B, T, 1]
         num_nonfinite = layout.split((~finite).to(key.dtype)).sum((2, 3)).long()  # [B, N, C, 1] -> [B, N]
+        mask, num_enabled = context.updates_mask(key), layout.valid.sum(2).expand(key.shape[0], -1)  # [B], [B, N]
+        num_enabled = num_enabled if mask is None else torch.where(mask[:, None], num_enabled, 0)  # [B, 1] over [B, N]
         # A key that is not finite would spoil gradients that are summed over tokens, however it is masked after this.
         key, target, rate = (torch.where(finite, part, 0) for part in (key, target, rate))  # [B, T, 1] over [B, T, any]
         gate_target = target if memory.gated else None
@@ -100,16 +102,20 @@ class ChunkForm:
             # the first chunk's [B, C + beyond, 1]
             rate = torch.cat([(rate[:, 0] + tail[..., -1:])[:, None], rate[:, 1:]], dim=1)
             first = memory.unfinished(state)
-            # [B, N]
-            num_nonfinite = torch.cat([num_nonfinite[:, :1] + state["spoiled"][:, None], num_nonfinite[:, 1:]], dim=1)
+            num_nonfinite, num_enabled = (
+                torch.cat([part[:, :1] + state[name][:, None], part[:, 1:]], dim=1)  # [B, N]
+                for name, part in (("spoiled", num_nonfinite), ("enabled", num_enabled))
+            )
         ends = size * torch.arange(1, layout.num_chunks + 1, device=key.device)
         complete = seen[:, None] >= ends  # [B, 1] and [N] -> [B, N]
         if memory.update_rule == "hebbian":
-            queries, chunks = self._summed(queries, keys, sums, rate, num_nonfinite, complete, seen, first, context)
+            counts = num_nonfinite, num_enabled
+            queries, chunks = self._summed(queries, keys, sums, rate, counts, complete, seen, first, context)
             return CallTokens(queries, None, gate_target, chunks)
         if state is None:
             queries = layout.split(queries).flatten(1, 2)  # [B, N, C, h] -> [B, N C, h]
-        answers, chunks = self._corrected(queries, keys, sums, rate, num_nonfinite, complete, seen, first, start)
+        counts = num_nonfinite, num_enabled
+        answers, chunks = self._corrected(queries, keys, sums, rate, counts, complete, seen, first, start)
         return CallTokens(queries, answers, gate_target, chunks)
 
     def answers(self, tokens: CallTokens, start: Tensor | None) -> Tensor:
@@ -127,10 +133,14 @@ class ChunkForm:
         )  # fmt: skip
 
     def _summed(
-        self, queries: Tensor, keys: list[Tensor], sums: Tensor, rate: Tensor, num_nonfinite: Tensor, complete: Tensor,
-        seen: Tensor, first: Unfinished | None, context: BlockContext,
+        self, queries: Tensor, keys: list[Tensor], sums: Tensor, rate: Tensor, counts: tuple[Tensor, Tensor],
+        complete: Tensor, seen: Tensor, first: Unfinished | None, context: BlockContext,
     ) -> tuple[Tensor, CallChunks]:  # fmt: skip
-        """Queries and chunks of ``update: hebbian``, whose updates do not depend on the memory."""
+        """Queries and chunks of ``update: hebbian``, whose updates do not depend on the memory.
+
+        ``counts``: nonfinite and enabled tokens, each ``[B, N]``.
+        """
+        num_nonfinite, num_enabled = counts
         size = self.memory.schedule.chunk
         values = (sums * rate)[:, :, :size]  # [B, N, C, d]
         if first is not None:
@@ -138,20 +148,23 @@ class ChunkForm:
             queries = torch.cat([torch.where(earlier, first.keys, queries[:, :size]), queries[:, size:]], dim=1)
             keys[0] = torch.where(earlier, first.keys, keys[0])
             values = torch.cat([torch.where(settled, first.values, values[:, 0])[:, None], values[:, 1:]], dim=1)
-        scale, squares = (num_nonfinite == 0).to(values.dtype), None
+        scale, squares = ((num_nonfinite == 0) & (num_enabled > 0)).to(values.dtype), None
         if self.memory.clip is not None:
             squares = _squares(keys, values.double() @ context.cast(self.projection, torch.float64))
             scale = scale * ops.clip_scale(squares.sum(-1), self.memory.clip).to(scale)
         return queries, CallChunks(
             keys=keys, values=values, conv_tail=torch.cat([sums, rate], dim=-1), complete=complete,
-            num_nonfinite=num_nonfinite, scale=scale, squares=squares, seen=seen,
+            num_nonfinite=num_nonfinite, num_enabled=num_enabled, scale=scale, squares=squares, seen=seen,
         )  # fmt: skip
 
     def _corrected(
-        self, queries: Tensor, keys: list[Tensor], sums: Tensor, rate: Tensor, num_nonfinite: Tensor, complete: Tensor,
-        seen: Tensor, first: Unfinished | None, start: Tensor | None,
+        self, queries: Tensor, keys: list[Tensor], sums: Tensor, rate: Tensor, counts: tuple[Tensor, Tensor],
+        complete: Tensor, seen: Tensor, first: Unfinished | None, start: Tensor | None,
     ) -> tuple[Tensor, CallChunks]:  # fmt: skip
-        """Answers ``[B, N C, d]`` and chunks where a chunk's update depends on the answers to its keys."""
+        """Answers ``[B, N C, d]`` and chunks where a chunk's update depends on the answers to its keys.
+
+        ``counts``: nonfinite and enabled tokens, each ``[B, N]``.
+        """
         decay, clip, (width, hidden) = self.memory.decay, self.memory.clip, (sums.shape[-1], queries.shape[-1])
         memory: ParallelMemory | ChunkwiseMemory
         if prefers_parallel(queries.shape[1], width, hidden):
@@ -161,14 +174,15 @@ class ChunkForm:
             memory = ChunkwiseMemory(start, decay)
         # [B, N C, h] -> [B, N, C, h]
         found = corrected(
-            memory, queries.unflatten(1, (-1, self.memory.schedule.chunk)), keys, sums, rate, num_nonfinite, complete,
+            memory, queries.unflatten(1, (-1, self.memory.schedule.chunk)), keys, sums, rate, *counts, complete,
             first, self.ridge, None if clip is None else (clip, self.projection.double()),
         )  # fmt: skip
         # N times [B, ...] -> [B, N, ...]
         chunks = CallChunks(
             keys=found.keys, values=torch.stack(found.values, dim=1),
             conv_tail=torch.cat([torch.stack(found.conv_tails, dim=1), rate], dim=-1), complete=complete,
-            num_nonfinite=torch.stack(found.num_nonfinite, dim=1), scale=torch.stack(found.scales, dim=1), seen=seen,
+            num_nonfinite=torch.stack(found.num_nonfinite, dim=1), num_enabled=counts[1],
+            scale=torch.stack(found.scales, dim=1), seen=seen,
             factors=found.factors,
             squares=torch.stack(found.squares, dim=1) if found.squares else None,
         )  # fmt: skip

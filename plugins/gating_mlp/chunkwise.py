@@ -36,9 +36,9 @@ def chunkwise_in_place(
 
 
 def after_chunk(delta: Tensor, keys: Tensor, values: Tensor, ended: Tensor, applied: Tensor, decay: float) -> Tensor:
-    """``delta [B, h, d]`` after a chunk where it ``ended [B or 1]``, with its update where that is ``applied [B]``.
+    """``delta [B, h, d]`` after a chunk; unchanged where it has not ``ended [B or 1]`` or is not ``applied``.
 
-    ``keys [B, C, h]``, ``values [B, C, d]``.
+    ``keys [B, C, h]``, ``values [B, C, d]``, ``applied [B]``.
     """
-    update = torch.where(applied[:, None, None], keys.mT @ values, 0)  # [B, 1, 1] over [B, h, d]
-    return torch.where(ended[:, None, None], (1 - decay) * delta + update, delta)
+    rows = (ended & applied)[:, None, None]  # [B] -> [B, 1, 1]
+    return torch.where(rows, (1 - decay) * delta + keys.mT @ values, delta)

@@ -59,8 +59,8 @@ class CompiledStepper:
         """See ``Stepper.step``; what is cast here is cast in registers."""
         added: Tensor = self.run(
             state["position"], state["delta"], state["keys"], state["values"], state["open"], state["scale"],
-            state["spoiled"], state["skipped"], state.get("norm"), *token, conv, projection, active, updated,
-            self.plan, self.decay, self.limit, self.clip,
+            state["spoiled"], state["skipped"], state["enabled"], state.get("norm"), *token, conv, projection, active,
+            updated, self.plan, self.decay, self.limit, self.clip,
         )  # fmt: skip
         return added
 
@@ -119,5 +119,5 @@ def _version() -> str:
 
 def _shape(*arguments: Any, **named: Any) -> Tensor:
     """A tensor like the result, for tensors without values."""
-    target: Tensor = arguments[10]
+    target: Tensor = arguments[11]
     return torch.empty_like(target)

@@ -36,7 +36,8 @@ class GatingMLPConfig(BlockConfig):
             at the next token and a projection of zeros. Either way nothing is added at step 0.
         read_scale: factor of the memory's output.
         success_gate: scale the memory's output by how well its last outputs predicted the tokens that followed.
-        decay: share of the accumulated update that is forgotten at each chunk's end, also while updates are disabled.
+        decay: share of the accumulated update that is forgotten with each chunk's update; nothing is forgotten in a
+            chunk whose tokens all have updates disabled.
         clip: largest Frobenius norm of one chunk's update, or None.
         train_w_down: also train the down projection itself, as a change that is added to the host's.
     """

@@ -93,7 +93,7 @@ class CorrectedMemory(Protocol):
     def write(self, keys: Tensor, values: Tensor, ended: Tensor, applied: Tensor) -> None:
         """Update by a chunk's ``keys [B, C, h]`` and ``values [B, C, d]`` where it ``ended [B or 1]``.
 
-        The update counts where it is ``applied [B]``.
+        The update counts where it is ``applied [B]``; elsewhere nothing decays either.
         """
 
 
@@ -115,23 +115,29 @@ class ParallelMemory:
 
     def __init__(self, start: Tensor | None, decay: float) -> None:
         self.start, self.decay = start, decay
-        self.past: list[tuple[Tensor, Tensor]] = []
+        self.past: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Keys, values, and ``[B]`` the updates made up to the chunk's end."""
 
     def read(self, queries: Tensor) -> Tensor:
-        count, parts = len(self.past), []
+        made, parts = self.past[-1][2] if self.past else queries.new_zeros(queries.shape[0]), []  # [B]
+
+        def decayed(part: Tensor, updates: Tensor) -> Tensor:
+            # [B, C, d] times [B, 1, 1]
+            return torch.pow(1 - self.decay, updates)[:, None, None] * part if self.decay else part
+
         if self.start is not None:
-            parts.append((1 - self.decay) ** count * (queries @ self.start))
-        for i, (keys, values) in enumerate(self.past):
-            part = (queries @ keys.mT) @ values
-            parts.append((1 - self.decay) ** (count - 1 - i) * part if self.decay else part)
+            parts.append(decayed(queries @ self.start, made))
+        for keys, values, before in self.past:
+            parts.append(decayed((queries @ keys.mT) @ values, made - before))
         if not parts:
             return queries.new_zeros(0)
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
     def write(self, keys: Tensor, values: Tensor, ended: Tensor, applied: Tensor) -> None:
         # A chunk that did not end is its row's last: no token of the row reads its update.
-        mask = applied[:, None, None]  # [B] -> [B, 1, 1]
-        self.past.append((torch.where(mask, keys, 0), torch.where(mask, values, 0)))
+        mask, made = applied[:, None, None], applied.to(values.dtype)  # [B] -> [B, 1, 1], and [B]
+        made = self.past[-1][2] + made if self.past else made
+        self.past.append((torch.where(mask, keys, 0), torch.where(mask, values, 0), made))
 
 
 @dataclass
@@ -150,7 +156,8 @@ class Corrected:
 
 def corrected(
     memory: CorrectedMemory, queries: Tensor, keys: Sequence[Tensor], sums: Tensor, rate: Tensor, num_nonfinite: Tensor,
-    complete: Tensor, unfinished: Unfinished | None, ridge: Tensor | None, clip: tuple[float, Tensor] | None,
+    num_enabled: Tensor, complete: Tensor, unfinished: Unfinished | None, ridge: Tensor | None,
+    clip: tuple[float, Tensor] | None,
 ) -> Corrected:  # fmt: skip
     """Read, correct, write, chunk by chunk.
 
@@ -158,7 +165,7 @@ def corrected(
         queries: ``[B, N, C, h]``; keys: N times ``[B, C, h]``, with ``ridge`` K'.
         sums: ``[B, N, C + any, d]``, the filter's output, less the answers to the tokens of earlier calls; rate:
             ``[B, N, C + any, 1]``, b, with ``ridge`` its root.
-        num_nonfinite, complete: ``[B, N]``.
+        num_nonfinite, num_enabled, complete: ``[B, N]``.
         unfinished: the chunk that the first one continues.
         ridge: l, or None for a gradient step.
         clip: the largest norm and the projection ``[d, d]`` float64.
@@ -183,7 +190,7 @@ def corrected(
             if before.factor is not None:
                 # [B, C, 1] over [B, C, C]
                 out.factors[0] = torch.where(before.earlier[..., None], before.factor, out.factors[0])
-        scale = (nonfinite == 0).to(value)
+        scale = ((nonfinite == 0) & (num_enabled[:, i] > 0)).to(value)
         if clip is not None:
             out.squares.append(ops.squared_norm(key, value.double() @ clip[1]))
             scale = scale * ops.clip_scale(out.squares[-1].sum(-1), clip[0]).to(scale)

@@ -8,9 +8,12 @@
 - ``open [B, K - 1, d + 1]``, in the code ``conv_tail``: what the unfinished chunk's tokens so far add to the filter's
   output, from R tokens before the next one on, less the memory's answer to each where updates correct it; in the last
   column, the rates.
-- ``scale [B]``: what the last finished chunk's update is multiplied by (clipping; 0 where it was skipped).
+- ``scale [B]``: what the last finished chunk's update is multiplied by (clipping; 0 where it made none, because it
+  was skipped or disabled: then nothing decayed either).
 - ``spoiled [B]``, in the code ``num_nonfinite``: tokens of the unfinished chunk that are not finite; with any, its
   update will be skipped.
+- ``enabled [B]``, in the code ``num_enabled``: tokens of the unfinished chunk whose updates are enabled; without any,
+  it makes no update.
 - ``skipped [B]``: updates that were skipped.
 - ``factor [B, C, C]``, with ``update: ridge``: the rows so far of the unfinished chunk's Cholesky factor
   (corrections.py); the chunk's keys and values are then Q and Y, and the rates in ``open`` are roots.
@@ -67,8 +70,8 @@ class CallChunks:
         conv_tail: ``[B, N, C + K, d + 1]``, the filter's output and the rates, also past the chunk's end; less the
             memory's answers where updates correct it.
         complete: ``[B, N]`` bool, chunks that end in this call.
-        num_nonfinite: ``[B, N]`` int64, tokens that are not finite.
-        scale: ``[B, N]``, zero where the update is skipped.
+        num_nonfinite, num_enabled: ``[B, N]`` int64, tokens that are not finite, and those whose updates are enabled.
+        scale: ``[B, N]``, zero where no update is made.
         squares: ``[B, N, C]`` float64, what each token adds to its update's squared norm, or None without clipping.
         seen: ``[B]`` int64, tokens since the start of the first chunk.
         factors: N times ``[B, C, C]``, with ``update: ridge``.
@@ -79,6 +82,7 @@ class CallChunks:
     conv_tail: Tensor
     complete: Tensor
     num_nonfinite: Tensor
+    num_enabled: Tensor
     scale: Tensor
     squares: Tensor | None
     seen: Tensor
@@ -138,12 +142,12 @@ class Memory:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
-        state = {name: zeros().long() for name in ("position", "spoiled", "skipped")} | {
+        state = {name: zeros().long() for name in ("position", "spoiled", "enabled", "skipped")} | {
             "delta": zeros(schedule.hidden + 1, self.width),
             "keys": zeros(schedule.slots, schedule.hidden),
             "values": zeros(schedule.slots, self.width),
             "open": zeros(self.taps - 1, self.width + 1),
-            "scale": zeros() + 1,
+            "scale": zeros(),
         }
         if self.update_rule == "ridge":
             state["factor"] = zeros(schedule.chunk, schedule.chunk)
@@ -213,7 +217,8 @@ class Memory:
             "open": self._tail(_of_chunk(call.conv_tail, ended), position),
             "scale": scale,
             "spoiled": _of_chunk(call.num_nonfinite, ended),
-            "skipped": before["skipped"] + (call.complete & (call.scale == 0)).sum(1),
+            "enabled": _of_chunk(call.num_enabled, ended),
+            "skipped": before["skipped"] + (call.complete & (call.num_enabled > 0) & (call.scale == 0)).sum(1),
         }
         if call.factors:
             rows = torch.arange(size, device=position.device) < position[:, None]  # [C] and [B, 1] -> [B, C]
@@ -237,10 +242,11 @@ class Memory:
         channel = torch.arange(self.schedule.hidden, device=delta.device)
         inside = (channel >= start[:, None]) & (channel < (end if isinstance(end, int) else end[:, None]))  # [B, h]
         values = chunk.values * row_mask(scale, chunk.values)
+        kept = 1 - self.decay * (inside & (scale != 0)[:, None]).to(delta)[..., None]  # [B, h, 1]
         if torch.is_grad_enabled():
-            return torch.where(inside[..., None], (1 - self.decay) * delta + chunk.keys.mT @ values, delta)
+            return torch.where(inside[..., None], kept * delta + chunk.keys.mT @ values, delta)
         if self.decay:
-            delta.mul_((1 - self.decay * inside.to(delta))[..., None])
+            delta.mul_(kept)
         return delta.baddbmm_(torch.where(inside[:, None], chunk.keys, 0).mT, values)
 
     def _tail(self, sums: Tensor, position: Tensor) -> Tensor:

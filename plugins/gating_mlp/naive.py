@@ -28,7 +28,7 @@ def filtered(target: Tensor, conv: Tensor, left: int) -> Tensor:
 def naive_in_place(
     hidden: Tensor, target: Tensor, w_down: Tensor, conv: Tensor, projection: Tensor | None, lr: Tensor, *,
     chunk_size: int, left: int, decay: float = 0.0, clip: float | None = None, update: str = "hebbian",
-    ridge: float = 0.0,
+    ridge: float = 0.0, updated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Apply, then update, chunk by chunk. With a correcting update, errors are before the projection.
 
@@ -39,6 +39,8 @@ def naive_in_place(
         conv: ``[d, K]``; projection: ``[d, d]`` or None for the identity.
         lr: ``[T]`` per token.
         update: ``hebbian``, ``gradient`` or ``ridge``, with l in ``ridge``.
+        updated: ``[T]`` bool, tokens whose updates are enabled (others have an lr of zero); a chunk without any changes
+            nothing. None: all.
 
     Returns:
         ``y [T, d]`` and the accumulated update ``[d, h]`` after the last full chunk.
@@ -49,7 +51,8 @@ def naive_in_place(
         keys, wanted = hidden[start : start + chunk_size], target[start : start + chunk_size]
         projected = fast if projection is None else projection.T @ fast
         outputs.append(keys @ (w_down + projected).T)
-        if keys.shape[0] == chunk_size:
+        enabled = updated is None or bool(updated[start : start + chunk_size].any())
+        if keys.shape[0] == chunk_size and enabled:
             values, rate = filtered(wanted, conv, left), lr[start : start + chunk_size]
             step = torch.zeros_like(fast)
             for key, write in zip(keys, writes(update, keys, values, keys @ fast.T, rate, ridge), strict=True):

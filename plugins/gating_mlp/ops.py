@@ -2,13 +2,14 @@
 
 Chunk i is computed with W_0 + P^T D_i, where D_0 is given and D_{i+1} = (1 - decay) D_i + s_i sum_c v_c k_c^T over the
 tokens c of chunk i (keys k: the hidden activation; values v: learning rate times the filtered target; s_i: clipping).
+A chunk that makes no update, s_i = 0, leaves D_i as it is: nothing decays.
 The projection P of the target is linear in v, so it is applied once to what D gives, not to every value.
 
 Four forms compute it: ``naive`` from the definition; two for a call of many tokens, ``chunkwise``, which keeps D, and
 ``parallel``, which never builds it; and ``recurrent`` for one streamed token.
 
 The update of a chunk is skipped (s_i = 0) where a key, target or rate in it is not finite, or so large that sums of
-their products may not stay finite.
+their products may not stay finite, and where all of its tokens have updates disabled.
 
 Shape legend: B streams, N chunks, C tokens a chunk (fewer in the last), d width, h hidden width, K taps.
 """

@@ -1,7 +1,7 @@
 """The parallel form of in-place TTT, masked linear attention, with a backward of its own.
 
-D is never built: what chunk i gets from chunk j < i is (1 - decay)^(i-1-j) s_j (k_i k_j^T) v_j. It costs about
-T (h + d) / 2 multiply-adds a token, and its backward keeps T^2 / 2 numbers.
+D is never built: what chunk i gets from chunk j < i is (1 - decay)^n s_j (k_i k_j^T) v_j, n the updates made between
+them. It costs about T (h + d) / 2 multiply-adds a token, and its backward keeps T^2 / 2 numbers.
 
 Each chunk is multiplied with all of the past at once: the past is a prefix of one tensor, so nothing is joined or
 copied, and gradients are added in place. With autograd, the gradient of every slice would be as large as the whole.
@@ -26,10 +26,10 @@ def parallel_in_place(
     A chunk that does not end in this call is the last one of its row, so no token reads its update: ``complete`` is not
     needed.
     """
-    chunk = torch.arange(applied.shape[1], device=keys.device)
-    age = (chunk[:, None] - 1 - chunk).clamp(min=0)  # [N, 1] and [N] -> [N, N]
-    weights = applied[:, None] * torch.pow(1 - decay, age.to(keys.dtype))  # [B, 1, N] times [N, N] -> [B, N, N]
-    kept = [(1 - decay) ** i for i in range(applied.shape[1])]
+    made = applied.cumsum(1)  # [B, N], updates up to each chunk's end
+    age = (made - applied.long())[:, :, None] - made[:, None]  # [B, N, N], updates after chunk j and before chunk i
+    weights = applied[:, None] * torch.pow(1 - decay, age.clamp(min=0).to(keys.dtype))  # [B, N, N]
+    kept = torch.pow(1 - decay, (made - applied.long()).to(keys.dtype)) if decay else None  # [B, N], of the start
     result: Tensor = _Parallel.apply(keys, values, start, weights, kept, size)  # type: ignore[no-untyped-call]
     return result
 
@@ -37,7 +37,7 @@ def parallel_in_place(
 class _Parallel(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, keys: Tensor, values: Tensor, start: Tensor | None, weights: Tensor, kept: list[float], size: int
+        ctx: Any, keys: Tensor, values: Tensor, start: Tensor | None, weights: Tensor, kept: Tensor | None, size: int
     ) -> Tensor:
         out = values.new_zeros(*keys.shape[:2], values.shape[-1])
         affinities = []
@@ -49,14 +49,14 @@ class _Parallel(torch.autograd.Function):
                 if any(ctx.needs_input_grad):
                     affinities.append(affinity)
             if start is not None:
-                out[:, now].baddbmm_(keys[:, now], start, alpha=kept[i])
-        ctx.save_for_backward(keys, values, start, weights, *affinities)
-        ctx.kept, ctx.size = kept, size
+                out[:, now].baddbmm_(_decayed(keys[:, now], kept, i), start)
+        ctx.save_for_backward(keys, values, start, weights, kept, *affinities)
+        ctx.size = size
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        keys, values, start, weights, *affinities = ctx.saved_tensors
+        keys, values, start, weights, kept, *affinities = ctx.saved_tensors
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         grad_start = None if start is None else torch.zeros_like(start)
         for i, now, past in _chunks(keys.shape[1], ctx.size):
@@ -72,9 +72,10 @@ class _Parallel(torch.autograd.Function):
                     affinity = affinities[i - 1]
                 grad_values[:, past].baddbmm_(affinity.mT, given)  # [B, i C, c] and [B, c, d]
             if start is not None:
-                grad_keys[:, now].baddbmm_(given, start.mT, alpha=ctx.kept[i])  # [B, c, d] and [B, d, h]
+                given = _decayed(given, kept, i)
+                grad_keys[:, now].baddbmm_(given, start.mT)  # [B, c, d] and [B, d, h]
                 assert grad_start is not None
-                grad_start.baddbmm_(keys[:, now].mT, given, alpha=ctx.kept[i])  # [B, h, c] and [B, c, d]
+                grad_start.baddbmm_(keys[:, now].mT, given)  # [B, h, c] and [B, c, d]
         return grad_keys, grad_values, grad_start, None, None, None
 
 
@@ -82,6 +83,11 @@ def _chunks(length: int, size: int) -> Iterator[tuple[int, slice, slice]]:
     """Index, tokens of the chunk, tokens before it."""
     for i, first in enumerate(range(0, length, size)):
         yield i, slice(first, min(first + size, length)), slice(0, first)
+
+
+def _decayed(tokens: Tensor, kept: Tensor | None, i: int) -> Tensor:
+    """``tokens [B, c, any]`` of chunk i times what is left of the start there, ``kept [B, N]``; None: all of it."""
+    return tokens if kept is None else tokens * kept[:, i, None, None]
 
 
 def _weighted(affinity: Tensor, weights: Tensor, i: int, size: int) -> Tensor:

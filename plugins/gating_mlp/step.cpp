@@ -23,7 +23,7 @@ struct Plan {  // FoldSchedule and the filter's place in it
 };
 
 struct State {
-  Tensor position, delta, keys, values, open, scale, spoiled, skipped;
+  Tensor position, delta, keys, values, open, scale, spoiled, skipped, enabled;
   std::optional<Tensor> norm;
 };
 
@@ -45,7 +45,8 @@ class Row {
   Row(const Plan& plan, const State& state, int64_t row)
       : plan_(plan), state_(state), row_(row), hidden_(state.keys.size(2)), width_(state.values.size(2)),
         keys_(state.keys[row]), values_(state.values[row]), position_(row_of<int64_t>(state.position, row)[0]),
-        folded_(std::min(hidden_, position_ * plan.slice)), end_(std::min(hidden_, folded_ + plan.slice)) {
+        folded_(std::min(hidden_, position_ * plan.slice)), end_(std::min(hidden_, folded_ + plan.slice)),
+        made_an_update_(row_of<T>(state.scale, row)[0] != 0) {
     TORCH_CHECK(0 <= position_ && position_ < plan.chunk, "The state's 'position' is ", position_, " in row ", row,
                 ", and a chunk has ", plan.chunk, " tokens. Take the state from the block's allocate_state.");
   }
@@ -58,6 +59,7 @@ class Row {
 
   // The query that the dense update is asked: what is not folded yet has not decayed in it either.
   void ask(const T* query, T* kept, T decay) const {
+    if (!made_an_update_) decay = 0;
     std::copy(query, query + folded_, kept);
     std::transform(query + folded_, query + hidden_, kept + folded_, [decay](T x) { return (1 - decay) * x; });
   }
@@ -78,6 +80,7 @@ class Row {
   }
 
   void fold(const T* slices, T decay) const {
+    if (!made_an_update_) decay = 0;
     T* delta = row_of<T>(state_.delta, row_) + folded_ * width_;
     for (int64_t i = 0; i < (end_ - folded_) * width_; ++i) delta[i] = (1 - decay) * delta[i] + slices[i];
   }
@@ -143,7 +146,8 @@ class Row {
     return {settled, settled + total};
   }
 
-  void advance(bool finite, const T* sums, std::optional<std::pair<double, double>> square, double clip) const {
+  void advance(bool finite, bool updated, const T* sums, std::optional<std::pair<double, double>> square,
+               double clip) const {
     const bool ends = position_ + 1 == plan_.chunk;
     const int64_t wide = width_ + 1, earlier = (plan_.taps - 1) * wide;
     T* open = row_of<T>(state_.open, row_);
@@ -151,6 +155,8 @@ class Row {
     else std::copy(sums + wide, sums + wide + earlier, open);
     int64_t& spoiled = *row_of<int64_t>(state_.spoiled, row_);
     spoiled += !finite;
+    int64_t& enabled = *row_of<int64_t>(state_.enabled, row_);
+    enabled += updated;
     if (square) {
       double rest = ends ? 0 : std::sqrt(std::max(0.0, square->first));
       T* part = row_of<T>(*state_.norm, row_);
@@ -160,11 +166,11 @@ class Row {
       }
     }
     if (ends) {
-      T scale = spoiled == 0 ? 1 : 0;
+      T scale = spoiled == 0 && enabled > 0 ? 1 : 0;
       if (square) scale *= clip_scale(square->second, clip);
       *row_of<T>(state_.scale, row_) = scale;
-      *row_of<int64_t>(state_.skipped, row_) += scale == 0;
-      spoiled = 0;
+      *row_of<int64_t>(state_.skipped, row_) += scale == 0 && enabled > 0;
+      spoiled = enabled = 0;
     }
     *row_of<int64_t>(state_.position, row_) = ends ? 0 : position_ + 1;
   }
@@ -205,6 +211,7 @@ class Row {
   const int64_t row_, hidden_, width_;
   const Tensor keys_, values_;
   const int64_t position_, folded_, end_;
+  const bool made_an_update_;  // the last finished chunk: without one nothing decays
 };
 
 struct Token {
@@ -265,10 +272,11 @@ Tensor run(const Plan& plan, const State& state, const Token& token, const Tenso
     if (row.has_unfolded()) row.fold(row_of<T>(slices, b) + width, decay);
     row.hear(finite[b], row_of<T>(token.target, b), row_of<T>(token.rate, b)[0], conv.data_ptr<T>(), conv.size(2),
              sums);
-    row.write(finite[b] && (!token.updated || token.updated[b]) ? key : nullptr, sums);
+    const bool updated = !token.updated || token.updated[b];
+    row.write(finite[b] && updated ? key : nullptr, sums);
     std::optional<std::pair<double, double>> square;
     if (options.clip) square = row.square(projection);
-    row.advance(finite[b], sums, square, options.clip.value_or(0));
+    row.advance(finite[b], updated, sums, square, options.clip.value_or(0));
   }
   return at::mm(given.view({batch, width}), projection).unsqueeze(1);
 }
@@ -281,7 +289,8 @@ void check(const char* name, const Tensor& part, at::IntArrayRef sizes) {
 
 // What streaming.Stepper.step computes; the parts of the state are changed in place.
 Tensor step(Tensor position, Tensor delta, Tensor keys, Tensor values, Tensor open, Tensor scale, Tensor spoiled,
-            Tensor skipped, std::optional<Tensor> norm, const Tensor& key, const Tensor& target, const Tensor& rate,
+            Tensor skipped, Tensor enabled, std::optional<Tensor> norm, const Tensor& key, const Tensor& target,
+            const Tensor& rate,
             const Tensor& conv, const Tensor& projection, const std::optional<Tensor>& active,
             const std::optional<Tensor>& updated, at::IntArrayRef plan, double decay, double limit, std::optional<double> clip) {
   const Plan places{plan[0], plan[1], plan[2], plan[3], plan[4], plan[5], plan[6]};
@@ -295,12 +304,13 @@ Tensor step(Tensor position, Tensor delta, Tensor keys, Tensor values, Tensor op
   check("scale", scale, {batch});
   check("spoiled", spoiled, {batch});
   check("skipped", skipped, {batch});
+  check("enabled", enabled, {batch});
   TORCH_CHECK(norm.has_value() == clip.has_value(), "The state has 'norm' where updates are clipped, and only there.");
   if (norm) check("norm", *norm, {batch, key.scalar_type() == at::kDouble ? 1 : 2});
   const Tensor mask = active ? active->contiguous() : Tensor(), taught = updated ? updated->contiguous() : Tensor();
   const Token token{key.contiguous(), target.contiguous(), rate.contiguous(),
                     active ? mask.data_ptr<bool>() : nullptr, updated ? taught.data_ptr<bool>() : nullptr};
-  const State state{position, delta, keys, values, open, scale, spoiled, skipped, norm};
+  const State state{position, delta, keys, values, open, scale, spoiled, skipped, enabled, norm};
   Tensor given;
   AT_DISPATCH_FLOATING_TYPES(key.scalar_type(), "in_place_step", [&] {
     given = run<scalar_t>(places, state, token, conv.contiguous(), projection.contiguous(), {decay, limit, clip});
@@ -313,8 +323,8 @@ Tensor step(Tensor position, Tensor delta, Tensor keys, Tensor values, Tensor op
 TORCH_LIBRARY(moshi_ttt_gating_mlp, library) {
   library.def(
       "step(Tensor(a!) position, Tensor(b!) delta, Tensor(c!) keys, Tensor(d!) values, Tensor(e!) open, "
-      "Tensor(f!) scale, Tensor(g!) spoiled, Tensor(h!) skipped, Tensor(i!)? norm, Tensor key, Tensor target, "
-      "Tensor rate, Tensor conv, Tensor projection, Tensor? active, Tensor? updated, int[] plan, float decay, float limit, "
+      "Tensor(f!) scale, Tensor(g!) spoiled, Tensor(h!) skipped, Tensor(i!) enabled, Tensor(j!)? norm, Tensor key, "
+      "Tensor target, Tensor rate, Tensor conv, Tensor projection, Tensor? active, Tensor? updated, int[] plan, float decay, float limit, "
       "float? clip) -> Tensor");
 }
 

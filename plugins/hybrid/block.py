@@ -33,7 +33,8 @@ CACHES = ("query_cache", "key_cache")
 class HybridBlock(HybridParameters):
     """The hybrid layer as a block: its state, a call of any length, a streamed step, and its diagnostics.
 
-    A subclass gives the widths of the fast network's layers (``widths``).
+    A subclass gives the widths of the fast network's layers (``widths``). A token that is not finite, or too large, is
+    left out with the update of its whole chunk.
     """
 
     scales_inner_lr = True
@@ -135,6 +136,7 @@ class HybridBlock(HybridParameters):
             causal=self.config.causal,
             checkpoint_chunks=self.config.checkpoint_chunks,
             rule=self.update_rule(),
+            updated=context.updates_mask(x),
         )
         if caches:
             after |= dict(zip(CACHES, caches, strict=True))
@@ -160,6 +162,7 @@ class HybridBlock(HybridParameters):
                 layer.token_scale.to(self.roles.state),
                 context.exec_mask,
                 self.update_rule(),
+                context.updates_mask(tokens),
             )
             y = gated_output(tokens, y, layer, self.volume_in(context))
         return self.info.format.from_tokens(y, x)

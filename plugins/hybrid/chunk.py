@@ -39,6 +39,7 @@ def chunk_inner_loop(
     causal: bool = True,
     checkpoint_chunks: int | None = None,
     rule: UpdateRule | None = None,
+    updated: Tensor | None = None,
 ) -> tuple[Tensor, BlockState]:
     """The inner loop over a whole call.
 
@@ -52,6 +53,7 @@ def chunk_inner_loop(
         checkpoint_chunks: chunks in one activation checkpoint. Between the passes only the tokens and the fast weights
             at the start of each such group are kept. None: everything is kept.
         rule: how a finished chunk updates the fast weights; the state has to be one for it. None: a plain step.
+        updated: ``[B]`` bool, rows whose updates are enabled (others have rates of zero); None: all.
 
     Returns:
         ``y [B, T, H * D]`` and the state after the last token.
@@ -61,12 +63,13 @@ def chunk_inner_loop(
     fast, earlier = unpack(state)
     after = position + layout.length
     tokens, finite = only_finite(tokens)
-    # [B, T, 1] -> [B, N]: tokens of each chunk that are not finite, the first chunk's earlier ones among them
-    num_nonfinite = layout.split((~finite)[..., None]).sum((2, 3))
+    nonfinite = ~finite if updated is None else updated[:, None] & ~finite  # [B, 1] over [B, T]
+    # [B, T, 1] -> [B, N]: such tokens of each chunk, the first chunk's earlier ones among them
+    num_nonfinite = layout.split(nonfinite[..., None]).sum((2, 3))
     num_nonfinite = torch.cat([num_nonfinite[:, :1] + state["spoiled"][:, None], num_nonfinite[:, 1:]], dim=1)  # [B, N]
     # q, k, v [B, T, H, D] and lr [B, T, H] -> [B, T, H any] -> [B, H, N, C, any] -> N times [B, H, C, any]
     chunks = list(zip(*(layout.split(part.flatten(2), heads).unbind(2) for part in tokens), strict=True))
-    call = _Call(layout, causal, norm, token_scale, rule, position, after, num_nonfinite, earlier)
+    call = _Call(layout, causal, norm, token_scale, rule, position, after, num_nonfinite, earlier, updated)
     now = _flattened(fast, _map(earlier, torch.zeros_like))
     needed = (*tokens, *now, token_scale, *norm.learned, *rule.learned)
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in needed):
@@ -87,6 +90,7 @@ class _Call:
         after: ``[B]``, those plus the call's.
         num_nonfinite: ``[B, N]``, tokens of each chunk that are not finite.
         earlier: the first chunk's keys and gradients from before the call.
+        updated: as in ``chunk_inner_loop``.
     """
 
     def __init__(
@@ -100,8 +104,10 @@ class _Call:
         after: Tensor,
         num_nonfinite: Tensor,
         earlier: ChunkMemory,
+        updated: Tensor | None,
     ) -> None:
         size, device = layout.chunk_size, position.device
+        self.updated = updated
         self.layout, self.norm, self.rule = layout, norm, rule
         self.position, self.after, self.num_nonfinite = position, after, num_nonfinite.unbind(1)  # N times [B]
         self.applied = (num_nonfinite == 0).unbind(1)  # N times [B]
@@ -142,8 +148,9 @@ class _Call:
         memory, bounded = chunk_gradients(k, v, lr, fast, self.norm, self.token_scale)
         num_nonfinite, applied = self.num_nonfinite[n], self.applied[n]
         if bounded is not None:
-            # [B or 1, 1, C, 1] -> [B or 1, C]
-            num_nonfinite = num_nonfinite + (self.valid[n][:, 0, :, 0] & ~bounded).sum(1)
+            unbounded = self.valid[n][:, 0, :, 0] & ~bounded  # [B or 1, 1, C, 1] -> [B or 1, C], and [B, C]
+            unbounded = unbounded if self.updated is None else self.updated[:, None] & unbounded  # [B, 1] over [B, C]
+            num_nonfinite = num_nonfinite + unbounded.sum(1)
             applied = num_nonfinite == 0
         if self.has_tokens:
             memory.tokens = (v, lr)

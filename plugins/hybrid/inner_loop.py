@@ -24,7 +24,7 @@ Three forms compute it: ``naive`` from the definition, ``chunk`` a whole call at
 ``recurrent`` one token at a time, in place (for streaming).
 
 A token that is not finite, or too large (``only_finite``), takes no part: it reaches no other token, and the update of
-its chunk is skipped in its row. Its own output means nothing.
+its chunk is skipped in its row, unless the token's own was disabled. Its own output means nothing.
 
 Shape legend: B streams, H heads, T tokens, N chunks, C tokens a chunk, D head width, L layers. Everything has the dtype
 of the fast weights.

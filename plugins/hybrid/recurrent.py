@@ -24,6 +24,7 @@ def recurrent_inner_loop(
     token_scale: Tensor,
     exec_mask: Tensor | None = None,
     rule: UpdateRule | None = None,
+    updated: Tensor | None = None,
 ) -> Tensor:
     """One token of every stream, causal, without a device synchronization.
 
@@ -33,7 +34,7 @@ def recurrent_inner_loop(
         norm: as in ``chunk_inner_loop``.
         token_scale: ``[C]``.
         exec_mask: ``[B]`` bool; None: all rows.
-        rule: as in ``chunk_inner_loop``.
+        rule, updated: as in ``chunk_inner_loop``.
 
     Returns:
         ``y [B, 1, H * D]``.
@@ -63,6 +64,7 @@ def recurrent_inner_loop(
     scale = token_scale[position].view(-1, 1, 1, 1)  # [B] -> [B, 1, 1, 1]
     y = query_pass(q, fast, seen_keys, norm, scale, seen[:, :, None], rule.momentum)  # the mask is [B, 1, 1, C]
     done, nonfinite, following = position == size - 1, ~finite[:, 0], (position + 1) % size  # each [B]
+    nonfinite = nonfinite if updated is None else nonfinite & updated
     if exec_mask is not None:
         done, nonfinite = done & exec_mask, nonfinite & exec_mask
         following = torch.where(exec_mask, following, position)  # [B]

@@ -33,12 +33,16 @@ GATE_STATE = ("last_answer", "last_scores")
 
 
 class TTTRidge(SequenceBlock):
-    """A memory that holds the ridge solution of all earlier chunks, read by each token, beside the residual."""
+    """A memory that holds the ridge solution of all earlier chunks, read by each token, beside the residual.
+
+    A token that is not finite, or too large, is left out alone: the other tokens of its chunk are written.
+    """
 
     config: TTTRidgeConfig
     learned_state = False
     scales_inner_lr = True
     skips_nonfinite = True
+    skipped_advice = "Look at the host's activations and embeddings for tokens that are not finite, or too large."
     scales_output = True
 
     gate: Tensor
@@ -169,7 +173,12 @@ class TTTRidge(SequenceBlock):
         y, gates = self._output(x, tokens, read, state, context)
         if not context.want_state:
             return y, {}
-        return y, {**after, "cache": cache, "skipped": state["skipped"] + (~finite).sum(1), **gates}
+        return y, {
+            **after,
+            "cache": cache,
+            "skipped": state["skipped"] + context.where_updated(~finite).sum(1),
+            **gates,
+        }
 
     @torch.no_grad()
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
@@ -186,8 +195,8 @@ class TTTRidge(SequenceBlock):
         for name, after in {"cache": cache, **gates}.items():
             rows = None if mask is None else mask.view(-1, 1, 1)
             state[name].copy_(after if rows is None else torch.where(rows, after, state[name]))
-        bad = ~finite[:, 0]
-        state["skipped"].add_(bad if mask is None else bad & mask)
+        left_out = context.where_updated(~finite)[:, 0]
+        state["skipped"].add_(left_out if mask is None else torch.where(mask, left_out, 0))
         return self.info.format.from_tokens(y, x)
 
     def _weights(self, context: BlockContext) -> layer.LayerWeights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -46,20 +47,21 @@ def strengths(block, x):
     return most * torch.sigmoid(x @ block.lr_weight + block.lr_bias)
 
 
-def defined(block, x, target):
-    """Outputs and accumulated updates by naive.py, row by row."""
+def defined(block, x, target, updated=None):
+    """Outputs and accumulated updates by naive.py, row by row; ``updated [B, T]`` bool."""
     config, mlp = block.config, block.info.mlp
     gate, up = mlp.linear_in(x).chunk(2, dim=-1)
     hidden = mlp.activation(gate) * up
     keys = hidden / hidden.norm(dim=-1, keepdim=True) if config.keys == "unit" else hidden
-    rate = strengths(block, x)
+    updated = torch.ones(x.shape[:2], dtype=torch.bool) if updated is None else updated
+    rate = torch.where(updated, strengths(block, x), 0)
     ridge = block.log_ridge.exp().item() if config.update == "ridge" else 0.0
     outputs, deltas = [], []
     for b in range(x.shape[0]):
         y, delta = naive_in_place(
             keys[b], target[b], torch.zeros_like(mlp.linear_out.weight), block.conv[:, 0], block.projection, rate[b],
             chunk_size=config.chunk, left=ops.left_padding(config.conv_kernel, config.padding), decay=config.decay,
-            clip=config.clip, update=config.update, ridge=ridge,
+            clip=config.clip, update=config.update, ridge=ridge, updated=updated[b],
         )  # fmt: skip
         outputs.append(y)
         deltas.append(delta)
@@ -79,6 +81,50 @@ def test_call_and_stream_are_the_definition(update, options, keys):
     streamed, after = stream(block, x, target)
     assert error(streamed, expected) < 1e-12
     assert error(block.accumulated_update(after), delta) < 1e-12
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "gram"])
+@pytest.mark.parametrize("options", [{"decay": 0.3}, {"decay": 0.3, "clip": 0.4}], ids=str)
+@pytest.mark.parametrize(
+    ("update", "compiled"), [("hebbian", False), ("hebbian", True), ("gradient", False), ("ridge", False)]
+)
+def test_a_chunk_whose_updates_are_disabled_decays_nothing(update, compiled, options, dense, monkeypatch):
+    """Rows: all of chunk 1 disabled; a part of it; all of chunks 0 and 2; nothing. Cut anywhere, and streamed."""
+    monkeypatch.setattr(chunk, "prefers_parallel", lambda *_: not dense)
+    block = build(update=update, chunk=4, lr=0.2, compiled=compiled, **options)
+    x, target, updated = draw(4, 18, DIM), draw(4, 18, DIM, seed=2), torch.ones(4, 18, dtype=torch.bool)
+    updated[0, 4:8] = updated[1, 5:7] = updated[2, :4] = updated[2, 8:12] = False
+    expected, delta = defined(block, x, target, updated)
+    segments = [0, 2, 4, 5, 7, 8, 12, 18]
+    for cuts in (segments, list(range(19))):
+        state, outputs = block.allocate_state(4), []
+        for start, end in pairwise(cuts):
+            context = BlockContext(input_embeddings=target[:, start:end], updates=updated[:, start])
+            if cuts is segments:
+                y, state = block(x[:, start:end], state, context)
+            else:
+                y = block.step(x[:, start:end], state, context)
+            outputs.append(y)
+        assert error(torch.cat(outputs, dim=1), expected) < 1e-11
+        assert error(block.accumulated_update(state), delta) < 1e-11
+        assert not block.skipped_updates(state).any()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["tensor operations", "compiled"])
+def test_while_updates_are_disabled_memory_stays_as_it_is(compiled):
+    block = build(chunk=4, decay=0.3, compiled=compiled)
+    x, target = draw(3, 24, DIM), draw(3, 24, DIM, seed=2)
+    for streamed in (False, True):
+        _, state = stream(block, x[:, :16], target[:, :16])
+        before = block.accumulated_update(state)
+        for start in range(16, 24, 1 if streamed else 4):
+            end = start + (1 if streamed else 4)
+            context = BlockContext(input_embeddings=target[:, start:end], updates=False)
+            if streamed:
+                block.step(x[:, start:end], state, context)
+            else:
+                _, state = block(x[:, start:end], state, context)
+        assert error(block.accumulated_update(state), before) < 1e-13
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 5, 9])

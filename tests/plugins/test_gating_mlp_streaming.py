@@ -36,19 +36,20 @@ def stream(block, x, target, state=None):
 
 
 def defined(block, x, target, taught=None):
-    """Outputs and accumulated updates straight from the definition; ``taught [B, N]`` leaves updates out."""
+    """Outputs and accumulated updates straight from the definition; ``taught [B, N]`` bool leaves updates out."""
     config, mlp = block.config, block.info.mlp
     gate, up = mlp.linear_in(x).chunk(2, dim=-1)
     hidden, size = mlp.activation(gate) * up, config.chunk
     rate = torch.full(x.shape[:2], config.lr, dtype=x.dtype)
     if config.learned_lr:
         rate = config.lr * 2 * torch.sigmoid(x @ block.lr_weight + block.lr_bias)
-    if taught is not None:
-        rate = rate * taught.repeat_interleave(size, dim=1)[:, : x.shape[1]]
+    taught = torch.ones(len(x), x.shape[1] // size + 1, dtype=torch.bool) if taught is None else taught
+    taught = taught.repeat_interleave(size, dim=1)[:, : x.shape[1]]
     rows = [
         naive_in_place(
-            hidden[b], target[b], mlp.linear_out.weight, block.conv[:, 0], block.projection, rate[b], chunk_size=size,
-            left=ops.left_padding(config.conv_kernel, config.padding), decay=config.decay, clip=config.clip,
+            hidden[b], target[b], mlp.linear_out.weight, block.conv[:, 0], block.projection, rate[b] * taught[b],
+            chunk_size=size, left=ops.left_padding(config.conv_kernel, config.padding), decay=config.decay,
+            clip=config.clip, updated=taught[b],
         )
         for b in range(x.shape[0])
     ]  # fmt: skip
@@ -138,8 +139,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted_in_its_own_row(opti
     assert block.skipped_updates(state).tolist() == [0, 1, 0]
     assert all(torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point())
     sane = torch.nan_to_num(x, 0, 0, 0).clamp(-10, 10), torch.nan_to_num(target, 0, 0, 0).clamp(-10, 10)
-    taught = torch.ones(3, 5)
-    taught[1, 1] = 0
+    taught = torch.ones(3, 5, dtype=torch.bool)
+    taught[1, 1] = False
     expected, delta = defined(block, *sane, taught)
     others = [t for t in range(19) if t != 5]
     assert error(y[:, others], expected[:, others]) < 1e-11

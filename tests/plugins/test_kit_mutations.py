@@ -106,6 +106,17 @@ class KeepsNonfinite(TTTLinear):
             return super().compute(x, state, context)
 
 
+class CountsWhatIsDisabled(TTTLinear):
+    """An update that is disabled is counted as skipped where a token is not finite."""
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        mask = context.updates_mask(x)
+        if mask is not None:
+            after["skipped"] = after["skipped"] + (~mask & ~x.flatten(1).isfinite().all(1))
+        return y, after
+
+
 class MixesRows(TTTLinear):
     """Zero times the mean of the batch is added: nothing, until a row is not finite."""
 
@@ -668,6 +679,7 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     WritesToCopies: {kit.check_buffer_layouts},
     ScalarParameter: {kit.check_parameter_dimensions},
     KeepsNonfinite: {kit.check_nonfinite_recovery},
+    CountsWhatIsDisabled: {kit.check_nonfinite_recovery},
     MixesRows: {kit.check_nonfinite_rows},
     KeepsLayout: {kit.check_layouts},
     KeepsAddress: {kit.check_layouts},

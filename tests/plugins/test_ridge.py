@@ -329,6 +329,22 @@ def test_a_projection_that_overflows_in_float16_is_not_written_and_is_counted():
     assert block.skipped_updates(state)[0] >= 1
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["call", "stream"])
+def test_a_token_that_is_not_finite_counts_where_it_would_have_been_written(streamed):
+    case = case_of(dtype=torch.float32, chunk=4)
+    block, x = case.block(), case.inputs(6)
+    x[:, 1], x[:, 4] = torch.nan, torch.inf
+    mask = torch.arange(len(x)) == 0
+    for updates, expected in ((True, 2), (mask, 2 * mask), (False, 0)):
+        if streamed:
+            state = block.allocate_state(len(x))
+            for token in x.split(1, 1):
+                case.step(block, token, state, updates=updates)
+        else:
+            _, state = case.call(block, x, updates=updates)
+        assert torch.equal(block.skipped_updates(state), torch.zeros(len(x), dtype=torch.int64) + expected)
+
+
 def test_a_grid_is_refused():
     with pytest.raises(ConfigError, match=r"tokens of a grid do not follow each other\. Use ttt_linear or ttt_mlp"):
         TTTRidge(case_of().config, replace(case_of().info(), format=GridFormat()), FP32_STATE.roles(torch.float32))
