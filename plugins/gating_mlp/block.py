@@ -312,8 +312,10 @@ class GatingMLP(SequenceBlock):
         keys, target, rate = self._token(hidden, x, context)
         finite = finite_tokens(keys, target, rate)[..., None]  # [B, T, 1]
         spoiled = layout.split((~finite).to(keys.dtype)).sum((2, 3)).long()
-        mask, enabled = context.updates_mask(x), layout.valid.sum(2).expand(batch, -1)  # [B, N]
-        enabled = enabled if mask is None else torch.where(mask[:, None], enabled, 0)
+        mask, enabled = context.updates_mask(x), None
+        if mask is not None or context.want_state:
+            enabled = layout.valid.sum(2).expand(batch, -1)  # [B, N]
+            enabled = enabled if mask is None else torch.where(mask[:, None], enabled, 0)
         # A key that is not finite would spoil gradients that are summed over tokens, however it is masked after this.
         keys = torch.where(finite, keys, 0)
         target, rate = torch.where(finite, target, 0), torch.where(finite, rate, 0)
@@ -336,38 +338,43 @@ class GatingMLP(SequenceBlock):
             sums = torch.cat([(sums[:, 0] + opened[..., :-1])[:, None], sums[:, 1:]], dim=1)
             rate = torch.cat([(rate[:, 0] + opened[..., -1:])[:, None], rate[:, 1:]], dim=1)
             first = self.memory.unfinished(state)
-            spoiled, enabled = (
-                torch.cat([part[:, :1] + state[name][:, None], part[:, 1:]], dim=1)
-                for name, part in (("spoiled", spoiled), ("enabled", enabled))
-            )
+            spoiled = torch.cat([spoiled[:, :1] + state["spoiled"][:, None], spoiled[:, 1:]], dim=1)
+            if enabled is not None:
+                enabled = torch.cat([enabled[:, :1] + state["enabled"][:, None], enabled[:, 1:]], dim=1)
+        # Without a mask every chunk that ends in this call has a token whose updates are enabled.
+        allowed = None if mask is None or enabled is None else enabled > 0
         ends = size * torch.arange(1, layout.num_chunks + 1, device=x.device)
         complete = come[:, None] >= ends
         if self.config.update != "hebbian":
             if state is None:
                 queries = layout.split(queries).flatten(1, 2)
-            counts = spoiled, enabled
-            return self._corrected(queries, remembered, sums, rate, counts, complete, come, first, start, known)
+            found = self._corrected(
+                queries, remembered, sums, rate, spoiled, allowed, complete, come, first, start, known
+            )
+            return found._replace(chunks=replace(found.chunks, enabled=enabled))
         values = (sums * rate)[:, :, :size]
         if first is not None:
             earlier, settled = first.earlier[..., None], first.settled[..., None]
             queries = torch.cat([torch.where(earlier, first.keys, queries[:, :size]), queries[:, size:]], dim=1)
             remembered[0] = torch.where(earlier, first.keys, remembered[0])
             values = torch.cat([torch.where(settled, first.values, values[:, 0])[:, None], values[:, 1:]], dim=1)
-        scale, squares = ((spoiled == 0) & (enabled > 0)).to(values.dtype), None
+        made = spoiled == 0 if allowed is None else (spoiled == 0) & allowed
+        scale, squares = made.to(values.dtype), None
         if self.config.clip is not None:
             squares = self._squares(remembered, values.double() @ context.cast(self.projection, torch.float64))
             scale = scale * ops.clip_scale(squares.sum(-1), self.config.clip).to(scale)
         heard = HeardChunks(
             keys=remembered, values=values, open=torch.cat([sums, rate], dim=-1), complete=complete,
-            spoiled=spoiled, enabled=enabled, scale=scale, squares=squares, come=come,
+            spoiled=spoiled, enabled=enabled, allowed=allowed, scale=scale, squares=squares, come=come,
         )  # fmt: skip
         return Heard(queries, None, known, heard)
 
     def _corrected(
-        self, queries: Tensor, keys: list[Tensor], sums: Tensor, rate: Tensor, counts: tuple[Tensor, Tensor],
-        complete: Tensor, come: Tensor, first: Unfinished | None, start: Tensor | None, known: Tensor | None,
+        self, queries: Tensor, keys: list[Tensor], sums: Tensor, rate: Tensor, spoiled: Tensor,
+        allowed: Tensor | None, complete: Tensor, come: Tensor, first: Unfinished | None, start: Tensor | None,
+        known: Tensor | None,
     ) -> Heard:  # fmt: skip
-        """``_heard`` where a chunk's update depends on what the memory answers to it; ``counts``: spoiled, enabled."""
+        """``_heard`` where a chunk's update depends on what the memory answers to it."""
         config, (width, hidden) = self.config, (sums.shape[-1], queries.shape[-1])
         memory: GramSum | RunningSum
         if ops.prefers_gram(queries.shape[1], width, hidden):
@@ -376,14 +383,14 @@ class GatingMLP(SequenceBlock):
             start = queries.new_zeros(queries.shape[0], hidden, width) if start is None else start
             memory = RunningSum(start, config.decay)
         found = corrected(
-            memory, queries.unflatten(1, (-1, self.chunk)), keys, sums, rate, *counts, complete, first,
+            memory, queries.unflatten(1, (-1, self.chunk)), keys, sums, rate, spoiled, allowed, complete, first,
             ridge_of(self.log_ridge) if config.update == "ridge" else None,
             None if config.clip is None else (config.clip, self.projection.double()),
         )  # fmt: skip
         chunks = HeardChunks(
             keys=found.keys, values=torch.stack(found.values, dim=1),
             open=torch.cat([torch.stack(found.open, dim=1), rate], dim=-1), complete=complete,
-            spoiled=torch.stack(found.spoiled, dim=1), enabled=counts[1], scale=torch.stack(found.scales, dim=1),
+            spoiled=torch.stack(found.spoiled, dim=1), allowed=allowed, scale=torch.stack(found.scales, dim=1),
             come=come, factors=found.factors,
             squares=torch.stack(found.squares, dim=1) if found.squares else None,
         )  # fmt: skip

@@ -112,28 +112,34 @@ class GramSum:
 
     def __init__(self, start: Tensor | None, decay: float) -> None:
         self.start, self.decay = start, decay
-        self.past: list[tuple[Tensor, Tensor, Tensor]] = []
-        """Keys, values, and ``[B]`` the updates made up to the chunk's end."""
+        self.past: list[tuple[Tensor, Tensor]] = []
+        self.made: list[Tensor] = []
+        """``[B]``, with decay: the updates made up to the end of each chunk of the past."""
 
     def ask(self, queries: Tensor) -> Tensor:
-        made, parts = self.past[-1][2] if self.past else queries.new_zeros(queries.shape[0]), []
-
-        def decayed(part: Tensor, updates: Tensor) -> Tensor:
-            return torch.pow(1 - self.decay, updates)[:, None, None] * part if self.decay else part
-
+        parts = []
         if self.start is not None:
-            parts.append(decayed(queries @ self.start, made))
-        for keys, values, before in self.past:
-            parts.append(decayed((queries @ keys.mT) @ values, made - before))
+            parts.append(self._decayed(queries @ self.start, 0))
+        for i, (keys, values) in enumerate(self.past):
+            parts.append(self._decayed((queries @ keys.mT) @ values, i + 1))
         if not parts:
             return queries.new_zeros(0)
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
     def tell(self, keys: Tensor, values: Tensor, ended: Tensor, taught: Tensor) -> None:
         # No token of a row looks back at its chunk that did not end: it is the row's last.
-        mask, made = taught[:, None, None], taught.to(values.dtype)
-        made = self.past[-1][2] + made if self.past else made
-        self.past.append((torch.where(mask, keys, 0), torch.where(mask, values, 0), made))
+        mask = taught[:, None, None]
+        self.past.append((torch.where(mask, keys, 0), torch.where(mask, values, 0)))
+        if self.decay:
+            made = taught.to(values.dtype)
+            self.made.append(self.made[-1] + made if self.made else made)
+
+    def _decayed(self, part: Tensor, first: int) -> Tensor:
+        """``part [B, C, d]`` after the updates of the chunks from ``first`` on."""
+        if not self.decay or first == len(self.past):
+            return part
+        updates = self.made[-1] - self.made[first - 1] if first else self.made[-1]
+        return torch.pow(1 - self.decay, updates)[:, None, None] * part
 
 
 @dataclass
@@ -152,7 +158,7 @@ class Corrected:
 
 def corrected(
     memory: Answers, queries: Tensor, keys: Sequence[Tensor], sums: Tensor, rate: Tensor, spoiled: Tensor,
-    enabled: Tensor, complete: Tensor, unfinished: Unfinished | None, ridge: Tensor | None,
+    allowed: Tensor | None, complete: Tensor, unfinished: Unfinished | None, ridge: Tensor | None,
     clip: tuple[float, Tensor] | None,
 ) -> Corrected:  # fmt: skip
     """Ask, correct, tell, chunk by chunk.
@@ -161,7 +167,8 @@ def corrected(
         queries: ``[B, N, C, h]``; keys: N times ``[B, C, h]``, with ``ridge`` K'.
         sums: ``[B, N, C + any, d]``, the filter's output, less the answers to the tokens of earlier calls; rate:
             ``[B, N, C + any, 1]``, b, with ``ridge`` its root.
-        spoiled, enabled, complete: ``[B, N]``.
+        spoiled, complete: ``[B, N]``.
+        allowed: ``[B, N]`` bool, chunks that may make an update; None: all.
         unfinished: the chunk that the first goes on with.
         ridge: l, or None for a gradient step.
         clip: the largest norm and the projection ``[d, d]`` float64.
@@ -184,7 +191,7 @@ def corrected(
             value = torch.where(before.settled[..., None], before.values, value)
             if before.factor is not None:
                 out.factors[0] = torch.where(before.earlier[..., None], before.factor, out.factors[0])
-        scale = ((wrong == 0) & (enabled[:, i] > 0)).to(value)
+        scale = (wrong == 0 if allowed is None else (wrong == 0) & allowed[:, i]).to(value)
         if clip is not None:
             out.squares.append(ops.squared_norm(key, value.double() @ clip[1]))
             scale = scale * ops.clip_scale(out.squares[-1].sum(-1), clip[0]).to(scale)

@@ -23,10 +23,12 @@ def gram(
     n is how many of the chunks between them made an update. A chunk that does not end in this call is the last one of
     its row, so no token looks back at it: ``complete`` is not needed.
     """
-    made = taught.cumsum(1)  # [B, N], updates up to each chunk's end
-    age = (made - taught.long())[:, :, None] - made[:, None]  # [B, N, N], updates after chunk j and before chunk i
-    weights = taught[:, None] * torch.pow(1 - decay, age.clamp(min=0).to(keys.dtype))
-    kept = torch.pow(1 - decay, (made - taught.long()).to(keys.dtype)) if decay else None  # [B, N], of the start
+    weights, kept = taught.to(keys.dtype)[:, None].expand(-1, taught.shape[1], -1), None  # [B, N, N]
+    if decay:
+        made = taught.to(keys.dtype).cumsum(1)  # [B, N], updates up to each chunk's end
+        before = made - taught.to(keys.dtype)
+        age = (before[:, :, None] - made[:, None]).clamp(min=0)  # updates after chunk j and before chunk i
+        weights, kept = weights * torch.pow(1 - decay, age), torch.pow(1 - decay, before)
     result: Tensor = _Gram.apply(keys, values, start, weights, kept, size)  # type: ignore[no-untyped-call]
     return result
 

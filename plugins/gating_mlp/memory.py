@@ -65,7 +65,9 @@ class HeardChunks:
         open: ``[B, N, C + K, d + 1]``, the filter's output and the rates, also past the chunk's end; less the memory's
             answers where updates correct it.
         complete: ``[B, N]`` bool, chunks that end in this call.
-        spoiled, enabled: ``[B, N]`` int64, tokens that are not finite, and those whose updates are enabled.
+        spoiled, enabled: ``[B, N]`` int64, tokens that are not finite, and those whose updates are enabled; the latter
+            None where nobody wants the state.
+        allowed: ``[B, N]`` bool, chunks with such a token; None: all that end.
         scale: ``[B, N]``, zero where no update is made.
         squares: ``[B, N, C]`` float64, what each token adds to its update's squared norm, or None without clipping.
         come: ``[B]`` int64, tokens since the start of the first chunk.
@@ -77,7 +79,8 @@ class HeardChunks:
     open: Tensor
     complete: Tensor
     spoiled: Tensor
-    enabled: Tensor
+    enabled: Tensor | None = None
+    allowed: Tensor | None
     scale: Tensor
     squares: Tensor | None
     come: Tensor
@@ -167,6 +170,7 @@ class Memory:
 
     def after(self, before: BlockState, heard: HeardChunks) -> BlockState:
         """The state after a call that continued ``before``."""
+        assert heard.enabled is not None
         schedule, size = self.schedule, self.schedule.chunk
         ended, position = heard.come // size, heard.come % size
         # Without gradients ``_fold`` changes delta in place: here the rows that the state after the call will have.
@@ -187,6 +191,8 @@ class Memory:
             current = chunk.where(ended == i, current)
         delta = self._fold(delta, last, scale, folded, schedule.folded(position))
         come = torch.arange(schedule.staged, device=position.device) < position[:, None]
+        skipped = heard.complete & (heard.scale == 0)
+        skipped = skipped if heard.allowed is None else skipped & heard.allowed
         place = current.where(schedule.in_place(position), last)
         staged = current.first(schedule.staged).where(come, staged)
         state = {
@@ -198,7 +204,7 @@ class Memory:
             "scale": scale,
             "spoiled": _of_chunk(heard.spoiled, ended),
             "enabled": _of_chunk(heard.enabled, ended),
-            "skipped": before["skipped"] + (heard.complete & (heard.enabled > 0) & (heard.scale == 0)).sum(1),
+            "skipped": before["skipped"] + skipped.sum(1),
         }
         if heard.factors:
             rows = torch.arange(size, device=position.device) < position[:, None]
@@ -222,7 +228,9 @@ class Memory:
         channel = torch.arange(self.schedule.hidden, device=delta.device)
         inside = (channel >= start[:, None]) & (channel < (end if isinstance(end, int) else end[:, None]))  # [B, h]
         values = chunk.values * row_mask(scale, chunk.values)
-        kept = 1 - self.decay * (inside & (scale != 0)[:, None]).to(delta)[..., None]  # [B, h, 1]
+        kept: float | Tensor = 1.0
+        if self.decay:
+            kept = 1 - self.decay * (inside & (scale != 0)[:, None]).to(delta)[..., None]  # [B, h, 1]
         if torch.is_grad_enabled():
             return torch.where(inside[..., None], kept * delta + chunk.keys.mT @ values, delta)
         if self.decay:
