@@ -10,7 +10,7 @@ same chunk.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -77,8 +77,10 @@ class ChunkForm:
         memory, size = self.memory, self.memory.schedule.chunk
         finite = finite_tokens(key, target, rate)[..., None]  # [B, T] -> [B, T, 1]
         num_nonfinite = layout.split((~finite).to(key.dtype)).sum((2, 3)).long()  # [B, N, C, 1] -> [B, N]
-        mask, num_enabled = context.updates_mask(key), layout.valid.sum(2).expand(key.shape[0], -1)  # [B], [B, N]
-        num_enabled = num_enabled if mask is None else torch.where(mask[:, None], num_enabled, 0)  # [B, 1] over [B, N]
+        mask, num_enabled = context.updates_mask(key), None
+        if mask is not None or context.want_state:
+            num_enabled = layout.valid.sum(2).expand(key.shape[0], -1)  # [B or 1, N, C] -> [B, N]
+            num_enabled = num_enabled if mask is None else torch.where(mask[:, None], num_enabled, 0)  # [B, 1] over it
         # A key that is not finite would spoil gradients that are summed over tokens, however it is masked after this.
         key, target, rate = (torch.where(finite, part, 0) for part in (key, target, rate))  # [B, T, 1] over [B, T, any]
         gate_target = target if memory.gated else None
@@ -102,21 +104,23 @@ class ChunkForm:
             # the first chunk's [B, C + beyond, 1]
             rate = torch.cat([(rate[:, 0] + tail[..., -1:])[:, None], rate[:, 1:]], dim=1)
             first = memory.unfinished(state)
-            num_nonfinite, num_enabled = (
-                torch.cat([part[:, :1] + state[name][:, None], part[:, 1:]], dim=1)  # [B, N]
-                for name, part in (("spoiled", num_nonfinite), ("enabled", num_enabled))
-            )
+            num_nonfinite = _with_earlier(state["spoiled"], num_nonfinite)
+            num_enabled = None if num_enabled is None else _with_earlier(state["enabled"], num_enabled)
+        # Without a mask every chunk that ends in this call has a token whose updates are enabled.
+        allowed = None if mask is None or num_enabled is None else num_enabled > 0
         ends = size * torch.arange(1, layout.num_chunks + 1, device=key.device)
         complete = seen[:, None] >= ends  # [B, 1] and [N] -> [B, N]
         if memory.update_rule == "hebbian":
-            counts = num_nonfinite, num_enabled
-            queries, chunks = self._summed(queries, keys, sums, rate, counts, complete, seen, first, context)
-            return CallTokens(queries, None, gate_target, chunks)
+            queries, chunks = self._summed(
+                queries, keys, sums, rate, num_nonfinite, allowed, complete, seen, first, context
+            )
+            return CallTokens(queries, None, gate_target, replace(chunks, num_enabled=num_enabled))
         if state is None:
             queries = layout.split(queries).flatten(1, 2)  # [B, N, C, h] -> [B, N C, h]
-        counts = num_nonfinite, num_enabled
-        answers, chunks = self._corrected(queries, keys, sums, rate, counts, complete, seen, first, start)
-        return CallTokens(queries, answers, gate_target, chunks)
+        answers, chunks = self._corrected(
+            queries, keys, sums, rate, num_nonfinite, allowed, complete, seen, first, start
+        )
+        return CallTokens(queries, answers, gate_target, replace(chunks, num_enabled=num_enabled))
 
     def answers(self, tokens: CallTokens, start: Tensor | None) -> Tensor:
         """``[B, T, d]``, with a state ``[B, N C, d]``: what the memory gives for each query, before the projection."""
@@ -133,14 +137,10 @@ class ChunkForm:
         )  # fmt: skip
 
     def _summed(
-        self, queries: Tensor, keys: list[Tensor], sums: Tensor, rate: Tensor, counts: tuple[Tensor, Tensor],
-        complete: Tensor, seen: Tensor, first: Unfinished | None, context: BlockContext,
+        self, queries: Tensor, keys: list[Tensor], sums: Tensor, rate: Tensor, num_nonfinite: Tensor,
+        allowed: Tensor | None, complete: Tensor, seen: Tensor, first: Unfinished | None, context: BlockContext,
     ) -> tuple[Tensor, CallChunks]:  # fmt: skip
-        """Queries and chunks of ``update: hebbian``, whose updates do not depend on the memory.
-
-        ``counts``: nonfinite and enabled tokens, each ``[B, N]``.
-        """
-        num_nonfinite, num_enabled = counts
+        """Queries and chunks of ``update: hebbian``, whose updates do not depend on the memory."""
         size = self.memory.schedule.chunk
         values = (sums * rate)[:, :, :size]  # [B, N, C, d]
         if first is not None:
@@ -148,23 +148,21 @@ class ChunkForm:
             queries = torch.cat([torch.where(earlier, first.keys, queries[:, :size]), queries[:, size:]], dim=1)
             keys[0] = torch.where(earlier, first.keys, keys[0])
             values = torch.cat([torch.where(settled, first.values, values[:, 0])[:, None], values[:, 1:]], dim=1)
-        scale, squares = ((num_nonfinite == 0) & (num_enabled > 0)).to(values.dtype), None
+        applied = num_nonfinite == 0 if allowed is None else (num_nonfinite == 0) & allowed  # [B, N]
+        scale, squares = applied.to(values.dtype), None
         if self.memory.clip is not None:
             squares = _squares(keys, values.double() @ context.cast(self.projection, torch.float64))
             scale = scale * ops.clip_scale(squares.sum(-1), self.memory.clip).to(scale)
         return queries, CallChunks(
             keys=keys, values=values, conv_tail=torch.cat([sums, rate], dim=-1), complete=complete,
-            num_nonfinite=num_nonfinite, num_enabled=num_enabled, scale=scale, squares=squares, seen=seen,
+            num_nonfinite=num_nonfinite, num_enabled=None, allowed=allowed, scale=scale, squares=squares, seen=seen,
         )  # fmt: skip
 
     def _corrected(
-        self, queries: Tensor, keys: list[Tensor], sums: Tensor, rate: Tensor, counts: tuple[Tensor, Tensor],
-        complete: Tensor, seen: Tensor, first: Unfinished | None, start: Tensor | None,
+        self, queries: Tensor, keys: list[Tensor], sums: Tensor, rate: Tensor, num_nonfinite: Tensor,
+        allowed: Tensor | None, complete: Tensor, seen: Tensor, first: Unfinished | None, start: Tensor | None,
     ) -> tuple[Tensor, CallChunks]:  # fmt: skip
-        """Answers ``[B, N C, d]`` and chunks where a chunk's update depends on the answers to its keys.
-
-        ``counts``: nonfinite and enabled tokens, each ``[B, N]``.
-        """
+        """Answers ``[B, N C, d]`` and chunks where a chunk's update depends on the answers to its keys."""
         decay, clip, (width, hidden) = self.memory.decay, self.memory.clip, (sums.shape[-1], queries.shape[-1])
         memory: ParallelMemory | ChunkwiseMemory
         if prefers_parallel(queries.shape[1], width, hidden):
@@ -174,14 +172,14 @@ class ChunkForm:
             memory = ChunkwiseMemory(start, decay)
         # [B, N C, h] -> [B, N, C, h]
         found = corrected(
-            memory, queries.unflatten(1, (-1, self.memory.schedule.chunk)), keys, sums, rate, *counts, complete,
-            first, self.ridge, None if clip is None else (clip, self.projection.double()),
+            memory, queries.unflatten(1, (-1, self.memory.schedule.chunk)), keys, sums, rate, num_nonfinite, allowed,
+            complete, first, self.ridge, None if clip is None else (clip, self.projection.double()),
         )  # fmt: skip
         # N times [B, ...] -> [B, N, ...]
         chunks = CallChunks(
             keys=found.keys, values=torch.stack(found.values, dim=1),
             conv_tail=torch.cat([torch.stack(found.conv_tails, dim=1), rate], dim=-1), complete=complete,
-            num_nonfinite=torch.stack(found.num_nonfinite, dim=1), num_enabled=counts[1],
+            num_nonfinite=torch.stack(found.num_nonfinite, dim=1), num_enabled=None, allowed=allowed,
             scale=torch.stack(found.scales, dim=1), seen=seen,
             factors=found.factors,
             squares=torch.stack(found.squares, dim=1) if found.squares else None,
@@ -191,6 +189,11 @@ class ChunkForm:
     def _reaching(self) -> Tensor:
         """``[d, 1, K]``: the filter's taps that can reach a token of the same chunk."""
         return self.conv[..., self.memory.first_tap : self.memory.first_tap + self.memory.taps]
+
+
+def _with_earlier(earlier: Tensor, counts: Tensor) -> Tensor:
+    """``counts [B, N]`` with those of the unfinished chunk, ``earlier [B]``, added to the first chunk's."""
+    return torch.cat([counts[:, :1] + earlier[:, None], counts[:, 1:]], dim=1)
 
 
 def _squares(keys: list[Tensor], values: Tensor) -> Tensor:

@@ -115,29 +115,34 @@ class ParallelMemory:
 
     def __init__(self, start: Tensor | None, decay: float) -> None:
         self.start, self.decay = start, decay
-        self.past: list[tuple[Tensor, Tensor, Tensor]] = []
-        """Keys, values, and ``[B]`` the updates made up to the chunk's end."""
+        self.past: list[tuple[Tensor, Tensor]] = []
+        self.made: list[Tensor] = []
+        """``[B]``, with decay: the updates made up to the end of each chunk of the past."""
 
     def read(self, queries: Tensor) -> Tensor:
-        made, parts = self.past[-1][2] if self.past else queries.new_zeros(queries.shape[0]), []  # [B]
-
-        def decayed(part: Tensor, updates: Tensor) -> Tensor:
-            # [B, C, d] times [B, 1, 1]
-            return torch.pow(1 - self.decay, updates)[:, None, None] * part if self.decay else part
-
+        parts = []
         if self.start is not None:
-            parts.append(decayed(queries @ self.start, made))
-        for keys, values, before in self.past:
-            parts.append(decayed((queries @ keys.mT) @ values, made - before))
+            parts.append(self._decayed(queries @ self.start, 0))
+        for i, (keys, values) in enumerate(self.past):
+            parts.append(self._decayed((queries @ keys.mT) @ values, i + 1))
         if not parts:
             return queries.new_zeros(0)
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
     def write(self, keys: Tensor, values: Tensor, ended: Tensor, applied: Tensor) -> None:
         # A chunk that did not end is its row's last: no token of the row reads its update.
-        mask, made = applied[:, None, None], applied.to(values.dtype)  # [B] -> [B, 1, 1], and [B]
-        made = self.past[-1][2] + made if self.past else made
-        self.past.append((torch.where(mask, keys, 0), torch.where(mask, values, 0), made))
+        mask = applied[:, None, None]  # [B] -> [B, 1, 1]
+        self.past.append((torch.where(mask, keys, 0), torch.where(mask, values, 0)))
+        if self.decay:
+            made = applied.to(values.dtype)
+            self.made.append(self.made[-1] + made if self.made else made)
+
+    def _decayed(self, part: Tensor, first: int) -> Tensor:
+        """``part [B, C, d]`` after the updates of the chunks from ``first`` on."""
+        if not self.decay or first == len(self.past):
+            return part
+        updates = self.made[-1] - self.made[first - 1] if first else self.made[-1]  # [B]
+        return torch.pow(1 - self.decay, updates)[:, None, None] * part  # [B, 1, 1] times [B, C, d]
 
 
 @dataclass
@@ -156,7 +161,7 @@ class Corrected:
 
 def corrected(
     memory: CorrectedMemory, queries: Tensor, keys: Sequence[Tensor], sums: Tensor, rate: Tensor, num_nonfinite: Tensor,
-    num_enabled: Tensor, complete: Tensor, unfinished: Unfinished | None, ridge: Tensor | None,
+    allowed: Tensor | None, complete: Tensor, unfinished: Unfinished | None, ridge: Tensor | None,
     clip: tuple[float, Tensor] | None,
 ) -> Corrected:  # fmt: skip
     """Read, correct, write, chunk by chunk.
@@ -165,7 +170,8 @@ def corrected(
         queries: ``[B, N, C, h]``; keys: N times ``[B, C, h]``, with ``ridge`` K'.
         sums: ``[B, N, C + any, d]``, the filter's output, less the answers to the tokens of earlier calls; rate:
             ``[B, N, C + any, 1]``, b, with ``ridge`` its root.
-        num_nonfinite, num_enabled, complete: ``[B, N]``.
+        num_nonfinite, complete: ``[B, N]``.
+        allowed: ``[B, N]`` bool, chunks that may make an update; None: all.
         unfinished: the chunk that the first one continues.
         ridge: l, or None for a gradient step.
         clip: the largest norm and the projection ``[d, d]`` float64.
@@ -190,7 +196,7 @@ def corrected(
             if before.factor is not None:
                 # [B, C, 1] over [B, C, C]
                 out.factors[0] = torch.where(before.earlier[..., None], before.factor, out.factors[0])
-        scale = ((nonfinite == 0) & (num_enabled[:, i] > 0)).to(value)
+        scale = (nonfinite == 0 if allowed is None else (nonfinite == 0) & allowed[:, i]).to(value)
         if clip is not None:
             out.squares.append(ops.squared_norm(key, value.double() @ clip[1]))
             scale = scale * ops.clip_scale(out.squares[-1].sum(-1), clip[0]).to(scale)

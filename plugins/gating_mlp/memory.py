@@ -70,7 +70,9 @@ class CallChunks:
         conv_tail: ``[B, N, C + K, d + 1]``, the filter's output and the rates, also past the chunk's end; less the
             memory's answers where updates correct it.
         complete: ``[B, N]`` bool, chunks that end in this call.
-        num_nonfinite, num_enabled: ``[B, N]`` int64, tokens that are not finite, and those whose updates are enabled.
+        num_nonfinite, num_enabled: ``[B, N]`` int64, tokens that are not finite, and those whose updates are enabled; the
+            latter None where the state is not wanted.
+        allowed: ``[B, N]`` bool, chunks with an enabled token; None: all that end.
         scale: ``[B, N]``, zero where no update is made.
         squares: ``[B, N, C]`` float64, what each token adds to its update's squared norm, or None without clipping.
         seen: ``[B]`` int64, tokens since the start of the first chunk.
@@ -82,7 +84,8 @@ class CallChunks:
     conv_tail: Tensor
     complete: Tensor
     num_nonfinite: Tensor
-    num_enabled: Tensor
+    num_enabled: Tensor | None
+    allowed: Tensor | None
     scale: Tensor
     squares: Tensor | None
     seen: Tensor
@@ -186,6 +189,7 @@ class Memory:
 
     def after(self, before: BlockState, call: CallChunks) -> BlockState:
         """The state after a call that continued ``before``."""
+        assert call.num_enabled is not None
         schedule, size = self.schedule, self.schedule.chunk
         ended, position = call.seen // size, call.seen % size
         # Without gradients ``_fold`` changes delta in place: here the rows that the state after the call will have.
@@ -206,6 +210,8 @@ class Memory:
             current = chunk.where(ended == i, current)
         delta = self._fold(delta, last, scale, folded, schedule.folded(position))
         seen = torch.arange(schedule.staged, device=position.device) < position[:, None]  # [S] and [B, 1] -> [B, S]
+        skipped = call.complete & (call.scale == 0)  # [B, N]
+        skipped = skipped if call.allowed is None else skipped & call.allowed
         place = current.where(schedule.in_place(position), last)
         staged = current.first(schedule.staged).where(seen, staged)
         # slots: C in place, S staged, one that is zero: [B, C + S + 1, any]; delta [B, h, d] -> [B, h + 1, d]
@@ -218,7 +224,7 @@ class Memory:
             "scale": scale,
             "spoiled": _of_chunk(call.num_nonfinite, ended),
             "enabled": _of_chunk(call.num_enabled, ended),
-            "skipped": before["skipped"] + (call.complete & (call.num_enabled > 0) & (call.scale == 0)).sum(1),
+            "skipped": before["skipped"] + skipped.sum(1),
         }
         if call.factors:
             rows = torch.arange(size, device=position.device) < position[:, None]  # [C] and [B, 1] -> [B, C]
@@ -242,7 +248,9 @@ class Memory:
         channel = torch.arange(self.schedule.hidden, device=delta.device)
         inside = (channel >= start[:, None]) & (channel < (end if isinstance(end, int) else end[:, None]))  # [B, h]
         values = chunk.values * row_mask(scale, chunk.values)
-        kept = 1 - self.decay * (inside & (scale != 0)[:, None]).to(delta)[..., None]  # [B, h, 1]
+        kept: float | Tensor = 1.0
+        if self.decay:
+            kept = 1 - self.decay * (inside & (scale != 0)[:, None]).to(delta)[..., None]  # [B, h, 1]
         if torch.is_grad_enabled():
             return torch.where(inside[..., None], kept * delta + chunk.keys.mT @ values, delta)
         if self.decay:

@@ -26,10 +26,12 @@ def parallel_in_place(
     A chunk that does not end in this call is the last one of its row, so no token reads its update: ``complete`` is not
     needed.
     """
-    made = applied.cumsum(1)  # [B, N], updates up to each chunk's end
-    age = (made - applied.long())[:, :, None] - made[:, None]  # [B, N, N], updates after chunk j and before chunk i
-    weights = applied[:, None] * torch.pow(1 - decay, age.clamp(min=0).to(keys.dtype))  # [B, N, N]
-    kept = torch.pow(1 - decay, (made - applied.long()).to(keys.dtype)) if decay else None  # [B, N], of the start
+    weights, kept = applied.to(keys.dtype)[:, None].expand(-1, applied.shape[1], -1), None  # [B, N] -> [B, N, N]
+    if decay:
+        made = applied.to(keys.dtype).cumsum(1)  # [B, N], updates up to each chunk's end
+        before = made - applied.to(keys.dtype)
+        age = (before[:, :, None] - made[:, None]).clamp(min=0)  # [B, N, N], updates after chunk j and before chunk i
+        weights, kept = weights * torch.pow(1 - decay, age), torch.pow(1 - decay, before)
     result: Tensor = _Parallel.apply(keys, values, start, weights, kept, size)  # type: ignore[no-untyped-call]
     return result
 

@@ -67,8 +67,11 @@ class Stepper:
         columns, channels, sources, key_slots, value_slots, folded, done, following = self.tables.at(
             state["position"], active
         )
-        given, slices = self._recall(state, key, columns, folded)
-        self._fold(state, channels, slices)
+        forgotten = None
+        if self.memory.decay:  # [B, 1]: with the last finished chunk; nothing where it made no update
+            forgotten = self.memory.decay * (state["scale"] != 0).to(key)[:, None]
+        given, slices = self._recall(state, key, columns, folded, forgotten)
+        self._fold(state["delta"], channels, slices, forgotten)
 
         if updated is not None:
             key = torch.where(updated[:, None], key, 0)  # [B, 1] over [B, h]
@@ -96,8 +99,9 @@ class Stepper:
         scale = None
         if self.memory.clip is not None:
             scale = self._clip(state, value_slots, values, cast(projection, torch.float64), ends, active)
-        enabled = torch.ones_like(ends) if updated is None else updated  # [B]
-        _count(state, nonfinite, enabled if active is None else enabled & active, scale, ends)
+        both = active & updated if active is not None and updated is not None else None
+        masks = [mask for mask in (both, active, updated) if mask is not None]  # each [B]
+        _count(state, nonfinite, masks[0] if masks else 1, scale, ends)
         state["position"].copy_(following[:, 0])
         if success is not None:
             known = GateState(state["answer"], state["scores"])
@@ -105,7 +109,9 @@ class Stepper:
             given = given * success.step(given[:, None], target[:, None, :-1], known, active)[:, 0]
         return (given @ projection)[:, None]  # [B, d] -> [B, 1, d]
 
-    def _recall(self, state: BlockState, query: Tensor, columns: Tensor, folded: Tensor) -> tuple[Tensor, Tensor]:
+    def _recall(
+        self, state: BlockState, query: Tensor, columns: Tensor, folded: Tensor, forgotten: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """``[B, d]``, what the dense and the factored update give; ``[B, w, d]``, the slice to fold."""
         size = self.memory.schedule.chunk
         keys, delta = state["keys"][:, :size], state["delta"][:, :-1]
@@ -114,20 +120,15 @@ class Stepper:
         scores = torch.bmm(torch.where(unfolded, query, 0)[:, None], keys.mT).mul_(scale)
         part = keys.gather(2, columns[:, None].expand(-1, size, -1)).mul_(scale)
         kept = query
-        if self.memory.decay:
-            kept = torch.where(unfolded, (1 - self._decayed(state)[:, :, 0]) * query, query)
+        if forgotten is not None:
+            kept = torch.where(unfolded, (1 - forgotten) * query, query)
         given = torch.bmm(kept[:, None], delta).baddbmm_(scores, values)
         return given[:, 0], torch.bmm(part.mT, values)
 
-    def _decayed(self, state: BlockState) -> Tensor:
-        """``[B, 1, 1]``: the share that is forgotten with the last finished chunk; none where it made no update."""
-        return self.memory.decay * (state["scale"] != 0).to(state["scale"])[:, None, None]
-
-    def _fold(self, state: BlockState, channels: Tensor, slices: Tensor) -> None:
-        delta = state["delta"]
+    def _fold(self, delta: Tensor, channels: Tensor, slices: Tensor, forgotten: Tensor | None) -> None:
         rows, index = delta.view(-1, delta.shape[-1]), channels.reshape(-1)
-        if self.memory.decay:
-            slices = slices - self._decayed(state) * rows.index_select(0, index).view_as(slices)
+        if forgotten is not None:
+            slices = slices - forgotten[:, None] * rows.index_select(0, index).view_as(slices)
         rows.index_add_(0, index, slices.reshape(-1, delta.shape[-1]))
         delta[:, -1].zero_()
 
@@ -197,19 +198,22 @@ class Stepper:
         return settled, settled + added[:, 1:].sum(-1)
 
 
-def _count(state: BlockState, nonfinite: Tensor, enabled: Tensor, clip_scale: Tensor | None, ends: Tensor) -> None:
-    """Count ``nonfinite [B]`` tokens and those whose updates are ``enabled [B]``.
+def _count(
+    state: BlockState, nonfinite: Tensor, enabled: Tensor | int, clip_scale: Tensor | None, ends: Tensor
+) -> None:
+    """Count ``nonfinite [B]`` tokens and those whose updates are ``enabled [B]``, or 1.
 
     Where the chunk ``ends [B]``, set the scale of its update.
     """
     num_nonfinite, num_enabled = state["spoiled"] + nonfinite, state["enabled"] + enabled
-    applied = (num_nonfinite == 0) & (num_enabled > 0)
+    allowed = num_enabled > 0
+    applied = (num_nonfinite == 0) & allowed
     scale = applied.to(state["scale"].dtype)
     if clip_scale is not None:
         scale = scale * clip_scale
         applied = scale != 0
     state["scale"].copy_(torch.where(ends, scale, state["scale"]))
-    state["skipped"].add_(ends & (num_enabled > 0) & ~applied)
+    state["skipped"].add_((ends & allowed) > applied)
     state["spoiled"].copy_(num_nonfinite.masked_fill_(ends, 0))
     state["enabled"].copy_(num_enabled.masked_fill_(ends, 0))
 

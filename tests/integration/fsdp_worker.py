@@ -1,4 +1,4 @@
-"""One rank of sharded training with both variants on the tiny Moshi (under torchrun), and the same in one process.
+"""One rank of sharded training with all variants on the tiny Moshi (under torchrun), and the same in one process.
 
 Each row of the batch is a forward pass of its own, on a rank or in the loop of the one process, so both run the same
 kernels on the same shapes.
@@ -38,11 +38,16 @@ CONFIG = {
         },
     ],
 }  # fmt: skip
+RIDGE = {
+    **CONFIG,
+    "ttt": [{"variant": "ttt_ridge", "layers": "1,2", "chunk": 4, "novelty": True, "checkpoint_chunks": 2}],
+}
+"""A backward pass that runs groups of chunks again, with parameters that are used inside them alone."""
 
 
-def train(rows: list[int], *, sharded: bool) -> dict:
+def train(rows: list[int], *, sharded: bool, config: dict = CONFIG) -> dict:
     """Losses [step][row] and the dtypes of everything; a bfloat16 base, frozen, with the blocks trained."""
-    config = parse_config(CONFIG, registry=default_registry())
+    config = parse_config(config, registry=default_registry())
     model = MOSHI_HOST.load(config.host)
     injection = inject(model, config)
     injection.freeze_base()
@@ -95,6 +100,8 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    result = train([dist.get_rank()], sharded=True) | {"meta": filled(sharded=True)}
+    rank = [dist.get_rank()]
+    result = {"all": train(rank, sharded=True), "ridge": train(rank, sharded=True, config=RIDGE)}
+    result["meta"] = filled(sharded=True)
     (Path(sys.argv[1]) / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
