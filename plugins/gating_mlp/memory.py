@@ -70,8 +70,8 @@ class CallChunks:
         conv_tail: ``[B, N, C + K, d + 1]``, the filter's output and the rates, also past the chunk's end; less the
             memory's answers where updates correct it.
         complete: ``[B, N]`` bool, chunks that end in this call.
-        num_nonfinite, num_enabled: ``[B, N]`` int64, tokens that are not finite, and those whose updates are enabled; the
-            latter None where the state is not wanted.
+        num_nonfinite, num_enabled: ``[B, N]`` int64, tokens that are not finite, and those whose updates are enabled.
+            The latter is None where the state is not wanted.
         allowed: ``[B, N]`` bool, chunks with an enabled token; None: all that end.
         scale: ``[B, N]``, zero where no update is made.
         squares: ``[B, N, C]`` float64, what each token adds to its update's squared norm, or None without clipping.
