@@ -301,11 +301,11 @@ def make_plan(
         label = f"ttt[{index}] ({entry.variant}, layers {entry.layers!r})"
         try:
             variant = registry.block(entry.variant)
-            layers = resolve_layers(entry.layers, num_layers)
+            kind = getattr(variant.factory, "kind", SequenceBlock.kind)
+            layers = resolve_layers(entry.layers, num_layers, _layers_with(kind, sites) or None)
         except (ConfigError, PluginError) as error:
             problems.append(f"{label}: {error}")
             continue
-        kind = getattr(variant.factory, "kind", SequenceBlock.kind)
         for layer in layers:
             site = Site(layer, kind)
             if site in claimed:
@@ -323,6 +323,10 @@ def make_plan(
     if problems:
         raise InjectionError("Nothing was injected:\n" + "\n".join(f"- {problem}" for problem in problems))
     return Plan(host=host, policy=policy, seed=seed, blocks=tuple(sorted(planned, key=lambda p: p.site)))
+
+
+def _layers_with(kind: SiteKind, sites: Mapping[Site, SiteInfo]) -> list[int]:
+    return [site.layer for site in sorted(sites) if site.kind is kind]
 
 
 def _plan_block(

@@ -105,18 +105,8 @@ def check_token_mask(case: BlockCase) -> None:
         if not case.causal:
             state = None
         with _short_calls():
-            for more in ({}, _switches(block)):
-                y, after = case.call(block, call.x, state, **call.masks, **more)
-                unwanted, _ = case.call(block, call.x, state, want_state=False, **call.masks, **more)
-                what = f"call {number}{' with switches' if more else ''}"
-                assert_close(unwanted, y, case.tolerance, f"{what}, without asking for the state")
-                _compare(case, block, call, state, (y, after), more, what)
-            spoiled = call.x.masked_fill(~call.token_mask[..., None], torch.nan)
-            other, ended = case.call(block, spoiled, state, **call.masks, **more)
-        assert_equal(other[call.token_mask], y[call.token_mask], f"{what}: masked tokens are nan, outputs of others")
-        for name, tensor in after.items():
-            assert_equal(ended[name], tensor, f"{what}: masked tokens are nan, state {name!r}")
-        state = after
+            _compare(case, block, call, state, {}, f"call {number}")
+            state = _compare(case, block, call, state, _switches(block), f"call {number} with switches")
 
 
 def _compare(
@@ -124,11 +114,12 @@ def _compare(
     block: SequenceBlock,
     call: _Masked,
     state: BlockState | None,
-    found: tuple[Tensor, BlockState],
     more: dict[str, Tensor],
     what: str,
-) -> None:
-    y, after = found
+) -> BlockState:
+    """``check_token_mask`` of one call from ``state`` with the switches ``more``; the state after it."""
+    given: dict[str, Any] = {**call.masks, **more}
+    y, after = case.call(block, call.x, state, **given)
     assert y.shape == call.x.shape, f"{what}: shape {tuple(y.shape)}, expected {tuple(call.x.shape)}"
     base = block.base_output(call.x)
     for row in range(ROWS):
@@ -142,6 +133,14 @@ def _compare(
             ended = block.init_state(1) if ended is None else ended
             one = {name: tensor[row : row + 1] for name, tensor in after.items()}
             assert_states_close(one, ended, case.tolerance, f"{what}, row {row}")
+    unwanted, _ = case.call(block, call.x, state, want_state=False, **given)
+    assert_close(unwanted, y, case.tolerance, f"{what}, without asking for the state")
+    spoiled = call.x.masked_fill(~call.token_mask[..., None], torch.nan)
+    other, ended = case.call(block, spoiled, state, **given)
+    assert_equal(other[call.token_mask], y[call.token_mask], f"{what}: masked tokens are nan, outputs of others")
+    for name, tensor in after.items():
+        assert_equal(ended[name], tensor, f"{what}: masked tokens are nan, state {name!r}")
+    return after
 
 
 @torch.no_grad()
@@ -191,10 +190,11 @@ def check_token_mask_gradient(case: BlockCase) -> None:
     with _short_calls():
         for want_state in (True, False):
             x = call.x.clone().requires_grad_()
-            y, _ = case.call(block, x, want_state=want_state, **call.masks)
+            switches: dict[str, Any] = {**call.masks, "want_state": want_state}
+            y, _ = case.call(block, x, **switches)
             given = gradients(y, x)
             x = call.x.clone().requires_grad_()
-            places = {}
+            places: dict[tuple[int, int], Tensor] = {}
             for row in range(ROWS):
                 alone, _ = _alone(case, block, _Masked(x, call.token_mask, call.starts), None, row, {})
                 places |= {(row, t): output for t, output in alone.items()}
