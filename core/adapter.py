@@ -252,7 +252,7 @@ def fill_from_adapter(injection: Injection, folder: str | Path, *, registry: Reg
         assign(tensor, tensors[name])
     notes = []
     for site, block in planned.items():
-        now = block.config.model_dump(mode="json", exclude={"layers"})
+        now = block.config.model_dump(mode="json", exclude={"layers", "distribution"})
         fields = type(
             block.config
         ).model_fields  # an adapter from before an option was there was trained at its default
@@ -302,12 +302,19 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def _parse_site(entry: Mapping[str, Any], registry: Registry) -> BlockConfig:
     """The config of one site of the manifest; a variant that is not installed is named with its distribution."""
     try:
-        return parse_block({**entry["config"], "layers": (Site.parse(entry["site"]).layer,)}, registry=registry)
+        values = {**entry["config"], "layers": (Site.parse(entry["site"]).layer,)}
+        return parse_block({**values, "variant": _variant(entry, registry)}, registry=registry)
     except (ConfigError, PluginError) as error:
         raise AdapterError(
             f"{error} The adapter was made with {entry['distribution']} {entry['version']} "
             f"(plugin {entry['plugin']!r}): install that."
         ) from error
+
+
+def _variant(entry: Mapping[str, Any], registry: Registry) -> str:
+    """The name of a site's variant; where two distributions share it, that of the one which made the adapter."""
+    name = str(entry["config"]["variant"])
+    return name if len(registry.claims("block", name)) < 2 else f"{entry['distribution']}:{name}"
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -333,7 +340,7 @@ def _describe(planned: PlannedBlock) -> dict[str, Any]:
         "plugin": provenance.plugin,
         "distribution": provenance.distribution,
         "version": provenance.version,
-        "config": planned.config.model_dump(mode="json", exclude={"layers"}),
+        "config": planned.config.model_dump(mode="json", exclude={"layers", "distribution"}),
     }
 
 
@@ -351,7 +358,7 @@ def _check_provenance(folder: Path, sites: Iterable[Mapping[str, Any]], registry
     A variant registered at run time is what the caller says it is: it is accepted with a warning.
     """
     for entry in sites:
-        name, here = entry["config"]["variant"], registry.block(entry["config"]["variant"]).provenance
+        name, here = entry["config"]["variant"], registry.block(_variant(entry, registry)).provenance
         made = Provenance(entry["plugin"], entry["distribution"], entry["version"])
         if RUNTIME.distribution in (made.distribution, here.distribution):
             if made.distribution != here.distribution:

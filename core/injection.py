@@ -300,7 +300,7 @@ def make_plan(
     for index, entry in enumerate(entries):
         label = f"ttt[{index}] ({entry.variant}, layers {entry.layers!r})"
         try:
-            variant = registry.block(entry.variant)
+            variant = registry.block(entry.qualified_name)
             kind = getattr(variant.factory, "kind", SequenceBlock.kind)
             layers = resolve_layers(entry.layers, num_layers, _layers_with(kind, sites) or None)
         except (ConfigError, PluginError) as error:
@@ -391,7 +391,7 @@ def inject(model: nn.Module, config: TTTConfig, *, registry: Registry | None = N
     registry = registry or default_registry()
     plan = make_plan(
         model,
-        registry.host(config.host.name),
+        registry.host(config.host.qualified_name),
         config.ttt,
         policy=registry.policy(config.precision),
         registry=registry,
