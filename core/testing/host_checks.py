@@ -20,6 +20,7 @@ from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.core.testing.case import assert_close, assert_equal
 from moshi_ttt.core.testing.host_case import LENGTH, TOLERANCE, HostCase, HostStream, HostVariantCase
 from moshi_ttt.core.testing.host_checks_lifecycle import (
+    check_host_base_weights,
     check_host_checkpointing,
     check_host_refusals,
     check_host_skeleton,
@@ -234,6 +235,7 @@ HOST_CHECKS: tuple[Callable[[HostVariantCase], None], ...] = (
     check_host_carry,
     check_host_volume,
     check_host_weights,
+    check_host_base_weights,
     check_host_skeleton,
     check_host_checkpointing,
     check_host_synthetic_loss,

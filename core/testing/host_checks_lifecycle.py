@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +60,39 @@ def check_host_refusals(case: HostVariantCase) -> None:
     plan = make_plan(model, case.on.host, [nothing], policy=FP32_STATE, registry=case.registry)
     assert plan.blocks == ()
     assert set(model.state_dict()) == before
+
+
+@torch.no_grad()
+def check_host_base_weights(case: HostVariantCase) -> None:
+    """Base weights load strictly: what is missing, unexpected or of another shape is refused, and nothing is written.
+
+    The fingerprint is the same with and without blocks, can be written as JSON, and differs where weights differ.
+    """
+    host, model, other = case.on.host, case.on.model(case.dtype), case.on.model(case.dtype)
+    before = host.fingerprint(model)
+    assert json.loads(json.dumps(before)) == before, "the fingerprint does not survive JSON"
+    case.inject(model)
+    assert host.fingerprint(model) == before, "the fingerprint is another one with blocks"
+    weights = {name: tensor.detach().clone() for name, tensor in host.base_state_dict(other).items()}
+    changed = {name: 0.5 * t if t.is_floating_point() else t for name, t in weights.items()}
+    name = max(weights, key=lambda each: weights[each].dim())
+    for what, given in (
+        ("without one of them", {key: t for key, t in changed.items() if key != name}),
+        ("with one more", {**changed, "not_a_weight": torch.zeros(1)}),
+        ("with one of another shape", {**changed, name: changed[name][:0]}),
+    ):
+        try:
+            host.load_base(model, given)
+        except HostError:
+            pass
+        else:
+            raise AssertionError(f"base weights {what} were loaded")
+        for key, tensor in host.base_state_dict(model).items():
+            assert_equal(tensor, weights[key], f"base weights {what} were refused, {key}")
+    host.load_base(model, changed)
+    for key, tensor in host.base_state_dict(model).items():
+        assert_equal(tensor, changed[key], f"{key} after loading")
+    assert host.fingerprint(model) != before, "the fingerprint does not depend on the weights"
 
 
 @torch.no_grad()

@@ -126,6 +126,37 @@ def loses_the_gradient_of_made_up_input(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(llama.LlamaHost, "probe", broken)
 
 
+def loads_what_there_is(patch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, model: Any, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in self.base_state_dict(model).items():
+                if name in weights and weights[name].shape == tensor.shape:
+                    tensor.copy_(weights[name])
+
+    patch.setattr(llama.LlamaHost, "load_base", broken)
+
+
+def writes_before_it_refuses(patch: pytest.MonkeyPatch) -> None:
+    load = llama.LlamaHost.load_base
+
+    def broken(self: Any, model: Any, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            model.head.bias.copy_(weights["head.bias"])
+        load(self, model, weights)
+
+    patch.setattr(llama.LlamaHost, "load_base", broken)
+
+
+def has_one_fingerprint_for_all_weights(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(llama.LlamaHost, "fingerprint", lambda self, model: {"layers": llama.LAYERS})
+
+
+def takes_the_fingerprint_of_blocks_too(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        llama.LlamaHost, "fingerprint", lambda self, model: {"weights": llama.weight_digest(model.state_dict())}
+    )
+
+
 MUTATIONS: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
     (sees_the_future_in_a_prefill, "check_host_prefill"),
     (hides_padding_from_attention_alone, "check_host_left_padding"),
@@ -133,6 +164,10 @@ MUTATIONS: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
     (streams_padding_into_blocks, "check_host_left_padding"),
     (keeps_a_reset_row_in_the_cache, "check_host_reset"),
     (reset_of_one_row_empties_all, "check_host_rows"),
+    (loads_what_there_is, "check_host_base_weights"),
+    (writes_before_it_refuses, "check_host_base_weights"),
+    (has_one_fingerprint_for_all_weights, "check_host_base_weights"),
+    (takes_the_fingerprint_of_blocks_too, "check_host_base_weights"),
     (builds_the_skeleton_with_values, "check_host_skeleton"),
     (loads_some_of_the_base, "check_host_skeleton"),
     (layers_remember_how_often_they_ran, "check_host_checkpointing"),
