@@ -227,13 +227,17 @@ def fill_from_adapter(injection: Injection, folder: str | Path, *, registry: Reg
     manifest = read_manifest(folder)
     _check_fingerprint(folder, manifest["fingerprint"], host.fingerprint(model))
     try:
-        _check_provenance(folder, manifest["sites"], registry or default_registry())
+        registry = registry or default_registry()
+        _check_provenance(folder, manifest["sites"], registry)
         saved = {str(entry["site"]): entry["config"] for entry in manifest["sites"]}
+        given = {str(entry["site"]): _variant(entry, registry) for entry in manifest["sites"]}
     except (ConfigError, PluginError, KeyError, TypeError) as error:
         raise AdapterError(f"{folder}: it does not fit this installation. {error}") from error
     planned = {str(block.site): block for block in injection.plan.blocks}
-    have = {site: block.variant.name for site, block in planned.items()}
-    given = {site: config["variant"] for site, config in saved.items()}
+    have = {
+        site: _qualified(block.variant.name, block.variant.provenance.distribution, registry)
+        for site, block in planned.items()
+    }
     if have != given:
         raise AdapterError(
             f"{folder} holds the blocks {_listed(given)}, and this model has {_listed(have)}. Ask for the same blocks "
@@ -313,8 +317,11 @@ def _parse_site(entry: Mapping[str, Any], registry: Registry) -> BlockConfig:
 
 def _variant(entry: Mapping[str, Any], registry: Registry) -> str:
     """The name of a site's variant; where two distributions share it, that of the one which made the adapter."""
-    name = str(entry["config"]["variant"])
-    return name if len(registry.claims("block", name)) < 2 else f"{entry['distribution']}:{name}"
+    return _qualified(str(entry["config"]["variant"]), str(entry["distribution"]), registry)
+
+
+def _qualified(name: str, distribution: str, registry: Registry) -> str:
+    return name if len(registry.claims("block", name)) < 2 else f"{distribution}:{name}"
 
 
 def _check_replaceable(folder: Path) -> None:

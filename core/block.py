@@ -180,9 +180,10 @@ class SequenceBlock(nn.Module, ABC):
         if coordinates is not None or prefix:
             check_prefix(self, prefix, tokens.shape[1])
             context = replace(context, coordinates=coordinates, prefix=prefix or context.prefix)
-        kept = None
+        kept, given = None, tokens
         if self.causal and context.cuts and tokens.shape[1] == 1:
-            kept, context = context.token_mask, one_token(context)
+            kept = context.token_mask
+            tokens, context = one_token(tokens, context)
         with self._without_autocast(tokens):
             if state is None and (context.exec_mask is not None or context.reset is not None):
                 state = self.init_state(tokens.shape[0], tokens.device)
@@ -191,7 +192,7 @@ class SequenceBlock(nn.Module, ABC):
             if state is not None:
                 state = states.contiguous(state)
             y, after = (self.compute_segments if context.cuts else self.compute)(tokens, state, context)
-            y = where_kept(kept, y, self, tokens)
+            y = where_kept(kept, y, self, given)
         check_state(self, after)
         if context.exec_mask is not None and state is not None and after:
             after = states.where_rows(context.exec_mask, after, state)

@@ -56,7 +56,7 @@ class _Qualified(FrozenConfig):
         distribution: whose name is meant; ``name: acme-ttt:fast`` in a config sets it. None where one alone has it.
     """
 
-    distribution: str | None = None
+    distribution: str | None = Field(default=None, repr=False)
 
     @model_serializer(mode="wrap")
     def _without_none(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -215,19 +215,23 @@ def _together(
     return [call for calls in groups.values() for call in calls]
 
 
-def one_token(context: BlockContext) -> BlockContext:
-    """The context of a call of one token, with its mask and its start as ``exec_mask`` and ``reset``; nothing is read.
+def one_token(x: Tensor, context: BlockContext) -> tuple[Tensor, BlockContext]:
+    """A call of one token: ``x [B, 1, D]`` with zeros where it is masked, and a context in which the mask is an
+    ``exec_mask`` and a start a ``reset``. No value is read.
 
     A row that ``exec_mask`` leaves out has no token here, and so no start.
     """
     mask, starts, executed = context.token_mask, context.starts, context.exec_mask
-    reset = context.reset
+    reset, embeddings = context.reset, context.input_embeddings
     if starts is not None:
         begins = starts[:, 0] if executed is None else starts[:, 0] & executed  # [B, 1] -> [B]
         reset = begins if reset is None else reset | begins
     if mask is not None:
+        x = torch.where(mask[..., None], x, 0)  # what is not finite there would reach gradients, or a state by 0 * nan
+        embeddings = None if embeddings is None else torch.where(mask[..., None], embeddings, 0)
         executed = mask[:, 0] if executed is None else mask[:, 0] & executed
-    return replace(context, token_mask=None, starts=None, segments=None, exec_mask=executed, reset=reset)
+    given = replace(context, input_embeddings=embeddings, exec_mask=executed, reset=reset)
+    return x, replace(given, token_mask=None, starts=None, segments=None)
 
 
 def where_kept(mask: Tensor | None, y: Tensor, block: SequenceBlock, x: Tensor) -> Tensor:
@@ -251,9 +255,9 @@ def stepped(
         states.copy_(state, after)
         return y
     block._check_call(tokens, state, context)
-    one = one_token(context)
+    token, one = one_token(tokens, context)
     if one.reset is not None:
         block.reset_state(state, one.reset)
-    y = step(block, x, state, replace(one, reset=None))
+    y = step(block, block.info.format.from_tokens(token, x), state, replace(one, reset=None))
     kept = where_kept(context.token_mask, block.info.format.to_tokens(y), block, tokens)
     return block.info.format.from_tokens(kept, x)

@@ -51,6 +51,7 @@ class SiteInfo:
     """What a block is told about its site when it is built.
 
     Attributes:
+        mlp: the host's gated MLP at a feed-forward site, fused or split (``core.gated_mlp``).
         frame_rate: tokens a second, where the host's tokens have a fixed duration.
         mlp_output: ``(mlp, x) -> y``: the output ``[B, T, D]`` of the MLP by the host's own call, where the host does
             not compute it operation by operation (it may be compiled, and round otherwise); None where it does.

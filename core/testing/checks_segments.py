@@ -147,7 +147,8 @@ def _compare(
 def check_token_mask_streamed(case: BlockCase) -> None:
     """Streamed with masked tokens and starts, token by token and several at a time, is as one call is.
 
-    A step in which a row's token is masked leaves its state bit-equal, as an execution mask does.
+    A step in which a row's token is masked leaves its state bit-equal, as an execution mask does, also where the token
+    is not finite.
     """
     if not case.causal:
         return
@@ -156,19 +157,21 @@ def check_token_mask_streamed(case: BlockCase) -> None:
     state, stepped = block.allocate_state(ROWS), block.allocate_state(ROWS)
     expected: BlockState = states.clone(state)
     with _short_calls():
-        for call in (first, second):
+        for call, spoils in ((first, True), (second, False)):
             y, expected = case.call(block, call.x, expected, **call.masks)
             width = case.chunk + 1
             parts = zip(*(part.split(width, 1) for part in (call.x, call.token_mask, call.starts)), strict=True)
             streamed = [case.step(block, x, stepped, token_mask=mask, starts=starts) for x, mask, starts in parts]
             assert_close(torch.cat(streamed, 1), y, case.tolerance, f"streamed {width} tokens at a time")
             assert_states_close(stepped, expected, case.tolerance, f"streamed {width} tokens at a time")
-            for t in range(call.x.shape[1]):
+            x = call.x.masked_fill(~call.token_mask[..., None], torch.nan) if spoils else call.x
+            for t in range(x.shape[1]):
                 mask, starts = (part[:, t : t + 1] for part in (call.token_mask, call.starts))
                 held = states.clone(state)
                 given = {"token_mask": mask} if not starts.any() else {"token_mask": mask, "starts": starts}
-                token = case.step(block, call.x[:, t : t + 1], state, **given)
-                assert_close(token, y[:, t : t + 1], case.tolerance, f"streamed token {t}")
+                token = case.step(block, x[:, t : t + 1], state, **given)
+                shown = mask[:, 0] if spoils else torch.ones_like(mask[:, 0])
+                assert_close(token[shown], y[shown, t : t + 1], case.tolerance, f"streamed token {t}")
                 rows = ~mask[:, 0] & ~starts[:, 0]
                 for name, tensor in held.items():
                     assert_equal(state[name][rows], tensor[rows], f"token {t} is masked, the state {name!r} of its row")

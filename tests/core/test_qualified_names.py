@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from moshi_ttt.core.adapter import load_adapter, save_adapter
+from moshi_ttt.core.adapter import fill_from_adapter, load_adapter, save_adapter
 from moshi_ttt.core.config import BlockConfig, HostConfig
 from moshi_ttt.core.config_parsing import parse_block, parse_config, parse_host
 from moshi_ttt.core.errors import AdapterError, ConfigError, DuplicateNameError, UnknownNameError
@@ -137,3 +137,14 @@ def test_an_adapter_is_loaded_with_the_variant_of_its_own_distribution(registry,
     (folder / "adapter.json").write_text(json.dumps(manifest))
     with pytest.raises(AdapterError, match="third-ttt"):
         load_adapter(ToyModel(), folder, registry=registry)
+
+
+def test_an_adapter_does_not_fill_the_variant_of_another_distribution(registry, tmp_path):
+    def injected(name: str):
+        values = {"host": {"name": "toy"}, "ttt": [{"variant": name, "layers": "1"}]}
+        return inject(ToyModel(), parse_config(values, registry=registry), registry=registry)
+
+    folder = save_adapter(injected("acme-ttt:shared"), tmp_path / "adapter")
+    assert fill_from_adapter(injected("acme-ttt:shared"), folder, registry=registry) == []
+    with pytest.raises(AdapterError, match=r"holds the blocks .*acme-ttt:shared.* has .*best-ttt:shared"):
+        fill_from_adapter(injected("best-ttt:shared"), folder, registry=registry)

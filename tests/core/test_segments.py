@@ -112,6 +112,22 @@ def test_a_step_of_one_token_makes_one_call():
     assert state["seen"].tolist() == [1, 0]
 
 
+def test_one_masked_token_that_is_not_finite_reaches_no_gradient_and_no_state():
+    class Projecting(ToyBlock):
+        def compute(self, x: Any, state: Any, context: BlockContext) -> Any:
+            return x + self.projection(x), super().compute(x, state, context)[1]
+
+    block, x = toy_block(cls=Projecting), inputs(2, 1)
+    x[1] = torch.nan
+    y, after = block(x, None, BlockContext(token_mask=mask([T], [F])))
+    assert torch.equal(y[1].isnan(), torch.ones(1, DIM, dtype=torch.bool)), "its output is the base model's"
+    y[0].sum().backward()
+    gradients = [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert all(tensor.isfinite().all() for tensor in after.values())
+
+
 def test_segments_that_a_host_read_are_used_and_the_masks_are_not_read_again():
     block, x, left = recording(), inputs(2, 4), mask([F, T, T, T], [T, T, T, T])
     read = Segments.read(left, None)
