@@ -55,13 +55,13 @@ def examine(
     """
     parsed = read_config(config, registry=registry)
     if adapter is None:
-        injection = inject(registry.host(parsed.host.name).load(parsed.host), parsed, registry=registry)
+        injection = inject(registry.host(parsed.host.qualified_name).load(parsed.host), parsed, registry=registry)
     else:
         folder = find_adapter(adapter)
         if isinstance(parsed.host, MoshiHostConfig):
             model: nn.Module = MOSHI_HOST.load_for_adapter(parsed.host, folder)
         else:
-            model = registry.host(parsed.host.name).load(parsed.host)
+            model = registry.host(parsed.host.qualified_name).load(parsed.host)
         injection = load_adapter(model, folder, registry=registry)
     if not injection.blocks:
         raise ConfigError(f"{config} has no blocks to examine. Give its ttt list an entry.")

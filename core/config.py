@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from moshi_ttt.core.errors import ConfigError, nearest
 
@@ -40,7 +49,28 @@ class FrozenConfig(BaseModel):
         return values
 
 
-class BlockConfig(FrozenConfig):
+class _Qualified(FrozenConfig):
+    """What is named by a registered name, of one distribution where two share it.
+
+    Attributes:
+        distribution: whose name is meant; ``name: acme-ttt:fast`` in a config sets it. None where one alone has it.
+    """
+
+    distribution: str | None = Field(default=None, repr=False)
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What no config says is in no file: manifests and records of runs stay as they are.
+        values: dict[str, Any] = serialize(self)
+        if values.get("distribution") is None:
+            values.pop("distribution", None)
+        return values
+
+    def _qualified(self, name: str) -> str:
+        return name if self.distribution is None else f"{self.distribution}:{name}"
+
+
+class BlockConfig(_Qualified):
     """What every variant's entry has. A variant adds its own options in a subclass.
 
     Attributes:
@@ -54,11 +84,21 @@ class BlockConfig(FrozenConfig):
     layers: str | int | tuple[int, ...] = "all"
     output_scale: float = Field(default=1.0, ge=0.0, le=LARGEST_VOLUME)
 
+    @property
+    def qualified_name(self) -> str:
+        """What the registry is asked for: ``variant``, or ``distribution:variant``."""
+        return self._qualified(self.variant)
 
-class HostConfig(FrozenConfig):
+
+class HostConfig(_Qualified):
     """What every host's entry has. A host adds its own options in a subclass."""
 
     name: str
+
+    @property
+    def qualified_name(self) -> str:
+        """What the registry is asked for: ``name``, or ``distribution:name``."""
+        return self._qualified(self.name)
 
 
 class TTTConfig(FrozenConfig):

@@ -17,6 +17,7 @@ from moshi_ttt.core.config import BlockConfig, FrozenConfig, HostConfig, Seed, T
 from moshi_ttt.core.errors import ConfigError, nearest
 from moshi_ttt.core.host import HostModel
 from moshi_ttt.core.paths import user_path
+from moshi_ttt.core.registrar import split_name
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.core.text_files import read_text
 
@@ -118,7 +119,8 @@ def parse_host(value: Any, *, registry: Registry, where: str = "host") -> HostCo
             f"{where}: expected a mapping with a 'name', got {value!r}. Hosts: {', '.join(registry.names('host'))}."
         )
     try:
-        host = registry.host(value["name"])
+        value, asked = _named(value, "name")
+        host = registry.host(asked)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return parse_model(host.config_class, value, where)
@@ -132,10 +134,25 @@ def parse_block(value: Any, *, registry: Registry, where: str = "ttt") -> BlockC
             f"Variants: {', '.join(registry.names('block'))}."
         )
     try:
-        variant = registry.block(value["variant"])
+        value, asked = _named(value, "variant")
+        variant = registry.block(asked)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return parse_model(variant.config_class, value, f"{where} ({value['variant']})")
+
+
+def _named(value: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], str]:
+    """An entry with its distribution apart from the name at ``key``, and what the registry is asked for.
+
+    Raises ConfigError where the entry says two distributions.
+    """
+    distribution, plain = split_name(value[key])
+    given = value.get("distribution")
+    if distribution is None:
+        return value, plain if given is None else f"{given}:{plain}"
+    if given is not None and given != distribution:
+        raise ConfigError(f"{key}: {value[key]!r} says another distribution than distribution: {given!r}. Say one.")
+    return {**value, key: plain, "distribution": distribution}, value[key]
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

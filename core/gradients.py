@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moshi_ttt.core.call_checks import check_buffers
 from moshi_ttt.core.errors import ContextError
+from moshi_ttt.core.segments import stepped
 
 
 class _Refused(torch.autograd.Function):
@@ -41,7 +42,8 @@ def refuse_gradient(y: Tensor, sources: Iterable[Tensor], message: str) -> Tenso
 def streams(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The method ``step`` of a block, run without a graph and on contiguous buffers alone.
 
-    A gradient that would be lost is refused in backward.
+    A gradient that would be lost is refused in backward. It follows ``token_mask`` and ``starts`` of the context too
+    (``segments.stepped``).
     """
     if getattr(step, "streams", False):
         return step
@@ -50,9 +52,9 @@ def streams(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def without_graph(self: Any, x: Tensor, state: Any, context: Any = None) -> Tensor:
         check_buffers(self, state)
         if not torch.is_grad_enabled():
-            return step(self, x, state, context)
+            return stepped(step, self, x, state, context)
         with torch.no_grad():
-            y = step(self, x, state, context)
+            y = stepped(step, self, x, state, context)
         return refuse_gradient(y, self.gradient_sources(x, state, context), self.no_gradient_in_streams())
 
     without_graph.streams = True  # type: ignore[attr-defined]

@@ -118,11 +118,16 @@ class HostModel(ABC):
 
     @abstractmethod
     def load_base(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-        """Load base weights into a model with or without blocks; strict over the base's keys."""
+        """Load base weights into a model with or without blocks; strict over the base's keys.
+
+        ``core.base_weights.load_base_weights`` does it, for a model on the meta device and a sharded one too.
+        """
 
     @abstractmethod
     def fingerprint(self, model: nn.Module) -> dict[str, Any]:
-        """JSON-able facts that decide whether an adapter belongs to this model: shapes, and a digest of the weights."""
+        """JSON-able facts that decide whether an adapter belongs to this model: shapes, and a digest of the weights
+        (``core.base_weights.weight_digest``).
+        """
 
     def extra_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Parameters that are neither the base's nor a block's, by name: a LoRA's factors. Adapters hold them."""
@@ -151,6 +156,7 @@ class HostModel(ABC):
         """Forward passes inside this context continue from ``state`` and leave theirs in the returned object.
 
         Functional: ``state`` itself is not changed. ``document_ids [B]`` that differ from the state's reset the row.
+        ``core.carry`` has what a host needs for it.
         """
 
     @abstractmethod

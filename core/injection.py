@@ -312,12 +312,12 @@ def make_plan(
     for index, entry in enumerate(entries):
         label = f"ttt[{index}] ({entry.variant}, layers {entry.layers!r})"
         try:
-            variant = registry.block(entry.variant)
-            layers = resolve_layers(entry.layers, num_layers)
+            variant = registry.block(entry.qualified_name)
+            kind = getattr(variant.factory, "kind", SequenceBlock.kind)
+            layers = resolve_layers(entry.layers, num_layers, _layers_with(kind, sites) or None)
         except (ConfigError, PluginError) as error:
             problems.append(f"{label}: {error}")
             continue
-        kind = getattr(variant.factory, "kind", SequenceBlock.kind)
         for layer in layers:
             site = Site(layer, kind)
             if site in claimed:
@@ -335,6 +335,10 @@ def make_plan(
     if problems:
         raise InjectionError("Nothing was injected:\n" + "\n".join(f"- {problem}" for problem in problems))
     return Plan(host=host, policy=policy, seed=seed, blocks=tuple(sorted(planned, key=lambda p: p.site)))
+
+
+def _layers_with(kind: SiteKind, sites: Mapping[Site, SiteInfo]) -> list[int]:
+    return [site.layer for site in sorted(sites) if site.kind is kind]
 
 
 def _plan_block(
@@ -400,7 +404,7 @@ def inject(model: nn.Module, config: TTTConfig, *, registry: Registry | None = N
     registry = registry or default_registry()
     plan = make_plan(
         model,
-        registry.host(config.host.name),
+        registry.host(config.host.qualified_name),
         config.ttt,
         policy=registry.policy(config.precision),
         registry=registry,

@@ -78,7 +78,7 @@ def read_settings(request: Request) -> Settings:
 def prepare(settings: Settings, audio: Path | None) -> Setup:
     """Load and check everything; the model has no blocks yet."""
     registry = default_registry()
-    host = registry.host(settings.host.name)
+    host = registry.host(settings.host.qualified_name)
     bundle: MoshiBundle = settings.host.bundle()
     skeleton = MOSHI_HOST.skeleton(settings.host)
     require_unconditioned(skeleton, settings.host.hf_repo)

@@ -26,6 +26,11 @@ from moshi_ttt.core.testing.checks_lifecycle import (
     check_plan_figures,
 )
 from moshi_ttt.core.testing.checks_nonfinite import check_nonfinite_recovery, check_nonfinite_rows
+from moshi_ttt.core.testing.checks_segments import (
+    check_token_mask,
+    check_token_mask_gradient,
+    check_token_mask_streamed,
+)
 from moshi_ttt.core.testing.checks_streaming import (
     check_causality,
     check_every_prefix,
@@ -85,6 +90,9 @@ CHECKS: tuple[Check, ...] = (
     check_rows,
     check_exec_mask,
     check_reset,
+    check_token_mask,
+    check_token_mask_streamed,
+    check_token_mask_gradient,
     check_nonfinite_rows,
     check_nonfinite_recovery,
     check_layouts,

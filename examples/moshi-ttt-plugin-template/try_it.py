@@ -9,7 +9,7 @@ from moshi_ttt import default_registry, inject, load_config
 
 registry = default_registry()
 config = load_config(Path(__file__).with_name("tiny.yaml"), registry=registry)
-model = registry.host(config.host.name).load(config.host)
+model = registry.host(config.host.qualified_name).load(config.host)
 injection = inject(model, config, registry=registry)
 injection.freeze_base()
 

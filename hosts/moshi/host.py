@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from moshi_ttt.core.adapter import read_manifest
 from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo, SiteKind
+from moshi_ttt.core.carry import Carry
 from moshi_ttt.core.config import HostConfig
 from moshi_ttt.core.errors import ContextError, HostError
 from moshi_ttt.core.format import SequenceFormat
@@ -30,7 +31,6 @@ from moshi_ttt.hosts.moshi.layers import (
     TTTStreamingTransformerLayer,
     block_sites,
     clear_streaming_caches,
-    open_carry,
     switched,
 )
 from moshi_ttt.hosts.moshi.loading import FILES, MoshiBundle, load_skeleton, resolve_repo
@@ -174,7 +174,7 @@ class MoshiHost(HostModel):
         for layer in main_layers(model):
             for site in block_sites(layer):
                 delattr(layer, MODULE_NAMES[site.site.kind])
-            vars(layer).pop("_frame", None)
+            vars(layer).pop("_context", None)
             layer.__class__ = StreamingTransformerLayer
         for name in ("_carry", "_updates", "_volume"):
             vars(model.transformer).pop(name, None)
@@ -247,7 +247,7 @@ class MoshiHost(HostModel):
             raise HostError("host.carry is for training, and this model is streaming: leave streaming first.")
         if getattr(transformer, "_carry", None) is not None:
             raise ContextError("This model is already inside host.carry(...): contexts do not nest.")
-        carry = open_carry(self.blocks(model), state, document_ids)
+        carry = Carry.open(self.blocks(model), state, document_ids)
         if not isinstance(transformer, TTTStreamingTransformer):
             yield carry.state
             return

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo, SiteKind
 from moshi_ttt.core.casts import copy_bytes
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.gated_mlp import hidden as hidden_of
+from moshi_ttt.core.gated_mlp import hidden_width, input_projections, output_projection, require_gated_mlp
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState, outlives_modes
@@ -57,9 +59,8 @@ class GatingMLP(SequenceBlock):
 
     def __init__(self, config: GatingMLPConfig, info: SiteInfo, roles: DtypeRoles) -> None:
         super().__init__(config, info, roles)
-        if info.mlp is None:
-            raise ConfigError(f"{info.site} has no gated MLP. Use a site whose feed-forward is one.")
-        for part in (info.mlp.linear_in, info.mlp.linear_out):
+        mlp = require_gated_mlp(info.mlp, info.site)
+        for part in (*input_projections(mlp), output_projection(mlp)):
             if not all(parameter.is_floating_point() for parameter in part.parameters()):
                 raise ConfigError(
                     f"{info.site}: its {type(part).__name__} is quantised, and nothing can be learned on top of that. "
@@ -96,9 +97,9 @@ class GatingMLP(SequenceBlock):
 
     @property
     def hidden_width(self) -> int:
-        """h: half of what the input projection makes."""
+        """h, of the host's MLP."""
         assert self.info.mlp is not None
-        return _out_features(self.info.mlp.linear_in) // 2
+        return hidden_width(self.info.mlp)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         for parameter in self.parameters():
@@ -219,22 +220,20 @@ class GatingMLP(SequenceBlock):
         """``[B, T, h]``: the host's hidden activation, by the same operations in training and in streams."""
         mlp = self.info.mlp
         assert mlp is not None
-        gate, up = mlp.linear_in(x).unflatten(-1, (2, -1)).unbind(-2)  # [B, T, 2 h] -> [B, T, 2, h] -> twice [B, T, h]
-        hidden: Tensor = mlp.activation(gate) * up
-        return hidden
+        return hidden_of(mlp, x)
 
     def _host_mlp(self, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor]:
         """The hidden activation ``[B, T, h]``, and the output ``[B, T, d]`` of W_0, with its learned change at volume.
 
         W_0 h is bit for bit what the host itself computes. Where it computes its MLP as one compiled function, that
-        does not give h away: then the product of ``linear_in`` is made twice.
+        does not give h away: then the input projection is computed twice.
         """
         mlp, own = self.info.mlp, self.info.mlp_output
         assert mlp is not None
         hidden = self._hidden(x)
         base = None if own is None else own(mlp, x)
         if base is None:
-            base = mlp.linear_out(hidden)
+            base = output_projection(mlp)(hidden)
         if self.config.train_w_down:
             change = F.linear(_or_zero(hidden), context.cast(self.w_down_change, hidden.dtype))
             base = self.at_volume(base, change, context)
@@ -294,7 +293,7 @@ class GatingMLP(SequenceBlock):
     def drift(self, state: BlockState) -> Tensor:
         """``[B]`` float64: norm of each stream's accumulated update over that of the host's own W_0 and its LoRA."""
         assert self.info.mlp is not None
-        parts = [_norms(parameter.flatten()) for parameter in self.info.mlp.linear_out.parameters()]
+        parts = [_norms(parameter.flatten()) for parameter in output_projection(self.info.mlp).parameters()]
         return _norms(self.accumulated_update(state).flatten(1)) / _norms(torch.stack(parts))
 
     def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
@@ -351,10 +350,3 @@ def _norms(rows: Tensor) -> Tensor:
     """Norms over the last dimension, summed in float64 without a copy in it."""
     norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
     return norms
-
-
-def _out_features(linear: nn.Module) -> int:
-    width = getattr(linear, "out_features", None)
-    if not isinstance(width, int):
-        raise ConfigError(f"{type(linear).__name__} does not say its out_features, so it cannot hold a fast weight.")
-    return width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_the_surface_is_frozen():
         "doctor": ["--adapter", "--batches", "--json", "--length", "--seed", "--threads", "config"],
         "explain": ["--json", "config"],
         "new-plugin": ["--out", "-o", "name"],
-        "plugins": [],
+        "plugins": ["--check"],
         "verify": ["--all", "paths"],
     }  # fmt: skip
     assert [option for parameter in group.params for option in parameter.opts] == ["--version"]
@@ -119,6 +120,28 @@ def test_plugins_shows_what_failed_and_why(cli, monkeypatch):
     result = cli("plugins")
     assert result.exit_code == 0
     assert "broken: failed: ImportError: no module named 'their_kernels'" in result.said
+
+
+def test_plugins_check_uses_every_target(cli):
+    result = cli("plugins", "--check")
+    assert result.exit_code == 0, result.said
+    assert re.search(r"All \d\d+ targets can be used", result.said)
+
+
+def test_plugins_check_fails_with_reasons(cli, monkeypatch):
+    registry = Registry()
+    registry.register_block("lazy", config="no_such_module:Config", block="no_such_module:Block")
+    registry.register("host", "odd", "math:pi")
+    monkeypatch.setattr("moshi_ttt.core.registry._default", registry)
+    assert cli("plugins").exit_code == 0
+    result = cli("plugins", "--check")
+    assert result.exit_code == 1
+    said = " ".join(result.said.split())
+    assert "block 'lazy'" in said
+    assert "No module named 'no_such_module'" in said
+    assert "host 'odd'" in said
+    assert "expected HostModel" in said
+    assert "can be used" not in said
 
 
 def test_as_a_program_errors_go_to_stderr_with_the_exit_code(tmp_path):

@@ -627,6 +627,71 @@ class HurriesWithoutState(TTTLinear):
         return super().compute(x, state if context.want_state else None, context)
 
 
+class ComputesPadding(TTTLinear):
+    """Masked tokens are computed like others."""
+
+    def compute_segments(self, x, state, context):
+        everything = torch.ones(x.shape[:2], dtype=torch.bool)
+        return super().compute_segments(x, state, replace(context, token_mask=everything))
+
+
+class PaddingTakesAPlace(TTTLinear):
+    """Masked tokens are zeros, whose outputs are not used and which count in their chunk."""
+
+    def compute_segments(self, x, state, context):
+        mask = context.token_mask[..., None]
+        y, after = self.compute(torch.where(mask, x, 0), state, replace(context, token_mask=None, starts=None))
+        return torch.where(mask, y, x), after
+
+
+class MaskOfTheFirstRow(TTTLinear):
+    """Every row has the mask of the first."""
+
+    def compute_segments(self, x, state, context):
+        return super().compute_segments(
+            x, state, replace(context, token_mask=context.token_mask[:1].expand_as(context.token_mask))
+        )
+
+
+class IgnoresStarts(TTTLinear):
+    """Documents in a row go on from each other."""
+
+    def compute_segments(self, x, state, context):
+        return super().compute_segments(x, state, replace(context, starts=None))
+
+
+class StartsAtMaskedTokensAreLost(TTTLinear):
+    """A start counts only where its token takes part."""
+
+    def compute_segments(self, x, state, context):
+        return super().compute_segments(x, state, replace(context, starts=context.starts & context.token_mask))
+
+
+class PaddingIsZero(TTTLinear):
+    """The output of a masked token is zero, not the base model's."""
+
+    def compute_segments(self, x, state, context):
+        y, after = super().compute_segments(x, state, context)
+        return torch.where(context.token_mask[..., None], y, 0), after
+
+
+class ForgetsTheUnfinishedChunk(TTTLinear):
+    """A start takes the learned weights and leaves the position in the chunk as it was."""
+
+    def reset_state(self, state, mask):
+        position = state["position"].clone()
+        super().reset_state(state, mask)
+        state["position"].copy_(position)
+
+
+class CutsGraphAtPieces(TTTLinear):
+    """Where a call is cut its output is cut from the graph too."""
+
+    def compute_segments(self, x, state, context):
+        y, after = super().compute_segments(x, state, context)
+        return y.detach() + 0 * sum(parameter.sum() for parameter in self.parameters()) + 0 * x, after
+
+
 class CutsStreams(TTTLinear):
     """A step's output is cut from the graph, and a gradient that would pass is lost in silence."""
 
@@ -641,7 +706,7 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     RoundedState: {kit.check_state_is_float32},
     BfloatState: {kit.check_state_is_float32},
     WritesParameter: {kit.check_parameters_unwritten},
-    ForgetsMask: {kit.check_exec_mask},
+    ForgetsMask: {kit.check_exec_mask, kit.check_token_mask_streamed},
     ResetsToZero: {kit.check_reset},
     ReadsOnHost: {kit.check_no_host_read},
     NamesNothing: {kit.check_memory},
@@ -701,6 +766,14 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     ResetWritesWhatBackwardNeeds: {kit.check_reset_before_backward},
     LosesLearnedBuffer: {kit.check_adapter_round_trip},
     CutsStreams: {kit.check_step_gradient},
+    ComputesPadding: {kit.check_token_mask, kit.check_token_mask_gradient},
+    PaddingTakesAPlace: {kit.check_token_mask, kit.check_token_mask_streamed, kit.check_token_mask_gradient},
+    MaskOfTheFirstRow: {kit.check_token_mask},
+    IgnoresStarts: {kit.check_token_mask, kit.check_token_mask_streamed},
+    StartsAtMaskedTokensAreLost: {kit.check_token_mask},
+    PaddingIsZero: {kit.check_token_mask, kit.check_token_mask_streamed},
+    ForgetsTheUnfinishedChunk: {kit.check_token_mask_streamed},
+    CutsGraphAtPieces: {kit.check_token_mask_gradient},
 }
 
 # What a check raises when it is not an assertion of its own: the tool it leans on speaks first.
