@@ -15,6 +15,7 @@ from moshi_ttt.core.config import HostConfig, TTTConfig
 from moshi_ttt.core.injection import Plan, make_plan
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.registry import Registry, default_registry
+from moshi_ttt.core.summary import human_bytes
 
 ROLES = {
     "master": "the blocks' parameters as stored, optimizer moments",
@@ -136,16 +137,6 @@ def _roles(roles: DtypeRoles) -> Iterator[tuple[str, str]]:
     for field in fields(roles):
         if field.name not in ("policy", "model"):
             yield field.name, str(getattr(roles, field.name)).removeprefix("torch.")
-
-
-def human_bytes(count: int) -> str:
-    """``1.25 MiB``; exact numbers are in the JSON."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.2f} {unit}"
 
 
 def human_count(count: int) -> str:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moshi_ttt.apps.explain import human_bytes
 from moshi_ttt.apps.output_folder import METRICS
 from moshi_ttt.apps.quickstart.evaluate import WINDOW
 from moshi_ttt.apps.quickstart.results import Results, metrics, verdict
 from moshi_ttt.apps.quickstart.setup import Setup
+from moshi_ttt.core.summary import human_bytes
 from moshi_ttt.hosts.moshi.loading import BUILTIN_TINY
 
 REPORT = "report.md"

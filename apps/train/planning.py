@@ -15,7 +15,6 @@ from rich.console import RenderableType
 from rich.table import Table
 from torch import Tensor, nn
 
-from moshi_ttt.apps.explain import human_bytes
 from moshi_ttt.apps.train import export
 from moshi_ttt.apps.train.activations import step_bytes
 from moshi_ttt.apps.train.model import TrainedModel, skeleton
@@ -23,6 +22,7 @@ from moshi_ttt.apps.train.optimisation import rates, reach, too_low
 from moshi_ttt.apps.train.settings import Settings
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.registry import Registry
+from moshi_ttt.core.summary import human_bytes
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, main_layers
 from moshi_ttt.hosts.moshi.upstream import FRAME_RATE
 

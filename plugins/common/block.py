@@ -416,6 +416,10 @@ class HybridBlock(SequenceBlock):
     def skipped_updates(self, state: BlockState) -> Tensor:
         return state["skipped"]
 
+    @property
+    def chunk_tokens(self) -> int:
+        return self.config.chunk
+
     def flops_per_token(self) -> int:
         dim, heads, size = self.info.dim, self.info.num_heads, self.config.chunk
         total = 2 * (4 * dim * dim + heads * dim + 2 * (self.config.conv_kernel or 0) * dim)

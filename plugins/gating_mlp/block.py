@@ -487,6 +487,10 @@ class GatingMLP(SequenceBlock):
     def skipped_updates(self, state: BlockState) -> Tensor:
         return state["skipped"]
 
+    @property
+    def chunk_tokens(self) -> int:
+        return self.chunk
+
     def flops_per_token(self) -> int:
         dim, hidden, schedule = self.info.dim, self.hidden_width, self.memory.schedule
         recall = hidden * dim + schedule.chunk * (hidden + dim)
