@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import nn
 
-from moshi_ttt.apps.config_files import read_config
+from moshi_ttt.configs.reading import read_config
 from moshi_ttt.core.config import HostConfig, TTTConfig
 from moshi_ttt.core.injection import Plan, make_plan
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.registry import Registry, default_registry
-from moshi_ttt.core.summary import human_bytes
+from moshi_ttt.core.units import human_bytes, human_count
 
 ROLES = {
     "master": "the blocks' parameters as stored, optimizer moments",
@@ -137,13 +137,3 @@ def _roles(roles: DtypeRoles) -> Iterator[tuple[str, str]]:
     for field in fields(roles):
         if field.name not in ("policy", "model"):
             yield field.name, str(getattr(roles, field.name)).removeprefix("torch.")
-
-
-def human_count(count: int) -> str:
-    """``3.21 M``."""
-    size = float(count)
-    for unit in ("", " k", " M", " G"):
-        if size < 1000 or unit == " G":
-            break
-        size /= 1000
-    return f"{size:,.0f}" if unit == "" else f"{size:,.2f}{unit}"

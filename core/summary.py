@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from moshi_ttt.core.units import human_bytes
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -62,13 +64,3 @@ def table(plan: Plan, base_parameters: int) -> Table:
             "-" if tokens is None else f"{tokens:,}", seconds,
         )  # fmt: skip
     return made
-
-
-def human_bytes(count: int) -> str:
-    """``1.25 MiB``."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.2f} {unit}"

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from moshi_ttt.apps.quickstart.results import Results, verdict
 from moshi_ttt.apps.quickstart.setup import Setup
-from moshi_ttt.core.summary import human_bytes
+from moshi_ttt.core.units import human_bytes
 
 
 def introduction(setup: Setup) -> RenderableType:
