@@ -14,6 +14,7 @@ from tests.project import ROOT, root_folders
 
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "docs" / "results.md").read_text()
 
 
 def programs(text: str) -> list[str]:
@@ -46,8 +47,38 @@ def test_the_role_table_is_the_policies_own():
 def test_the_readmes_program_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (program,) = programs(README)
+    assert '"builtin:tiny"' in program, "the program must run without the network"
+    assert len([line for line in program.splitlines() if line.strip()]) <= 18
     exec(compile(program, "README.md", "exec", dont_inherit=True), {"__name__": "readme"})
     assert (tmp_path / "my-adapter" / "adapter.safetensors").is_file()
+
+
+def test_the_readme_is_short_and_in_order():
+    assert len(README.splitlines()) < 150
+    assert re.findall(r"^## (.+)$", README, flags=re.MULTILINE) == [
+        "What it is for", "The headline result", "Status", "Install", "A program", "The commands", "Links", "Citation",
+    ]  # fmt: skip
+
+
+def test_the_readmes_commands_exist():
+    from typer.main import get_command
+
+    from moshi_ttt.apps.cli import app
+
+    named = re.findall(r"^\| `moshi-ttt ([a-z-]+)", README, flags=re.MULTILINE)
+    assert len(named) == 5
+    (others,) = re.findall(r"lists the others: (.+)\.$", README, flags=re.MULTILINE)
+    listed = {name for name, command in get_command(app).commands.items() if not command.hidden}
+    assert {*named, *re.findall(r"`([a-z-]+)`", others)} == listed
+
+
+def test_every_result_names_the_command_that_makes_it():
+    rows = re.findall(r"^\| (?!---|command)(.+?) \|", RESULTS, flags=re.MULTILINE)
+    assert len(rows) > 20
+    assert all(re.fullmatch(r"`(make|moshi-ttt|python) [^`]+`", row) for row in rows), rows
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert {target for row in rows for target in re.findall(r"`make ([a-z-]+)", row)} <= targets
+    assert all((ROOT / path).is_file() for row in rows for path in re.findall(r"`python (\S+)`", row))
 
 
 @pytest.mark.parametrize("document", sorted(ROOT.glob("**/*.md")), ids=lambda path: str(path.relative_to(ROOT)))
