@@ -332,6 +332,7 @@ def test_blocks_say_their_sizes_when_a_model_is_printed(ttt):
         count = sum(parameter.numel() for parameter in block.parameters())
         chunk = 5 if block.info.site.layer == 3 else 25
         assert f"{block.info.site}, dim=16, num_heads=2, chunk={chunk}, parameters={count:,}" in repr(ttt.model)
+    assert "(wq): Projection(16, 16)" in repr(ttt.model)
 
 
 def test_ridge_says_its_chunk():
