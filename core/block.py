@@ -387,6 +387,17 @@ class SequenceBlock(nn.Module, ABC):
             "are the same."
         )
 
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Tokens after which the memory is updated; None for a block that does not say."""
+        return None
+
+    def extra_repr(self) -> str:
+        """Site and sizes, for ``print(model)``."""
+        chunk = "" if self.chunk_tokens is None else f", chunk={self.chunk_tokens}"
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return f"{self.info.site}, dim={self.info.dim}, num_heads={self.info.num_heads}{chunk}, parameters={count:,}"
+
     def state_bytes(self) -> int:
         """Bytes of state one stream occupies."""
         with torch.no_grad():

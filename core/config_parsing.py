@@ -13,19 +13,19 @@ from typing import Any
 
 import yaml
 
-from moshi_ttt.core.config import BlockConfig, FrozenConfig, HostConfig, Seed, TTTConfig, parse_model
+from moshi_ttt.core.config import DEFAULT_PRECISION, BlockConfig, FrozenConfig, HostConfig, Seed, TTTConfig, parse_model
 from moshi_ttt.core.errors import ConfigError, nearest
 from moshi_ttt.core.host import HostModel
 from moshi_ttt.core.paths import user_path
 from moshi_ttt.core.registrar import split_name
-from moshi_ttt.core.registry import Registry
+from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.core.text_files import read_text
 
 
 def parse_config(
     values: Mapping[str, Any],
     *,
-    registry: Registry,
+    registry: Registry | None = None,
     sections: Mapping[str, type[FrozenConfig]] | None = None,
     where: str = "config",
 ) -> TTTConfig:
@@ -35,7 +35,7 @@ def parse_config(
         values: what a YAML file holds: ``host``, ``precision``, ``seed``, ``ttt`` and the sections asked for. Where
             ``ttt`` is a mapping, the host reads it (``HostModel.entries_of_mapping``), with a warning that shows the
             entries.
-        registry: decides which hosts, policies and variants exist.
+        registry: decides which hosts, policies and variants exist; the process's registry by default.
         sections: further top-level sections and the models that validate them.
         where: what error messages call the source.
 
@@ -43,6 +43,7 @@ def parse_config(
         ConfigError: with every problem found, one a line.
         PluginError: a variant or host is asked for whose plugin failed to load.
     """
+    registry = registry or default_registry()
     sections = sections or {}
     allowed = {"host", "precision", "seed", "ttt", *sections}
     unknown = [key for key in values if key not in allowed]
@@ -55,7 +56,7 @@ def parse_config(
             problems.append(str(error))
             return None
 
-    precision = attempt(_parse_precision, values.get("precision", "fp32_state"), registry)
+    precision = attempt(_parse_precision, values.get("precision", DEFAULT_PRECISION), registry)
     seed = attempt(_parse_seed, values.get("seed", 0))
     host = attempt(_parse_host_entry, values.get("host"), registry)
     entries = values.get("ttt")
@@ -112,8 +113,9 @@ def _parse_section(name: str, model: type[FrozenConfig], value: Any, where: str)
     return parse_model(model, value or {}, f"{where}: {name}")
 
 
-def parse_host(value: Any, *, registry: Registry, where: str = "host") -> HostConfig:
+def parse_host(value: Any, *, registry: Registry | None = None, where: str = "host") -> HostConfig:
     """One ``host`` entry, validated by the host's own model."""
+    registry = registry or default_registry()
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         raise ConfigError(
             f"{where}: expected a mapping with a 'name', got {value!r}. Hosts: {', '.join(registry.names('host'))}."
@@ -126,8 +128,9 @@ def parse_host(value: Any, *, registry: Registry, where: str = "host") -> HostCo
     return parse_model(host.config_class, value, where)
 
 
-def parse_block(value: Any, *, registry: Registry, where: str = "ttt") -> BlockConfig:
+def parse_block(value: Any, *, registry: Registry | None = None, where: str = "ttt") -> BlockConfig:
     """One ``ttt`` entry, validated by its variant's own model."""
+    registry = registry or default_registry()
     if not isinstance(value, Mapping) or not isinstance(value.get("variant"), str):
         raise ConfigError(
             f"{where}: expected a mapping with a 'variant', got {value!r}. "
@@ -173,7 +176,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def load_config(
-    path: str | Path, *, registry: Registry, sections: Mapping[str, type[FrozenConfig]] | None = None
+    path: str | Path, *, registry: Registry | None = None, sections: Mapping[str, type[FrozenConfig]] | None = None
 ) -> TTTConfig:
     """Read and validate a YAML file. Raises ConfigError for a missing file, bad YAML, or bad contents."""
     return parse_config(read_mapping(path), registry=registry, sections=sections, where=Path(path).name)

@@ -72,6 +72,25 @@ class HostModel(ABC):
         ``dtype=None`` is the dtype it is stored in. Raises HostError with what is missing.
         """
 
+    def config_for(self, name: str) -> HostConfig:
+        """The configuration of the model called ``name``, for ``moshi_ttt.load_model``: a repository, a folder, ...
+
+        Nothing is read: ``load`` finds out whether there is such a model. Raises HostError, as it does by default for
+        a host that loads no model by name.
+        """
+        raise HostError(
+            f"The host {self.name!r} loads no model by name, and was given {name!r}. Give load_model a "
+            f"{self.config_class.__name__} instead."
+        )
+
+    def recognizes(self, model: nn.Module) -> bool:
+        """Whether ``model`` is of this family: whether ``sites`` accepts it."""
+        try:
+            self.sites(model)
+        except HostError:
+            return False
+        return True
+
     @abstractmethod
     def skeleton(self, config: Any) -> nn.Module:
         """The architecture named by ``config`` on the meta device; no weights are read. Raises HostError."""

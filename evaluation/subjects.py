@@ -55,7 +55,10 @@ class Subject:
 
 
 def load_subjects(
-    host: MoshiHostConfig, adapters: list[tuple[str, Path]], registry: Registry, device: torch.device | str
+    host: MoshiHostConfig,
+    adapters: list[tuple[str, Path]],
+    registry: Registry | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[Subject]:
     """The base model, and one for each (name, folder): an adapter, or a checkpoint that holds one.
 

@@ -15,7 +15,7 @@ from moshi_ttt.core.adapter import fill_from_adapter, find_adapter, read_manifes
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.injection import Injection, make_plan
 from moshi_ttt.core.precision import DtypeRoles
-from moshi_ttt.core.registry import Registry
+from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.hosts.moshi import lora
 from moshi_ttt.hosts.moshi.depformer import make_steps_contiguous
 from moshi_ttt.hosts.moshi.fit import require_trainable
@@ -71,7 +71,7 @@ class TrainedModel:
         return {name: parameter for members in self.groups().values() for name, parameter in members.items()}
 
 
-def skeleton(settings: Settings, registry: Registry) -> TrainedModel:
+def skeleton(settings: Settings, registry: Registry | None = None) -> TrainedModel:
     """The model on the meta device, LoRA and blocks in it, with exactly the trained parameters requiring gradients.
 
     Raises:
@@ -81,6 +81,7 @@ def skeleton(settings: Settings, registry: Registry) -> TrainedModel:
     run, host = settings.run, MOSHI_HOST
     model = host.skeleton(settings.host)
     require_trainable(model, settings.host.hf_repo)
+    registry = registry or default_registry()
     policy = registry.policy(settings.ttt.precision)
     roles = policy.roles(model.dtype)
     if run.lora.enable:

@@ -137,7 +137,9 @@ class TrainingPlan:
         return max(self.units, key=lambda unit: unit.gathered_bytes)
 
 
-def plan(settings: Settings, registry: Registry, *, ranks: int, activations: bool = False) -> TrainingPlan:
+def plan(
+    settings: Settings, registry: Registry | None = None, *, ranks: int, activations: bool = False
+) -> TrainingPlan:
     """The plan of a run on ``ranks`` processes.
 
     Args:

@@ -2,7 +2,7 @@
 
 In a test module of your plugin::
 
-    from moshi_ttt.core.testing import conformance_tests
+    from moshi_ttt.testing import conformance_tests
 
     test_conformance = conformance_tests("my_variant", {"chunk": 4})
 

@@ -113,6 +113,13 @@ class MoshiHost(HostModel):
         comes with the model, so that is left out. Raises HostError, and AdapterError for no adapter."""
         return self.load(config, device=device, lora=not read_manifest(folder)["extra"])
 
+    def config_for(self, name: str) -> MoshiHostConfig:
+        """``name`` is a hub repository, a local folder laid out like one, or ``builtin:tiny``."""
+        return MoshiHostConfig(hf_repo=name)
+
+    def recognizes(self, model: nn.Module) -> bool:
+        return isinstance(model, LMModel)
+
     def skeleton(self, config: MoshiHostConfig) -> LMModel:
         """The architecture on the meta device; of a hub repository, only config.json is fetched. Raises HostError."""
         dtype = cast(torch.dtype, getattr(torch, config.dtype)) if config.dtype else None

@@ -37,6 +37,9 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype))
 
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.weight.shape))
+
     def tensors(self) -> Linear:
         """The parameters themselves."""
         return Linear(self.weight, self.bias)

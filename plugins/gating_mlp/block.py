@@ -334,6 +334,10 @@ class GatingMLP(SequenceBlock):
     def skipped_updates(self, state: BlockState) -> Tensor:
         return state["skipped"]
 
+    @property
+    def chunk_tokens(self) -> int:
+        return self.chunk
+
     def flops_per_token(self) -> int:
         learned = self.info.dim * self.hidden_width if self.config.train_w_down else 0
         return self.memory.flops_per_token() + 2 * learned

@@ -161,6 +161,10 @@ class HybridParameters(SequenceBlock):
         parts = (self.wq, self.wk, self.wv, self.wo)
         return copy_bytes((parameter for part in parts for parameter in part.parameters()), self.roles.matmul)
 
+    @property
+    def chunk_tokens(self) -> int:
+        return self.config.chunk
+
     def flops_per_token(self) -> int:
         dim, heads, size = self.info.dim, self.info.num_heads, self.config.chunk
         total = 2 * (4 * dim * dim + heads * dim + 2 * (self.config.conv_kernel or 0) * dim)

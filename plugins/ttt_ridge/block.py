@@ -314,6 +314,10 @@ class TTTRidge(SequenceBlock):
         cast = [self.value_weight, *self.wqk.parameters(), *self.wo.parameters()]
         return copy_bytes(cast, self.roles.matmul)
 
+    @property
+    def chunk_tokens(self) -> int:
+        return self.chunk
+
     def flops_per_token(self) -> int:
         dim, heads, key, value = self.info.dim, self.heads, self.key_width, self.value_width
         projections = dim * heads * (key + 2 * value + 1) + 2 * heads * key * self.config.conv_kernel

@@ -134,6 +134,6 @@ def test_an_adapter_is_not_saved_in_the_middle_of_a_schedule(tmp_path):
     assert list(tmp_path.iterdir()) == []
     injection.set_inner_lr_factor(1)
     save_adapter(injection, tmp_path / "adapter")
-    for wrong in (-1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="0 or more"):
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="above 0"):
             injection.set_inner_lr_factor(wrong)
