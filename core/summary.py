@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def describe(plan: Plan) -> str:
-    """``ttt_mlp at layers.1.sequence, layers.3.sequence of host moshi, 1,234 parameters, 1.25 MiB of state a stream``.
+    """``NAME at layers.1.sequence, layers.3.sequence of host moshi, 1,234 parameters, 1.25 MiB of state a stream``.
 
     More than three sites of a variant are given as their number, the first and the last.
     """
