@@ -25,7 +25,7 @@ from moshi_ttt.system.threads import computing, prepare_environment
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moshi_ttt.training.loop import Outcome
+    from moshi_ttt.training.step import Outcome
 
 EXIT_FAILED = 1
 EXIT_ERROR = 2

@@ -7,13 +7,13 @@ import warnings
 import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from moshi_ttt.configs.training import OptimConfig
-from moshi_ttt.training.model import Group, TrainedModel
+from moshi_ttt.configs.fit import OptimConfig
+from moshi_ttt.training.trained import Group, TrainedModel
 
 BETAS = (0.9, 0.95)
-
+Schedule = LRScheduler
 
 LOWEST: dict[Group, float] = {"ttt": 3e-4, "gates": 3e-3}
 """Blocks start at random values, the base model does not: a rate that fine-tunes the base leaves a block as it is. A
@@ -71,7 +71,7 @@ def _split(group: Group, members: dict[str, nn.Parameter]) -> tuple[list[nn.Para
     return matrices, [p for p in members.values() if id(p) not in known]
 
 
-def make_schedule(optimizer: AdamW, config: OptimConfig, max_steps: int) -> OneCycleLR:
+def make_schedule(optimizer: AdamW, config: OptimConfig, max_steps: int) -> Schedule:
     """Up from a 25th of the rate over ``pct_start`` of the steps, then down along a cosine (Smith and Topin 2017).
 
     The first beta moves the other way, between 0.85 and 0.95.
@@ -83,7 +83,7 @@ def make_schedule(optimizer: AdamW, config: OptimConfig, max_steps: int) -> OneC
     return OneCycleLR(optimizer, max_lr=highest, total_steps=total, pct_start=rising)
 
 
-def advance(schedule: OneCycleLR, steps: int) -> None:
+def advance(schedule: Schedule, steps: int) -> None:
     """Put a new schedule where it is after ``steps`` steps."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch wants an optimizer step before each

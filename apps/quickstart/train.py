@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from moshi_ttt.apps.quickstart.data import Codec, Recording, Speech
-from moshi_ttt.apps.quickstart.losses import training_loss
 from moshi_ttt.configs.sections import TrainConfig
 from moshi_ttt.core.errors import ConfigError, MoshiTTTError
 from moshi_ttt.core.injection import Injection
+from moshi_ttt.core.losses import total_loss
 
 
 class TrainingError(MoshiTTTError, RuntimeError):
@@ -99,7 +99,7 @@ def train(
     Raises TrainingError at the first loss or gradient that is not finite.
     """
     injection.freeze_base()
-    parameters = list(injection.parameters())
+    parameters, losses = list(injection.parameters()), injection.host.losses(text=config.text_weight)
     optimizer = make_optimizer(injection, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
     log = TrainingLog()
@@ -107,7 +107,9 @@ def train(
     model.train()
     for step in range(config.steps):
         with injection.host.updates(model, updates):
-            loss, audio = training_loss(model, segments.batch(), text_weight=config.text_weight)
+            batch = segments.batch()
+            weights, sums = losses.weights(model, batch), losses.sums(model, batch)
+            loss, audio = total_loss(losses, sums, weights), float(sums[0, 1].detach() / weights[0, 1])
         if not updates and not loss.requires_grad:
             break
         optimizer.zero_grad(set_to_none=True)
@@ -119,7 +121,7 @@ def train(
             break
         optimizer.step()
         schedule.step()
-        log.losses.append(float(audio))
+        log.losses.append(audio)
         log.gradient_norms.append(norm)
         on_step(step + 1, log.losses[-1])
     model.eval()

@@ -203,7 +203,7 @@ class ToyHost(HostModel):
         return cast(Tensor, model(x.to(weight.dtype)).float().square().mean())
 
     def fsdp_units(self, model: nn.Module) -> Sequence[nn.Module]:
-        return [*self.blocks(model).values(), *self._checked(model).layers]
+        return [*self.blocks(model).values(), *self._checked(model).layers, model]
 
     def _checked(self, model: nn.Module) -> ToyModel:
         if not isinstance(model, ToyModel):
