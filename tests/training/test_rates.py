@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from moshi_ttt import default_registry
-from moshi_ttt.configs.training import OptimConfig
+from moshi_ttt.configs.fit import OptimConfig
 from moshi_ttt.training import planning
 from moshi_ttt.training import run as running
 from moshi_ttt.training.optimizer import rates, reach, too_low
