@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Options:
         batch_size: recordings heard at a time.
         conditions: which are run.
         segments: frames of the forward passes a recording is heard in; None streams it token by token.
+        spans: frames at which recordings are divided into spans of positions, ascending; empty reports none.
         seed: of the bootstrap.
     """
 
@@ -50,7 +52,46 @@ class Options:
     batch_size: int
     conditions: tuple[Condition, ...]
     segments: int | None = None
+    spans: tuple[int, ...] = ()
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """What is saved at positions of a recording: ``first <= frame < end``, without an end where it is None.
+
+    Attributes:
+        recordings: how many reach it.
+        saved: against the base model.
+    """
+
+    first: int
+    end: int | None
+    recordings: int
+    saved: Interval
+
+    @property
+    def label(self) -> str:
+        return f"{self.first} and more" if self.end is None else f"{self.first} to {self.end - 1}"
+
+
+def read_spans(text: str, window: int) -> tuple[int, ...]:
+    """``"48,192,480"`` as numbers of frames.
+
+    Raises ConfigError where they are not ascending, or no multiples of ``window``.
+    """
+    try:
+        spans = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        spans = ()
+    if not spans or spans[0] < 0 or any(a >= b for a, b in pairwise(spans)):
+        raise ConfigError(f"--spans {text!r}: give ascending numbers of frames, such as 48,192,480,960.")
+    if uneven := [span for span in spans if span % window]:
+        raise ConfigError(
+            f"--spans {text!r}: {uneven[0]} is inside a window of {window} frames. Give multiples of {window}, or "
+            "another --window."
+        )
+    return spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +158,21 @@ class LongContext:
     def saved(self, curve: Curve, other: Curve) -> Interval:
         """How much lower the loss of ``curve`` is than ``other``'s, by recording, beyond what attention sees."""
         return bootstrap(other.beyond - curve.beyond, mean_of_recordings, seed=self.options.seed)
+
+    def saved_by_span(self, curve: Curve, other: Curve) -> list[Span]:
+        """What is saved against ``other`` at the positions of each span, from what attention does not see on.
+
+        A span that no recording reaches is left out.
+        """
+        difference = other.windows - curve.windows  # [R, W]
+        spans = []
+        for first, end in zip(self.options.spans, (*self.options.spans, None)[1:], strict=True):
+            begin = max(first // self.options.window, curve.first_beyond)
+            values = difference[:, begin : None if end is None else end // self.options.window]
+            if count := int((~values.isnan()).any(1).sum()):
+                saved = bootstrap(values, mean_of_recordings, seed=self.options.seed)
+                spans.append(Span(first=first, end=end, recordings=count, saved=saved))
+        return spans
 
 
 def evaluate(

@@ -68,9 +68,28 @@ def write_long_context(folder: Path, result: LongContext, *, made_by: str, frame
                     f"| {curve.label} | {loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f}) | {saved} | "
                     f"{result.slope(curve)} |"
                 )
+        lines += _by_span(result, stream)
         lines += ["", f"![{stream}]({stream}_by_position.png)", ""]
         _plot(folder / f"{stream}_by_position.png", result, stream, frame_seconds)
     (folder / "report.md").write_text("\n".join([*lines, NOTE, ""]), encoding="utf-8")
+
+
+def _by_span(result: LongContext, stream: str) -> list[str]:
+    """A table of what is saved by position in the recordings; nothing where no spans are given."""
+    base = result.curve("base", "updates on", stream)
+    rows = {
+        curve.label: result.saved_by_span(curve, base)
+        for curve in result.curves if curve.stream == stream and curve is not base
+    }  # fmt: skip
+    columns = next(iter(rows.values()), [])
+    if not columns:
+        return []
+    return [
+        "", "Saved against base, by position in the recording, in frames (recordings that reach it):", "",
+        "| | " + " | ".join(f"{span.label} ({span.recordings})" for span in columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+        *(f"| {label} | " + " | ".join(str(span.saved) for span in row) + " |" for label, row in rows.items()),
+    ]  # fmt: skip
 
 
 def _how_heard(result: LongContext, frame_seconds: float) -> str:
@@ -165,6 +184,10 @@ def _curve(result: LongContext, curve: Curve) -> dict[str, Any]:
     return {
         "subject": curve.subject, "condition": curve.condition, "stream": curve.stream,
         "loss_beyond_context": as_json(result.loss(curve)), "slope_per_1000_frames": as_json(result.slope(curve)),
+        "saved_by_span": [
+            {"from_frame": span.first, "to_frame": span.end, "recordings": span.recordings} | as_json(span.saved)
+            for span in result.saved_by_span(curve, result.curve("base", "updates on", curve.stream))
+        ],
         "mean_by_window": _numbers(curve.windows.nanmean(0)),
         "by_recording": [_numbers(row) for row in curve.windows],
     }  # fmt: skip

@@ -113,7 +113,7 @@ def main() -> int:
     for name in useful:
         print(f"\n== {name}: {' '.join(f'{key}={value}' for key, value in SWITCHES[name].items())}", flush=True)
         environment = os.environ | SWITCHES[name] | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", *SUITES, *options.options]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal", *SUITES, *options.options]
         if subprocess.run(command, cwd=ROOT, env=environment).returncode:
             failed.append(name)
     print(

@@ -75,6 +75,14 @@ def long_context(
             "out.",
         ),
     ] = None,
+    spans: Annotated[
+        str | None,
+        typer.Option(
+            "--spans",
+            metavar="LIST",
+            help="Also report by position in the recordings, from these frames on, such as 48,192,480,960.",
+        ),
+    ] = None,
     batch_size: Batch = 4,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -87,6 +95,7 @@ def long_context(
     from moshi_ttt.system.output_folder import check_free, new_folder
 
     made_by = "moshi-ttt evaluate long-context"
+    divided = evaluation.read_spans(spans, window) if spans is not None else ()
     check_free(out, made_by=made_by, overwrite=overwrite)
     if every is not None:
         refuse_uneven(CONDITIONS, every=every, segments=segments)  # before anything is loaded
@@ -98,7 +107,7 @@ def long_context(
     context, step = int(subjects[0].model.context or window), segments or 1
     options = evaluation.Options(
         window=window, every=every or -(-context // step) * step, batch_size=batch_size, conditions=conditions,
-        segments=segments, seed=seed,
+        segments=segments, spans=divided, seed=seed,
     )  # fmt: skip
     with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
         result = evaluation.evaluate(subjects, documents, options)

@@ -18,7 +18,7 @@ from moshi_ttt.plugins.common import short_conv
 from moshi_ttt.plugins.common.block import INIT_STD, Projection
 from moshi_ttt.plugins.common.finite import check_state_dtype
 from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate, initial_state
-from moshi_ttt.plugins.ttt_ridge import layer, memory
+from moshi_ttt.plugins.ttt_ridge import chunk, layer, memory, recurrent
 from moshi_ttt.plugins.ttt_ridge.config import REGULARIZATION, TTTRidgeConfig
 
 HEAD_WIDTH = 128
@@ -157,12 +157,17 @@ class TTTRidge(SequenceBlock):
 
     def compute(self, x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
         layout = self.info.format.chunks(x, self.chunk, None if state is None else state["position"])
+        fresh = state is None
         state = self.init_state(x.shape[0], x.device) if state is None else state
         tokens, cache, finite = self._tokens(x, state, context)
-        read, after = memory.run(tokens, state, self._rule(), layout, self.config.checkpoint_chunks)
-        after |= {"cache": cache, "skipped": state["skipped"] + (~finite).sum(1)}
+        read, after = chunk.run(
+            tokens, state, self._rule(), layout, self.config.checkpoint_chunks,
+            fresh=fresh, want_state=context.want_state,
+        )  # fmt: skip
         y, gates = self._output(x, tokens, read, state, context)
-        return y, {**after, **gates}
+        if not context.want_state:
+            return y, {}
+        return y, {**after, "cache": cache, "skipped": state["skipped"] + (~finite).sum(1), **gates}
 
     @torch.no_grad()
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
@@ -174,7 +179,7 @@ class TTTRidge(SequenceBlock):
         mask = context.exec_mask
         with self._without_autocast(x_tokens):
             tokens, cache, finite = self._tokens(x_tokens, state, context)
-            read = memory.step(tokens, state, self._rule(), self.chunk, mask)
+            read = recurrent.step(tokens, state, self._rule(), self.chunk, mask)
             y, gates = self._output(x_tokens, tokens, read, state, context)
         for name, after in {"cache": cache, **gates}.items():
             rows = None if mask is None else mask.view(-1, 1, 1)
@@ -244,7 +249,7 @@ class TTTRidge(SequenceBlock):
         state = self.init_state(x.shape[0], x.device)
         tokens, _, finite = self._tokens(x, state, context)
         layout = self.info.format.chunks(x, self.chunk)
-        read, after = memory.run(tokens, state, self._rule(), layout)
+        read, after = chunk.run(tokens, state, self._rule(), layout)
         figures = {
             "key_norm": tokens.k.norm(dim=-1).max(),
             "write_strength": tokens.strength.mean(),
@@ -289,7 +294,7 @@ class TTTRidge(SequenceBlock):
             part = memory.Tokens(*(each[:, first : first + self.chunk] for each in tokens))
             at = slice(first, first + part.k.shape[1])
             before[:, at] = torch.einsum("bthm,bhmd->bthd", part.k, state["solution"])
-            _, state = memory.run(part, state, self._rule(), self.info.format.chunks(part.v.flatten(2), self.chunk))
+            _, state = chunk.run(part, state, self._rule(), self.info.format.chunks(part.v.flatten(2), self.chunk))
             if part.k.shape[1] == self.chunk:
                 after[:, at] = torch.einsum("bthm,bhmd->bthd", part.k, state["solution"])
         mean = tokens.v.mean(1, keepdim=True)

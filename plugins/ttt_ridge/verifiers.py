@@ -10,7 +10,7 @@ from torch import Tensor
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import BlockState, clone
 from moshi_ttt.core.verification import Kind, Shape, VectorSchema, Verifier
-from moshi_ttt.plugins.ttt_ridge import memory, reference
+from moshi_ttt.plugins.ttt_ridge import chunk, memory, recurrent, reference
 
 METADATA: Mapping[str, Kind] = {"chunk_size": "count", "keep": "number"}
 
@@ -75,7 +75,7 @@ class Chunked(_Ridge):
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         rule = _rule(inputs, metadata)
         layout = ChunkLayout(inputs["k"].shape[1], int(metadata["chunk_size"]))
-        read, state = memory.run(_tokens(inputs), _start(inputs, rule), rule, layout)
+        read, state = chunk.run(_tokens(inputs), _start(inputs, rule), rule, layout)
         return {"y": read.value, "solution": state["solution"]}
 
 
@@ -87,7 +87,7 @@ class Streamed(_Ridge):
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         rule, size = _rule(inputs, metadata), int(metadata["chunk_size"])
         state = clone(_start(inputs, rule))
-        steps = [memory.step(_tokens(inputs, t, t + 1), state, rule, size) for t in range(inputs["k"].shape[1])]
+        steps = [recurrent.step(_tokens(inputs, t, t + 1), state, rule, size) for t in range(inputs["k"].shape[1])]
         return {"y": torch.cat([read.value for read in steps], dim=1), "solution": state["solution"]}
 
 

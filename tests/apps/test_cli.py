@@ -58,7 +58,6 @@ def test_the_surface_is_frozen():
                 "--source", "--threads", "-a", "-o", "config",
             ],
         },
-        "study": ["--jobs", "--known", "--out", "--smoke", "--threads", "--unseen", "-o"],
         "encode": ["--eval", "--out", "-o", "config", "overrides"],
         "doctor": ["--adapter", "--batches", "--json", "--length", "--seed", "--threads", "config"],
         "explain": ["--json", "config"],

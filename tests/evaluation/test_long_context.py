@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.evaluation.documents import batches
-from moshi_ttt.evaluation.long_context import Options, evaluate
+from moshi_ttt.evaluation.long_context import Options, evaluate, read_spans
 from moshi_ttt.evaluation.reporting import look, write_long_context
 from moshi_ttt.evaluation.subjects import CONDITIONS, listen
 from moshi_ttt.evaluation.teacher_forcing import stream_losses
@@ -124,6 +124,36 @@ def test_a_report_has_every_number_and_no_nan(base, tmp_path):
     for part in ("ttt_mlp, memory of another", "saved against base", "Intervals: 95 %", "made up"):
         assert part in report
     assert (tmp_path / "audio_by_position.png").stat().st_size > 5_000
+
+
+def test_what_is_saved_by_span_is_the_mean_over_the_recordings_that_reach_it(base, tmp_path):
+    subject = subject_with("ttt_mlp")
+    documents = [document(frames, n) for n, frames in enumerate((12, 28, 20, 40))]
+    result = evaluate([base, subject], documents, options(spans=(0, 12, 20, 100)))
+    curve, other = (result.curve(name, "updates on", "audio") for name in ("ttt_mlp", "base"))
+    spans = result.saved_by_span(curve, other)
+    # From the second window on: attention sees eight frames. No recording has 100.
+    assert [(span.label, span.recordings) for span in spans] == [("0 to 11", 4), ("12 to 19", 3), ("20 to 99", 2)]
+    difference = other.windows - curve.windows
+    for span, columns in zip(spans, (slice(2, 3), slice(3, 5), slice(5, None)), strict=True):
+        expected = difference[:, columns].nanmean(1).nanmean()
+        assert span.saved.value == pytest.approx(float(expected), rel=1e-6)
+    write_long_context(tmp_path, result, made_by="test", frame_seconds=0.08)
+    assert "| | 0 to 11 (4) | 12 to 19 (3) | 20 to 99 (2) |" in (tmp_path / "report.md").read_text()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert [span["to_frame"] for span in metrics["curves"][-1]["saved_by_span"]] == [12, 20, 100]
+
+
+@pytest.mark.parametrize("text", ["", "20,20", "30,20", "a", "20,", "-4"])
+def test_spans_are_ascending_numbers_of_frames(text):
+    with pytest.raises(ConfigError, match="ascending numbers of frames, such as 48,192,480,960"):
+        read_spans(text, 4)
+
+
+def test_spans_begin_where_windows_do():
+    assert read_spans("0,48,192", 48) == (0, 48, 192)
+    with pytest.raises(ConfigError, match="100 is inside a window of 48 frames"):
+        read_spans("48,100", 48)
 
 
 @pytest.fixture

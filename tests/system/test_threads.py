@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from moshi_ttt.apps.quickstart.setup import Request
-from moshi_ttt.apps.study.jobs import Job, run_jobs
 from moshi_ttt.data.dataset import loader
 from moshi_ttt.hosts.moshi.loading import load_skeleton
 from moshi_ttt.system import threads
+from study.jobs import Job, run_jobs
 
 LARGE, TINY = threads.SMALL, threads.SMALL - 1
 ALL = (*threads.WAITING, *threads.COUNTS, "OPENBLAS_NUM_THREADS")
@@ -176,7 +176,7 @@ def test_python_m_keeps_what_the_user_chose():
 @pytest.mark.parametrize(
     "command",
     [
-        ["quickstart"], ["doctor", "tiny-ttt-linear"], ["study", "--out", "x", "--known", "y"],
+        ["quickstart"], ["doctor", "tiny-ttt-linear"],
         *(["evaluate", kind, "c", "--data", "d", "--out", "o"] for kind in ("long-context", "recall", "inner-loop")),
         ["evaluate", "zero-shot", "c", "--dataset", "csv", "--source", "s", "--out", "o"],
     ],

@@ -305,7 +305,7 @@ def test_stopped_before_there_is_anything_to_save_is_75_too(cli, config, tmp_pat
         monkeypatch.setattr(running, "build", asked)
     else:
         stop = interruption.StopRequest()
-        monkeypatch.setattr("moshi_ttt.apps.cli.StopRequest", lambda **_: stop)
+        monkeypatch.setattr("moshi_ttt.apps.commands.train.StopRequest", lambda **_: stop)
     result = cli("train", config)
     assert result.exit_code == STOPPED
     assert "nothing to save" in result.said

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from moshi_ttt.apps.study.jobs import Job, StudyError, run_jobs
-from moshi_ttt.apps.study.material import heard_twice, shuffled_twice
-from moshi_ttt.apps.study.plan import MODEL, REFERENCES, Scale, Subject
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm, tiny_config
 from moshi_ttt.training.logs import METRICS
+from study.jobs import Job, StudyError, run_jobs
+from study.material import heard_twice, shuffled_twice
+from study.plan import MODEL, REFERENCES, Scale, Subject
 
 CONFIG = "train-cpu"
 SPLITS = ("train", "valid", "test")

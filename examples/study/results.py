@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moshi_ttt.apps.study.jobs import StudyError
 from moshi_ttt.evaluation.statistics import Interval, bootstrap, mean_of_recordings
 from moshi_ttt.system.output_folder import METRICS
+from study.jobs import StudyError
 
 BASE, ON = "base", "updates on"
 

@@ -1,4 +1,4 @@
-"""``moshi-ttt study``: every stage in order; what is done stays done."""
+"""The whole study: every stage in order; what is done stays done."""
 
 from __future__ import annotations
 
@@ -7,12 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from moshi_ttt.apps.study import cost
-from moshi_ttt.apps.study.plan import Scale
-from moshi_ttt.apps.study.plan import Subject as Trained
-from moshi_ttt.apps.study.report import Report
-from moshi_ttt.apps.study.results import read_group
-from moshi_ttt.apps.study.stages import GROUPS, Study
 from moshi_ttt.configs.reading import read_config
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.registry import default_registry
@@ -21,8 +15,15 @@ from moshi_ttt.hosts.moshi.host import MoshiHostConfig
 from moshi_ttt.system.folder_lock import LOCK, hold
 from moshi_ttt.system.output_folder import LITTER, OutputError, check_free, new_folder
 from moshi_ttt.system.threads import computing, largest
+from study import cost
+from study.plan import Scale
+from study.plan import Subject as Trained
+from study.report import Report
+from study.results import read_group
+from study.stages import GROUPS, Study
 
 MADE_BY = "moshi-ttt study"
+"""What folders of a study say made them, those too that were made when the study was a command of that name."""
 MARKER = "study.json"
 
 

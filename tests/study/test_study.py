@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from moshi_ttt import default_registry
-from moshi_ttt.apps.study import plan
-from moshi_ttt.apps.study.command import make
-from moshi_ttt.apps.study.jobs import StudyError
-from moshi_ttt.apps.study.stages import Study
 from moshi_ttt.configs.settings import read_settings
 from moshi_ttt.data.audio import read_audio
 from moshi_ttt.hosts.moshi.tiny import speech_files
 from moshi_ttt.system.output_folder import OutputError
 from moshi_ttt.training.model import skeleton
+from study import plan
+from study.command import make
+from study.jobs import StudyError
+from study.stages import Study
 from tests.data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript
 
 FRAMES = {"train": 130, "valid": 60, "test": 110}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moshi_ttt.apps.study.cost import measure
+from study.cost import measure
 from tests.evaluation.conftest import subject_with
 
 

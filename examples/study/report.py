@@ -11,12 +11,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from moshi_ttt.apps.study.cost import Cost
-from moshi_ttt.apps.study.plan import FRAME_RATE, Scale
-from moshi_ttt.apps.study.results import BASE, ON, Group
 from moshi_ttt.evaluation.reporting import PALETTE, versions
 from moshi_ttt.evaluation.statistics import Interval
 from moshi_ttt.system.output_folder import METRICS
+from study.cost import Cost
+from study.plan import FRAME_RATE, Scale
+from study.results import BASE, ON, Group
 
 LORA = "LoRA"
 TITLES = {"test": "voices heard in training", "unseen": "voices never heard in training"}

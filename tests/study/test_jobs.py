@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moshi_ttt.apps.study.jobs import Job, StudyError, run_jobs
+from study.jobs import Job, StudyError, run_jobs
 
 
 @pytest.fixture

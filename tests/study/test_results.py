@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from moshi_ttt.apps.study.jobs import StudyError
-from moshi_ttt.apps.study.results import Measured, read_group
+from study.jobs import StudyError
+from study.results import Measured, read_group
 
 
 def evaluation(folder: Path, **values: Any) -> Path:
