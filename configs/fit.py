@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from moshi_ttt.core.config import FrozenConfig, Seed
@@ -21,11 +23,13 @@ class GroupRates(FrozenConfig):
 
 
 class OptimConfig(FrozenConfig):
-    """AdamW (betas 0.9, 0.95) under a one-cycle schedule.
+    """AdamW (betas 0.9, 0.95), its rates under a schedule.
 
     Attributes:
         lr: the highest learning rate.
         weight_decay: of LoRA and base parameters, and of the blocks' matrices; their vectors and gates are not decayed.
+        schedule: ``one_cycle`` rises from a 25th of the rate and falls along a cosine to almost nothing, the first
+            beta moving the other way; ``cosine`` rises linearly and falls along a cosine to a tenth.
         pct_start: share of all steps in which the rate rises.
         eps: AdamW's; 1e-6 makes runs on different numbers of ranks agree more closely.
         lr_groups: rates of single groups.
@@ -33,6 +37,7 @@ class OptimConfig(FrozenConfig):
 
     lr: float = Field(default=1e-4, ge=0.0)
     weight_decay: float = Field(default=0.1, ge=0.0)
+    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
     pct_start: float = Field(default=0.05, ge=0.0, le=1.0)
     eps: float = Field(default=1e-8, gt=0.0)
     lr_groups: GroupRates = GroupRates()

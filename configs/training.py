@@ -8,11 +8,12 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from moshi_ttt.configs.fit import FitConfig
+from moshi_ttt.configs.sections import StreamConfig
 from moshi_ttt.configs.speakers import MAIN_SPEAKER, SIDES, Side
 from moshi_ttt.core.config import FrozenConfig
 from moshi_ttt.core.paths import user_path
 
-SECTIONS = ("lora", "optim", "wandb", "moshi_paths", "inner_losses")
+SECTIONS = ("lora", "optim", "wandb", "moshi_paths", "inner_losses", "stream")
 IGNORED = ("world_size",)
 """What moshi-finetune writes into its args.yaml and does not read: torchrun says how many ranks there are."""
 DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
@@ -135,6 +136,7 @@ class RunConfig(FitConfig):
             measured as well, and the last.
         inner_losses: measure the blocks' inner losses by position at some steps.
         tensorboard: write TensorBoard files too.
+        stream: how `moshi-ttt quickstart` streams a recording after it has trained; `moshi-ttt train` does not.
     """
 
     data: DataConfig
@@ -172,6 +174,7 @@ class RunConfig(FitConfig):
     num_ckpt_keep: int | None = Field(default=3, ge=1)
     save_adapters: bool = True
     stop_grace_sec: float = Field(default=30.0, ge=0.0, allow_inf_nan=False)
+    stream: StreamConfig = StreamConfig()
 
     @property
     def accumulates_whole(self) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from moshi_ttt.configs.fit import OptimConfig
 from moshi_ttt.training.trained import Group, TrainedModel
@@ -72,6 +73,20 @@ def _split(group: Group, members: dict[str, nn.Parameter]) -> tuple[list[nn.Para
 
 
 def make_schedule(optimizer: AdamW, config: OptimConfig, max_steps: int) -> Schedule:
+    """The schedule that ``config.schedule`` names."""
+    if config.schedule == "cosine":
+        rising = round(config.pct_start * max_steps)
+        return LambdaLR(optimizer, lambda step: cosine_factor(step, rising, max_steps))
+    return _one_cycle(optimizer, config, max_steps)
+
+
+def cosine_factor(step: int, rising: int, max_steps: int) -> float:
+    """Of the highest rate, in the step after ``step`` others: a linear rise over ``rising`` steps, times a half cosine
+    from 1 to a tenth."""
+    return min(1.0, (step + 1) / (rising + 1)) * (0.55 + 0.45 * math.cos(math.pi * step / max_steps))
+
+
+def _one_cycle(optimizer: AdamW, config: OptimConfig, max_steps: int) -> OneCycleLR:
     """Up from a 25th of the rate over ``pct_start`` of the steps, then down along a cosine (Smith and Topin 2017).
 
     The first beta moves the other way, between 0.85 and 0.95.

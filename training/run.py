@@ -259,9 +259,9 @@ def _free_to_change(position: Any) -> dict[str, Any]:
 
 
 def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """What differs between two plain values, by the dotted names of options."""
+    """What differs between two plain values, by the dotted names of options; those that ``old`` did not have apart."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
+        for key in old:
             yield from _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif old != new:
         yield f"{name} from {old!r} to {new!r}"

@@ -9,18 +9,22 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from moshi_ttt import default_registry, make_plan
+from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.losses import LossMeans, total_loss
 from moshi_ttt.core.testing import TOY_HOST, ToyModel
 from moshi_ttt.hosts.audio.host import AUDIO_HOST, AudioHostConfig
 from moshi_ttt.hosts.audio.model import made_up_recordings
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.training import FitConfig, TrainedModel, Trainer, TrainingError
 
 WORKER = Path(__file__).parent / "any_host_worker.py"
 
@@ -101,3 +105,14 @@ def test_the_toy_host_gives_its_loss_by_position():
 def test_options_that_losses_do_not_have_are_refused(host):
     with pytest.raises(HostError, match="option"):
         host.losses(text_wieght=0.1)
+
+
+def test_ranks_that_do_not_share_a_model_are_refused():
+    registry = default_registry()
+    model = ToyModel(16, 2, num_layers=2, dtype=torch.float32)
+    policy = registry.policy("fp32_state")
+    entry = parse_block({"variant": "ttt_linear", "layers": "1"}, registry=registry)
+    injection = make_plan(model, TOY_HOST, [entry], policy=policy, registry=registry).apply(model)
+    trained = TrainedModel(model, injection, policy.roles(torch.float32), TOY_HOST.losses())
+    with pytest.raises(TrainingError, match=r"2 ranks.*core.sharding.shard"):
+        Trainer(trained, FitConfig(), SimpleNamespace(world_size=2))
