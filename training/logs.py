@@ -77,21 +77,32 @@ def health_record(health: Mapping[Site, BlockHealth]) -> dict[str, Any]:
 
 
 class RunLog:
-    """Where the lines of one run go; only the first rank has one. ``check_installed`` comes before it."""
+    """Where the lines of one run go; only the first rank has one.
 
-    def __init__(self, run_dir: Path, run: RunConfig, console: Console, start: int) -> None:
+    Args:
+        run_dir: the folder of ``metrics.jsonl`` and TensorBoard's files.
+        console: for lines that a person reads.
+        total: steps of the whole run.
+        start: steps made before; what the log has after them is dropped.
+        run: of a run of ``moshi-ttt train``: whether curves go to TensorBoard and Weights & Biases too
+            (``check_installed`` comes before).
+    """
+
+    def __init__(
+        self, run_dir: Path, console: Console, *, total: int, start: int = 0, run: RunConfig | None = None
+    ) -> None:
         self.console = console
         self.path = run_dir / METRICS
         _drop_after(self.path, start)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = _tensorboard(run_dir) if run.tensorboard else None
-        self._wandb = _wandb(run.wandb, run_dir, run) if run.wandb.project else None
+        self._board = _tensorboard(run_dir) if run is not None and run.tensorboard else None
+        self._wandb = _wandb(run.wandb, run_dir, run) if run is not None and run.wandb.project else None
         self._progress = Progress(
             TextColumn("training"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self._task = self._progress.add_task("", total=run.max_steps, completed=start, note="")
-        self._total, self._start, self._began = run.max_steps, start, time.monotonic()
+        self._task = self._progress.add_task("", total=total, completed=start, note="")
+        self._total, self._start, self._began = total, start, time.monotonic()
 
     def __enter__(self) -> RunLog:
         self._progress.start()

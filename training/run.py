@@ -101,7 +101,7 @@ def _train(
     with ExitStack() as stack:
         if runtime.first:
             stack.enter_context(folder.opened(trainer.outcome))
-        log = stack.enter_context(RunLog(Path(run.run_dir), run, console, trainer.step)) if runtime.first else None
+        log = stack.enter_context(_log(run, console, trainer.step)) if runtime.first else None
         callbacks: list[Callback] = [bad, IdleParameters(log)]
         if log is not None:
             callbacks += _logging(settings, trainer, log)
@@ -120,6 +120,10 @@ def _train(
             if outcome.checkpoint is not None and export.lacks_blocks(settings):
                 log.say(export.WITHOUT_BLOCKS)
     return outcome
+
+
+def _log(run: RunConfig, console: Console, start: int) -> RunLog:
+    return RunLog(Path(run.run_dir), console, total=run.max_steps, start=start, run=run)
 
 
 def _logging(settings: Settings, trainer: Trainer, log: RunLog) -> Iterator[Callback]:

@@ -9,12 +9,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["MOSHI_TTT_PLUGINS"] = "builtin,audio,ttt_linear"
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from moshi_ttt import default_registry, make_plan
@@ -26,8 +28,9 @@ from moshi_ttt.core.testing import TOY_HOST, ToyModel
 from moshi_ttt.hosts.audio.host import AUDIO_HOST, AudioHostConfig
 from moshi_ttt.hosts.audio.model import made_up_recordings
 from moshi_ttt.training import Callback, Runtime, Step, TrainedModel, Trainer, start
-from moshi_ttt.training.callbacks import BadData, IdleParameters
+from moshi_ttt.training.callbacks import BadData, Health, IdleParameters, Logging
 from moshi_ttt.training.checkpoint import CheckpointWriter, find_checkpoints, load
+from moshi_ttt.training.logs import RunLog
 from moshi_ttt.training.saving import Checkpoints
 from moshi_ttt.training.validation import Validation
 
@@ -107,7 +110,16 @@ def fit(made: Trainer, host: str, folder: Path) -> Losses:
     writer = CheckpointWriter(folder, made.runtime, None, made.step)
     checkpoints = Checkpoints(writer, 2, position=dict, export=lambda step: lambda target: None)
     held_out = Validation(lambda: [[next(batches(host, made.runtime, 40))]], 1, 0, bad, None)
-    made.fit(batches(host, made.runtime, made.step), [bad, IdleParameters(None), losses, checkpoints, held_out])
+    callbacks = [bad, IdleParameters(None), losses, checkpoints, held_out]
+    with (
+        RunLog(folder, Console(quiet=True), total=STEPS, start=made.step)
+        if made.runtime.first
+        else nullcontext() as log
+    ):
+        if log is not None:
+            callbacks[2:2] = [Health(log, 1), Logging(log, 1)]
+            held_out.log = log
+        made.fit(batches(host, made.runtime, made.step), callbacks)
     writer.close()
     return losses
 
@@ -129,6 +141,7 @@ def main(host: str, folder: Path) -> None:
                 torch.equal(whole(first), whole(second))
                 for first, second in zip(straight.parameters, resumed.parameters, strict=True)
             ),
+            "logged": [json.loads(line) for line in (folder / "straight" / "metrics.jsonl").read_text().splitlines()],
             "carried": [state is not None and bool(state.blocks) for state in straight.carried],
             "moshi": sorted(name for name in sys.modules if name.startswith(("moshi.", "moshi_ttt.hosts.moshi"))),
         }

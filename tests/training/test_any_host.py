@@ -56,6 +56,13 @@ def test_a_host_trains_and_resumes_bit_for_bit_without_moshi(alone, host):
     assert found["rest"] == found["losses"][2:]
     assert found["equal"]
     assert found["validation"][0] == found["validation"][1]
+    *steps, evaluation = found["logged"]
+    assert [record["loss"] for record in steps] == found["losses"]
+    assert all(len(record["blocks"]) == 2 for record in steps)
+    assert evaluation["kind"] == "eval"
+    name = {"toy": "next", "audio": "denoising"}[host]
+    assert evaluation[f"loss_{name}"] == evaluation[f"mean_{name}"] == found["validation"][0]
+    assert f"perplexity_{name}" not in evaluation
     assert found["carried"] == [host == "toy"] * 2
 
 
@@ -97,7 +104,7 @@ def test_the_toy_host_gives_its_loss_by_position():
     found = losses.by_position(model, x)["next"]
     assert found.shape == (3, 7)
     assert found[:, -1].isnan().all()
-    plain = float(losses.sums(model, x)[1, 0] / losses.weights(model, x)[1, 0])
+    plain = float(losses.sums(model, x)[1, 0].detach() / losses.weights(model, x)[1, 0])
     assert float(found.nanmean()) == pytest.approx(plain)
 
 

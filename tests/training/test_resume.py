@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -149,6 +150,17 @@ def test_every_other_option_is_pointed_out(train, settings, capsys, monkeypatch)
         assert part in shown, shown
     assert "optim.eps" not in shown
     assert "resume from" not in shown
+
+
+def test_options_that_the_version_before_did_not_have_are_no_changes(train, settings, capsys):
+    state = train(max_steps=1).checkpoint / "state.json"
+    values = json.loads(state.read_text())
+    del values["training"]["text_weight"], values["training"]["optim"]["schedule"]
+    state.write_text(json.dumps(values))
+    running.run(settings(max_steps=1, resume=True), default_registry(), Console())
+    shown = capsys.readouterr().out
+    assert "going on from" in shown
+    assert "changed since" not in shown
 
 
 def test_a_run_resumed_as_it_was_says_nothing_of_changes(train, settings, capsys):
