@@ -93,7 +93,7 @@ class Trainer:
 
         Raises TrainingError: ``max_bad_steps`` steps in a row were not finite, or a callback cannot continue.
         """
-        self.safe, self.outcome.step = safe, self.step
+        self.safe, self.outcome.step, self.outcome.stopped = safe, self.step, False
         self.trained.model.train()
         for callback in callbacks:
             callback.begin(self)
@@ -140,7 +140,10 @@ class Trainer:
         """This rank's micro-batches of a step; the rest is not read once the rank has been asked to stop."""
         mine: list[Batch] = []
         while len(mine) < self.config.num_microbatches and not (self.safe is not None and self.safe.request.asked):
-            mine.append(next(batches))
+            batch = next(batches, None)
+            if batch is None:
+                raise ValueError(f"The batches ended in step {self.step + 1} of {self.config.max_steps}. Repeat them.")
+            mine.append(batch)
         return mine
 
     # ---- one step
