@@ -50,6 +50,10 @@ class HostLosses(ABC):
         the plain sum of the terms that have a weight above 0, which is detached.
         """
 
+    def total(self, model: Any, inputs: Any) -> Tensor:
+        """The scalar loss of one batch on its own, differentiable."""
+        return total_loss(self, self.sums(model, inputs), self.weights(model, inputs))
+
     def by_position(self, model: Any, inputs: Any) -> dict[str, Tensor]:
         """Name -> ``[B, T]`` float64 on the CPU: the mean of the terms at each position, NaN where there is none.
 

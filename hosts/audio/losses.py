@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moshi_ttt.core.losses import HostLosses, total_loss
+from moshi_ttt.core.losses import HostLosses
 from moshi_ttt.hosts.audio.model import AudioDenoiser, made_up_recordings
 
 
@@ -28,6 +28,5 @@ class AudioLosses(HostLosses):
 
 def denoising_loss(model: AudioDenoiser, batch: int, frames: int, seed: int) -> Tensor:
     """Mean squared error on made-up recordings."""
-    weight, losses = model.encode.weight, AudioLosses()
-    noisy, clean = (part.to(weight) for part in made_up_recordings(batch, frames, model.frame, seed))
-    return total_loss(losses, losses.sums(model, (noisy, clean)), losses.weights(model, (noisy, clean)))
+    noisy, clean = (part.to(model.encode.weight) for part in made_up_recordings(batch, frames, model.frame, seed))
+    return AudioLosses().total(model, (noisy, clean))

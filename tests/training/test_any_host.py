@@ -94,6 +94,7 @@ def test_losses_add_up_over_rows_and_are_the_plain_mean(name):
     output = model(inputs)[:, :-1] if name == "toy" else model(noisy)
     expected = (output - clean).square().mean().detach()
     torch.testing.assert_close(total_loss(losses, sums, weights), expected)
+    torch.testing.assert_close(losses.total(model, inputs), expected)
     means = LossMeans.of(losses, sums.detach().double(), weights)
     assert means.total == pytest.approx(float(expected))
     assert list(means.means) == list(losses.names)
