@@ -20,6 +20,7 @@ from moshi_ttt.core import state as states
 from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo
 from moshi_ttt.core.config import HostConfig
 from moshi_ttt.core.errors import ConfigError, ContextError, HostError
+from moshi_ttt.core.losses import HostLosses
 from moshi_ttt.core.state import BlockState
 
 
@@ -223,6 +224,21 @@ class HostModel(ABC):
         """
         raise HostError(f"The host {self.name!r} cannot make up input, so it cannot be checked.")
 
+    def losses(self, **options: float) -> HostLosses:
+        """What training minimizes and evaluation reports. ``options`` are the host's own, each with a default.
+
+        Raises HostError where the host has no losses, or an option is not one of its own.
+        """
+        raise HostError(f"The host {self.name!r} has no losses, so it cannot be trained. Implement HostModel.losses.")
+
     @abstractmethod
     def fsdp_units(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The modules to shard, innermost first; each block is a unit of its own."""
+        """The modules to shard, innermost first: each block on its own, and last the model itself."""
+
+    def stored_units(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Those of ``fsdp_units`` whose parameters are gathered in the dtype they are stored in: the blocks."""
+        return tuple(self.blocks(model).values())
+
+    def sharding(self, model: nn.Module) -> AbstractContextManager[None]:
+        """The context in which ``core.sharding.shard`` makes the units; for what a host does before and after it."""
+        return nullcontext()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeGuard, cast
 
@@ -23,6 +24,7 @@ from moshi_ttt.hosts.moshi import base_weights, lora
 from moshi_ttt.hosts.moshi.compiling import compiled_output
 from moshi_ttt.hosts.moshi.fit import require_unconditioned
 from moshi_ttt.hosts.moshi.flat_config import native_entries
+from moshi_ttt.hosts.moshi.fsdp import sharding
 from moshi_ttt.hosts.moshi.layers import (
     MODULE_NAMES,
     BlockSite,
@@ -34,6 +36,7 @@ from moshi_ttt.hosts.moshi.layers import (
     switched,
 )
 from moshi_ttt.hosts.moshi.loading import FILES, MoshiBundle, load_skeleton, resolve_repo
+from moshi_ttt.hosts.moshi.losses import MoshiLosses, made_up_loss
 from moshi_ttt.hosts.moshi.upstream import (
     FRAME_RATE,
     ActivationGating,
@@ -303,12 +306,14 @@ class MoshiHost(HostModel):
         text = torch.randint(0, model.text_card, (batch_size, 1, length), generator=generator)
         audio = torch.randint(0, model.card, (batch_size, model.num_audio_codebooks, length), generator=generator)
         codes = torch.cat([text, audio], dim=1).to(model.device)
-        if model.depformer is None:
-            _, logits = model.forward_text(codes[..., :-1])  # [B, 1, T - 1, text_card]
-            return nn.functional.cross_entropy(logits.float().flatten(0, 2), codes[:, :1, 1:].flatten())
-        out = model(codes)
-        targets = codes[:, model.audio_offset : model.audio_offset + model.dep_q]
-        return nn.functional.cross_entropy(out.logits[out.mask].float(), targets[out.mask])
+        return made_up_loss(model, codes)
+
+    def losses(self, **options: float) -> MoshiLosses:
+        """Text and audio; the options are ``MoshiLosses``'s attributes."""
+        known = [each.name for each in fields(MoshiLosses)]
+        if unknown := sorted(options.keys() - set(known)):
+            raise HostError(f"Moshi's losses have no option {unknown[0]!r}. Options: {', '.join(known)}.")
+        return MoshiLosses(**options)
 
     def fsdp_units(self, model: nn.Module) -> tuple[nn.Module, ...]:
         """Each block, the condition provider (always float32), each layer of both transformers, then the model."""
@@ -320,6 +325,14 @@ class MoshiHost(HostModel):
         if model.depformer is not None:
             units.extend(model.depformer.layers)
         return (*units, model)
+
+    def stored_units(self, model: nn.Module) -> tuple[nn.Module, ...]:
+        """Each block, and the condition provider, which is always float32."""
+        provider = require_lm(model).condition_provider
+        return (*self.blocks(model).values(), *(() if provider is None else (provider,)))
+
+    def sharding(self, model: nn.Module) -> AbstractContextManager[None]:
+        return sharding(require_lm(model))
 
     def _problems(self, model: LMModel, site: Site, block: SequenceBlock) -> Iterator[str]:
         infos = {info.site: info for info in self.sites(model)}

@@ -12,7 +12,8 @@ from tests.project import ROOT
 from moshi_ttt import default_registry, inject, load_adapter, parse_config, save_adapter
 from moshi_ttt.core.errors import AdapterError, ConfigError, HostError, InjectionError
 from moshi_ttt.hosts.audio.host import AUDIO_HOST, AudioHostConfig
-from moshi_ttt.hosts.audio.model import denoising_loss, made_up_recordings
+from moshi_ttt.hosts.audio.losses import denoising_loss
+from moshi_ttt.hosts.audio.model import made_up_recordings
 
 SMALL = {"dim": 16, "num_heads": 2, "num_layers": 2, "frame": 8}
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.core.precision import FP32_STATE
-from moshi_ttt.hosts.moshi.fsdp import shard
+from moshi_ttt.core.sharding import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 
 STEPS, LENGTH = 4, 13
@@ -52,7 +52,7 @@ def train(rows: list[int], *, sharded: bool, config: dict = CONFIG) -> dict:
     injection = inject(model, config)
     injection.freeze_base()
     if sharded:
-        shard(model, FP32_STATE.roles(torch.bfloat16))
+        shard(MOSHI_HOST, model, FP32_STATE.roles(torch.bfloat16))
     optimizer = torch.optim.AdamW(injection.parameters(), lr=3e-3, eps=1e-6)
     codes = torch.randint(0, 128, (2, 17, LENGTH), generator=torch.Generator().manual_seed(0))
     losses, state_dtypes = [], set()
@@ -85,7 +85,7 @@ def filled(*, sharded: bool = False) -> dict:
     model = MOSHI_HOST.skeleton(config.host)
     injection = inject(model, config)
     if sharded:
-        shard(model, FP32_STATE.roles(torch.bfloat16))
+        shard(MOSHI_HOST, model, FP32_STATE.roles(torch.bfloat16))
     model.to_empty(device="cpu")
     MOSHI_HOST.load_base(model, weights)
     injection.initialise()
