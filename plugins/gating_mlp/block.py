@@ -233,13 +233,8 @@ class GatingMLP(SequenceBlock):
         conv, projection = (context.cast(part, token[0].dtype) for part in (self.conv, self.projection))
         stepper = self._stepper_for(state)
         masks = context.exec_mask, context.updates_mask(tokens)
-        if isinstance(stepper, CompiledStepper):
-            added = stepper.step(state, token, conv, projection, *masks, context.cast)
-        else:
-            ridge = ridge_of(self.log_ridge) if self.config.update == "ridge" else None
-            added = stepper.step(
-                state, token, conv, projection, *masks, context.cast, ridge=ridge, success=self.success
-            )  # fmt: skip
+        ridge = ridge_of(self.log_ridge) if self.config.update == "ridge" else None
+        added = stepper.step(state, token, conv, projection, *masks, context.cast, ridge=ridge, success=self.success)
         added = added if self.config.read_scale == 1 else self.config.read_scale * added
         return self.info.format.from_tokens(self.at_volume(base, added, context), x)
 
@@ -336,7 +331,9 @@ class GatingMLP(SequenceBlock):
         if self.config.update != "hebbian":
             if state is None:
                 queries = layout.split(queries).flatten(1, 2)
-            return self._corrected(queries, remembered, sums, rate, spoiled, complete, come, first, start, known)
+            return self._corrected(
+                queries, remembered, sums, rate, spoiled, complete, come, first, start, known, context
+            )
         values = (sums * rate)[:, :, :size]
         if first is not None:
             earlier, settled = first.earlier[..., None], first.settled[..., None]
@@ -355,7 +352,7 @@ class GatingMLP(SequenceBlock):
 
     def _corrected(
         self, queries: Tensor, keys: list[Tensor], sums: Tensor, rate: Tensor, spoiled: Tensor, complete: Tensor,
-        come: Tensor, first: Unfinished | None, start: Tensor | None, known: Tensor | None,
+        come: Tensor, first: Unfinished | None, start: Tensor | None, known: Tensor | None, context: BlockContext,
     ) -> Heard:  # fmt: skip
         """``_heard`` where a chunk's update depends on what the memory answers to it."""
         config, (width, hidden) = self.config, (sums.shape[-1], queries.shape[-1])
@@ -368,7 +365,7 @@ class GatingMLP(SequenceBlock):
         found = corrected(
             memory, queries.unflatten(1, (-1, self.chunk)), keys, sums, rate, spoiled, complete, first,
             ridge_of(self.log_ridge) if config.update == "ridge" else None,
-            None if config.clip is None else (config.clip, self.projection.double()),
+            None if config.clip is None else (config.clip, context.cast(self.projection, torch.float64)),
         )  # fmt: skip
         chunks = HeardChunks(
             keys=found.keys, values=torch.stack(found.values, dim=1),
