@@ -21,3 +21,5 @@ def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
 def moshi_ttt_verifiers(registrar: Registrar) -> None:
     for form in ("reference", "gram", "running_sum", "streamed"):
         registrar.add(f"gating_mlp-{form}", f"{__name__}.verifiers:{form.upper()}")
+    for form in ("options_reference", "options_called", "options_streamed"):
+        registrar.add(f"gating_mlp-{form}", f"{__name__}.option_verifiers:{form.upper()}")

@@ -19,7 +19,10 @@ def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
 
 @hookimpl
 def moshi_ttt_verifiers(registrar: Registrar) -> None:
-    for form in ("reference", "chunked", "streamed", "hybrid", "hybrid_reference"):
+    for form in (
+        "reference", "chunked", "streamed", "hybrid", "hybrid_reference",
+        "options_reference", "options_called", "options_streamed",
+    ):  # fmt: skip
         registrar.add(f"ttt_linear-{form}", f"{__name__}.verifiers:{form.upper()}")
 
 
