@@ -231,7 +231,9 @@ def schedules(draw: DrawFn, layers: SearchStrategy[Layer] | None = None, *, hybr
     """Of any causal layer, or of a ``hybrid`` one alone, or of ``layers``."""
     dtype, batch = draw(st.sampled_from(["float64", "float64", "float32"])), draw(st.integers(1, 4))
     kinds = [hybrid_layers(causal=True, head_width=WIDTHS_OF[dtype])]
-    layer = draw(layers or st.one_of(*kinds, *([] if hybrid else [in_place_layers(), ridge_layers()])))
+    if layers is None:
+        layers = st.one_of(*kinds, *([] if hybrid else [in_place_layers(), ridge_layers()]))
+    layer = draw(layers)
     others = [st.builds(Reset, rows=st.tuples(*[BOOLS] * batch)), st.builds(Reload)]
     others += [st.builds(CompileStep)] if layer.in_place else []
     events = _several(draw, calls(batch, layer.option["chunk"]), others)

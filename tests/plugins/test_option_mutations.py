@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from moshi_ttt.plugins.common import block as hybrid_block
 from moshi_ttt.plugins.common import fast_network, short_conv
 from moshi_ttt.plugins.common.block import HybridBlock
 from moshi_ttt.plugins.common.success_gate import SuccessGate
-from moshi_ttt.plugins.gating_mlp import block, corrections, streaming
+from moshi_ttt.plugins.gating_mlp import block, compiled, corrections, streaming
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
 from moshi_ttt.plugins.gating_mlp.corrections import GramSum, RunningSum, Unfinished
 from moshi_ttt.plugins.gating_mlp.streaming import Stepper
@@ -250,3 +251,50 @@ def test_the_check_fails(monkeypatch, mutate, variant, options, check):
             except RAISED.get(mutate, AssertionError):
                 caught += 1
     assert caught, f"{check.__name__} does not notice"
+
+
+# ---- the compiled step: a line of its source, and what is there instead
+
+COMPILED: dict[str, tuple[str, str, dict[str, Any], Check]] = {
+    "more ridge": (
+        "square(own, key.size(0)) + ridge -", "square(own, key.size(0)) + 2 * ridge -", RIDGE, kit.check_splits
+    ),
+    "adds the answer": ("+ channel] -= answer[channel];", "+ channel] += answer[channel];", GRADIENT, kit.check_splits),
+    "keeps its factor": ("if (ends && state_.factor)", "if (false)", RIDGE, kit.check_every_prefix),
+    "the gate forgets the mask": (
+        "    const T* target = row_of<T>(token.target, b);\n    T* answer = row_of<T>(given, b);\n",
+        "    const T* target = row_of<T>(token.target, b);\n    T* answer = row_of<T>(given, b);\n"
+        "    if (gate) row.remember_answer(answer, 0, gate->taps);\n",
+        {**RIDGE, "success_gate": True},
+        kit.check_exec_mask,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_check_fails_a_compiled_step(monkeypatch, tmp_path, name):
+    line, instead, options, check = COMPILED[name]
+    cases = default_cases("gating_mlp", [options], compiled_step=True)
+    for case in cases:
+        check(case)
+    library = f"mutant_{list(COMPILED).index(name)}"
+    changed = 0
+    for path in (compiled.SOURCE, compiled.HEADER):
+        source = path.read_text(encoding="utf-8")
+        changed += source.count(line)
+        source = source.replace(line, instead).replace(compiled.NAME, library)
+        (tmp_path / path.name).write_text(source, encoding="utf-8")
+    assert changed == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiled, "SOURCE", tmp_path / compiled.SOURCE.name)
+    monkeypatch.setattr(compiled, "HEADER", tmp_path / compiled.HEADER.name)
+    monkeypatch.setattr(compiled, "NAME", library)
+    monkeypatch.setattr(compiled, "operation", functools.cache(compiled.operation.__wrapped__))
+    caught = 0
+    for case in cases:
+        try:
+            check(case)
+        except AssertionError:
+            caught += 1
+    assert caught
