@@ -26,7 +26,7 @@ UNSEEN := prompts-it prompts-ru
 study: $(VENV)/.installed-run ## Fetch real speech, train every variant and LoRA with three seeds, report what memory is worth.
 	for voices in $(KNOWN) $(UNSEEN); do test -d voices/$$voices || $(BIN)/python scripts/fetch_speech.py \
 	  voices/$$voices --corpus $${voices%-*} --language $${voices#*-} || exit 1; done
-	$(BIN)/moshi-ttt study --out study --jobs 2 $(KNOWN:%=--known voices/%) $(UNSEEN:%=--unseen voices/%)
+	$(BIN)/python examples/study --out study --jobs 2 $(KNOWN:%=--known voices/%) $(UNSEEN:%=--unseen voices/%)
 
 # One process a core; JOBS=0 runs the tests in this one, as a debugger needs. Files stay together where they can: tests
 # of one share what they train.

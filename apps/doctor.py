@@ -13,8 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from moshi_ttt.apps import threads
-from moshi_ttt.apps.config_files import read_config
+from moshi_ttt.configs.reading import read_config
 from moshi_ttt.core.adapter import find_adapter, load_adapter
 from moshi_ttt.core.block import Site
 from moshi_ttt.core.errors import ConfigError
@@ -22,6 +21,7 @@ from moshi_ttt.core.health import BlockHealth, HealthMonitor, chunk_of, dead_blo
 from moshi_ttt.core.injection import Injection, inject
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
+from moshi_ttt.system import threads
 
 
 @dataclass(frozen=True, kw_only=True)

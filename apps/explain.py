@@ -10,11 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import nn
 
-from moshi_ttt.apps.config_files import read_config
+from moshi_ttt.configs.reading import read_config
 from moshi_ttt.core.config import HostConfig, TTTConfig
 from moshi_ttt.core.injection import Plan, make_plan
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.registry import Registry, default_registry
+from moshi_ttt.core.units import human_bytes, human_count
 
 ROLES = {
     "master": "the blocks' parameters as stored, optimizer moments",
@@ -136,23 +137,3 @@ def _roles(roles: DtypeRoles) -> Iterator[tuple[str, str]]:
     for field in fields(roles):
         if field.name not in ("policy", "model"):
             yield field.name, str(getattr(roles, field.name)).removeprefix("torch.")
-
-
-def human_bytes(count: int) -> str:
-    """``1.25 MiB``; exact numbers are in the JSON."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.2f} {unit}"
-
-
-def human_count(count: int) -> str:
-    """``3.21 M``."""
-    size = float(count)
-    for unit in ("", " k", " M", " G"):
-        if size < 1000 or unit == " G":
-            break
-        size /= 1000
-    return f"{size:,.0f}" if unit == "" else f"{size:,.2f}{unit}"

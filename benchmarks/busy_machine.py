@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moshi_ttt.apps.threads import COUNTS, WAITING, available_cores
+from moshi_ttt.system.threads import COUNTS, WAITING, available_cores
 
 AIM = 3.0
 TOLERANCE = 1e-6

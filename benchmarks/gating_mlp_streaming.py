@@ -25,10 +25,10 @@ from gating_mlp import CHUNK, DIM, HIDDEN, PlainMLP, build
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from moshi_ttt.apps.system import peak_memory
 from moshi_ttt.core.block import BlockContext
 from moshi_ttt.plugins.gating_mlp import ops, reference
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
+from moshi_ttt.system.platforms import peak_memory
 
 HOUR = 45_000
 

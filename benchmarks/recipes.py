@@ -20,12 +20,12 @@ from typing import Any
 from rich.console import Console
 
 from moshi_ttt import default_registry
-from moshi_ttt.apps.train.encoding import encode
-from moshi_ttt.apps.train.logs import METRICS
-from moshi_ttt.apps.train.model import skeleton
-from moshi_ttt.apps.train.run import run
-from moshi_ttt.apps.train.settings import read_settings
+from moshi_ttt.configs.settings import read_settings
 from moshi_ttt.core.atomic import atomic_file
+from moshi_ttt.data.encoding import encode
+from moshi_ttt.training.logs import METRICS
+from moshi_ttt.training.model import skeleton
+from moshi_ttt.training.run import run
 
 CONFIG = "train-cpu"
 SPLITS = ("train", "valid", "test")

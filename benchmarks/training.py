@@ -24,16 +24,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from moshi_ttt import default_registry, make_plan
-from moshi_ttt.apps.train.data.dataset import Batch
-from moshi_ttt.apps.train.model import TrainedModel, choose_trained
-from moshi_ttt.apps.train.runtime import Runtime, start
-from moshi_ttt.apps.train.settings import parse_settings
-from moshi_ttt.apps.train.trainer import Trainer
+from moshi_ttt.configs.settings import parse_settings
+from moshi_ttt.data.dataset import Batch
 from moshi_ttt.hosts.moshi.depformer import make_steps_contiguous
 from moshi_ttt.hosts.moshi.fsdp import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.lora import add_lora, initialise_lora
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
+from moshi_ttt.training.model import TrainedModel, choose_trained
+from moshi_ttt.training.runtime import Runtime, start
+from moshi_ttt.training.trainer import Trainer
 
 LAYERS, FRAMES, ROWS = 12, 375, 2
 CLOSED = {"gate": {"init": 0.0}}

@@ -8,11 +8,11 @@ import sys
 import torch
 
 from moshi_ttt import default_registry, inject, parse_config, save_adapter
-from moshi_ttt.apps.options import StreamConfig, TrainConfig
 from moshi_ttt.apps.quickstart.data import Codec, load_speech
 from moshi_ttt.apps.quickstart.evaluate import compare, evaluate
 from moshi_ttt.apps.quickstart.stream import listen
 from moshi_ttt.apps.quickstart.train import Segments, train
+from moshi_ttt.configs.sections import StreamConfig, TrainConfig
 from moshi_ttt.hosts.moshi.loading import resolve_repo
 from moshi_ttt.hosts.moshi.tiny import speech_files
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from speech_packages import GAP, FetchError, Scenes, Utterance
 
-from moshi_ttt.apps.audio import read_audio
+from moshi_ttt.data.audio import read_audio
 
 SAMPLE_RATE = 24_000
 SHORTEST = 20.0

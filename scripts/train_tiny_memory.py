@@ -15,11 +15,14 @@ done: the same command goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moshi_ttt.apps.study.jobs import Job, run_jobs
-from moshi_ttt.apps.study.material import heard_twice, shuffled_twice
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from study.jobs import Job, run_jobs
+from study.material import heard_twice, shuffled_twice
 
 CONFIG, HEARING, FRAME_RATE = "train-cpu", 96, 12.5
 BLOCKS = '[{variant: ttt_ridge, layers: "1,2,3", chunk: 16}]'

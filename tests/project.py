@@ -26,6 +26,11 @@ def package_folders() -> dict[str, Path]:
     return {name: ROOT / folder for name, folder in pyproject()["tool"]["setuptools"]["package-dir"].items()}
 
 
+def root_folders() -> list[str]:
+    """The folders of the repository that are import packages below ``moshi_ttt``."""
+    return [folder.name for name, folder in package_folders().items() if "." in name]
+
+
 def packages_on_disk() -> dict[str, Path]:
     """Every folder that holds Python files, by import name. Symlinks are not followed: they are a view for tools."""
     found = {}

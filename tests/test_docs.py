@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +11,8 @@ import moshi_ttt
 from moshi_ttt.core.hooks import HookSpecs
 from moshi_ttt.core.precision import FP32, FP32_STATE, UNIFORM
 from moshi_ttt.core.registry import HOOKS, default_registry
+from tests.project import ROOT, root_folders
 
-ROOT = Path(__file__).parent.parent
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 README = (ROOT / "README.md").read_text()
 
@@ -60,9 +59,8 @@ def test_files_that_documents_name_exist(document):
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (document.parent / target).exists(), f"{document.name} links to {target}"
     base = next((folder for folder in document.parents if (folder / "pyproject.toml").is_file()), ROOT)
-    for path in re.findall(
-        r"`((?:core|plugins|hosts|apps|tests|docs|configs|examples|benchmarks|scripts)/[\w./]+\.\w+)`", text
-    ):
+    folders = "|".join((*root_folders(), "tests", "docs", "examples", "benchmarks", "scripts"))
+    for path in re.findall(rf"`((?:{folders})/[\w./]+\.\w+)`", text):
         assert (base / path).exists(), f"{document.name} names {path}"
 
 

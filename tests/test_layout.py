@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.project import ROOT, copy_import_tree, package_folders, packages_on_disk, pyproject, run_environment
+from tests.project import (
+    ROOT,
+    copy_import_tree,
+    package_folders,
+    packages_on_disk,
+    pyproject,
+    root_folders,
+    run_environment,
+)
 
 
 def test_packages_are_listed_in_pyproject():
@@ -65,7 +73,21 @@ def test_import_contracts_hold(tree):
         ("plugins/common/rope.py", "import moshi_ttt.hosts.moshi", "a plugin imports core and plugins.common alone"),
         ("plugins/ttt_mlp/block.py", "import moshi_ttt.plugins.ttt_linear.block", "plugins do not import each other"),
         ("hosts/moshi/host.py", "from moshi_ttt.plugins.common import rope", "a host imports core alone"),
-        ("apps/cli.py", "from moshi_ttt.plugins.ttt_linear.block import X", "apps reach a plugin only through"),
+        ("apps/cli.py", "from moshi_ttt.plugins.ttt_linear.block import X", "plugins are reached only through"),
+        ("configs/reading.py", "from moshi_ttt.apps import cli", "packages import only those below them"),
+        ("configs/reading.py", "from moshi_ttt.plugins.ttt_linear.block import X", "plugins are reached only through"),
+        ("data/codec.py", "from moshi_ttt.training import trainer", "packages import only those below them"),
+        ("training/loop.py", "from moshi_ttt.plugins.common import rope", "plugins are reached only through"),
+        ("training/loop.py", "def f():\n    from moshi_ttt.apps import cli", "packages import only those below them"),
+        ("training/loop.py", "from moshi_ttt.evaluation import recall", "packages import only those below them"),
+        ("evaluation/recall.py", "from moshi_ttt.training import trainer", "packages import only those below them"),
+        ("evaluation/recall.py", "from moshi_ttt.apps import cli", "packages import only those below them"),
+        ("evaluation/recall.py", "from moshi_ttt.plugins.common import rope", "plugins are reached only through"),
+        ("configs/reading.py", "from moshi_ttt.data import codec", "packages import only those below them"),
+        ("data/codec.py", "from moshi_ttt.apps import cli", "packages import only those below them"),
+        ("data/codec.py", "from moshi_ttt.plugins.ttt_mlp.block import X", "plugins are reached only through"),
+        ("system/threads.py", "from moshi_ttt.apps import cli", "packages import only those below them"),
+        ("system/threads.py", "import moshi_ttt.hosts.moshi.host", "packages import only those below them"),
     ],
 )  # fmt: skip
 def test_forbidden_import_is_caught(tree, importer, statement, contract):
@@ -86,7 +108,7 @@ def test_contract_of_independence_names_every_plugin():
 # ---- a second copy of the registry
 
 
-@pytest.mark.parametrize("folder", ["core", "plugins", "hosts", "apps"])
+@pytest.mark.parametrize("folder", root_folders())
 @pytest.mark.parametrize("statement", ["import {}", "import {}.x", "from {} import x", "from {}.x import y"])
 def test_import_of_a_root_folder_is_banned(folder, statement):
     command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "TID251"]

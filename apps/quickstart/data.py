@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moshi_ttt.apps.audio import encode, read_audio, resample
 from moshi_ttt.core.errors import HostError
+from moshi_ttt.data.audio import encode, read_audio, resample
 from moshi_ttt.hosts.moshi.fit import require_fit
 
 SPEEDS = (1.0, 0.94, 1.06)

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moshi_ttt.apps.explain import human_bytes
-from moshi_ttt.apps.output_folder import METRICS
 from moshi_ttt.apps.quickstart.evaluate import WINDOW
 from moshi_ttt.apps.quickstart.results import Results, metrics, verdict
 from moshi_ttt.apps.quickstart.setup import Setup
+from moshi_ttt.core.units import human_bytes
 from moshi_ttt.hosts.moshi.loading import BUILTIN_TINY
+from moshi_ttt.system.output_folder import METRICS
 
 REPORT = "report.md"
 

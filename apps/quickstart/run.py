@@ -12,9 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from moshi_ttt.apps import threads
-from moshi_ttt.apps.audio import decode, write_wav
-from moshi_ttt.apps.output_folder import check_free, new_folder
 from moshi_ttt.apps.quickstart import evaluate as evaluating
 from moshi_ttt.apps.quickstart import plots, recall, report, summary
 from moshi_ttt.apps.quickstart.evaluate import Curve
@@ -24,7 +21,10 @@ from moshi_ttt.apps.quickstart.stream import compare_with_training, listen, loss
 from moshi_ttt.apps.quickstart.train import Segments, train
 from moshi_ttt.core.adapter import save_adapter
 from moshi_ttt.core.injection import Injection
+from moshi_ttt.data.audio import decode, write_wav
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.system import threads
+from moshi_ttt.system.output_folder import check_free, new_folder
 
 MADE_BY = "moshi-ttt quickstart"
 COMPARED_FRAMES = 150

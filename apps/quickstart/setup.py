@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from moshi_ttt.apps.config_files import read_config
-from moshi_ttt.apps.options import StreamConfig, TrainConfig
 from moshi_ttt.apps.quickstart.data import Codec, Recording, Speech, load_speech
 from moshi_ttt.apps.quickstart.train import Segments
+from moshi_ttt.configs.reading import read_config
+from moshi_ttt.configs.sections import StreamConfig, TrainConfig
 from moshi_ttt.core.config import TTTConfig
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.injection import Plan, make_plan

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moshi_ttt.apps.options import StreamConfig
 from moshi_ttt.apps.quickstart.data import Codec
-from moshi_ttt.apps.teacher_forcing import delayed, stream_losses
+from moshi_ttt.configs.sections import StreamConfig
 from moshi_ttt.core.block import Site
+from moshi_ttt.evaluation.teacher_forcing import delayed, stream_losses
 from moshi_ttt.hosts.moshi.layers import BlockSite
 from moshi_ttt.hosts.moshi.upstream import LMGen
 

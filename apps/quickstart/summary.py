@@ -8,9 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moshi_ttt.apps.explain import human_bytes
 from moshi_ttt.apps.quickstart.results import Results, verdict
 from moshi_ttt.apps.quickstart.setup import Setup
+from moshi_ttt.core.units import human_bytes
 
 
 def introduction(setup: Setup) -> RenderableType:

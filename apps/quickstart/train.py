@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moshi_ttt.apps.options import TrainConfig
 from moshi_ttt.apps.quickstart.data import Codec, Recording, Speech
 from moshi_ttt.apps.quickstart.losses import training_loss
+from moshi_ttt.configs.sections import TrainConfig
 from moshi_ttt.core.errors import ConfigError, MoshiTTTError
 from moshi_ttt.core.injection import Injection
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moshi_ttt import default_registry, inject, parse_config
-from moshi_ttt.apps.train.data.dataset import Batch
 from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo
 from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.injection import Injection
+from moshi_ttt.data.dataset import Batch
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 
 CHUNK = 8

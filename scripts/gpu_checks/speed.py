@@ -17,16 +17,16 @@ import torch
 from torch import nn
 
 from moshi_ttt import default_registry, inject, parse_config
-from moshi_ttt.apps.train.model import skeleton
-from moshi_ttt.apps.train.runtime import start
-from moshi_ttt.apps.train.settings import parse_settings
-from moshi_ttt.apps.train.trainer import Trainer
+from moshi_ttt.configs.settings import parse_settings
 from moshi_ttt.core.block import BlockContext
 from moshi_ttt.core.sharding import local
 from moshi_ttt.hosts.moshi import lora
 from moshi_ttt.hosts.moshi.fsdp import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.upstream import LMGen
+from moshi_ttt.training.model import skeleton
+from moshi_ttt.training.runtime import start
+from moshi_ttt.training.trainer import Trainer
 
 from .cases import batches, block_of
 from .report import Report

@@ -12,10 +12,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from moshi_ttt import default_registry
-from moshi_ttt.apps.audio import read_audio
-from moshi_ttt.apps.train.run import run
-from moshi_ttt.apps.train.settings import parse_settings
+from moshi_ttt.configs.settings import parse_settings
+from moshi_ttt.data.audio import read_audio
 from moshi_ttt.hosts.moshi.tiny import speech_files
+from moshi_ttt.training.run import run
 
 from .cases import VARIANTS
 from .report import Report, error

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from moshi_ttt.apps.cli import app
-from moshi_ttt.apps.config_files import read_config
-from moshi_ttt.apps.config_paths import packaged_configs
+from moshi_ttt.configs.paths import packaged_configs
+from moshi_ttt.configs.reading import read_config
 from moshi_ttt.core.registry import Registry
 
 from .conftest import GOLDENS
@@ -58,7 +58,6 @@ def test_the_surface_is_frozen():
                 "--source", "--threads", "-a", "-o", "config",
             ],
         },
-        "study": ["--jobs", "--known", "--out", "--smoke", "--threads", "--unseen", "-o"],
         "encode": ["--eval", "--out", "-o", "config", "overrides"],
         "doctor": ["--adapter", "--batches", "--json", "--length", "--seed", "--threads", "config"],
         "explain": ["--json", "config"],

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from moshi_ttt.apps.audio import read_audio
-from moshi_ttt.apps.evaluate.zero_shot import score_codes
+from moshi_ttt.data.audio import read_audio
+from moshi_ttt.evaluation.zero_shot import score_codes
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm, speech_files
+from tests.data.conftest import RATE, words_every, write_audio, write_manifest, write_transcript
 
 from .repositories import VOICE, make_codec, make_repository, make_tokenizer
-from .train.data.conftest import RATE, words_every, write_audio, write_manifest, write_transcript
 
 CONDITIONAL = "needs conditions (description), and training and evaluating with conditions are not supported"
 TEXT_ALONE = "predicts text alone (it has no depformer)"

@@ -15,17 +15,17 @@ import torch
 from safetensors.torch import load_file
 
 from moshi_ttt import default_registry, inject, load_adapter, parse_config
-from moshi_ttt.apps.audio import read_audio
-from moshi_ttt.apps.audio_files import AudioError
-from moshi_ttt.apps.output_folder import OutputError, new_folder
 from moshi_ttt.apps.quickstart import run as running
 from moshi_ttt.apps.quickstart.evaluate import Curve, compare, evaluate
 from moshi_ttt.apps.quickstart.recall import shipped_memory
 from moshi_ttt.apps.quickstart.results import verdict
 from moshi_ttt.apps.quickstart.stream import loss_with_memory_cleared
+from moshi_ttt.data.audio import read_audio
+from moshi_ttt.data.audio_files import AudioError
 from moshi_ttt.hosts.moshi.host import MoshiHostConfig
 from moshi_ttt.hosts.moshi.loading import resolve_repo
 from moshi_ttt.hosts.moshi.tiny import memory_adapter
+from moshi_ttt.system.output_folder import OutputError, new_folder
 
 from .conftest import write_wav
 

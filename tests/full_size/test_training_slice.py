@@ -15,16 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from moshi_ttt import default_registry
-from moshi_ttt.apps.train.data.dataset import Batch
-from moshi_ttt.apps.train.model import build
-from moshi_ttt.apps.train.runtime import start
-from moshi_ttt.apps.train.settings import Settings, parse_settings
-from moshi_ttt.apps.train.trainer import Trainer
+from moshi_ttt.configs.settings import Settings, parse_settings
 from moshi_ttt.core.sharding import whole
+from moshi_ttt.data.dataset import Batch
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import load_skeleton
 from moshi_ttt.hosts.moshi.tiny import bundle_folder, tiny_config
 from moshi_ttt.hosts.moshi.upstream import loaders
+from moshi_ttt.training.model import build
+from moshi_ttt.training.runtime import start
+from moshi_ttt.training.trainer import Trainer
 
 pytestmark = pytest.mark.full_size
 

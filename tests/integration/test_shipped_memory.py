@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moshi_ttt.apps.audio import read_audio
 from moshi_ttt.apps.quickstart.data import Codec, Recording
-from moshi_ttt.apps.teacher_forcing import stream_losses
 from moshi_ttt.core.adapter import load_adapter
+from moshi_ttt.data.audio import read_audio
+from moshi_ttt.evaluation.teacher_forcing import stream_losses
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import resolve_repo
 from moshi_ttt.hosts.moshi.tiny import memory_adapter, speech_files

@@ -1,0 +1,30 @@
+"""``moshi-ttt new-plugin``: write a plugin of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moshi_ttt.apps.arguments import PATH
+
+
+def new_plugin(
+    name: Annotated[str, typer.Argument(help="What the variant will be called, as in my_memory.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", **PATH, help="Folder to write, which must not exist; moshi-ttt-NAME here."),
+    ] = None,
+) -> None:
+    """Write a plugin of your own: a distribution with a small working variant, its tests and a config.
+
+    It passes the conformance kit as it is. Install it with pip, then replace its mathematics by yours.
+    """
+    from moshi_ttt.apps import new_plugin as making
+    from moshi_ttt.core.registry import default_registry
+
+    folder = Path(making.distribution(name)) if out is None else out
+    for path in making.create(name, folder, default_registry()):
+        typer.echo(path)
+    typer.echo(f'Next: pip install -e "{folder}[test]", then pytest {folder}')

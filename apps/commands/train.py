@@ -1,0 +1,66 @@
+"""``moshi-ttt train``: fine-tune Moshi, on one process or on many."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moshi_ttt.apps.console import console, errors, interruption, was_interrupted
+from moshi_ttt.system.interruption import EXIT_STOPPED, StopRequest
+
+if TYPE_CHECKING:
+    from moshi_ttt.training.loop import Outcome
+
+
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file as moshi-finetune reads it, or a packaged config's name.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, as in optim.lr=1e-5 resume=true.")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what would be trained and what it takes, and stop. Reads no weights.")
+    ] = False,
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="With --plan: ranks to share the model over.")] = 1,
+) -> None:
+    """Fine-tune Moshi: TTT blocks, LoRA, or everything, on one process or on many.
+
+    Several processes: torchrun --nproc-per-node 8 -m moshi_ttt train CONFIG. Ctrl-C or a termination saves a checkpoint
+    and ends; resume=true goes on from it.
+
+    Exit code 0 when the run is done, 75 when it was stopped as asked and can be resumed (with do_ckpt: false nothing
+    was saved), 2 for an error, 130 when a second Ctrl-C ended it without saving. torchrun makes 1 of the last three;
+    "status" in RUN_DIR/run.json tells them.
+    """
+    with StopRequest(final=(interruption,)) as stop:
+        try:
+            outcome = _train(config, overrides or [], stop, plan=plan, ranks=ranks)
+        except (Exception, KeyboardInterrupt) as error:
+            # Asked to stop, a rank leaves; one that is waiting for it meets an error of its own.
+            if stop.started or not (stop.asked or was_interrupted(error)):
+                raise
+            errors().print("Stopped as asked before the first step; there was nothing to save.")
+            stopped = True
+        else:
+            stopped = outcome is not None and outcome.stopped
+        if stopped:
+            raise typer.Exit(EXIT_STOPPED)
+
+
+def _train(config: str, overrides: list[str], stop: StopRequest, *, plan: bool, ranks: int) -> Outcome | None:
+    """Train; or show what would be, and nothing comes of it."""
+    from moshi_ttt.configs import settings as reading
+    from moshi_ttt.core.registry import default_registry
+
+    registry = default_registry()
+    settings = reading.read_settings(config, overrides, registry)
+    if plan:
+        from moshi_ttt.training import planning
+
+        console().print(planning.render(planning.plan(settings, registry, ranks=ranks, activations=True)))
+        return None
+    from moshi_ttt.training.run import run
+
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own writing of checkpoints
+    return run(settings, registry, console(), stop)

@@ -1,0 +1,43 @@
+"""``moshi-ttt verify``: check the installed code against reference vectors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moshi_ttt.apps.arguments import PATH
+from moshi_ttt.apps.console import EXIT_FAILED, console
+from moshi_ttt.system.threads import computing
+
+
+def verify(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE_OR_FOLDER...", parser=PATH["parser"], help="Files of reference vectors, or folders of them."
+        ),
+    ],
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Show every output and gradient, not the worst alone.")
+    ] = False,
+) -> None:
+    """Check the installed code against reference vectors (safetensors files), outputs and gradients.
+
+    Exit code 0 when every file is within tolerance, 1 when one is not or when no installed plugin computes it,
+    2 when a file cannot be read.
+    """
+    from moshi_ttt.apps import verify as verifying
+    from moshi_ttt.core.registry import default_registry
+
+    registry = default_registry()
+    screen = console()
+    reports = []
+    with computing(parameters=0):  # reference vectors are small
+        for path in verifying.expand(paths):
+            reports.append(verifying.verify_file(path, registry))
+            screen.print(verifying.render(reports[-1], every=show_all))
+    screen.print(verifying.summary(reports))
+    if not all(report.passed for report in reports):
+        raise typer.Exit(EXIT_FAILED)

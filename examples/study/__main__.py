@@ -1,0 +1,60 @@
+"""``python examples/study``: train each variant and LoRA on a small Moshi, and report what memory is worth."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of a folder that is run, Python adds the folder alone
+
+from moshi_ttt.apps.arguments import PATH
+from moshi_ttt.apps.console import Command, run, show_warning
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+@app.command(cls=Command)
+def study(
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", **PATH, help="Folder of everything it makes; what is there is kept."),
+    ],
+    known: Annotated[
+        list[Path],
+        typer.Option(
+            "--known",
+            **PATH,
+            help="A folder with train.jsonl, valid.jsonl, test.jsonl; may be repeated.",
+        ),
+    ],
+    unseen: Annotated[
+        list[Path] | None,
+        typer.Option("--unseen", **PATH, help="The same, of voices for testing alone; may be repeated."),
+    ] = None,
+    at_once: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Processor threads of each run; one if left out.")
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Very small: shows that everything runs.")] = False,
+) -> None:
+    """Train each variant and LoRA on a small Moshi with a short attention, and report what memory is worth.
+
+    It takes about an hour a seed. Interrupted, the same command goes on. The report is in OUT/report.
+    """
+    warnings.showwarning = show_warning
+    from study import plan
+    from study.command import make
+
+    report = make(
+        out, known=known, unseen=unseen or [], scale=plan.SMOKE if smoke else plan.FULL, subjects=plan.SUBJECTS,
+        ablations=plan.ABLATIONS, at_once=at_once, threads=threads, say=lambda text: typer.echo(text),
+    )  # fmt: skip
+    typer.echo((report / "report.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    run(app)

@@ -1,0 +1,60 @@
+"""What a streamed frame costs: every subject in turns in one process, so that what disturbs one disturbs all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from moshi_ttt.evaluation.subjects import Subject
+
+ROUNDS, FRAMES = 20, 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one subject.
+
+    Attributes:
+        step_ratio: the median frame of one stream (main transformer, no depformer) over the base model's.
+        state_bytes: what its memory takes for one stream.
+    """
+
+    step_ratio: float
+    state_bytes: int
+
+
+@torch.no_grad()
+def measure(subjects: Sequence[Subject], *, rounds: int = ROUNDS, frames: int = FRAMES) -> dict[str, Cost]:
+    """A new stream of each by turns, ``rounds`` times ``frames`` frames; the first round is not counted.
+
+    The base model comes first in ``subjects``. They may share one: each is in it while it streams.
+    """
+    base = subjects[0].model
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, base.card, (1, 1 + base.n_q, frames), generator=generator)
+    seconds: dict[str, list[float]] = {subject.name: [] for subject in subjects}
+    state_bytes: dict[str, int] = {}
+    for _ in range(rounds + 1):
+        for subject in subjects:
+            with subject.present(), subject.model.streaming(1):
+                state_bytes[subject.name] = _state_bytes(subject)
+                for frame in range(frames):
+                    began = time.perf_counter()
+                    subject.model.forward_text(codes[:, :, frame : frame + 1])
+                    seconds[subject.name].append(time.perf_counter() - began)
+    typical = {name: median(times[frames:]) for name, times in seconds.items()}
+    own = typical[subjects[0].name]
+    return {
+        subject.name: Cost(step_ratio=typical[subject.name] / own, state_bytes=state_bytes[subject.name])
+        for subject in subjects
+    }
+
+
+def _state_bytes(subject: Subject) -> int:
+    if subject.injection is None:
+        return 0
+    return sum(block.state_bytes() for block in subject.injection.blocks.values())

@@ -1,0 +1,45 @@
+"""Small models with a memory that is worth something, and recordings made of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moshi_ttt import default_registry, inject, parse_config
+from moshi_ttt.evaluation.documents import Document
+from moshi_ttt.evaluation.subjects import Subject
+from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
+
+CONTEXT = 8
+
+
+def subject_with(
+    variant: str | None, *, name: str | None = None, noise: float = 0.05, context: int = CONTEXT, **options: Any
+) -> Subject:
+    """A random Moshi with a short attention, and a block of random weights where a variant is given."""
+    model = random_tiny_lm(context=context)
+    injection = None
+    if variant:
+        host = {"name": "moshi", "hf_repo": "builtin:tiny"}
+        entry = {"variant": variant, "layers": "1", "chunk": 4, **options}
+        injection = inject(model, parse_config({"host": host, "ttt": [entry]}, registry=default_registry()))
+        generator = torch.Generator().manual_seed(1)
+        for parameter in injection.parameters():
+            parameter.data.add_(noise * torch.randn(parameter.shape, generator=generator))
+    return Subject(name=name or variant or "base", model=model, injection=injection, facts={})
+
+
+@pytest.fixture
+def base() -> Subject:
+    return subject_with(None)
+
+
+def document(frames: int, seed: int, *, text: bool = True) -> Document:
+    """Random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 32, (17, frames), generator=generator)
+    if not text:
+        codes[0] = -1
+    return Document(f"talk{seed}", codes)

@@ -1,0 +1,215 @@
+"""What a run says: a progress line, ``metrics.jsonl`` always, TensorBoard and Weights & Biases where asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moshi_ttt.configs.training import RunConfig, WandbConfig
+from moshi_ttt.core.atomic import atomic_file
+from moshi_ttt.core.block import Site
+from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.health import BlockHealth
+from moshi_ttt.system.platforms import peak_memory
+from moshi_ttt.training.trainer import Losses, Step
+
+METRICS = "metrics.jsonl"
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """The most memory this process has held: allocated on a CUDA device, or resident on the CPU; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_memory()
+
+
+def loss_record(losses: Losses) -> dict[str, float | int | None]:
+    """Losses for a log: a perplexity is the exponential of nats per token; null where there was no such token."""
+    return {
+        "loss": losses.total, "loss_text": losses.text, "loss_audio": losses.audio,
+        "nats_text": _finite(losses.text_nats), "nats_audio": _finite(losses.audio_nats),
+        "perplexity_text": _perplexity(losses.text_nats), "perplexity_audio": _perplexity(losses.audio_nats),
+        "tokens": losses.tokens,
+    }  # fmt: skip
+
+
+def step_record(step: Step, seconds: float, memory: int | None) -> dict[str, Any]:
+    """One line of ``metrics.jsonl``. ``seconds`` is what the step took, ``memory`` bytes."""
+    return {
+        "kind": "train", "step": step.number, **loss_record(step.losses), "gradient_norm": _finite(step.gradient_norm),
+        "skipped": step.skipped, "bad_segments": step.bad_segments, "learning_rates": dict(step.learning_rates),
+        "seconds": seconds, "tokens_per_second": step.losses.tokens / seconds, "memory_bytes": memory,
+    }  # fmt: skip
+
+
+def health_record(health: Mapping[Site, BlockHealth]) -> dict[str, Any]:
+    """The figures and red flags of every block."""
+    return {
+        str(site): {**{name: _finite(value) for name, value in found.figures.items()}, "red_flags": found.red_flags}
+        for site, found in health.items()
+    }
+
+
+class RunLog:
+    """Where the lines of one run go; only the first rank has one. ``check_installed`` comes before it."""
+
+    def __init__(self, run_dir: Path, run: RunConfig, console: Console, start: int) -> None:
+        self.console = console
+        self.path = run_dir / METRICS
+        _drop_after(self.path, start)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = _tensorboard(run_dir) if run.tensorboard else None
+        self._wandb = _wandb(run.wandb, run_dir, run) if run.wandb.project else None
+        self._progress = Progress(
+            TextColumn("training"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task("", total=run.max_steps, completed=start, note="")
+        self._total, self._start, self._began = run.max_steps, start, time.monotonic()
+
+    def __enter__(self) -> RunLog:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """One record, everywhere: a line of JSON, and its numbers as curves."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        numbers = dict(_numbers(record))
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=record["step"])
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """The record of a training step as the progress line; where there is no terminal, a line of its own."""
+        note, step = summary(record), int(record["step"])
+        self._progress.update(self._task, completed=step, note=note)
+        if self._progress.disable:
+            # From the time that steps took so far with all between them: evaluations, checkpoints.
+            each = (time.monotonic() - self._began) / max(1, step - self._start)
+            self.say(f"step {step}/{self._total}: {note}  {_duration(each * (self._total - step))} left")
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def summary(record: Mapping[str, Any]) -> str:
+    """A training step in one line."""
+    parts = [f"text {record['loss_text']:.3f}", f"audio {record['loss_audio']:.3f}"]
+    norm, rates = record["gradient_norm"], record["learning_rates"]
+    parts.append(f"gradient norm {'not finite' if norm is None else f'{norm:.3g}'}")
+    parts.append(f"lr {' '.join(f'{group} {rate:.2g}' for group, rate in rates.items())}")
+    parts.append(f"{record['seconds']:.2f} s/step")
+    parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+    if record["memory_bytes"] is not None:
+        parts.append(f"{record['memory_bytes'] / 2**30:.1f} GiB")
+    blocks = list(record.get("blocks", {}).values())
+    gates = [block["gate"] for block in blocks if block.get("gate") is not None]
+    gains = [
+        block["inner_loss_before"] - block["inner_loss_after"]
+        for block in blocks
+        if block.get("inner_loss_before") is not None and block.get("inner_loss_after") is not None
+    ]
+    if gates:
+        parts.append(f"gate {sum(gates) / len(gates):.3f}")
+    if gains:
+        parts.append(f"inner gain {sum(gains) / len(gains):.3g}")
+    if any(block["red_flags"] for block in blocks):
+        parts.append("a block has red flags")
+    if record["skipped"]:
+        parts.append("NOT FINITE, skipped")
+    return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Leave out what a run that is resumed had logged after the checkpoint."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # a line that a kill cut short
+        if record["step"] <= step:
+            kept.append(line)
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            found += _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
+            found.append((f"{prefix}{name}" if prefix else f"{record['kind']}/{name}", float(value)))
+    return found
+
+
+def _perplexity(nats: float) -> float | None:
+    return _finite(math.exp(min(nats, 700.0))) if math.isfinite(nats) else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def check_installed(run: RunConfig) -> None:
+    """Raise ConfigError when TensorBoard or wandb is asked for and not installed."""
+    if run.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            raise ConfigError("tensorboard is true, and it is not installed: pip install tensorboard.") from None
+    if run.wandb.project:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise ConfigError("wandb.project is set, and wandb is not installed: pip install wandb.") from None
+
+
+def _tensorboard(run_dir: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"))
+
+
+def _wandb(config: WandbConfig, run_dir: Path, run: RunConfig) -> Any:
+    import wandb
+
+    if config.key:
+        wandb.login(key=config.key)
+    return wandb.init(
+        project=config.project, name=config.run_name or run_dir.name, dir=str(run_dir),
+        mode="offline" if config.offline else "online", config=run.model_dump(mode="json", exclude={"wandb": {"key"}}),
+    )  # fmt: skip
