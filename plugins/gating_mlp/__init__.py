@@ -25,3 +25,5 @@ def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
 def moshi_ttt_verifiers(registrar: Registrar) -> None:
     for form in ("naive", "parallel", "chunkwise", "recurrent"):
         registrar.add(f"gating_mlp-{form}", f"{__name__}.verifiers:{form.upper()}")
+    for form in ("options_naive", "options_chunk", "options_recurrent"):
+        registrar.add(f"gating_mlp-{form}", f"{__name__}.option_verifiers:{form.upper()}")

@@ -201,13 +201,8 @@ class GatingMLP(SequenceBlock):
         conv, projection = (context.cast(part, token[0].dtype) for part in (self.conv, self.projection))
         stepper = self._stepper_for(state)
         masks = context.exec_mask, context.updates_mask(tokens)
-        if isinstance(stepper, CompiledStepper):
-            added = stepper.step(state, token, conv, projection, *masks, context.cast)
-        else:
-            ridge = ridge_of(self.log_ridge) if self.config.update == "ridge" else None
-            added = stepper.step(
-                state, token, conv, projection, *masks, context.cast, ridge=ridge, success=self.success
-            )  # fmt: skip
+        ridge = ridge_of(self.log_ridge) if self.config.update == "ridge" else None
+        added = stepper.step(state, token, conv, projection, *masks, context.cast, ridge=ridge, success=self.success)
         added = added if self.config.read_scale == 1 else self.config.read_scale * added
         return self.info.format.from_tokens(self.at_volume(base, added, context), x)
 

@@ -118,7 +118,7 @@ class ChunkForm:
         if state is None:
             queries = layout.split(queries).flatten(1, 2)  # [B, N, C, h] -> [B, N C, h]
         answers, chunks = self._corrected(
-            queries, keys, sums, rate, num_nonfinite, allowed, complete, seen, first, start
+            queries, keys, sums, rate, num_nonfinite, allowed, complete, seen, first, start, context
         )
         return CallTokens(queries, answers, gate_target, replace(chunks, num_enabled=num_enabled))
 
@@ -161,6 +161,7 @@ class ChunkForm:
     def _corrected(
         self, queries: Tensor, keys: list[Tensor], sums: Tensor, rate: Tensor, num_nonfinite: Tensor,
         allowed: Tensor | None, complete: Tensor, seen: Tensor, first: Unfinished | None, start: Tensor | None,
+        context: BlockContext,
     ) -> tuple[Tensor, CallChunks]:  # fmt: skip
         """Answers ``[B, N C, d]`` and chunks where a chunk's update depends on the answers to its keys."""
         decay, clip, (width, hidden) = self.memory.decay, self.memory.clip, (sums.shape[-1], queries.shape[-1])
@@ -173,7 +174,7 @@ class ChunkForm:
         # [B, N C, h] -> [B, N, C, h]
         found = corrected(
             memory, queries.unflatten(1, (-1, self.memory.schedule.chunk)), keys, sums, rate, num_nonfinite, allowed,
-            complete, first, self.ridge, None if clip is None else (clip, self.projection.double()),
+            complete, first, self.ridge, None if clip is None else (clip, context.cast(self.projection, torch.float64)),
         )  # fmt: skip
         # N times [B, ...] -> [B, N, ...]
         chunks = CallChunks(

@@ -28,7 +28,7 @@ def filtered(target: Tensor, conv: Tensor, left: int) -> Tensor:
 def naive_in_place(
     hidden: Tensor, target: Tensor, w_down: Tensor, conv: Tensor, projection: Tensor | None, lr: Tensor, *,
     chunk_size: int, left: int, decay: float = 0.0, clip: float | None = None, update: str = "hebbian",
-    ridge: float = 0.0, updated: Tensor | None = None,
+    ridge: float | Tensor = 0.0, updated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Apply, then update, chunk by chunk. With a correcting update, errors are before the projection.
 
@@ -64,7 +64,7 @@ def naive_in_place(
     return torch.cat(outputs), fast if projection is None else projection.T @ fast  # [T, d], and [d, h]
 
 
-def writes(update: str, keys: Tensor, values: Tensor, answers: Tensor, rate: Tensor, ridge: float) -> Tensor:
+def writes(update: str, keys: Tensor, values: Tensor, answers: Tensor, rate: Tensor, ridge: float | Tensor) -> Tensor:
     """``[c, d]``, what a chunk writes at each of its ``keys [c, h]``; ``values``, ``answers [c, d]``, ``rate [c]``."""
     if update == "hebbian":
         return rate[:, None] * values

@@ -34,7 +34,8 @@ def _widths(layers: int) -> list[str]:
     return ["D", *(f"hidden {i}" for i in range(1, layers)), "D"]
 
 
-def _fast_shapes(layers: int, batch: tuple[str, ...] = ()) -> dict[str, Shape]:
+def fast_shapes(layers: int, batch: tuple[str, ...] = ()) -> dict[str, Shape]:
+    """Of the fast network's weights and biases, by name; ``batch``: dimensions before the head's."""
     shapes: dict[str, Shape] = {}
     for i, (fan_in, fan_out) in enumerate(pairwise(_widths(layers))):
         shapes[f"weight.{i}"] = (*batch, "H", fan_in, fan_out)
@@ -68,10 +69,10 @@ class _InnerLoopVerifier(_FastNetworkVerifier):
         layers, tokens = int(metadata["layers"]), ("B", "H", "T", "D")
         inputs: dict[str, Shape] = {
             **dict.fromkeys("qkv", tokens), "lr": ("B", "H", "T"), "token_scale": ("C",), "norm_weight": ("H", "D"),
-            "norm_bias": ("H", "D"), **_fast_shapes(layers),
+            "norm_bias": ("H", "D"), **fast_shapes(layers),
         }  # fmt: skip
         return VectorSchema(
-            metadata=INNER_LOOP, inputs=inputs, outputs={"y": tokens, **_fast_shapes(layers, ("B",))},
+            metadata=INNER_LOOP, inputs=inputs, outputs={"y": tokens, **fast_shapes(layers, ("B",))},
             sizes={"C": int(metadata["chunk_size"])},
         )  # fmt: skip
 
@@ -91,7 +92,7 @@ class _HybridVerifier(_FastNetworkVerifier):
             "norm_weight": ("H", "D"), "norm_bias": ("H", "D"), "x": ("B", "T", "H*D"), **linears,
             "lr_weight": ("H", 1, "H*D"), "lr_bias": ("H", 1),
             "post_norm.weight": ("H*D",), "post_norm.bias": ("H*D",), "token_scale": ("C",),
-            "alpha": ("H*D",), **_fast_shapes(layers),
+            "alpha": ("H*D",), **fast_shapes(layers),
         }  # fmt: skip
         return VectorSchema(
             metadata=HYBRID, inputs=inputs, outputs={"y": ("B", "T", "H*D"), **dict.fromkeys("qkv", tokens)},

@@ -30,6 +30,11 @@ BEST = {
 }  # fmt: skip
 
 
+@pytest.fixture(params=[False, True], ids=["tensor operations", "compiled"])
+def compiled(request):
+    return request.param
+
+
 def stream(block, x, target, state=None):
     state = block.allocate_state(x.shape[0]) if state is None else state
     outputs = [
@@ -71,8 +76,8 @@ def defined(block, x, target, updated=None):
 @pytest.mark.parametrize("keys", ["raw", "unit"])
 @pytest.mark.parametrize("options", [{}, {"decay": 0.2}, {"clip": 0.4}, {"learned_lr": True}], ids=str)
 @pytest.mark.parametrize("update", ["hebbian", "gradient", "ridge"])
-def test_call_and_stream_are_the_definition(update, options, keys):
-    block = build(update=update, keys=keys, chunk=5, lr=0.2, **options)
+def test_call_and_stream_are_the_definition(update, options, keys, compiled):
+    block = build(update=update, keys=keys, chunk=5, lr=0.2, compiled=compiled, **options)
     x, target = draw(2, 19, DIM), draw(2, 19, DIM, seed=2)
     expected, delta = defined(block, x, target)
     y, state = block(x, None, BlockContext(input_embeddings=target))
@@ -130,8 +135,8 @@ def test_while_updates_are_disabled_memory_stays_as_it_is(compiled):
 @pytest.mark.parametrize("kernel", [1, 2, 5, 9])
 @pytest.mark.parametrize("padding", ["centered", "causal"])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 16])
-def test_ridge_by_any_filter(chunk, padding, kernel):
-    block = build(update="ridge", lr=1.0, chunk=chunk, conv_kernel=kernel, padding=padding)
+def test_ridge_by_any_filter(chunk, padding, kernel, compiled):
+    block = build(update="ridge", lr=1.0, chunk=chunk, conv_kernel=kernel, padding=padding, compiled=compiled)
     x, target = draw(2, 3 * chunk + 2, DIM), draw(2, 3 * chunk + 2, DIM, seed=2)
     expected, delta = defined(block, x, target)
     for y, state in (block(x, None, BlockContext(input_embeddings=target)), stream(block, x, target)):
@@ -178,13 +183,13 @@ def chunk_like(kind):
 @pytest.mark.parametrize("ridge", [0.0, RIDGE_BOUNDS[0], 0.3, RIDGE_BOUNDS[1], 1e30])
 @pytest.mark.parametrize("keys", ["raw", "unit"])
 @pytest.mark.parametrize("kind", ["equal keys", "zero keys", "nearly equal keys", "a few zero keys"])
-def test_ill_conditioned_chunks_are_finite_and_right(kind, keys, ridge, strength):
+def test_ill_conditioned_chunks_are_finite_and_right(kind, keys, ridge, strength, compiled):
     """In float64 against the definition; in float32, call and stream, against float64; gradients finite."""
     x, target = chunk_like(kind)
     settings = {"update": "ridge", "keys": keys, "chunk": 8, "lr": 1.0, "learned_lr": True}
     mlp = ToyMLP(DIM, torch.float64, "cpu")
     for dtype, bound in ((torch.float64, 1e-9), (torch.float32, 2e-3)):
-        block = build(mlp=ToyMLP(DIM, dtype, "cpu"), dtype=dtype, **settings)
+        block = build(mlp=ToyMLP(DIM, dtype, "cpu"), dtype=dtype, compiled=compiled, **settings)
         block.info.mlp.load_state_dict({name: t.to(dtype) for name, t in mlp.state_dict().items()})
         with torch.no_grad():
             block.log_ridge.fill_(math.log(ridge) if ridge else -math.inf)
@@ -227,9 +232,9 @@ def test_the_factor_has_no_pivot_below_the_root_of_the_ridge():
     assert error(keys @ q.mT @ y, torch.ones(1, 64, 3)) < 1e-3  # the answer to the key that was repeated
 
 
-def test_a_long_chunk_of_equal_keys_streams_as_it_is_called_in_float32():
+def test_a_long_chunk_of_equal_keys_streams_as_it_is_called_in_float32(compiled):
     """The worst case of the lower bound: 8e-3 with l a tenth of it."""
-    block = build(update="ridge", keys="unit", lr=1.0, chunk=256, dtype=torch.float32)
+    block = build(update="ridge", keys="unit", lr=1.0, chunk=256, dtype=torch.float32, compiled=compiled)
     with torch.no_grad():
         block.log_ridge.fill_(-100.0)
     x, target = draw(1, 1, DIM).float().expand(-1, 257, -1).contiguous(), draw(1, 257, DIM, seed=2).float()
@@ -250,8 +255,8 @@ def test_a_repeated_chunk_adds_up_with_hebbian_and_not_with_ridge():
     assert norms["ridge"] < 5
 
 
-def test_a_gradient_step_that_diverges_skips_updates_and_stays_finite():
-    block = build(update="gradient", lr=1e3, chunk=4, dtype=torch.float32)
+def test_a_gradient_step_that_diverges_skips_updates_and_stays_finite(compiled):
+    block = build(update="gradient", lr=1e3, chunk=4, dtype=torch.float32, compiled=compiled)
     x = draw(1, 1, DIM).float().expand(-1, 400, -1).contiguous()
     y, state = block(x, None, BlockContext(input_embeddings=x))
     streamed, after = stream(block, x, x)
@@ -316,14 +321,6 @@ def test_updates_off_answer_and_write_nothing():
     _, after = block(x[:, :9], pieces[0], off)
     assert not torch.equal(before, ended)
     assert error(block.accumulated_update(after), ended) < 1e-14
-
-
-def test_the_compiled_step_is_refused_for_what_it_does_not_have():
-    for options, named in (({"update": "ridge"}, "update: ridge"), ({"success_gate": True}, "success_gate: true")):
-        block = build(**options)
-        with pytest.raises(ConfigError, match=rf"{named}.*\. Stream without compile_step"):
-            block.compile_step()
-    build(keys="unit", target_norm=True, start="next_frame", read_scale=2.0).compile_step()
 
 
 @pytest.mark.parametrize(
