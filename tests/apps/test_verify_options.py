@@ -10,18 +10,19 @@ import torch
 from moshi_ttt import default_registry
 from moshi_ttt.apps.verify import verify_file
 from moshi_ttt.core.errors import ConfigError
-from moshi_ttt.plugins.common import block as hybrid_block
-from moshi_ttt.plugins.common import fast_network, objective, reference, short_conv, success_gate
-from moshi_ttt.plugins.gating_mlp import block, corrections, ops, option_verifiers
-from moshi_ttt.plugins.gating_mlp import reference as in_place_reference
+from moshi_ttt.plugins.common import short_conv, success_gate
+from moshi_ttt.plugins.gating_mlp import block, chunk, chunkwise, corrections, ops, option_verifiers
+from moshi_ttt.plugins.gating_mlp import naive as in_place_naive
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
-from moshi_ttt.plugins.gating_mlp.streaming import Stepper
-from moshi_ttt.plugins.ttt_mlp.verifiers import OPTIONS_CALLED
+from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
+from moshi_ttt.plugins.hybrid import block as hybrid_block
+from moshi_ttt.plugins.hybrid import fast_network, naive, objective
+from moshi_ttt.plugins.ttt_mlp.verifiers import OPTIONS_CHUNK
 from tests.apps.test_verify import GOLDENS, read
 from tests.plugins.gating import build
 
 Patch = pytest.MonkeyPatch
-CALL, STREAM, DEFINITION = "options_called", "options_streamed", "options_reference"
+CALL, STREAM, DEFINITION = "options_chunk", "options_recurrent", "options_naive"
 
 
 def ridge_is_twice_as_large(patch: Patch) -> None:
@@ -62,18 +63,17 @@ def targets_have_norm_one(patch: Patch) -> None:
 
 
 def decay_comes_after_the_update(patch: Patch) -> None:
-    def mutated(delta, keys, values, ended, taught, decay):
+    def mutated(delta, keys, values, ended, applied, decay):
         return torch.where(ended[:, None, None], (1 - decay) * (delta + keys.mT @ values), delta)
 
-    patch.setattr(ops, "after_chunk", mutated)
+    patch.setattr(chunkwise, "after_chunk", mutated)
 
 
 def a_stream_folds_without_decay(patch: Patch) -> None:
     fold = Stepper._fold
 
-    def mutated(self, delta, channels, slices):
-        undecayed = self.memory.decay * delta.view(-1, delta.shape[-1]).index_select(0, channels.reshape(-1))
-        return fold(self, delta, channels, slices + undecayed.view_as(slices))
+    def mutated(self, delta, channels, slices, forgotten):
+        return fold(self, delta, channels, slices, None)
 
     patch.setattr(Stepper, "_fold", mutated)
 
@@ -102,12 +102,12 @@ def the_filter_is_late(patch: Patch) -> None:
 
 
 def the_definition_forgets_its_answers(patch: Patch) -> None:
-    writes = in_place_reference.writes
+    writes = in_place_naive.writes
 
     def mutated(update, keys, values, answers, rate, ridge):
         return writes(update, keys, values, 0 * answers, rate, ridge)
 
-    patch.setattr(in_place_reference, "writes", mutated)
+    patch.setattr(in_place_naive, "writes", mutated)
 
 
 def a_call_forgets_its_answers(patch: Patch) -> None:
@@ -118,7 +118,7 @@ def a_call_forgets_its_answers(patch: Patch) -> None:
         out.answers = [torch.zeros_like(answer) for answer in out.answers]
         return out
 
-    patch.setattr(block, "corrected", mutated)
+    patch.setattr(chunk, "corrected", mutated)
 
 
 def the_definitions_gate_hears_itself(patch: Patch) -> None:
@@ -132,16 +132,16 @@ def taps_are_the_other_way_round(patch: Patch) -> None:
 
 
 def the_definitions_taps_are_the_other_way_round(patch: Patch) -> None:
-    convolved = reference.convolved
-    patch.setattr(reference, "convolved", lambda z, taps: convolved(z, taps.flip(1)))
+    convolved = naive.convolved
+    patch.setattr(naive, "convolved", lambda z, taps: convolved(z, taps.flip(1)))
 
 
 def embeddings_are_not_normalized(patch: Patch) -> None:
-    patch.setattr(hybrid_block, "over_rms", lambda e, exact=False: e)
+    patch.setattr(hybrid_block, "rms_normalize", lambda e, exact=False: e)
 
 
 def queries_are_added_without_a_norm(patch: Patch) -> None:
-    patch.setattr(objective.PlainLoss, "answer", lambda self, q, z: q + z)
+    patch.setattr(objective.PlainLoss, "output", lambda self, q, z: q + z)
 
 
 def the_loss_takes_the_key_off(patch: Patch) -> None:
@@ -171,7 +171,7 @@ def a_stream_drops_its_velocity(patch: Patch) -> None:
 
 
 def queries_do_not_read_the_velocity(patch: Patch) -> None:
-    patch.setattr(fast_network, "_begun", lambda memory, mask: torch.zeros(1, 1, 1, 1, dtype=torch.bool))
+    patch.setattr(fast_network, "_has_gradient", lambda memory, mask: torch.zeros(1, 1, 1, 1, dtype=torch.bool))
 
 
 BOTH = {CALL, STREAM}
@@ -255,4 +255,4 @@ def test_a_file_of_ttt_mlp_with_another_width_says_so():
     inputs = {name[3:]: tensor for name, tensor in tensors.items() if name.startswith("in.")}
     inputs["weight.1"] = inputs["weight.1"][:, :-1]
     with pytest.raises(ConfigError, match="hidden width of 15 and heads of width 8"):
-        OPTIONS_CALLED.run(inputs, metadata)
+        OPTIONS_CHUNK.run(inputs, metadata)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis.strategies import SearchStrategy
 
-from moshi_ttt.plugins.common import fast_network, objective
 from moshi_ttt.plugins.common.success_gate import SuccessGate
 from moshi_ttt.plugins.gating_mlp import block, corrections
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
 from moshi_ttt.plugins.gating_mlp.corrections import Unfinished
-from moshi_ttt.plugins.gating_mlp.streaming import Stepper
+from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
+from moshi_ttt.plugins.hybrid import fast_network, objective
 from tests.fuzz.cases import Layer
 from tests.fuzz.strategies import configurations, hybrid_layers, in_place_layers, schedules
 from tests.fuzz.test_mutations import is_one_row, options, run_printed, smallest_failure
@@ -65,11 +65,11 @@ def a_score_counts_twice(patch: Patch) -> None:
 
 
 def a_query_is_added_without_a_norm(patch: Patch) -> None:
-    patch.setattr(objective.PlainLoss, "answer", lambda self, q, z: q + z)
+    patch.setattr(objective.PlainLoss, "output", lambda self, q, z: q + z)
 
 
 def queries_do_not_read_the_velocity(patch: Patch) -> None:
-    patch.setattr(fast_network, "_begun", lambda memory, mask: torch.zeros(1, 1, 1, 1, dtype=torch.bool))
+    patch.setattr(fast_network, "_has_gradient", lambda memory, mask: torch.zeros(1, 1, 1, 1, dtype=torch.bool))
 
 
 def a_stream_solves_with_less_ridge(patch: Patch) -> None:

@@ -14,14 +14,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from moshi_ttt.core import testing as kit
 from moshi_ttt.core.block import BlockContext
 from moshi_ttt.core.testing import BlockCase, default_cases
-from moshi_ttt.plugins.common import block as hybrid_block
-from moshi_ttt.plugins.common import fast_network, short_conv
-from moshi_ttt.plugins.common.block import HybridBlock
+from moshi_ttt.plugins.common import short_conv
 from moshi_ttt.plugins.common.success_gate import SuccessGate
-from moshi_ttt.plugins.gating_mlp import block, compiled, corrections, streaming
+from moshi_ttt.plugins.gating_mlp import block, compiled, corrections, recurrent
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
-from moshi_ttt.plugins.gating_mlp.corrections import GramSum, RunningSum, Unfinished
-from moshi_ttt.plugins.gating_mlp.streaming import Stepper
+from moshi_ttt.plugins.gating_mlp.corrections import ChunkwiseMemory, ParallelMemory, Unfinished
+from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
+from moshi_ttt.plugins.hybrid import block as hybrid_block
+from moshi_ttt.plugins.hybrid import fast_network
+from moshi_ttt.plugins.hybrid.block import HybridBlock
 
 Patch = pytest.MonkeyPatch
 
@@ -43,36 +44,34 @@ def a_stream_solves_with_less_ridge(patch: Patch) -> None:
 
 
 def a_stream_keeps_its_factor(patch: Patch) -> None:
-    advance = streaming._advance
+    advance = recurrent._advance
 
     def mutated(state, new, ends, active):
         is_factor = state.dim() == 3 and state.shape[1] == state.shape[2]
         return advance(state, new, torch.zeros_like(ends) if is_factor else ends, active)
 
-    patch.setattr(streaming, "_advance", mutated)
+    patch.setattr(recurrent, "_advance", mutated)
 
 
 def a_stream_folds_without_decay(patch: Patch) -> None:
     fold = Stepper._fold
 
-    def mutated(self, delta, channels, slices):
-        undecayed = self.memory.decay * delta.view(-1, delta.shape[-1]).index_select(0, channels.reshape(-1))
-        return fold(self, delta, channels, slices + undecayed.view_as(slices))
+    def mutated(self, delta, channels, slices, forgotten):
+        return fold(self, delta, channels, slices, None)
 
     patch.setattr(Stepper, "_fold", mutated)
 
 
 def a_call_is_asked_before_it_is_told(patch: Patch) -> None:
     """The memory's answers to a chunk are those of the chunk before."""
-    for memory in (GramSum, RunningSum):
-        ask = memory.ask
+    for memory in (ParallelMemory, ChunkwiseMemory):
 
-        def mutated(self, queries, ask=ask):
+        def mutated(self, queries, read=memory.read):
             late = getattr(self, "late", None)
-            self.late = ask(self, queries)
+            self.late = read(self, queries)
             return self.late if late is None else late
 
-        patch.setattr(memory, "ask", mutated)
+        patch.setattr(memory, "read", mutated)
 
 
 def strengths_ignore_the_schedule(patch: Patch) -> None:
@@ -167,7 +166,9 @@ def the_filter_mixes_rows(patch: Patch) -> None:
 
 
 def embeddings_share_one_norm(patch: Patch) -> None:
-    patch.setattr(hybrid_block, "over_rms", lambda e, exact=False: e / e.square().mean((1, 2), keepdim=True).sqrt())
+    patch.setattr(
+        hybrid_block, "rms_normalize", lambda e, exact=False: e / e.square().mean((1, 2), keepdim=True).sqrt()
+    )
 
 
 def a_streams_later_steps_see_half_the_keys(patch: Patch) -> None:
