@@ -102,11 +102,10 @@ def check_token_mask(case: BlockCase) -> None:
     block = case.block()
     state: BlockState | None = None
     for number, call in enumerate(_masked_calls(case)):
-        if not case.causal:
-            state = None
         with _short_calls():
-            _compare(case, block, call, state, {}, f"call {number}")
-            state = _compare(case, block, call, state, _switches(block), f"call {number} with switches")
+            switches = _switches(block) if number else {}
+            after = _compare(case, block, call, state, switches, f"call {number}")
+        state = after if case.causal else None
 
 
 def _compare(
@@ -180,6 +179,8 @@ def check_token_mask_streamed(case: BlockCase) -> None:
 
 def check_token_mask_gradient(case: BlockCase) -> None:
     """Gradients of a call with masked tokens and starts are those of each row's tokens alone."""
+    if case.dtype != torch.float64:  # that a call is cut where it should be is checked in every dtype
+        return
     block = case.block()
     call = _masked_calls(case)[0]
     weight = case.inputs(call.x.shape[1], batch=ROWS, seed=30).double()
