@@ -102,6 +102,7 @@ def decay_spares_nothing(patch: Patch) -> None:
 
 def rows_cannot_switch_updates_off(patch: Patch) -> None:
     patch.setattr(BlockContext, "where_updated", lambda self, value: value)
+    patch.setattr(BlockContext, "updates_mask", lambda self, like: None)
 
 
 def tokens_are_taken_as_they_are(patch: Patch) -> None:
