@@ -113,7 +113,7 @@ def test_a_config_of_a_model_alone_is_trained_with_the_options_of_quickstart(tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ("data: {train_data: mine.jsonl}", "use `moshi-ttt train"),
+        ("data: {train_data: mine.jsonl, eval_data: mine.jsonl}", "use `moshi-ttt train"),
         ("lora: {enable: true}", "lora.enable"),
         ("carry_state: true", "carry_state"),
         ("num_microbatches: 2", "num_microbatches"),
