@@ -47,13 +47,14 @@ def explain(name: str, *, registry: Registry | None = None) -> Explanation:
     """
     registry = registry or default_registry()
     config = read_config(name, registry=registry)
-    host = registry.host(config.host.name)
+    host = registry.host(config.host.qualified_name)
     return explain_model(host.skeleton(config.host), config, name=name, registry=registry)
 
 
-def explain_model(model: nn.Module, config: TTTConfig, *, name: str, registry: Registry) -> Explanation:
+def explain_model(model: nn.Module, config: TTTConfig, *, name: str, registry: Registry | None = None) -> Explanation:
     """The same for a model that is at hand."""
-    host = registry.host(config.host.name)
+    registry = registry or default_registry()
+    host = registry.host(config.host.qualified_name)
     policy = registry.policy(config.precision)
     plan = make_plan(model, host, config.ttt, policy=policy, registry=registry, seed=config.seed)
     return Explanation(

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -227,13 +226,17 @@ def fill_from_adapter(injection: Injection, folder: str | Path, *, registry: Reg
     manifest = read_manifest(folder)
     _check_fingerprint(folder, manifest["fingerprint"], host.fingerprint(model))
     try:
-        _check_provenance(folder, manifest["sites"], registry or default_registry())
+        registry = registry or default_registry()
+        _check_provenance(folder, manifest["sites"], registry)
         saved = {str(entry["site"]): entry["config"] for entry in manifest["sites"]}
+        given = {str(entry["site"]): _variant(entry, registry) for entry in manifest["sites"]}
     except (ConfigError, PluginError, KeyError, TypeError) as error:
         raise AdapterError(f"{folder}: it does not fit this installation. {error}") from error
     planned = {str(block.site): block for block in injection.plan.blocks}
-    have = {site: block.variant.name for site, block in planned.items()}
-    given = {site: config["variant"] for site, config in saved.items()}
+    have = {
+        site: _qualified(block.variant.name, block.variant.provenance.distribution, registry)
+        for site, block in planned.items()
+    }
     if have != given:
         raise AdapterError(
             f"{folder} holds the blocks {_listed(given)}, and this model has {_listed(have)}. Ask for the same blocks "
@@ -252,7 +255,7 @@ def fill_from_adapter(injection: Injection, folder: str | Path, *, registry: Reg
         assign(tensor, tensors[name])
     notes = []
     for site, block in planned.items():
-        now = block.config.model_dump(mode="json", exclude={"layers"})
+        now = block.config.model_dump(mode="json", exclude={"layers", "distribution"})
         fields = type(
             block.config
         ).model_fields  # an adapter from before an option was there was trained at its default
@@ -302,12 +305,22 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def _parse_site(entry: Mapping[str, Any], registry: Registry) -> BlockConfig:
     """The config of one site of the manifest; a variant that is not installed is named with its distribution."""
     try:
-        return parse_block({**entry["config"], "layers": (Site.parse(entry["site"]).layer,)}, registry=registry)
+        values = {**entry["config"], "layers": (Site.parse(entry["site"]).layer,)}
+        return parse_block({**values, "variant": _variant(entry, registry)}, registry=registry)
     except (ConfigError, PluginError) as error:
         raise AdapterError(
             f"{error} The adapter was made with {entry['distribution']} {entry['version']} "
             f"(plugin {entry['plugin']!r}): install that."
         ) from error
+
+
+def _variant(entry: Mapping[str, Any], registry: Registry) -> str:
+    """The name of a site's variant; where two distributions share it, that of the one which made the adapter."""
+    return _qualified(str(entry["config"]["variant"]), str(entry["distribution"]), registry)
+
+
+def _qualified(name: str, distribution: str, registry: Registry) -> str:
+    return name if len(registry.claims("block", name)) < 2 else f"{distribution}:{name}"
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -333,7 +346,7 @@ def _describe(planned: PlannedBlock) -> dict[str, Any]:
         "plugin": provenance.plugin,
         "distribution": provenance.distribution,
         "version": provenance.version,
-        "config": planned.config.model_dump(mode="json", exclude={"layers"}),
+        "config": planned.config.model_dump(mode="json", exclude={"layers", "distribution"}),
     }
 
 
@@ -351,7 +364,7 @@ def _check_provenance(folder: Path, sites: Iterable[Mapping[str, Any]], registry
     A variant registered at run time is what the caller says it is: it is accepted with a warning.
     """
     for entry in sites:
-        name, here = entry["config"]["variant"], registry.block(entry["config"]["variant"]).provenance
+        name, here = entry["config"]["variant"], registry.block(_variant(entry, registry)).provenance
         made = Provenance(entry["plugin"], entry["distribution"], entry["version"])
         if RUNTIME.distribution in (made.distribution, here.distribution):
             if made.distribution != here.distribution:
@@ -412,9 +425,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _check_tensors(folder: Path, plan: Plan, extra: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
     expected: dict[str, Tensor] = {EXTRA + name: parameter for name, parameter in extra.items()}
     for planned in plan.blocks:
-        trial = planned.variant.factory(planned.config, planned.info.on(torch.device("meta")), planned.roles)
-        own: dict[str, Tensor] = {**dict(trial.named_parameters()), **trial.persistent_buffers()}
-        expected |= {f"{planned.site}.{name}": tensor for name, tensor in own.items()}
+        expected |= {f"{planned.site}.{name}": tensor for name, tensor in planned.tensors().items()}
     problems = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - expected.keys())]
     for name in sorted(expected.keys() & tensors.keys()):
@@ -427,5 +438,5 @@ def _check_tensors(folder: Path, plan: Plan, extra: Mapping[str, nn.Parameter], 
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         hint = ""
         if any(name.startswith(EXTRA) for name in expected.keys() ^ tensors.keys()):
-            hint = " What the adapter says it was trained with beside the blocks and what it holds differ."
+            hint = f" The LoRA in {MANIFEST} does not match the LoRA tensors in {TENSORS}."
         raise AdapterError(f"{folder}: {shown}. The adapter was not loaded.{hint}")

@@ -12,163 +12,38 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from enum import Enum
-from functools import partial
-from typing import Any, ClassVar, Protocol
+from dataclasses import replace
+from functools import partial, wraps
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from moshi_ttt.core import gated_mlp
 from moshi_ttt.core import state as states
 from moshi_ttt.core.call_checks import check_call, check_dtypes, check_prefix, check_state
-from moshi_ttt.core.casts import ParameterCasts
-from moshi_ttt.core.config import BlockConfig, Length
+from moshi_ttt.core.config import BlockConfig
+from moshi_ttt.core.context import BlockContext
 from moshi_ttt.core.derivatives import once_differentiable
 from moshi_ttt.core.errors import ConfigError, PrecisionError
-from moshi_ttt.core.format import FormatAdapter
+from moshi_ttt.core.gated_mlp import GatedMLP
 from moshi_ttt.core.gradients import streams
 from moshi_ttt.core.precision import DtypeRoles, check_products, check_role
+from moshi_ttt.core.segments import Segments, compute_segments, one_token, where_kept
+from moshi_ttt.core.site import Site, SiteInfo, SiteKind
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.core.volume import at_volume, combined
 
-
-class SiteKind(str, Enum):
-    """Where in a layer a block sits."""
-
-    SEQUENCE = "sequence"
-    """After attention (and cross-attention, where there is one), before the feed-forward."""
-    FEED_FORWARD = "feed_forward"
-    """The gated MLP itself."""
-
-    def __str__(self) -> str:
-        return self.value
-
-
-@dataclass(frozen=True, order=True)
-class Site:
-    """One place in a host: a layer index and a kind."""
-
-    layer: int
-    kind: SiteKind
-
-    def __str__(self) -> str:
-        return f"layers.{self.layer}.{self.kind}"
-
-    @classmethod
-    def parse(cls, text: str) -> Site:
-        """The inverse of ``str``. Raises ValueError on anything else."""
-        head, layer, kind = text.split(".")
-        if head != "layers":
-            raise ValueError(f"Not a site: {text!r}.")
-        return cls(int(layer), SiteKind(kind))
-
-
-class GatedMLP(Protocol):
-    """A host's gated MLP, as a feed-forward block sees it: ``linear_out(activation(gate) * up)``, ``gate`` and ``up``
-    the halves of ``linear_in(x)``. The modules stay the host's own; they are looked up at each call, because a host's
-    tools may replace them (LoRA).
-    """
-
-    @property
-    def linear_in(self) -> nn.Module: ...
-
-    @property
-    def linear_out(self) -> nn.Module: ...
-
-    @property
-    def activation(self) -> Callable[[Tensor], Tensor]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteInfo:
-    """What a block is told about its site when it is built.
-
-    Attributes:
-        frame_rate: tokens a second, where the host's tokens have a fixed duration.
-        mlp_output: ``(mlp, x) -> y``: the output ``[B, T, D]`` of the MLP by the host's own call, where the host does
-            not compute it operation by operation (it may be compiled, and round otherwise); None where it does.
-    """
-
-    site: Site
-    dim: int
-    num_heads: int
-    device: torch.device
-    dtype: torch.dtype
-    format: FormatAdapter
-    mlp: GatedMLP | None = None
-    frame_rate: float | None = None
-    mlp_output: Callable[[GatedMLP, Tensor], Tensor | None] | None = None
-
-    def tokens(self, length: Length) -> int:
-        """``length`` in tokens; seconds are rounded to the nearest whole token, and to one at least.
-
-        Raises ConfigError for seconds at a host whose tokens have no fixed duration.
-        """
-        if isinstance(length, int):
-            return length
-        if self.frame_rate is None:
-            raise ConfigError(
-                f"{self.site}: a length of {length!r} is in seconds, and the tokens of this host have no fixed "
-                "duration. Give a number of tokens."
-            )
-        return max(1, round(float(length.removesuffix("s")) * self.frame_rate))
-
-    def on(self, device: torch.device) -> SiteInfo:
-        """The same site, with blocks built on another device (the plan builds on ``meta``)."""
-        return replace(self, device=device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockContext:
-    """What some blocks need beside the activations.
-
-    Attributes:
-        input_embeddings: ``[B, T, D]``, the host's token embeddings of the same tokens.
-        exec_mask: ``[B]`` bool; a row where it is false keeps its state (its output means nothing).
-        reset: ``[B]`` bool; a row where it is true starts from the learned initial state before this call.
-        updates: False disables test-time updates for the tokens of this call; ``[B]`` bool does so row by row. What
-            earlier tokens of an unfinished chunk contribute still takes effect when the chunk ends.
-        volume: what the block adds to the base model is multiplied by it: a number from 0 to 10, or ``[B]`` floating
-            point, one for each row. The state does not depend on it.
-        coordinates: ``[T, axes]`` int64, where each token is on the host's grid; the block's format sets it.
-        prefix: tokens at the beginning that a reversed pass leaves in front, in order; the block's format may set it.
-        want_state: False when nobody will use the state after this call: a block may then return an empty one.
-        detach_state: True when the state after this call is to be cut from the graph. A block may then make it in place
-            and without what a gradient through it would need.
-        casts: where ``cast`` keeps its results from step to step; a host gives it while it streams.
-    """
-
-    input_embeddings: Tensor | None = None
-    exec_mask: Tensor | None = None
-    reset: Tensor | None = None
-    updates: bool | Tensor = True
-    volume: float | Tensor = 1.0
-    coordinates: Tensor | None = None
-    prefix: int = 0
-    want_state: bool = True
-    detach_state: bool = False
-    casts: ParameterCasts | None = None
-
-    def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        """``parameter.to(dtype)``, the same bits; while a host streams, by a copy that is made once.
-
-        For the block's own parameters and buffers. A parameter that changes in the middle of a stream is cast anew.
-        Do not keep what this returns: ask in every step. Outside streams gradients pass as through ``to``.
-        """
-        return parameter.to(dtype) if self.casts is None else self.casts.get(parameter, dtype)
-
-    def updates_mask(self, like: Tensor) -> Tensor | None:
-        """``updates`` as ``[B]`` bool on the device of ``like [B, ...]``; None where they are enabled for all rows."""
-        if isinstance(self.updates, Tensor):
-            return self.updates
-        return None if self.updates else torch.zeros(like.shape[0], dtype=torch.bool, device=like.device)
-
-    def where_updated(self, value: Tensor) -> Tensor:
-        """``value [B, ...]`` where test-time updates are enabled, zero elsewhere: for a rate, or for an update."""
-        if isinstance(self.updates, Tensor):
-            return torch.where(states.row_mask(self.updates, value), value, 0)
-        return value if self.updates else torch.zeros_like(value)
+__all__ = [
+    "BlockContext",
+    "BlockFactory",
+    "GatedMLP",
+    "Segments",
+    "SequenceBlock",
+    "Site",
+    "SiteInfo",
+    "SiteKind",
+]
 
 
 class SequenceBlock(nn.Module, ABC):
@@ -188,8 +63,13 @@ class SequenceBlock(nn.Module, ABC):
     """Whether what the block adds is multiplied by the volume, as ``at_volume`` does: ``output_scale`` and
     ``host.volume`` need that, and are refused without it."""
     skips_nonfinite: ClassVar[bool] = False
-    """Whether the update of a chunk with a token that is not finite is left out, in its row alone, and counted by
-    ``skipped_updates``; without that, such a token may spoil its own row until it is reset."""
+    """Whether a token that is not finite is left out of what its row learns, alone or with the update of its whole
+    chunk (the block's docstring says which), and that is counted by ``skipped_updates``; without it, such a token may
+    spoil its own row until it is reset."""
+    skipped_advice: ClassVar[str] = (
+        "Lower the block's learning rate, or look for values in the input that are not finite."
+    )
+    """What to do about ``skipped_updates``: a host says it when a stream ends."""
     learned_state: ClassVar[bool] = True
     """Whether the initial state depends on the block's own parameters (a fast weight may start at the host's)."""
 
@@ -259,6 +139,25 @@ class SequenceBlock(nn.Module, ABC):
         """
         return at_volume(base, added, self.volume_in(context), self.roles.output)
 
+    def base_output(self, x: Tensor) -> Tensor:
+        """``[B, T, D]``: what the base model computes at this site for ``x [B, T, D]``: ``x``, or its gated MLP of it.
+
+        Raises ConfigError where a feed-forward block's host gives no GatedMLP.
+        """
+        if self.kind is SiteKind.SEQUENCE:
+            return x
+        mlp = gated_mlp.require_gated_mlp(self.info.mlp, self.info.site)
+        own = None if self.info.mlp_output is None else self.info.mlp_output(mlp, x)
+        return gated_mlp.output(mlp, x) if own is None else own
+
+    def compute_segments(self, x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
+        """``compute`` where ``context.token_mask`` or ``starts`` are given; see ``BlockContext`` for what they mean.
+
+        By default the call is cut, and ``compute`` called on tokens of a row that follow each other. A block that can
+        compute them together overrides this.
+        """
+        return compute_segments(self, x, state, context)
+
     def volume_in(self, context: BlockContext) -> float | Tensor:
         """The volume of a call, a number or ``[B]``: that of the context times ``output_scale``."""
         return combined(context.volume, self.config.output_scale, self.roles.output)
@@ -286,6 +185,10 @@ class SequenceBlock(nn.Module, ABC):
         if coordinates is not None or prefix:
             check_prefix(self, prefix, tokens.shape[1])
             context = replace(context, coordinates=coordinates, prefix=prefix or context.prefix)
+        kept, given = None, tokens
+        if self.causal and context.cuts and tokens.shape[1] == 1:
+            kept = context.token_mask
+            tokens, context = one_token(tokens, context)
         with self._without_autocast(tokens):
             if state is None and (context.exec_mask is not None or context.reset is not None):
                 state = self.init_state(tokens.shape[0], tokens.device)
@@ -293,7 +196,8 @@ class SequenceBlock(nn.Module, ABC):
                 state = states.where_rows(context.reset, self.init_state(tokens.shape[0], tokens.device), state)
             if state is not None:
                 state = states.contiguous(state)
-            y, after = self.compute(tokens, state, context)
+            y, after = (self.compute_segments if context.cuts else self.compute)(tokens, state, context)
+            y = where_kept(kept, y, self, given)
         check_state(self, after)
         if context.exec_mask is not None and state is not None and after:
             after = states.where_rows(context.exec_mask, after, state)
@@ -312,13 +216,16 @@ class SequenceBlock(nn.Module, ABC):
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
         cls.step = streams(cls.step)  # type: ignore[method-assign]
+        for name in ("statistics", "inner_losses", "drift"):
+            setattr(cls, name, _unrounded(getattr(cls, name)))
 
     @streams
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
         """Stream ``x [B, T, D]`` (usually T = 1), updating ``state`` in place. No value is read on the host.
 
         Without a graph, whatever a variant does and whether or not gradients are enabled. A backward pass that would
-        carry a gradient through the output, to ``x`` or to a parameter that requires one, raises ContextError.
+        carry a gradient through the output, to ``x`` or to a parameter that requires one, raises ContextError, as does
+        a ``state`` with a tensor that is not contiguous (``allocate_state`` makes none): nothing is written then.
         """
         y, after = self.forward(x, state, context)
         states.copy_(state, after)
@@ -332,8 +239,8 @@ class SequenceBlock(nn.Module, ABC):
             yield context.input_embeddings
         yield from self.parameters()
         if self.info.mlp is not None:
-            yield from self.info.mlp.linear_in.parameters()
-            yield from self.info.mlp.linear_out.parameters()
+            for part in (*gated_mlp.input_projections(self.info.mlp), gated_mlp.output_projection(self.info.mlp)):
+                yield from part.parameters()
 
     def no_gradient_in_streams(self) -> str:
         """Why a gradient cannot pass through a step of this block, and what to do."""
@@ -415,7 +322,8 @@ class SequenceBlock(nn.Module, ABC):
     def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         """Scalars on the device that tell whether the block is healthy on ``x [B, T, D]``; nothing is read on the host.
 
-        From the learned initial state. What every block shares (drift, what is not finite) need not be here.
+        From the learned initial state. What every block shares (drift, what is not finite) need not be here. An
+        autocast around it has no effect, whatever a variant does, as with ``inner_losses`` and ``drift``.
         """
         return {}
 
@@ -436,7 +344,10 @@ class SequenceBlock(nn.Module, ABC):
         return []
 
     def skipped_updates(self, state: BlockState) -> Tensor:
-        """``[B]`` int64: updates each stream left out as not finite. A variant that leaves none out says zero."""
+        """``[B]`` int64: updates each stream left out as not finite, of tokens or of chunks: see ``skips_nonfinite``.
+
+        None is counted where updates are disabled: none was to be made. A variant that leaves none out says zero.
+        """
         return torch.zeros(states.rows(state), dtype=torch.int64, device=next(iter(state.values())).device)
 
     def compile_compute(self) -> None:
@@ -475,6 +386,17 @@ class SequenceBlock(nn.Module, ABC):
             f"{type(self).__name__} at {self.info.site} has no compiled step. Stream without compile_step: the results "
             "are the same."
         )
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Tokens after which the memory is updated; None for a block that does not say."""
+        return None
+
+    def extra_repr(self) -> str:
+        """Site and sizes, for ``print(model)``."""
+        chunk = "" if self.chunk_tokens is None else f", chunk={self.chunk_tokens}"
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return f"{self.info.site}, dim={self.info.dim}, num_heads={self.info.num_heads}{chunk}, parameters={count:,}"
 
     def state_bytes(self) -> int:
         """Bytes of state one stream occupies."""
@@ -541,6 +463,21 @@ class SequenceBlock(nn.Module, ABC):
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         self._start_checked = False  # a host that is cast whole casts what a fast weight may start from
         return self
+
+
+def _unrounded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a block whose first argument is a tensor or a state, run without autocast."""
+    if getattr(method, "unrounded", False):
+        return method
+
+    @wraps(method)
+    def without_autocast(self: SequenceBlock, *given: Any, **named: Any) -> Any:
+        first = next(iter((*given, *named.values())))
+        with self._without_autocast(first if isinstance(first, Tensor) else next(iter(first.values()))):
+            return method(self, *given, **named)
+
+    without_autocast.unrounded = True  # type: ignore[attr-defined]
+    return without_autocast
 
 
 def _row_norms(tensor: Tensor) -> Tensor:

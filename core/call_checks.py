@@ -40,6 +40,7 @@ def check_call(block: SequenceBlock, tokens: Tensor, state: BlockState | None, c
         _check_mask(block, "exec_mask", context.exec_mask, shape[0])
     if context.reset is not None:
         _check_mask(block, "reset", context.reset, shape[0])
+    check_token_masks(block, tokens, context)
     if isinstance(context.updates, Tensor):
         _check_mask(block, "updates", context.updates, shape[0])
     check_volume(block, context.volume, tokens)
@@ -62,6 +63,27 @@ def check_call(block: SequenceBlock, tokens: Tensor, state: BlockState | None, c
             )
 
 
+def check_token_masks(block: SequenceBlock, tokens: Tensor, context: BlockContext) -> None:
+    """ContextError unless ``token_mask`` and ``starts`` say one bool for each of ``tokens [B, T, D]``."""
+    rows, length = tokens.shape[:2]
+    for name, mask in (("token_mask", context.token_mask), ("starts", context.starts)):
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (rows, length)):
+            raise ContextError(
+                f"The block at {block.info.site} got {rows} rows of {length} tokens and {name} of shape "
+                f"{tuple(mask.shape)} and dtype {mask.dtype}. Give one bool per token, [B, T]."
+            )
+        if mask is not None and mask.device != tokens.device:
+            raise ContextError(
+                f"The block at {block.info.site} got tokens on {tokens.device} and {name} on {mask.device}. Put it "
+                "where the tokens are."
+            )
+    if context.segments is not None and (not context.cuts or context.segments.shape != (rows, length)):
+        raise ContextError(
+            f"The block at {block.info.site} got {rows} rows of {length} tokens and segments of "
+            f"{context.segments.shape}. Give Segments.read(token_mask, starts) of this call, beside these themselves."
+        )
+
+
 def check_dtypes(block: SequenceBlock, tokens: Tensor) -> None:
     """PrecisionError where activations or parameters do not have their role's dtype, or products not their precision.
 
@@ -82,6 +104,17 @@ def check_state(block: SequenceBlock, state: BlockState) -> None:
     for tensor in state.values():
         if tensor.dtype is not expected and tensor.is_floating_point():
             check_role("state", expected, state.items(), block.roles.policy, f"call, {block.info.site}")
+
+
+def check_buffers(block: SequenceBlock, state: BlockState) -> None:
+    """ContextError where a buffer of a step is not contiguous: what is written to a copy of it would be lost."""
+    for name, tensor in state.items():
+        if not tensor.is_contiguous():
+            raise ContextError(
+                f"The block at {block.info.site} was given a state to stream into whose {name!r} is not contiguous: "
+                f"shape {tuple(tensor.shape)}, strides {tensor.stride()}. Take the state from allocate_state, or make "
+                "buffers of this one by core.state.clone."
+            )
 
 
 def check_volume(block: SequenceBlock, volume: float | Tensor, tokens: Tensor) -> None:

@@ -6,9 +6,18 @@ How a file or a mapping becomes one of them is in ``config_parsing``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from moshi_ttt.core.errors import ConfigError, nearest
 
@@ -19,12 +28,34 @@ Length = Annotated[int, Field(ge=1, strict=True)] | Annotated[str, Field(pattern
 LARGEST_VOLUME = 10.0
 """Of ``output_scale``, and of a volume at run time (``core.volume``)."""
 
+DEFAULT_PRECISION = "fp32_state"
+"""The precision policy where none is named."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What seeds a random generator."""
 
 
-class FrozenConfig(BaseModel):
-    """Base of every configuration: unknown keys are errors, values do not change after validation."""
+if TYPE_CHECKING:
+    _Model = BaseModel  # a type checker then knows the options of each subclass as keyword arguments
+else:
+
+    class _RaisesConfigError(type(BaseModel)):
+        """A constructor that is called with wrong options raises ConfigError, as a file with wrong keys does."""
+
+        def __call__(cls, *args: Any, **options: Any) -> Any:
+            try:
+                return super().__call__(*args, **options)
+            except ValidationError as error:
+                raise ConfigError(_problems(cls, error, cls.__name__)) from None
+
+    class _Model(BaseModel, metaclass=_RaisesConfigError):
+        pass
+
+
+class FrozenConfig(_Model):
+    """Base of every configuration: unknown keys are errors, values do not change after validation.
+
+    A constructor raises ConfigError with one line per problem.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -40,7 +71,28 @@ class FrozenConfig(BaseModel):
         return values
 
 
-class BlockConfig(FrozenConfig):
+class _Qualified(FrozenConfig):
+    """What is named by a registered name, of one distribution where two share it.
+
+    Attributes:
+        distribution: whose name is meant; ``name: acme-ttt:fast`` in a config sets it. None where one alone has it.
+    """
+
+    distribution: str | None = Field(default=None, repr=False)
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What no config says is in no file: manifests and records of runs stay as they are.
+        values: dict[str, Any] = serialize(self)
+        if values.get("distribution") is None:
+            values.pop("distribution", None)
+        return values
+
+    def _qualified(self, name: str) -> str:
+        return name if self.distribution is None else f"{self.distribution}:{name}"
+
+
+class BlockConfig(_Qualified):
     """What every variant's entry has. A variant adds its own options in a subclass.
 
     Attributes:
@@ -54,11 +106,21 @@ class BlockConfig(FrozenConfig):
     layers: str | int | tuple[int, ...] = "all"
     output_scale: float = Field(default=1.0, ge=0.0, le=LARGEST_VOLUME)
 
+    @property
+    def qualified_name(self) -> str:
+        """What the registry is asked for: ``variant``, or ``distribution:variant``."""
+        return self._qualified(self.variant)
 
-class HostConfig(FrozenConfig):
+
+class HostConfig(_Qualified):
     """What every host's entry has. A host adds its own options in a subclass."""
 
     name: str
+
+    @property
+    def qualified_name(self) -> str:
+        """What the registry is asked for: ``name``, or ``distribution:name``."""
+        return self._qualified(self.name)
 
 
 class TTTConfig(FrozenConfig):
@@ -73,7 +135,7 @@ class TTTConfig(FrozenConfig):
     """
 
     host: SerializeAsAny[HostConfig]
-    precision: str = "fp32_state"
+    precision: str = DEFAULT_PRECISION
     seed: Seed = 0
     ttt: tuple[SerializeAsAny[BlockConfig], ...] = ()
     extra: dict[str, SerializeAsAny[FrozenConfig]] = {}
@@ -87,18 +149,23 @@ def parse_model(model: type[ModelT], values: Mapping[str, Any], where: str) -> M
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            path = ".".join(str(part) for part in problem["loc"]) or "(all)"
-            if problem["type"] == "extra_forbidden":
-                hint = nearest(str(problem["loc"][-1]), _keys_at(model, problem["loc"][:-1]))
-                lines.append(f"{where}: unknown key {path!r}. {hint}")
-            elif problem["type"] == "missing":
-                lines.append(f"{where}: {path!r} is required.")
-            else:
-                given = f" = {problem['input']!r}" if problem["loc"] else ""
-                lines.append(f"{where}: {path}{given}: {problem['msg']}.")
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError(_problems(model, error, where)) from None
+
+
+def _problems(model: type[BaseModel], error: ValidationError, where: str) -> str:
+    """One line for each problem of ``error``, which ``model`` raised: the key's path, its value, what is allowed."""
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"]) or "(all)"
+        if problem["type"] == "extra_forbidden":
+            hint = nearest(str(problem["loc"][-1]), _keys_at(model, problem["loc"][:-1]))
+            lines.append(f"{where}: unknown key {path!r}. {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: {path!r} is required.")
+        else:
+            given = f" = {problem['input']!r}" if problem["loc"] else ""
+            lines.append(f"{where}: {path}{given}: {problem['msg']}.")
+    return "\n".join(lines)
 
 
 def _keys_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

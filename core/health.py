@@ -152,10 +152,16 @@ class HealthMonitor:
 def _first(tokens: Tensor, context: BlockContext, length: int) -> tuple[Tensor, BlockContext]:
     """The first ``length`` of ``tokens [B, T, D]``, and the context of those."""
     embeddings, coordinates = context.input_embeddings, context.coordinates
-    return tokens[:, :length], replace(
-        context,
-        input_embeddings=None if embeddings is None else embeddings[:, :length],
-        coordinates=None if coordinates is None else coordinates[:length],
+    return (
+        tokens[:, :length],
+        replace(
+            context,
+            input_embeddings=None if embeddings is None else embeddings[:, :length],
+            token_mask=None,  # figures are of tokens as they lie in the row
+            starts=None,
+            segments=None,
+            coordinates=None if coordinates is None else coordinates[:length],
+        ),
     )
 
 

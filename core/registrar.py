@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moshi_ttt.core.errors import PluginError
+
+if TYPE_CHECKING:
+    from moshi_ttt.core.block import BlockFactory
+    from moshi_ttt.core.config import BlockConfig
 
 Kind = Literal["block", "format_adapter", "precision_policy", "host", "verifier", "weight_map"]
 """What can be registered: the extension points."""
@@ -24,6 +29,10 @@ class Provenance:
         return f"{self.distribution} {self.version} (plugin {self.plugin!r})"
 
 
+DISTRIBUTION = "moshi-ttt"
+"""The distribution of this package."""
+RESERVED = "builtin"
+"""In a qualified name it means ``DISTRIBUTION``; no other distribution, and no plugin of one, may be called so."""
 RUNTIME = Provenance("(registered at run time)", "(none)", "0")
 
 
@@ -59,6 +68,26 @@ def _resolve(target: Any, entry: Entry) -> Any:
         ) from error
 
 
+@dataclass(frozen=True)
+class PluginRecord:
+    """One entry point and what became of it."""
+
+    provenance: Provenance
+    status: Literal["loaded", "failed", "outdated", "disabled", "duplicate"]
+    reason: str = ""
+    names: tuple[tuple[Kind, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A registered variant, loaded: its config model, its factory, and who provides it."""
+
+    name: str
+    config_class: type[BlockConfig]
+    factory: BlockFactory
+    provenance: Provenance
+
+
 class Registrar:
     """What a hook gets: collects one plugin's names of one kind. Nothing is registered if the plugin fails later."""
 
@@ -89,6 +118,32 @@ class BlockRegistrar(Registrar):
         if config is None or block is None:
             raise PluginError(f"Variant {name!r} of {self.provenance} needs both config=... and block=....")
         self.entries.append(Entry(self.kind, checked_name(name), block, self.provenance, config))
+
+
+def split_name(name: str) -> tuple[str | None, str]:
+    """``distribution:name`` in its two parts; a name without a distribution has None."""
+    distribution, colon, plain = name.rpartition(":")
+    return (distribution if colon else None), plain
+
+
+def same_distribution(given: str, other: str) -> bool:
+    """Whether two names are of one distribution: case, ``-``, ``_`` and ``.`` make no difference (PEP 503)."""
+    return _normalized(given) == _normalized(other)
+
+
+def _normalized(distribution: str) -> str:
+    plain = re.sub(r"[-_.]+", "-", distribution).lower()
+    return DISTRIBUTION if plain == RESERVED else plain
+
+
+def reserved_problem(provenance: Provenance) -> str:
+    """Why a plugin may not be called what it is; empty where it may."""
+    own = provenance.distribution == DISTRIBUTION
+    if provenance.plugin == RESERVED and not own:
+        return f"the name {RESERVED!r} of a plugin is reserved for {DISTRIBUTION}. Give the entry point another name"
+    if not own and same_distribution(provenance.distribution, RESERVED):
+        return f"the name {provenance.distribution!r} of a distribution is reserved. Give the distribution another name"
+    return ""
 
 
 def checked_name(name: str) -> str:

@@ -10,9 +10,9 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import pluggy
 
@@ -28,10 +28,15 @@ from moshi_ttt.core.registrar import (
     BlockRegistrar,
     Entry,
     Kind,
+    PluginRecord,
     Provenance,
     Registrar,
+    Variant,
     checked_name,
     refuse_repeats,
+    reserved_problem,
+    same_distribution,
+    split_name,
 )
 from moshi_ttt.core.verification import Verifier
 from moshi_ttt.core.weight_map import WeightMap
@@ -44,28 +49,10 @@ HOOKS: dict[Kind, str] = {
     "verifier": "moshi_ttt_verifiers",
     "weight_map": "moshi_ttt_weight_maps",
 }
+__all__ = ["ENVIRONMENT", "HOOKS", "PluginRecord", "Registry", "Variant", "default_registry"]
+
 ENVIRONMENT = "MOSHI_TTT_PLUGINS"
 """Comma-separated entry-point names to load; unset means all. ``builtin`` is always loaded."""
-
-
-@dataclass(frozen=True)
-class PluginRecord:
-    """One entry point and what became of it."""
-
-    provenance: Provenance
-    status: Literal["loaded", "failed", "outdated", "disabled", "duplicate"]
-    reason: str = ""
-    names: tuple[tuple[Kind, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A registered variant, loaded: its config model, its factory, and who provides it."""
-
-    name: str
-    config_class: type[BlockConfig]
-    factory: BlockFactory
-    provenance: Provenance
 
 
 class Registry:
@@ -73,7 +60,8 @@ class Registry:
 
     def __init__(self) -> None:
         self._entries: dict[tuple[Kind, str], Entry] = {}
-        self._conflicts: dict[tuple[Kind, str], tuple[Provenance, Provenance]] = {}
+        self._others: dict[tuple[Kind, str], list[Entry]] = {}
+        """Further claims of a name: each makes it ambiguous, and is found as ``distribution:name``."""
         self._records: list[PluginRecord] = []
         self._missing: tuple[str, ...] = ()
 
@@ -83,7 +71,7 @@ class Registry:
         """Load the plugins of all installed distributions, one at a time, in sorted order.
 
         A plugin that fails is recorded and warned about; the others load. Two plugins that claim one name make that
-        name unusable (asking for it names both); their other names work.
+        name ambiguous: asking for it names both, and ``distribution:name`` means one. Their other names work.
         """
         if self._records:
             raise PluginError("This registry has discovered its plugins already; make a new one to discover again.")
@@ -120,6 +108,8 @@ class Registry:
     def _load_plugin(
         self, manager: pluggy.PluginManager, entry_point: metadata.EntryPoint, provenance: Provenance
     ) -> PluginRecord:
+        if problem := reserved_problem(provenance):
+            return PluginRecord(provenance, "failed", problem)
         try:
             plugin = entry_point.load()
             version = getattr(plugin, "MOSHI_TTT_API", None)
@@ -158,7 +148,7 @@ class Registry:
         for entry in entries:
             key = (entry.kind, entry.name)
             if key in self._entries:
-                self._conflicts[key] = (self._entries[key].provenance, provenance)
+                self._others.setdefault(key, []).append(entry)
             else:
                 self._entries[key] = entry
         if clashes:
@@ -193,7 +183,7 @@ class Registry:
         if (kind, name) not in self._entries:
             self.entry(kind, name)  # raises, with the nearest names
         del self._entries[kind, name]
-        self._conflicts.pop((kind, name), None)
+        self._others.pop((kind, name), None)
 
     @contextmanager
     def override(self, kind: Kind, name: str, target: Any, *, config: Any = None) -> Iterator[None]:
@@ -213,7 +203,8 @@ class Registry:
     def copy(self) -> Registry:
         """A registry with the same names, to add to without touching this one."""
         other = Registry()
-        other._entries, other._conflicts = dict(self._entries), dict(self._conflicts)
+        other._entries = dict(self._entries)
+        other._others = {key: list(entries) for key, entries in self._others.items()}
         other._records, other._missing = list(self._records), self._missing
         return other
 
@@ -232,38 +223,62 @@ class Registry:
         return tuple(self._records)
 
     def claims(self, kind: Kind, name: str) -> tuple[Provenance, ...]:
-        """Who registered a name: one, or two that clash (asking for such a name is an error)."""
-        entry = self._entries.get((kind, name))
-        if entry is None:
+        """Who registered a name: one, or several that clash (asking for such a name is an error)."""
+        return tuple(entry.provenance for entry in self._claims(kind, name))
+
+    def _claims(self, kind: Kind, name: str) -> tuple[Entry, ...]:
+        found = self._entries.get((kind, name))
+        if found is None:
             return ()
-        clash = self._conflicts.get((kind, name))
-        return (entry.provenance,) if clash is None or entry.provenance is RUNTIME else clash
+        return (found,) if found.provenance is RUNTIME else (found, *self._others.get((kind, name), ()))
+
+    def all_claims(self) -> tuple[Entry, ...]:
+        """Every entry, those that clash included, sorted by kind and name."""
+        return tuple(entry for kind, name in sorted(self._entries) for entry in self._claims(kind, name))
 
     def entry(self, kind: Kind, name: str) -> Entry:
-        """The entry of a name.
+        """The entry of a name, or of ``distribution:name`` where two distributions claim one.
 
         Raises:
-            UnknownNameError: no plugin registered it.
+            UnknownNameError: no plugin, or not that distribution, registered it.
             PluginError: the plugin of that name failed to load, is outdated or disabled.
             DuplicateNameError: two plugins claim it.
         """
-        found = self._entries.get((kind, name))
-        if len(self.claims(kind, name)) > 1:
-            raise DuplicateNameError(self._duplicate_message(kind, name))
-        if found is not None:
-            return found
+        distribution, plain = split_name(name)
+        claims = self._claims(kind, plain)
+        if distribution is not None and claims:
+            return self._of_distribution(kind, name, distribution, claims)
+        if len(claims) > 1:
+            raise DuplicateNameError(self._duplicate_message(kind, plain))
+        if claims:
+            return claims[0]
         broken = [r for r in self._records if r.status in ("failed", "outdated", "disabled")]
         for record in broken:
-            if record.provenance.plugin == name:
+            if record.provenance.plugin == plain:
                 raise PluginError(f"{kind} {name!r}: plugin {record.provenance} is {record.status}: {record.reason}")
         also = "".join(f" Plugin {r.provenance} is {r.status}: {r.reason}." for r in broken)
         raise UnknownNameError(
-            f"Unknown {kind} {name!r}. {nearest(name, self.names(kind))}{also}"
+            f"Unknown {kind} {name!r}. {nearest(plain, self.names(kind))}{also}"
             " Names registered at run time do not exist in spawned workers: register them there too, or ship a plugin."
         )
 
+    def _of_distribution(self, kind: Kind, name: str, distribution: str, claims: tuple[Entry, ...]) -> Entry:
+        found = [entry for entry in claims if same_distribution(entry.provenance.distribution, distribution)]
+        if len(found) > 1:
+            raise DuplicateNameError(self._duplicate_message(kind, split_name(name)[1]))
+        if found:
+            return found[0]
+        have = " and ".join(str(entry.provenance) for entry in claims)
+        raise UnknownNameError(
+            f"Unknown {kind} {name!r}: {split_name(name)[1]!r} is registered by {have}. Name one of these "
+            "distributions, or leave the distribution out."
+        )
+
     def block(self, name: str) -> Variant:
-        """A variant, loaded. Raises as ``entry``, and PluginError when its modules cannot be imported."""
+        """A variant, loaded; ``distribution:name`` is one of two that share a name.
+
+        Raises as ``entry``, and PluginError when its modules cannot be imported.
+        """
         entry = self.entry("block", name)
         config_class = entry.load_config()
         if not (isinstance(config_class, type) and issubclass(config_class, BlockConfig)):
@@ -274,7 +289,7 @@ class Registry:
                 f"The block of variant {name!r} from {entry.provenance} is a {type(factory).__name__}; "
                 "register a block class, or a function (config, site info, dtype roles) -> block."
             )
-        return Variant(name, config_class, factory, entry.provenance)
+        return Variant(entry.name, config_class, factory, entry.provenance)
 
     def host(self, name: str) -> HostModel:
         """A host adapter. Raises as ``entry``."""
@@ -295,7 +310,11 @@ class Registry:
 
     def verifiers(self) -> tuple[Verifier, ...]:
         """All verifiers, by name."""
-        return tuple(cast(Verifier, self._typed("verifier", name, Verifier)) for name in self.names("verifier"))
+        return tuple(self.verifier(name) for name in self.names("verifier"))
+
+    def verifier(self, name: str) -> Verifier:
+        """A verifier. Raises as ``entry``."""
+        return cast(Verifier, self._typed("verifier", name, Verifier))
 
     def _typed(self, kind: Kind, name: str, expected: type) -> Any:
         entry = self.entry(kind, name)
@@ -307,11 +326,13 @@ class Registry:
         return target
 
     def _duplicate_message(self, kind: Kind, name: str) -> str:
-        first, second = self._conflicts[kind, name]
+        first, *others = (entry.provenance for entry in self._claims(kind, name))
         remedy = "uninstall one"
-        if first.plugin != second.plugin:
+        if all(first.plugin != other.plugin for other in others):
             remedy += f", or list in {ENVIRONMENT} all plugins but one of the two"
-        return f"{kind} {name!r} is claimed by {first} and by {second}; {remedy}"
+        if all(not same_distribution(first.distribution, other.distribution) for other in others):
+            remedy += f", or say whose you mean, as in {first.distribution}:{name}"
+        return f"{kind} {name!r} is claimed by {' and by '.join(map(str, (first, *others)))}; {remedy}"
 
 
 _default: Registry | None = None

@@ -13,12 +13,13 @@ from torch.distributed import get_rank
 
 from moshi_ttt.configs.settings import Settings
 from moshi_ttt.core.adapter import collect_adapter
+from moshi_ttt.core.base_weights import weight_digest
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.sharding import whole
 from moshi_ttt.hosts.moshi import lora
-from moshi_ttt.hosts.moshi.base_weights import digest_of, parameter_names
+from moshi_ttt.hosts.moshi.base_weights import parameter_names
 from moshi_ttt.hosts.moshi.upstream import loaders
-from moshi_ttt.training.model import TrainedModel
+from moshi_ttt.training.trained import TrainedModel
 
 ADAPTER = "adapter"
 CONSOLIDATED = "consolidated"
@@ -84,7 +85,7 @@ def _merged(trained: TrainedModel, settings: Settings, step: int) -> Callable[[P
     if trained.injection.blocks:
         fingerprint = trained.injection.host.fingerprint(model)
         named = parameter_names(model)
-        fingerprint["weights"] = digest_of({name: weight for name, weight in weights.items() if name in named})
+        fingerprint["weights"] = weight_digest({name: weight for name, weight in weights.items() if name in named})
         adapter = collect_adapter(
             trained.injection, training_step=step, fingerprint=fingerprint, extra=False, keep=get_rank() == 0
         )  # fmt: skip

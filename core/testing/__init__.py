@@ -2,7 +2,7 @@
 
 In a test module of your plugin::
 
-    from moshi_ttt.core.testing import conformance_tests
+    from moshi_ttt.testing import conformance_tests
 
     test_conformance = conformance_tests("my_variant", {"chunk": 4})
 
@@ -26,6 +26,11 @@ from moshi_ttt.core.testing.checks_lifecycle import (
     check_plan_figures,
 )
 from moshi_ttt.core.testing.checks_nonfinite import check_nonfinite_recovery, check_nonfinite_rows
+from moshi_ttt.core.testing.checks_segments import (
+    check_token_mask,
+    check_token_mask_gradient,
+    check_token_mask_streamed,
+)
 from moshi_ttt.core.testing.checks_streaming import (
     check_causality,
     check_every_prefix,
@@ -44,8 +49,10 @@ from moshi_ttt.core.testing.checks_streaming import (
     check_updates_off,
 )
 from moshi_ttt.core.testing.checks_surroundings import (
+    check_buffer_layouts,
     check_changed_parameters,
     check_copies,
+    check_figures_under_autocast,
     check_other_modes,
     check_parameter_dimensions,
     check_parameter_layouts,
@@ -83,6 +90,9 @@ CHECKS: tuple[Check, ...] = (
     check_rows,
     check_exec_mask,
     check_reset,
+    check_token_mask,
+    check_token_mask_streamed,
+    check_token_mask_gradient,
     check_nonfinite_rows,
     check_nonfinite_recovery,
     check_layouts,
@@ -95,12 +105,14 @@ CHECKS: tuple[Check, ...] = (
     check_no_host_read,
     check_device,
     check_other_modes,
+    check_figures_under_autocast,
     check_copies,
     check_changed_parameters,
     check_state_is_float32,
     check_long_stream,
     check_parameter_dimensions,
     check_parameter_layouts,
+    check_buffer_layouts,
     check_parameters_unwritten,
     check_checkpointing,
     check_two_forwards,

@@ -358,6 +358,7 @@ def check_no_host_read(case: BlockCase) -> None:
         case.step(block, x, state, exec_mask=mask)
         volume = mask.to(block.roles.output) if block.scales_output else 1.0
         case.step(block, x, state, updates=mask, volume=volume)  # as in every stream of a host
+        case.step(block, x, state, token_mask=mask[:, None], starts=mask[:, None])
         block.reset_state(state, mask)
 
 

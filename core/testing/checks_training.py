@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.core.errors import ContextError
+from moshi_ttt.core.gated_mlp import input_projections, output_projection
 from moshi_ttt.core.testing.case import BlockCase, Shape, assert_close, assert_equal, assert_states_close
 
 
@@ -90,7 +91,7 @@ def check_step_gradient(case: BlockCase) -> None:
         return
     block, x = case.block(), case.inputs(1)
     if block.info.mlp is not None:
-        for part in (block.info.mlp.linear_in, block.info.mlp.linear_out):
+        for part in (*input_projections(block.info.mlp), output_projection(block.info.mlp)):
             part.requires_grad_(False)
     for what, trained, given in (
         ("the block's parameters", True, x),

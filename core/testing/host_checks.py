@@ -10,114 +10,25 @@ A host's package describes itself once as a ``HostCase``; then any variant is ch
 
 from __future__ import annotations
 
-import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from moshi_ttt.core.adapter import load_adapter, save_adapter
-from moshi_ttt.core.config_parsing import parse_block
-from moshi_ttt.core.errors import ContextError, MoshiTTTError
-from moshi_ttt.core.host import HostModel
-from moshi_ttt.core.injection import Injection, make_plan
-from moshi_ttt.core.precision import FP32_STATE
+from moshi_ttt.core.errors import ContextError
 from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.core.testing.case import assert_close, assert_equal
+from moshi_ttt.core.testing.host_case import LENGTH, TOLERANCE, HostCase, HostStream, HostVariantCase
+from moshi_ttt.core.testing.host_checks_lifecycle import (
+    check_host_base_weights,
+    check_host_checkpointing,
+    check_host_refusals,
+    check_host_skeleton,
+    check_host_synthetic_loss,
+    check_host_weights,
+)
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
-"""Streaming against one forward pass through a whole host. In bfloat16 every layer rounds its output (2^-8 relative),
-and another number of tokens rounds it differently: the base model itself differs by 3e-2 between the two."""
-
-
-class HostStream(ABC):
-    """A host that streams: one call a token, for all rows."""
-
-    @abstractmethod
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits ``[B, 1, V]`` for tokens ``[B, ..., 1]``."""
-
-    @abstractmethod
-    def reset(self, mask: Tensor) -> None:
-        """Start the rows where ``mask [B]`` is true anew."""
-
-    @abstractmethod
-    def execute(self, mask: Tensor) -> None:
-        """From now on only the rows where ``mask [B]`` is true move."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostCase:
-    """How the checks drive a host.
-
-    Attributes:
-        name: for test ids.
-        host: its adapter.
-        model: the base model in a dtype; the same weights at every call.
-        tokens: ``(batch, length, seed)`` to input tokens ``[B, ..., T]``.
-        logits: ``(model, tokens)`` to logits ``[B, T, V]`` in one forward pass.
-        stream: ``(model, batch)`` to a context in which the model streams.
-    """
-
-    name: str
-    host: HostModel
-    model: Callable[[torch.dtype], nn.Module]
-    tokens: Callable[[int, int, int], Tensor]
-    logits: Callable[[nn.Module, Tensor], Tensor]
-    stream: Callable[[nn.Module, int], AbstractContextManager[HostStream]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostVariantCase:
-    """One variant with one set of options in one host.
-
-    ``identity`` are options that make the block the identity (a gate of 0), or None when it has none. ``beside`` is an
-    entry of another kind of site, ``{"variant": ..., ...}``: a second block in each of the layers, the identity at
-    step 0.
-    """
-
-    on: HostCase
-    variant: str
-    options: Mapping[str, Any]
-    identity: Mapping[str, Any] | None
-    beside: Mapping[str, Any] | None = None
-    dtype: torch.dtype = torch.float32
-    registry: Registry = field(default_factory=default_registry, repr=False)
-
-    def __str__(self) -> str:
-        variants = self.variant if self.beside is None else f"{self.variant}+{self.beside['variant']}"
-        return f"{self.on.name}-{variants}-{str(self.dtype)[6:]}"
-
-    def inject(self, model: nn.Module, options: Mapping[str, Any] | None = None, *, excite: bool = True) -> Injection:
-        """Blocks in the last two layers, with disturbed parameters so that every term counts."""
-        entry = {"variant": self.variant, "layers": "last:2", **(self.options if options is None else options)}
-        entries = [entry] if self.beside is None else [entry, {"layers": "last:2", **self.beside}]
-        configs = [parse_block(each, registry=self.registry) for each in entries]
-        plan = make_plan(model, self.on.host, configs, policy=FP32_STATE, registry=self.registry)
-        injection = plan.apply(model)
-        if excite:
-            generator = torch.Generator().manual_seed(0)
-            with torch.no_grad():
-                for parameter in injection.parameters():
-                    parameter.add_((0.1 * torch.randn(parameter.shape, generator=generator)).to(parameter))
-        return injection
-
-    def injected(self) -> nn.Module:
-        model = self.on.model(self.dtype)
-        self.inject(model)
-        return model
-
-    def streamed(self, model: nn.Module, tokens: Tensor) -> Tensor:
-        with self.on.stream(model, tokens.shape[0]) as stream:
-            return torch.cat([stream.step(tokens[..., t : t + 1]) for t in range(tokens.shape[-1])], dim=1)
-
-
-LENGTH = 21
+__all__ = ["HOST_CHECKS", "HostCase", "HostStream", "HostVariantCase", "host_conformance_tests"]
 
 
 @torch.no_grad()
@@ -156,8 +67,44 @@ def check_host_streaming(case: HostVariantCase) -> None:
 
 
 @torch.no_grad()
+def check_host_prefill(case: HostVariantCase) -> None:
+    """Several tokens in a step, then one at a time, then several again: the logits of one pass."""
+    if not case.on.prefills:
+        return
+    model, tokens = case.injected(), case.on.tokens(2, LENGTH, 1)
+    whole = case.on.logits(model, tokens)
+    with case.on.stream(model, 2) as stream:
+        parts = [stream.step(part) for part in tokens.split([9, 1, 1, 1, LENGTH - 12], dim=-1)]
+    assert_close(torch.cat(parts, dim=1), whole, TOLERANCE[case.dtype], "logits of steps of 9, 1, 1, 1 and 9 tokens")
+
+
+@torch.no_grad()
+def check_host_left_padding(case: HostVariantCase) -> None:
+    """Where a host masks tokens: a padded row gives what it gives alone, in one pass and in a stream that it fills.
+
+    What the masked tokens are reaches no other token.
+    """
+    if case.on.masked_logits is None:
+        return
+    model, tokens, other = case.injected(), case.on.tokens(3, LENGTH, 1), case.on.tokens(3, LENGTH, 2)
+    padding = (0, 6, 11)
+    mask = torch.arange(LENGTH) >= torch.tensor(padding)[:, None]
+    padded = case.on.masked_logits(model, tokens, mask)
+    changed = torch.where(mask.view(3, *(1 for _ in tokens.shape[2:]), LENGTH), tokens, other)
+    assert_equal(case.on.masked_logits(model, changed, mask)[mask], padded[mask], "logits with other tokens masked")
+    with case.on.stream(model, 3) as stream:
+        parts = [stream.step_masked(tokens[..., : LENGTH - 4], mask[:, : LENGTH - 4])]
+        parts += [stream.step(token) for token in tokens[..., LENGTH - 4 :].split(1, dim=-1)]
+    streamed = torch.cat(parts, dim=1)
+    for row, first in enumerate(padding):
+        alone = case.on.logits(model, tokens[row : row + 1, ..., first:])[0]
+        for what, found in (("one pass", padded), ("a stream", streamed)):
+            assert_close(found[row, first:], alone, TOLERANCE[case.dtype], f"{what}: the row with {first} masked")
+
+
+@torch.no_grad()
 def check_host_rows(case: HostVariantCase) -> None:
-    """Rows that are reset, held or fed other tokens leave the other rows bit-equal; a held row goes on where it was."""
+    """Rows that are reset, held or fed other tokens do not change other rows; a held row goes on where it was."""
     model = case.injected()
     tokens, other = case.on.tokens(3, LENGTH, 1), case.on.tokens(3, LENGTH, 2)
     undisturbed = case.streamed(model, tokens)
@@ -173,7 +120,7 @@ def check_host_rows(case: HostVariantCase) -> None:
                 stream.step(other[..., t : t + 1])
                 stream.execute(everyone)
             logits = stream.step(fed[..., t : t + 1])
-            assert_equal(logits[0], undisturbed[0, t : t + 1], f"row 0 at token {t}")
+            case.assert_same_row(logits[0], undisturbed[0, t : t + 1], f"row 0 at token {t}")
 
 
 @torch.no_grad()
@@ -187,7 +134,8 @@ def check_host_reset(case: HostVariantCase) -> None:
             stream.step(tokens[..., t : t + 1])
         stream.reset(torch.ones(2, dtype=torch.bool))
         for t in range(LENGTH):
-            assert_equal(stream.step(later[..., t : t + 1]), fresh[:, t : t + 1], f"token {t} after the reset")
+            logits = stream.step(later[..., t : t + 1])
+            case.assert_same_row(logits, fresh[:, t : t + 1], f"token {t} after the reset")
 
 
 @torch.no_grad()
@@ -276,54 +224,21 @@ def check_host_volume(case: HostVariantCase) -> None:
             continue
 
 
-def check_host_weights(case: HostVariantCase) -> None:
-    """No base name changes, base weights load after injection, removal and an adapter's round trip are bit-equal."""
-    tokens = case.on.tokens(2, LENGTH, 1)
-    base = case.on.model(case.dtype)
-    with torch.no_grad():
-        expected = case.on.logits(base, tokens)
-    names = set(base.state_dict())
-    injection = case.inject(base)
-    assert names <= set(base.state_dict()), "a base parameter was renamed"
-    case.on.host.load_base(base, case.on.host.base_state_dict(case.on.model(case.dtype)))
-    other = case.on.model(case.dtype)
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        injected = case.on.logits(base, tokens)
-        save_adapter(injection, Path(folder) / "adapter")
-        load_adapter(other, Path(folder) / "adapter", registry=case.registry)
-        assert_equal(case.on.logits(other, tokens), injected, "logits with the loaded adapter")
-        injection.remove()
-        assert_equal(case.on.logits(base, tokens), expected, "logits after removal")
-    assert set(base.state_dict()) == names, "removal leaves something behind"
-
-
-def check_host_refusals(case: HostVariantCase) -> None:
-    """A specification that matches no site raises and leaves the model alone; ``none`` is allowed."""
-    model = case.on.model(case.dtype)
-    before = set(model.state_dict())
-    for layers, message in (("900", "out of range"), ("first:0", "first:0"), ("", "cannot read")):
-        config = parse_block({"variant": case.variant, "layers": layers, **case.options}, registry=case.registry)
-        said = "nothing"
-        try:
-            make_plan(model, case.on.host, [config], policy=FP32_STATE, registry=case.registry)
-        except MoshiTTTError as error:
-            said = str(error)
-        assert message in said, f"layers {layers!r} should be refused with {message!r}, the error says: {said}"
-    nothing = parse_block({"variant": case.variant, "layers": "none", **case.options}, registry=case.registry)
-    plan = make_plan(model, case.on.host, [nothing], policy=FP32_STATE, registry=case.registry)
-    assert plan.blocks == ()
-    assert set(model.state_dict()) == before
-
-
 HOST_CHECKS: tuple[Callable[[HostVariantCase], None], ...] = (
     check_host_identity,
     check_host_causality,
     check_host_streaming,
+    check_host_prefill,
+    check_host_left_padding,
     check_host_rows,
     check_host_reset,
     check_host_carry,
     check_host_volume,
     check_host_weights,
+    check_host_base_weights,
+    check_host_skeleton,
+    check_host_checkpointing,
+    check_host_synthetic_loss,
     check_host_refusals,
 )
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from moshi_ttt.core.block import BlockContext, SequenceBlock, Site, SiteInfo, SiteKind
+from moshi_ttt.core.base_weights import load_base_weights, weight_digest
+from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo, SiteKind
+from moshi_ttt.core.carry import Carry, ForwardContext
 from moshi_ttt.core.config import HostConfig
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.host import CarriedState, HostModel, updates_switch
+from moshi_ttt.core.losses import HostLosses
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.core.volume import volume_switch
 
@@ -59,31 +61,53 @@ class ToyModel(nn.Module):
         super().__init__()
         self.dim, self.num_heads = dim, num_heads
         self.layers = nn.ModuleList(ToyLayer(dim, dtype, device) for _ in range(num_layers))
-        self.carried: CarriedState | None = None
-        self.reset: Tensor | None = None
-        """``[B]`` bool, rows that the next forward pass starts anew: their document changed."""
+        self.carry: Carry | None = None
         self.updates: bool | Tensor = True
         self.volume: float | Tensor = 1.0
 
-    def forward(self, x: Tensor) -> Tensor:
-        context = BlockContext(input_embeddings=x, updates=self.updates, volume=self.volume, reset=self.reset)
-        self.reset = None
-        for index, layer in enumerate(self.layers):
-            sequence, feed_forward = (Site(index, kind) for kind in SiteKind)
-            if hasattr(layer, sequence.kind):
-                x = self._block(sequence, x, context)
-            if hasattr(layer, feed_forward.kind):
-                x = x + self._block(feed_forward, x, context)
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+        """``x [B, T, D]`` to ``[B, T, D]``; ``token_mask`` and ``starts``, ``[B, T]`` bool, as in ``BlockContext``."""
+        given: dict[str, Any] = {
+            "updates": self.updates, "volume": self.volume, "token_mask": token_mask, "starts": starts,
+        }  # fmt: skip
+        context = ForwardContext(x, **given) if self.carry is None else self.carry.begin(x, **given)
+        for layer in self.layers:
+            if (block := getattr(layer, SiteKind.SEQUENCE, None)) is not None:
+                x = context.run(block, x)
+            if (block := getattr(layer, SiteKind.FEED_FORWARD, None)) is not None:
+                x = x + context.run(block, x)
             else:
                 x = x + cast(ToyLayer, layer).mlp(x)
+        if self.carry is not None:
+            self.carry.advance(context)
         return x
 
-    def _block(self, site: Site, x: Tensor, context: BlockContext) -> Tensor:
-        before = None if self.carried is None else self.carried.blocks.get(site)
-        y, after = getattr(self.layers[site.layer], site.kind)(x, before, context)
-        if self.carried is not None:
-            self.carried.blocks[site] = {name: tensor.detach() for name, tensor in after.items()}
-        return cast(Tensor, y)
+
+class ToyLosses(HostLosses):
+    """One loss, ``next``: squared error of the output at t as a prediction of the input at t + 1.
+
+    ``inputs`` are ``[B, T, D]``; a term is a position, its mean over D, and weighs 1.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("next",)
+    in_nats: ClassVar[bool] = False
+
+    def weights(self, model: ToyModel, inputs: Tensor) -> Tensor:
+        return torch.full((2, 1), inputs.shape[0] * (inputs.shape[1] - 1), dtype=torch.float64)
+
+    def sums(self, model: ToyModel, inputs: Tensor) -> Tensor:
+        total = self._terms(model, inputs).sum()
+        return torch.stack([total, total.detach()]).view(2, 1)
+
+    @torch.no_grad()
+    def by_position(self, model: ToyModel, inputs: Tensor) -> dict[str, Tensor]:
+        terms = self._terms(model, inputs).double().cpu()
+        return {"next": nn.functional.pad(terms, (0, 1), value=torch.nan)}  # [B, T - 1] -> [B, T]
+
+    def _terms(self, model: ToyModel, inputs: Tensor) -> Tensor:
+        """``[B, T - 1]``: the mean over D of squared errors."""
+        errors: Tensor = model(inputs)[:, :-1] - inputs[:, 1:]
+        return errors.float().square().mean(-1)
 
 
 class ToyHost(HostModel):
@@ -148,19 +172,12 @@ class ToyHost(HostModel):
         return {name: tensor for name, tensor in model.state_dict().items() if name in own}
 
     def load_base(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-        own = self.base_state_dict(model)
-        if own.keys() != state_dict.keys():
-            raise HostError(f"Base weights differ in {sorted(own.keys() ^ state_dict.keys())}.")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(state_dict[name])
+        load_base_weights(model, {name: name for name in self.base_state_dict(model)}, state_dict)
 
     def fingerprint(self, model: nn.Module) -> dict[str, Any]:
         model = self._checked(model)
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.base_state_dict(model).items()):
-            digest.update(name.encode() + tensor.flatten()[:16].float().numpy().tobytes())
-        return {"dim": model.dim, "num_layers": len(model.layers), "weights": digest.hexdigest()}
+        weights = weight_digest(self.base_state_dict(model))
+        return {"dim": model.dim, "num_layers": len(model.layers), "weights": weights}
 
     @contextmanager
     def carry(
@@ -171,13 +188,11 @@ class ToyHost(HostModel):
         document_ids: Tensor | None = None,
     ) -> Iterator[CarriedState]:
         model = self._checked(model)
-        model.carried = CarriedState(dict(state.blocks) if state else {}, document_ids)
-        if state is not None and state.document_ids is not None and document_ids is not None:
-            model.reset = document_ids != state.document_ids
+        model.carry = Carry.open(self.blocks(model), state, document_ids)
         try:
-            yield model.carried
+            yield model.carry.state
         finally:
-            model.carried = model.reset = None
+            model.carry = None
 
     @contextmanager
     def updates(self, model: nn.Module, enabled: bool | Tensor) -> Iterator[None]:
@@ -202,8 +217,13 @@ class ToyHost(HostModel):
         weight = cast(ToyLayer, self._checked(model).layers[0]).mlp.linear_in.weight
         return cast(Tensor, model(x.to(weight.dtype)).float().square().mean())
 
+    def losses(self, **options: float) -> ToyLosses:
+        if options:
+            raise HostError(f"The toy host's loss has no options, got {', '.join(sorted(options))}.")
+        return ToyLosses()
+
     def fsdp_units(self, model: nn.Module) -> Sequence[nn.Module]:
-        return [*self.blocks(model).values(), *self._checked(model).layers]
+        return [*self.blocks(model).values(), self._checked(model)]  # its layers are not called as modules
 
     def _checked(self, model: nn.Module) -> ToyModel:
         if not isinstance(model, ToyModel):

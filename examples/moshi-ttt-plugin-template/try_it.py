@@ -9,15 +9,14 @@ from moshi_ttt import default_registry, inject, load_config
 
 registry = default_registry()
 config = load_config(Path(__file__).with_name("tiny.yaml"), registry=registry)
-model = registry.host(config.host.name).load(config.host)
+model = registry.host(config.host.qualified_name).load(config.host)
 injection = inject(model, config, registry=registry)
 injection.freeze_base()
 
 codes = torch.randint(0, 128, (2, 17, 24), generator=torch.Generator().manual_seed(0))
 optimizer = torch.optim.AdamW(injection.parameters(), lr=1e-2)
 for step in range(10):
-    out = model(codes)
-    loss = torch.nn.functional.cross_entropy(out.logits[out.mask].float(), codes[:, 1:9][out.mask])
+    loss = injection.host.losses().total(model, codes)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
@@ -11,14 +10,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from moshi_ttt.core.base_weights import load_base_weights, weight_digest
 from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo, SiteKind
 from moshi_ttt.core.config import HostConfig, Seed
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.host import CarriedState, HostModel, updates_switch
-from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.volume import volume_switch
-from moshi_ttt.hosts.audio.model import AudioDenoiser, AudioLayer, denoising_loss
+from moshi_ttt.hosts.audio.losses import AudioLosses, denoising_loss
+from moshi_ttt.hosts.audio.model import AudioDenoiser, AudioLayer
 
 
 class AudioHostConfig(HostConfig):
@@ -93,27 +93,12 @@ class AudioHost(HostModel):
         return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(added)}
 
     def load_base(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-        own = self.base_state_dict(model)
-        problems = [f"missing {name}" for name in own.keys() - state_dict.keys()]
-        problems += [f"unexpected {name}" for name in state_dict.keys() - own.keys()]
-        problems += [
-            f"{name} has shape {tuple(state_dict[name].shape)}, the model {tuple(tensor.shape)}"
-            for name, tensor in own.items()
-            if name in state_dict and state_dict[name].shape != tensor.shape
-        ]
-        if problems:
-            raise HostError(
-                f"These are not this model's base weights: {'; '.join(sorted(problems))}. Nothing was loaded."
-            )
-        for name, tensor in own.items():
-            assign(tensor, state_dict[name])
+        load_base_weights(model, {name: name for name in self.base_state_dict(model)}, state_dict)
 
     def fingerprint(self, model: nn.Module) -> dict[str, Any]:
         model = _checked(model)
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.base_state_dict(model).items()):
-            digest.update(name.encode() + tensor.detach().flatten()[:16].float().cpu().numpy().tobytes())
-        return {"host": self.name, "dim": model.dim, "num_layers": len(model.layers), "weights": digest.hexdigest()}
+        weights = weight_digest(self.base_state_dict(model))
+        return {"host": self.name, "dim": model.dim, "num_layers": len(model.layers), "weights": weights}
 
     @contextmanager
     def carry(
@@ -148,6 +133,12 @@ class AudioHost(HostModel):
     def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
         """The denoising loss on made-up tones in noise."""
         return denoising_loss(_checked(model), batch_size, length, seed)
+
+    def losses(self, **options: float) -> AudioLosses:
+        """The denoising loss; it has no options."""
+        if options:
+            raise HostError(f"The denoiser's loss has no options, got {', '.join(sorted(options))}.")
+        return AudioLosses()
 
     def fsdp_units(self, model: nn.Module) -> Sequence[nn.Module]:
         return [*self.blocks(model).values(), *_layers(model), model]

@@ -6,20 +6,16 @@ LoRA (``LoRALinear``), whose frozen matrix goes by the name it had before.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moshi_ttt.core.errors import HostError
-from moshi_ttt.core.sharding import assign
+from moshi_ttt.core.base_weights import load_base_weights, weight_digest
 from moshi_ttt.hosts.moshi.layers import BlockSite
 from moshi_ttt.hosts.moshi.upstream import LMModel, LoRALinear, StreamingMultiheadAttention
 
-DIGEST_VALUES = 16
-"""How many values of each parameter the digest reads."""
 REMEMBERED = "_moshi_ttt_base_digest"
 
 
@@ -70,57 +66,18 @@ def load_base(model: LMModel, state_dict: Mapping[str, Tensor]) -> None:
     the missing and unexpected names, wrong shapes and weights that are no floating-point numbers; the model is then as
     it was.
     """
-    names, state = base_names(model), model.state_dict()
-    given = present_names(model, state_dict)
-    problems = [f"missing {name}" for name in sorted(names.keys() - given.keys())]
-    problems += [f"unexpected {name}" for name in sorted(given.keys() - names.keys())]
-    problems += [
-        f"{name} is {given[name].dtype}"
-        for name, key in names.items()
-        if name in given and state[key].is_floating_point() and not given[name].is_floating_point()
-    ]
-    problems += [
-        f"{name} has shape {tuple(given[name].shape)}, the model {tuple(state[key].shape)}"
-        for name, key in names.items()
-        if name in given and given[name].shape != state[key].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise HostError(
-            f"These are not this model's base weights: {shown}. Nothing was loaded. Give every weight of the base "
-            "model and no other; adapters have a loader of their own."
-        )
-    with torch.no_grad():
-        if any(state[key].is_meta for key in names.values()):
-            # Writing into a meta tensor does nothing: the tensors themselves are put in.
-            for name, key in names.items():
-                _put(model, key, given[name].to(state[key].dtype))
-        else:
-            for name, key in names.items():
-                assign(state[key], given[name])
+    names, given = base_names(model), present_names(model, state_dict)
+    load_base_weights(model, names, given)
+    state = model.state_dict()
     if any(isinstance(state[key], DTensor) for key in names.values()):
         chosen = parameter_names(model)
         dtypes = {name: state[names[name]].dtype for name in chosen}
-        setattr(model, REMEMBERED, digest_of({name: given[name] for name in chosen}, dtypes))
+        setattr(model, REMEMBERED, weight_digest({name: given[name] for name in chosen}, dtypes))
 
 
 def remember_digest(model: LMModel) -> None:
     """Keep the digest for when the model is sharded and its values are no longer at hand."""
     setattr(model, REMEMBERED, digest(model))
-
-
-def _sample(values: Tensor) -> Tensor:
-    return values[:: max(1, values.numel() // DIGEST_VALUES)][:DIGEST_VALUES]
-
-
-def _put(model: LMModel, key: str, tensor: Tensor) -> None:
-    path, _, leaf = key.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._parameters:
-        trained = module.get_parameter(leaf).requires_grad
-        module.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=trained))
-    else:
-        module.register_buffer(leaf, tensor)
 
 
 def digest(model: LMModel) -> str | None:
@@ -134,19 +91,7 @@ def digest(model: LMModel) -> str | None:
     chosen = {name: parameters[key] for name, key in sorted(base_names(model).items()) if key in parameters}
     if any(tensor.is_meta or isinstance(tensor, DTensor) for tensor in chosen.values()):
         return remembered
-    return digest_of(chosen)
-
-
-def digest_of(parameters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None = None) -> str:
-    """The digest of base parameters given by their base names, none of them sharded, as if they had ``dtypes``."""
-    sha = hashlib.sha256()
-    with torch.no_grad():
-        for name, tensor in sorted(parameters.items()):
-            head = _sample(tensor.detach().reshape(-1))
-            head = head.to(dtypes[name] if dtypes else head.dtype).float().cpu()
-            sha.update(f"{name} {list(tensor.shape)}\n".encode())
-            sha.update(head.contiguous().numpy().tobytes())
-    return sha.hexdigest()
+    return weight_digest(chosen)
 
 
 def lora_factors(model: LMModel) -> dict[str, torch.nn.Parameter]:

@@ -1,91 +1,38 @@
 """Moshi's transformer with blocks in it.
 
-Blocks are put in by changing the class of the main transformer and of its layers to the subclasses below, and by adding
-one module where there is a block: ``layer.ttt`` between attention and the feed-forward, ``layer.ttt_feed_forward`` in
-the gated MLP's place. No parameter moves, so none is renamed; changing the classes back and deleting those modules
-gives the base model.
+Blocks are put in by changing the class of the model, of its main transformer and of its layers to the subclasses below,
+and by adding one module where there is a block: ``layer.ttt`` between attention and the feed-forward,
+``layer.ttt_feed_forward`` in the gated MLP's place. No parameter moves, so none is renamed; changing the classes back
+and deleting those modules gives the base model.
 
-What one forward pass knows (input embeddings, carried states) is a ``Frame``: made by the transformer for that pass,
-handed to the layers as an argument, and so kept by activation checkpointing for the layers it runs again in backward.
+What one forward pass knows (input embeddings, carried states) is a ``ForwardContext``: made by the transformer for
+that pass, handed to the layers as an argument, and so kept by activation checkpointing for the layers it runs again in
+backward.
 
 Shape legend: B streams, T tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moshi_ttt.core import state as states
 from moshi_ttt.core.block import BlockContext, SequenceBlock, Site, SiteKind
+from moshi_ttt.core.carry import Carry, ForwardContext
 from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.errors import ContextError, HostError
-from moshi_ttt.core.host import CarriedState
-from moshi_ttt.core.state import BlockState
 from moshi_ttt.hosts.moshi.streaming import BlockStreamState
-from moshi_ttt.hosts.moshi.upstream import StreamingModule, StreamingTransformer, StreamingTransformerLayer
-
-
-@dataclass
-class Frame:
-    """What the blocks of one forward pass are told, and what they leave behind.
-
-    Attributes:
-        input_embeddings: ``[B, T, D]``, the transformer's input: the sum of the token embeddings.
-        initial: the states this pass continues from; a site that is missing starts from its learned state.
-        reset: ``[B]`` bool, rows that start from the learned state whatever ``initial`` holds.
-        updates: whether test-time updates are enabled, for all rows or ``[B]`` bool.
-        volume: of what blocks add, for all rows or ``[B]``.
-        final: where the state after this pass goes, or None when nobody asked for it.
-    """
-
-    input_embeddings: Tensor | None = None
-    initial: Mapping[Site, BlockState] = field(default_factory=dict)
-    reset: Tensor | None = None
-    updates: bool | Tensor = True
-    volume: float | Tensor = 1.0
-    final: dict[Site, BlockState] | None = None
-
-    def record(self, site: Site, state: BlockState) -> None:
-        """Keep the state of a site, once: a layer that is run again in backward does not overwrite it.
-
-        The copy matters: a state that was never updated may be a view of a parameter, which the optimizer changes and
-        which sharding frees.
-        """
-        if self.final is not None and site not in self.final:
-            self.final[site] = states.clone(state)
-
-
-class Carry:
-    """An open ``host.carry``: what the next forward pass continues from."""
-
-    def __init__(self, state: CarriedState, reset: Tensor | None) -> None:
-        self.state = state
-        self.reset = reset
-
-    def frame(self, input_embeddings: Tensor, **switches: Any) -> Frame:
-        """The frame of the next forward pass, at these ``updates`` and this ``volume``.
-
-        Raises ContextError when its rows are not those of the document ids.
-        """
-        ids = self.state.document_ids
-        if ids is not None and ids.shape[0] != input_embeddings.shape[0]:
-            raise ContextError(
-                f"document_ids has {ids.shape[0]} rows and this batch {input_embeddings.shape[0]}: give one per row."
-            )
-        return Frame(input_embeddings, dict(self.state.blocks), self.reset, final={}, **switches)
-
-    def advance(self, frame: Frame) -> None:
-        """Continue after a forward pass that has ended: from its final states, with no row to reset."""
-        self.state.blocks = dict(frame.final or {})
-        self.reset = None
-
+from moshi_ttt.hosts.moshi.upstream import (
+    LMModel,
+    StreamingModule,
+    StreamingTransformer,
+    StreamingTransformerLayer,
+)
 
 Switch = Literal["updates", "volume"]
 SWITCHES: tuple[Switch, ...] = get_args(Switch)
@@ -138,30 +85,19 @@ class BlockSite(StreamingModule[BlockStreamState]):
             if isinstance(value, Tensor) and len(value) != rows:
                 raise ContextError(_rows_differ(name, value, rows))
 
-    def forward(self, x: Tensor, frame: Frame) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """``x [B, T, D]`` through the block, in the regime that the host is in."""
         streaming = self._streaming_state
         if streaming is not None:
-            context = BlockContext(
+            token = BlockContext(
                 exec_mask=streaming.exec_mask,
-                input_embeddings=frame.input_embeddings,
+                input_embeddings=context.input_embeddings,
                 updates=streaming.updates,
                 volume=streaming.volume if self.block.scales_output else 1.0,
                 casts=streaming.casts,
             )
-            return self.block.step(x, streaming.buffers, context)
-        context = BlockContext(
-            input_embeddings=frame.input_embeddings,
-            reset=frame.reset,
-            # On the device of this layer: a model may lie on several.
-            updates=frame.updates.to(x.device) if isinstance(frame.updates, Tensor) else frame.updates,
-            volume=frame.volume.to(x.device) if isinstance(frame.volume, Tensor) else frame.volume,
-            want_state=frame.final is not None,
-            detach_state=True,
-        )
-        y, after = self.block(x, frame.initial.get(self.site), context)
-        frame.record(self.site, after)
-        return cast(Tensor, y)
+            return self.block.step(x, streaming.buffers, token)
+        return context.run(self.block, x)
 
 
 def block_sites(layer: torch.nn.Module) -> list[BlockSite]:
@@ -183,30 +119,32 @@ def refuse_sharded(block: SequenceBlock) -> None:
 class TTTStreamingTransformerLayer(StreamingTransformerLayer):
     """A layer that may have a block between attention and the feed-forward, and one in the feed-forward's place."""
 
-    # The frame of the call that is running. Moshi's own forward, which this one surrounds, has no argument for it.
-    _frame: Frame | None = None
+    # The context of the call that is running. Moshi's own forward, which this one surrounds, has no argument for it.
+    _context: ForwardContext | None = None
 
-    def forward(self, x: Tensor, cross_attention_src: Tensor | None = None, ttt: Frame | None = None) -> Tensor:
-        """``x [B, T, D]`` to ``[B, T, D]``; ``ttt`` is the frame of this forward pass."""
-        outer, self._frame = self._frame, ttt
+    def forward(
+        self, x: Tensor, cross_attention_src: Tensor | None = None, ttt: ForwardContext | None = None
+    ) -> Tensor:
+        """``x [B, T, D]`` to ``[B, T, D]``; ``ttt`` is the context of this forward pass."""
+        outer, self._context = self._context, ttt
         try:
             return cast(Tensor, super().forward(x, cross_attention_src))
         finally:
-            self._frame = outer
+            self._context = outer
 
     def _ff_block(self, x: Tensor) -> Tensor:
-        frame = self._frame or Frame()
+        context = self._context or ForwardContext()
         sites = {site.site.kind: site for site in block_sites(self)}
         if SiteKind.SEQUENCE in sites:
-            x = sites[SiteKind.SEQUENCE](x, frame)
+            x = sites[SiteKind.SEQUENCE](x, context)
         if SiteKind.FEED_FORWARD not in sites:
             return super()._ff_block(x)
-        update: Tensor = sites[SiteKind.FEED_FORWARD](self.norm2(x), frame)
+        update: Tensor = sites[SiteKind.FEED_FORWARD](self.norm2(x), context)
         return x.to(update) + cast(Tensor, self.layer_scale_2(update))
 
 
 class TTTStreamingTransformer(StreamingTransformer):
-    """The main transformer: makes the frame of each forward pass."""
+    """The main transformer: makes the context of each forward pass."""
 
     _carry: Carry | None = None
     _updates: bool | Tensor = True
@@ -216,14 +154,15 @@ class TTTStreamingTransformer(StreamingTransformer):
         """``x [B, T, D]``, the input embeddings, to ``[B, T, D]``."""
         carry = self._carry
         switches: dict[str, Any] = {"updates": self._updates, "volume": self._volume}
-        frame = Frame(x, **switches) if carry is None else carry.frame(x, **switches)
-        y: Tensor = super().forward(x, *args, ttt=frame, **kwargs)
+        context = ForwardContext(x, **switches) if carry is None else carry.begin(x, **switches)
+        y: Tensor = super().forward(x, *args, ttt=context, **kwargs)
         if carry is not None:
-            carry.advance(frame)
+            carry.advance(context)
         return y
 
     def _init_streaming_state(self, batch_size: int) -> Any:
-        # Checked here too, before any layer has state: a refusal then leaves no layer streaming.
+        # Checked here too, before any layer has state: a refusal then leaves no layer streaming where the transformer
+        # streams by itself.
         if self._carry is not None:
             raise HostError("Streaming cannot start inside host.carry(...): leave the context first.")
         for layer in self.layers:
@@ -233,46 +172,19 @@ class TTTStreamingTransformer(StreamingTransformer):
         return super()._init_streaming_state(batch_size)
 
 
-def open_carry(
-    blocks: Mapping[Site, SequenceBlock],
-    state: CarriedState | None,
-    document_ids: Tensor | None,
-) -> Carry:
-    """A carry that starts from ``state``; compares ``document_ids [B]`` with the state's on the device.
+class TTTLMModel(LMModel):
+    """The language model. A stream that is refused leaves none of its modules streaming, so that another can start."""
 
-    Raises ContextError when the state or the document ids do not fit.
-    """
-    before = state or CarriedState()
-    if before.blocks and before.blocks.keys() != blocks.keys():
-        raise ContextError(
-            f"The carried state has the sites {', '.join(map(str, sorted(before.blocks)))}, the model "
-            f"{', '.join(map(str, blocks)) or 'none'}. Carry a state that this model made, or start from None."
-        )
-    if document_ids is not None and document_ids.dim() != 1:
-        raise ContextError(f"document_ids must be [B], one per row, got shape {tuple(document_ids.shape)}.")
-    known = before.document_ids
-    if document_ids is not None and known is None and before.blocks:
-        raise ContextError(
-            "document_ids are given, and the carried state does not know the ids of its rows, so none could be reset. "
-            "Give document_ids from the first segment on, or start from None."
-        )
-    batch = {states.rows(block) for block in before.blocks.values()} | (
-        {known.shape[0]} if known is not None else set()
-    )
-    if document_ids is not None and batch - {document_ids.shape[0]}:
-        raise ContextError(
-            f"document_ids has {document_ids.shape[0]} rows and the carried state {sorted(batch)}. "
-            "Keep the rows of a batch in place from segment to segment."
-        )
-    reset = None
-    if document_ids is not None and known is not None:
-        device = next((tensor.device for block in before.blocks.values() for tensor in block.values()), known.device)
-        reset = document_ids.to(device) != known.to(device)
-    started = CarriedState(
-        {site: states.detach(block) for site, block in before.blocks.items()},
-        known if document_ids is None else document_ids.detach().clone(),
-    )
-    return Carry(started, reset)
+    def streaming(self, batch_size: int) -> ExitStack:
+        """See ``StreamingModule.streaming``, which sets the state of one module after the other."""
+        modules = [module for module in self.modules() if isinstance(module, StreamingModule)]
+        idle = [module for module in modules if module._streaming_state is None]
+        try:
+            return super().streaming(batch_size)
+        except BaseException:
+            for module in idle:
+                module._streaming_state = None
+            raise
 
 
 @contextmanager

@@ -15,9 +15,18 @@ from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 from moshi_ttt.hosts.moshi.upstream import LMModel
 
 
-def moshi_case(name: str = "moshi", model: Callable[[torch.dtype], LMModel] | None = None) -> HostCase:
-    """Moshi's own training and streaming, on ``model`` or a small random one; tokens are legal for that one."""
+def moshi_case(
+    name: str = "moshi",
+    model: Callable[[torch.dtype], LMModel] | None = None,
+    skeleton: Callable[[torch.dtype], LMModel] | None = None,
+) -> HostCase:
+    """Moshi's own training and streaming, on ``model`` or a small random one; tokens are legal for that one.
+
+    ``skeleton`` gives the architecture of ``model`` on the meta device.
+    """
     build = model or (lambda dtype: random_tiny_lm(dtype=dtype))
+    if model is None:
+        skeleton = lambda dtype: random_tiny_lm(dtype=dtype, device="meta")  # noqa: E731
     probe = build(torch.float32)
 
     def tokens(batch: int, length: int, seed: int) -> Tensor:
@@ -30,7 +39,9 @@ def moshi_case(name: str = "moshi", model: Callable[[torch.dtype], LMModel] | No
         _, text = cast(LMModel, model).forward_text(tokens)
         return text[:, 0]
 
-    return HostCase(name=name, host=MOSHI_HOST, model=build, tokens=tokens, logits=logits, stream=_stream)
+    return HostCase(
+        name=name, host=MOSHI_HOST, model=build, tokens=tokens, logits=logits, stream=_stream, skeleton=skeleton
+    )
 
 
 class _MoshiStream(HostStream):

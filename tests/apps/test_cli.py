@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -41,8 +42,8 @@ def test_the_surface_is_frozen():
             "compare": ["--out", "--overwrite", "-o", "folders"],
             "long-context": [
                 "--adapter", "--batch-size", "--data", "--every", "--layout", "--max-seconds", "--moshi-channel",
-                "--out", "--overwrite", "--seed", "--segments", "--speaker-label", "--threads", "--window", "-a", "-d",
-                "-o", "config",
+                "--out", "--overwrite", "--seed", "--segments", "--spans", "--speaker-label", "--threads", "--window",
+                "-a", "-d", "-o", "config",
             ],
             "recall": [
                 "--adapter", "--batch-size", "--between", "--data", "--frames", "--interludes", "--layout",
@@ -62,7 +63,7 @@ def test_the_surface_is_frozen():
         "doctor": ["--adapter", "--batches", "--json", "--length", "--seed", "--threads", "config"],
         "explain": ["--json", "config"],
         "new-plugin": ["--out", "-o", "name"],
-        "plugins": [],
+        "plugins": ["--check"],
         "verify": ["--all", "paths"],
     }  # fmt: skip
     assert [option for parameter in group.params for option in parameter.opts] == ["--version"]
@@ -119,6 +120,28 @@ def test_plugins_shows_what_failed_and_why(cli, monkeypatch):
     result = cli("plugins")
     assert result.exit_code == 0
     assert "broken: failed: ImportError: no module named 'their_kernels'" in result.said
+
+
+def test_plugins_check_uses_every_target(cli):
+    result = cli("plugins", "--check")
+    assert result.exit_code == 0, result.said
+    assert re.search(r"All \d\d+ targets can be used", result.said)
+
+
+def test_plugins_check_fails_with_reasons(cli, monkeypatch):
+    registry = Registry()
+    registry.register_block("lazy", config="no_such_module:Config", block="no_such_module:Block")
+    registry.register("host", "odd", "math:pi")
+    monkeypatch.setattr("moshi_ttt.core.registry._default", registry)
+    assert cli("plugins").exit_code == 0
+    result = cli("plugins", "--check")
+    assert result.exit_code == 1
+    said = " ".join(result.said.split())
+    assert "block 'lazy'" in said
+    assert "No module named 'no_such_module'" in said
+    assert "host 'odd'" in said
+    assert "expected HostModel" in said
+    assert "can be used" not in said
 
 
 def test_as_a_program_errors_go_to_stderr_with_the_exit_code(tmp_path):
@@ -259,7 +282,7 @@ def test_nan_is_noticed(cli, tmp_path):
 
 def test_other_vectors_than_the_shipped_ones(cli, tmp_path):
     """Another batch, length, chunk and width, computed here by the definition and written in the file format."""
-    from moshi_ttt.plugins.common import reference
+    from moshi_ttt.plugins.hybrid.naive import naive_inner_loop
 
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -269,7 +292,7 @@ def test_other_vectors_than_the_shipped_ones(cli, tmp_path):
         "bias.0": draw(1, 1, 10), "weight.1": draw(1, 10, 6), "bias.1": draw(1, 1, 6),
     }  # fmt: skip
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
-    y, weights, biases = reference.inner_loop(
+    y, weights, biases = naive_inner_loop(
         *(leaves[n] for n in ("q", "k", "v", "lr", "token_scale", "norm_weight", "norm_bias")),
         [leaves["weight.0"], leaves["weight.1"]], [leaves["bias.0"], leaves["bias.1"]],
         chunk_size=7, eps=1e-6, causal=True,
@@ -288,7 +311,7 @@ def test_other_vectors_than_the_shipped_ones(cli, tmp_path):
     save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "other.safetensors", metadata=metadata)
     result = cli("verify", tmp_path)
     assert result.exit_code == 0, result.said
-    assert "ttt_mlp-streamed" in result.said
+    assert "ttt_mlp-recurrent" in result.said
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors here", b"\xff" * 100], ids=["empty", "text", "bytes"])

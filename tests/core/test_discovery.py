@@ -197,7 +197,8 @@ def test_override_stands_in_for_a_duplicate(site_folder, blocks):
 )
 def test_environment_restricts_what_is_loaded(site_folder, blocks, monkeypatch, value, loaded):
     for name in ("acme", "best", "bad", "builtin"):
-        site_folder.install(f"{name}-dist", {name: "1 / 0" if name == "bad" else blocks(name)})
+        distribution = "moshi-ttt" if name == "builtin" else f"{name}-dist"
+        site_folder.install(distribution, {name: "1 / 0" if name == "bad" else blocks(name)})
     monkeypatch.setenv("MOSHI_TTT_PLUGINS", value)
     expected = pytest.warns(UserWarning, match="not installed: no") if value == "no" else nullcontext()
     with expected:

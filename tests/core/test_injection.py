@@ -180,6 +180,27 @@ def test_none_injects_nothing():
     assert injection.blocks == {}
 
 
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("last:1", [2]),
+        ("last:2", [1, 2]),
+        ("all", [0, 1, 2]),
+        ("every:2", [0, 2]),
+        ("first:1,-2", [0, 2]),
+        ("middle", [0, 1]),
+    ],
+)  # fmt: skip
+def test_words_count_over_the_layers_that_have_such_a_site(layers, expected):
+    plan = plan_for(ToyModel(), ToyConfig(variant="toy_mlp", layers=layers))
+    assert [block.site.layer for block in plan.blocks] == expected
+
+
+def test_more_sites_than_there_are_is_an_error_that_lists_them():
+    with pytest.raises(InjectionError, match="from 1 to 3; the layers are 0 to 2"):
+        plan_for(ToyModel(), ToyConfig(variant="toy_mlp", layers="last:4"))
+
+
 # ---- plans that cannot be carried out
 
 
@@ -202,7 +223,7 @@ def build_with_a_bug(config: ToyConfig, info: Any, roles: Any) -> nn.Module:
         ([ToyConfig(layers="4")], "out of range"),
         ([ToyConfig(layers="2,2")], "claimed twice"),
         ([ToyConfig(layers="1"), ToyConfig(layers="0-1")], r"layers\.1\.sequence is already claimed by ttt\[0\]"),
-        ([ToyConfig(variant="toy_mlp", layers="last:1")], r"no site layers\.3\.feed_forward; feed_forward sites: "),
+        ([ToyConfig(variant="toy_mlp", layers="3")], r"no site layers\.3\.feed_forward; feed_forward sites: "),
         ([ToyConfig(causal=False)], "'toy' is causal and this block is not"),
         ([ToyConfig(heads=3)], "heads = 3 does not divide the width 8"),
         ([AnyNameConfig(variant="toi")], "Did you mean 'toy'"),

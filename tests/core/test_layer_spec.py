@@ -117,3 +117,33 @@ def test_double_claim_names_both_parts():
 
 def test_is_a_config_error():
     assert issubclass(LayerSpecError, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("specification", "expected"),
+    [
+        ("all", (1, 3, 5, 7)),
+        ("middle", (3, 5)),
+        ("first:2", (1, 3)),
+        ("last:2", (5, 7)),
+        ("every:2@1", (3, 7)),
+        ("-1", (7,)),
+        ("0,last:1", (0, 7)),
+        ("2-3", (2, 3)),
+    ],
+)
+def test_words_count_over_the_layers_with_a_site_and_numbers_are_of_layers(specification, expected):
+    assert resolve_layers(specification, 8, (1, 3, 5, 7)) == expected
+
+
+@pytest.mark.parametrize(
+    ("specification", "message"),
+    [
+        ("last:5", "a number from 1 to 4; the layers with such a site are 1, 3, 5, 7"),
+        ("every:1@4", "out of range; the layers with such a site are 1, 3, 5, 7"),
+        ("3,last:3", "layer 3 is claimed twice"),
+    ],
+)
+def test_a_count_over_too_few_sites_names_them(specification, message):
+    with pytest.raises(LayerSpecError, match=message):
+        resolve_layers(specification, 8, (1, 3, 5, 7))
