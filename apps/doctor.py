@@ -19,7 +19,7 @@ from moshi_ttt.core.block import Site
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.health import BlockHealth, HealthMonitor, chunk_of, dead_block_flag, sample_length
 from moshi_ttt.core.injection import Injection, inject
-from moshi_ttt.core.registry import Registry
+from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 from moshi_ttt.system import threads
 
@@ -40,7 +40,7 @@ class Examination:
 
 def examine(
     config: str,
-    registry: Registry,
+    registry: Registry | None = None,
     *,
     adapter: Path | None,
     batches: int,
@@ -53,6 +53,7 @@ def examine(
     ``length=None`` is two chunks and a token of the longest chunk, and 64 tokens at least;
     ``processor_threads=None`` chooses by the model's size. Raises MoshiTTTError.
     """
+    registry = registry or default_registry()
     parsed = read_config(config, registry=registry)
     if adapter is None:
         injection = inject(registry.host(parsed.host.qualified_name).load(parsed.host), parsed, registry=registry)

@@ -51,8 +51,9 @@ def explain(name: str, *, registry: Registry | None = None) -> Explanation:
     return explain_model(host.skeleton(config.host), config, name=name, registry=registry)
 
 
-def explain_model(model: nn.Module, config: TTTConfig, *, name: str, registry: Registry) -> Explanation:
+def explain_model(model: nn.Module, config: TTTConfig, *, name: str, registry: Registry | None = None) -> Explanation:
     """The same for a model that is at hand."""
+    registry = registry or default_registry()
     host = registry.host(config.host.qualified_name)
     policy = registry.policy(config.precision)
     plan = make_plan(model, host, config.ttt, policy=policy, registry=registry, seed=config.seed)

@@ -6,11 +6,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moshi_ttt.core.registry import Registry
+from moshi_ttt.core.registry import Registry, default_registry
 
 
-def render(registry: Registry) -> RenderableType:
+def render(registry: Registry | None = None) -> RenderableType:
     """A table of names, then one line for each plugin that is not loaded, with the reason."""
+    registry = registry or default_registry()
     table = Table(title="moshi-ttt plugins", title_justify="left")
     for heading in ("name", "kind", "distribution", "version", "status"):
         table.add_column(heading, no_wrap=heading in ("name", "kind"))

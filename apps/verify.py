@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moshi_ttt.core.errors import ConfigError
-from moshi_ttt.core.registry import Registry
+from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.core.verification import Verifier, metadata_problems, tensor_problems
 
 FLOAT32_TOLERANCE = 1e-4
@@ -76,11 +76,12 @@ def expand(paths: Iterable[Path]) -> list[Path]:
     return files
 
 
-def verify_file(path: Path, registry: Registry) -> FileReport:
+def verify_file(path: Path, registry: Registry | None = None) -> FileReport:
     """Run every verifier that accepts the file, in float64 and float32. Raises ConfigError for an unreadable file.
 
     A file that lacks something its operation has, or has something else, is not compared: its report says what.
     """
+    registry = registry or default_registry()
     tensors, metadata = _read(path)
     verifiers = [
         (name, verifier)

@@ -26,9 +26,10 @@ from torch.profiler import ProfilerActivity, profile
 from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.precision import FP32_STATE
-from moshi_ttt.plugins.gating_mlp import ops, reference
+from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
+from moshi_ttt.plugins.gating_mlp.naive import naive_in_place
 
 DIM, HIDDEN, TOKENS, CHUNK = 1024, 2816, 1_500, 256
 CONTEXT: dict[str, Any] = {"want_state": False}
@@ -72,7 +73,7 @@ def gate() -> float:
     with torch.no_grad():
         actual, _ = block(x, None, BlockContext(input_embeddings=x, **CONTEXT))
         rate = torch.full((23,), 0.1, dtype=torch.float64)
-        expected, _ = reference.in_place(
+        expected, _ = naive_in_place(
             mlp.hidden(x)[0], x[0], mlp.linear_out.weight, block.conv[:, 0], block.projection, rate,
             chunk_size=5, left=ops.left_padding(5, "centered"),
         )  # fmt: skip

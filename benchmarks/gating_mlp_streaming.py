@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from moshi_ttt.core.block import BlockContext
-from moshi_ttt.plugins.gating_mlp import ops, reference
+from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
+from moshi_ttt.plugins.gating_mlp.naive import naive_in_place
 from moshi_ttt.system.platforms import peak_memory
 
 HOUR = 45_000
@@ -50,7 +51,7 @@ def gate(compiled: bool) -> float:
     hidden, left = mlp.hidden(x), ops.left_padding(5, "centered")
     weights = mlp.linear_out.weight, block.conv[:, 0], block.projection
     expected = [
-        reference.in_place(h, t, *weights, rate, chunk_size=5, left=left)[0] for h, t in zip(hidden, x, strict=True)
+        naive_in_place(h, t, *weights, rate, chunk_size=5, left=left)[0] for h, t in zip(hidden, x, strict=True)
     ]
     return float((stream(block, x) - torch.stack(expected)).abs().max())
 

@@ -22,8 +22,12 @@ from torch import Tensor
 
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import clone, num_bytes
-from moshi_ttt.plugins.common import inner_loop, reference
-from moshi_ttt.plugins.common.inner_loop import InnerNorm, Tokens
+from moshi_ttt.plugins.hybrid import inner_loop
+from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
+from moshi_ttt.plugins.hybrid.inner_loop import Tokens
+from moshi_ttt.plugins.hybrid.naive import naive_inner_loop
+from moshi_ttt.plugins.hybrid.objective import InnerNorm
+from moshi_ttt.plugins.hybrid.recurrent import recurrent_inner_loop
 
 TRAINING = (
     ("linear", 1, 8, 1024, 16, 64),
@@ -59,7 +63,7 @@ class Problem:
     def run(self) -> Tensor:
         state = inner_loop.initial_state(self.weights, self.biases, self.chunk, self.batch)
         layout = ChunkLayout(self.length, self.chunk)
-        return inner_loop.run(self.tokens, state, self.norm, self.scale, layout=layout)[0]
+        return chunk_inner_loop(self.tokens, state, self.norm, self.scale, layout=layout)[0]
 
     def by_token(self) -> Tensor:
         """The same function with explicit weights for every token: what the dual form avoids."""
@@ -91,7 +95,7 @@ def gate(kind: str) -> float:
     """Largest float64 error of the chunked, the by-token and the streamed form against the definition."""
     problem = Problem(kind, 2, 2, 24, 8, 8, torch.float64)
     q, k, v, lr = (part.transpose(1, 2) for part in problem.tokens)
-    expected, _, _ = reference.inner_loop(
+    expected, _, _ = naive_inner_loop(
         q, k, v, lr, problem.scale, problem.norm.weight, problem.norm.bias, problem.weights, problem.biases,
         chunk_size=8, eps=1e-6, causal=True,
     )  # fmt: skip
@@ -99,7 +103,7 @@ def gate(kind: str) -> float:
     state = clone(inner_loop.initial_state(problem.weights, problem.biases, 8, 2))
     tokens = problem.tokens
     streamed = [
-        inner_loop.step(Tokens(*(part[:, t : t + 1] for part in tokens)), state, problem.norm, problem.scale)
+        recurrent_inner_loop(Tokens(*(part[:, t : t + 1] for part in tokens)), state, problem.norm, problem.scale)
         for t in range(24)
     ]
     forms = (problem.run(), problem.by_token(), torch.cat(streamed, dim=1))
@@ -147,7 +151,7 @@ def stream_row(kind: str, batch: int, heads: int, dim: int, chunk: int = 16) -> 
         for x, weight in zip(rows, fast.weights, strict=True):
             torch.bmm(x, weight.flatten(0, 1))
 
-    step = median_ms(lambda: inner_loop.step(problem.tokens, state, problem.norm, problem.scale))
+    step = median_ms(lambda: recurrent_inner_loop(problem.tokens, state, problem.norm, problem.scale))
     once = median_ms(read)
     return {
         "shape": f"{kind} B{batch} H{heads} D{dim}",

@@ -27,7 +27,7 @@ from moshi_ttt.core.block import BlockContext, SequenceBlock, Site, SiteInfo, Si
 from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.precision import FP32_STATE
-from moshi_ttt.plugins.ttt_ridge import reference
+from moshi_ttt.plugins.ttt_ridge.naive import naive_layer
 
 DIM, HEADS, HIDDEN, CONTEXT = 4096, 32, 11264, 3000
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ def gate() -> float:
     block: Any = block_of({"variant": "ttt_ridge", "chunk": 4, "heads": 2}, 16, 2, "cpu", torch.float64)
     x = torch.randn(2, 23, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weights = dict(block.named_parameters())
-    expected = reference.layer(x, x, weights, heads=2, chunk_size=4)
+    expected = naive_layer(x, x, weights, heads=2, chunk_size=4)
     state = block.allocate_state(2)
     steps = [block.step(token, state, BlockContext(input_embeddings=token)) for token in x.split(1, 1)]
     found = block(x, None, BlockContext(input_embeddings=x))[0], torch.cat(steps, 1)

@@ -25,14 +25,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from moshi_ttt import default_registry, make_plan
 from moshi_ttt.configs.settings import parse_settings
+from moshi_ttt.core.sharding import shard
 from moshi_ttt.data.dataset import Batch
 from moshi_ttt.hosts.moshi.depformer import make_steps_contiguous
-from moshi_ttt.hosts.moshi.fsdp import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.lora import add_lora, initialise_lora
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
-from moshi_ttt.training.model import TrainedModel, choose_trained
+from moshi_ttt.training.model import choose_trained, losses_of
 from moshi_ttt.training.runtime import Runtime, start
+from moshi_ttt.training.trained import TrainedModel
 from moshi_ttt.training.trainer import Trainer
 
 LAYERS, FRAMES, ROWS = 12, 375, 2
@@ -66,10 +67,10 @@ def trainer(block: dict[str, Any] | None, checkpointing: bool, runtime: Runtime)
     initialise_lora(model, 0)
     policy = registry.policy("fp32_state")
     plan = make_plan(model, MOSHI_HOST, settings.ttt.ttt, policy=policy, registry=registry)
-    trained = TrainedModel(model, plan.apply(model), policy.roles(torch.float32))
+    trained = TrainedModel(model, plan.apply(model), policy.roles(torch.float32), losses_of(settings.run))
     choose_trained(trained, full=False, embeddings=False)
     make_steps_contiguous(model)
-    shard(model, trained.roles, runtime.mesh)
+    shard(MOSHI_HOST, model, trained.roles, runtime.mesh)
     model.train()
     return Trainer(trained, settings.run, runtime)
 

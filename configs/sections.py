@@ -1,16 +1,21 @@
-"""The sections of a config file that belong to the apps rather than to a host or a block."""
+"""The sections of a config file that belong to quickstart: how it streams, and the ``train`` of earlier versions."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from typing import Any
 
+import yaml
 from pydantic import Field
 
 from moshi_ttt.core.config import FrozenConfig, Seed
 
+FRAMES_PER_SEC = 12.5
+
 
 class TrainConfig(FrozenConfig):
-    """How quickstart trains the blocks; the base model is frozen.
+    """The ``train`` section that quickstart had before its config was that of a training run; ``renamed`` reads it.
 
     Attributes:
         steps: optimizer steps.
@@ -49,6 +54,36 @@ class StreamConfig(FrozenConfig):
     temperature: float = Field(default=0.8, ge=0.0)
     temperature_text: float = Field(default=0.7, ge=0.0)
     seed: Seed = 0
+
+
+def renamed(old: TrainConfig) -> dict[str, Any]:
+    """What the keys that ``old`` was given are in the config of a training run; a warning shows them."""
+    given = {name: getattr(old, name) for name in old.model_fields_set}
+    new: dict[str, Any] = {}
+    optim: dict[str, Any] = {}
+    same = {"steps": "max_steps", "clip": "max_norm", "batch_size": "batch_size", "text_weight": "text_weight"}
+    for name, value in given.items():
+        if name == "frames":
+            new["duration_sec"] = value / FRAMES_PER_SEC
+        elif name in ("learning_rate", "gate_learning_rate"):
+            group = "ttt" if name == "learning_rate" else "gates"
+            optim.setdefault("lr_groups", {})[group] = value
+        elif name == "warmup":
+            optim["pct_start"] = round(min(1.0, value / old.steps), 6)
+        elif name == "weight_decay":
+            optim["weight_decay"] = value
+        else:
+            new[same.get(name, name)] = value
+    if optim:
+        new["optim"] = optim
+    if new:
+        warnings.warn(
+            "the section 'train' is of an earlier version: quickstart's config is that of a training run, as in "
+            f"configs/quickstart.yaml. Replace 'train' by:\n{yaml.safe_dump(new, sort_keys=False).rstrip()}",
+            FutureWarning,
+            stacklevel=2,
+        )
+    return new
 
 
 SECTIONS: Mapping[str, type[FrozenConfig]] = {"train": TrainConfig, "stream": StreamConfig}

@@ -15,7 +15,7 @@ from moshi_ttt.core.adapter import adapter_entries, find_adapter
 from moshi_ttt.core.config import TTTConfig, parse_model
 from moshi_ttt.core.config_parsing import parse_config, read_mapping
 from moshi_ttt.core.errors import ConfigError, nearest
-from moshi_ttt.core.registry import Registry
+from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.hosts.moshi.host import MoshiHostConfig
 
 MODEL_KEYS = ("host", "precision", "ttt")
@@ -43,7 +43,7 @@ class Settings:
     host: MoshiHostConfig
 
 
-def read_settings(name: str, overrides: Sequence[str], registry: Registry) -> Settings:
+def read_settings(name: str, overrides: Sequence[str], registry: Registry | None = None) -> Settings:
     """The settings of the config ``name`` (a path or a packaged config), changed by ``key.of.it=value`` overrides.
 
     Raises ConfigError with every problem found.
@@ -55,8 +55,9 @@ def read_settings(name: str, overrides: Sequence[str], registry: Registry) -> Se
     return parse_settings(values, registry=registry, where=path.name)
 
 
-def parse_settings(values: Mapping[str, Any], *, registry: Registry, where: str) -> Settings:
+def parse_settings(values: Mapping[str, Any], *, registry: Registry | None = None, where: str = "config") -> Settings:
     """The settings that plain values mean. Raises ConfigError with every problem found."""
+    registry = registry or default_registry()
     values = dict(values)
     conflicts = _take_from_flat_block(values, where)
     _take_from_adapter(values)

@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from moshi_ttt.configs.fit import FitConfig
+from moshi_ttt.configs.sections import StreamConfig
 from moshi_ttt.configs.speakers import MAIN_SPEAKER, SIDES, Side
-from moshi_ttt.core.config import FrozenConfig, Seed
+from moshi_ttt.core.config import FrozenConfig
 from moshi_ttt.core.paths import user_path
 
-SECTIONS = ("lora", "optim", "wandb", "moshi_paths", "inner_losses")
+SECTIONS = ("lora", "optim", "wandb", "moshi_paths", "inner_losses", "stream")
 IGNORED = ("world_size",)
 """What moshi-finetune writes into its args.yaml and does not read: torchrun says how many ranks there are."""
 DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
@@ -71,37 +73,6 @@ class LoRAConfig(FrozenConfig):
     ft_embed: bool = False
 
 
-class GroupRates(FrozenConfig):
-    """Learning rates of single groups.
-
-    A group without one has ``optim.lr``; the blocks (``ttt``) at least 3e-4 and their gates at least 3e-3, because they
-    start at random values.
-    """
-
-    ttt: float | None = Field(default=None, ge=0.0)
-    gates: float | None = Field(default=None, ge=0.0)
-    lora: float | None = Field(default=None, ge=0.0)
-    base: float | None = Field(default=None, ge=0.0)
-
-
-class OptimConfig(FrozenConfig):
-    """AdamW (betas 0.9, 0.95) under a one-cycle schedule.
-
-    Attributes:
-        lr: the highest learning rate.
-        weight_decay: of LoRA and base parameters, and of the blocks' matrices; their vectors and gates are not decayed.
-        pct_start: share of all steps in which the rate rises.
-        eps: AdamW's; 1e-6 makes runs on different numbers of ranks agree more closely.
-        lr_groups: rates of single groups.
-    """
-
-    lr: float = Field(default=1e-4, ge=0.0)
-    weight_decay: float = Field(default=0.1, ge=0.0)
-    pct_start: float = Field(default=0.05, ge=0.0, le=1.0)
-    eps: float = Field(default=1e-8, gt=0.0)
-    lr_groups: GroupRates = GroupRates()
-
-
 class WandbConfig(FrozenConfig):
     """Weights & Biases; used where ``project`` is set, and installed apart."""
 
@@ -132,8 +103,8 @@ class InnerLossConfig(FrozenConfig):
         return self.enable or self.plots
 
 
-class RunConfig(FrozenConfig):
-    """A training run. Everything but ``data`` and ``run_dir`` has a default.
+class RunConfig(FitConfig):
+    """A training run. Everything but ``data`` and ``run_dir`` has a default; ``FitConfig`` has the loop's options.
 
     Attributes:
         run_dir: the folder of logs and checkpoints.
@@ -142,12 +113,9 @@ class RunConfig(FrozenConfig):
             a checkpoint.
         adapter: start from the values of this adapter, or of the one in this checkpoint: blocks, and LoRA where it has
             one. Its blocks are those of ``ttt``, or ``ttt`` is left out. A run that is resumed does not read it again.
-        duration_sec: length of a segment.
-        batch_size: segments of a forward pass on one rank; one step sees batch_size x num_microbatches x ranks.
-        max_norm: the largest gradient norm; larger gradients are scaled down.
-        first_codebook_weight_multiplier, text_padding_weight: weights in the loss.
-        inner_lr_warmup: let the blocks' inner learning rate rise with the main one, to its full value at its peak.
-        carry_state: read recordings segment by segment, each stream's memory carried on until its recording ends.
+        duration_sec: length of a segment. With ``carry_state`` recordings are read segment by segment to their end.
+        first_codebook_weight_multiplier, text_padding_weight: weights of tokens in the loss.
+        text_weight: weight of the text loss beside the audio loss.
         full_finetuning: train the base model too, without LoRA.
         param_dtype: dtype in which the base model computes, and is stored where it is not trained.
         gradient_checkpointing: compute each layer again in backward instead of keeping its activations.
@@ -163,34 +131,27 @@ class RunConfig(FrozenConfig):
         stop_grace_sec: seconds from a signal that asks the run to stop (SIGTERM, Ctrl-C) to the moment when its
             launcher or scheduler kills it; torchrun does after 30. A step that is running is finished where that and
             saving fit in; else it is given up.
-        max_bad_steps: steps in a row whose loss or gradient is not finite (they are skipped) before the run stops.
         log_health: log the blocks' health, at some steps.
         health_freq: steps between two measurements of health; each of the first steps that is a power of two is
             measured as well, and the last.
         inner_losses: measure the blocks' inner losses by position at some steps.
         tensorboard: write TensorBoard files too.
+        stream: how `moshi-ttt quickstart` streams a recording after it has trained; `moshi-ttt train` does not.
     """
 
     data: DataConfig
     run_dir: str = Field(min_length=1)
     overwrite_run_dir: bool = False
     resume: bool | str = False
-    seed: Seed = 0
     moshi_paths: MoshiPaths = MoshiPaths()
     adapter: str | None = Field(default=None, min_length=1)
 
     duration_sec: float = Field(default=10.0, gt=0.0)
-    batch_size: int = Field(default=1, ge=1)
-    num_microbatches: int = Field(default=1, ge=1)
-    max_steps: int = Field(default=100, ge=1)
-    max_norm: float = Field(default=1.0, gt=0.0)
     first_codebook_weight_multiplier: float = Field(default=1.0, ge=0.0)
     text_padding_weight: float = Field(default=0.5, ge=0.0)
-    optim: OptimConfig = OptimConfig()
+    text_weight: float = Field(default=1.0, ge=0.0)
     lora: LoRAConfig = LoRAConfig()
     full_finetuning: bool = False
-    inner_lr_warmup: bool = False
-    carry_state: bool = False
 
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     gradient_checkpointing: bool = True
@@ -213,7 +174,12 @@ class RunConfig(FrozenConfig):
     num_ckpt_keep: int | None = Field(default=3, ge=1)
     save_adapters: bool = True
     stop_grace_sec: float = Field(default=30.0, ge=0.0, allow_inf_nan=False)
-    max_bad_steps: int = Field(default=5, ge=1)
+    stream: StreamConfig = StreamConfig()
+
+    @property
+    def accumulates_whole(self) -> bool:
+        """Not of the whole base model: its gradients would take more memory than everything else."""
+        return not self.full_finetuning
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -426,9 +425,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _check_tensors(folder: Path, plan: Plan, extra: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
     expected: dict[str, Tensor] = {EXTRA + name: parameter for name, parameter in extra.items()}
     for planned in plan.blocks:
-        trial = planned.variant.factory(planned.config, planned.info.on(torch.device("meta")), planned.roles)
-        own: dict[str, Tensor] = {**dict(trial.named_parameters()), **trial.persistent_buffers()}
-        expected |= {f"{planned.site}.{name}": tensor for name, tensor in own.items()}
+        expected |= {f"{planned.site}.{name}": tensor for name, tensor in planned.tensors().items()}
     problems = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - expected.keys())]
     for name in sorted(expected.keys() & tensors.keys()):
@@ -441,5 +438,5 @@ def _check_tensors(folder: Path, plan: Plan, extra: Mapping[str, nn.Parameter], 
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         hint = ""
         if any(name.startswith(EXTRA) for name in expected.keys() ^ tensors.keys()):
-            hint = " What the adapter says it was trained with beside the blocks and what it holds differ."
+            hint = f" The LoRA in {MANIFEST} does not match the LoRA tensors in {TENSORS}."
         raise AdapterError(f"{folder}: {shown}. The adapter was not loaded.{hint}")

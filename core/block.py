@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar
 
 import torch
@@ -63,8 +63,13 @@ class SequenceBlock(nn.Module, ABC):
     """Whether what the block adds is multiplied by the volume, as ``at_volume`` does: ``output_scale`` and
     ``host.volume`` need that, and are refused without it."""
     skips_nonfinite: ClassVar[bool] = False
-    """Whether the update of a chunk with a token that is not finite is left out, in its row alone, and counted by
-    ``skipped_updates``; without that, such a token may spoil its own row until it is reset."""
+    """Whether a token that is not finite is left out of what its row learns, alone or with the update of its whole
+    chunk (the block's docstring says which), and that is counted by ``skipped_updates``; without it, such a token may
+    spoil its own row until it is reset."""
+    skipped_advice: ClassVar[str] = (
+        "Lower the block's learning rate, or look for values in the input that are not finite."
+    )
+    """What to do about ``skipped_updates``: a host says it when a stream ends."""
     learned_state: ClassVar[bool] = True
     """Whether the initial state depends on the block's own parameters (a fast weight may start at the host's)."""
 
@@ -211,13 +216,16 @@ class SequenceBlock(nn.Module, ABC):
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
         cls.step = streams(cls.step)  # type: ignore[method-assign]
+        for name in ("statistics", "inner_losses", "drift"):
+            setattr(cls, name, _unrounded(getattr(cls, name)))
 
     @streams
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
         """Stream ``x [B, T, D]`` (usually T = 1), updating ``state`` in place. No value is read on the host.
 
         Without a graph, whatever a variant does and whether or not gradients are enabled. A backward pass that would
-        carry a gradient through the output, to ``x`` or to a parameter that requires one, raises ContextError.
+        carry a gradient through the output, to ``x`` or to a parameter that requires one, raises ContextError, as does
+        a ``state`` with a tensor that is not contiguous (``allocate_state`` makes none): nothing is written then.
         """
         y, after = self.forward(x, state, context)
         states.copy_(state, after)
@@ -314,7 +322,8 @@ class SequenceBlock(nn.Module, ABC):
     def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         """Scalars on the device that tell whether the block is healthy on ``x [B, T, D]``; nothing is read on the host.
 
-        From the learned initial state. What every block shares (drift, what is not finite) need not be here.
+        From the learned initial state. What every block shares (drift, what is not finite) need not be here. An
+        autocast around it has no effect, whatever a variant does, as with ``inner_losses`` and ``drift``.
         """
         return {}
 
@@ -335,7 +344,10 @@ class SequenceBlock(nn.Module, ABC):
         return []
 
     def skipped_updates(self, state: BlockState) -> Tensor:
-        """``[B]`` int64: updates each stream left out as not finite. A variant that leaves none out says zero."""
+        """``[B]`` int64: updates each stream left out as not finite, of tokens or of chunks: see ``skips_nonfinite``.
+
+        None is counted where updates are disabled: none was to be made. A variant that leaves none out says zero.
+        """
         return torch.zeros(states.rows(state), dtype=torch.int64, device=next(iter(state.values())).device)
 
     def compile_compute(self) -> None:
@@ -374,6 +386,17 @@ class SequenceBlock(nn.Module, ABC):
             f"{type(self).__name__} at {self.info.site} has no compiled step. Stream without compile_step: the results "
             "are the same."
         )
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Tokens after which the memory is updated; None for a block that does not say."""
+        return None
+
+    def extra_repr(self) -> str:
+        """Site and sizes, for ``print(model)``."""
+        chunk = "" if self.chunk_tokens is None else f", chunk={self.chunk_tokens}"
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return f"{self.info.site}, dim={self.info.dim}, num_heads={self.info.num_heads}{chunk}, parameters={count:,}"
 
     def state_bytes(self) -> int:
         """Bytes of state one stream occupies."""
@@ -440,6 +463,21 @@ class SequenceBlock(nn.Module, ABC):
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         self._start_checked = False  # a host that is cast whole casts what a fast weight may start from
         return self
+
+
+def _unrounded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a block whose first argument is a tensor or a state, run without autocast."""
+    if getattr(method, "unrounded", False):
+        return method
+
+    @wraps(method)
+    def without_autocast(self: SequenceBlock, *given: Any, **named: Any) -> Any:
+        first = next(iter((*given, *named.values())))
+        with self._without_autocast(first if isinstance(first, Tensor) else next(iter(first.values()))):
+            return method(self, *given, **named)
+
+    without_autocast.unrounded = True  # type: ignore[attr-defined]
+    return without_autocast
 
 
 def _row_norms(tensor: Tensor) -> Tensor:

@@ -106,6 +106,17 @@ def check_state(block: SequenceBlock, state: BlockState) -> None:
             check_role("state", expected, state.items(), block.roles.policy, f"call, {block.info.site}")
 
 
+def check_buffers(block: SequenceBlock, state: BlockState) -> None:
+    """ContextError where a buffer of a step is not contiguous: what is written to a copy of it would be lost."""
+    for name, tensor in state.items():
+        if not tensor.is_contiguous():
+            raise ContextError(
+                f"The block at {block.info.site} was given a state to stream into whose {name!r} is not contiguous: "
+                f"shape {tuple(tensor.shape)}, strides {tensor.stride()}. Take the state from allocate_state, or make "
+                "buffers of this one by core.state.clone."
+            )
+
+
 def check_volume(block: SequenceBlock, volume: float | Tensor, tokens: Tensor) -> None:
     """ContextError unless the block can be heard at ``volume``: a number, or one per row of ``tokens [B, T, D]``."""
     if not isinstance(volume, Tensor):

@@ -6,7 +6,7 @@ How a file or a mapping becomes one of them is in ``config_parsing``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -28,12 +28,34 @@ Length = Annotated[int, Field(ge=1, strict=True)] | Annotated[str, Field(pattern
 LARGEST_VOLUME = 10.0
 """Of ``output_scale``, and of a volume at run time (``core.volume``)."""
 
+DEFAULT_PRECISION = "fp32_state"
+"""The precision policy where none is named."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What seeds a random generator."""
 
 
-class FrozenConfig(BaseModel):
-    """Base of every configuration: unknown keys are errors, values do not change after validation."""
+if TYPE_CHECKING:
+    _Model = BaseModel  # a type checker then knows the options of each subclass as keyword arguments
+else:
+
+    class _RaisesConfigError(type(BaseModel)):
+        """A constructor that is called with wrong options raises ConfigError, as a file with wrong keys does."""
+
+        def __call__(cls, *args: Any, **options: Any) -> Any:
+            try:
+                return super().__call__(*args, **options)
+            except ValidationError as error:
+                raise ConfigError(_problems(cls, error, cls.__name__)) from None
+
+    class _Model(BaseModel, metaclass=_RaisesConfigError):
+        pass
+
+
+class FrozenConfig(_Model):
+    """Base of every configuration: unknown keys are errors, values do not change after validation.
+
+    A constructor raises ConfigError with one line per problem.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -113,7 +135,7 @@ class TTTConfig(FrozenConfig):
     """
 
     host: SerializeAsAny[HostConfig]
-    precision: str = "fp32_state"
+    precision: str = DEFAULT_PRECISION
     seed: Seed = 0
     ttt: tuple[SerializeAsAny[BlockConfig], ...] = ()
     extra: dict[str, SerializeAsAny[FrozenConfig]] = {}
@@ -127,18 +149,23 @@ def parse_model(model: type[ModelT], values: Mapping[str, Any], where: str) -> M
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            path = ".".join(str(part) for part in problem["loc"]) or "(all)"
-            if problem["type"] == "extra_forbidden":
-                hint = nearest(str(problem["loc"][-1]), _keys_at(model, problem["loc"][:-1]))
-                lines.append(f"{where}: unknown key {path!r}. {hint}")
-            elif problem["type"] == "missing":
-                lines.append(f"{where}: {path!r} is required.")
-            else:
-                given = f" = {problem['input']!r}" if problem["loc"] else ""
-                lines.append(f"{where}: {path}{given}: {problem['msg']}.")
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError(_problems(model, error, where)) from None
+
+
+def _problems(model: type[BaseModel], error: ValidationError, where: str) -> str:
+    """One line for each problem of ``error``, which ``model`` raised: the key's path, its value, what is allowed."""
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"]) or "(all)"
+        if problem["type"] == "extra_forbidden":
+            hint = nearest(str(problem["loc"][-1]), _keys_at(model, problem["loc"][:-1]))
+            lines.append(f"{where}: unknown key {path!r}. {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: {path!r} is required.")
+        else:
+            given = f" = {problem['input']!r}" if problem["loc"] else ""
+            lines.append(f"{where}: {path}{given}: {problem['msg']}.")
+    return "\n".join(lines)
 
 
 def _keys_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

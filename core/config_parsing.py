@@ -13,28 +13,29 @@ from typing import Any
 
 import yaml
 
-from moshi_ttt.core.config import BlockConfig, FrozenConfig, HostConfig, Seed, TTTConfig, parse_model
+from moshi_ttt.core.config import DEFAULT_PRECISION, BlockConfig, FrozenConfig, HostConfig, Seed, TTTConfig, parse_model
 from moshi_ttt.core.errors import ConfigError, nearest
-from moshi_ttt.core.flat_config import native_entries
+from moshi_ttt.core.host import HostModel
 from moshi_ttt.core.paths import user_path
 from moshi_ttt.core.registrar import split_name
-from moshi_ttt.core.registry import Registry
+from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.core.text_files import read_text
 
 
 def parse_config(
     values: Mapping[str, Any],
     *,
-    registry: Registry,
+    registry: Registry | None = None,
     sections: Mapping[str, type[FrozenConfig]] | None = None,
     where: str = "config",
 ) -> TTTConfig:
     """A validated configuration from plain values.
 
     Args:
-        values: what a YAML file holds: ``host``, ``precision``, ``seed``, ``ttt`` and the sections asked for. A flat
-            ``ttt`` mapping of earlier code is read as the entries it means, with a warning that shows them.
-        registry: decides which hosts, policies and variants exist.
+        values: what a YAML file holds: ``host``, ``precision``, ``seed``, ``ttt`` and the sections asked for. Where
+            ``ttt`` is a mapping, the host reads it (``HostModel.entries_of_mapping``), with a warning that shows the
+            entries.
+        registry: decides which hosts, policies and variants exist; the process's registry by default.
         sections: further top-level sections and the models that validate them.
         where: what error messages call the source.
 
@@ -42,6 +43,7 @@ def parse_config(
         ConfigError: with every problem found, one a line.
         PluginError: a variant or host is asked for whose plugin failed to load.
     """
+    registry = registry or default_registry()
     sections = sections or {}
     allowed = {"host", "precision", "seed", "ttt", *sections}
     unknown = [key for key in values if key not in allowed]
@@ -54,12 +56,13 @@ def parse_config(
             problems.append(str(error))
             return None
 
-    precision = attempt(_parse_precision, values.get("precision", "fp32_state"), registry)
+    precision = attempt(_parse_precision, values.get("precision", DEFAULT_PRECISION), registry)
     seed = attempt(_parse_seed, values.get("seed", 0))
     host = attempt(_parse_host_entry, values.get("host"), registry)
     entries = values.get("ttt")
     if isinstance(entries, Mapping):
-        entries = attempt(_read_flat, entries) or ()
+        # Without a host nothing can read it, and the host's own problem is listed already.
+        entries = () if host is None else attempt(_read_mapping, entries, registry.host(host.name)) or ()
     if not isinstance(entries, list | tuple):
         problems.append(f"{where}: 'ttt' must be a list of entries, each with a variant, got {entries!r}.")
         entries = ()
@@ -70,8 +73,12 @@ def parse_config(
     return TTTConfig(host=host, precision=precision, seed=seed, ttt=tuple(blocks), extra=extra)
 
 
-def _read_flat(flat: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    entries, message = native_entries(flat, where)
+def _read_mapping(mapping: Mapping[str, Any], host: HostModel, where: str) -> list[dict[str, Any]]:
+    if "variant" in mapping:
+        raise ConfigError(
+            f"{where}: 'ttt' is a list of entries: write it as `ttt: [{{variant: {mapping['variant']}, ...}}]`."
+        )
+    entries, message = host.entries_of_mapping(mapping, where)
     warnings.warn(message, stacklevel=4)
     return entries
 
@@ -106,8 +113,9 @@ def _parse_section(name: str, model: type[FrozenConfig], value: Any, where: str)
     return parse_model(model, value or {}, f"{where}: {name}")
 
 
-def parse_host(value: Any, *, registry: Registry, where: str = "host") -> HostConfig:
+def parse_host(value: Any, *, registry: Registry | None = None, where: str = "host") -> HostConfig:
     """One ``host`` entry, validated by the host's own model."""
+    registry = registry or default_registry()
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         raise ConfigError(
             f"{where}: expected a mapping with a 'name', got {value!r}. Hosts: {', '.join(registry.names('host'))}."
@@ -120,8 +128,9 @@ def parse_host(value: Any, *, registry: Registry, where: str = "host") -> HostCo
     return parse_model(host.config_class, value, where)
 
 
-def parse_block(value: Any, *, registry: Registry, where: str = "ttt") -> BlockConfig:
+def parse_block(value: Any, *, registry: Registry | None = None, where: str = "ttt") -> BlockConfig:
     """One ``ttt`` entry, validated by its variant's own model."""
+    registry = registry or default_registry()
     if not isinstance(value, Mapping) or not isinstance(value.get("variant"), str):
         raise ConfigError(
             f"{where}: expected a mapping with a 'variant', got {value!r}. "
@@ -167,7 +176,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def load_config(
-    path: str | Path, *, registry: Registry, sections: Mapping[str, type[FrozenConfig]] | None = None
+    path: str | Path, *, registry: Registry | None = None, sections: Mapping[str, type[FrozenConfig]] | None = None
 ) -> TTTConfig:
     """Read and validate a YAML file. Raises ConfigError for a missing file, bad YAML, or bad contents."""
     return parse_config(read_mapping(path), registry=registry, sections=sections, where=Path(path).name)

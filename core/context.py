@@ -30,7 +30,8 @@ class BlockContext:
         segments: ``Segments.read(token_mask, starts)``, where a host has read them already; of a call of several tokens
             without it, every block reads them.
         updates: False disables test-time updates for the tokens of this call; ``[B]`` bool does so row by row. What
-            earlier tokens of an unfinished chunk contribute still takes effect when the chunk ends.
+            earlier tokens of an unfinished chunk contribute still takes effect when the chunk ends. Nothing decays with
+            tokens, or with whole chunks, whose updates are disabled.
         volume: what the block adds to the base model is multiplied by it: a number from 0 to 10, or ``[B]`` floating
             point, one for each row. The state does not depend on it.
         coordinates: ``[T, axes]`` int64, where each token is on the host's grid; the block's format sets it.

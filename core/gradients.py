@@ -1,4 +1,4 @@
-"""A gradient that would be lost in silence: streaming writes its state in place, so a step has none to give."""
+"""What a step would lose in silence: it writes its state in place, so it has no gradient to give, and needs buffers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moshi_ttt.core.call_checks import check_buffers
 from moshi_ttt.core.errors import ContextError
 from moshi_ttt.core.segments import stepped
 
@@ -39,15 +40,17 @@ def refuse_gradient(y: Tensor, sources: Iterable[Tensor], message: str) -> Tenso
 
 
 def streams(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The method ``step`` of a block, run without a graph; a gradient that would be lost is refused in backward.
+    """The method ``step`` of a block, run without a graph and on contiguous buffers alone.
 
-    It follows ``token_mask`` and ``starts`` of the context too (``segments.stepped``).
+    A gradient that would be lost is refused in backward. It follows ``token_mask`` and ``starts`` of the context too
+    (``segments.stepped``).
     """
     if getattr(step, "streams", False):
         return step
 
     @wraps(step)
     def without_graph(self: Any, x: Tensor, state: Any, context: Any = None) -> Tensor:
+        check_buffers(self, state)
         if not torch.is_grad_enabled():
             return stepped(step, self, x, state, context)
         with torch.no_grad():

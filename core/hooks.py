@@ -32,7 +32,7 @@ hookimpl = pluggy.HookimplMarker("moshi_ttt")
 
 
 class HookSpecs:
-    """All hooks. Each gets a registrar; targets are objects, or ``"module:attribute"`` strings imported when used."""
+    """All hooks. Each gets a registrar. Targets are objects, or ``"module:attribute"`` strings imported when used."""
 
     @hookspec
     def moshi_ttt_blocks(self, registrar: BlockRegistrar) -> None:
@@ -52,8 +52,14 @@ class HookSpecs:
 
     @hookspec
     def moshi_ttt_verifiers(self, registrar: Registrar) -> None:
-        """Register what reference vectors are checked against: ``registrar.add(name, target)``, a ``Verifier``."""
+        """Register forms that reference vectors are checked against: ``registrar.add(name, target)``, a ``Verifier``.
+
+        A hook, and not a list in ``moshi-ttt verify``: that command imports no variant, and checks a third party's too.
+        """
 
     @hookspec
     def moshi_ttt_weight_maps(self, registrar: Registrar) -> None:
-        """Register layouts of a block's weights: ``registrar.add(name, target)``, target a ``WeightMap`` instance."""
+        """Register layouts of a block's weights: ``registrar.add(name, target)``, target a ``WeightMap`` instance.
+
+        A hook, because the other implementation's names belong to the variant, and callers know both by name alone.
+        """

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from moshi_ttt.core import state as states
 from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo
 from moshi_ttt.core.config import HostConfig
-from moshi_ttt.core.errors import ContextError, HostError
+from moshi_ttt.core.errors import ConfigError, ContextError, HostError
+from moshi_ttt.core.losses import HostLosses
 from moshi_ttt.core.state import BlockState
 
 
@@ -72,9 +73,48 @@ class HostModel(ABC):
         ``dtype=None`` is the dtype it is stored in. Raises HostError with what is missing.
         """
 
+    def config_for(self, name: str) -> HostConfig:
+        """The configuration of the model called ``name``, for ``moshi_ttt.load_model``: a repository, a folder, ...
+
+        Nothing is read: ``load`` finds out whether there is such a model. Raises HostError, as it does by default for
+        a host that loads no model by name.
+        """
+        raise HostError(
+            f"The host {self.name!r} loads no model by name, and was given {name!r}. Give load_model a "
+            f"{self.config_class.__name__} instead."
+        )
+
+    def recognizes(self, model: nn.Module) -> bool:
+        """Whether ``model`` is of this family: whether ``sites`` accepts it."""
+        try:
+            self.sites(model)
+        except HostError:
+            return False
+        return True
+
     @abstractmethod
     def skeleton(self, config: Any) -> nn.Module:
         """The architecture named by ``config`` on the meta device; no weights are read. Raises HostError."""
+
+    def entries_of_mapping(self, mapping: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], str]:
+        """The entries that a ``ttt`` mapping stands for, in a config that was written for earlier code of this host.
+
+        Override it in a host that has such code.
+
+        Args:
+            mapping: the value of ``ttt``, which should be a list of entries.
+            where: what error messages call the source.
+
+        Returns:
+            The entries, not yet validated, and the message of a warning that shows them.
+
+        Raises:
+            ConfigError: this host reads no such mapping, or not this one.
+        """
+        raise ConfigError(
+            f"{where}: 'ttt' must be a list of entries, each with a variant, got {dict(mapping)!r}. The host "
+            f"{self.name!r} has no earlier form of it."
+        )
 
     @abstractmethod
     def sites(self, model: nn.Module) -> tuple[SiteInfo, ...]:
@@ -144,10 +184,9 @@ class HostModel(ABC):
         """Inside this context test-time updates are enabled or disabled: in forward passes, in training and in streams.
 
         ``enabled`` is one answer for all rows, or ``[B]`` bool, one for each; it reaches every block by its context. A
-        row whose updates are disabled learns nothing, and other rows do not notice; a block that forgets (``decay`` of
-        ``gating_mlp``) goes on forgetting at each chunk's end. Contexts nest: the
-        innermost decides, and the one outside holds again after it, also after an error. A stream that was captured in
-        a graph follows, and one that starts inside starts with it.
+        row whose updates are disabled learns nothing and forgets nothing (a block's ``decay``), and other rows are not
+        affected. Contexts nest: the innermost one counts, and the outer one again after it, also after an error. A
+        stream that was captured in a graph follows the switch, and so does one that starts inside.
 
         Raises ContextError for anything but a bool or ``[B]`` bool (``updates_switch`` says so), and where ``enabled``
         does not have a row for each row of a running stream. With guidance an
@@ -185,6 +224,21 @@ class HostModel(ABC):
         """
         raise HostError(f"The host {self.name!r} cannot make up input, so it cannot be checked.")
 
+    def losses(self, **options: float) -> HostLosses:
+        """What training minimizes and evaluation reports. ``options`` are the host's own, each with a default.
+
+        Raises HostError where the host has no losses, or an option is not one of its own.
+        """
+        raise HostError(f"The host {self.name!r} has no losses, so it cannot be trained. Implement HostModel.losses.")
+
     @abstractmethod
     def fsdp_units(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The modules to shard, innermost first; each block is a unit of its own."""
+        """The modules to shard, innermost first: each block on its own, and last the model itself."""
+
+    def stored_units(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Those of ``fsdp_units`` whose parameters are gathered in the dtype they are stored in: the blocks."""
+        return tuple(self.blocks(model).values())
+
+    def sharding(self, model: nn.Module) -> AbstractContextManager[None]:
+        """The context in which ``core.sharding.shard`` makes the units; for what a host does before and after it."""
+        return nullcontext()

@@ -9,26 +9,36 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 
+from moshi_ttt.core import summary
 from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo, SiteKind
-from moshi_ttt.core.config import BlockConfig, TTTConfig
+from moshi_ttt.core.config import DEFAULT_PRECISION, BlockConfig, TTTConfig
 from moshi_ttt.core.errors import ConfigError, InjectionError, MoshiTTTError, PluginError
 from moshi_ttt.core.host import HostModel
+from moshi_ttt.core.host_lookup import host_of
 from moshi_ttt.core.layer_spec import resolve_layers
 from moshi_ttt.core.precision import DtypeRoles, PrecisionPolicy
 from moshi_ttt.core.registry import Registry, Variant, default_registry
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.volume import no_volume
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 logger = logging.getLogger("moshi_ttt.injection")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedBlock:
-    """One block of a plan; the figures come from building it on the meta device, so they are exact."""
+    """One block of a plan; the figures come from building it on the meta device, so they are exact.
+
+    Attributes:
+        trial: that block; it has shapes and dtypes, and no values.
+    """
 
     info: SiteInfo
     variant: Variant
@@ -37,18 +47,27 @@ class PlannedBlock:
     parameters: int
     state_bytes: int
     flops_per_token: int
-    cast_bytes: int = 0
+    cast_bytes: int
+    trial: SequenceBlock = field(repr=False, compare=False)
+    chunk_tokens: int | None = None
 
     @property
     def site(self) -> Site:
         return self.info.site
 
     def build(self) -> SequenceBlock:
-        """The block on its site's device, uninitialised."""
+        """The block on its site's device, uninitialized."""
         return self.variant.factory(self.config, self.info, self.roles)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The block's parameters and persistent buffers by name, on the meta device: what an adapter holds of it.
 
-@dataclass(frozen=True, kw_only=True)
+        Raises ConfigError for state that is no tensor, which an adapter cannot hold.
+        """
+        return {**dict(self.trial.named_parameters()), **self.trial.persistent_buffers()}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
     """Resolved (site, variant, config) triples for one model, in layer order. Nothing has been touched yet."""
 
@@ -56,6 +75,9 @@ class Plan:
     policy: PrecisionPolicy
     seed: int
     blocks: tuple[PlannedBlock, ...]
+
+    def __repr__(self) -> str:
+        return f"<Plan: {summary.describe(self)}>"
 
     @property
     def parameters(self) -> int:
@@ -113,7 +135,7 @@ def _describe(planned: PlannedBlock, block: SequenceBlock) -> str:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Injection:
     """Blocks in a model, and the plan they came from.
 
@@ -127,6 +149,9 @@ class Injection:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_made", self.host.blocks(self.model))
+
+    def __repr__(self) -> str:
+        return f"<Injection: {summary.describe(self.plan)}>"
 
     @property
     def host(self) -> HostModel:
@@ -165,6 +190,18 @@ class Injection:
             for name, buffer in block.persistent_buffers().items():
                 yield f"{site}.{name}", buffer
 
+    def print_summary(self, console: Console | None = None) -> None:
+        """Print a table: site, variant, parameters, state per stream, and chunk in tokens and seconds, of each block.
+
+        Args:
+            console: where to; standard output by default.
+        """
+        from rich.console import Console
+
+        own = {id(parameter) for parameter in self.parameters()}
+        base = sum(parameter.numel() for parameter in self.model.parameters() if id(parameter) not in own)
+        (console or Console()).print(summary.table(self.plan, base))
+
     def freeze_base(self) -> None:
         """Make the blocks' parameters the only ones that require gradients."""
         own = {id(parameter) for parameter in self.parameters()}
@@ -177,11 +214,14 @@ class Injection:
         Not saved: a schedule ends at 1, and an adapter is saved there. To disable updates, use ``host.updates``.
 
         Raises:
-            ValueError: less than 0.
+            ValueError: not above 0: 0 would disable updates, which ``host.updates`` does.
             InjectionError: not 1, and a block does not scale its inner learning rate.
         """
-        if not 0 <= factor < float("inf"):
-            raise ValueError(f"An inner learning rate's factor is a number of 0 or more, got {factor}.")
+        if not 0 < factor < float("inf"):
+            raise ValueError(
+                f"An inner learning rate's factor is a number above 0, got {factor}. To disable updates, use "
+                "host.updates(model, False)."
+            )
         if factor != 1:
             self.check_scales_inner_lr()
         for block in self.blocks.values():
@@ -301,6 +341,7 @@ def make_plan(
         label = f"ttt[{index}] ({entry.variant}, layers {entry.layers!r})"
         try:
             variant = registry.block(entry.qualified_name)
+            _require_config(entry, variant)
             kind = getattr(variant.factory, "kind", SequenceBlock.kind)
             layers = resolve_layers(entry.layers, num_layers, _layers_with(kind, sites) or None)
         except (ConfigError, PluginError) as error:
@@ -329,6 +370,15 @@ def _layers_with(kind: SiteKind, sites: Mapping[Site, SiteInfo]) -> list[int]:
     return [site.layer for site in sorted(sites) if site.kind is kind]
 
 
+def _require_config(entry: BlockConfig, variant: Variant) -> None:
+    """Raise ConfigError where a configuration is not the variant's own: its options would be missing."""
+    if not isinstance(entry, variant.config_class):
+        raise ConfigError(
+            f"it is a {type(entry).__name__}, and {variant.name!r} of {variant.provenance} needs a "
+            f"{variant.config_class.__name__}."
+        )
+
+
 def _plan_block(
     info: SiteInfo, variant: Variant, config: BlockConfig, policy: PrecisionPolicy, host: HostModel
 ) -> PlannedBlock:
@@ -355,15 +405,16 @@ def _plan_block(
         variant=variant,
         config=config,
         roles=roles,
+        trial=trial,
         **figures,
     )
 
 
 def _trial(
     info: SiteInfo, variant: Variant, config: BlockConfig, roles: DtypeRoles
-) -> tuple[SequenceBlock, dict[str, int]]:
+) -> tuple[SequenceBlock, dict[str, Any]]:
     """The block on the meta device, what it would be without its memory, and its figures."""
-    figures: dict[str, int] = {}
+    figures: dict[str, Any] = {}
     try:
         block = variant.factory(config, info.on(torch.device("meta")), roles)
         if isinstance(block, SequenceBlock):
@@ -372,6 +423,7 @@ def _trial(
                 "state_bytes": block.state_bytes(),
                 "cast_bytes": block.cast_bytes(),
                 "flops_per_token": block.flops_per_token(),
+                "chunk_tokens": block.chunk_tokens,
             }
     except MoshiTTTError:
         raise
@@ -386,15 +438,62 @@ def _trial(
     return block, figures
 
 
-def inject(model: nn.Module, config: TTTConfig, *, registry: Registry | None = None) -> Injection:
-    """Plan and apply a whole configuration: the short way. Raises as ``make_plan`` and ``Plan.apply``."""
+@overload
+def inject(model: nn.Module, config: TTTConfig, /, *, registry: Registry | None = None) -> Injection: ...
+
+
+@overload
+def inject(
+    model: nn.Module,
+    /,
+    *blocks: BlockConfig,
+    host: str | None = None,
+    precision: str | None = None,
+    seed: int | None = None,
+    registry: Registry | None = None,
+) -> Injection: ...
+
+
+def inject(
+    model: nn.Module,
+    /,
+    *configs: TTTConfig | BlockConfig,
+    host: str | None = None,
+    precision: str | None = None,
+    seed: int | None = None,
+    registry: Registry | None = None,
+) -> Injection:
+    """Put blocks into a model: plan, check everything, attach.
+
+    Args:
+        model: the base model.
+        configs: one configuration for each variant and set of layers, such as ``TTTMLPConfig(layers="last:3")``; or one
+            whole ``TTTConfig``, which says the rest as well.
+        host: the registered name of the model's host; None finds the one that recognizes the model.
+        precision: the registered name of a precision policy; None is ``fp32_state``.
+        seed: of the blocks' initial values; None is 0.
+        registry: where names are looked up; the process's registry by default.
+
+    Raises:
+        ConfigError: no configuration, a ``TTTConfig`` beside something that it says itself, or an unknown name.
+        HostError: no host recognizes the model, or several do.
+        InjectionError: as ``make_plan`` and ``Plan.apply``; the model is untouched.
+    """
     registry = registry or default_registry()
-    plan = make_plan(
-        model,
-        registry.host(config.host.qualified_name),
-        config.ttt,
-        policy=registry.policy(config.precision),
-        registry=registry,
-        seed=config.seed,
-    )
+    entries = [config for config in configs if isinstance(config, BlockConfig)]
+    whole = [config for config in configs if isinstance(config, TTTConfig)]
+    if len(entries) + len(whole) != len(configs) or len(whole) > 1 or bool(whole) == bool(entries):
+        given = ", ".join(type(config).__name__ for config in configs) or "none"
+        raise ConfigError(
+            f"inject takes block configurations, such as TTTMLPConfig(layers='last:3'), or one TTTConfig; got {given}."
+        )
+    if whole:
+        if any(argument is not None for argument in (host, precision, seed)):
+            raise ConfigError("A TTTConfig says host, precision and seed itself: leave those arguments out.")
+        config, entries = whole[0], list(whole[0].ttt)
+        host_adapter, precision, seed = registry.host(config.host.qualified_name), config.precision, config.seed
+    else:
+        host_adapter = host_of(model, registry=registry) if host is None else registry.host(host)
+    policy = registry.policy(DEFAULT_PRECISION if precision is None else precision)
+    plan = make_plan(model, host_adapter, entries, policy=policy, registry=registry, seed=seed or 0)
     return plan.apply(model)

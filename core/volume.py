@@ -6,6 +6,7 @@ all rows or row by row, and the two multiply. A variant uses it by one line, ``S
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from numbers import Real
 from typing import TYPE_CHECKING
@@ -44,10 +45,21 @@ def at_volume(base: Tensor, added: Tensor, volume: float | Tensor, dtype: torch.
 
 
 def combined(volume: float | Tensor, scale: float, dtype: torch.dtype) -> float | Tensor:
-    """``volume`` times the number ``scale``; of rows ``[B]``, in ``dtype``."""
-    if not isinstance(volume, Tensor):
-        return volume * scale
-    return volume if scale == 1 else volume.to(dtype) * scale
+    """``volume`` times the number ``scale``, both as ``dtype`` holds them; of rows ``[B]``, in ``dtype``.
+
+    So a number and a tensor of it give ``at_volume`` the same factor, bit for bit.
+    """
+    if scale == 1:
+        return volume
+    scale = _held(scale, dtype)
+    return volume.to(dtype) * scale if isinstance(volume, Tensor) else _held(volume, dtype) * scale
+
+
+def _held(number: float, dtype: torch.dtype) -> float:
+    """``number`` rounded to ``dtype``, half to even. By Python alone: no mode of tensors is asked."""
+    info = torch.finfo(dtype)
+    step = max(math.ldexp(info.eps, math.frexp(number)[1] - 1), info.smallest_normal * info.eps)  # a power of 2
+    return round(number / step) * step
 
 
 def volume_switch(value: float | Tensor, blocks: Mapping[Site, SequenceBlock]) -> float | Tensor:

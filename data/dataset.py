@@ -23,7 +23,7 @@ TRIES = 20
 
 
 class Batch(NamedTuple):
-    """What one rank sees in one forward pass.
+    """What one rank sees in one forward pass (``core.batches.Batch``).
 
     Attributes:
         codes: ``[B, Q, T]`` int64.
@@ -35,6 +35,15 @@ class Batch(NamedTuple):
     codes: Tensor
     document_ids: Tensor
     problems: tuple[str, ...]
+
+    @property
+    def positions(self) -> int:
+        """T, and the start token."""
+        return self.codes.shape[-1] + 1
+
+    def inputs(self, device: torch.device) -> Tensor:
+        """``codes`` on ``device``."""
+        return self.codes.to(device)
 
 
 class TrainingData(Dataset[Batch]):

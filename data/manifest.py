@@ -21,6 +21,7 @@ from moshi_ttt.data import audio_files
 from moshi_ttt.data.audio_files import AudioError, Header
 from moshi_ttt.data.text import TranscriptError, read_transcript
 from moshi_ttt.data.words import WordCounts, count_words, total_words
+from moshi_ttt.hosts.moshi.tiny import SPEECH, speech_manifest
 
 Transcripts = Literal["required", "optional", "none"]
 """Whether every recording must have a transcript, may have one, or is read without."""
@@ -218,6 +219,8 @@ def check_words(
 
 
 def _parse_source(part: str, text: str) -> SourceSpec:
+    if part in SPEECH:
+        return SourceSpec(speech_manifest(part))
     path, weight = Path(part).expanduser(), 1.0
     if not _exists(path):
         head, colon, tail = (each.strip() for each in part.rpartition(":"))  # the path itself may have colons

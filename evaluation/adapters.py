@@ -35,7 +35,7 @@ class HeldAdapter:
     _inside: bool = False
 
     @classmethod
-    def load(cls, model: nn.Module, folder: Path, registry: Registry) -> HeldAdapter:
+    def load(cls, model: nn.Module, folder: Path, registry: Registry | None = None) -> HeldAdapter:
         """The adapter in ``folder``, once it has been in ``model``, which is the base again afterwards, bit for bit.
 
         Raises AdapterError; the model is then the base as well.

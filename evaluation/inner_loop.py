@@ -26,7 +26,7 @@ from moshi_ttt.core.inner_losses import SiteCurves, Sums, measured, numbers, plo
 from moshi_ttt.evaluation.documents import Document
 from moshi_ttt.evaluation.reporting import versions
 from moshi_ttt.evaluation.subjects import Subject
-from moshi_ttt.evaluation.teacher_forcing import delayed
+from moshi_ttt.hosts.moshi.losses import delayed
 from moshi_ttt.system.output_folder import METRICS
 
 TENSORS = "curves.safetensors"

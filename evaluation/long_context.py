@@ -192,13 +192,13 @@ def evaluate(
         raise ConfigError(f"Segments of {segments} frames: give 1 or more, or none to stream.")
     run = {condition for subject in subjects for condition in options.conditions if condition in subject.conditions}
     refuse_uneven([each for each in options.conditions if each in run], every=options.every, segments=segments)
-    context = int(subjects[0].model.context or 0)
+    context = subjects[0].context
     reach = context if segments is None else min(context or segments, segments)
     first_beyond = -(-reach // options.window)
     kept, left_out = _choose(documents, (first_beyond + 1) * options.window, context, options)
     curves: list[Curve] = []
     names: list[str] = []
-    padding = subjects[0].model.zero_token_id
+    padding = subjects[0].padding
     for subject in subjects:
         with subject.present():  # once for all its conditions
             for condition in (each for each in options.conditions if each in subject.conditions):

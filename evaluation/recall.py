@@ -21,7 +21,7 @@ from moshi_ttt.evaluation.documents import Document
 from moshi_ttt.evaluation.pieces import Piece, Row, heard_own, lay_out
 from moshi_ttt.evaluation.statistics import Interval, bootstrap
 from moshi_ttt.evaluation.subjects import Condition, Subject, listen
-from moshi_ttt.evaluation.volumes import AtVolume, refuse_volumes
+from moshi_ttt.evaluation.volumes import AtVolume, own_scales, refuse_volumes, require_base
 
 HEARINGS = ("second", "third")
 PLACES = {"first": 0, "second": 1, "third": 3}
@@ -126,11 +126,12 @@ def evaluate(
     model, which is the first subject then, hears once.
 
     Raises ConfigError when fewer than two recordings have a piece, or the context leaves nothing to count; and as
-    ``refuse_volumes``.
+    ``refuse_volumes`` and ``require_base``.
     """
     skip = int(subjects[0].model.context or 0)
     kept, left_out = _choose(documents, frames, pieces, skip)
     refuse_volumes(subjects, volumes)
+    require_base(subjects, volumes, conditions)
     counts = [min(pieces, document.frames // frames) for document in kept]
     batches = lay_out(counts, batch_size, next_between=pieces == 1)  # so one piece of each gives the numbers it gave
     hearings = _Hearings(kept, batches, frames, skip, on_batch)
@@ -151,9 +152,9 @@ def evaluate(
             if subject.name == "base":
                 base = heard.get("updates on")
             for volume in volumes if subject.injection is not None else ():
-                assert base is not None, "the base model hears first, with updates on"
+                assert base is not None  # require_base
                 losses = heard["updates on"] if volume == 1 else hearings.losses(subject, "updates on", volume)
-                by_volume.append(hearings.at_volume(losses, base, subject.name, volume))
+                by_volume.append(hearings.at_volume(losses, base, subject, volume))
     return Recall(
         gains=gains, by_position=by_position, recordings=[document.name for document in kept], left_out=left_out,
         asked=pieces, pieces=counts, frames=frames, skip=skip, heard_own=heard_own(batches) if exchanged else None,
@@ -198,16 +199,17 @@ class _Hearings:
             losses=self.counted(later),
         )  # fmt: skip
 
-    def at_volume(self, losses: Tensor, base: Tensor, subject: str, volume: float) -> AtVolume:
+    def at_volume(self, losses: Tensor, base: Tensor, subject: Subject, volume: float) -> AtVolume:
         """Of ``losses [P, 4, T]``, beside the base model's."""
         saved, apart = losses[:, 0] - losses[:, 1], (losses - base).abs()
         return AtVolume(
-            subject=subject,
+            subject=subject.name,
             volume=volume,
             recall=self.counted(saved - (base[:, 0] - base[:, 1])),
             cost=self.counted(losses[:, 0] - base[:, 0]),
             saved=self.counted(base[:, 1] - losses[:, 1]),
             apart=float(torch.where(losses.isnan() & base.isnan(), 0, apart.nan_to_num(torch.inf)).max()),
+            output_scales=own_scales(subject),
         )
 
 

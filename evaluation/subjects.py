@@ -49,13 +49,26 @@ class Subject:
         """Those that mean something for it: without blocks there is no memory to change."""
         return CONDITIONS if self.injection is not None else CONDITIONS[:1]
 
+    @property
+    def context(self) -> int:
+        """Frames that attention sees; 0 where it sees everything."""
+        return int(self.model.context or 0)
+
+    @property
+    def padding(self) -> int:
+        """The code that is never predicted: it fills up the shorter recordings of a batch."""
+        return int(self.model.zero_token_id)
+
     def present(self) -> AbstractContextManager[None]:
         """In this context ``model`` is the subject: its adapter is in it. Contexts of one subject nest."""
         return nullcontext() if self.held is None else self.held.inserted()
 
 
 def load_subjects(
-    host: MoshiHostConfig, adapters: list[tuple[str, Path]], registry: Registry, device: torch.device | str
+    host: MoshiHostConfig,
+    adapters: list[tuple[str, Path]],
+    registry: Registry | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[Subject]:
     """The base model, and one for each (name, folder): an adapter, or a checkpoint that holds one.
 

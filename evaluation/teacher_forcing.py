@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.core.host import CarriedState, HostModel
+from moshi_ttt.hosts.moshi.losses import delayed, stream_losses_by_token
 
 PIECE = 64
 """Frames whose outputs are kept at a time, for the depformer."""
@@ -31,16 +32,6 @@ class FrameLosses(NamedTuple):
 
     text: Tensor
     audio: Tensor
-
-
-def delayed(model: Any, codes: Tensor) -> Tensor:
-    """``[..., Q, T + 1]``: a start token, then each row of ``codes [..., Q, T]`` late by its delay: Moshi's input."""
-    rows = []
-    for row, delay in enumerate(model.delays):
-        start = model.text_initial_token_id if row == 0 else model.initial_token_id
-        begin = codes.new_full((*codes.shape[:-2], 1 + delay), start)
-        rows.append(torch.cat([begin, codes[..., row, : codes.shape[-1] - delay]], dim=-1))
-    return torch.stack(rows, dim=-2)
 
 
 @torch.no_grad()
@@ -65,9 +56,9 @@ def stream_losses(
                 steps.append(model.forward_text(inputs[:, :, frame : frame + 1]))
             outputs = torch.cat([step[0] for step in steps], dim=1)
             logits = torch.cat([step[1] for step in steps], dim=2)
-            wanted = targets[:, :, first : first + piece]
-            text.append(_token_losses(logits, wanted[:, :1], (model.zero_token_id, model.text_initial_token_id)))
-            audio.append(_audio_losses(model, outputs, wanted))  # [B, K, T]; K is 0 without a depformer
+            found = stream_losses_by_token(model, outputs, logits, targets[:, :, first : first + piece])
+            text.append(found[0])
+            audio.append(found[1])  # [B, K, T]; K is 0 without a depformer
     return FrameLosses(torch.cat(text, dim=2)[:, 0], by_frame(model, torch.cat(audio, dim=2)))
 
 
@@ -87,57 +78,17 @@ def segment_losses(
     predicted. ``between(frame, state)`` is called where a segment other than the first begins, and returns the state to
     begin it from; None is the learned initial one. What was carried is gone afterwards.
     """
-    codes = codes.to(model.device)
+    codes, losses = codes.to(model.device), host.losses()
     state: CarriedState | None = None
-    text, audio = [], []
+    found: list[dict[str, Tensor]] = []
     for first in range(0, codes.shape[2], frames):
         if between is not None and state is not None:
             state = between(first, state)
         segment = codes[:, :, first : first + frames]
         with host.carry(model, state) as after:
-            losses = _text_alone(model, segment) if model.depformer is None else _of_forward(model, segment)
-        text.append(losses.text)
-        audio.append(losses.audio)
+            found.append(losses.by_position(model, segment))
         state = after
-    return FrameLosses(torch.cat(text, dim=1), torch.cat(audio, dim=1))
-
-
-def _of_forward(model: Any, codes: Tensor) -> FrameLosses:
-    """The losses of ``codes [B, Q, T]`` in one forward pass as training makes it."""
-    out = model(codes)
-    spoken = codes[:, model.audio_offset : model.audio_offset + model.dep_q]
-    text = _masked_losses(model, out.text_logits, codes[:, :1], out.text_mask)[:, 0]
-    return FrameLosses(text, _masked_losses(model, out.logits, spoken, out.mask).nanmean(1))
-
-
-def _text_alone(model: Any, codes: Tensor) -> FrameLosses:
-    """The same for a model without a depformer, whose own forward pass needs one."""
-    sequence = delayed(model, codes)
-    _, logits = model.forward_text(sequence[:, :, :-1])  # [B, 1, T, text_card]
-    losses = _token_losses(logits, sequence[:, :1, 1:], (model.zero_token_id, model.text_initial_token_id))
-    return FrameLosses(losses[:, 0], torch.full_like(losses[:, 0], torch.nan))
-
-
-def _masked_losses(model: Any, logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """``[B, K, T]`` float64 on the CPU, of ``logits [B, K, T, card]``; NaN where ``mask [B, K, T]`` is false."""
-    zero = model.zero_token_id
-    return _token_losses(logits, torch.where(mask, targets, zero), (zero, zero))
-
-
-def _audio_losses(model: Any, outputs: Tensor, targets: Tensor) -> Tensor:
-    """``[B, K, T]``: losses of the audio tokens of ``targets [B, Q, T]``, given ``outputs [B, T, D]``."""
-    if model.depformer is None:
-        return torch.empty(targets.shape[0], 0, targets.shape[2], dtype=torch.float64)
-    logits = model.forward_depformer_training(targets, outputs)
-    wanted = targets[:, model.audio_offset : model.audio_offset + model.dep_q]
-    return _token_losses(logits, wanted, (model.zero_token_id, model.initial_token_id))
-
-
-def _token_losses(logits: Tensor, targets: Tensor, never: tuple[int, int]) -> Tensor:
-    """``[B, K, T]`` float64 on the CPU, of ``logits [B, K, T, card]``; NaN where the target is one of ``never``."""
-    missing = (targets == never[0]) | (targets == never[1])
-    losses = F.cross_entropy(logits.float().movedim(-1, 1), torch.where(missing, 0, targets), reduction="none")
-    return losses.double().masked_fill(missing, torch.nan).cpu()
+    return FrameLosses(*(torch.cat([each[name] for each in found], dim=1) for name in FrameLosses._fields))
 
 
 def by_frame(model: Any, losses: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class AtVolume:
         cost: ``[R]``, the loss of the first hearing, speech heard once, above the base model's; below 0 it is better.
         saved: ``[R]``, what the second hearing itself costs less than the base model's.
         apart: the largest difference of any loss, of all hearings and frames, from the base model's.
+        output_scales: as ``own_scales``; the volume multiplies them.
     """
 
     subject: str
@@ -47,6 +48,7 @@ class AtVolume:
     cost: Tensor
     saved: Tensor
     apart: float
+    output_scales: tuple[float, ...]
 
     def interval(self, name: str, seed: int) -> Interval:
         """Of ``recall``, ``cost`` or ``saved``: the mean over recordings."""
@@ -88,12 +90,29 @@ def refuse_volumes(subjects: Sequence[Subject], volumes: Sequence[float]) -> Non
             require_volume(subject.injection.blocks)
 
 
+def require_base(subjects: Sequence[Subject], volumes: Sequence[float], conditions: Sequence[str]) -> None:
+    """Raise ConfigError where volumes are asked for, and nothing is heard that they could be compared with."""
+    if volumes and (subjects[0].name != "base" or "updates on" not in conditions):
+        raise ConfigError(
+            f"Volumes are measured against the base model with updates on; given were the subjects "
+            f"{', '.join(subject.name for subject in subjects)} and the conditions {', '.join(map(repr, conditions))}. "
+            "Make 'base' the first subject and 'updates on' one of the conditions, or leave out volumes."
+        )
+
+
+def own_scales(subject: Subject) -> tuple[float, ...]:
+    """The different ``output_scale`` of a subject's blocks, ascending; none without blocks."""
+    blocks = {} if subject.injection is None else subject.injection.blocks
+    return tuple(sorted({block.config.output_scale for block in blocks.values()}))
+
+
 def volume_rows(points: Sequence[AtVolume], seed: int) -> list[dict[str, Any]]:
     """For metrics.json: intervals, and the numbers of each recording."""
     return [
         {
             "subject": each.subject,
             "volume": each.volume,
+            "output_scales": list(each.output_scales),
             "largest_difference_from_base": each.apart if math.isfinite(each.apart) else None,
         }
         | {name: as_json(each.interval(name, seed)) for name in FIGURES}
@@ -104,11 +123,14 @@ def volume_rows(points: Sequence[AtVolume], seed: int) -> list[dict[str, Any]]:
 
 def volume_lines(points: Sequence[AtVolume], seed: int) -> list[str]:
     """The section of a report, in lines."""
+    scales = {each.subject: _from_to(each.output_scales) for each in points}
     lines = [
         "## By volume", "",
         "What blocks add to the base model is multiplied by the volume; memory learns at each. Recall: what the second "
         "hearing saves against the first, beyond the base model's. Cost: the loss of the first hearing, speech heard "
         "once, above the base model's; below 0 it is better. All over the same frames.", "",
+        "The volume multiplies the adapter's own `output_scale`: "
+        f"{'; '.join(f'{subject} {scale}' for subject, scale in scales.items())}.", "",
         "| | volume | recall | cost of speech heard once | second hearing's loss, saved against the base's |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
@@ -123,6 +145,12 @@ def volume_lines(points: Sequence[AtVolume], seed: int) -> list[str]:
             )
             lines += ["", f"At volume 0, the losses of {each.subject} {apart if each.apart else ARE_THE_BASES}."]
     return [*lines, "", f"![recall against cost]({PICTURE})", ""]
+
+
+def _from_to(numbers: Sequence[float]) -> str:
+    """The first and the last of ``numbers``, in words; where they are one, it alone."""
+    ends = dict.fromkeys([numbers[0], numbers[-1]])
+    return " to ".join(f"{number:g}" for number in ends)
 
 
 def plot_volumes(path: Path, points: Sequence[AtVolume], seed: int, colours: Mapping[str, str]) -> None:

@@ -25,7 +25,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.core.host import HostModel
@@ -34,6 +33,7 @@ from moshi_ttt.data.manifest import DataError, read_header
 from moshi_ttt.evaluation.pairs import Pair, PairSet
 from moshi_ttt.evaluation.statistics import LEVEL, Interval, bootstrap
 from moshi_ttt.hosts.moshi.fit import layout_of
+from moshi_ttt.hosts.moshi.losses import targets_of, token_losses
 
 Normalisation = Literal["token", "sum"]
 Codebooks = Literal["all", "semantic"]
@@ -142,11 +142,11 @@ def score_codes(
     with host.updates(model, updates), host.carry(model):
         out = model(batch)
     spoken = layout_of(model).codebooks if codebooks == "all" else 1  # Moshi's voice, not the user's
-    targets = batch[:, model.audio_offset : model.audio_offset + spoken]
-    mask = out.mask[:, :spoken]
+    mask = out.mask.clone()  # [1, K, T]
+    mask[:, spoken:] = False
     if not mask.any():
         raise ScoringError(f"{name} has {codes.shape[1]} frames, and none is predicted. Give a longer recording.")
-    losses = F.cross_entropy(out.logits[:, :spoken][mask].float(), targets[mask], reduction="none")
+    losses = token_losses(out.logits, targets_of(model, batch)[1], mask)
     return Score(float(losses.double().sum()), int(mask.sum()))
 
 

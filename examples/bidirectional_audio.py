@@ -9,19 +9,11 @@ import sys
 
 import torch
 
-from moshi_ttt import default_registry, inject, parse_config
+from moshi_ttt import GateConfig, TTTMLPConfig, inject, load_model
+from moshi_ttt.hosts.audio.host import AudioHostConfig
 from moshi_ttt.hosts.audio.model import denoising_loss
 
-registry = default_registry()
-config = parse_config(
-    {
-        "host": {"name": "audio"},
-        "ttt": [{"variant": "ttt_mlp", "layers": "all", "chunk": 16, "bidirectional": True, "gate": {"init": 0.1}}],
-    },
-    registry=registry,
-)
-host = registry.host("audio")
-model = host.load(config.host)
+model = load_model(AudioHostConfig())
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 
 
@@ -40,11 +32,11 @@ def held_out():
 
 train(model.parameters(), steps, seed=0)
 base = held_out()
-injection = inject(model, config, registry=registry)
+injection = inject(model, TTTMLPConfig(chunk=16, bidirectional=True, gate=GateConfig(init=0.1)))
 injection.freeze_base()
 train(injection.parameters(), steps, seed=5_000)
 learned = held_out()
-with host.updates(model, False):
+with injection.host.updates(model, False):
     frozen = held_out()
 print(f"held-out error: base {base:.4f}, with the layers {learned:.4f}, with their learning switched off {frozen:.4f}")
 injection.remove()

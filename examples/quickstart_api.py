@@ -7,27 +7,26 @@ import sys
 
 import torch
 
-from moshi_ttt import default_registry, inject, parse_config, save_adapter
+from moshi_ttt import TTTMLPConfig, inject, save_adapter
 from moshi_ttt.apps.quickstart.data import Codec, load_speech
 from moshi_ttt.apps.quickstart.evaluate import compare, evaluate
+from moshi_ttt.apps.quickstart.setup import run_config
 from moshi_ttt.apps.quickstart.stream import listen
 from moshi_ttt.apps.quickstart.train import Segments, train
-from moshi_ttt.configs.sections import StreamConfig, TrainConfig
+from moshi_ttt.configs.sections import StreamConfig
 from moshi_ttt.hosts.moshi.loading import resolve_repo
 from moshi_ttt.hosts.moshi.tiny import speech_files
 
 steps, folder = int(sys.argv[1]) if len(sys.argv) > 1 else 120, sys.argv[2] if len(sys.argv) > 2 else "my-adapter"
 torch.set_num_threads(1)  # the tensors of so small a model are not worth sharing
-registry, bundle = default_registry(), resolve_repo("builtin:tiny")
+bundle = resolve_repo("builtin:tiny")
 model = bundle.load_lm(dtype=torch.float32)
 codec = Codec.of(model, bundle.load_mimi(), bundle.tokenizer())
 speech = load_speech(codec, speech_files())  # real recordings as codes; the longest is held out
 
-blocks = [{"variant": "ttt_mlp", "layers": "1,3", "chunk": 16}]
-config = parse_config({"host": {"name": "moshi", "hf_repo": "builtin:tiny"}, "ttt": blocks}, registry=registry)
-injection = inject(model, config)
-options = TrainConfig(steps=steps)
-train(model, injection, Segments(codec, speech, options), options, on_step=lambda step, loss: None)
+injection = inject(model, TTTMLPConfig(layers="1,3", chunk=16))
+options = run_config(max_steps=steps)
+train(model, injection, Segments(codec, speech, options).batches(), options)
 save_adapter(injection, folder, training_step=steps)
 
 document = codec.document([speech.held_out])

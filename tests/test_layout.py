@@ -68,21 +68,24 @@ def test_import_contracts_hold(tree):
     ("importer", "statement", "contract"),
     [
         ("core/state.py", "import moshi", "core imports no other part"),
-        ("core/state.py", "from moshi_ttt.plugins.common import rope", "core imports no other part"),
+        ("core/state.py", "from moshi_ttt.plugins.hybrid import rope", "core imports no other part"),
         ("core/state.py", "def f():\n    from moshi_ttt.hosts import moshi", "core imports no other part"),
-        ("plugins/common/rope.py", "import moshi_ttt.hosts.moshi", "a plugin imports core and plugins.common alone"),
+        ("plugins/hybrid/rope.py", "import moshi_ttt.hosts.moshi", "a plugin imports core, plugins.common and"),
+        ("plugins/gating_mlp/ops.py", "from moshi_ttt.plugins.hybrid import rope", "plugins.hybrid is the layer of"),
+        ("plugins/common/finite.py", "from moshi_ttt.plugins.hybrid import rope", "plugins.hybrid is the layer of"),
+        ("plugins/hybrid/rope.py", "import moshi_ttt.plugins.ttt_mlp.block", "plugins.common and plugins.hybrid"),
         ("plugins/ttt_mlp/block.py", "import moshi_ttt.plugins.ttt_linear.block", "plugins do not import each other"),
-        ("hosts/moshi/host.py", "from moshi_ttt.plugins.common import rope", "a host imports core alone"),
+        ("hosts/moshi/host.py", "from moshi_ttt.plugins.hybrid import rope", "a host imports core alone"),
         ("apps/cli.py", "from moshi_ttt.plugins.ttt_linear.block import X", "plugins are reached only through"),
         ("configs/reading.py", "from moshi_ttt.apps import cli", "packages import only those below them"),
         ("configs/reading.py", "from moshi_ttt.plugins.ttt_linear.block import X", "plugins are reached only through"),
         ("data/codec.py", "from moshi_ttt.training import trainer", "packages import only those below them"),
-        ("training/loop.py", "from moshi_ttt.plugins.common import rope", "plugins are reached only through"),
-        ("training/loop.py", "def f():\n    from moshi_ttt.apps import cli", "packages import only those below them"),
-        ("training/loop.py", "from moshi_ttt.evaluation import recall", "packages import only those below them"),
+        ("training/trainer.py", "from moshi_ttt.plugins.hybrid import rope", "plugins are reached only through"),
+        ("training/step.py", "def f():\n    from moshi_ttt.apps import cli", "packages import only those below them"),
+        ("training/trainer.py", "from moshi_ttt.evaluation import recall", "packages import only those below them"),
         ("evaluation/recall.py", "from moshi_ttt.training import trainer", "packages import only those below them"),
         ("evaluation/recall.py", "from moshi_ttt.apps import cli", "packages import only those below them"),
-        ("evaluation/recall.py", "from moshi_ttt.plugins.common import rope", "plugins are reached only through"),
+        ("evaluation/recall.py", "from moshi_ttt.plugins.hybrid import rope", "plugins are reached only through"),
         ("configs/reading.py", "from moshi_ttt.data import codec", "packages import only those below them"),
         ("data/codec.py", "from moshi_ttt.apps import cli", "packages import only those below them"),
         ("data/codec.py", "from moshi_ttt.plugins.ttt_mlp.block import X", "plugins are reached only through"),
@@ -98,11 +101,28 @@ def test_forbidden_import_is_caught(tree, importer, statement, contract):
     assert re.search(rf"^{contract}.* BROKEN$", result.stdout, re.MULTILINE), result.stdout
 
 
-def test_contract_of_independence_names_every_plugin():
+LIBRARIES = {"common", "hybrid"}
+"""Folders of plugins/ that plugins share: they register nothing."""
+
+
+def test_contracts_name_every_plugin():
     contracts = pyproject()["tool"]["importlinter"]["contracts"]
     (independent,) = (contract["modules"] for contract in contracts if contract["type"] == "independence")
-    plugins = {name for name in packages_on_disk() if re.fullmatch(r"moshi_ttt\.plugins\.\w+", name)}
-    assert set(independent) == plugins - {"moshi_ttt.plugins.common"}
+    (libraries,) = (contract for contract in contracts if contract["name"].endswith("import no plugin"))
+    folders = {name for name in packages_on_disk() if re.fullmatch(r"moshi_ttt\.plugins\.\w+", name)}
+    plugins = folders - {f"moshi_ttt.plugins.{name}" for name in LIBRARIES}
+    assert set(independent) == plugins
+    assert set(libraries["forbidden_modules"]) == plugins
+    assert set(libraries["source_modules"]) == folders - plugins
+
+
+def test_core_names_no_plugin():
+    points = pyproject()["project"]["entry-points"]["moshi_ttt"]
+    plugins = [name for name, target in points.items() if ".plugins." in target]
+    assert len(plugins) > 4
+    for path in sorted((ROOT / "core").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert [name for name in plugins if re.search(rf"\b{name}\b", text)] == [], path
 
 
 # ---- a second copy of the registry
@@ -125,5 +145,5 @@ def test_import_of_a_root_folder_is_banned(folder, statement):
 
 def test_every_plugin_entry_point_is_a_package_of_ours():
     points = pyproject()["project"]["entry-points"]["moshi_ttt"]
-    plugins = {name.rpartition(".")[2] for name in packages_on_disk() if name.startswith("moshi_ttt.plugins.")}
-    assert plugins - {"common"} <= points.keys(), "a plugin without an entry point is never found"
+    folders = {match[1] for name in packages_on_disk() if (match := re.fullmatch(r"moshi_ttt\.plugins\.(\w+)", name))}
+    assert folders - LIBRARIES <= points.keys(), "a plugin without an entry point is never found"

@@ -1,6 +1,19 @@
-"""Fine-tuning Moshi with TTT blocks, LoRA, or everything, sharded over any number of ranks.
+"""Training: one loop for any host, and the run of ``moshi-ttt train`` built on it.
 
-From the outside in: ``run`` does everything in order, ``model`` builds and shards, ``moshi_ttt.data`` brings tokens,
-``trainer`` makes one optimizer step, ``loop`` makes all of them, ``checkpoint`` saves and resumes, ``export`` writes
-what others use, ``logs`` records what happens. The options are in ``moshi_ttt.configs.training``.
+For any host: ``trainer`` is the loop (``Trainer.fit``), ``callback`` the contract of what happens around its steps,
+``callbacks``, ``validation``, ``saving`` and ``inner_losses`` hold the callbacks, ``trained`` says what is trained,
+``optimizer`` the rates, ``runtime`` the ranks, ``stopping`` where a step can be left, ``checkpoint`` saves and resumes,
+``logs`` records what happens.
+
+For Moshi: ``run`` assembles all of it from a config, ``model`` builds and fills the model, ``export`` writes what
+others use, ``planning`` says beforehand what a run takes. The options are in ``moshi_ttt.configs.training``.
 """
+
+from moshi_ttt.configs.fit import FitConfig
+from moshi_ttt.training.callback import Callback
+from moshi_ttt.training.runtime import Runtime, start
+from moshi_ttt.training.step import Outcome, Step, TrainingError
+from moshi_ttt.training.trained import TrainedModel
+from moshi_ttt.training.trainer import Trainer
+
+__all__ = ["Callback", "FitConfig", "Outcome", "Runtime", "Step", "TrainedModel", "Trainer", "TrainingError", "start"]

@@ -17,9 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from moshi_ttt.core.device_log import INDEXING, DeviceLog
 from moshi_ttt.core.host import CarriedState
-from moshi_ttt.hosts.moshi.host import MOSHI_HOST
-from moshi_ttt.training.losses import LossWeights, loss_sums
-from moshi_ttt.training.model import TrainedModel
+from moshi_ttt.training.trained import TrainedModel
 
 aten = torch.ops.aten
 
@@ -91,14 +89,14 @@ def step_bytes(trained: TrainedModel, *, rows: int, frames: int, carried: bool, 
     if carried:
         ids = torch.empty(rows, dtype=torch.int64, device="meta")
         blocks = {site: block.allocate_state(rows) for site, block in trained.injection.blocks.items()}
-        continued = MOSHI_HOST.carry(model, CarriedState(blocks, ids), document_ids=ids)
+        continued = trained.host.carry(model, CarriedState(blocks, ids), document_ids=ids)
     if not gradients:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
     try:
         with _StepLog() as log, _Fused(), continued:
-            loss = loss_sums(model, codes, LossWeights(first_codebook=1.0, text_padding=1.0))[:2].sum()
+            loss = trained.losses.sums(model, codes)[0].sum()
             kept = log.bytes
             torch.autograd.backward(loss)  # not loss.backward(), which takes the mode away that layers run again need
     finally:

@@ -246,8 +246,8 @@ def load(trainer: Trainer, folder: Path, position: Mapping[str, Any]) -> None:
     Raises CheckpointError: other data, seed or global batch, or another set of trained parameters.
     """
     state = read_state(folder)
-    if int(state["step"]) > trainer.run.max_steps:
-        most = trainer.run.max_steps
+    if int(state["step"]) > trainer.config.max_steps:
+        most = trainer.config.max_steps
         raise CheckpointError(f"{folder} is at step {state['step']}, and max_steps is {most}: raise it.")
     different = [
         f"{key} was {state.get(key)!r} and is {value!r}"
@@ -278,7 +278,7 @@ def load(trainer: Trainer, folder: Path, position: Mapping[str, Any]) -> None:
     _restore_carried(trainer, carried)
     _restore_random(trainer.runtime, random)
     trainer.step = int(state["step"])
-    advance(trainer.schedule, min(trainer.step, trainer.run.max_steps - 1))
+    advance(trainer.schedule, min(trainer.step, trainer.config.max_steps - 1))
 
 
 # ---- what a checkpoint holds, by name
@@ -306,10 +306,10 @@ def _parameters(trainer: Trainer) -> dict[str, Tensor]:
 
 def _rows(trainer: Trainer) -> dict[tuple[int, int], int]:
     """(micro-batch, row in it) on this rank -> row of the global batch."""
-    size, runtime = trainer.run.batch_size, trainer.runtime
+    size, runtime = trainer.config.batch_size, trainer.runtime
     return {
         (m, b): (m * runtime.world_size + runtime.rank) * size + b
-        for m in range(trainer.run.num_microbatches)
+        for m in range(trainer.config.num_microbatches)
         for b in range(size)
     }
 
@@ -341,8 +341,8 @@ def _restore_carried(trainer: Trainer, carried: Mapping[str, Tensor]) -> None:
     if not carried:
         return
     places, device = _rows(trainer), trainer.runtime.device
-    for m in range(trainer.run.num_microbatches):
-        rows = [places[m, b] for b in range(trainer.run.batch_size)]
+    for m in range(trainer.config.num_microbatches):
+        rows = [places[m, b] for b in range(trainer.config.batch_size)]
         parts: dict[tuple[str, ...], list[Tensor]] = {}
         for row in rows:
             for key, tensor in carried.items():

@@ -19,7 +19,7 @@ from moshi_ttt.core.sharding import whole
 from moshi_ttt.hosts.moshi import lora
 from moshi_ttt.hosts.moshi.base_weights import parameter_names
 from moshi_ttt.hosts.moshi.upstream import loaders
-from moshi_ttt.training.model import TrainedModel
+from moshi_ttt.training.trained import TrainedModel
 
 ADAPTER = "adapter"
 CONSOLIDATED = "consolidated"

@@ -19,8 +19,9 @@ from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.block import Site
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.health import BlockHealth
+from moshi_ttt.core.losses import LossMeans
 from moshi_ttt.system.platforms import peak_memory
-from moshi_ttt.training.trainer import Losses, Step
+from moshi_ttt.training.step import Step
 
 METRICS = "metrics.jsonl"
 
@@ -32,22 +33,38 @@ def memory_bytes(device: torch.device) -> int | None:
     return peak_memory()
 
 
-def loss_record(losses: Losses) -> dict[str, float | int | None]:
-    """Losses for a log: a perplexity is the exponential of nats per token; null where there was no such token."""
-    return {
-        "loss": losses.total, "loss_text": losses.text, "loss_audio": losses.audio,
-        "nats_text": _finite(losses.text_nats), "nats_audio": _finite(losses.audio_nats),
-        "perplexity_text": _perplexity(losses.text_nats), "perplexity_audio": _perplexity(losses.audio_nats),
-        "tokens": losses.tokens,
-    }  # fmt: skip
+def loss_record(losses: LossMeans) -> dict[str, float | int | None]:
+    """Losses for a log: the total, and of each ``loss_NAME``, ``nats_NAME`` and ``perplexity_NAME``.
+
+    A perplexity is the exponential of nats per token; null where there was no such token. Losses that are not in nats
+    have ``mean_NAME``, their plain mean, instead of both.
+    """
+    record: dict[str, float | int | None] = {"loss": losses.total}
+    record |= {f"loss_{name}": mean for name, mean in losses.means.items()}
+    if losses.in_nats:
+        record |= {f"nats_{name}": _finite(nats) for name, nats in losses.plain.items()}
+        record |= {f"perplexity_{name}": _perplexity(nats) for name, nats in losses.plain.items()}
+    else:
+        record |= {f"mean_{name}": _finite(mean) for name, mean in losses.plain.items()}
+    return {**record, "tokens": losses.terms}
 
 
-def step_record(step: Step, seconds: float, memory: int | None) -> dict[str, Any]:
-    """One line of ``metrics.jsonl``. ``seconds`` is what the step took, ``memory`` bytes."""
+def eval_line(record: Mapping[str, Any], losses: LossMeans) -> str:
+    """An evaluation in one line."""
+    parts = []
+    for name, mean in losses.plain.items():
+        perplexity = record.get(f"perplexity_{name}")
+        more = "" if perplexity is None else f" (perplexity {perplexity:,.1f})"
+        parts.append(f"{name} {mean:.4f}{' nats/token' if losses.in_nats else ''}{more}")
+    return f"held out after step {record['step']}: {', '.join(parts)}, {losses.terms:,} tokens"
+
+
+def step_record(step: Step, memory: int | None) -> dict[str, Any]:
+    """One line of ``metrics.jsonl``; ``memory`` in bytes."""
     return {
         "kind": "train", "step": step.number, **loss_record(step.losses), "gradient_norm": _finite(step.gradient_norm),
         "skipped": step.skipped, "bad_segments": step.bad_segments, "learning_rates": dict(step.learning_rates),
-        "seconds": seconds, "tokens_per_second": step.losses.tokens / seconds, "memory_bytes": memory,
+        "seconds": step.seconds, "tokens_per_second": step.losses.terms / step.seconds, "memory_bytes": memory,
     }  # fmt: skip
 
 
@@ -60,21 +77,32 @@ def health_record(health: Mapping[Site, BlockHealth]) -> dict[str, Any]:
 
 
 class RunLog:
-    """Where the lines of one run go; only the first rank has one. ``check_installed`` comes before it."""
+    """Where the lines of one run go; only the first rank has one.
 
-    def __init__(self, run_dir: Path, run: RunConfig, console: Console, start: int) -> None:
+    Args:
+        run_dir: the folder of ``metrics.jsonl`` and TensorBoard's files.
+        console: for lines that a person reads.
+        total: steps of the whole run.
+        start: steps made before; what the log has after them is dropped.
+        run: of a run of ``moshi-ttt train``: whether curves go to TensorBoard and Weights & Biases too
+            (``check_installed`` comes before).
+    """
+
+    def __init__(
+        self, run_dir: Path, console: Console, *, total: int, start: int = 0, run: RunConfig | None = None
+    ) -> None:
         self.console = console
         self.path = run_dir / METRICS
         _drop_after(self.path, start)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = _tensorboard(run_dir) if run.tensorboard else None
-        self._wandb = _wandb(run.wandb, run_dir, run) if run.wandb.project else None
+        self._board = _tensorboard(run_dir) if run is not None and run.tensorboard else None
+        self._wandb = _wandb(run.wandb, run_dir, run) if run is not None and run.wandb.project else None
         self._progress = Progress(
             TextColumn("training"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self._task = self._progress.add_task("", total=run.max_steps, completed=start, note="")
-        self._total, self._start, self._began = run.max_steps, start, time.monotonic()
+        self._task = self._progress.add_task("", total=total, completed=start, note="")
+        self._total, self._start, self._began = total, start, time.monotonic()
 
     def __enter__(self) -> RunLog:
         self._progress.start()
@@ -117,7 +145,8 @@ class RunLog:
 
 def summary(record: Mapping[str, Any]) -> str:
     """A training step in one line."""
-    parts = [f"text {record['loss_text']:.3f}", f"audio {record['loss_audio']:.3f}"]
+    losses = {key.removeprefix("loss_"): value for key, value in record.items() if key.startswith("loss_")}
+    parts = [f"{name} {value:.3f}" for name, value in losses.items()]
     norm, rates = record["gradient_norm"], record["learning_rates"]
     parts.append(f"gradient norm {'not finite' if norm is None else f'{norm:.3g}'}")
     parts.append(f"lr {' '.join(f'{group} {rate:.2g}' for group, rate in rates.items())}")

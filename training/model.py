@@ -2,76 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 
 from moshi_ttt.configs.settings import Settings
+from moshi_ttt.configs.training import RunConfig
 from moshi_ttt.core.adapter import fill_from_adapter, find_adapter, read_manifest
 from moshi_ttt.core.errors import HostError
-from moshi_ttt.core.injection import Injection, make_plan
-from moshi_ttt.core.precision import DtypeRoles
-from moshi_ttt.core.registry import Registry
+from moshi_ttt.core.injection import make_plan
+from moshi_ttt.core.losses import HostLosses
+from moshi_ttt.core.registry import Registry, default_registry
+from moshi_ttt.core.sharding import shard
 from moshi_ttt.hosts.moshi import lora
 from moshi_ttt.hosts.moshi.depformer import make_steps_contiguous
 from moshi_ttt.hosts.moshi.fit import require_trainable
-from moshi_ttt.hosts.moshi.fsdp import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import MoshiBundle
 from moshi_ttt.hosts.moshi.stored_lora import StoredLoRA
-
-Group = Literal["ttt", "gates", "lora", "base"]
-GROUPS: tuple[Group, ...] = ("ttt", "gates", "lora", "base")
+from moshi_ttt.training.trained import TrainedModel
 
 
-@dataclass(frozen=True)
-class TrainedModel:
-    """Moshi with what is trained in it.
-
-    Attributes:
-        model: the language model.
-        injection: its blocks; of none where there are none.
-        roles: the precision policy, resolved for the dtype in which the base computes.
-        notes: what to say of the adapter that the values come from.
-    """
-
-    model: Any
-    injection: Injection
-    roles: DtypeRoles
-    notes: tuple[str, ...] = ()
-
-    @property
-    def sharded(self) -> FSDPModule:
-        """The model as FSDP2 sees it."""
-        return cast(FSDPModule, self.model)
-
-    def groups(self) -> dict[Group, dict[str, nn.Parameter]]:
-        """Every trained parameter by its name in the model, in the group whose learning rate it has."""
-        gates = {id(gate) for block in self.injection.blocks.values() for gate in block.gate_parameters()}
-        blocks = {id(parameter) for parameter in self.injection.parameters()} - gates
-        factors = {id(parameter) for parameter in MOSHI_HOST.extra_parameters(self.model).values()}
-
-        def group_of(identity: int) -> Group:
-            if identity in gates:
-                return "gates"
-            return "ttt" if identity in blocks else "lora" if identity in factors else "base"
-
-        found: dict[Group, dict[str, nn.Parameter]] = {group: {} for group in GROUPS}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                found[group_of(id(parameter))][name] = parameter
-        return {group: members for group, members in found.items() if members}
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Every trained parameter by its name in the model."""
-        return {name: parameter for members in self.groups().values() for name, parameter in members.items()}
+def losses_of(run: RunConfig) -> HostLosses:
+    """What a run minimizes."""
+    return MOSHI_HOST.losses(
+        first_codebook=run.first_codebook_weight_multiplier, text_padding=run.text_padding_weight, text=run.text_weight
+    )
 
 
-def skeleton(settings: Settings, registry: Registry) -> TrainedModel:
+def skeleton(settings: Settings, registry: Registry | None = None) -> TrainedModel:
     """The model on the meta device, LoRA and blocks in it, with exactly the trained parameters requiring gradients.
 
     Raises:
@@ -81,12 +42,13 @@ def skeleton(settings: Settings, registry: Registry) -> TrainedModel:
     run, host = settings.run, MOSHI_HOST
     model = host.skeleton(settings.host)
     require_trainable(model, settings.host.hf_repo)
+    registry = registry or default_registry()
     policy = registry.policy(settings.ttt.precision)
     roles = policy.roles(model.dtype)
     if run.lora.enable:
         lora.add_lora(model, rank=run.lora.rank, scaling=run.lora.scaling)
     plan = make_plan(model, host, settings.ttt.ttt, policy=policy, registry=registry, seed=settings.ttt.seed)
-    built = TrainedModel(model, plan.apply(model), roles)
+    built = TrainedModel(model, plan.apply(model), roles, losses_of(run))
     for block in built.injection.blocks.values():
         block.check_shardable()
     if run.inner_lr_warmup:
@@ -117,7 +79,7 @@ def build(
     weights = bundle.base_weights(built.model, lora=continued is None)
     if continued is not None:
         weights |= continued.trained_beside()
-    shard(built.model, built.roles, mesh)
+    shard(MOSHI_HOST, built.model, built.roles, mesh)
     built.model.to_empty(device=device)
     MOSHI_HOST.load_base(built.model, weights)
     adapter = None if settings.run.adapter is None or resumed else find_adapter(settings.run.adapter)

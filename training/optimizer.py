@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from moshi_ttt.configs.training import OptimConfig
-from moshi_ttt.training.model import Group, TrainedModel
+from moshi_ttt.configs.fit import OptimConfig
+from moshi_ttt.training.trained import Group, TrainedModel
 
 BETAS = (0.9, 0.95)
-
+Schedule = LRScheduler
 
 LOWEST: dict[Group, float] = {"ttt": 3e-4, "gates": 3e-3}
 """Blocks start at random values, the base model does not: a rate that fine-tunes the base leaves a block as it is. A
@@ -71,7 +72,21 @@ def _split(group: Group, members: dict[str, nn.Parameter]) -> tuple[list[nn.Para
     return matrices, [p for p in members.values() if id(p) not in known]
 
 
-def make_schedule(optimizer: AdamW, config: OptimConfig, max_steps: int) -> OneCycleLR:
+def make_schedule(optimizer: AdamW, config: OptimConfig, max_steps: int) -> Schedule:
+    """The schedule that ``config.schedule`` names."""
+    if config.schedule == "cosine":
+        rising = round(config.pct_start * max_steps)
+        return LambdaLR(optimizer, lambda step: cosine_factor(step, rising, max_steps))
+    return _one_cycle(optimizer, config, max_steps)
+
+
+def cosine_factor(step: int, rising: int, max_steps: int) -> float:
+    """Of the highest rate, in the step after ``step`` others: a linear rise over ``rising`` steps, times a half cosine
+    from 1 to a tenth."""
+    return min(1.0, (step + 1) / (rising + 1)) * (0.55 + 0.45 * math.cos(math.pi * step / max_steps))
+
+
+def _one_cycle(optimizer: AdamW, config: OptimConfig, max_steps: int) -> OneCycleLR:
     """Up from a 25th of the rate over ``pct_start`` of the steps, then down along a cosine (Smith and Topin 2017).
 
     The first beta moves the other way, between 0.85 and 0.95.
@@ -83,7 +98,7 @@ def make_schedule(optimizer: AdamW, config: OptimConfig, max_steps: int) -> OneC
     return OneCycleLR(optimizer, max_lr=highest, total_steps=total, pct_start=rising)
 
 
-def advance(schedule: OneCycleLR, steps: int) -> None:
+def advance(schedule: Schedule, steps: int) -> None:
     """Put a new schedule where it is after ``steps`` steps."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch wants an optimizer step before each

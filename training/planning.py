@@ -19,12 +19,13 @@ from moshi_ttt.configs.settings import Settings
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.core.units import human_bytes
-from moshi_ttt.hosts.moshi.host import MOSHI_HOST, main_layers
+from moshi_ttt.hosts.moshi.host import main_layers
 from moshi_ttt.hosts.moshi.upstream import FRAME_RATE
 from moshi_ttt.training import export
 from moshi_ttt.training.activations import step_bytes
-from moshi_ttt.training.model import TrainedModel, skeleton
+from moshi_ttt.training.model import skeleton
 from moshi_ttt.training.optimizer import rates, reach, too_low
+from moshi_ttt.training.trained import TrainedModel
 
 FROZEN = "frozen"
 ROOT = "root"
@@ -137,7 +138,9 @@ class TrainingPlan:
         return max(self.units, key=lambda unit: unit.gathered_bytes)
 
 
-def plan(settings: Settings, registry: Registry, *, ranks: int, activations: bool = False) -> TrainingPlan:
+def plan(
+    settings: Settings, registry: Registry | None = None, *, ranks: int, activations: bool = False
+) -> TrainingPlan:
     """The plan of a run on ``ranks`` processes.
 
     Args:
@@ -315,12 +318,12 @@ def _group(name: str, members: Iterable[Tensor], rate: float | None, moves: floa
 
 
 def _units(trained: TrainedModel) -> Iterator[UnitPlan]:
-    """The units as ``hosts.moshi.fsdp.shard`` makes them: a parameter is in the innermost unit that contains it."""
+    """The units as ``core.sharding.shard`` makes them: a parameter is in the innermost unit that contains it."""
     model, roles = trained.model, trained.roles
     paths = {id(module): path for path, module in model.named_modules()}
-    as_stored = {id(block) for block in trained.injection.blocks.values()} | {id(model.condition_provider)}
+    as_stored = {id(unit) for unit in trained.host.stored_units(model)}
     taken: set[int] = set()
-    for unit in MOSHI_HOST.fsdp_units(model):  # the inner ones come first
+    for unit in trained.host.fsdp_units(model):  # the inner ones come first
         own = [parameter for parameter in unit.parameters() if id(parameter) not in taken]
         taken |= {id(parameter) for parameter in own}
         yield UnitPlan(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -16,26 +16,33 @@ from rich.table import Table
 from moshi_ttt.configs.settings import Settings
 from moshi_ttt.configs.training import RunConfig
 from moshi_ttt.core.adapter import find_adapter, major_version
+from moshi_ttt.core.batches import Batch
 from moshi_ttt.core.injection import PlannedBlock
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.data.corpus import Corpus, open_corpus
 from moshi_ttt.data.dataset import TrainingData, loader
+from moshi_ttt.data.held_out import held_out_batches
 from moshi_ttt.hosts.moshi.fit import require_trainable
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.system import platforms, threads
 from moshi_ttt.system.interruption import StopRequest
 from moshi_ttt.training import export
+from moshi_ttt.training.callback import Callback
+from moshi_ttt.training.callbacks import BadData, GraceWarnings, Health, IdleParameters, Logging
 from moshi_ttt.training.checkpoint import CheckpointWriter, load, num_bytes, read_state
 from moshi_ttt.training.determinism import deterministic
+from moshi_ttt.training.inner_losses import InnerLosses
 from moshi_ttt.training.logs import METRICS, RunLog, check_installed
-from moshi_ttt.training.loop import Loop, Outcome
 from moshi_ttt.training.model import build, continued_lora
 from moshi_ttt.training.planning import group_plans, groups_table, low_rates
 from moshi_ttt.training.run_dir import RunDir, hold_run_dir
 from moshi_ttt.training.runtime import Runtime, device_kind, start
+from moshi_ttt.training.saving import Checkpoints
+from moshi_ttt.training.step import Outcome
 from moshi_ttt.training.stopping import Pace, SafePoints, launcher_warnings
-from moshi_ttt.training.trainer import Trainer, TrainingError
+from moshi_ttt.training.trainer import Trainer
+from moshi_ttt.training.validation import Validation
 
 NOT_COMPARED = {
     "run_dir", "overwrite_run_dir", "resume", "moshi_paths", "adapter", "wandb", "threads", "stop_grace_sec",
@@ -89,33 +96,65 @@ def _train(
     safe = SafePoints(stop, runtime, Pace.expecting(num_bytes(trainer)), run.stop_grace_sec)
     stop.start(safe.asked_anywhere)
     batches = iter(loader(data, start_step=trainer.step, num_workers=run.data.num_workers))
-    outcome = Outcome(step=trainer.step, stopped=False, checkpoint=resumed)
+    trainer.outcome.step, trainer.outcome.checkpoint = trainer.step, resumed
+    bad = BadData(corpus.num_segments, run.data.max_bad_share, int(state.get("bad_segments", 0)))
     with ExitStack() as stack:
         if runtime.first:
-            stack.enter_context(folder.opened(outcome))
-        log = stack.enter_context(RunLog(Path(run.run_dir), run, console, trainer.step)) if runtime.first else None
-        writer = _writer(run, runtime, trainer.step) if run.do_ckpt else None
-        if writer is not None:
-            stack.callback(writer.close)
+            stack.enter_context(folder.opened(trainer.outcome))
+        log = stack.enter_context(_log(run, console, trainer.step)) if runtime.first else None
+        callbacks: list[Callback] = [bad, IdleParameters(log)]
+        if log is not None:
+            callbacks += _logging(settings, trainer, log)
+        if run.do_ckpt:
+            callbacks.append(checkpoints := _checkpoints(settings, trainer, position, bad))
+            stack.callback(checkpoints.writer.close)
+        if held_out is not None:
+            missing = folder.same and not _evaluated(folder, runtime, trainer.step)
+            callbacks.append(_validation(trainer, run, held_out, bad, log, missing=missing))
         if log is not None:
             for line in _introduction(settings, trainer, corpus, held_out, resumed, state):
                 log.say(line) if isinstance(line, str) else console.print(line)
-        loop = Loop(settings, trainer, runtime, held_out, log, writer, position, outcome, safe)
-        loop.bad_segments = int(state.get("bad_segments", 0))
-        if folder.same and loop.evaluation_due(trainer.step) and not _evaluated(folder, runtime, trainer.step):
-            loop.evaluate(trainer.step)  # the run that is resumed ended before it had
-        try:
-            while trainer.step < run.max_steps and not outcome.stopped:
-                loop.advance(batches, segments=corpus.num_segments)
-        except TrainingError:  # raised by every rank alike: what is being written can still be finished
-            loop.finish()
-            raise
-        loop.finish()
+        outcome = trainer.fit(batches, callbacks, safe=safe)
         if log is not None:
             log.say(_conclusion(outcome, run))
             if outcome.checkpoint is not None and export.lacks_blocks(settings):
                 log.say(export.WITHOUT_BLOCKS)
     return outcome
+
+
+def _log(run: RunConfig, console: Console, start: int) -> RunLog:
+    return RunLog(Path(run.run_dir), console, total=run.max_steps, start=start, run=run)
+
+
+def _logging(settings: Settings, trainer: Trainer, log: RunLog) -> Iterator[Callback]:
+    """What the rank that logs adds, in the order in which it is written."""
+    run, injection = settings.run, trainer.trained.injection
+    if run.log_health:
+        yield Health(log, run.health_freq)
+    yield Logging(log, run.log_freq)
+    yield InnerLosses(run.inner_losses, Path(run.run_dir), injection, log)
+    if run.do_ckpt:
+        yield GraceWarnings(log, run.stop_grace_sec)
+
+
+def _checkpoints(settings: Settings, trainer: Trainer, position: dict[str, Any], bad: BadData) -> Checkpoints:
+    run = settings.run
+    return Checkpoints(
+        CheckpointWriter(Path(run.run_dir), trainer.runtime, run.num_ckpt_keep, trainer.step), run.ckpt_freq,
+        position=lambda: {**position, "bad_segments": bad.bad},
+        export=lambda step: export.prepare(trainer.trained, settings, step),
+    )  # fmt: skip
+
+
+def _validation(
+    trainer: Trainer, run: RunConfig, held_out: Corpus, bad: BadData, log: RunLog | None, *, missing: bool
+) -> Validation:
+    rank, world = trainer.runtime.rank, trainer.runtime.world_size
+
+    def documents() -> Iterable[Iterable[Batch]]:
+        return held_out_batches(held_out, batch_size=run.batch_size, rank=rank, world_size=world)
+
+    return Validation(documents, held_out.num_segments, run.eval_freq, bad, log, missing)
 
 
 def _evaluated(folder: RunDir, runtime: Runtime, step: int) -> bool:
@@ -143,10 +182,6 @@ def _corpus(settings: Settings, codec: SpeechCodec, text: str) -> Corpus:
     return open_corpus(
         text, codec, frames=frames, transcripts=data.transcripts, max_bad_share=data.max_bad_share
     )  # fmt: skip
-
-
-def _writer(run: RunConfig, runtime: Runtime, step: int) -> CheckpointWriter:
-    return CheckpointWriter(Path(run.run_dir), runtime, run.num_ckpt_keep, step)
 
 
 def _position(settings: Settings, trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
@@ -228,9 +263,9 @@ def _free_to_change(position: Any) -> dict[str, Any]:
 
 
 def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """What differs between two plain values, by the dotted names of options."""
+    """What differs between two plain values, by the dotted names of options; those that ``old`` did not have apart."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
+        for key in old:
             yield from _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif old != new:
         yield f"{name} from {old!r} to {new!r}"

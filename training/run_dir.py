@@ -24,8 +24,8 @@ from moshi_ttt.system.output_folder import LITTER
 from moshi_ttt.training.checkpoint import NAME, STATE, find_checkpoints
 from moshi_ttt.training.inner_losses import FOLDER as INNER_LOSSES
 from moshi_ttt.training.logs import METRICS
-from moshi_ttt.training.loop import Outcome
 from moshi_ttt.training.runtime import Runtime
+from moshi_ttt.training.step import Outcome
 
 RUN = "run.json"
 ARGS = "args.yaml"

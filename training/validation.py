@@ -1,46 +1,65 @@
-"""Held-out recordings in batches: each from its beginning to its end, the same whatever the number of ranks."""
+"""The callback that computes losses on held-out data while a model trains."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 
-from moshi_ttt.data.corpus import Corpus, SegmentError
-from moshi_ttt.data.dataset import Batch
+from moshi_ttt.core.batches import Batch
+from moshi_ttt.training.callback import Callback
+from moshi_ttt.training.callbacks import BadData, due
+from moshi_ttt.training.logs import RunLog, eval_line, loss_record
+from moshi_ttt.training.step import Step
+from moshi_ttt.training.trainer import Trainer
 
 
-def evaluation_batches(corpus: Corpus, *, batch_size: int, rank: int, world_size: int) -> Iterator[Iterator[Batch]]:
-    """For ``batch_size`` recordings at a time on each rank, their consecutive segments.
+@dataclass
+class Validation(Callback):
+    """Losses on held-out documents after every ``every``-th step and after the last one. On every rank.
 
-    Every rank gets equally many batches; where a recording has ended, or there is none, a row is the zero token.
-    Longest recordings first, so that those of a batch end together. What cannot be read is the zero token too, and the
-    batch says so.
+    Attributes:
+        documents: makes this rank's held-out documents, each a list of consecutive batches; equally many batches on
+            every rank.
+        segments: how many segments they have on all ranks.
+        every: steps between two evaluations; 0 or less evaluates at the end alone.
+        problems: says what cannot be read.
+        log: on the first rank.
+        missing: the run is resumed where the evaluation after its last step had not been made: it comes first.
     """
-    listed = [
-        (recording.segments, source, number)
-        for source, each in enumerate(corpus.sources)
-        for number, recording in enumerate(each.recordings)
-    ]
-    listed.sort(key=lambda item: (-item[0], *item[1:]))
-    group = batch_size * world_size
-    for first in range(0, len(listed), group):
-        together = listed[first : first + group]
-        mine = together[rank * batch_size :][:batch_size]
-        yield _segments(corpus, mine, batch_size, longest=together[0][0], first=first + rank * batch_size)
 
+    documents: Callable[[], Iterable[Iterable[Batch]]]
+    segments: int
+    every: int
+    problems: BadData
+    log: RunLog | None
+    missing: bool = False
 
-def _segments(
-    corpus: Corpus, recordings: Sequence[tuple[int, int, int]], rows: int, *, longest: int, first: int
-) -> Iterator[Batch]:
-    nothing = torch.full((corpus.rows, corpus.frames), corpus.zero_token, dtype=torch.int64)
-    ids = torch.arange(first, first + rows)
-    for segment in range(longest):
-        codes, problems = [nothing] * rows, []
-        for row, (segments, source, number) in enumerate(recordings):
-            if segment < segments:
-                try:
-                    codes[row] = corpus.codes(source, number, segment)
-                except SegmentError as error:
-                    problems.append(str(error))
-        yield Batch(torch.stack(codes), ids, tuple(problems))
+    def begin(self, trainer: Trainer) -> None:
+        if self.missing and self.is_due(trainer, trainer.step):
+            self.evaluate(trainer)
+
+    def after_step(self, trainer: Trainer, step: Step) -> None:
+        if not trainer.outcome.stopped and self.is_due(trainer, step.number):
+            self.evaluate(trainer)
+
+    def is_due(self, trainer: Trainer, number: int) -> bool:
+        """Whether there is an evaluation after this step."""
+        return due(number, self.every) or number >= trainer.config.max_steps
+
+    def evaluate(self, trainer: Trainer) -> None:
+        """When a stop comes before the end, there are no losses: they are computed when the run is resumed."""
+        number = trainer.step
+        losses, problems = trainer.evaluate(self.documents(), safe=trainer.safe)
+        self.problems.warn(problems)
+        bad = int(trainer.runtime.sum(torch.tensor([float(len(problems))])))
+        self.problems.check(bad, self.segments, f"held-out segments could not be read after step {number}")
+        if losses is None:
+            trainer.outcome.stopped = True
+            return
+        trainer.outcome.losses[number] = losses
+        if self.log is not None:
+            record = {"kind": "eval", "step": number, **loss_record(losses), "bad_segments": bad}
+            self.log.write(record)
+            self.log.say(eval_line(record, losses))

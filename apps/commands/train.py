@@ -11,7 +11,7 @@ from moshi_ttt.apps.console import console, errors, interruption, was_interrupte
 from moshi_ttt.system.interruption import EXIT_STOPPED, StopRequest
 
 if TYPE_CHECKING:
-    from moshi_ttt.training.loop import Outcome
+    from moshi_ttt.training.step import Outcome
 
 
 def train(

@@ -15,7 +15,7 @@ from typing import Any
 
 from moshi_ttt.core.atomic import atomic_folder
 from moshi_ttt.core.errors import MoshiTTTError
-from moshi_ttt.core.registry import Registry
+from moshi_ttt.core.registry import Registry, default_registry
 
 SUFFIX = ".template"
 
@@ -24,7 +24,7 @@ class NewPluginError(MoshiTTTError, ValueError):
     """A plugin that cannot be written: a name that cannot be one, or a folder that is in the way."""
 
 
-def create(name: str, folder: Path, registry: Registry) -> list[Path]:
+def create(name: str, folder: Path, registry: Registry | None = None) -> list[Path]:
     """Write the distribution of a variant called ``name`` to ``folder``; all of it, or nothing.
 
     Returns the files written, sorted. Raises NewPluginError.
@@ -34,6 +34,7 @@ def create(name: str, folder: Path, registry: Registry) -> list[Path]:
             f"A plugin cannot be called {name!r}: it becomes a Python module. Use lower-case letters, digits and '_', "
             "starting with a letter, as in 'my_memory'."
         )
+    registry = registry or default_registry()
     if claims := registry.claims("block", name):
         raise NewPluginError(f"There is a variant {name!r} already, from {claims[0]}. Choose another name.")
     if folder.exists():

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moshi_ttt.apps.quickstart.losses import loss_by_frame
 from moshi_ttt.core.host import HostModel
 
 WINDOW = 64
@@ -57,7 +56,7 @@ class Difference:
 def evaluate(model: Any, host: HostModel, codes: Tensor, *, name: str, updates: bool = True) -> Curve:
     """The curve of ``model`` over one document, ``codes [Q, T]``, from the learned initial state on."""
     with host.updates(model, updates), host.carry(model):
-        return Curve(name=name, values=loss_by_frame(model, codes[None]))
+        return Curve(name=name, values=host.losses().by_position(model, codes[None])["audio"][0])
 
 
 def compare(better: Curve, worse: Curve) -> Difference:

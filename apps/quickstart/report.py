@@ -13,6 +13,7 @@ from moshi_ttt.apps.quickstart.setup import Setup
 from moshi_ttt.core.units import human_bytes
 from moshi_ttt.hosts.moshi.loading import BUILTIN_TINY
 from moshi_ttt.system.output_folder import METRICS
+from moshi_ttt.training.optimizer import rates
 
 REPORT = "report.md"
 
@@ -119,18 +120,18 @@ were not trained on. {base}"""
 
 
 def _training(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:
-    train = setup.settings.train
+    run, rate = setup.settings.run, rates(setup.settings.run.optim)
     return f"""## Training
 
-{train.steps} steps of AdamW, {train.batch_size} segments of {train.frames} frames a step,
-{figures["training"]["seconds_per_step"] * 1000:.0f} ms a step; learning rate {train.learning_rate:g}, gates
-{train.gate_learning_rate:g}; seeds: blocks {setup.settings.ttt.seed}, segments {train.seed}.
+{run.max_steps} steps of AdamW, {run.batch_size} segments of {setup.segments.frames} frames a step,
+{figures["training"]["seconds_per_step"] * 1000:.0f} ms a step; learning rate {rate["ttt"]:g}, gates
+{rate["gates"]:g}; seeds: blocks {setup.settings.ttt.seed}, segments {run.seed}.
 
 ![training](training.png)"""
 
 
 def _streaming(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:
-    streamed, agreement, stream = results.streamed, results.agreement, setup.settings.stream
+    streamed, agreement, stream = results.streamed, results.agreement, setup.settings.run.stream
     moved = "\n".join(
         f"- `{site}`: {values[0]:.2%} of their initial norm after one frame, {values[-1]:.1%} after {len(values)}."
         for site, values in streamed.change.items()

@@ -84,8 +84,7 @@ def metrics(setup: Setup, results: Results, seconds: Mapping[str, float], *, mad
             "precision": plan.policy.name,
             "seed": settings.ttt.seed,
             "ttt": [entry.model_dump(mode="json") for entry in settings.ttt.ttt],
-            "train": settings.train.model_dump(mode="json"),
-            "stream": settings.stream.model_dump(mode="json"),
+            "training": settings.run.model_dump(mode="json", exclude={"wandb", "moshi_paths"}),
         },
         "data": {
             "source": SOURCE,

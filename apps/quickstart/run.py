@@ -68,12 +68,12 @@ def measure(setup: Setup, folder: Path, console: Console, seconds: dict[str, flo
         with _timed(seconds, "hear twice"):
             twice = recall.hear_twice(model, document, memory)
     injection: Injection = setup.plan.apply(model)
-    with _timed(seconds, "train"), _bar(console, "training the blocks", settings.train.steps) as advance:
+    with _timed(seconds, "train"), _bar(console, "training the blocks", settings.run.max_steps) as advance:
         log = train(
-            model, injection, setup.segments, settings.train,
+            model, injection, setup.segments.batches(), settings.run,
             on_step=lambda step, loss: advance(step, f"loss {loss:.3f}"),
         )  # fmt: skip
-    save_adapter(injection, folder / "adapter", training_step=settings.train.steps)
+    save_adapter(injection, folder / "adapter", training_step=settings.run.max_steps)
     on, off = evaluate("updates on"), evaluate("updates off", updates=False)
     cleared = None
     if model.context is not None:
@@ -82,10 +82,10 @@ def measure(setup: Setup, folder: Path, console: Console, seconds: dict[str, flo
         cleared = Curve(name="memory cleared", values=values)
     with _timed(seconds, "compare"):
         agreement = compare_with_training(model, document[:, :COMPARED_FRAMES])
-    audio = setup.streamed.audio[:, : max(2, round(settings.stream.seconds * codec.mimi.frame_rate))]
+    audio = setup.streamed.audio[:, : max(2, round(settings.run.stream.seconds * codec.mimi.frame_rate))]
     with _timed(seconds, "stream"), _bar(console, "streaming a recording", audio.shape[1]) as advance:
         streamed = listen(
-            model, codec, audio, settings.stream,
+            model, codec, audio, settings.run.stream,
             on_frame=lambda frame: advance(frame, f"{frame * frame_seconds:.0f} s heard"),
         )  # fmt: skip
     injection.remove()
@@ -109,13 +109,16 @@ def control(setup: Setup, document: Tensor, console: Console, seconds: dict[str,
 
     None when they have nothing to train without updates. The model has no blocks before and after.
     """
-    model, config = setup.model, setup.settings.train
+    model, config = setup.model, setup.settings.run
     injection = setup.plan.apply(model)
     segments = Segments(setup.codec, setup.speech, config)
     try:
-        with _timed(seconds, "control"), _bar(console, "training a control without updates", config.steps) as advance:
+        with (
+            _timed(seconds, "control"),
+            _bar(console, "training a control without updates", config.max_steps) as advance,
+        ):
             log = train(
-                model, injection, segments, config, updates=False,
+                model, injection, segments.batches(), config, updates=False,
                 on_step=lambda step, loss: advance(step, f"loss {loss:.3f}"),
             )  # fmt: skip
             if not log.losses:

@@ -8,16 +8,20 @@ from typing import Any, cast
 
 from moshi_ttt.apps.quickstart.data import Codec, Recording, Speech, load_speech
 from moshi_ttt.apps.quickstart.train import Segments
-from moshi_ttt.configs.reading import read_config
-from moshi_ttt.configs.sections import StreamConfig, TrainConfig
-from moshi_ttt.core.config import TTTConfig
+from moshi_ttt.configs.paths import find_config
+from moshi_ttt.configs.reading import RUN_KEY, read_config
+from moshi_ttt.configs.sections import StreamConfig, TrainConfig, renamed
+from moshi_ttt.configs.settings import MODEL_KEYS, parse_settings
+from moshi_ttt.configs.training import RunConfig
+from moshi_ttt.core.config import TTTConfig, parse_model
+from moshi_ttt.core.config_parsing import read_mapping
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.injection import Plan, make_plan
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.hosts.moshi.fit import require_unconditioned
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 from moshi_ttt.hosts.moshi.loading import MoshiBundle
-from moshi_ttt.hosts.moshi.tiny import speech_files
+from moshi_ttt.hosts.moshi.tiny import SPEECH, speech_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +43,7 @@ class Settings:
 
     ttt: TTTConfig
     host: MoshiHostConfig
-    train: TrainConfig
-    stream: StreamConfig
+    run: RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,21 +61,53 @@ class Setup:
 
 def read_settings(request: Request) -> Settings:
     """Config and command line together. Raises ConfigError."""
-    config = read_config(request.config)
-    if not config.extra:
-        raise ConfigError(f"{request.config} is the config of a training run: use `moshi-ttt train {request.config}`.")
+    path = find_config(request.config)
+    values = read_mapping(path)
+    if RUN_KEY in values:
+        found = parse_settings(values, registry=default_registry(), where=path.name)
+        _check_run(found.run, request.config)
+        config, run = found.ttt, found.run
+    else:
+        config = read_config(request.config)
+        changes = renamed(cast(TrainConfig, config.extra["train"]))
+        run = run_config(**changes).model_copy(update={"stream": cast(StreamConfig, config.extra["stream"])})
     if not isinstance(config.host, MoshiHostConfig):
         raise ConfigError(f"The quickstart is written for the host 'moshi', the config names {config.host.name!r}.")
     if not config.ttt:
         raise ConfigError("The config has no blocks (ttt: []), so there is nothing to train. Add an entry to ttt.")
-    seeds = {} if request.seed is None else {"seed": request.seed}
-    steps = {} if request.steps is None else {"steps": request.steps}
+    steps = {} if request.steps is None else {"max_steps": request.steps}
+    if request.seed is None:
+        return Settings(ttt=config, host=config.host, run=run.model_copy(update=steps))
+    seed = {"seed": request.seed}
+    stream = {"stream": run.stream.model_copy(update=seed)}
     return Settings(
-        ttt=config.model_copy(update=seeds),
-        host=config.host,
-        train=cast(TrainConfig, config.extra["train"]).model_copy(update=steps | seeds),
-        stream=cast(StreamConfig, config.extra["stream"]).model_copy(update=seeds),
+        ttt=config.model_copy(update=seed), host=config.host, run=run.model_copy(update=steps | seed | stream)
     )
+
+
+def run_config(**changes: Any) -> RunConfig:
+    """The training options of the packaged ``quickstart`` with some changed; of ``optim`` the given keys alone."""
+    values = {key: value for key, value in read_mapping(find_config("quickstart")).items() if key not in MODEL_KEYS}
+    optim = {**values["optim"], **changes.pop("optim", {})}
+    optim["lr_groups"] = {**read_mapping(find_config("quickstart"))["optim"]["lr_groups"], **optim["lr_groups"]}
+    return parse_model(RunConfig, {**values, **changes, "optim": optim}, "quickstart")
+
+
+def _check_run(run: RunConfig, name: str) -> None:
+    """Raise ConfigError where a config asks for what `moshi-ttt train` does and the quickstart does not."""
+    if run.data.train_data not in SPEECH:
+        raise ConfigError(
+            f"{name} is the config of a training on other recordings: use `moshi-ttt train {name}`. The quickstart "
+            "trains on those that ship with the package (data.train_data: builtin:speech)."
+        )
+    unsupported = {
+        "lora.enable": run.lora.enable, "full_finetuning": run.full_finetuning, "carry_state": run.carry_state,
+        "adapter": run.adapter is not None, "num_microbatches": run.num_microbatches != 1,
+    }  # fmt: skip
+    if asked := [option for option, is_set in unsupported.items() if is_set]:
+        raise ConfigError(
+            f"{name} sets {', '.join(asked)}, which the quickstart does not do: leave it out, or use `moshi-ttt train`."
+        )
 
 
 def prepare(settings: Settings, audio: Path | None) -> Setup:
@@ -90,5 +125,5 @@ def prepare(settings: Settings, audio: Path | None) -> Setup:
     speech = load_speech(codec, speech_files())
     return Setup(
         settings=settings, model=model, codec=codec, speech=speech, plan=plan,
-        streamed=streamed or speech.held_out, segments=Segments(codec, speech, settings.train),
+        streamed=streamed or speech.held_out, segments=Segments(codec, speech, settings.run),
     )  # fmt: skip

@@ -17,8 +17,9 @@ from torch import Tensor
 from moshi_ttt.apps.quickstart.data import Codec
 from moshi_ttt.configs.sections import StreamConfig
 from moshi_ttt.core.block import Site
-from moshi_ttt.evaluation.teacher_forcing import delayed, stream_losses
+from moshi_ttt.evaluation.teacher_forcing import stream_losses
 from moshi_ttt.hosts.moshi.layers import BlockSite
+from moshi_ttt.hosts.moshi.losses import delayed
 from moshi_ttt.hosts.moshi.upstream import LMGen
 
 WARM_UP_STEPS = 5

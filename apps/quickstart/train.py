@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import math
 import random
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moshi_ttt.apps.quickstart.data import Codec, Recording, Speech
-from moshi_ttt.apps.quickstart.losses import training_loss
-from moshi_ttt.configs.sections import TrainConfig
-from moshi_ttt.core.errors import ConfigError, MoshiTTTError
+from moshi_ttt.configs.training import RunConfig
+from moshi_ttt.core.batches import Batch
+from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.injection import Injection
-
-
-class TrainingError(MoshiTTTError, RuntimeError):
-    """Training that cannot go on."""
+from moshi_ttt.data import dataset
+from moshi_ttt.training import Callback, Step, TrainedModel, Trainer, start
 
 
 @dataclass
@@ -38,14 +36,15 @@ class TrainingLog:
 class Segments:
     """Random segments of one long document in which Moshi says the recordings in ever new order."""
 
-    def __init__(self, codec: Codec, speech: Speech, config: TrainConfig) -> None:
+    def __init__(self, codec: Codec, speech: Speech, config: RunConfig) -> None:
+        self.frames = math.ceil(round(config.duration_sec * codec.mimi.frame_rate, 6))
         total = sum(recording.frames for recording in speech.training)
-        if config.frames > total:
+        if self.frames > total:
             raise ConfigError(
-                f"train.frames is {config.frames}, and the training speech has {total} frames. "
-                f"Set it to {total} or less."
+                f"duration_sec is {config.duration_sec:g}, {self.frames} frames, and the training speech has {total} "
+                f"frames. Set it to {total / codec.mimi.frame_rate:g} or less."
             )
-        self.codec, self.config = codec, config
+        self.codec, self.rows = codec, config.batch_size
         self.recordings = list(speech.training)
         self.generator = random.Random(config.seed)
 
@@ -54,41 +53,47 @@ class Segments:
         chosen: list[Recording] = []
         first = self.generator.choice(self.recordings)
         start = self.generator.randrange(first.frames)
-        needed = start + self.config.frames
+        needed = start + self.frames
         while needed > 0:
             chosen.append(self.generator.choice(self.recordings) if chosen else first)
             needed -= chosen[-1].frames
-        return self.codec.document(chosen)[:, start : start + self.config.frames]
+        return self.codec.document(chosen)[:, start : start + self.frames]
 
-    def batch(self) -> Tensor:
-        """``[B, Q, T]``."""
-        return torch.stack([self.segment() for _ in range(self.config.batch_size)])
+    def batches(self) -> Iterator[Batch]:
+        """Batches of ``codes [B, Q, T]``, without end."""
+        while True:
+            codes = torch.stack([self.segment() for _ in range(self.rows)])
+            yield dataset.Batch(codes, torch.arange(self.rows), ())
 
 
-def make_optimizer(injection: Injection, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with three groups: matrices (decayed), vectors, and gates (their own rate, not decayed)."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    gates = [gate for block in injection.blocks.values() for gate in block.gate_parameters()]
-    known = {id(gate) for gate in gates}
-    for parameter in injection.parameters():
-        if id(parameter) not in known:
-            (matrices if parameter.dim() > 1 else vectors).append(parameter)
-    groups = [
-        {"params": matrices, "lr": config.learning_rate, "weight_decay": config.weight_decay},
-        {"params": vectors, "lr": config.learning_rate, "weight_decay": 0.0},
-        {"params": gates, "lr": config.gate_learning_rate, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
+@dataclass
+class _Watch(Callback):
+    """Keeps what happened, and switches updates; ends a training whose first step has nothing to train."""
+
+    log: TrainingLog
+    updates: bool
+    on_step: Callable[[int, float], None]
+
+    def around_step(self, trainer: Trainer, batches: Sequence[Batch]) -> AbstractContextManager[object]:
+        return trainer.trained.host.updates(trainer.trained.model, self.updates)
+
+    def after_step(self, trainer: Trainer, step: Step) -> None:
+        if not self.updates and step.gradient_norm == 0:
+            trainer.outcome.stopped = True
+            return
+        self.log.losses.append(step.losses.plain["audio"])
+        self.log.gradient_norms.append(step.gradient_norm)
+        self.log.seconds += step.seconds
+        self.on_step(step.number, self.log.losses[-1])
 
 
 def train(
     model: Any,
     injection: Injection,
-    segments: Segments,
-    config: TrainConfig,
+    batches: Iterator[Batch],
+    config: RunConfig,
     *,
-    on_step: Callable[[int, float], None],
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
     updates: bool = True,
 ) -> TrainingLog:
     """Train the blocks in place and leave the model in eval mode. ``on_step(step, loss)`` is called after each step.
@@ -96,51 +101,20 @@ def train(
     ``updates=False`` trains them with their test-time updates off, which makes a control. Blocks that do nothing
     without updates have nothing to train then: the log is empty.
 
-    Raises TrainingError at the first loss or gradient that is not finite.
+    Raises TrainingError when ``config.max_bad_steps`` steps in a row are not finite.
     """
     injection.freeze_base()
-    parameters = list(injection.parameters())
-    optimizer = make_optimizer(injection, config)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
-    log = TrainingLog()
-    started = time.perf_counter()
-    model.train()
-    for step in range(config.steps):
-        with injection.host.updates(model, updates):
-            loss, audio = training_loss(model, segments.batch(), text_weight=config.text_weight)
-        if not updates and not loss.requires_grad:
-            break
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))
-        if not (math.isfinite(float(loss.detach())) and math.isfinite(norm)):
-            raise TrainingError(_diagnosis(step, float(loss.detach()), norm, injection))
-        if not updates and norm == 0:
-            break
-        optimizer.step()
-        schedule.step()
-        log.losses.append(float(audio))
-        log.gradient_norms.append(norm)
-        on_step(step + 1, log.losses[-1])
+    log, host = TrainingLog(), injection.host
+    with host.updates(model, updates):
+        if not updates and not host.probe(model, batch_size=1, length=8, seed=0).requires_grad:
+            return log
+    losses = host.losses(
+        first_codebook=config.first_codebook_weight_multiplier, text_padding=config.text_padding_weight,
+        text=config.text_weight,
+    )  # fmt: skip
+    roles = injection.plan.policy.roles(injection.plan.blocks[0].info.dtype)
+    with start("cpu", None) as runtime:
+        trainer = Trainer(TrainedModel(model, injection, roles, losses), config, runtime)
+        trainer.fit(batches, [_Watch(log, updates, on_step)])
     model.eval()
-    log.seconds = time.perf_counter() - started
     return log
-
-
-def _rate(step: int, config: TrainConfig) -> float:
-    """Factor of the learning rate: linear warm-up, then a half cosine down to a tenth."""
-    warm = min(1.0, (step + 1) / (config.warmup + 1))
-    return warm * (0.55 + 0.45 * math.cos(math.pi * step / config.steps))
-
-
-def _diagnosis(step: int, loss: float, norm: float, injection: Injection) -> str:
-    def broken(tensor: Tensor | None) -> bool:
-        return tensor is not None and not bool(tensor.isfinite().all())
-
-    values = [name for name, parameter in injection.named_parameters() if broken(parameter)]
-    gradients = [name for name, parameter in injection.named_parameters() if broken(parameter.grad)]
-    where = f"not finite are parameters: {', '.join(values) or 'none'}; gradients: {', '.join(gradients) or 'none'}"
-    return (
-        f"Training stopped at step {step + 1}: loss {loss}, gradient norm {norm}; {where}. "
-        "Lower train.learning_rate or the blocks' base_lr, or raise train.warmup; nothing was saved."
-    )

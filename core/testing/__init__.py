@@ -2,7 +2,7 @@
 
 In a test module of your plugin::
 
-    from moshi_ttt.core.testing import conformance_tests
+    from moshi_ttt.testing import conformance_tests
 
     test_conformance = conformance_tests("my_variant", {"chunk": 4})
 
@@ -49,8 +49,10 @@ from moshi_ttt.core.testing.checks_streaming import (
     check_updates_off,
 )
 from moshi_ttt.core.testing.checks_surroundings import (
+    check_buffer_layouts,
     check_changed_parameters,
     check_copies,
+    check_figures_under_autocast,
     check_other_modes,
     check_parameter_dimensions,
     check_parameter_layouts,
@@ -103,12 +105,14 @@ CHECKS: tuple[Check, ...] = (
     check_no_host_read,
     check_device,
     check_other_modes,
+    check_figures_under_autocast,
     check_copies,
     check_changed_parameters,
     check_state_is_float32,
     check_long_stream,
     check_parameter_dimensions,
     check_parameter_layouts,
+    check_buffer_layouts,
     check_parameters_unwritten,
     check_checkpointing,
     check_two_forwards,

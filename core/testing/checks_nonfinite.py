@@ -29,7 +29,8 @@ def check_nonfinite_recovery(case: BlockCase) -> None:
     """Where a block declares ``skips_nonfinite``: the update of a chunk with a token that is not finite is left out.
 
     Earlier outputs are bit-equal, the row is finite again from the next chunk on, the skipped update is counted, any
-    cut of the sequence agrees, and no parameter's gradient is spoiled by a token whose output nobody uses.
+    cut of the sequence agrees, and no parameter's gradient is spoiled by a token whose output nobody uses. Where the
+    row's updates are disabled none is left out, and none counted.
     """
     block = case.block()
     if not block.skips_nonfinite:
@@ -54,8 +55,26 @@ def check_nonfinite_recovery(case: BlockCase) -> None:
             expected[ROW] = 1
             assert_equal(counts, expected, f"{name} at token {bad}: skipped updates")
         _check_gradients(block, y, others, f"{name} at token {bad}")
+        _check_disabled(case, block, x, f"{name} at token {bad}, updates disabled")
         if case.causal:
             _check_cuts(case, block, x, bad, ended)
+
+
+@torch.no_grad()
+def _check_disabled(case: BlockCase, block: SequenceBlock, x: Tensor, what: str) -> None:
+    for updates in (False, torch.arange(len(x)) != ROW):
+        _, state = case.call(block, x, updates=updates)
+        if state:
+            counts = block.skipped_updates(state)
+            assert_equal(counts, torch.zeros_like(counts), f"{what}: skipped updates")
+            for part, tensor in state.items():
+                assert tensor.isfinite().all(), f"{what}: state {part!r} is not finite afterwards"
+        if case.causal:
+            state = block.allocate_state(len(x))
+            for token in x.split(1, dim=1):
+                case.step(block, token, state, updates=updates)
+            counts = block.skipped_updates(state)
+            assert_equal(counts, torch.zeros_like(counts), f"{what}: skipped updates, streamed")
 
 
 def _check_cuts(case: BlockCase, block: SequenceBlock, x: Tensor, bad: int, ended: int) -> None:

@@ -1,4 +1,4 @@
-"""Checks of what a block lives among: other modes of the tensor library, copies, and parameters laid out otherwise."""
+"""Checks of what a block lives among: other modes of torch, copies, and parameters and buffers laid out otherwise."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moshi_ttt.core import state as states
-from moshi_ttt.core.block import SequenceBlock
+from moshi_ttt.core.block import SequenceBlock, SiteKind
 from moshi_ttt.core.casts import ParameterCasts
+from moshi_ttt.core.errors import ContextError
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.core.testing.case import BlockCase, assert_close, assert_equal
 
@@ -40,6 +41,26 @@ def check_other_modes(case: BlockCase) -> None:
         if causal:
             case.step(used, x[:, :1], used.allocate_state(len(x)))
     _compare(case, used, fresh, x, "after fake tensors and inference mode")
+
+
+def check_figures_under_autocast(case: BlockCase) -> None:
+    """``statistics``, ``inner_losses`` and ``drift`` are bit-equal under an autocast."""
+    block, x = case.block(), case.inputs(2 * case.chunk + 1)
+    if block.kind is SiteKind.FEED_FORWARD and block.roles.param is not torch.bfloat16:
+        return  # refused: it would round the host's own MLP
+
+    def figures() -> dict[str, Tensor]:
+        measured = {f"statistic {name!r}": tensor for name, tensor in block.statistics(x, case.context(x)).items()}
+        losses = block.inner_losses(x, case.context(x))
+        return measured | {f"inner loss {name!r}": t for name, t in losses.items()} | {"drift": block.drift(state)}
+
+    with torch.no_grad():
+        _, state = case.call(block, x)
+        expected = figures()
+        with torch.autocast(x.device.type, torch.bfloat16):
+            found = figures()
+    for name, tensor in expected.items():
+        assert_equal(found[name].nan_to_num(), tensor.nan_to_num(), f"{name} under an autocast")
 
 
 def check_copies(case: BlockCase) -> None:
@@ -81,6 +102,29 @@ def check_parameter_layouts(case: BlockCase) -> None:
     if case.causal:
         outputs = [_streamed(case, each, x)[0] for each in (block, plain)]
         assert_close(outputs[0], outputs[1], case.tolerance, "parameters that are not contiguous, streamed")
+
+
+def check_buffer_layouts(case: BlockCase) -> None:
+    """A step refuses a buffer that is not contiguous, where writes to a copy would be lost, and then writes nothing."""
+    if not case.causal:
+        return
+    block, x = case.block(), case.inputs(2 * case.chunk + 1)
+    state = block.allocate_state(len(x))
+    for name, tensor in state.items():
+        strided = _strided(tensor)
+        if strided.is_contiguous():
+            continue
+        given = {**state, name: strided}
+        before = states.clone(given)
+        for length in (1, 2):
+            refusal = ""
+            try:
+                case.step(block, x[:, :length], given)
+            except ContextError as raised:
+                refusal = str(raised)
+            assert repr(name) in refusal, f"a step of {length} tokens took a state whose {name!r} is not contiguous"
+        for part, buffer in before.items():
+            assert_equal(given[part], buffer, f"state {part!r} after a step that was refused for {name!r}")
 
 
 def check_parameter_dimensions(case: BlockCase) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from moshi_ttt.core.config import HostConfig
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.host import CarriedState, HostModel, updates_switch
+from moshi_ttt.core.losses import HostLosses
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.core.volume import volume_switch
 
@@ -80,6 +81,33 @@ class ToyModel(nn.Module):
         if self.carry is not None:
             self.carry.advance(context)
         return x
+
+
+class ToyLosses(HostLosses):
+    """One loss, ``next``: squared error of the output at t as a prediction of the input at t + 1.
+
+    ``inputs`` are ``[B, T, D]``; a term is a position, its mean over D, and weighs 1.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("next",)
+    in_nats: ClassVar[bool] = False
+
+    def weights(self, model: ToyModel, inputs: Tensor) -> Tensor:
+        return torch.full((2, 1), inputs.shape[0] * (inputs.shape[1] - 1), dtype=torch.float64)
+
+    def sums(self, model: ToyModel, inputs: Tensor) -> Tensor:
+        total = self._terms(model, inputs).sum()
+        return torch.stack([total, total.detach()]).view(2, 1)
+
+    @torch.no_grad()
+    def by_position(self, model: ToyModel, inputs: Tensor) -> dict[str, Tensor]:
+        terms = self._terms(model, inputs).double().cpu()
+        return {"next": nn.functional.pad(terms, (0, 1), value=torch.nan)}  # [B, T - 1] -> [B, T]
+
+    def _terms(self, model: ToyModel, inputs: Tensor) -> Tensor:
+        """``[B, T - 1]``: the mean over D of squared errors."""
+        errors: Tensor = model(inputs)[:, :-1] - inputs[:, 1:]
+        return errors.float().square().mean(-1)
 
 
 class ToyHost(HostModel):
@@ -189,8 +217,13 @@ class ToyHost(HostModel):
         weight = cast(ToyLayer, self._checked(model).layers[0]).mlp.linear_in.weight
         return cast(Tensor, model(x.to(weight.dtype)).float().square().mean())
 
+    def losses(self, **options: float) -> ToyLosses:
+        if options:
+            raise HostError(f"The toy host's loss has no options, got {', '.join(sorted(options))}.")
+        return ToyLosses()
+
     def fsdp_units(self, model: nn.Module) -> Sequence[nn.Module]:
-        return [*self.blocks(model).values(), *self._checked(model).layers]
+        return [*self.blocks(model).values(), self._checked(model)]  # its layers are not called as modules
 
     def _checked(self, model: nn.Module) -> ToyModel:
         if not isinstance(model, ToyModel):

@@ -17,7 +17,8 @@ from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.host import CarriedState, HostModel, updates_switch
 from moshi_ttt.core.volume import volume_switch
-from moshi_ttt.hosts.audio.model import AudioDenoiser, AudioLayer, denoising_loss
+from moshi_ttt.hosts.audio.losses import AudioLosses, denoising_loss
+from moshi_ttt.hosts.audio.model import AudioDenoiser, AudioLayer
 
 
 class AudioHostConfig(HostConfig):
@@ -132,6 +133,12 @@ class AudioHost(HostModel):
     def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
         """The denoising loss on made-up tones in noise."""
         return denoising_loss(_checked(model), batch_size, length, seed)
+
+    def losses(self, **options: float) -> AudioLosses:
+        """The denoising loss; it has no options."""
+        if options:
+            raise HostError(f"The denoiser's loss has no options, got {', '.join(sorted(options))}.")
+        return AudioLosses()
 
     def fsdp_units(self, model: nn.Module) -> Sequence[nn.Module]:
         return [*self.blocks(model).values(), *_layers(model), model]

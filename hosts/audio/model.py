@@ -9,7 +9,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moshi_ttt.core.block import BlockContext, SequenceBlock
 
@@ -61,10 +60,3 @@ def made_up_recordings(batch: int, frames: int, frame: int, seed: int) -> tuple[
     phase = 6.283 * torch.rand(batch, 3, 1, generator=generator)
     clean = torch.sin(pitch * time + phase).mean(1)
     return clean + 0.5 * torch.randn(clean.shape, generator=generator), clean
-
-
-def denoising_loss(model: AudioDenoiser, batch: int, frames: int, seed: int) -> Tensor:
-    """Mean squared error on made-up recordings."""
-    weight = model.encode.weight
-    noisy, clean = (part.to(weight) for part in made_up_recordings(batch, frames, model.frame, seed))
-    return F.mse_loss(model(noisy), clean)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeGuard, cast
 
@@ -22,9 +23,12 @@ from moshi_ttt.core.volume import volume_switch
 from moshi_ttt.hosts.moshi import base_weights, lora
 from moshi_ttt.hosts.moshi.compiling import compiled_output
 from moshi_ttt.hosts.moshi.fit import require_unconditioned
+from moshi_ttt.hosts.moshi.flat_config import native_entries
+from moshi_ttt.hosts.moshi.fsdp import sharding
 from moshi_ttt.hosts.moshi.layers import (
     MODULE_NAMES,
     BlockSite,
+    TTTLMModel,
     TTTStreamingTransformer,
     TTTStreamingTransformerLayer,
     block_sites,
@@ -32,6 +36,7 @@ from moshi_ttt.hosts.moshi.layers import (
     switched,
 )
 from moshi_ttt.hosts.moshi.loading import FILES, MoshiBundle, load_skeleton, resolve_repo
+from moshi_ttt.hosts.moshi.losses import MoshiLosses, made_up_loss
 from moshi_ttt.hosts.moshi.upstream import (
     FRAME_RATE,
     ActivationGating,
@@ -111,10 +116,20 @@ class MoshiHost(HostModel):
         comes with the model, so that is left out. Raises HostError, and AdapterError for no adapter."""
         return self.load(config, device=device, lora=not read_manifest(folder)["extra"])
 
+    def config_for(self, name: str) -> MoshiHostConfig:
+        """``name`` is a hub repository, a local folder laid out like one, or ``builtin:tiny``."""
+        return MoshiHostConfig(hf_repo=name)
+
+    def recognizes(self, model: nn.Module) -> bool:
+        return isinstance(model, LMModel)
+
     def skeleton(self, config: MoshiHostConfig) -> LMModel:
         """The architecture on the meta device; of a hub repository, only config.json is fetched. Raises HostError."""
         dtype = cast(torch.dtype, getattr(torch, config.dtype)) if config.dtype else None
         return load_skeleton(config.hf_repo, revision=config.revision, dtype=dtype, config_path=config.config_path)
+
+    def entries_of_mapping(self, mapping: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], str]:
+        return native_entries(mapping, where)
 
     def sites(self, model: nn.Module) -> tuple[SiteInfo, ...]:
         model = require_lm(model)
@@ -151,6 +166,7 @@ class MoshiHost(HostModel):
             raise HostError("No block was attached:\n" + "\n".join(f"- {problem}" for problem in problems))
         if not blocks:
             return
+        model.__class__ = TTTLMModel
         model.transformer.__class__ = TTTStreamingTransformer
         for layer in main_layers(model):
             layer.__class__ = TTTStreamingTransformerLayer
@@ -173,6 +189,7 @@ class MoshiHost(HostModel):
         for name in ("_carry", "_updates", "_volume"):
             vars(model.transformer).pop(name, None)
         model.transformer.__class__ = StreamingTransformer
+        model.__class__ = LMModel
         clear_streaming_caches(model)
         return blocks
 
@@ -289,12 +306,14 @@ class MoshiHost(HostModel):
         text = torch.randint(0, model.text_card, (batch_size, 1, length), generator=generator)
         audio = torch.randint(0, model.card, (batch_size, model.num_audio_codebooks, length), generator=generator)
         codes = torch.cat([text, audio], dim=1).to(model.device)
-        if model.depformer is None:
-            _, logits = model.forward_text(codes[..., :-1])  # [B, 1, T - 1, text_card]
-            return nn.functional.cross_entropy(logits.float().flatten(0, 2), codes[:, :1, 1:].flatten())
-        out = model(codes)
-        targets = codes[:, model.audio_offset : model.audio_offset + model.dep_q]
-        return nn.functional.cross_entropy(out.logits[out.mask].float(), targets[out.mask])
+        return made_up_loss(model, codes)
+
+    def losses(self, **options: float) -> MoshiLosses:
+        """Text and audio; the options are ``MoshiLosses``'s attributes."""
+        known = [each.name for each in fields(MoshiLosses)]
+        if unknown := sorted(options.keys() - set(known)):
+            raise HostError(f"Moshi's losses have no option {unknown[0]!r}. Options: {', '.join(known)}.")
+        return MoshiLosses(**options)
 
     def fsdp_units(self, model: nn.Module) -> tuple[nn.Module, ...]:
         """Each block, the condition provider (always float32), each layer of both transformers, then the model."""
@@ -306,6 +325,14 @@ class MoshiHost(HostModel):
         if model.depformer is not None:
             units.extend(model.depformer.layers)
         return (*units, model)
+
+    def stored_units(self, model: nn.Module) -> tuple[nn.Module, ...]:
+        """Each block, and the condition provider, which is always float32."""
+        provider = require_lm(model).condition_provider
+        return (*self.blocks(model).values(), *(() if provider is None else (provider,)))
+
+    def sharding(self, model: nn.Module) -> AbstractContextManager[None]:
+        return sharding(require_lm(model))
 
     def _problems(self, model: LMModel, site: Site, block: SequenceBlock) -> Iterator[str]:
         infos = {info.site: info for info in self.sites(model)}
@@ -369,7 +396,7 @@ def _require_idle(model: LMModel, what: str) -> None:
 
 def _foreign_classes(model: LMModel) -> list[str]:
     """Complaints about classes other than Moshi's own: changing them to ours would lose what they do."""
-    expected: list[tuple[nn.Module, type[nn.Module]]] = [(model.transformer, StreamingTransformer)]
+    expected: list[tuple[nn.Module, type[nn.Module]]] = [(model, LMModel), (model.transformer, StreamingTransformer)]
     expected += [(layer, StreamingTransformerLayer) for layer in main_layers(model)]
     return [
         f"the model has a {type(module).__name__} where Moshi has a {wanted.__name__}; blocks go into Moshi's own."

@@ -1,9 +1,9 @@
 """Moshi's transformer with blocks in it.
 
-Blocks are put in by changing the class of the main transformer and of its layers to the subclasses below, and by adding
-one module where there is a block: ``layer.ttt`` between attention and the feed-forward, ``layer.ttt_feed_forward`` in
-the gated MLP's place. No parameter moves, so none is renamed; changing the classes back and deleting those modules
-gives the base model.
+Blocks are put in by changing the class of the model, of its main transformer and of its layers to the subclasses below,
+and by adding one module where there is a block: ``layer.ttt`` between attention and the feed-forward,
+``layer.ttt_feed_forward`` in the gated MLP's place. No parameter moves, so none is renamed; changing the classes back
+and deleting those modules gives the base model.
 
 What one forward pass knows (input embeddings, carried states) is a ``ForwardContext``: made by the transformer for
 that pass, handed to the layers as an argument, and so kept by activation checkpointing for the layers it runs again in
@@ -15,7 +15,7 @@ Shape legend: B streams, T tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -27,7 +27,12 @@ from moshi_ttt.core.carry import Carry, ForwardContext
 from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.errors import ContextError, HostError
 from moshi_ttt.hosts.moshi.streaming import BlockStreamState
-from moshi_ttt.hosts.moshi.upstream import StreamingModule, StreamingTransformer, StreamingTransformerLayer
+from moshi_ttt.hosts.moshi.upstream import (
+    LMModel,
+    StreamingModule,
+    StreamingTransformer,
+    StreamingTransformerLayer,
+)
 
 Switch = Literal["updates", "volume"]
 SWITCHES: tuple[Switch, ...] = get_args(Switch)
@@ -156,7 +161,8 @@ class TTTStreamingTransformer(StreamingTransformer):
         return y
 
     def _init_streaming_state(self, batch_size: int) -> Any:
-        # Checked here too, before any layer has state: a refusal then leaves no layer streaming.
+        # Checked here too, before any layer has state: a refusal then leaves no layer streaming where the transformer
+        # streams by itself.
         if self._carry is not None:
             raise HostError("Streaming cannot start inside host.carry(...): leave the context first.")
         for layer in self.layers:
@@ -164,6 +170,21 @@ class TTTStreamingTransformer(StreamingTransformer):
                 refuse_sharded(site.block)
                 site.check_rows(batch_size)
         return super()._init_streaming_state(batch_size)
+
+
+class TTTLMModel(LMModel):
+    """The language model. A stream that is refused leaves none of its modules streaming, so that another can start."""
+
+    def streaming(self, batch_size: int) -> ExitStack:
+        """See ``StreamingModule.streaming``, which sets the state of one module after the other."""
+        modules = [module for module in self.modules() if isinstance(module, StreamingModule)]
+        idle = [module for module in modules if module._streaming_state is None]
+        try:
+            return super().streaming(batch_size)
+        except BaseException:
+            for module in idle:
+                module._streaming_state = None
+            raise
 
 
 @contextmanager

@@ -121,7 +121,7 @@ class BlockStreamState(State):
         if any(skipped):
             warnings.warn(
                 f"{self.block.info.site}: updates were skipped because they were not finite, per stream: {skipped}. "
-                "Lower the block's learning rate, or look for values in the input that are not finite.",
+                f"{self.block.skipped_advice}",
                 stacklevel=2,
             )
 

@@ -50,6 +50,15 @@ def speech_files() -> tuple[Path, ...]:
     return tuple(sorted((bundle_folder() / "speech").glob("*.wav")))
 
 
+SPEECH = {"builtin:speech": "train.jsonl", "builtin:held-out": "held_out.jsonl"}
+"""What a config calls the recordings that ship with the tiny Moshi -> their manifest. The longest is held out."""
+
+
+def speech_manifest(name: str) -> Path:
+    """The manifest of a name of ``SPEECH``. Raises HostError when it was not installed."""
+    return bundle_folder() / "speech" / SPEECH[name]
+
+
 def memory_adapter() -> Path:
     """The adapter that ships with the tiny Moshi: a memory (``ttt_ridge``) that recalls what a stream has heard.
 

@@ -1,1 +1,6 @@
-"""What the built-in variants share: the inner loop, the hybrid layer around it, RoPE. Registers nothing."""
+"""What several plugins share beside the TTT layer (``plugins.hybrid``). A library: it registers nothing."""
+
+from pathlib import Path
+
+# The earlier names of what is now in plugins.hybrid are modules of this package for one version (moved/__init__.py).
+__path__ = [*__path__, str(Path(__file__).parent / "moved")]

@@ -13,16 +13,16 @@ from moshi_ttt.core.precision import DtypeRoles
 
 
 def largest_factor(dtype: torch.dtype) -> float:
-    """What keys, targets and rates must stay below: the fourth root of the largest number (4e9 in float32).
+    """The bound of keys, targets and rates: the fourth root of the largest number (4e9 in float32).
 
-    A product of three, summed over any stream and multiplied by a filter of sane size, is then finite.
+    A product of three, summed over any stream and multiplied by a filter of usual size, is then finite.
     """
     largest: float = torch.finfo(dtype).max
     return math.sqrt(math.sqrt(largest))
 
 
 def check_state_dtype(info: SiteInfo, roles: DtypeRoles) -> None:
-    """Raise ConfigError for a state in float16: its fourth root, 16, would leave out sane tokens."""
+    """Raise ConfigError for a state in float16: its fourth root, 16, would leave out ordinary tokens."""
     if roles.state == torch.float16:
         raise ConfigError(
             f"{info.site}: policy {roles.policy!r} keeps the state in float16, whose numbers end at 65504: sums of "

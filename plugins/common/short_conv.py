@@ -2,10 +2,10 @@
 
     out_t = sum over j < K of taps[:, j] * z_(t-j)
 
-With one at lag 1 a key is that of the token before: what the memory stores beside a key is what came after it.
+With one at lag 1 a key is that of the token before, and the value stored with it is what followed that token.
 
 The cache is the last K - 1 tokens, oldest first, and zero at a stream's start. It is state and not memory: it holds
-what was heard, whether or not test-time updates are enabled, so a block leaves it out of ``memory_names``. Products are
+the input, whether or not test-time updates are enabled, so a block leaves it out of ``memory_names``. Products are
 added tap by tap, lag 0 first, whatever the number of tokens: any cut of a sequence gives the same bits.
 
 A token that is not finite, or too large (``finite.largest_factor``), counts as zero, in the call and in the cache:
@@ -51,7 +51,7 @@ def convolve(z: Tensor, taps: Tensor, cache: Tensor, kept: Tensor | None = None)
     Returns:
         ``[B, T, D]`` in the dtype of ``z``, and the cache after the last token, in the dtype of ``cache``.
     """
-    window = torch.cat([cache.to(z.dtype), _sane(z, kept)], dim=1)  # [B, K - 1 + T, D]
+    window = torch.cat([cache.to(z.dtype), _only_finite(z, kept)], dim=1)  # [B, K - 1 + T, D]
     after = window[:, window.shape[1] - cache.shape[1] :].to(cache.dtype)
     return _filtered(window, taps, z.shape[1]), after
 
@@ -60,11 +60,11 @@ def convolve(z: Tensor, taps: Tensor, cache: Tensor, kept: Tensor | None = None)
 def convolve_step(
     z: Tensor, taps: Tensor, cache: Tensor, exec_mask: Tensor | None = None, kept: Tensor | None = None
 ) -> Tensor:
-    """The convolution of one token ``z [B, 1, D]``; ``cache`` is updated in place and no value is read on the host.
+    """The convolution of one token ``z [B, 1, D]``; ``cache`` is updated in place, without a device synchronization.
 
     Rows where ``exec_mask [B]`` is false keep their cache bit for bit. Otherwise as ``convolve``, bit for bit.
     """
-    window = torch.cat([cache.to(z.dtype), _sane(z, kept)], dim=1)  # [B, K, D]
+    window = torch.cat([cache.to(z.dtype), _only_finite(z, kept)], dim=1)  # [B, K, D]
     following = window[:, 1:].to(cache.dtype)
     if exec_mask is not None:
         following = torch.where(row_mask(exec_mask, cache), following, cache)
@@ -73,7 +73,7 @@ def convolve_step(
 
 
 class Convolutions:
-    """Those of one call, of queries and keys, each with taps and a cache of its own.
+    """The convolutions of one call, of queries and keys, each with taps and a cache of its own.
 
     Args:
         taps: of each, ``[D, K]``.
@@ -107,11 +107,12 @@ class Convolutions:
         return out
 
 
-def _sane(z: Tensor, kept: Tensor | None) -> Tensor:
+def _only_finite(z: Tensor, kept: Tensor | None) -> Tensor:
+    """``z [B, T, D]`` with zeros for tokens that are not finite, too large, or not ``kept [B, T]``."""
     with torch.no_grad():
-        sane = below(z, largest_factor(z.dtype))
-        sane = sane if kept is None else sane & kept
-    return torch.where(sane[..., None], z, 0)
+        finite = below(z, largest_factor(z.dtype))  # [B, T]
+        finite = finite if kept is None else finite & kept
+    return torch.where(finite[..., None], z, 0)  # [B, T, 1] over [B, T, D]
 
 
 def _filtered(window: Tensor, taps: Tensor, length: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""The success gate: a memory is heard as much as its last answers met what then came.
+"""The success gate: it scales a memory's output by how well its last outputs predicted the tokens that followed.
 
 s_t = cos(o_(t-1), v_t), and g_t = sigmoid(a + b sum_(j < taps) w_j s_(t-j)) multiplies what the memory adds at token
-t. o_(t-1) is the answer that was given at the token before, and v_t what it was about and is known now, at token t. The
-caller aligns them: v_t must depend on no token after t. Before a stream's first token there was no answer: s = 0.
+t. o_(t-1) is the memory's answer (its output) at the token before, and v_t the value that it predicted. The caller
+aligns them: v_t must depend on no token after t. Before a stream's first token there is no answer: s = 0.
 
 Shape legend: B streams, T tokens, H heads, d width of an answer.
 """
@@ -22,7 +22,7 @@ INITIAL_BIAS, INITIAL_SLOPE = -1.0, 4.0
 
 
 class GateState(NamedTuple):
-    """What a stream carries: the last ``answer [B, H, d]``, and the last ``scores [B, H, taps - 1]``, oldest first."""
+    """The state of a stream: the last ``answer [B, H, d]``, and the last ``scores [B, H, taps - 1]``, oldest first."""
 
     answer: Tensor
     scores: Tensor
@@ -48,13 +48,13 @@ def similarity(answers: Tensor, values: Tensor) -> Tensor:
 
 
 def initial_state(batch: int, heads: int, width: int, taps: int, dtype: torch.dtype, device: torch.device) -> GateState:
-    """Of streams that have given no answer."""
+    """The state at the start of ``batch`` streams: no answer yet, so zeros."""
     answer = torch.zeros(batch, heads, width, dtype=dtype, device=device)
     return GateState(answer, torch.zeros(batch, heads, taps - 1, dtype=dtype, device=device))
 
 
 class SuccessGate(nn.Module):
-    """The parameters a and b ``[H]`` and w ``[H, taps]``, and the gate in both regimes.
+    """The parameters a and b ``[H]`` and w ``[H, taps]``, and the gate in calls and in streams.
 
     Args:
         dtype: the master dtype of a policy.
@@ -70,7 +70,7 @@ class SuccessGate(nn.Module):
         self.weights = nn.Parameter(torch.empty(heads, taps, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """a = -1, b = 4, w = 1 / taps: 0.27 without an answer, 0.95 where all answers were right."""
+        """a = -1, b = 4, w = 1 / taps: the gate is 0.27 without an answer, 0.95 where all predictions were right."""
         assign(self.bias, torch.full(self.bias.shape, INITIAL_BIAS))
         assign(self.slope, torch.full(self.slope.shape, INITIAL_SLOPE))
         assign(self.weights, torch.full(self.weights.shape, 1 / self.taps))
@@ -79,8 +79,8 @@ class SuccessGate(nn.Module):
         """All tokens of a call at once.
 
         Args:
-            answers: ``[B, T, H, d]``: what the memory answers at each token.
-            values: ``[B, T, H, d]``: what is known at each token of what the answer before it was about.
+            answers: ``[B, T, H, d]``: the memory's output at each token.
+            values: ``[B, T, H, d]``: the value at each token that the answer before it predicted.
             state: of the tokens before; None for a stream's start.
 
         Returns:
@@ -89,14 +89,15 @@ class SuccessGate(nn.Module):
         batch, length, heads, width = answers.shape
         if state is None:
             state = initial_state(batch, heads, width, self.taps, answers.dtype, answers.device)
-        given = torch.cat([state.answer[:, None], answers], dim=1)  # [B, T + 1, H, d]: the answers before each token
+        given = torch.cat([state.answer[:, None], answers], dim=1)  # [B, 1 + T, H, d]: the answers before each token
         new = similarity(given[:, :-1], values)  # [B, T, H]
         scores = torch.cat([state.scores.mT, new], dim=1)  # [B, taps - 1 + T, H]
         gate = self._gate([scores[:, self.taps - 1 - j : self.taps - 1 - j + length] for j in range(self.taps)])
+        # [B, T, H] -> [B, T, H, 1], and [B, taps - 1, H] -> [B, H, taps - 1]
         return gate[..., None], GateState(given[:, -1], scores[:, length:].mT)
 
     def step(self, answer: Tensor, value: Tensor, state: GateState, active: Tensor | None = None) -> Tensor:
-        """``[B, H, 1]``: the gate of one token, whose ``answer`` and ``value`` are ``[B, H, d]``; in place.
+        """``[B, H, 1]``: the gate of one token, with its ``answer`` and ``value`` ``[B, H, d]``; in place.
 
         The state of a row that is not ``active [B]`` stays as it is.
         """
@@ -108,7 +109,7 @@ class SuccessGate(nn.Module):
         return gate[..., None]
 
     def _gate(self, scores: list[Tensor]) -> Tensor:
-        """Of the scores ``[..., H]`` of each token and of those 1, 2, ... tokens before it."""
+        """The gate ``[..., H]`` of the scores ``[..., H]`` of each token and of those 1, 2, ... tokens before it."""
         weights = self.weights.to(scores[0])
         total = scores[0] * weights[:, 0]
         for j, score in enumerate(scores[1:], start=1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moshi_ttt.core.hooks import hookimpl
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 MOSHI_TTT_API = 1
 
+# Earlier names of modules are found for one version (moved/__init__.py).
+__path__ = [*__path__, str(Path(__file__).parent / "moved")]
+
 
 @hookimpl
 def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
@@ -19,5 +23,7 @@ def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
 
 @hookimpl
 def moshi_ttt_verifiers(registrar: Registrar) -> None:
-    for form in ("reference", "gram", "running_sum", "streamed"):
+    for form in ("naive", "parallel", "chunkwise", "recurrent"):
         registrar.add(f"gating_mlp-{form}", f"{__name__}.verifiers:{form.upper()}")
+    for form in ("options_naive", "options_chunk", "options_recurrent"):
+        registrar.add(f"gating_mlp-{form}", f"{__name__}.option_verifiers:{form.upper()}")

@@ -17,18 +17,24 @@ from torch import Tensor
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common.finite import largest_factor
+from moshi_ttt.plugins.common.success_gate import SuccessGate
 from moshi_ttt.plugins.gating_mlp.memory import Memory
 
 NAME = "moshi_ttt_gating_mlp"
 SOURCE = Path(__file__).with_name("step.cpp")
+HEADER = Path(__file__).with_name("corrections.h")
 DTYPES = (torch.float32, torch.float64)
+
+
+OPTIONAL = ("norm", "factor", "answer", "scores")
+"""Parts of the state that only some options have, in the order in which the compiled step takes them."""
 
 
 class CompiledStepper:
     """Streams rows whose state is on a CPU, in float32 or float64; holds no state.
 
     Raises:
-        ConfigError: options it does not have, another device or dtype, or step.cpp cannot be built here.
+        ConfigError: another device or dtype, or step.cpp cannot be built here.
     """
 
     def __init__(self, memory: Memory, like: Tensor) -> None:
@@ -37,14 +43,9 @@ class CompiledStepper:
                 f"The compiled step of gating_mlp is for a state on a CPU in float32 or float64, and this one is "
                 f"{like.dtype} on {like.device}. Stream without compile_step: on CUDA a captured graph does its work."
             )
-        if memory.update_rule != "hebbian" or memory.gated:
-            asked = f"update: {memory.update_rule}" + (", success_gate: true" if memory.gated else "")
-            raise ConfigError(
-                f"The compiled step of gating_mlp is for update: hebbian without success_gate, and this block has "
-                f"{asked}. Stream without compile_step: the results come from tensor operations."
-            )
         schedule = memory.schedule
         self.decay, self.clip = memory.decay, memory.clip
+        self.corrects = memory.update_rule != "hebbian"
         self.limit = largest_factor(like.dtype)
         self.plan = [
             schedule.chunk, schedule.staged, schedule.moves, schedule.slice, schedule.look_ahead, memory.first_tap,
@@ -54,13 +55,15 @@ class CompiledStepper:
 
     def step(
         self, state: BlockState, token: tuple[Tensor, Tensor, Tensor], conv: Tensor, projection: Tensor,
-        active: Tensor | None, updated: Tensor | None = None, cast: object = None,
+        active: Tensor | None, updated: Tensor | None = None, cast: object = None, *, ridge: Tensor | None = None,
+        success: SuccessGate | None = None,
     ) -> Tensor:  # fmt: skip
         """See ``Stepper.step``; what is cast here is cast in registers."""
+        gate = [] if success is None else [part.to(token[0]) for part in (success.bias, success.slope, success.weights)]
         added: Tensor = self.run(
-            state["position"], state["delta"], state["keys"], state["values"], state["open"], state["scale"],
-            state["spoiled"], state["skipped"], state.get("norm"), *token, conv, projection, active, updated,
-            self.plan, self.decay, self.limit, self.clip,
+            *token, state["position"], state["delta"], state["keys"], state["values"], state["open"], state["scale"],
+            state["spoiled"], state["skipped"], state["enabled"], *(state.get(name) for name in OPTIONAL),
+            conv, projection, active, updated, ridge, gate, self.plan, self.decay, self.limit, self.clip, self.corrects,
         )  # fmt: skip
         return added
 
@@ -96,7 +99,7 @@ def _build(library: Path) -> None:
         command = [
             os.environ.get("CXX", "g++"), "-O3", "-std=c++17", "-shared", "-fPIC",
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-            f"-I{torch_folder / 'include'}", str(SOURCE), "-o", str(built),
+            f"-I{torch_folder / 'include'}", f"-I{HEADER.parent}", str(SOURCE), "-o", str(built),
             f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10",
         ]  # fmt: skip
         result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
@@ -113,11 +116,11 @@ def _cache() -> Path:
 
 def _version() -> str:
     """Another one for each source, torch and kind of machine."""
-    what = [SOURCE.read_text(encoding="utf-8"), torch.__version__, platform.machine()]
+    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, HEADER)]
+    what = [*sources, torch.__version__, platform.machine()]
     return f"{NAME}-{hashlib.sha256(' '.join(what).encode()).hexdigest()[:16]}"
 
 
-def _shape(*arguments: Any, **named: Any) -> Tensor:
+def _shape(key: Tensor, target: Tensor, *others: Any, **named: Any) -> Tensor:
     """A tensor like the result, for tensors without values."""
-    target: Tensor = arguments[10]
     return torch.empty_like(target)

@@ -16,7 +16,7 @@ class GatingMLPConfig(BlockConfig):
 
     Attributes:
         chunk: tokens per update, or seconds as in ``20.5s`` (256 of Moshi's 12.5 tokens a second).
-        update: what a chunk of keys K, values V and answers O (what the memory says to those keys at the chunk's start)
+        update: what a chunk of keys K, values V and answers O (the memory's output for those keys at the chunk's start)
             adds to the memory, with b the write strength of each token. ``hebbian``: K^T diag(b) V, the published
             rule, whose sum grows with the stream. ``gradient``: K^T diag(b) (V - O), one step of gradient descent; it
             diverges where the sum of b |k|^2 over a chunk's like keys is above 2. ``ridge``:
@@ -34,9 +34,10 @@ class GatingMLPConfig(BlockConfig):
             ahead), ``causal`` does not.
         start: ``published``, a filter of zeros and a small diagonal projection, or ``next_frame``, a filter that is one
             at the next token and a projection of zeros. Either way nothing is added at step 0.
-        read_scale: what the memory's answer is multiplied by.
-        success_gate: hear the memory as much as its last answers met what then came.
-        decay: share of the accumulated update that is forgotten at each chunk's end, also while updates are disabled.
+        read_scale: factor of the memory's output.
+        success_gate: scale the memory's output by how well its last outputs predicted the tokens that followed.
+        decay: share of the accumulated update that is forgotten with each chunk's update; nothing is forgotten in a
+            chunk whose tokens all have updates disabled.
         clip: largest Frobenius norm of one chunk's update, or None.
         train_w_down: also train the down projection itself, as a change that is added to the host's.
     """

@@ -1,20 +1,27 @@
-"""What a stream of ``gating_mlp`` carries, and how a call of any length continues it, functionally.
+"""The state of a stream of ``gating_mlp``, and the state after a call of any length, functionally.
 
 - ``position [B]``: tokens in the unfinished chunk.
 - ``delta [B, h + 1, d]``: the accumulated update, transposed, before the projection; its last row is zero. Channels
   below ``schedule.folded(position)`` have the last finished chunk in them, the others not yet.
 - ``keys [B, slots, h]``, ``values [B, slots, d]``: the last finished chunk and the unfinished one, as ``schedule`` lays
   them out; the last slot is zero.
-- ``open [B, K - 1, d + 1]``: what the unfinished chunk's tokens so far add to the filter's output, at the tokens from
-  R before the next one on, less the memory's answer to each where updates correct it; in the last column, the rates.
-- ``scale [B]``: what the last finished chunk's update is multiplied by (clipping; 0 where it was skipped).
-- ``spoiled [B]``: tokens of the unfinished chunk because of which its update will be skipped.
+- ``open [B, K - 1, d + 1]``, in the code ``conv_tail``: what the unfinished chunk's tokens so far add to the filter's
+  output, from R tokens before the next one on, less the memory's answer to each where updates correct it; in the last
+  column, the rates.
+- ``scale [B]``: what the last finished chunk's update is multiplied by (clipping; 0 where it made none, because it
+  was skipped or disabled: then nothing decayed either).
+- ``spoiled [B]``, in the code ``num_nonfinite``: tokens of the unfinished chunk that are not finite; with any, its
+  update will be skipped.
+- ``enabled [B]``, in the code ``num_enabled``: tokens of the unfinished chunk whose updates are enabled; without any,
+  it makes no update.
 - ``skipped [B]``: updates that were skipped.
 - ``factor [B, C, C]``, with ``update: ridge``: the rows so far of the unfinished chunk's Cholesky factor
   (corrections.py); the chunk's keys and values are then Q and Y, and the rates in ``open`` are roots.
-- ``answer [B, 1, d]``, ``scores [B, 1, taps - 1]``, with the success gate: see plugins/gating_mlp/success_gate.py.
+- ``answer [B, 1, d]``, ``scores [B, 1, taps - 1]``, with the success gate: see plugins/common/success_gate.py.
 - ``norm [B, parts]``, where updates are clipped: norm of the unfinished update, over tokens whose value is settled, in
   parts that add to it (``ops.norm_in_parts``).
+
+The names are those of saved streams, so they stay.
 
 Shape legend: B streams, N chunks, C tokens a chunk, d width, h hidden width, K taps that reach a token of the chunk,
 R of them looking ahead.
@@ -38,45 +45,50 @@ from moshi_ttt.plugins.gating_mlp.corrections import Unfinished
 from moshi_ttt.plugins.gating_mlp.schedule import FoldSchedule
 
 
-class Tokens(NamedTuple):
+class StoredTokens(NamedTuple):
     """Keys ``[B, n, h]`` and values ``[B, n, d]`` of the same tokens."""
 
     keys: Tensor
     values: Tensor
 
-    def where(self, mask: Tensor, other: Tokens) -> Tokens:
+    def where(self, mask: Tensor, other: StoredTokens) -> StoredTokens:
         """These where ``mask``, ``[B]`` or ``[B, n]``, is true, ``other`` elsewhere."""
-        mask = mask.view(*mask.shape, *(1 for _ in range(3 - mask.dim())))
-        return Tokens(torch.where(mask, self.keys, other.keys), torch.where(mask, self.values, other.values))
+        mask = mask.view(*mask.shape, *(1 for _ in range(3 - mask.dim())))  # [B, 1, 1] or [B, n, 1]
+        return StoredTokens(torch.where(mask, self.keys, other.keys), torch.where(mask, self.values, other.values))
 
-    def first(self, count: int) -> Tokens:
-        return Tokens(self.keys[:, :count], self.values[:, :count])
+    def first(self, count: int) -> StoredTokens:
+        return StoredTokens(self.keys[:, :count], self.values[:, :count])
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeardChunks:
-    """A call's tokens by chunks; the first goes on with the chunk that was unfinished before it.
+class CallChunks:
+    """A call's tokens by chunks; the first chunk continues the one that was unfinished before the call.
 
     Attributes:
         keys: N times ``[B, C, h]``; zero where there is no token, one that is not finite, or one that updates nothing.
         values: ``[B, N, C, d]``; zero where there is no token or one that is not finite.
-        open: ``[B, N, C + K, d + 1]``, the filter's output and the rates, also past the chunk's end; less the memory's
-            answers where updates correct it.
+        conv_tail: ``[B, N, C + K, d + 1]``, the filter's output and the rates, also past the chunk's end; less the
+            memory's answers where updates correct it.
         complete: ``[B, N]`` bool, chunks that end in this call.
-        spoiled: ``[B, N]`` int64, tokens that are not finite; scale: ``[B, N]``, zero where the update is skipped.
+        num_nonfinite, num_enabled: ``[B, N]`` int64, tokens that are not finite, and those whose updates are enabled.
+            The latter is None where the state is not wanted.
+        allowed: ``[B, N]`` bool, chunks with an enabled token; None: all that end.
+        scale: ``[B, N]``, zero where no update is made.
         squares: ``[B, N, C]`` float64, what each token adds to its update's squared norm, or None without clipping.
-        come: ``[B]`` int64, tokens since the start of the first chunk.
+        seen: ``[B]`` int64, tokens since the start of the first chunk.
         factors: N times ``[B, C, C]``, with ``update: ridge``.
     """
 
     keys: Sequence[Tensor]
     values: Tensor
-    open: Tensor
+    conv_tail: Tensor
     complete: Tensor
-    spoiled: Tensor
+    num_nonfinite: Tensor
+    num_enabled: Tensor | None
+    allowed: Tensor | None
     scale: Tensor
     squares: Tensor | None
-    come: Tensor
+    seen: Tensor
     factors: Sequence[Tensor] = ()
 
 
@@ -113,19 +125,32 @@ class Memory:
     def taps(self) -> int:
         return self.left + self.schedule.look_ahead + 1
 
+    def flops_per_token(self) -> int:
+        """Floating-point operations of a streamed token: reading, folding, the filter, and what the options add."""
+        width, schedule = self.width, self.schedule
+        hidden, window = schedule.hidden, 1 + schedule.look_ahead
+        read = hidden * width + schedule.chunk * (hidden + width) + width * width
+        fold, value = schedule.slice * schedule.chunk * width, window * self.taps * width
+        clip = solve = 0
+        if self.clip is not None:
+            clip = window * (schedule.chunk * (hidden + width) + width * width)
+        if self.update_rule == "ridge":  # a row of Q, and of Y for each token whose value is not settled
+            solve = schedule.chunk * (2 * hidden + window * width)
+        return 2 * (read + fold + value + clip + solve)
+
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> BlockState:
-        """A stream that has heard nothing."""
+        """The state at a stream's start."""
         schedule = self.schedule
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
-        state = {name: zeros().long() for name in ("position", "spoiled", "skipped")} | {
+        state = {name: zeros().long() for name in ("position", "spoiled", "enabled", "skipped")} | {
             "delta": zeros(schedule.hidden + 1, self.width),
             "keys": zeros(schedule.slots, schedule.hidden),
             "values": zeros(schedule.slots, self.width),
             "open": zeros(self.taps - 1, self.width + 1),
-            "scale": zeros() + 1,
+            "scale": zeros(),
         }
         if self.update_rule == "ridge":
             state["factor"] = zeros(schedule.chunk, schedule.chunk)
@@ -142,74 +167,80 @@ class Memory:
         return self._fold(delta, self._finished(state), state["scale"], start, self.schedule.hidden)
 
     def unfinished(self, state: BlockState) -> Unfinished:
-        """The C tokens of the unfinished chunk; beyond its position they mean nothing."""
+        """The C tokens of the unfinished chunk; those from its position on mean nothing."""
         size, staged = self.schedule.chunk, self.schedule.staged
 
         def found(tokens: Tensor) -> Tensor:
+            # [B, slots, any] -> [B, C, any]: the first S are staged, the others in place
             return torch.cat([tokens[:, size : size + staged], tokens[:, staged:size]], dim=1)
 
-        come, token = state["position"][:, None], torch.arange(size, device=state["position"].device)
+        seen, token = state["position"][:, None], torch.arange(size, device=state["position"].device)
         return Unfinished(
-            earlier=token < come, settled=token < come - self.schedule.look_ahead, keys=found(state["keys"]),
+            earlier=token < seen, settled=token < seen - self.schedule.look_ahead, keys=found(state["keys"]),
             values=found(state["values"]), factor=state.get("factor"),
         )  # fmt: skip
 
-    def open_tokens(self, state: BlockState) -> Tensor:
-        """``state["open"]`` at the tokens it is about: ``[B, C + K, d + 1]``, zero elsewhere."""
+    def conv_tail(self, state: BlockState) -> Tensor:
+        """``state["open"]`` at the tokens that it belongs to: ``[B, C + K, d + 1]``, zero elsewhere."""
         token = torch.arange(self.schedule.chunk + self.taps, device=state["open"].device)
-        index = token - (state["position"] - self.schedule.look_ahead)[:, None]
+        index = token - (state["position"] - self.schedule.look_ahead)[:, None]  # [C + K] and [B, 1] -> [B, C + K]
         index = torch.where((index >= 0) & (index < self.taps - 1), index, self.taps - 1)
         return F.pad(state["open"], (0, 0, 0, 1)).gather(1, index[..., None].expand(-1, -1, self.width + 1))
 
-    def after(self, before: BlockState, heard: HeardChunks) -> BlockState:
+    def after(self, before: BlockState, call: CallChunks) -> BlockState:
         """The state after a call that continued ``before``."""
+        assert call.num_enabled is not None
         schedule, size = self.schedule, self.schedule.chunk
-        ended, position = heard.come // size, heard.come % size
+        ended, position = call.seen // size, call.seen % size
         # Without gradients ``_fold`` changes delta in place: here the rows that the state after the call will have.
         whole = (
             before["delta"] if torch.is_grad_enabled() else before["delta"].clone(memory_format=torch.contiguous_format)
         )
         delta, scale, folded = whole[:, :-1], before["scale"], schedule.folded(before["position"])
         last = self._finished(before)
-        staged = Tokens(before["keys"][:, size:-1], before["values"][:, size:-1])
-        current = Tokens(*map(torch.zeros_like, last))
-        for i, chunk in enumerate(map(Tokens, heard.keys, heard.values.unbind(1))):
-            done = heard.complete[:, i]
+        staged = StoredTokens(before["keys"][:, size:-1], before["values"][:, size:-1])
+        current = StoredTokens(*map(torch.zeros_like, last))
+        for i, chunk in enumerate(map(StoredTokens, call.keys, call.values.unbind(1))):  # [B, C, h] and [B, C, d]
+            done = call.complete[:, i]
             # Where the chunk has not ended there is nothing to fold: no channel from its first to its first.
-            delta = self._fold(delta, last, scale, folded, torch.where(done, schedule.hidden, folded))
-            folded, scale = torch.where(done, 0, folded), torch.where(done, heard.scale[:, i], scale)
+            delta = self._fold(delta, last, scale, folded, torch.where(done, schedule.hidden, folded))  # [B] -> [B]
+            folded, scale = torch.where(done, 0, folded), torch.where(done, call.scale[:, i], scale)  # each [B]
             last = chunk.where(done, last)
             staged = chunk.first(schedule.staged).where(done, staged)
             current = chunk.where(ended == i, current)
         delta = self._fold(delta, last, scale, folded, schedule.folded(position))
-        come = torch.arange(schedule.staged, device=position.device) < position[:, None]
+        seen = torch.arange(schedule.staged, device=position.device) < position[:, None]  # [S] and [B, 1] -> [B, S]
+        skipped = call.complete & (call.scale == 0)  # [B, N]
+        skipped = skipped if call.allowed is None else skipped & call.allowed
         place = current.where(schedule.in_place(position), last)
-        staged = current.first(schedule.staged).where(come, staged)
+        staged = current.first(schedule.staged).where(seen, staged)
+        # slots: C in place, S staged, one that is zero: [B, C + S + 1, any]; delta [B, h, d] -> [B, h + 1, d]
         state = {
             "position": position,
             "delta": F.pad(delta, (0, 0, 0, 1)) if torch.is_grad_enabled() else whole,
             "keys": torch.cat([place.keys, staged.keys, before["keys"][:, -1:]], dim=1),
             "values": torch.cat([place.values, staged.values, before["values"][:, -1:]], dim=1),
-            "open": self._open(_of_chunk(heard.open, ended), position),
+            "open": self._tail(_of_chunk(call.conv_tail, ended), position),
             "scale": scale,
-            "spoiled": _of_chunk(heard.spoiled, ended),
-            "skipped": before["skipped"] + (heard.complete & (heard.scale == 0)).sum(1),
+            "spoiled": _of_chunk(call.num_nonfinite, ended),
+            "enabled": _of_chunk(call.num_enabled, ended),
+            "skipped": before["skipped"] + skipped.sum(1),
         }
-        if heard.factors:
-            rows = torch.arange(size, device=position.device) < position[:, None]
-            factor = _of_chunk(torch.stack(list(heard.factors), dim=1), ended)
-            state["factor"] = torch.where(rows[..., None], factor, 0)
-        if heard.squares is None:
+        if call.factors:
+            rows = torch.arange(size, device=position.device) < position[:, None]  # [C] and [B, 1] -> [B, C]
+            factor = _of_chunk(torch.stack(list(call.factors), dim=1), ended)  # [B, N, C, C] -> [B, C, C]
+            state["factor"] = torch.where(rows[..., None], factor, 0)  # [B, C, 1] over [B, C, C]
+        if call.squares is None:
             return state
-        settled = torch.arange(size, device=position.device) < (position - schedule.look_ahead)[:, None]
-        square = torch.where(settled, _of_chunk(heard.squares, ended), 0).sum(1)
+        settled = torch.arange(size, device=position.device) < (position - schedule.look_ahead)[:, None]  # [B, C]
+        square = torch.where(settled, _of_chunk(call.squares, ended), 0).sum(1)  # [B, N, C] -> [B, C] -> [B]
         return {**state, "norm": ops.norm_in_parts(square, before["norm"].dtype)}
 
-    def _finished(self, state: BlockState) -> Tokens:
+    def _finished(self, state: BlockState) -> StoredTokens:
         size = self.schedule.chunk
-        return Tokens(state["keys"][:, :size], state["values"][:, :size])
+        return StoredTokens(state["keys"][:, :size], state["values"][:, :size])
 
-    def _fold(self, delta: Tensor, chunk: Tokens, scale: Tensor, start: Tensor, end: Tensor | int) -> Tensor:
+    def _fold(self, delta: Tensor, chunk: StoredTokens, scale: Tensor, start: Tensor, end: Tensor | int) -> Tensor:
         """``delta [B, h, d]`` with a finished chunk in it, in the channels from ``start [B]`` to ``end [B]``.
 
         Without gradients ``delta`` itself is changed: it is the largest tensor of a stream, and is never there twice.
@@ -217,13 +248,18 @@ class Memory:
         channel = torch.arange(self.schedule.hidden, device=delta.device)
         inside = (channel >= start[:, None]) & (channel < (end if isinstance(end, int) else end[:, None]))  # [B, h]
         values = chunk.values * row_mask(scale, chunk.values)
-        if torch.is_grad_enabled():
-            return torch.where(inside[..., None], (1 - self.decay) * delta + chunk.keys.mT @ values, delta)
+        kept: float | Tensor = 1.0
         if self.decay:
-            delta.mul_((1 - self.decay * inside.to(delta))[..., None])
+            kept = 1 - self.decay * (inside & (scale != 0)[:, None]).to(delta)[..., None]  # [B, h, 1]
+        if torch.is_grad_enabled():
+            return torch.where(inside[..., None], kept * delta + chunk.keys.mT @ values, delta)
+        if self.decay:
+            delta.mul_(kept)
         return delta.baddbmm_(torch.where(inside[:, None], chunk.keys, 0).mT, values)
 
-    def _open(self, sums: Tensor, position: Tensor) -> Tensor:
+    def _tail(self, sums: Tensor, position: Tensor) -> Tensor:
+        """``[B, K - 1, d + 1]`` of ``sums [B, C + K, d + 1]``, from R tokens before ``position [B]`` on."""
+        # [K - 1] and [B, 1] -> [B, K - 1]
         token = torch.arange(self.taps - 1, device=position.device) + (position - self.schedule.look_ahead)[:, None]
         found = sums.gather(1, token.clamp(min=0)[..., None].expand(-1, -1, sums.shape[-1]))
         return torch.where((token >= 0)[..., None], found, 0)
@@ -231,5 +267,5 @@ class Memory:
 
 def _of_chunk(parts: Tensor, index: Tensor) -> Tensor:
     """``parts[b, index[b]]`` of ``parts [B, N, ...]``; zero where ``index [B]`` is N."""
-    padded = torch.cat([parts, torch.zeros_like(parts[:, :1])], dim=1)
+    padded = torch.cat([parts, torch.zeros_like(parts[:, :1])], dim=1)  # [B, N + 1, ...]
     return padded.gather(1, row_mask(index, parts).expand(-1, 1, *parts.shape[2:])).squeeze(1)

@@ -1,18 +1,17 @@
-"""In-place TTT on a gated MLP's down projection: targets, and two equal ways to apply all earlier chunks' updates.
+"""In-place TTT on a gated MLP's down projection: what it computes, its targets, and clipping.
 
 Chunk i is computed with W_0 + P^T D_i, where D_0 is given and D_{i+1} = (1 - decay) D_i + s_i sum_c v_c k_c^T over the
 tokens c of chunk i (keys k: the hidden activation; values v: learning rate times the filtered target; s_i: clipping).
+A chunk that makes no update, s_i = 0, leaves D_i as it is: nothing decays.
 The projection P of the target is linear in v, so it is applied once to what D gives, not to every value.
 
-- ``running_sum`` keeps D. It costs 2 d h multiply-adds a token, and its backward keeps one D per chunk.
-- ``gram`` (in gram.py) never builds D: what chunk i gets from chunk j < i is (1 - decay)^(i-1-j) s_j (k_i k_j^T) v_j,
-  masked linear attention. It costs about T (h + d) / 2 a token, and its backward keeps T^2 / 2 numbers.
+Four forms compute it: ``naive`` from the definition; two for a call of many tokens, ``chunkwise``, which keeps D, and
+``parallel``, which never builds it; and ``recurrent`` for one streamed token.
 
-A chunk with a key, target or rate that is not finite, or so large that sums of their products may not stay so, teaches
-nothing: s_i = 0.
+The update of a chunk is skipped (s_i = 0) where a key, target or rate in it is not finite, or so large that sums of
+their products may not stay finite, and where all of its tokens have updates disabled.
 
-Shape legend: B streams, N chunks, C tokens a chunk (fewer in the last), d width, h hidden width, K taps. D is kept
-transposed, ``[B, h, d]``.
+Shape legend: B streams, N chunks, C tokens a chunk (fewer in the last), d width, h hidden width, K taps.
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from moshi_ttt.core.deprecation import moved_names
 
 
 def left_padding(kernel: int, padding: str) -> int:
@@ -35,7 +36,7 @@ def filtered(target: Tensor, conv: Tensor, left: int, beyond: int = 0) -> Tensor
     Gives ``[B, N, C + beyond, d]``: the last ``beyond`` are what this chunk's tokens would add past its end.
     """
     size, taps = target.shape[2] + beyond, conv.shape[-1]
-    padded = F.pad(target, (0, 0, left, taps - 1 - left + beyond))
+    padded = F.pad(target, (0, 0, left, taps - 1 - left + beyond))  # [B, N, C + K - 1 + beyond, d]
     # One fused multiply-add a tap: a depthwise convolution over the second-last dimension is many times slower.
     total = padded[:, :, :size] * conv[:, 0, 0]
     for tap in range(1, taps):
@@ -95,36 +96,12 @@ def clip_scale(square: Tensor, clip: float) -> Tensor:
     return torch.where(square.isfinite(), torch.where(positive, scale, torch.ones_like(scale)), 0)
 
 
-def running_sum(
-    keys: Tensor, values: Tensor, start: Tensor | None, complete: Tensor, taught: Tensor, decay: float, size: int
-) -> Tensor:
-    """What the earlier updates add to each token's output, ``[B, T, d]``.
-
-    Args:
-        keys: ``[B, T, h]``, in chunks of ``size``; the last may be shorter.
-        values: ``[B, T, d]``, scaled.
-        start: ``[B, h, d]``, the accumulated update before the first chunk, or None.
-        complete: ``[B or 1, N]`` bool, chunks that end in this call.
-        taught: ``[B, N]`` bool, chunks whose update is made.
-    """
-    delta = keys.new_zeros(keys.shape[0], keys.shape[-1], values.shape[-1]) if start is None else start
-    outputs = []
-    for i, (k, v) in enumerate(zip(keys.split(size, 1), values.split(size, 1), strict=True)):
-        outputs.append(k @ delta)
-        if (i + 1) * size < keys.shape[1]:
-            delta = after_chunk(delta, k, v, complete[:, i], taught[:, i], decay)
-    return torch.cat(outputs, dim=1)
-
-
-def after_chunk(delta: Tensor, keys: Tensor, values: Tensor, ended: Tensor, taught: Tensor, decay: float) -> Tensor:
-    """``delta [B, h, d]`` after a chunk where it ``ended [B or 1]``; its update where it ``taught [B]`` something.
-
-    ``keys [B, C, h]``, ``values [B, C, d]``.
-    """
-    update = torch.where(taught[:, None, None], keys.mT @ values, 0)
-    return torch.where(ended[:, None, None], (1 - decay) * delta + update, delta)
-
-
-def prefers_gram(tokens: int, width: int, hidden: int) -> bool:
-    """Whether the Gram form does less work than the running sum for this many tokens."""
-    return tokens * (hidden + width) < 4 * width * hidden
+__getattr__ = moved_names(
+    __name__,
+    None,
+    {
+        "after_chunk": "moshi_ttt.plugins.gating_mlp.chunkwise:after_chunk",
+        "prefers_gram": "moshi_ttt.plugins.gating_mlp.parallel:prefers_parallel",
+        "running_sum": "moshi_ttt.plugins.gating_mlp.chunkwise:chunkwise_in_place",
+    },
+)

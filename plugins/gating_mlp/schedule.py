@@ -1,11 +1,11 @@
-"""When a stream folds a finished chunk into its fast weight, and where its tokens lie meanwhile.
+"""When a stream folds a finished chunk into its fast weight, and where the chunk's tokens are stored until then.
 
 A finished chunk takes effect at the next token, so it is used as it is, factored (keys and values), and folded into the
 dense update over the next chunk's first steps, w channels of the hidden activation a step, so that none waits for a
 chunk's end. While it lies in place, the first S tokens of the new chunk wait in a staging area; from step S on the old
 chunk is folded and its place is free: new tokens go straight there, and the waiting ones move over, m a step.
 
-A filter that looks ahead changes a token's value until R more tokens have come; only settled tokens move.
+A filter that looks ahead changes a token's value until R more tokens were seen; only settled tokens move.
 
 Shape legend: C tokens a chunk, h hidden width, R tokens of look-ahead, S staged tokens, w channels folded a step.
 """
@@ -56,18 +56,18 @@ class FoldSchedule:
         return self.chunk + self.staged + 1
 
     def folded(self, position: Tensor) -> Tensor:
-        """Channels that are folded when ``position [B]`` tokens of the new chunk have come."""
+        """Channels that are folded when ``position [B]`` tokens of the new chunk were seen."""
         return (position * self.slice).clamp(max=self.hidden)
 
     def in_place(self, position: Tensor) -> Tensor:
-        """``[B, C]`` bool: which tokens of the new chunk lie in place when ``position [B]`` of them have come."""
-        token, come = torch.arange(self.chunk, device=position.device), position[:, None]
-        moved = (come - self.staged).clamp(min=0) * self.moves
-        return (token < come) & ((token >= self.staged) | (token < moved))
+        """``[B, C]`` bool: which tokens of the new chunk lie in place when ``position [B]`` of them were seen."""
+        token, seen = torch.arange(self.chunk, device=position.device), position[:, None]  # [C] and [B, 1]
+        moved = (seen - self.staged).clamp(min=0) * self.moves
+        return (token < seen) & ((token >= self.staged) | (token < moved))
 
 
 class StepTables:
-    """What each step does, as index tensors: one row per position in the chunk, and as many again that do nothing.
+    """Index tensors of each step: one row per position in the chunk, and as many again for a step that does nothing.
 
     Per row ``[w columns, w channels, m sources, m + 1 key targets, m + R + 1 value targets, folded, done, next]``. The
     slice to fold is ``columns`` of the keys into ``channels`` of the update; where there is nothing to fold, the

@@ -1,4 +1,4 @@
-"""The forms of ``gating_mlp`` that reference vectors are checked against."""
+"""What ``moshi-ttt verify`` compares with reference vectors: the forms of ``gating_mlp``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch.nn import functional as F
 
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.verification import Kind, Shape, VectorSchema, Verifier
-from moshi_ttt.plugins.gating_mlp import ops, reference
-from moshi_ttt.plugins.gating_mlp.gram import gram
+from moshi_ttt.plugins.gating_mlp import ops
+from moshi_ttt.plugins.gating_mlp.chunkwise import chunkwise_in_place
 from moshi_ttt.plugins.gating_mlp.memory import Memory
-from moshi_ttt.plugins.gating_mlp.streaming import Stepper
+from moshi_ttt.plugins.gating_mlp.naive import naive_in_place
+from moshi_ttt.plugins.gating_mlp.parallel import parallel_in_place
+from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
@@ -54,14 +56,14 @@ def _hidden(inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Tensor
     return hidden
 
 
-class Reference(_InPlace):
+class InPlaceNaive(_InPlace):
     """Chunk by chunk from the definition, one stream after the other."""
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         hidden = _hidden(inputs, metadata)
         rate = torch.full(hidden.shape[1:2], float(metadata["learning_rate"]), dtype=hidden.dtype)
         rows = [
-            reference.in_place(
+            naive_in_place(
                 h, t, inputs["linear_out"], inputs["conv"][:, 0], inputs.get("proj"), rate,
                 chunk_size=int(metadata["chunk_size"]),
                 left=ops.left_padding(int(metadata["conv_kernel_size"]), "centered"),
@@ -71,7 +73,7 @@ class Reference(_InPlace):
         return {"y": torch.stack(rows)}
 
 
-class Batched(_InPlace):
+class InPlaceForm(_InPlace):
     """All streams at once, by one of the two forms of training."""
 
     def __init__(self, form: Callable[..., Tensor]) -> None:
@@ -83,13 +85,13 @@ class Batched(_InPlace):
         left = ops.left_padding(int(metadata["conv_kernel_size"]), "centered")
         values = float(metadata["learning_rate"]) * ops.filtered(layout.split(inputs["target"]), inputs["conv"], left)
         complete = (torch.arange(1, layout.num_chunks + 1) * size <= hidden.shape[1])[None]
-        taught = torch.ones(hidden.shape[0], layout.num_chunks, dtype=torch.bool)
-        added = self.form(hidden, layout.merge(values), None, complete, taught, 0.0, size)
+        applied = torch.ones(hidden.shape[0], layout.num_chunks, dtype=torch.bool)
+        added = self.form(hidden, layout.merge(values), None, complete, applied, 0.0, size)
         return {"y": hidden @ inputs["linear_out"].T + added @ _projection(inputs)}
 
 
-class Streamed(_InPlace):
-    """Token by token, as a stream goes. No gradients."""
+class InPlaceRecurrent(_InPlace):
+    """Token by token, as streaming runs. No gradients."""
 
     differentiable = False
 
@@ -115,7 +117,7 @@ def _projection(inputs: Mapping[str, Tensor]) -> Tensor:
     return torch.eye(inputs["target"].shape[-1]).to(inputs["target"]) if found is None else found
 
 
-REFERENCE = Reference()
-GRAM = Batched(gram)
-RUNNING_SUM = Batched(ops.running_sum)
-STREAMED = Streamed()
+NAIVE = InPlaceNaive()
+PARALLEL = InPlaceForm(parallel_in_place)
+CHUNKWISE = InPlaceForm(chunkwise_in_place)
+RECURRENT = InPlaceRecurrent()

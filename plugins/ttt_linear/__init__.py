@@ -19,7 +19,9 @@ def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
 
 @hookimpl
 def moshi_ttt_verifiers(registrar: Registrar) -> None:
-    for form in ("reference", "chunked", "streamed", "hybrid", "hybrid_reference"):
+    for form in (
+        "naive", "chunk", "recurrent", "hybrid", "hybrid_naive", "options_naive", "options_chunk", "options_recurrent",
+    ):  # fmt: skip
         registrar.add(f"ttt_linear-{form}", f"{__name__}.verifiers:{form.upper()}")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moshi_ttt.plugins.common.block import HybridBlock
-from moshi_ttt.plugins.common.options import HybridConfig
+from moshi_ttt.plugins.hybrid.block import HybridBlock
+from moshi_ttt.plugins.hybrid.config import HybridConfig
 
 
 class TTTLinear(HybridBlock):

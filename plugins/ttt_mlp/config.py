@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from moshi_ttt.plugins.common.options import HybridConfig
+from moshi_ttt.plugins.hybrid.config import HybridConfig
 
 
 class TTTMLPConfig(HybridConfig):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from moshi_ttt.plugins.common.options import HybridConfig
+from moshi_ttt.plugins.hybrid.config import HybridConfig
 
 
 class TTTMultilayerConfig(HybridConfig):

@@ -15,11 +15,13 @@ from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common import short_conv
-from moshi_ttt.plugins.common.block import INIT_STD, Projection
 from moshi_ttt.plugins.common.finite import check_state_dtype
+from moshi_ttt.plugins.common.projection import INIT_STD, Projection
 from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate, initial_state
-from moshi_ttt.plugins.ttt_ridge import chunk, layer, memory, recurrent
+from moshi_ttt.plugins.ttt_ridge import layer, memory
+from moshi_ttt.plugins.ttt_ridge.chunk import chunk_ridge
 from moshi_ttt.plugins.ttt_ridge.config import REGULARIZATION, TTTRidgeConfig
+from moshi_ttt.plugins.ttt_ridge.recurrent import recurrent_ridge
 
 HEAD_WIDTH = 128
 LARGEST_GROWTH = 1e3
@@ -31,12 +33,16 @@ GATE_STATE = ("last_answer", "last_scores")
 
 
 class TTTRidge(SequenceBlock):
-    """A memory that holds the ridge solution of all earlier chunks, read by each token, beside the residual."""
+    """A memory that holds the ridge solution of all earlier chunks, read by each token, beside the residual.
+
+    A token that is not finite, or too large, is left out alone: the other tokens of its chunk are written.
+    """
 
     config: TTTRidgeConfig
     learned_state = False
     scales_inner_lr = True
     skips_nonfinite = True
+    skipped_advice = "Look at the host's activations and embeddings for tokens that are not finite, or too large."
     scales_output = True
 
     gate: Tensor
@@ -160,14 +166,19 @@ class TTTRidge(SequenceBlock):
         fresh = state is None
         state = self.init_state(x.shape[0], x.device) if state is None else state
         tokens, cache, finite = self._tokens(x, state, context)
-        read, after = chunk.run(
+        read, after = chunk_ridge(
             tokens, state, self._rule(), layout, self.config.checkpoint_chunks,
             fresh=fresh, want_state=context.want_state,
         )  # fmt: skip
         y, gates = self._output(x, tokens, read, state, context)
         if not context.want_state:
             return y, {}
-        return y, {**after, "cache": cache, "skipped": state["skipped"] + (~finite).sum(1), **gates}
+        return y, {
+            **after,
+            "cache": cache,
+            "skipped": state["skipped"] + context.where_updated(~finite).sum(1),
+            **gates,
+        }
 
     @torch.no_grad()
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
@@ -179,13 +190,13 @@ class TTTRidge(SequenceBlock):
         mask = context.exec_mask
         with self._without_autocast(x_tokens):
             tokens, cache, finite = self._tokens(x_tokens, state, context)
-            read = recurrent.step(tokens, state, self._rule(), self.chunk, mask)
+            read = recurrent_ridge(tokens, state, self._rule(), self.chunk, mask)
             y, gates = self._output(x_tokens, tokens, read, state, context)
         for name, after in {"cache": cache, **gates}.items():
             rows = None if mask is None else mask.view(-1, 1, 1)
             state[name].copy_(after if rows is None else torch.where(rows, after, state[name]))
-        bad = ~finite[:, 0]
-        state["skipped"].add_(bad if mask is None else bad & mask)
+        left_out = context.where_updated(~finite)[:, 0]
+        state["skipped"].add_(left_out if mask is None else torch.where(mask, left_out, 0))
         return self.info.format.from_tokens(y, x)
 
     def _weights(self, context: BlockContext) -> layer.LayerWeights:
@@ -199,7 +210,7 @@ class TTTRidge(SequenceBlock):
             relu2=self.config.features == "relu2",
         )
 
-    def _tokens(self, x: Tensor, state: BlockState, context: BlockContext) -> tuple[memory.Tokens, Tensor, Tensor]:
+    def _tokens(self, x: Tensor, state: BlockState, context: BlockContext) -> tuple[memory.RidgeTokens, Tensor, Tensor]:
         """What enters the memory for ``x [B, T, D]``, the filters' cache after it, and finite tokens ``[B, T]``."""
         source = x
         if self.config.value == "embedding":
@@ -207,7 +218,7 @@ class TTTRidge(SequenceBlock):
             source = context.input_embeddings
         finite = layer.finite_tokens(x) if source is x else layer.finite_tokens(x, source)
         mask = context.updates_mask(x)
-        updated = torch.ones_like(finite) if mask is None else mask[:, None]
+        updated = torch.ones_like(finite) if mask is None else mask[:, None]  # [B, T], or [B, 1]
         tokens, cache, finite = layer.inputs(
             x, source, state["cache"], finite, updated, self._weights(context), self.roles
         )
@@ -218,7 +229,7 @@ class TTTRidge(SequenceBlock):
     def _rule(self) -> memory.Rule:
         learned = self.log_regularization.to(self.roles.state)
         least, largest = (math.log(end) for end in REGULARIZATION)
-        # Outside the ends the gradient is that at the end, so that a head can come back.
+        # Outside the ends the gradient is that at the end, so that a head can return.
         regularization = (learned + (learned.clamp(least, largest) - learned).detach()).exp()
         novelty = None
         if self.config.novelty:
@@ -226,7 +237,7 @@ class TTTRidge(SequenceBlock):
         return memory.Rule(regularization, self.keep, novelty, variance=self.config.variance_gate)
 
     def _output(
-        self, x: Tensor, tokens: memory.Tokens, read: memory.Read, state: BlockState, context: BlockContext
+        self, x: Tensor, tokens: memory.RidgeTokens, read: memory.Read, state: BlockState, context: BlockContext
     ) -> tuple[Tensor, BlockState]:
         """``y [B, T, D]`` and what the success gate keeps, from the state before the call."""
         value = read.value
@@ -237,9 +248,10 @@ class TTTRidge(SequenceBlock):
             kept, gain = dict(zip(GATE_STATE, after, strict=True)), gain * gate
         if read.variance is not None:
             offset, slope = (part.to(value.dtype) for part in (self.variance_offset, self.variance_slope))
-            heard = offset - slope * (read.variance.clamp(min=0) + VARIANCE_EPS).log()
-            gain = gain * torch.sigmoid(heard)[..., None]
+            logit = offset - slope * (read.variance.clamp(min=0) + VARIANCE_EPS).log()
+            gain = gain * torch.sigmoid(logit)[..., None]  # [B, T, H] -> [B, T, H, 1]
         output = self.wo.inputs(context, self.roles.matmul)
+        # [B, T, H, d] -> [B, T, H d] -> [B, T, D]
         update = output((value * gain).flatten(2), self.roles.matmul).to(self.roles.output)
         return self.at_volume(x, torch.tanh(self.gate.to(self.roles.output)) * update, context), kept
 
@@ -249,7 +261,7 @@ class TTTRidge(SequenceBlock):
         state = self.init_state(x.shape[0], x.device)
         tokens, _, finite = self._tokens(x, state, context)
         layout = self.info.format.chunks(x, self.chunk)
-        read, after = chunk.run(tokens, state, self._rule(), layout)
+        read, after = chunk_ridge(tokens, state, self._rule(), layout)
         figures = {
             "key_norm": tokens.k.norm(dim=-1).max(),
             "write_strength": tokens.strength.mean(),
@@ -283,18 +295,14 @@ class TTTRidge(SequenceBlock):
     @torch.no_grad()
     def inner_losses(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         """As the base class says: 1/2 |S^T k - v|^2, a head's target is its value; the initial solution is zero."""
-        with self._without_autocast(x):
-            return self._inner_losses(x, context)
-
-    def _inner_losses(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         state = self.init_state(x.shape[0], x.device)
         tokens, _, _ = self._tokens(x, state, context)
         before, after = torch.zeros_like(tokens.v), torch.full_like(tokens.v, torch.nan)
         for first in range(0, x.shape[1], self.chunk):
-            part = memory.Tokens(*(each[:, first : first + self.chunk] for each in tokens))
+            part = memory.RidgeTokens(*(each[:, first : first + self.chunk] for each in tokens))
             at = slice(first, first + part.k.shape[1])
             before[:, at] = torch.einsum("bthm,bhmd->bthd", part.k, state["solution"])
-            _, state = chunk.run(part, state, self._rule(), self.info.format.chunks(part.v.flatten(2), self.chunk))
+            _, state = chunk_ridge(part, state, self._rule(), self.info.format.chunks(part.v.flatten(2), self.chunk))
             if part.k.shape[1] == self.chunk:
                 after[:, at] = torch.einsum("bthm,bhmd->bthd", part.k, state["solution"])
         mean = tokens.v.mean(1, keepdim=True)
@@ -305,6 +313,10 @@ class TTTRidge(SequenceBlock):
     def cast_bytes(self) -> int:
         cast = [self.value_weight, *self.wqk.parameters(), *self.wo.parameters()]
         return copy_bytes(cast, self.roles.matmul)
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self.chunk
 
     def flops_per_token(self) -> int:
         dim, heads, key, value = self.info.dim, self.heads, self.key_width, self.value_width

@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import BlockState, row_mask
-from moshi_ttt.plugins.ttt_ridge.memory import Read, Rule, Tokens
+from moshi_ttt.plugins.ttt_ridge.memory import Read, RidgeTokens, Rule
 
 LARGEST_SYSTEM = 256
 """How many tokens are solved as one system at most, but in a fresh memory."""
 
 
-def run(
-    tokens: Tokens,
+def chunk_ridge(
+    tokens: RidgeTokens,
     state: BlockState,
     rule: Rule,
     layout: ChunkLayout,
@@ -49,6 +49,7 @@ def run(
     written = layout.split(tokens.written[..., None])[..., 0].bool()  # [B, N, C]
     # [B, T, H, any] -> blocks of [B, H, G, C, any]
     parts = (*tokens[:3], tokens.strength[..., None])
+    # [B, T, H, any] -> [B, H, N, C, any], in groups of chunks
     q, k, v, strength = (layout.split(part.flatten(2), heads).split(together, dim=2) for part in parts)
     coordinate = state.get("coordinate", torch.zeros_like(after))
     # [B, N]: which coordinate comes first in each chunk

@@ -7,14 +7,14 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from moshi_ttt.core.config import BlockConfig, Length
-from moshi_ttt.plugins.common.options import GateConfig
+from moshi_ttt.plugins.common.gate import GateConfig
 
 REGULARIZATION = (1e-3, 1e3)
 """The least and the largest regularization. Below, float32 has no room for what a stream of an hour writes."""
 
 
 class TTTRidgeConfig(BlockConfig):
-    """A memory that holds the least-squares (ridge) solution of what the stream has heard.
+    """A memory that holds the least-squares (ridge) solution of the stream's keys and values.
 
     The state grows with ``heads * key_width * (key_width + 2 * value_width)``, and so does a step's time.
 
@@ -23,15 +23,15 @@ class TTTRidgeConfig(BlockConfig):
         heads: memories side by side; None: one for each 128 channels of the host, at least one.
         key_width: width of a key in each head; None: the host's width over the heads.
         value_width: width of a value in each head; None: as the key's None.
-        features: what the projected and convolved keys and queries go through before they are normalised:
+        features: what the projected and convolved keys and queries go through before they are normalized:
             ``identity``, or ``relu2``, max(0, z)^2, which makes a wider key hold more.
         conv_kernel: taps of the causal convolution that makes queries of this token and keys of the one before.
         value: what a key's value is made of: the host's input ``embedding`` of the token, or the ``hidden`` activation.
         regularization: lambda at the start; it is learned, one for each head, between 0.001 and 1000.
-        decay: share of what was heard that a chunk of new tokens makes it forget.
+        decay: share of what was learned that is forgotten in a chunk of new tokens.
         novelty: write more of what the memory has just predicted badly.
         success_gate: read more of a memory that has just predicted well.
-        variance_gate: read more where the query is near to what was heard. It keeps the covariance twice.
+        variance_gate: scale the output up where the query is near to earlier keys. It keeps the covariance twice.
         readout_scale: what is read is multiplied by this before the output projection.
         gate: tanh(alpha) times what the layer adds.
         checkpoint_chunks: chunks that a backward pass computes again together; None keeps everything. No result depends

@@ -1,7 +1,7 @@
 """The layer around the memory of ``ttt_ridge``: queries, keys, values and write strengths, and what is added.
 
     xn  = x / rms(x);  z = W_qk xn + b_qk
-    q_t = normalised features of sum over j of cq_j z_(t-j),  k_t the same with ck_j     (per head; j = 0 .. K - 1)
+    q_t = normalized features of sum over j of cq_j z_(t-j),  k_t the same with ck_j     (per head; j = 0 .. K - 1)
     v_t = W_v e_t / rms(e_t)                             e: the host's input embeddings (or x)
     b_t = sigmoid(w . xn_t + b)                          (per head)
     y   = x + tanh(alpha) * (W_o (scale * g_t o_t) + b_o)
@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.plugins.common import short_conv
 from moshi_ttt.plugins.common.finite import below, largest_factor
-from moshi_ttt.plugins.common.hybrid import Linear, l2_normalise
-from moshi_ttt.plugins.ttt_ridge.memory import Tokens
+from moshi_ttt.plugins.common.normalization import l2_normalize
+from moshi_ttt.plugins.common.projection import Linear
+from moshi_ttt.plugins.ttt_ridge.memory import RidgeTokens
 
 RMS_EPS = 1e-6
 
@@ -51,7 +52,7 @@ class LayerWeights:
     relu2: bool
 
 
-def rms_normalised(x: Tensor) -> Tensor:
+def rms_normalized(x: Tensor) -> Tensor:
     """``x / sqrt(mean(x^2) + 1e-6)`` over the last dimension of ``x [..., D]``."""
     return x * (x.square().mean(-1, keepdim=True) + RMS_EPS).rsqrt()
 
@@ -65,7 +66,7 @@ def finite_tokens(*given: Tensor) -> Tensor:
 
 def inputs(
     x: Tensor, source: Tensor, cache: Tensor, finite: Tensor, updated: Tensor, weights: LayerWeights, roles: DtypeRoles
-) -> tuple[Tokens, Tensor, Tensor]:
+) -> tuple[RidgeTokens, Tensor, Tensor]:
     """What enters the memory, the convolution's cache after the call, and which tokens ``[B, T]`` stayed finite.
 
     Args:
@@ -75,23 +76,23 @@ def inputs(
         finite: ``[B, T]`` bool: the others are taken for zeros and are not written.
         updated: ``[B or 1, 1 or T]`` bool: where test-time updates are enabled.
     """
-    there = finite[..., None]
-    normal = rms_normalised(torch.where(there, x, 0).to(roles.compute))
-    known = normal if source is x else rms_normalised(torch.where(there, source, 0).to(roles.compute))
+    there = finite[..., None]  # [B, T] -> [B, T, 1]
+    normal = rms_normalized(torch.where(there, x, 0).to(roles.compute))  # [B, T, D]
+    known = normal if source is x else rms_normalized(torch.where(there, source, 0).to(roles.compute))  # [B, T, D]
     z = weights.qk(normal, roles.matmul).to(roles.compute)
     v = F.linear(known.to(roles.matmul), weights.value.to(roles.matmul)).to(roles.compute)
-    if roles.matmul == torch.float16:  # others hold a projection of whatever is normalised
+    if roles.matmul == torch.float16:  # others hold a projection of whatever is normalized
         with torch.no_grad():
             finite = finite & below(z, torch.inf) & below(v, torch.inf)
-        z, v = (torch.where(finite[..., None], part, 0) for part in (z, v))
+        z, v = (torch.where(finite[..., None], part, 0) for part in (z, v))  # [B, T, 1] over [B, T, any]
     # A token that is not finite counts as zero in the filters, without its bias: the next key is made of it.
     q, _ = short_conv.convolve(z, weights.conv_q, cache, finite)
     k, cache = short_conv.convolve(z, weights.conv_k, cache, finite)
     if weights.relu2:
         q, k = F.relu(q).square(), F.relu(k).square()
     # [B, T, H m] -> [B, T, H, m]
-    q, k = (l2_normalise(part.unflatten(-1, (weights.heads, -1)), exact=True) for part in (q, k))
+    q, k = (l2_normalize(part.unflatten(-1, (weights.heads, -1)), exact=True) for part in (q, k))
     strength = torch.sigmoid(weights.write(normal, roles.compute))
     v = v.unflatten(-1, (weights.heads, -1))  # [B, T, H d] -> [B, T, H, d]
     q, k, v, strength = (part.to(roles.state) for part in (q, k, v, strength))
-    return Tokens(q, k, v, strength, finite & updated), cache, finite
+    return RidgeTokens(q, k, v, strength, finite & updated), cache, finite

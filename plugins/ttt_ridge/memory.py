@@ -36,7 +36,7 @@ from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common.success_gate import similarity
 
 
-class Tokens(NamedTuple):
+class RidgeTokens(NamedTuple):
     """What enters the memory.
 
     Attributes:

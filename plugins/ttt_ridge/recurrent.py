@@ -1,4 +1,4 @@
-"""The memory of ``ttt_ridge`` token by token: one step of every stream, in place.
+"""The recurrent form of ``ttt_ridge``: one token of every stream, in place. What streaming runs.
 
 Shape legend: B streams, H heads, m key width, d value width. Everything has the state's dtype.
 """
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from moshi_ttt.core.state import BlockState, row_mask
-from moshi_ttt.plugins.ttt_ridge.memory import Read, Rule, Tokens
+from moshi_ttt.plugins.ttt_ridge.memory import Read, RidgeTokens, Rule
 
 
 @torch.no_grad()
-def step(tokens: Tokens, state: BlockState, rule: Rule, chunk_size: int, exec_mask: Tensor | None = None) -> Read:
-    """One token of every stream; ``state`` is updated in place and no value is read on the host.
+def recurrent_ridge(
+    tokens: RidgeTokens, state: BlockState, rule: Rule, chunk_size: int, exec_mask: Tensor | None = None
+) -> Read:
+    """One token of every stream; ``state`` is updated in place, without a device synchronization.
 
     Every step costs the same, a chunk's last one too: two products with a vector, two outer products and a masked copy.
     Rows where ``exec_mask [B]`` is false stay bit-equal.
@@ -26,7 +28,7 @@ def step(tokens: Tokens, state: BlockState, rule: Rule, chunk_size: int, exec_ma
     following, done = (position + 1) % chunk_size, position == chunk_size - 1
     if exec_mask is not None:
         written, done = written & exec_mask, done & exec_mask
-        following = torch.where(exec_mask, following, position)
+        following = torch.where(exec_mask, following, position)  # [B]
     read, variance = q @ solution, None
     if rule.variance:
         variance = (q @ state["covariance_read"] * q).sum(-1).transpose(1, 2)  # [B, H, 1] -> [B, 1, H]
@@ -41,7 +43,7 @@ def step(tokens: Tokens, state: BlockState, rule: Rule, chunk_size: int, exec_ma
     if rule.variance:
         _copy_rows(state["covariance_read"], covariance, done)
     position.copy_(following)
-    return Read(read.transpose(1, 2), variance)
+    return Read(read.transpose(1, 2), variance)  # [B, H, 1, d] -> [B, 1, H, d]
 
 
 def _age(solution: Tensor, covariance: Tensor, coordinate: Tensor, written: Tensor, keep: float) -> None:

@@ -1,4 +1,4 @@
-"""The forms of ``ttt_ridge``'s memory that reference vectors are checked against."""
+"""What ``moshi-ttt verify`` compares with reference vectors: the forms of ``ttt_ridge``'s memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import Tensor
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import BlockState, clone
 from moshi_ttt.core.verification import Kind, Shape, VectorSchema, Verifier
-from moshi_ttt.plugins.ttt_ridge import chunk, memory, recurrent, reference
+from moshi_ttt.plugins.ttt_ridge import memory
+from moshi_ttt.plugins.ttt_ridge.chunk import chunk_ridge
+from moshi_ttt.plugins.ttt_ridge.naive import naive_ridge
+from moshi_ttt.plugins.ttt_ridge.recurrent import recurrent_ridge
 
 METADATA: Mapping[str, Kind] = {"chunk_size": "count", "keep": "number"}
 
@@ -53,33 +56,33 @@ def _start(inputs: Mapping[str, Tensor], rule: memory.Rule) -> BlockState:
     )
 
 
-def _tokens(inputs: Mapping[str, Tensor], start: int = 0, stop: int | None = None) -> memory.Tokens:
+def _tokens(inputs: Mapping[str, Tensor], start: int = 0, stop: int | None = None) -> memory.RidgeTokens:
     q, k, v, strength = (inputs[name][:, start:stop] for name in ("q", "k", "v", "strength"))
-    return memory.Tokens(q, k, v, strength, torch.ones(q.shape[:2], dtype=torch.bool, device=q.device))
+    return memory.RidgeTokens(q, k, v, strength, torch.ones(q.shape[:2], dtype=torch.bool, device=q.device))
 
 
-class Reference(_Ridge):
+class RidgeNaive(_Ridge):
     """Sums over all tokens and one solution for each chunk, from the definition."""
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-        y, _, solution = reference.memory(
+        y, _, solution = naive_ridge(
             *(inputs[name] for name in ("q", "k", "v", "strength", "regularization")),
             chunk_size=int(metadata["chunk_size"]), keep=float(metadata["keep"]), novelty=_novelty(inputs),
         )  # fmt: skip
         return {"y": y, "solution": solution}
 
 
-class Chunked(_Ridge):
+class RidgeChunk(_Ridge):
     """A system of equations for each chunk: what training runs."""
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         rule = _rule(inputs, metadata)
         layout = ChunkLayout(inputs["k"].shape[1], int(metadata["chunk_size"]))
-        read, state = chunk.run(_tokens(inputs), _start(inputs, rule), rule, layout)
+        read, state = chunk_ridge(_tokens(inputs), _start(inputs, rule), rule, layout)
         return {"y": read.value, "solution": state["solution"]}
 
 
-class Streamed(_Ridge):
+class RidgeRecurrent(_Ridge):
     """Token by token with a state updated in place: what streaming runs. No gradients."""
 
     differentiable = False
@@ -87,8 +90,8 @@ class Streamed(_Ridge):
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         rule, size = _rule(inputs, metadata), int(metadata["chunk_size"])
         state = clone(_start(inputs, rule))
-        steps = [recurrent.step(_tokens(inputs, t, t + 1), state, rule, size) for t in range(inputs["k"].shape[1])]
+        steps = [recurrent_ridge(_tokens(inputs, t, t + 1), state, rule, size) for t in range(inputs["k"].shape[1])]
         return {"y": torch.cat([read.value for read in steps], dim=1), "solution": state["solution"]}
 
 
-REFERENCE, CHUNKED, STREAMED = Reference(), Chunked(), Streamed()
+NAIVE, CHUNK, RECURRENT = RidgeNaive(), RidgeChunk(), RidgeRecurrent()

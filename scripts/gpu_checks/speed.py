@@ -19,9 +19,8 @@ from torch import nn
 from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.configs.settings import parse_settings
 from moshi_ttt.core.block import BlockContext
-from moshi_ttt.core.sharding import local
+from moshi_ttt.core.sharding import local, shard
 from moshi_ttt.hosts.moshi import lora
-from moshi_ttt.hosts.moshi.fsdp import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.upstream import LMGen
 from moshi_ttt.training.model import skeleton
@@ -194,7 +193,7 @@ def training_of_moshi(report: Report) -> None:
         )  # fmt: skip
         with start(report.device.type, None) as runtime:
             built = skeleton(settings, default_registry())
-            shard(built.model, built.roles, runtime.mesh)
+            shard(MOSHI_HOST, built.model, built.roles, runtime.mesh)
             built.model.to_empty(device=runtime.device)
             _fill(built.model, runtime.device)
             lora.initialise_lora(built.model, 0)

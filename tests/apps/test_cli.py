@@ -42,8 +42,8 @@ def test_the_surface_is_frozen():
             "compare": ["--out", "--overwrite", "-o", "folders"],
             "long-context": [
                 "--adapter", "--batch-size", "--data", "--every", "--layout", "--max-seconds", "--moshi-channel",
-                "--out", "--overwrite", "--seed", "--segments", "--speaker-label", "--threads", "--window", "-a", "-d",
-                "-o", "config",
+                "--out", "--overwrite", "--seed", "--segments", "--spans", "--speaker-label", "--threads", "--window",
+                "-a", "-d", "-o", "config",
             ],
             "recall": [
                 "--adapter", "--batch-size", "--data", "--frames", "--layout", "--moshi-channel", "--out",
@@ -282,7 +282,7 @@ def test_nan_is_noticed(cli, tmp_path):
 
 def test_other_vectors_than_the_shipped_ones(cli, tmp_path):
     """Another batch, length, chunk and width, computed here by the definition and written in the file format."""
-    from moshi_ttt.plugins.common import reference
+    from moshi_ttt.plugins.hybrid.naive import naive_inner_loop
 
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -292,7 +292,7 @@ def test_other_vectors_than_the_shipped_ones(cli, tmp_path):
         "bias.0": draw(1, 1, 10), "weight.1": draw(1, 10, 6), "bias.1": draw(1, 1, 6),
     }  # fmt: skip
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
-    y, weights, biases = reference.inner_loop(
+    y, weights, biases = naive_inner_loop(
         *(leaves[n] for n in ("q", "k", "v", "lr", "token_scale", "norm_weight", "norm_bias")),
         [leaves["weight.0"], leaves["weight.1"]], [leaves["bias.0"], leaves["bias.1"]],
         chunk_size=7, eps=1e-6, causal=True,
@@ -311,7 +311,7 @@ def test_other_vectors_than_the_shipped_ones(cli, tmp_path):
     save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "other.safetensors", metadata=metadata)
     result = cli("verify", tmp_path)
     assert result.exit_code == 0, result.said
-    assert "ttt_mlp-streamed" in result.said
+    assert "ttt_mlp-recurrent" in result.said
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors here", b"\xff" * 100], ids=["empty", "text", "bytes"])

@@ -14,7 +14,7 @@ from moshi_ttt.core.adapter import save_adapter
 from moshi_ttt.core.block import BlockContext
 from moshi_ttt.core.health import HealthMonitor
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
-from moshi_ttt.plugins.common import hybrid
+from moshi_ttt.plugins.hybrid import layer
 
 VARIANTS = ("ttt_linear", "ttt_mlp", "ttt_multilayer", "ttt_ridge", "gating_mlp")
 
@@ -50,14 +50,14 @@ def test_a_wrong_standard_deviation(monkeypatch):
         centred = difference - difference.mean(-1, keepdim=True)
         return weight * centred / (difference.var(-1, keepdim=True) + eps) + bias + k
 
-    monkeypatch.setattr(hybrid, "reconstruction_target", by_variance)
+    monkeypatch.setattr(layer, "reconstruction_target", by_variance)
     found = flags(injected())
     assert any("variance is off by" in flag and "not divided by the standard deviation" in flag for flag in found)
 
 
 def test_keys_that_are_not_normalised(monkeypatch):
-    monkeypatch.setattr(hybrid, "l2_normalise", lambda x, exact=False: 7 * x)
-    assert any("keys must be L2-normalised" in flag for flag in flags(injected()))
+    monkeypatch.setattr(layer, "l2_normalize", lambda x, exact=False: 7 * x)
+    assert any("keys must be L2-normalized" in flag for flag in flags(injected()))
 
 
 def test_a_gate_at_zero_without_a_gradient():

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from moshi_ttt import default_registry, inject, load_adapter, parse_config
@@ -19,13 +20,16 @@ from moshi_ttt.apps.quickstart import run as running
 from moshi_ttt.apps.quickstart.evaluate import Curve, compare, evaluate
 from moshi_ttt.apps.quickstart.recall import shipped_memory
 from moshi_ttt.apps.quickstart.results import verdict
+from moshi_ttt.apps.quickstart.setup import Request, read_settings, run_config
 from moshi_ttt.apps.quickstart.stream import loss_with_memory_cleared
+from moshi_ttt.configs.paths import find_config
 from moshi_ttt.data.audio import read_audio
 from moshi_ttt.data.audio_files import AudioError
 from moshi_ttt.hosts.moshi.host import MoshiHostConfig
 from moshi_ttt.hosts.moshi.loading import resolve_repo
 from moshi_ttt.hosts.moshi.tiny import memory_adapter
 from moshi_ttt.system.output_folder import OutputError, new_folder
+from moshi_ttt.training.optimizer import rates
 
 from .conftest import write_wav
 
@@ -64,6 +68,67 @@ def test_quickstart_writes_the_whole_folder(cli, tmp_path):
     again = cli("quickstart", "--steps", 2, "--out", "run")
     assert again.exit_code == 2
     assert "--overwrite" in again.said
+
+
+def test_its_config_trains_with_the_command_train_too(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = cli("train", "quickstart", "max_steps=2", "duration_sec=2")
+    assert result.exit_code == 0, result.said
+    assert "held out: 1 recordings" in result.said
+    assert "held out after step 2" in result.said
+    folder = tmp_path / "quickstart-training" / "checkpoints" / "checkpoint_000002" / "adapter"
+    assert load_adapter(resolve_repo("builtin:tiny").load_lm(dtype=torch.float32), folder).blocks
+
+
+OLD = """\
+host: {name: moshi, hf_repo: 'builtin:tiny', dtype: float32}
+ttt: [{variant: ttt_linear, layers: '1'}]
+train: {steps: 40, batch_size: 3, frames: 100, learning_rate: 2.0e-3, gate_learning_rate: 0.02, warmup: 4,
+        weight_decay: 0.05, clip: 0.5, text_weight: 0.3, seed: 7}
+stream: {seconds: 3}
+"""
+
+
+def test_the_keys_of_earlier_versions_load_and_a_warning_shows_the_new_ones(tmp_path):
+    (tmp_path / "old.yaml").write_text(OLD)
+    with pytest.warns(FutureWarning, match="Replace 'train' by") as said:
+        found = read_settings(Request(out=tmp_path, config=str(tmp_path / "old.yaml"))).run
+    assert (found.max_steps, found.batch_size, found.duration_sec, found.max_norm) == (40, 3, 8.0, 0.5)
+    assert (found.text_weight, found.seed, found.stream.seconds) == (0.3, 7, 3)
+    assert rates(found.optim)["ttt"] == 2e-3
+    assert rates(found.optim)["gates"] == 0.02
+    assert (found.optim.weight_decay, round(found.optim.pct_start * 40)) == (0.05, 4)
+    shown = yaml.safe_load(str(said[0].message).split("Replace 'train' by:")[1])
+    assert run_config(**shown).model_copy(update={"stream": found.stream}) == found
+
+
+def test_a_config_of_a_model_alone_is_trained_with_the_options_of_quickstart(tmp_path, recwarn):
+    found = read_settings(Request(out=tmp_path, config="tiny-ttt-linear", steps=9, seed=3))
+    ours = read_settings(Request(out=tmp_path, steps=9, seed=3))
+    assert found.run == ours.run
+    assert (ours.run.max_steps, ours.run.seed, ours.ttt.seed, ours.run.stream.seed) == (9, 3, 3, 3)
+    assert not [each for each in recwarn if each.category is FutureWarning]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("data: {train_data: mine.jsonl, eval_data: mine.jsonl}", "use `moshi-ttt train"),
+        ("lora: {enable: true}", "lora.enable"),
+        ("carry_state: true", "carry_state"),
+        ("num_microbatches: 2", "num_microbatches"),
+    ],
+)
+def test_what_only_the_command_train_does_is_refused(cli, tmp_path, changes, message):
+    lines = find_config("quickstart").read_text().splitlines()
+    key = changes.split(":")[0]
+    (tmp_path / "mine.yaml").write_text(
+        "\n".join([each for each in lines if not each.startswith(f"{key}:")] + [changes])
+    )
+    result = cli("quickstart", "--config", "mine.yaml", "--out", "run")
+    assert result.exit_code == 2
+    assert message in result.said
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_shipped_memory_is_of_the_shipped_model_alone():

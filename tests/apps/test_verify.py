@@ -21,9 +21,14 @@ ONE_OF_EACH = [GOLDENS / f"{name}.safetensors" for name in ("mlp_causal", "hybri
 OTHER_METADATA = {
     "op": "another", "chunk_size": "5", "layers": "1", "causal": None, "norm_eps": "2e-6", "activation": "relu",
     "num_heads": "1", "base_lr": "0.11", "rope_theta": "10001", "target_eps": "2e-8", "post_norm_eps": "2e-6",
-    "learning_rate": "0.31", "conv_kernel_size": "3", "keep": "0.9",
+    "learning_rate": "0.31", "conv_kernel_size": "3", "keep": "0.9", "update": None, "keys": None,
+    "target_norm": None, "read_scale": "2.1", "value": None, "inner_norm": None, "inner_steps": "3",
 }  # fmt: skip
-"""Another legal value of each; None is the other of two."""
+"""Another legal value of each; None is the other of two, or another of three."""
+ANOTHER = {
+    "true": "false", "false": "true", "raw": "unit", "unit": "raw", "hidden": "embedding", "embedding": "hidden",
+    "hebbian": "gradient", "gradient": "hebbian", "ridge": "gradient",
+}  # fmt: skip
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -57,7 +62,7 @@ def test_every_key_that_is_dropped_or_added_is_named(path, tmp_path):
 def test_metadata_that_are_changed_or_make_no_sense_are_noticed(path, tmp_path):
     tensors, metadata = read(path)
     for name in metadata.keys() - {"source"}:
-        other = OTHER_METADATA[name] or {"true": "false", "false": "true"}[metadata[name]]
+        other = OTHER_METADATA[name] or ANOTHER[metadata[name]]
         if other == metadata[name]:
             other = "2"
         assert not verified(tensors, {**metadata, name: other}, tmp_path / "a.safetensors").passed, (name, other)

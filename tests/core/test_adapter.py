@@ -446,3 +446,27 @@ def test_model_without_storage_is_refused(tmp_path):
     registry = toy_registry()
     with registry.override("host", "toy", MetaHost()), pytest.raises(MoshiTTTError, match="meta"):
         load_adapter(ToyModel(device="meta"), folder, registry=registry)
+
+
+# ---- how often a block is built
+
+
+class Counted(ToyBlock):
+    built: list[str]
+
+    def __init__(self, config, info, roles):
+        super().__init__(config, info, roles)
+        self.built.append(info.device.type)
+
+
+def test_loading_builds_each_block_once_and_once_for_the_plan(tmp_path):
+    registry = registry_of(Counted)
+    Counted.built = []
+    saved = injected(AnyNameConfig(variant="buffered", layers="1,2"), registry=registry)
+    save_adapter(saved, tmp_path / "adapter")
+    Counted.built.clear()
+    loaded = load_adapter(ToyModel(), tmp_path / "adapter", registry=registry)
+    assert Counted.built == ["meta", "meta", "cpu", "cpu"]
+    Counted.built.clear()
+    fill_from_adapter(loaded, tmp_path / "adapter", registry=registry)
+    assert Counted.built == []

@@ -67,6 +67,22 @@ def test_number_and_rows_multiply():
     assert torch.equal(combined(rows, 0.25, torch.float64), torch.tensor([0.125, 0.5], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [torch.float64, torch.float32])
+def test_a_number_and_a_tensor_of_it_are_one_volume_at_every_output_scale(dtype, given):
+    base, added = draw(torch.float64), draw(torch.float64, 1)
+    generator = torch.Generator().manual_seed(0)
+    numbers = [0.1, 1 / 3, 0.7, 3.0, 10.0, 1e-7, 0.0, 1.0, *(10 * torch.rand(9, generator=generator)).tolist()]
+    for scale in (0.1, 1 / 3, 0.9999, 2.5, 1e-3, 1.0):
+        for number in numbers:
+            tensor = torch.full((3,), number, dtype=given)
+            number = float(tensor[0])
+            volumes = combined(number, scale, dtype), combined(tensor, scale, dtype)
+            assert isinstance(volumes[0], float)
+            one, rows = (at_volume(base, added, volume, dtype) for volume in volumes)
+            assert torch.equal(one, rows), (number, scale)
+
+
 WRONG = [
     (-0.5, "got -0.5. Give a number from 0"), (float("nan"), "got nan"), (float("inf"), "got inf"), (10.5, "got 10.5"),
     (True, "got True"), (None, "got None"), ("0.5", "got '0.5'"), (10**400, "Give a num"),

@@ -15,7 +15,7 @@ from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.inner_losses import CURVES, running_mean
 from moshi_ttt.evaluation.inner_loop import evaluate, write_inner_loop
 from moshi_ttt.evaluation.subjects import Subject
-from moshi_ttt.evaluation.teacher_forcing import delayed
+from moshi_ttt.hosts.moshi.losses import delayed
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 
 from .conftest import CONTEXT, document, subject_with

@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.core.errors import ContextError
-from moshi_ttt.evaluation.teacher_forcing import delayed, segment_losses, stream_losses
+from moshi_ttt.evaluation.teacher_forcing import segment_losses, stream_losses
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.hosts.moshi.losses import MoshiLosses, delayed
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
-from moshi_ttt.training.losses import LossWeights, count, loss_sums
 
 FRAMES = 21
 VARIANTS = [None, "ttt_mlp", "gating_mlp"]
@@ -110,22 +110,22 @@ def test_segments_lose_what_training_loses_token_for_token(variant, frames):
     codes = codes_of(model)
     found = segment_losses(model, codes, MOSHI_HOST, frames=frames)
     state, text, audio = None, [], []
-    weights = LossWeights(first_codebook=1.0, text_padding=1.0)
+    losses = MoshiLosses()
     ids, sums, counts = torch.zeros(2, dtype=torch.int64), 0, 0
     for segment in codes.split(frames, dim=2):  # as Trainer.evaluate does
         with MOSHI_HOST.carry(model, state, document_ids=ids) as after:
             parts = by_definition(model, segment)
         with MOSHI_HOST.carry(model, state, document_ids=ids), torch.no_grad():
-            sums = sums + loss_sums(model, segment, weights).double()
-        counts = counts + count(model, segment, weights)
+            sums = sums + losses.sums(model, segment).double()
+        counts = counts + losses.weights(model, segment)
         state = after
         text.append(parts[0])
         audio.append(parts[1])
     for actual, expected in zip(found, (torch.cat(text, 1), torch.cat(audio, 1)), strict=True):
         assert actual.shape == (2, FRAMES)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
-    assert int((~found.text.isnan()).sum()) == int(counts[2])
-    torch.testing.assert_close(found.text.nansum(), sums[2], rtol=1e-5, atol=1e-5)
+    assert int((~found.text.isnan()).sum()) == int(counts[1, 0])
+    torch.testing.assert_close(found.text.nansum(), sums[1, 0], rtol=1e-5, atol=1e-5)
 
 
 def test_between_segments_the_caller_decides_what_is_carried():

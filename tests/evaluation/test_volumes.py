@@ -102,6 +102,21 @@ def test_a_report_has_the_curve(base, loud, tmp_path):
     assert (tmp_path / "recall_by_volume.png").stat().st_size > 10_000
 
 
+def test_a_report_says_what_the_volume_multiplies(base, loud, tmp_path):
+    quiet = subject_with("ttt_mlp", name="quiet", output_scale=0.25)
+    first, _ = run([base, quiet, loud], (0.5,)).by_volume
+    assert first.output_scales == (0.25,)
+    two = subject_with("ttt_mlp", name="two", layers="0,1", output_scale=0.5)
+    block = next(iter(two.injection.blocks.values()))
+    block.config = block.config.model_copy(update={"output_scale": 2.0})
+    result = run([base, quiet, loud, two], (0.5,))
+    write_recall(tmp_path, result, made_by="test")
+    points = json.loads((tmp_path / "metrics.json").read_text())["by_volume"]
+    assert [each["output_scales"] for each in points] == [[0.25], [1.0], [0.5, 2.0]]
+    report = (tmp_path / "report.md").read_text()
+    assert "multiplies the adapter's own `output_scale`: quiet 0.25; ttt_mlp 1; two 0.5 to 2." in report
+
+
 def test_what_is_not_at_the_volume_shows(base, loud, tmp_path):
     # As with an adapter's LoRA: the model differs from the base outside its blocks.
     with torch.no_grad():
@@ -137,6 +152,17 @@ def test_odd_lists_are_refused(text, message):
 def test_a_volume_of_nobody_is_refused(base):
     with pytest.raises(ConfigError, match="no volume without blocks"):
         run([base])
+
+
+def test_volumes_without_the_base_model_or_updates_on_are_refused(base, loud):
+    heard = []
+    for subjects, conditions in (
+        ([base, loud], ("updates off",)), ([loud], ("updates on",)), ([loud, base], ("updates on",)),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"against the base model.*first subject.*'updates on'"):
+            run(subjects, (0.5,), conditions=conditions, on_batch=lambda: heard.append(None))
+    assert heard == []
+    assert run([base, loud], (), conditions=("updates off",)).by_volume == []
 
 
 def test_blocks_that_do_not_follow_are_refused_before_anybody_hears(base, loud, monkeypatch):

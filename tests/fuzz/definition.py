@@ -386,6 +386,7 @@ class InPlaceStream:
         self.targets: list[Tensor] = []
         self.answers: list[Tensor] = []
         self.rates: list[Tensor] = []
+        self.learns: list[bool] = []
         self.scores: list[Tensor] = []
         """Of all tokens so far, with the success gate."""
         self.last_answer = torch.zeros_like(self.fast[:, 0])
@@ -416,6 +417,7 @@ class InPlaceStream:
         self.targets.append(target)
         self.answers.append(answer)
         self.rates.append(rate.reshape(()) if learns else torch.zeros((), dtype=torch.float64))
+        self.learns.append(learns)
         if len(self.keys) == options.chunk:
             self._finish_chunk()
         return y
@@ -431,8 +433,9 @@ class InPlaceStream:
         norm = self._projected(step).square().sum().sqrt()
         if options.clip is not None and norm > options.clip:
             step = step * (options.clip / norm)
-        self.fast = (1 - options.decay) * self.fast + step
-        self.keys, self.targets, self.answers, self.rates = [], [], [], []
+        if any(self.learns):  # else nothing decays either
+            self.fast = (1 - options.decay) * self.fast + step
+        self.keys, self.targets, self.answers, self.rates, self.learns = [], [], [], [], []
 
     def _writes(self) -> list[Tensor]:
         """What the chunk writes at each of its keys: column c of the update is the sum over tokens of write key[c]."""

@@ -227,11 +227,13 @@ def calls(batch: int, chunk: int) -> SearchStrategy[Call]:
 
 
 @st.composite
-def schedules(draw: DrawFn, *, hybrid: bool = False) -> Schedule:
-    """Of any causal layer, or of a ``hybrid`` one alone."""
+def schedules(draw: DrawFn, layers: SearchStrategy[Layer] | None = None, *, hybrid: bool = False) -> Schedule:
+    """Of any causal layer, or of a ``hybrid`` one alone, or of ``layers``."""
     dtype, batch = draw(st.sampled_from(["float64", "float64", "float32"])), draw(st.integers(1, 4))
     kinds = [hybrid_layers(causal=True, head_width=WIDTHS_OF[dtype])]
-    layer = draw(st.one_of(*kinds, *([] if hybrid else [in_place_layers(), ridge_layers()])))
+    if layers is None:
+        layers = st.one_of(*kinds, *([] if hybrid else [in_place_layers(), ridge_layers()]))
+    layer = draw(layers)
     others = [st.builds(Reset, rows=st.tuples(*[BOOLS] * batch)), st.builds(Reload)]
     others += [st.builds(CompileStep)] if layer.in_place else []
     events = _several(draw, calls(batch, layer.option["chunk"]), others)

@@ -11,9 +11,10 @@ from hypothesis import settings
 from hypothesis.strategies import SearchStrategy
 
 from moshi_ttt.core.block import BlockContext
-from moshi_ttt.plugins.common import block, fast_network, hybrid, inner_loop, short_conv
-from moshi_ttt.plugins.common.block import HybridBlock
-from moshi_ttt.plugins.gating_mlp import ops
+from moshi_ttt.plugins.common import short_conv
+from moshi_ttt.plugins.gating_mlp import chunkwise, ops
+from moshi_ttt.plugins.hybrid import block, chunk, fast_network, layer, recurrent
+from moshi_ttt.plugins.hybrid.block import HybridBlock
 from tests.fuzz.cases import Configuration, Layer
 from tests.fuzz.comparison import differences, error
 from tests.fuzz.configurations import by_definition
@@ -24,21 +25,22 @@ Patch = pytest.MonkeyPatch
 
 
 def turns_the_other_way(patch: Patch) -> None:
-    rotate = hybrid.rotate
-    patch.setattr(hybrid, "rotate", lambda x, position, **more: rotate(x, -position, **more))
+    rotate = layer.rotate
+    patch.setattr(layer, "rotate", lambda x, position, **more: rotate(x, -position, **more))
 
 
 def mask_is_off_by_one(patch: Patch) -> None:
-    query_pass = inner_loop.query_pass
+    query_pass = fast_network.query_pass
 
     def mutated(q, fast, memory, norm, scale, mask, *more):
         return query_pass(q, fast, memory, norm, scale, None if mask is None else mask.tril(-1), *more)
 
-    patch.setattr(inner_loop, "query_pass", mutated)
+    for form in (chunk, recurrent):
+        patch.setattr(form, "query_pass", mutated)
 
 
 def streams_forget_a_chunk(patch: Patch) -> None:
-    step = inner_loop.step
+    step = recurrent.recurrent_inner_loop
 
     def mutated(tokens, state, *others, **more):
         fast = {name: tensor.clone() for name, tensor in state.items() if name.startswith(("weight.", "bias."))}
@@ -47,7 +49,7 @@ def streams_forget_a_chunk(patch: Patch) -> None:
             state[name].copy_(tensor)
         return y
 
-    patch.setattr(inner_loop, "step", mutated)
+    patch.setattr(block, "recurrent_inner_loop", mutated)
 
 
 def scale_goes_below_zero(patch: Patch) -> None:
@@ -67,7 +69,7 @@ def gradient_misses_the_deviation(patch: Patch) -> None:
         std = difference.std(-1, keepdim=True).detach()
         return weight * (difference - difference.mean(-1, keepdim=True)) / (std + eps) + bias + k
 
-    patch.setattr(hybrid, "reconstruction_target", mutated)
+    patch.setattr(layer, "reconstruction_target", mutated)
 
 
 def taps_are_the_other_way_round(patch: Patch) -> None:
@@ -76,7 +78,7 @@ def taps_are_the_other_way_round(patch: Patch) -> None:
 
 
 def values_are_not_normalised(patch: Patch) -> None:
-    patch.setattr(block, "over_rms", lambda e, exact=False: e)
+    patch.setattr(block, "rms_normalize", lambda e, exact=False: e)
 
 
 def momentum_needs_no_gradient(patch: Patch) -> None:
@@ -95,18 +97,20 @@ def decay_spares_nothing(patch: Patch) -> None:
     def mutated(delta, keys, values, ended, taught, decay):
         return (1 - decay) * (delta + keys.mT @ values)
 
-    patch.setattr(ops, "after_chunk", mutated)
+    patch.setattr(chunkwise, "after_chunk", mutated)
 
 
 def rows_cannot_switch_updates_off(patch: Patch) -> None:
     patch.setattr(BlockContext, "where_updated", lambda self, value: value)
+    patch.setattr(BlockContext, "updates_mask", lambda self, like: None)
 
 
 def tokens_are_taken_as_they_are(patch: Patch) -> None:
     def mutated(tokens, *_):
         return tokens, torch.ones(tokens.q.shape[:2], dtype=torch.bool)
 
-    patch.setattr(inner_loop, "only_finite", mutated)
+    for form in (chunk, recurrent):
+        patch.setattr(form, "only_finite", mutated)
 
 
 QUICK = settings(max_examples=300, derandomize=True, database=None, deadline=None)

@@ -9,8 +9,8 @@ from hypothesis import given, note, settings
 
 from moshi_ttt.core import block as blocks
 from moshi_ttt.core.block import SequenceBlock
-from moshi_ttt.plugins.common import hybrid
-from moshi_ttt.plugins.common.block import HybridBlock
+from moshi_ttt.plugins.hybrid import layer
+from moshi_ttt.plugins.hybrid.block import HybridBlock
 from tests.fuzz.rerun import command, run
 from tests.fuzz.test_mutations import QUICK, smallest_failure
 from tests.fuzz.volumes import heard_at_volumes
@@ -34,7 +34,7 @@ def zero_is_a_small_number(patch: Patch) -> None:
         factor = torch.as_tensor(volume, dtype=dtype).view(-1, 1, 1)
         return base + torch.where(factor == 0, 1e-9, factor) * added
 
-    patch.setattr(hybrid, "at_volume", mutated)
+    patch.setattr(layer, "at_volume", mutated)
     patch.setattr(blocks, "at_volume", mutated)
 
 

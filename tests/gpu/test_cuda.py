@@ -8,8 +8,9 @@ from moshi.models import LMGen
 
 from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.core.precision import FP32_STATE
+from moshi_ttt.core.sharding import shard
 from moshi_ttt.core.testing import error
-from moshi_ttt.hosts.moshi.fsdp import shard
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import resolve_repo
 from moshi_ttt.hosts.moshi.streaming import stream_state
 
@@ -70,7 +71,7 @@ def test_one_rank_of_nccl_trains(variant, tmp_path):
     try:
         model, injection = model_with(variant, device="cuda", dtype=torch.bfloat16)
         injection.freeze_base()
-        shard(model, FP32_STATE.roles(torch.bfloat16))
+        shard(MOSHI_HOST, model, FP32_STATE.roles(torch.bfloat16))
         optimizer = torch.optim.AdamW(injection.parameters(), lr=1e-3)
         losses = []
         for _ in range(5):

@@ -23,7 +23,7 @@ import toy
 
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.precision import FP32_STATE
-from moshi_ttt.hosts.moshi.fsdp import shard
+from moshi_ttt.core.sharding import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 
 STEPS, ROWS, SEGMENT = 3, 2, 10
@@ -71,7 +71,7 @@ def root_gradients(sharded: bool, rows: list[int]) -> dict[str, list[float]]:
     for parameter in trained.values():
         parameter.requires_grad_(True)
     if sharded:
-        shard(model, FP32_STATE.roles(torch.bfloat16))
+        shard(MOSHI_HOST, model, FP32_STATE.roles(torch.bfloat16))
     codes = toy.random_codes(model, ROWS, SEGMENT)
     for row in rows:
         out = model(codes[row : row + 1])
@@ -104,7 +104,7 @@ def refusals(model: torch.nn.Module) -> dict[str, str]:
     for name, call in {
         "stream": lambda: model.streaming(1),
         "detach": lambda: MOSHI_HOST.detach(model),
-        "shard": lambda: shard(model, FP32_STATE.roles(torch.bfloat16)),
+        "shard": lambda: shard(MOSHI_HOST, model, FP32_STATE.roles(torch.bfloat16)),
         "load_base": lambda: MOSHI_HOST.load_base(model, {}),
     }.items():
         try:
@@ -118,7 +118,7 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     model = build()
-    shard(model, FP32_STATE.roles(torch.bfloat16))
+    shard(MOSHI_HOST, model, FP32_STATE.roles(torch.bfloat16))
     placed = {type(p).__name__ for p in model.parameters()}
     stored = sorted({str(p.dtype) for block in MOSHI_HOST.blocks(model).values() for p in block.parameters()})
     losses, dtypes = train(model, [dist.get_rank()])

@@ -216,6 +216,13 @@ def test_attach_to_a_foreign_layer_class_raises():
     refusal(model, blocks, "OtherLayer")
 
 
+def test_attach_to_a_foreign_model_class_raises():
+    model = random_tiny_lm()
+    blocks = make_blocks(model)
+    model.__class__ = type("OtherModel", (type(model),), {})
+    refusal(model, blocks, "OtherModel")
+
+
 def test_attach_and_detach_while_streaming_raise():
     model = random_tiny_lm()
     blocks = make_blocks(model)

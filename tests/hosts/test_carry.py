@@ -196,6 +196,8 @@ def test_carry_and_streaming_exclude_each_other():
         pass
     with MOSHI_HOST.carry(model), pytest.raises(HostError, match="cannot start"):
         model.streaming(1)
+    with torch.no_grad(), model.streaming(1):
+        logits(model, random_codes(model, 1, 1))
 
 
 @pytest.mark.parametrize("ids", [torch.tensor([1, 2, 3]), torch.tensor([[1], [2]])])

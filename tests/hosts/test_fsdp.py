@@ -13,7 +13,7 @@ import torch
 
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.precision import FP32_STATE
-from moshi_ttt.hosts.moshi.fsdp import shard
+from moshi_ttt.core.sharding import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 
@@ -112,6 +112,6 @@ def test_units_are_innermost_first():
 
 def test_shard_without_a_process_group_raises():
     with pytest.raises(HostError, match="process group"):
-        shard(random_tiny_lm(), FP32_STATE.roles(torch.float32))
+        shard(MOSHI_HOST, random_tiny_lm(), FP32_STATE.roles(torch.float32))
     with pytest.raises(HostError, match="LMModel"):
-        shard(torch.nn.Linear(2, 2), FP32_STATE.roles(torch.float32))
+        shard(MOSHI_HOST, torch.nn.Linear(2, 2), FP32_STATE.roles(torch.float32))

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moshi_ttt.core.errors import ContextError
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.streaming import stream_state
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
@@ -240,3 +241,30 @@ def test_cross_attention_comes_before_the_block():
     with torch.no_grad(), model.streaming(2):
         pieces = [model.forward_text(codes[..., t : t + 1], None, source)[1] for t in range(9)]
     assert relative_error(torch.cat(pieces, 2), whole) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_generation_loop_starts_after_a_refusal(guidance):
+    model = toy_lm()
+    lm_gen = generator_of(model, cfg_coef=guidance, cfg_is_no_text=True)
+    with (
+        MOSHI_HOST.updates(model, torch.tensor([True, False, True])),
+        pytest.raises(ContextError, match="updates has 3 rows"),
+    ):
+        lm_gen.streaming(2)
+    with lm_gen.streaming(2):
+        run(lm_gen, user_codes(model, 2, 3))
+
+
+@torch.no_grad()
+def test_a_refused_stream_leaves_one_that_runs_alone():
+    model = toy_lm()
+    codes = random_codes(model, 2, 6)
+    with model.streaming(2):
+        expected = stream(model, codes)
+    with model.streaming(2):
+        first = stream(model, codes[..., :3])
+        with pytest.raises(AssertionError, match="already streaming"):
+            model.streaming(2)
+        assert torch.equal(torch.cat([first, stream(model, codes[..., 3:])], 2), expected)

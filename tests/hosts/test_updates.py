@@ -13,6 +13,7 @@ from moshi_ttt.core.errors import ContextError
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.layers import BlockSite
+from moshi_ttt.hosts.moshi.upstream import StreamingModule
 
 BLOCKS = [
     {"variant": "ttt_linear", "layers": "1", "chunk": 4, "gate": {"init": 0.5}},
@@ -176,9 +177,10 @@ def test_another_number_of_rows_is_refused_and_changes_nothing(model):
     with MOSHI_HOST.updates(model, two):
         with pytest.raises(ContextError, match="updates has 2 rows, and the stream has 3"), model.streaming(3):
             pass
-        assert not any(module._streaming_state for module in sites(model))
+        assert not any(module.is_streaming for module in model.modules() if isinstance(module, StreamingModule))
         with pytest.raises(ContextError, match="updates of shape"):
             model(codes())
+    streamed(model)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

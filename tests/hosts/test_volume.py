@@ -16,6 +16,7 @@ from moshi_ttt.hosts.audio.host import AUDIO_HOST
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.layers import BlockSite, TTTStreamingTransformer
 from moshi_ttt.hosts.moshi.streaming import restore_stream_state, stream_state
+from moshi_ttt.hosts.moshi.upstream import StreamingModule
 
 BLOCKS = [
     {"variant": "ttt_linear", "layers": "1", "chunk": 4, "gate": {"init": 0.5}},
@@ -237,9 +238,10 @@ def test_another_number_of_rows_is_refused_and_changes_nothing(model):
     with MOSHI_HOST.volume(model, two):
         with pytest.raises(ContextError, match="volume has 2 rows, and the stream has 3"), model.streaming(3):
             pass
-        assert not any(module._streaming_state for module in sites(model))
+        assert not any(module.is_streaming for module in model.modules() if isinstance(module, StreamingModule))
         with pytest.raises(ContextError, match="volume of shape"):
             model(codes())
+    streamed(model)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

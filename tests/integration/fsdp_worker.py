@@ -1,4 +1,4 @@
-"""One rank of sharded training with both variants on the tiny Moshi (under torchrun), and the same in one process.
+"""One rank of sharded training with all variants on the tiny Moshi (under torchrun), and the same in one process.
 
 Each row of the batch is a forward pass of its own, on a rank or in the loop of the one process, so both run the same
 kernels on the same shapes.
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.core.precision import FP32_STATE
-from moshi_ttt.hosts.moshi.fsdp import shard
+from moshi_ttt.core.sharding import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 
 STEPS, LENGTH = 4, 13
@@ -38,16 +38,21 @@ CONFIG = {
         },
     ],
 }  # fmt: skip
+RIDGE = {
+    **CONFIG,
+    "ttt": [{"variant": "ttt_ridge", "layers": "1,2", "chunk": 4, "novelty": True, "checkpoint_chunks": 2}],
+}
+"""A backward pass that runs groups of chunks again, with parameters that are used inside them alone."""
 
 
-def train(rows: list[int], *, sharded: bool) -> dict:
+def train(rows: list[int], *, sharded: bool, config: dict = CONFIG) -> dict:
     """Losses [step][row] and the dtypes of everything; a bfloat16 base, frozen, with the blocks trained."""
-    config = parse_config(CONFIG, registry=default_registry())
+    config = parse_config(config, registry=default_registry())
     model = MOSHI_HOST.load(config.host)
     injection = inject(model, config)
     injection.freeze_base()
     if sharded:
-        shard(model, FP32_STATE.roles(torch.bfloat16))
+        shard(MOSHI_HOST, model, FP32_STATE.roles(torch.bfloat16))
     optimizer = torch.optim.AdamW(injection.parameters(), lr=3e-3, eps=1e-6)
     codes = torch.randint(0, 128, (2, 17, LENGTH), generator=torch.Generator().manual_seed(0))
     losses, state_dtypes = [], set()
@@ -80,7 +85,7 @@ def filled(*, sharded: bool = False) -> dict:
     model = MOSHI_HOST.skeleton(config.host)
     injection = inject(model, config)
     if sharded:
-        shard(model, FP32_STATE.roles(torch.bfloat16))
+        shard(MOSHI_HOST, model, FP32_STATE.roles(torch.bfloat16))
     model.to_empty(device="cpu")
     MOSHI_HOST.load_base(model, weights)
     injection.initialise()
@@ -95,6 +100,8 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    result = train([dist.get_rank()], sharded=True) | {"meta": filled(sharded=True)}
+    rank = [dist.get_rank()]
+    result = {"all": train(rank, sharded=True), "ridge": train(rank, sharded=True, config=RIDGE)}
+    result["meta"] = filled(sharded=True)
     (Path(sys.argv[1]) / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.destroy_process_group()

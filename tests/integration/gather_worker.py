@@ -17,7 +17,7 @@ from moshi_ttt.core.adapter import collect_adapter, load_adapter
 from moshi_ttt.core.device_log import DeviceLog
 from moshi_ttt.core.errors import AdapterError
 from moshi_ttt.core.precision import FP32_STATE
-from moshi_ttt.hosts.moshi.fsdp import shard
+from moshi_ttt.core.sharding import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 
 
@@ -30,7 +30,7 @@ def main(out: Path) -> None:
     config = parse_config({"host": host, "ttt": [entry]}, registry=default_registry())
     injection = inject(MOSHI_HOST.load(config.host), config)
     tensors = {name: parameter.detach().clone() for name, parameter in injection.named_parameters()}
-    shard(injection.model, FP32_STATE.roles(torch.float32))
+    shard(MOSHI_HOST, injection.model, FP32_STATE.roles(torch.float32))
     found: dict[str, object] = {
         "total": sum(tensor.nbytes for tensor in tensors.values()),
         "largest": max(tensor.nbytes for tensor in tensors.values()),

@@ -17,7 +17,7 @@ from moshi_ttt.core.precision import FP32_STATE
 from moshi_ttt.hosts.moshi import lora
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 from moshi_ttt.hosts.moshi.loading import resolve_repo
-from moshi_ttt.plugins.common.options import GateConfig
+from moshi_ttt.plugins.common.gate import GateConfig
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 

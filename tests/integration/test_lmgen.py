@@ -10,6 +10,7 @@ from moshi.models import LMGen
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moshi_ttt.core.testing import error
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.layers import block_sites
 from moshi_ttt.hosts.moshi.streaming import load_stream_state, save_stream_state, stream_state
 
@@ -172,6 +173,19 @@ def test_hybrid_updates_that_were_skipped_are_reported_when_streaming_ends(varia
         _stream(generator, frames=9)
     block.inner_lr_factor = 1e20
     with pytest.warns(UserWarning, match=r"layers\.2\.sequence: updates were skipped.*\[2, 2\].*Lower"):
+        _stream(generator, frames=9)
+
+
+def test_tokens_that_ttt_ridge_left_out_are_reported_without_advice_on_a_learning_rate():
+    model, _ = tiny_with({"variant": "ttt_ridge", "layers": "2", "chunk": 4})
+    with torch.no_grad():
+        model.text_emb.weight.fill_(float("nan"))
+    generator = LMGen(model, use_sampling=False)
+    with pytest.warns(UserWarning, match=r"updates were skipped.*\[9, 9\]\. Look at") as caught:
+        _stream(generator, frames=9)
+    assert not any("learning rate" in str(each.message) for each in caught)
+    with warnings.catch_warnings(), MOSHI_HOST.updates(model, False):
+        warnings.simplefilter("error")
         _stream(generator, frames=9)
 
 

@@ -37,8 +37,10 @@ def ranks(tmp_path_factory) -> list[dict]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_two_ranks_train_with_the_losses_of_one_process(ranks):
-    alone = fsdp_worker.train([0, 1], sharded=False)
+@pytest.mark.parametrize(("run", "config"), [("all", fsdp_worker.CONFIG), ("ridge", fsdp_worker.RIDGE)])
+def test_two_ranks_train_with_the_losses_of_one_process(ranks, run, config):
+    ranks = [rank[run] for rank in ranks]
+    alone = fsdp_worker.train([0, 1], sharded=False, config=config)
     reference = torch.tensor(alone["losses"])  # [step, row]
     sharded = torch.tensor([rank["losses"] for rank in ranks])[..., 0].T
     # The first step is the same arithmetic; later ones differ by the order in which two gradients are added.
@@ -50,7 +52,7 @@ def test_two_ranks_train_with_the_losses_of_one_process(ranks):
 
 
 def test_state_and_parameters_are_float32_on_every_rank(ranks):
-    for rank in ranks:
+    for rank in (rank[name] for rank in ranks for name in ("all", "ridge")):
         assert rank["state_dtypes"] == ["torch.float32"]
         assert rank["block_dtypes"] == ["torch.float32"]
         assert rank["base_dtypes"] == ["torch.bfloat16"]

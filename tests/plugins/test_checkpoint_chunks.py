@@ -13,7 +13,7 @@ from moshi_ttt.core.device_log import DeviceLog
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.testing import Shape, default_cases
-from moshi_ttt.plugins.common import inner_loop
+from moshi_ttt.plugins.hybrid import chunk
 
 CASES = [
     ("ttt_linear", {"chunk": 4}),
@@ -137,7 +137,7 @@ def test_without_gradients_there_is_nothing_to_keep_and_nothing_is_wrapped(monke
     def refuse(*args, **kwargs):
         raise AssertionError("checkpointed without need")
 
-    monkeypatch.setattr(inner_loop, "checkpoint", refuse)
+    monkeypatch.setattr(chunk, "checkpoint", refuse)
     case = case_of("ttt_mlp", {"chunk": 4, "checkpoint_chunks": 2})
     block = case.block()
     with torch.no_grad():

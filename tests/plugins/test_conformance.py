@@ -72,6 +72,9 @@ test_gating_mlp_compiled = conformance_tests(
     "gating_mlp",
     {"chunk": 4, "lr": 0.1},
     {"chunk": 5, "lr": 0.1, "conv_kernel": 4, "target": "hidden_states", "learned_lr": True, "decay": 0.1, "clip": 0.5},
+    {"chunk": 4, "update": "ridge", "lr": 1.0, "learned_lr": True, "read_scale": 8.0, **BEST},
+    {"chunk": 5, "update": "ridge", "conv_kernel": 4, "target": "hidden_states", "decay": 0.1, "clip": 0.5},
+    {"chunk": 3, "update": "gradient", "learned_lr": True, "conv_kernel": 6, "read_scale": 2.0, **BEST},
     compiled_step=True,
 )
 test_ttt_ridge = conformance_tests(

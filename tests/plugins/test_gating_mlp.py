@@ -15,10 +15,12 @@ from moshi_ttt.core.format import ChunkLayout, SequenceFormat
 from moshi_ttt.core.precision import FP32_STATE, UNIFORM
 from moshi_ttt.core.testing import error
 from moshi_ttt.core.testing.toy_host import ToyMLP
-from moshi_ttt.plugins.gating_mlp import ops, reference
+from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
+from moshi_ttt.plugins.gating_mlp.chunkwise import chunkwise_in_place
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
-from moshi_ttt.plugins.gating_mlp.gram import gram
+from moshi_ttt.plugins.gating_mlp.naive import naive_in_place
+from moshi_ttt.plugins.gating_mlp.parallel import parallel_in_place
 
 
 @pytest.mark.parametrize("padding", ["centered", "causal"])
@@ -34,7 +36,7 @@ def test_block_equals_the_definition(length, kernel, padding):
     rate = 0.2 * 2 * torch.sigmoid(x @ block.lr_weight + block.lr_bias)
     left = kernel - 1 if padding == "causal" else (kernel - 1) // 2
     for row in range(2):
-        expected, delta = reference.in_place(
+        expected, delta = naive_in_place(
             hidden[row], target[row], mlp.linear_out.weight, block.conv[:, 0], block.projection, rate[row],
             chunk_size=4, left=left, decay=0.1, clip=0.7,
         )  # fmt: skip
@@ -52,7 +54,7 @@ def test_both_forms_agree_with_gradients(length, with_start, decay):
     taught = torch.tensor([[True, True, False, True, True], [False, True, True, True, True]])
     leaves = [leaf for leaf in (keys, values, start) if leaf is not None]
     results = []
-    for form in (gram, ops.running_sum):
+    for form in (parallel_in_place, chunkwise_in_place):
         y = form(keys, values, start, complete, taught, decay, 4)
         cotangent = draw(*y.shape, seed=4)
         cotangent[1, 16:] = 0  # row 1 ends in chunk 3: its chunk 4 holds no tokens
@@ -144,7 +146,7 @@ def test_drift_is_the_updates_norm_over_that_of_w_0():
     mlp = block.info.mlp
     gate, up = mlp.linear_in(x[1]).chunk(2, dim=-1)
     hidden, rate = mlp.activation(gate) * up, torch.full((9,), 0.1, dtype=torch.float64)
-    _, delta = reference.in_place(
+    _, delta = naive_in_place(
         hidden, x[1], mlp.linear_out.weight, block.conv[:, 0], block.projection, rate, chunk_size=4, left=2
     )
     expected = delta.norm() / mlp.linear_out.weight.norm()

@@ -14,7 +14,7 @@ import torch
 from tests.plugins.gating import DIM, build, draw
 
 from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
-from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.errors import ConfigError, ContextError
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.precision import UNIFORM
 from moshi_ttt.core.testing import error
@@ -24,8 +24,20 @@ from moshi_ttt.plugins.gating_mlp import compiled
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 
+CORRECTIONS = [
+    {"update": "gradient", "lr": 0.2, "decay": 0.2},
+    {"update": "gradient", "keys": "unit", "clip": 0.6, "success_gate": True, "learned_lr": True},
+    {"update": "ridge"},
+    {"update": "ridge", "lr": 1.0, "learned_lr": True, "keys": "unit", "target_norm": True, "success_gate": True},
+    {"update": "ridge", "decay": 0.2, "clip": 0.6, "success_gate": True, "read_scale": 4.0},
+]
 
-@pytest.mark.parametrize("options", [{}, {"decay": 0.2}, {"clip": 0.6, "learned_lr": True}], ids=str)
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"decay": 0.2}, {"clip": 0.6, "learned_lr": True}, {"success_gate": True}, *CORRECTIONS],
+    ids=str,
+)
 @pytest.mark.parametrize(("chunk", "kernel", "padding"), [(1, 3, "centered"), (5, 12, "causal"), (16, 5, "centered")])
 def test_every_part_of_the_state_is_the_same_after_every_step(chunk, kernel, padding, options):
     """Rows that stop and start, tokens that teach nothing, tokens that are not finite: each row at its own place."""
@@ -38,7 +50,7 @@ def test_every_part_of_the_state_is_the_same_after_every_step(chunk, kernel, pad
     x[1, chunk], active[chunk, 1] = torch.inf, True
     expected, state = plain.allocate_state(4), fast.allocate_state(4)
     for t in range(length):
-        token, updates = x[:, t : t + 1], bool(chance[t, 4] < 0.8)
+        token, updates = x[:, t : t + 1], chance[t, :4] + chance[t, 4] < 1.6
         context = BlockContext(input_embeddings=target[:, t : t + 1], exec_mask=active[t], updates=updates)
         outputs = plain.step(token, expected, context), fast.step(token, state, context)
         assert error(*(y.nan_to_num(0, 0, 0) for y in outputs)) < 1e-12
@@ -47,8 +59,38 @@ def test_every_part_of_the_state_is_the_same_after_every_step(chunk, kernel, pad
     assert (expected["skipped"] > 0).tolist() == [False, True, False, False]
 
 
-def test_a_row_is_not_touched_by_another_that_is_not_finite():
-    block = build(compiled=True)
+@pytest.mark.parametrize("options", CORRECTIONS[1:], ids=str)
+def test_float32_differs_by_rounding(options):
+    """From tensor operations in float32, no further than those are from float64: 2 rows, 6 chunks of 16."""
+    x, target = draw(2, 99, DIM), draw(2, 99, DIM, seed=2)
+    outputs, states = [], []
+    for dtype, by in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
+        block = build(chunk=16, dtype=dtype, compiled=by, mlp=shared_mlp(dtype), **options)
+        state = block.allocate_state(2)
+        tokens = zip(x.to(dtype).split(1, 1), target.to(dtype).split(1, 1), strict=True)
+        outputs.append(
+            torch.cat([block.step(token, state, BlockContext(input_embeddings=given)) for token, given in tokens], 1)
+        )
+        states.append(state)
+    exact, plain, fast = outputs
+    bound = max(2 * error(plain, exact), 1e-6)
+    assert bound < 1e-4
+    assert error(fast, exact) < bound
+    for name, tensor in states[0].items():
+        found = error(states[2][name], tensor)
+        assert found <= max(2 * error(states[1][name], tensor), 1e-5), name
+
+
+def shared_mlp(dtype):
+    """The same numbers in every dtype."""
+    mlp = ToyMLP(DIM, dtype, "cpu")
+    mlp.load_state_dict(ToyMLP(DIM, torch.float64, "cpu").state_dict())
+    return mlp
+
+
+@pytest.mark.parametrize("options", [{}, *CORRECTIONS], ids=str)
+def test_a_row_is_not_touched_by_another_that_is_not_finite(options):
+    block = build(compiled=True, **options)
     x = draw(3, 9, DIM)
     spoiled = x.clone()
     spoiled[1] = torch.nan
@@ -63,14 +105,15 @@ def test_a_row_is_not_touched_by_another_that_is_not_finite():
     assert all(tensor.isfinite().all() for tensor in after.values())
 
 
-def test_a_compiled_step_goes_on_where_tensor_operations_stopped():
-    block, x = build(), draw(2, 11, DIM)
+@pytest.mark.parametrize("options", [{}, *CORRECTIONS], ids=str)
+def test_a_compiled_step_goes_on_where_tensor_operations_stopped(options):
+    block, x = build(**options), draw(2, 11, DIM)
     state = block.allocate_state(2)
     for t in x[:, :6].split(1, 1):
         block.step(t, state, BlockContext(input_embeddings=t))
     block.compile_step()
     y = torch.cat([block.step(t, state, BlockContext(input_embeddings=t)) for t in x[:, 6:].split(1, 1)], dim=1)
-    whole, after = build()(x, None, BlockContext(input_embeddings=x))
+    whole, after = build(**options)(x, None, BlockContext(input_embeddings=x))
     assert error(y, whole[:, 6:]) < 1e-11
     assert all(error(state[name], tensor) < 1e-11 for name, tensor in after.items())
 
@@ -93,9 +136,9 @@ def test_inputs_and_masks_need_not_be_contiguous():
     assert all(torch.equal(streams[0][name], streams[1][name]) for name in streams[0])
 
 
-@pytest.mark.parametrize("name", ["delta", "keys", "values", "open"])
+@pytest.mark.parametrize("name", ["delta", "keys", "values", "open", "factor", "answer", "scores"])
 def test_a_state_of_another_shape_is_refused_and_stays_as_it_was(name):
-    block, x = build(compiled=True), draw(2, 1, DIM)
+    block, x = build(compiled=True, update="ridge", success_gate=True), draw(2, 1, DIM)
     state = block.allocate_state(2)
     state[name] = torch.cat([state[name]] * 2, dim=-1)[..., :-1].contiguous()
     before = {part: tensor.clone() for part, tensor in state.items()}
@@ -104,12 +147,15 @@ def test_a_state_of_another_shape_is_refused_and_stays_as_it_was(name):
     assert all(torch.equal(state[part], tensor) for part, tensor in before.items())
 
 
-@pytest.mark.parametrize("name", build(clip=1.0).init_state(1))
+EVERY_PART = {"clip": 1.0, "update": "ridge", "success_gate": True}
+
+
+@pytest.mark.parametrize("name", build(**EVERY_PART).init_state(1))
 def test_rows_that_share_storage_are_refused(name):
-    block, x = build(compiled=True, clip=1.0), draw(2, 1, DIM)
+    block, x = build(compiled=True, **EVERY_PART), draw(2, 1, DIM)
     state = block.allocate_state(2)
     state[name] = state[name][:1].expand(2, *state[name].shape[1:])
-    with pytest.raises(RuntimeError, match=f"'{name}' has shape .*, not contiguous"):
+    with pytest.raises(ContextError, match=f"'{name}' is not contiguous"):
         block.step(x, state, BlockContext(input_embeddings=x))
 
 
@@ -122,11 +168,30 @@ def test_a_position_outside_the_chunk_is_refused(position):
         block.step(x, state, BlockContext(input_embeddings=x))
 
 
-def test_a_clipped_state_is_refused_by_a_block_that_does_not_clip():
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"clip": 1.0}, "has 'norm' where updates are clipped"),
+        ({"update": "ridge"}, "has 'factor' where update is ridge"),
+        ({"success_gate": True}, "has 'answer' where there is a success gate"),
+    ],
+    ids=str,
+)
+def test_a_state_is_refused_by_a_block_without_its_option(options, said):
     x = draw(2, 1, DIM)
-    state = build(clip=1.0).allocate_state(2)
-    with pytest.raises(RuntimeError, match="has 'norm' where updates are clipped"):
-        build(compiled=True).step(x, state, BlockContext(input_embeddings=x))
+    with_it, without = (options, {}), ({}, options)
+    for of_the_state, of_the_block in (with_it, without):
+        state = build(**of_the_state).allocate_state(2)
+        with pytest.raises(RuntimeError, match=said):
+            build(compiled=True, **of_the_block).step(x, state, BlockContext(input_embeddings=x))
+
+
+def test_a_change_of_the_header_is_another_build(monkeypatch, tmp_path):
+    changed = tmp_path / "corrections.h"
+    changed.write_text(compiled.HEADER.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    before = compiled._version()
+    monkeypatch.setattr(compiled, "HEADER", changed)
+    assert compiled._version() != before
 
 
 def test_a_state_in_bfloat16_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,21 @@ from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.testing import error
 from moshi_ttt.core.testing.toy_host import ToyMLP
 from moshi_ttt.plugins.common.success_gate import directions
-from moshi_ttt.plugins.gating_mlp import ops, reference
+from moshi_ttt.plugins.gating_mlp import chunk, naive, ops
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.corrections import RIDGE_BOUNDS, solved
+from moshi_ttt.plugins.gating_mlp.naive import naive_in_place
 
 BEST = {
     "update": "ridge", "lr": 1.0, "learned_lr": True, "keys": "unit", "target_norm": True, "start": "next_frame",
     "read_scale": 8.0, "success_gate": True,
 }  # fmt: skip
+
+
+@pytest.fixture(params=[False, True], ids=["tensor operations", "compiled"])
+def compiled(request):
+    return request.param
 
 
 def stream(block, x, target, state=None):
@@ -45,20 +52,21 @@ def strengths(block, x):
     return most * torch.sigmoid(x @ block.lr_weight + block.lr_bias)
 
 
-def defined(block, x, target):
-    """Outputs and accumulated updates by reference.py, row by row."""
+def defined(block, x, target, updated=None):
+    """Outputs and accumulated updates by naive.py, row by row; ``updated [B, T]`` bool."""
     config, mlp = block.config, block.info.mlp
     gate, up = mlp.linear_in(x).chunk(2, dim=-1)
     hidden = mlp.activation(gate) * up
     keys = hidden / hidden.norm(dim=-1, keepdim=True) if config.keys == "unit" else hidden
-    rate = strengths(block, x)
+    updated = torch.ones(x.shape[:2], dtype=torch.bool) if updated is None else updated
+    rate = torch.where(updated, strengths(block, x), 0)
     ridge = block.log_ridge.exp().item() if config.update == "ridge" else 0.0
     outputs, deltas = [], []
     for b in range(x.shape[0]):
-        y, delta = reference.in_place(
+        y, delta = naive_in_place(
             keys[b], target[b], torch.zeros_like(mlp.linear_out.weight), block.conv[:, 0], block.projection, rate[b],
             chunk_size=config.chunk, left=ops.left_padding(config.conv_kernel, config.padding), decay=config.decay,
-            clip=config.clip, update=config.update, ridge=ridge,
+            clip=config.clip, update=config.update, ridge=ridge, updated=updated[b],
         )  # fmt: skip
         outputs.append(y)
         deltas.append(delta)
@@ -68,8 +76,8 @@ def defined(block, x, target):
 @pytest.mark.parametrize("keys", ["raw", "unit"])
 @pytest.mark.parametrize("options", [{}, {"decay": 0.2}, {"clip": 0.4}, {"learned_lr": True}], ids=str)
 @pytest.mark.parametrize("update", ["hebbian", "gradient", "ridge"])
-def test_call_and_stream_are_the_definition(update, options, keys):
-    block = build(update=update, keys=keys, chunk=5, lr=0.2, **options)
+def test_call_and_stream_are_the_definition(update, options, keys, compiled):
+    block = build(update=update, keys=keys, chunk=5, lr=0.2, compiled=compiled, **options)
     x, target = draw(2, 19, DIM), draw(2, 19, DIM, seed=2)
     expected, delta = defined(block, x, target)
     y, state = block(x, None, BlockContext(input_embeddings=target))
@@ -80,11 +88,55 @@ def test_call_and_stream_are_the_definition(update, options, keys):
     assert error(block.accumulated_update(after), delta) < 1e-12
 
 
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "gram"])
+@pytest.mark.parametrize("options", [{"decay": 0.3}, {"decay": 0.3, "clip": 0.4}], ids=str)
+@pytest.mark.parametrize(
+    ("update", "compiled"), [("hebbian", False), ("hebbian", True), ("gradient", False), ("ridge", False)]
+)
+def test_a_chunk_whose_updates_are_disabled_decays_nothing(update, compiled, options, dense, monkeypatch):
+    """Rows: all of chunk 1 disabled; a part of it; all of chunks 0 and 2; nothing. Cut anywhere, and streamed."""
+    monkeypatch.setattr(chunk, "prefers_parallel", lambda *_: not dense)
+    block = build(update=update, chunk=4, lr=0.2, compiled=compiled, **options)
+    x, target, updated = draw(4, 18, DIM), draw(4, 18, DIM, seed=2), torch.ones(4, 18, dtype=torch.bool)
+    updated[0, 4:8] = updated[1, 5:7] = updated[2, :4] = updated[2, 8:12] = False
+    expected, delta = defined(block, x, target, updated)
+    segments = [0, 2, 4, 5, 7, 8, 12, 18]
+    for cuts in (segments, list(range(19))):
+        state, outputs = block.allocate_state(4), []
+        for start, end in pairwise(cuts):
+            context = BlockContext(input_embeddings=target[:, start:end], updates=updated[:, start])
+            if cuts is segments:
+                y, state = block(x[:, start:end], state, context)
+            else:
+                y = block.step(x[:, start:end], state, context)
+            outputs.append(y)
+        assert error(torch.cat(outputs, dim=1), expected) < 1e-11
+        assert error(block.accumulated_update(state), delta) < 1e-11
+        assert not block.skipped_updates(state).any()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["tensor operations", "compiled"])
+def test_while_updates_are_disabled_memory_stays_as_it_is(compiled):
+    block = build(chunk=4, decay=0.3, compiled=compiled)
+    x, target = draw(3, 24, DIM), draw(3, 24, DIM, seed=2)
+    for streamed in (False, True):
+        _, state = stream(block, x[:, :16], target[:, :16])
+        before = block.accumulated_update(state)
+        for start in range(16, 24, 1 if streamed else 4):
+            end = start + (1 if streamed else 4)
+            context = BlockContext(input_embeddings=target[:, start:end], updates=False)
+            if streamed:
+                block.step(x[:, start:end], state, context)
+            else:
+                _, state = block(x[:, start:end], state, context)
+        assert error(block.accumulated_update(state), before) < 1e-13
+
+
 @pytest.mark.parametrize("kernel", [1, 2, 5, 9])
 @pytest.mark.parametrize("padding", ["centered", "causal"])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 16])
-def test_ridge_by_any_filter(chunk, padding, kernel):
-    block = build(update="ridge", lr=1.0, chunk=chunk, conv_kernel=kernel, padding=padding)
+def test_ridge_by_any_filter(chunk, padding, kernel, compiled):
+    block = build(update="ridge", lr=1.0, chunk=chunk, conv_kernel=kernel, padding=padding, compiled=compiled)
     x, target = draw(2, 3 * chunk + 2, DIM), draw(2, 3 * chunk + 2, DIM, seed=2)
     expected, delta = defined(block, x, target)
     for y, state in (block(x, None, BlockContext(input_embeddings=target)), stream(block, x, target)):
@@ -101,8 +153,8 @@ def test_the_dense_and_the_gram_form_agree_in_outputs_and_gradients(update, with
     state = block(x[:, :6], None, BlockContext(input_embeddings=target[:, :6]))[1] if with_state else None
     state = None if state is None else {name: tensor.detach() for name, tensor in state.items()}
     found = []
-    for gram in (True, False):
-        monkeypatch.setattr(ops, "prefers_gram", lambda *_, gram=gram: gram)
+    for parallel in (True, False):
+        monkeypatch.setattr(chunk, "prefers_parallel", lambda *_, parallel=parallel: parallel)
         leaf = x.clone().requires_grad_()
         y, after = block(leaf, state, context)
         sources = [leaf, *block.parameters()]
@@ -131,13 +183,13 @@ def chunk_like(kind):
 @pytest.mark.parametrize("ridge", [0.0, RIDGE_BOUNDS[0], 0.3, RIDGE_BOUNDS[1], 1e30])
 @pytest.mark.parametrize("keys", ["raw", "unit"])
 @pytest.mark.parametrize("kind", ["equal keys", "zero keys", "nearly equal keys", "a few zero keys"])
-def test_ill_conditioned_chunks_are_finite_and_right(kind, keys, ridge, strength):
+def test_ill_conditioned_chunks_are_finite_and_right(kind, keys, ridge, strength, compiled):
     """In float64 against the definition; in float32, call and stream, against float64; gradients finite."""
     x, target = chunk_like(kind)
     settings = {"update": "ridge", "keys": keys, "chunk": 8, "lr": 1.0, "learned_lr": True}
     mlp = ToyMLP(DIM, torch.float64, "cpu")
     for dtype, bound in ((torch.float64, 1e-9), (torch.float32, 2e-3)):
-        block = build(mlp=ToyMLP(DIM, dtype, "cpu"), dtype=dtype, **settings)
+        block = build(mlp=ToyMLP(DIM, dtype, "cpu"), dtype=dtype, compiled=compiled, **settings)
         block.info.mlp.load_state_dict({name: t.to(dtype) for name, t in mlp.state_dict().items()})
         with torch.no_grad():
             block.log_ridge.fill_(math.log(ridge) if ridge else -math.inf)
@@ -161,7 +213,7 @@ def ill_conditioned_definition(block, mlp, x, target):
     rate = torch.sigmoid(block.lr_bias.double()).expand(20)
     ridge = block.log_ridge.double().exp().clamp(*RIDGE_BOUNDS)
     rows = [
-        reference.in_place(
+        naive_in_place(
             keys[b], target[b], torch.zeros_like(mlp.linear_out.weight), block.conv.double()[:, 0],
             block.projection.double(), rate, chunk_size=8, left=2, update="ridge", ridge=ridge,
         )
@@ -180,9 +232,9 @@ def test_the_factor_has_no_pivot_below_the_root_of_the_ridge():
     assert error(keys @ q.mT @ y, torch.ones(1, 64, 3)) < 1e-3  # the answer to the key that was repeated
 
 
-def test_a_long_chunk_of_equal_keys_streams_as_it_is_called_in_float32():
+def test_a_long_chunk_of_equal_keys_streams_as_it_is_called_in_float32(compiled):
     """The worst case of the lower bound: 8e-3 with l a tenth of it."""
-    block = build(update="ridge", keys="unit", lr=1.0, chunk=256, dtype=torch.float32)
+    block = build(update="ridge", keys="unit", lr=1.0, chunk=256, dtype=torch.float32, compiled=compiled)
     with torch.no_grad():
         block.log_ridge.fill_(-100.0)
     x, target = draw(1, 1, DIM).float().expand(-1, 257, -1).contiguous(), draw(1, 257, DIM, seed=2).float()
@@ -203,8 +255,8 @@ def test_a_repeated_chunk_adds_up_with_hebbian_and_not_with_ridge():
     assert norms["ridge"] < 5
 
 
-def test_a_gradient_step_that_diverges_skips_updates_and_stays_finite():
-    block = build(update="gradient", lr=1e3, chunk=4, dtype=torch.float32)
+def test_a_gradient_step_that_diverges_skips_updates_and_stays_finite(compiled):
+    block = build(update="gradient", lr=1e3, chunk=4, dtype=torch.float32, compiled=compiled)
     x = draw(1, 1, DIM).float().expand(-1, 400, -1).contiguous()
     y, state = block(x, None, BlockContext(input_embeddings=x))
     streamed, after = stream(block, x, x)
@@ -271,14 +323,6 @@ def test_updates_off_answer_and_write_nothing():
     assert error(block.accumulated_update(after), ended) < 1e-14
 
 
-def test_the_compiled_step_is_refused_for_what_it_does_not_have():
-    for options, named in (({"update": "ridge"}, "update: ridge"), ({"success_gate": True}, "success_gate: true")):
-        block = build(**options)
-        with pytest.raises(ConfigError, match=rf"{named}.*\. Stream without compile_step"):
-            block.compile_step()
-    build(keys="unit", target_norm=True, start="next_frame", read_scale=2.0).compile_step()
-
-
 @pytest.mark.parametrize(
     "options", [{"padding": "causal"}, {"conv_kernel": 1}, {"chunk": 1}, {"padding": "causal", "chunk": "2s"}], ids=str
 )
@@ -310,8 +354,8 @@ def test_inner_losses_are_what_the_update_lowers(update):
     gate, up = block.info.mlp.linear_in(x).chunk(2, dim=-1)
     keys = directions(block.info.mlp.activation(gate) * up)
     for b in range(2):
-        wanted = torch.cat([reference.filtered(part, block.conv[:, 0], 2) for part in target[b].split(4)])
-        _, first = reference.in_place(
+        wanted = torch.cat([naive.filtered(part, block.conv[:, 0], 2) for part in target[b].split(4)])
+        _, first = naive_in_place(
             keys[b, :4], target[b, :4], torch.zeros(DIM, keys.shape[-1], dtype=torch.float64), block.conv[:, 0], None,
             torch.full((4,), 0.5), chunk_size=4, left=2, update=update,
             ridge=block.log_ridge.exp().item() if update == "ridge" else 0.0,

@@ -14,9 +14,10 @@ from moshi_ttt.core.precision import UNIFORM
 from moshi_ttt.core.state import clone
 from moshi_ttt.core.testing import error
 from moshi_ttt.core.testing.toy_host import ToyMLP
-from moshi_ttt.plugins.gating_mlp import ops, reference
+from moshi_ttt.plugins.gating_mlp import naive, ops
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
+from moshi_ttt.plugins.gating_mlp.naive import naive_in_place
 from moshi_ttt.plugins.gating_mlp.schedule import FoldSchedule, StepTables
 
 
@@ -35,19 +36,20 @@ def stream(block, x, target, state=None):
 
 
 def defined(block, x, target, taught=None):
-    """Outputs and accumulated updates straight from the definition; ``taught [B, N]`` leaves updates out."""
+    """Outputs and accumulated updates straight from the definition; ``taught [B, N]`` bool leaves updates out."""
     config, mlp = block.config, block.info.mlp
     gate, up = mlp.linear_in(x).chunk(2, dim=-1)
     hidden, size = mlp.activation(gate) * up, config.chunk
     rate = torch.full(x.shape[:2], config.lr, dtype=x.dtype)
     if config.learned_lr:
         rate = config.lr * 2 * torch.sigmoid(x @ block.lr_weight + block.lr_bias)
-    if taught is not None:
-        rate = rate * taught.repeat_interleave(size, dim=1)[:, : x.shape[1]]
+    taught = torch.ones(len(x), x.shape[1] // size + 1, dtype=torch.bool) if taught is None else taught
+    taught = taught.repeat_interleave(size, dim=1)[:, : x.shape[1]]
     rows = [
-        reference.in_place(
-            hidden[b], target[b], mlp.linear_out.weight, block.conv[:, 0], block.projection, rate[b], chunk_size=size,
-            left=ops.left_padding(config.conv_kernel, config.padding), decay=config.decay, clip=config.clip,
+        naive_in_place(
+            hidden[b], target[b], mlp.linear_out.weight, block.conv[:, 0], block.projection, rate[b] * taught[b],
+            chunk_size=size, left=ops.left_padding(config.conv_kernel, config.padding), decay=config.decay,
+            clip=config.clip, updated=taught[b],
         )
         for b in range(x.shape[0])
     ]  # fmt: skip
@@ -137,8 +139,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted_in_its_own_row(opti
     assert block.skipped_updates(state).tolist() == [0, 1, 0]
     assert all(torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point())
     sane = torch.nan_to_num(x, 0, 0, 0).clamp(-10, 10), torch.nan_to_num(target, 0, 0, 0).clamp(-10, 10)
-    taught = torch.ones(3, 5)
-    taught[1, 1] = 0
+    taught = torch.ones(3, 5, dtype=torch.bool)
+    taught[1, 1] = False
     expected, delta = defined(block, *sane, taught)
     others = [t for t in range(19) if t != 5]
     assert error(y[:, others], expected[:, others]) < 1e-11
@@ -197,9 +199,7 @@ def test_the_clip_is_right_where_the_tokens_updates_all_but_cancel(dtype, bound,
         gate, up = block.info.mlp.linear_in(x).chunk(2, dim=-1)
         keys = (block.info.mlp.activation(gate) * up)[0, :size].double()
         left = ops.left_padding(kernel, "centered")
-        values = (
-            reference.filtered(target[0, :size].double(), block.conv[:, 0].double(), left) @ block.projection.double()
-        )
+        values = naive.filtered(target[0, :size].double(), block.conv[:, 0].double(), left) @ block.projection.double()
         norms = keys.norm(dim=1) * values.norm(dim=1)
         ratio = norms.sum() / (values.T @ keys).norm()
         assert ratio > (1e3 if kernel == 1 else 10), ratio  # at a chunk's edges a filter leaves what cancels nothing

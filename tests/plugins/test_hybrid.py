@@ -16,9 +16,11 @@ from moshi_ttt.core.precision import FP32, FP32_STATE, UNIFORM
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.testing import BlockCase, Shape
 from moshi_ttt.core.testing.case import error
-from moshi_ttt.plugins.common import hybrid, reference
-from moshi_ttt.plugins.common.block_checks import NARROWEST_HEAD
-from moshi_ttt.plugins.common.rope import rotate
+from moshi_ttt.plugins.common.normalization import l2_normalize
+from moshi_ttt.plugins.hybrid import layer, naive
+from moshi_ttt.plugins.hybrid.checks import NARROWEST_HEAD
+from moshi_ttt.plugins.hybrid.naive import naive_inner_loop, naive_inputs, naive_output
+from moshi_ttt.plugins.hybrid.rope import rotate
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 from moshi_ttt.plugins.ttt_mlp.block import TTTMLP
@@ -42,7 +44,7 @@ def build(block=TTTLinear, config=None, *, dim=16, heads=2, dtype=torch.float32,
 def test_rope_keeps_the_dtype_and_rotates_as_defined(dtype):
     x = torch.randn(2, 9, 3, 8, dtype=torch.float64)
     position = torch.arange(9)[None] % 4
-    expected = reference.rotated(x.transpose(1, 2), 4, 10_000.0).transpose(1, 2)
+    expected = naive.rotated(x.transpose(1, 2), 4, 10_000.0).transpose(1, 2)
     actual = rotate(x.to(dtype), position, dtype=torch.promote_types(dtype, torch.float32))
     assert actual.dtype == dtype
     bound = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
@@ -52,20 +54,20 @@ def test_rope_keeps_the_dtype_and_rotates_as_defined(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_l2_norm_is_at_most_one(dtype):
     x = 100 * torch.randn(64, 33, dtype=dtype)
-    norm = hybrid.l2_normalise(x).double().norm(dim=-1)
+    norm = l2_normalize(x).double().norm(dim=-1)
     assert norm.max() <= 1 + 8 * torch.finfo(dtype).eps
-    assert torch.isfinite(hybrid.l2_normalise(torch.zeros(3, 8, dtype=dtype))).all()
+    assert torch.isfinite(l2_normalize(torch.zeros(3, 8, dtype=dtype))).all()
 
 
 def test_a_constant_difference_has_a_finite_target_and_gradient():
     k = torch.randn(1, 5, 2, 8, requires_grad=True)
     v = (k.detach() + 3.0).requires_grad_()
-    target = hybrid.reconstruction_target(v, k, torch.ones(2, 8), torch.zeros(2, 8), 1e-8)
+    target = layer.reconstruction_target(v, k, torch.ones(2, 8), torch.zeros(2, 8), 1e-8)
     target.sum().backward()
     assert torch.isfinite(target).all()
     assert torch.isfinite(k.grad).all()
     assert torch.isfinite(v.grad).all()
-    exact = hybrid.reconstruction_target(
+    exact = layer.reconstruction_target(
         torch.ones(1, 1, 1, 4), torch.zeros(1, 1, 1, 4), torch.ones(1, 4), torch.zeros(1, 4), 1e-8
     )
     assert (exact == 0).all()
@@ -73,7 +75,7 @@ def test_a_constant_difference_has_a_finite_target_and_gradient():
 
 def test_target_standard_deviation_is_unbiased():
     v, k = torch.randn(1, 3, 1, 8, dtype=torch.float64), torch.zeros(1, 3, 1, 8, dtype=torch.float64)
-    target = hybrid.reconstruction_target(v, k, torch.ones(1, 8), torch.zeros(1, 8), 0.0)
+    target = layer.reconstruction_target(v, k, torch.ones(1, 8), torch.zeros(1, 8), 0.0)
     assert torch.allclose(target.std(-1, unbiased=True), torch.ones(1, 3, 1, dtype=torch.float64))
 
 
@@ -172,7 +174,7 @@ def test_a_token_of_zeros_does_not_swamp_the_gradients(block):
 
 def test_a_constant_difference_is_finite_in_float16():
     v, k = torch.full((1, 1, 1, 4), 2.0, dtype=torch.float16), torch.zeros(1, 1, 1, 4, dtype=torch.float16)
-    target = hybrid.reconstruction_target(v, k, torch.ones(1, 4).half(), torch.zeros(1, 4).half(), 1e-8)
+    target = layer.reconstruction_target(v, k, torch.ones(1, 4).half(), torch.zeros(1, 4).half(), 1e-8)
     assert torch.isfinite(target).all()
 
 
@@ -222,16 +224,16 @@ def reference_weights(block, gate):
 
 def one_direction(block, x, gate):
     given, config = reference_weights(block, gate), block.config
-    q, k, v, lr = reference.hybrid_inputs(
+    q, k, v, lr = naive_inputs(
         x, given, num_heads=block.info.num_heads, chunk_size=config.chunk, base_lr=config.base_lr,
         theta=config.rope_theta, target_eps=config.target_eps,
     )  # fmt: skip
     fast = [[p.detach() for p in part] for part in (block.fast_weight, block.fast_bias)]
-    y, _, _ = reference.inner_loop(
+    y, _, _ = naive_inner_loop(
         q, k, v, lr, given["token_scale"], given["norm_weight"], given["norm_bias"], *fast, chunk_size=config.chunk,
         eps=config.norm_eps, causal=config.causal,
     )  # fmt: skip
-    return reference.hybrid_output(x, y, given, eps=config.post_norm_eps)
+    return naive_output(x, y, given, eps=config.post_norm_eps)
 
 
 @pytest.mark.parametrize("length", [3, 8, 11])
@@ -305,11 +307,17 @@ def test_a_block_on_a_grid_is_the_block_on_its_tokens_with_their_coordinates(opt
 
 
 def test_a_grid_refuses_a_causal_block_and_an_odd_head_width():
-    with pytest.raises(ConfigError, match=r"heard as a whole\. Set causal: false"):
+    with pytest.raises(ConfigError, match=r"no causal order\. Set causal: false"):
         grid_block()
     info = replace(grid_block(causal=False).info, num_heads=4)
     with pytest.raises(ConfigError, match="head width is a multiple of 16"):
         TTTLinear(TTTLinearConfig(causal=False), info, FP32_STATE.roles(torch.float64))
+
+
+@pytest.mark.parametrize("options", [{"causal": False}, {"bidirectional": True}], ids=str)
+def test_a_grid_refuses_a_convolution_over_time(options):
+    with pytest.raises(ConfigError, match=r"conv_kernel: 4.*tokens of a grid do not follow each other\. Leave it out"):
+        grid_block(conv_kernel=4, **options)
 
 
 def test_a_schedule_scales_the_inner_learning_rate():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pydantic import ValidationError
 from tests.plugins.test_hybrid import build
 
 from moshi_ttt import inject, parse_config
@@ -13,7 +12,8 @@ from moshi_ttt.core.errors import ConfigError, ContextError, WeightMapError
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.testing import error
 from moshi_ttt.core.weight_map import export_weights
-from moshi_ttt.plugins.common import reference
+from moshi_ttt.plugins.hybrid import naive
+from moshi_ttt.plugins.hybrid.naive import naive_inner_loop, naive_inputs, naive_output
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 from moshi_ttt.plugins.ttt_mlp.block import TTTMLP
@@ -61,7 +61,7 @@ def by_definition(block, x, embeddings):
     """``x`` and ``embeddings [B, T, D]``, from the naive definition."""
     config = block.config
     given = {name: parameter.detach() for name, parameter in block.named_parameters()}
-    q, k, v, lr = reference.hybrid_inputs(
+    q, k, v, lr = naive_inputs(
         x, given, num_heads=block.info.num_heads, chunk_size=config.chunk, base_lr=config.base_lr,
         theta=config.rope_theta, target_eps=config.target_eps,
         embeddings=embeddings if config.value == "embedding" else None,
@@ -73,12 +73,12 @@ def by_definition(block, x, embeddings):
     elif config.momentum:
         momentum = torch.tensor(config.momentum, dtype=torch.float64)
     norm = [given.get(name) for name in ("norm_weight", "norm_bias")]
-    y, _, _ = reference.inner_loop(
+    y, _, _ = naive_inner_loop(
         q, k, v, lr, block.token_scale().detach(), *norm, *fast, chunk_size=config.chunk, eps=config.norm_eps,
         causal=config.causal, steps=config.inner_steps, momentum=momentum, norm=config.inner_norm,
     )  # fmt: skip
     output = {**given, "alpha": given["gate"]}
-    return reference.hybrid_output(x, y.detach(), output, eps=config.post_norm_eps)
+    return naive_output(x, y.detach(), output, eps=config.post_norm_eps)
 
 
 def streamed(block, x, embeddings, *, pieces=1, **context):
@@ -325,7 +325,7 @@ def test_an_update_that_runs_away_is_left_out_and_counted():
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ConfigError, match=message):
         TTTLinearConfig(**options)
 
 
@@ -387,9 +387,9 @@ def test_health_and_curves(options):
     _, tokens = block._from_start(x, context)
     k, v = (part[:, 8:12].transpose(1, 2) for part in (tokens.k, tokens.v))
     fast = [(state[f"weight.{i}"], state[f"bias.{i}"]) for i in range(2)]
-    z = reference.network(k, fast)
+    z = naive.network(k, fast)
     if block.config.inner_norm:
-        z, v = reference.layer_norm(z, block.norm_weight, block.norm_bias, 1e-6), v - k
+        z, v = naive.layer_norm(z, block.norm_weight, block.norm_bias, 1e-6), v - k
     assert error(losses["before"][..., 8:12], (z - v).square().sum(-1).detach() / 2) < 1e-10
 
 

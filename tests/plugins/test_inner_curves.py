@@ -11,9 +11,12 @@ from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.precision import FP32_STATE
 from moshi_ttt.core.testing import error
 from moshi_ttt.core.testing.toy_host import ToyMLP
-from moshi_ttt.plugins.common import inner_curves, reference
-from moshi_ttt.plugins.common.objective import InnerNorm
-from moshi_ttt.plugins.gating_mlp.reference import filtered
+from moshi_ttt.plugins.common import inner_curves
+from moshi_ttt.plugins.gating_mlp.naive import filtered
+from moshi_ttt.plugins.hybrid import naive
+from moshi_ttt.plugins.hybrid.diagnostics import inner_loss_curves
+from moshi_ttt.plugins.hybrid.naive import naive_inputs
+from moshi_ttt.plugins.hybrid.objective import InnerNorm
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 from moshi_ttt.plugins.ttt_mlp.block import TTTMLP
@@ -46,7 +49,7 @@ def hybrid_by_definition(block, x):
     """The four curves ``[B, H, T]``, every token's loss on its own, the updates by autograd."""
     given, config = dict(block.named_parameters()), block.config
     with torch.no_grad():
-        _, k, v, lr = reference.hybrid_inputs(
+        _, k, v, lr = naive_inputs(
             x, given, num_heads=HEADS, chunk_size=CHUNK, base_lr=config.base_lr, theta=config.rope_theta,
             target_eps=config.target_eps,
         )  # fmt: skip
@@ -54,8 +57,8 @@ def hybrid_by_definition(block, x):
     batch, _, length, _ = k.shape
 
     def loss(t, fast):
-        predicted = reference.layer_norm(
-            reference.network(k[:, :, t, None], fast), block.norm_weight, block.norm_bias, config.norm_eps
+        predicted = naive.layer_norm(
+            naive.network(k[:, :, t, None], fast), block.norm_weight, block.norm_bias, config.norm_eps
         )
         return 0.5 * ((predicted[:, :, 0] - target[:, :, t]) ** 2).sum(-1)
 
@@ -174,7 +177,7 @@ def test_weights_before_a_chunk_are_those_of_the_state():
     _, state = made(x[:, :8])
     _, tokens = made._from_start(x[:, 8:], BlockContext())
     norm = InnerNorm(made.norm_weight, made.norm_bias, made.config.norm_eps)
-    expected = inner_curves.hybrid(tokens, state, norm, made.token_scale(), made.update_rule())
+    expected = inner_loss_curves(tokens, state, norm, made.token_scale(), made.update_rule())
     losses = made.inner_losses(x, BlockContext())
     assert error(losses["before"][..., 8:], expected["initial"]) < 1e-12
     assert error(losses["after"][..., 8:], expected["after"]) < 1e-12

@@ -11,10 +11,13 @@ import torch
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import clone
 from moshi_ttt.core.testing import error
-from moshi_ttt.plugins.common import inner_loop, reference
-from moshi_ttt.plugins.common.fast_network import ChunkMemory, FastNetwork, UpdateRule, after_chunk
-from moshi_ttt.plugins.common.inner_loop import Tokens
-from moshi_ttt.plugins.common.objective import InnerNorm, PlainLoss
+from moshi_ttt.plugins.hybrid import inner_loop, naive
+from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
+from moshi_ttt.plugins.hybrid.fast_network import ChunkMemory, FastNetwork, UpdateRule, after_chunk
+from moshi_ttt.plugins.hybrid.inner_loop import Tokens
+from moshi_ttt.plugins.hybrid.naive import naive_inner_loop
+from moshi_ttt.plugins.hybrid.objective import InnerNorm, PlainLoss
+from moshi_ttt.plugins.hybrid.recurrent import recurrent_inner_loop
 
 DEPTHS = [(4, 4), (4, 12, 4), (6, 9, 5, 6)]
 
@@ -51,7 +54,7 @@ class Problem:
         return inner_loop.initial_state(self.weights, self.biases, self.chunk, self.batch)
 
     def reference(self, causal=True):
-        y, weights, biases = reference.inner_loop(
+        y, weights, biases = naive_inner_loop(
             self.q, self.k, self.v, self.lr, self.scale, self.norm_weight, self.norm_bias, self.weights, self.biases,
             chunk_size=self.chunk, eps=1e-6, causal=causal,
         )  # fmt: skip
@@ -60,12 +63,12 @@ class Problem:
     def run(self, causal=True, state=None, start=0, stop=None):
         tokens = self.tokens(start, stop)
         layout = ChunkLayout(tokens.q.shape[1], self.chunk, offset=None if state is None else state["position"])
-        return inner_loop.run(tokens, state or self.state(), self.norm, self.scale, layout=layout, causal=causal)
+        return chunk_inner_loop(tokens, state or self.state(), self.norm, self.scale, layout=layout, causal=causal)
 
     def stream(self, state=None):
         state = clone(self.state()) if state is None else state
         norm = InnerNorm(self.norm_weight, self.norm_bias, 1e-6)
-        steps = [inner_loop.step(self.tokens(t, t + 1), state, norm, self.scale) for t in range(self.length)]
+        steps = [recurrent_inner_loop(self.tokens(t, t + 1), state, norm, self.scale) for t in range(self.length)]
         return torch.cat(steps, dim=1), state
 
 
@@ -128,7 +131,7 @@ def test_rows_may_stand_at_different_positions():
             )
         )
         layout = ChunkLayout(7, problem.chunk, offset=state["position"])
-        y, after = inner_loop.run(tokens, state, problem.norm, problem.scale, layout=layout)
+        y, after = chunk_inner_loop(tokens, state, problem.norm, problem.scale, layout=layout)
     for row, seen in enumerate(starts):
         assert error(y[row], whole[row, seen : seen + 7]) < 1e-12
     assert error(after["weight.0"][1], final["weight.0"][1]) < 1e-12, "row 1 has seen all 12 tokens"
@@ -150,10 +153,10 @@ def test_poisoned_slots_ahead_of_the_position_change_nothing(form):
         for start in (clean, poisoned):
             if form == "run":
                 layout = ChunkLayout(3, 4, offset=start["position"])
-                y, after = inner_loop.run(more.tokens(), start, problem.norm, problem.scale, layout=layout)
+                y, after = chunk_inner_loop(more.tokens(), start, problem.norm, problem.scale, layout=layout)
             else:
                 y = torch.cat(
-                    [inner_loop.step(more.tokens(t, t + 1), start, problem.norm, problem.scale) for t in range(3)],
+                    [recurrent_inner_loop(more.tokens(t, t + 1), start, problem.norm, problem.scale) for t in range(3)],
                     dim=1,
                 )
                 after = start
@@ -214,14 +217,14 @@ def test_updates_off_leaves_the_state_alone():
     tokens = problem.tokens()
     tokens = tokens._replace(lr=torch.zeros_like(tokens.lr))
     with torch.no_grad():
-        y, state = inner_loop.run(
+        y, state = chunk_inner_loop(
             tokens, problem.state(), problem.norm, problem.scale, layout=ChunkLayout(9, problem.chunk)
         )
     assert torch.equal(state["weight.0"], problem.state()["weight.0"])
-    plain = reference.network(
+    plain = naive.network(
         problem.q.transpose(1, 2).transpose(1, 2), list(zip(problem.weights, problem.biases, strict=True))
     )
-    expected = problem.q + reference.layer_norm(plain, problem.norm_weight, problem.norm_bias, 1e-6)
+    expected = problem.q + naive.layer_norm(plain, problem.norm_weight, problem.norm_bias, 1e-6)
     assert error(y, expected.transpose(1, 2).flatten(2)) < 1e-12
 
 

@@ -19,8 +19,8 @@ from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.state import map_state
 from moshi_ttt.core.testing import BlockCase, Shape, conformance_tests
 from moshi_ttt.core.testing.checks_streaming import layouts
-from moshi_ttt.plugins.common import inner_loop
-from moshi_ttt.plugins.common.hybrid import Linear
+from moshi_ttt.plugins.common.projection import Linear
+from moshi_ttt.plugins.hybrid import chunk
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 
@@ -29,14 +29,14 @@ class NoCausalMask(TTTLinear):
     """Every query of a chunk uses all keys of the chunk, as in the published video form."""
 
     def compute(self, x, state, context):
-        query_pass = inner_loop.query_pass
-        inner_loop.query_pass = lambda q, fast, memory, norm, scale, mask, *more: query_pass(
+        query_pass = chunk.query_pass
+        chunk.query_pass = lambda q, fast, memory, norm, scale, mask, *more: query_pass(
             q, fast, memory, norm, scale, None, *more
         )
         try:
             return super().compute(x, state, context)
         finally:
-            inner_loop.query_pass = query_pass
+            chunk.query_pass = query_pass
 
 
 class SharedRows(TTTLinear):
@@ -102,8 +102,19 @@ class KeepsNonfinite(TTTLinear):
 
     def compute(self, x, state, context):
         everything = torch.ones(x.shape[:2], dtype=torch.bool)
-        with mock.patch.object(inner_loop, "only_finite", lambda tokens: (tokens, everything)):
+        with mock.patch.object(chunk, "only_finite", lambda tokens: (tokens, everything)):
             return super().compute(x, state, context)
+
+
+class CountsWhatIsDisabled(TTTLinear):
+    """An update that is disabled is counted as skipped where a token is not finite."""
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        mask = context.updates_mask(x)
+        if mask is not None:
+            after["skipped"] = after["skipped"] + (~mask & ~x.flatten(1).isfinite().all(1))
+        return y, after
 
 
 class MixesRows(TTTLinear):
@@ -178,6 +189,13 @@ class KeepsFakeTensorForValues(TTTLinear):
         return super().step(x, state, context) + constant
 
 
+class MeasuresUnderAutocast(TTTLinear):
+    """Statistics are computed by products that an autocast rounds."""
+
+
+MeasuresUnderAutocast.statistics = TTTLinear.statistics.__wrapped__
+
+
 class KeepsFunction(TTTLinear):
     """A function that was made inside another is kept, which no pickle can hold."""
 
@@ -189,8 +207,8 @@ class KeepsFunction(TTTLinear):
 class KeepsCasts(TTTLinear):
     """A projection is cast at the first step, for good."""
 
-    def weights(self, gate=None, context=None):
-        made = super().weights(gate, context)
+    def layer(self, gate=None, context=None):
+        made = super().layer(gate, context)
         if not torch.is_grad_enabled():
             if not hasattr(self, "kept"):
                 self.kept = Linear(*(part.to(self.roles.matmul) for part in (made.wq.weight, made.wq.bias)))
@@ -204,6 +222,13 @@ class ViewsParameter(TTTLinear):
     def compute(self, x, state, context):
         y, after = super().compute(x, state, context)
         return y + 0 * self.lr_weight.view(-1)[0].to(y), after
+
+
+class WritesToCopies(TTTLinear):
+    """A step takes buffers that are not contiguous, and what it writes to a copy of one with two heads is lost."""
+
+
+WritesToCopies.step = TTTLinear.step.__wrapped__
 
 
 class ScalarParameter(TTTLinear):
@@ -461,7 +486,7 @@ class DifferentiableOnce(TTTLinear):
     """A gradient that is right, and silently wrong when it is differentiated again."""
 
     def compute(self, x, state, context):
-        with mock.patch("moshi_ttt.plugins.common.block.differentiable_again", lambda outputs, *_: tuple(outputs)):
+        with mock.patch("moshi_ttt.plugins.hybrid.block.differentiable_again", lambda outputs, *_: tuple(outputs)):
             return super().compute(x, state, context)
 
 
@@ -712,11 +737,14 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     ReadsInBackward: {kit.check_device},
     KeepsFakeTensor: {kit.check_other_modes},
     KeepsFakeTensorForValues: {kit.check_other_modes},
+    MeasuresUnderAutocast: {kit.check_figures_under_autocast},
     KeepsFunction: {kit.check_copies},
     KeepsCasts: {kit.check_changed_parameters},
     ViewsParameter: {kit.check_parameter_layouts},
+    WritesToCopies: {kit.check_buffer_layouts},
     ScalarParameter: {kit.check_parameter_dimensions},
     KeepsNonfinite: {kit.check_nonfinite_recovery},
+    CountsWhatIsDisabled: {kit.check_nonfinite_recovery},
     MixesRows: {kit.check_nonfinite_rows},
     KeepsLayout: {kit.check_layouts},
     KeepsAddress: {kit.check_layouts},
@@ -822,6 +850,17 @@ def test_mixed_rows_are_caught_in_every_memory_layout(layout: str, monkeypatch: 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_one_row_and_several_have_one_memory_layout(batch: int) -> None:
     kit.check_layouts(_case(TTTLinear, torch.float32).at(shape=Shape(batch=batch)))
+
+
+def test_what_is_written_to_a_strided_buffer_with_two_heads_is_lost() -> None:
+    case = _case(WritesToCopies, torch.float64)
+    block, x = case.block(), case.inputs(case.chunk)
+    state = block.allocate_state(len(x))
+    strided = {**state, "weight.0": torch.stack([state["weight.0"]] * 2, dim=-1)[..., 0]}
+    for token in x.split(1, dim=1):
+        case.step(block, token, state)
+        case.step(block, token, strided)
+    assert not torch.equal(state["weight.0"], strided["weight.0"])
 
 
 def test_every_check_has_a_mutation_that_it_catches() -> None:

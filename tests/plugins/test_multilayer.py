@@ -11,8 +11,10 @@ from moshi_ttt.core.block import BlockContext
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.testing import BlockCase, error
-from moshi_ttt.plugins.common import inner_loop, reference
-from moshi_ttt.plugins.common.objective import InnerNorm
+from moshi_ttt.plugins.hybrid import inner_loop
+from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
+from moshi_ttt.plugins.hybrid.naive import naive_inner_loop
+from moshi_ttt.plugins.hybrid.objective import InnerNorm
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 from moshi_ttt.plugins.ttt_mlp.config import TTTMLPConfig
 from moshi_ttt.plugins.ttt_multilayer.config import TTTMultilayerConfig
@@ -70,14 +72,14 @@ def test_every_depth_against_the_definition_and_finite_differences(widths, causa
 
     def function(*leaves):
         state = inner_loop.initial_state(leaves[6 : 6 + depth], leaves[6 + depth :], size, 2)
-        y, _ = inner_loop.run(
+        y, _ = chunk_inner_loop(
             inner_loop.Tokens(*leaves[:4]), state, InnerNorm(leaves[4], leaves[5], 1e-6), scale,
             layout=ChunkLayout(7, size), causal=causal,
         )  # fmt: skip
         return y
 
     leaves = (*tokens, *norm, *weights, *biases)
-    expected, _, _ = reference.inner_loop(
+    expected, _, _ = naive_inner_loop(
         *(part.transpose(1, 2) for part in tokens), scale, *norm, weights, biases, chunk_size=size, eps=1e-6,
         causal=causal,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from moshi_ttt.core.format import GridFormat, PrefixedGridFormat, SequenceFormat
 from moshi_ttt.core.precision import FP32_STATE
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.weight_map import export_weights, import_weights
-from moshi_ttt.plugins.common import reference
+from moshi_ttt.plugins.hybrid.naive import naive_inner_loop, naive_output
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 from moshi_ttt.plugins.ttt_mlp.block import TTTMLP
 from moshi_ttt.plugins.ttt_mlp.config import TTTMLPConfig
@@ -69,11 +69,11 @@ def one_pass(given, x, gate, places, config):
     v = given["norm_weight"][:, None] * normal + given["norm_bias"][:, None] + k
     rate = torch.einsum("btd,hd->bht", x, given["lr_weight"][:, 0]) + given["lr_bias"]
     fast = [[given[f"fast_{part}.{layer}"] for layer in range(2)] for part in ("weight", "bias")]
-    y, _, _ = reference.inner_loop(
+    y, _, _ = naive_inner_loop(
         q, k, v, config.base_lr * torch.sigmoid(rate) / WIDTH, torch.ones(config.chunk).to(x) / config.chunk,
         given["norm_weight"], given["norm_bias"], *fast, chunk_size=config.chunk, eps=config.norm_eps, causal=False,
     )  # fmt: skip
-    return reference.hybrid_output(x, y, {**given, "alpha": gate}, eps=config.post_norm_eps).detach()
+    return naive_output(x, y, {**given, "alpha": gate}, eps=config.post_norm_eps).detach()
 
 
 def published(block, x, prefix, grid=GRID):

@@ -18,9 +18,12 @@ from moshi_ttt.core.precision import FP32_STATE, UNIFORM
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.state import row_mask
 from moshi_ttt.core.testing import BlockCase, Shape, error
-from moshi_ttt.plugins.ttt_ridge import chunk, memory, recurrent, reference
+from moshi_ttt.plugins.ttt_ridge import memory
 from moshi_ttt.plugins.ttt_ridge.block import TTTRidge
+from moshi_ttt.plugins.ttt_ridge.chunk import chunk_ridge
 from moshi_ttt.plugins.ttt_ridge.config import REGULARIZATION
+from moshi_ttt.plugins.ttt_ridge.naive import naive_layer, naive_ridge
+from moshi_ttt.plugins.ttt_ridge.recurrent import recurrent_ridge
 
 OPTIONS: list[dict[str, Any]] = [
     {"chunk": 4},
@@ -48,7 +51,7 @@ def test_the_layer_is_its_definition(options):
     block, x = case.block(), case.inputs(23)
     context = case.context(x)
     source = context.input_embeddings if case.config.value == "embedding" else x
-    expected = reference.layer(
+    expected = naive_layer(
         x, source, weights_of(block), heads=block.heads, chunk_size=block.chunk, features=case.config.features,
         keep=block.keep, readout_scale=case.config.readout_scale,
     )  # fmt: skip
@@ -79,28 +82,28 @@ def test_chunks_solved_together_are_the_definition(form, length, width, keep):
     q, k = (torch.nn.functional.normalize(drawn(width), dim=-1) for _ in range(2))
     v, strength, prior = drawn(3), drawn().sigmoid(), torch.tensor([0.05, 0.7], dtype=torch.float64)
     given = [part.requires_grad_() for part in (q, k, v, strength, prior)]
-    read, variance, solution = reference.memory(*given, chunk_size=size, keep=keep)
+    read, variance, solution = naive_ridge(*given, chunk_size=size, keep=keep)
     rule = memory.Rule(prior, keep, variance=True)
     start = memory.initial_state(batch, heads, width, 3, q.detach(), decays=keep != 1, variance=True)
-    tokens = memory.Tokens(q, k, v, strength, torch.ones(batch, length, dtype=torch.bool))
+    tokens = memory.RidgeTokens(q, k, v, strength, torch.ones(batch, length, dtype=torch.bool))
     if form == "cut in two" or form == "rows in different places":
         at = 17  # in the middle of a chunk
-        parts = [memory.Tokens(*(part[:, span] for part in tokens)) for span in (slice(at), slice(at, None))]
-        first, between = chunk.run(parts[0], start, rule, ChunkLayout(at, size))
+        parts = [memory.RidgeTokens(*(part[:, span] for part in tokens)) for span in (slice(at), slice(at, None))]
+        first, between = chunk_ridge(parts[0], start, rule, ChunkLayout(at, size))
         layout = ChunkLayout(length - at, size, offset=between["position"])
-        second, after = chunk.run(parts[1], between, rule, layout)
+        second, after = chunk_ridge(parts[1], between, rule, layout)
         found = memory.Read(*(torch.cat(pair, dim=1) for pair in zip(first, second, strict=True)))
         if form == "rows in different places":  # the second row starts anew where the first goes on
             fresh = {name: torch.where(row_mask(torch.tensor([False, True]), part), start[name], part)
                      for name, part in between.items()}  # fmt: skip
-            anew, _ = chunk.run(parts[1], fresh, rule, ChunkLayout(length - at, size, offset=fresh["position"]))
-            alone, _, _ = reference.memory(*(part[:, at:] for part in given[:4]), prior, chunk_size=size, keep=keep)
+            anew, _ = chunk_ridge(parts[1], fresh, rule, ChunkLayout(length - at, size, offset=fresh["position"]))
+            alone, _, _ = naive_ridge(*(part[:, at:] for part in given[:4]), prior, chunk_size=size, keep=keep)
             assert error(anew.value[1], alone[1]) < 1e-10
             assert error(anew.value[0], read[0, at:]) < 1e-10
             return
     else:
-        found, after = chunk.run(tokens, start, rule, ChunkLayout(length, size), fresh=form == "fresh")
-        unwanted = chunk.run(tokens, start, rule, ChunkLayout(length, size), fresh=form == "fresh", want_state=False)
+        found, after = chunk_ridge(tokens, start, rule, ChunkLayout(length, size), fresh=form == "fresh")
+        unwanted = chunk_ridge(tokens, start, rule, ChunkLayout(length, size), fresh=form == "fresh", want_state=False)
         assert unwanted[1] == {}
         assert torch.equal(unwanted[0].value, found.value)
     assert error(found.value, read) < 1e-10
@@ -130,22 +133,22 @@ def stream_of(kind: str, length: int, width: int) -> Tensor:
     return torch.nn.functional.normalize(drawn, dim=-1)
 
 
-def tokens_of(k: Tensor, v: Tensor, strength: Tensor, dtype: torch.dtype) -> memory.Tokens:
+def tokens_of(k: Tensor, v: Tensor, strength: Tensor, dtype: torch.dtype) -> memory.RidgeTokens:
     """One stream and one head of ``k [T, m]``, ``v [T, d]``, ``strength [T]``; queries are the keys."""
     parts = (part.to(dtype)[None, :, None] for part in (k, k, v, strength))
-    return memory.Tokens(*parts, written=torch.ones(1, len(k), dtype=torch.bool))
+    return memory.RidgeTokens(*parts, written=torch.ones(1, len(k), dtype=torch.bool))
 
 
-def after_all(tokens: memory.Tokens, rule: memory.Rule, form: str, size: int = 16) -> Tensor:
+def after_all(tokens: memory.RidgeTokens, rule: memory.Rule, form: str, size: int = 16) -> Tensor:
     """The solution ``[m, d]`` after all tokens, in one call or step by step."""
     k, v = tokens.k, tokens.v
     state = memory.initial_state(1, 1, k.shape[-1], v.shape[-1], k, decays=rule.keep != 1, variance=False)
     if form == "call":
-        _, state = chunk.run(tokens, state, rule, ChunkLayout(k.shape[1], size))
+        _, state = chunk_ridge(tokens, state, rule, ChunkLayout(k.shape[1], size))
     else:
         state = states.clone(state)
         for t in range(k.shape[1]):
-            recurrent.step(memory.Tokens(*(part[:, t : t + 1] for part in tokens)), state, rule, size)
+            recurrent_ridge(memory.RidgeTokens(*(part[:, t : t + 1] for part in tokens)), state, rule, size)
     return state["pending"][0, 0].double()
 
 
@@ -190,7 +193,7 @@ def test_a_key_heard_once_is_recalled_and_the_variance_says_so():
     rule = memory.Rule(torch.tensor([0.25], dtype=torch.float64), variance=True)
     twice = tokens_of(torch.cat([k, k]), torch.cat([v, v]), torch.ones(8, dtype=torch.float64), torch.float64)
     state = memory.initial_state(1, 1, 4, 2, k, decays=False, variance=True)
-    read, _ = chunk.run(twice, state, rule, ChunkLayout(8, 4))
+    read, _ = chunk_ridge(twice, state, rule, ChunkLayout(8, 4))
     assert error(read.value[0, :, 0], torch.cat([torch.zeros_like(v), v / 1.25])) < 1e-12
     assert read.variance is not None
     assert error(read.variance[0, :, 0], torch.tensor([1.0] * 4 + [0.2] * 4, dtype=torch.float64)) < 1e-12
@@ -235,7 +238,7 @@ def test_a_value_is_found_under_the_key_before_it():
     x = torch.cat([x, x], dim=1)
     state = block.init_state(1)
     tokens, _, _ = block._tokens(x, state, BlockContext(input_embeddings=x))
-    read, _ = chunk.run(tokens, state, block._rule(), ChunkLayout(24, 2))
+    read, _ = chunk_ridge(tokens, state, block._rule(), ChunkLayout(24, 2))
     following = torch.nn.functional.cosine_similarity(read.value[0, 12:-1, 0], tokens.v[0, 13:, 0])
     first = torch.nn.functional.cosine_similarity(read.value[0, 2:11, 0], tokens.v[0, 3:12, 0])
     assert following.min() > 0.8 > 0.5 > first.abs().mean()
@@ -324,6 +327,22 @@ def test_a_projection_that_overflows_in_float16_is_not_written_and_is_counted():
     assert y.isfinite().all()
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert block.skipped_updates(state)[0] >= 1
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["call", "stream"])
+def test_a_token_that_is_not_finite_counts_where_it_would_have_been_written(streamed):
+    case = case_of(dtype=torch.float32, chunk=4)
+    block, x = case.block(), case.inputs(6)
+    x[:, 1], x[:, 4] = torch.nan, torch.inf
+    mask = torch.arange(len(x)) == 0
+    for updates, expected in ((True, 2), (mask, 2 * mask), (False, 0)):
+        if streamed:
+            state = block.allocate_state(len(x))
+            for token in x.split(1, 1):
+                case.step(block, token, state, updates=updates)
+        else:
+            _, state = case.call(block, x, updates=updates)
+        assert torch.equal(block.skipped_updates(state), torch.zeros(len(x), dtype=torch.int64) + expected)
 
 
 def test_a_grid_is_refused():

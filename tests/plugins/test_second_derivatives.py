@@ -9,10 +9,10 @@ import torch
 from tests.plugins.test_inner_loop import DEPTHS, Problem
 
 from moshi_ttt.core.testing import Shape, default_cases, error
-from moshi_ttt.plugins.common.derivatives import differentiable_again
-from moshi_ttt.plugins.common.objective import InnerNorm
-from moshi_ttt.plugins.gating_mlp import ops
-from moshi_ttt.plugins.gating_mlp.gram import gram
+from moshi_ttt.plugins.gating_mlp.chunkwise import chunkwise_in_place
+from moshi_ttt.plugins.gating_mlp.parallel import parallel_in_place
+from moshi_ttt.plugins.hybrid.derivatives import differentiable_again
+from moshi_ttt.plugins.hybrid.objective import InnerNorm
 
 CASES = [
     ("ttt_linear", {"chunk": 4}),
@@ -77,7 +77,10 @@ def test_both_forms_of_in_place_learning_agree_twice(length, with_start, decay):
     chunks = -(-length // 4)
     complete = torch.arange(4, 4 * chunks + 1, 4)[None] <= length
     taught = torch.tensor([[True] * chunks, [i % 2 == 0 for i in range(chunks)]])
-    both = [second(form(keys, values, start, complete, taught, decay, 4), leaves) for form in (gram, ops.running_sum)]
+    both = [
+        second(form(keys, values, start, complete, taught, decay, 4), leaves)
+        for form in (parallel_in_place, chunkwise_in_place)
+    ]
     for actual, wanted in zip(*both, strict=True):
         assert error(actual, wanted) < 1e-12
     assert any(float(wanted.abs().max()) > 0 for wanted in both[1])
@@ -111,7 +114,7 @@ def test_a_first_gradient_is_as_without_them_bit_for_bit_and_keeps_no_more(varia
             alive.append(storage)  # or a later one would get its address
             return tensor
 
-        with mock.patch("moshi_ttt.plugins.common.block.differentiable_again", form):
+        with mock.patch("moshi_ttt.plugins.hybrid.block.differentiable_again", form):
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 y = case.call(block, x, want_state=False)[0]
             gradients = torch.autograd.grad(y.square().sum(), [x, *block.parameters()])

@@ -14,7 +14,6 @@ from moshi_ttt.core.device_log import DeviceLog
 from moshi_ttt.core.host import CarriedState
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.training.activations import step_bytes
-from moshi_ttt.training.losses import LossWeights, loss_sums
 from moshi_ttt.training.model import skeleton
 
 ROWS, FRAMES, WITHIN = 3, 40, 0.15
@@ -49,7 +48,7 @@ def measured(trained: Any, carried: bool) -> tuple[int, int]:
         blocks = {site: block.allocate_state(ROWS) for site, block in trained.injection.blocks.items()}
         state = CarriedState(blocks, torch.zeros(ROWS, dtype=torch.int64))
     with DeviceLog("cpu") as log, MOSHI_HOST.carry(model, state) if carried else torch.enable_grad():
-        loss = loss_sums(model, codes, LossWeights(first_codebook=1.0, text_padding=1.0))[:2].sum()
+        loss = trained.losses.sums(model, codes)[0].sum()
         kept = log.bytes
         loss.backward()
     return kept, log.peak

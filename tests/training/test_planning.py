@@ -23,12 +23,13 @@ from moshi_ttt import default_registry
 from moshi_ttt.configs.settings import Settings, parse_settings
 from moshi_ttt.core import state as states
 from moshi_ttt.core.errors import ConfigError, HostError
-from moshi_ttt.hosts.moshi.fsdp import shard
+from moshi_ttt.core.sharding import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.training import planning
-from moshi_ttt.training.model import TrainedModel, build, skeleton
+from moshi_ttt.training.model import build, skeleton
 from moshi_ttt.training.planning import TrainingPlan
 from moshi_ttt.training.runtime import start
+from moshi_ttt.training.trained import TrainedModel
 
 BLOCKS = [{"variant": "ttt_linear", "layers": "1,3", "chunk": 4}]
 LORA = {"enable": True, "rank": 4}
@@ -70,7 +71,7 @@ def pretended(rank: int, ranks: int) -> Iterator[None]:
 
 def shards(built: TrainedModel, ranks: int) -> list[Any]:
     """What FSDP2 holds for each parameter, by unit, after sharding over all ranks of the group."""
-    shard(built.model, built.roles, init_device_mesh("cpu", (ranks,)))
+    shard(MOSHI_HOST, built.model, built.roles, init_device_mesh("cpu", (ranks,)))
     units = [module for module in built.model.modules() if isinstance(module, FSDPModule)]
     return [unit._get_fsdp_state()._fsdp_param_group for unit in units]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from rich.console import Console
 
 from moshi_ttt import default_registry
-from moshi_ttt.configs.training import OptimConfig
+from moshi_ttt.configs.fit import OptimConfig
 from moshi_ttt.training import planning
 from moshi_ttt.training import run as running
-from moshi_ttt.training.optimizer import rates, reach, too_low
+from moshi_ttt.training.optimizer import advance, make_schedule, rates, reach, too_low
 
 from .conftest import LORA, records
 
@@ -91,3 +92,22 @@ def test_a_line_of_progress_says_how_far_and_how_fast(settings, capsys):
         for part in ("gradient norm ", "lr ttt ", " lora ", " s/step", " tokens/s", " left"):
             assert part in line, line
     assert lines[-1].endswith(" 0:00 left")
+
+
+def test_the_cosine_schedule_rises_linearly_and_falls_to_a_tenth():
+    optimizer = torch.optim.AdamW([{"params": [torch.zeros(1)], "lr": 2.0}, {"params": [torch.zeros(1)], "lr": 3.0}])
+    schedule = make_schedule(optimizer, OptimConfig(schedule="cosine", pct_start=0.25), 20)
+    found = []
+    for _ in range(20):
+        found.append(tuple(group["lr"] for group in optimizer.param_groups))
+        advance(schedule, 1)
+    for step, (first, second) in enumerate(found):
+        share = min(1.0, (step + 1) / 6) * (0.55 + 0.45 * math.cos(math.pi * step / 20))
+        assert first == pytest.approx(2 * share)
+        assert second == pytest.approx(3 * share)
+    assert found[-1][0] < 0.25
+    again = torch.optim.AdamW([{"params": [torch.zeros(1)], "lr": 2.0}])
+    resumed = make_schedule(again, OptimConfig(schedule="cosine", pct_start=0.25), 20)
+    advance(resumed, 11)
+    assert again.param_groups[0]["lr"] == found[11][0]
+    assert again.param_groups[0]["betas"] == optimizer.param_groups[0]["betas"]

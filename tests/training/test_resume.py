@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -15,9 +16,11 @@ from safetensors.torch import load_file
 
 from moshi_ttt import default_registry
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.hosts.moshi.losses import MoshiLosses
 from moshi_ttt.training import run as running
 from moshi_ttt.training.checkpoint import CheckpointError, find_checkpoints
-from moshi_ttt.training.trainer import Trainer, TrainingError
+from moshi_ttt.training.step import TrainingError
+from moshi_ttt.training.trainer import Trainer
 
 from .conftest import LORA, TTT, adapter, records, same
 
@@ -149,6 +152,17 @@ def test_every_other_option_is_pointed_out(train, settings, capsys, monkeypatch)
     assert "resume from" not in shown
 
 
+def test_options_that_the_version_before_did_not_have_are_no_changes(train, settings, capsys):
+    state = train(max_steps=1).checkpoint / "state.json"
+    values = json.loads(state.read_text())
+    del values["training"]["text_weight"], values["training"]["optim"]["schedule"]
+    state.write_text(json.dumps(values))
+    running.run(settings(max_steps=1, resume=True), default_registry(), Console())
+    shown = capsys.readouterr().out
+    assert "going on from" in shown
+    assert "changed since" not in shown
+
+
 def test_a_run_resumed_as_it_was_says_nothing_of_changes(train, settings, capsys):
     train(max_steps=2, ckpt_freq=1, num_ckpt_keep=None)
     running.run(settings(max_steps=2, ckpt_freq=1, num_ckpt_keep=None, resume=True), default_registry(), Console())
@@ -209,14 +223,13 @@ def test_a_signal_saves_and_ends(train, tmp_path, monkeypatch, request, number):
 def test_a_step_that_is_not_finite_is_skipped_and_many_in_a_row_stop(train, tmp_path, monkeypatch):
     real = running.TrainingData.__getitem__
     poisoned = {1}
-    from moshi_ttt.training import trainer as stepping
 
-    def loss_sums(model, part, weights):
-        found = real_sums(model, part, weights)
+    def sums(self, model, inputs):
+        found = real_sums(self, model, inputs)
         return found * float("nan") if calls.append(0) or len(calls) - 1 in poisoned else found
 
-    real_sums, calls = stepping.loss_sums, []
-    monkeypatch.setattr(stepping, "loss_sums", loss_sums)
+    real_sums, calls = MoshiLosses.sums, []
+    monkeypatch.setattr(MoshiLosses, "sums", sums)
     assert real is running.TrainingData.__getitem__
     train(max_steps=3, ckpt_freq=1)
     assert [record["skipped"] for record in records(tmp_path / "run")] == [False, True, False]

@@ -22,11 +22,11 @@ from moshi_ttt.core.health import HealthMonitor
 from moshi_ttt.core.injection import Injection
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import resolve_repo
-from moshi_ttt.plugins.common.block import HybridBlock
+from moshi_ttt.plugins.hybrid.block import HybridBlock
 from moshi_ttt.training import model as module
 from moshi_ttt.training import run as running
 from moshi_ttt.training.checkpoint import find_checkpoints
-from moshi_ttt.training.trainer import TrainingError
+from moshi_ttt.training.step import TrainingError
 from tests.plugins.test_convolution_cache import Unscaled, registry_of
 
 from .conftest import FRAMES, LORA, adapter, records, same, values
@@ -70,7 +70,7 @@ def test_the_first_loss_is_that_of_the_model_and_the_data(train, settings, tmp_p
     from moshi_ttt.data.codec import SpeechCodec
     from moshi_ttt.data.corpus import open_corpus
     from moshi_ttt.data.dataset import TrainingData
-    from moshi_ttt.training.losses import LossWeights, count, loss_sums
+    from moshi_ttt.hosts.moshi.losses import MoshiLosses
 
     bundle = resolve_repo("builtin:tiny")
     codec = SpeechCodec.of(model, bundle.load_mimi(), bundle.tokenizer())
@@ -79,10 +79,9 @@ def test_the_first_loss_is_that_of_the_model_and_the_data(train, settings, tmp_p
         corpus, batch_size=2, microbatches=1, rank=0, world_size=1, seed=0, shuffle=True, carry=False
     )  # fmt: skip
     inject(model, setup.ttt)
-    weights = LossWeights(first_codebook=1.0, text_padding=0.5)
+    losses = MoshiLosses(text_padding=0.5)
     rows = data[0].codes
-    sums, counts = loss_sums(model, rows, weights).detach(), count(model, rows, weights)
-    expected = float(sums[0] / counts[0] + sums[1] / counts[1])
+    expected = float((losses.sums(model, rows)[0].detach() / losses.weights(model, rows)[0]).sum())
     assert records(tmp_path / "run")[0]["loss"] == pytest.approx(expected, rel=1e-6)
 
 

@@ -16,10 +16,10 @@ import torch
 from rich.console import Console
 
 from moshi_ttt import default_registry
+from moshi_ttt.hosts.moshi.losses import MoshiLosses
 from moshi_ttt.system import interruption
 from moshi_ttt.system.interruption import AGAIN_SEC, Interrupted, Interruption, Requests
 from moshi_ttt.training import run as running
-from moshi_ttt.training import trainer as stepping
 from moshi_ttt.training.checkpoint import CheckpointWriter, find_checkpoints
 from moshi_ttt.training.stopping import Pace, launcher_warnings
 from moshi_ttt.training.trainer import Trainer
@@ -32,16 +32,16 @@ from .stops import HOW, STOPPED, WHEN, Runs, check, stop_once
 
 def signals_in_forward(monkeypatch, *, call: int, number: int = signal.SIGTERM, noise: bool = False) -> None:
     """Send a signal to this process in the ``call``-th forward pass; with ``noise`` every loss is drawn from."""
-    real, calls = stepping.loss_sums, []
+    real, calls = MoshiLosses.sums, []
 
-    def loss_sums(model, codes, weights):
+    def sums(self, model, inputs):
         calls.append(0)
         if len(calls) == call:
             os.kill(os.getpid(), number)
-        sums = real(model, codes, weights)
-        return sums * (1 + 0.1 * torch.rand(())) if noise else sums
+        found = real(self, model, inputs)
+        return found * (1 + 0.1 * torch.rand(())) if noise else found
 
-    monkeypatch.setattr(stepping, "loss_sums", loss_sums)
+    monkeypatch.setattr(MoshiLosses, "sums", sums)
 
 
 CHANGES = {
@@ -75,9 +75,9 @@ def test_a_step_is_given_up_and_made_again_bit_for_bit(train, tmp_path, monkeypa
 def test_buffers_of_a_step_that_is_given_up_are_as_before(train, monkeypatch):
     from moshi_ttt.core.injection import Injection
 
-    counter, real = torch.zeros(1), stepping.loss_sums
+    counter, real = torch.zeros(1), MoshiLosses.sums
     monkeypatch.setattr(Injection, "named_buffers", lambda self: iter([("counter", counter)]))
-    monkeypatch.setattr(stepping, "loss_sums", lambda *args: (counter.add_(1), real(*args))[1])
+    monkeypatch.setattr(MoshiLosses, "sums", lambda *args: (counter.add_(1), real(*args))[1])
     signals_in_forward(monkeypatch, call=8)
     assert train(num_microbatches=3, batch_size=1, stop_grace_sec=0, max_steps=9, save_adapters=False).step == 2
     assert counter.item() == 6

@@ -1,0 +1,346 @@
+"""The front door: what ``moshi_ttt`` offers, that it is lazy, and that its errors say what is allowed."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import moshi_ttt
+from moshi_ttt import (
+    GateConfig,
+    GatingMLPConfig,
+    MoshiHostConfig,
+    TTTConfig,
+    TTTLinearConfig,
+    TTTMLPConfig,
+    TTTRidgeConfig,
+    inject,
+    load_model,
+    parse_config,
+)
+from moshi_ttt.core.adapter import load_adapter, save_adapter
+from moshi_ttt.core.config import BlockConfig, HostConfig
+from moshi_ttt.core.errors import ConfigError, HostError, InjectionError, PluginError, UnknownNameError
+from moshi_ttt.core.host_lookup import host_of
+from moshi_ttt.core.injection import make_plan
+from moshi_ttt.core.registry import default_registry
+from moshi_ttt.core.testing.toy_host import ToyModel, toy_registry
+from moshi_ttt.hosts.audio.host import AudioHost, AudioHostConfig
+from moshi_ttt.hosts.moshi.tiny import bundle_folder, random_tiny_lm
+from tests.project import ROOT
+
+VARIANTS = {"GatingMLPConfig", "TTTLinearConfig", "TTTMLPConfig", "TTTMultilayerConfig", "TTTRidgeConfig"}
+
+
+def toy_model(num_layers: int = 4) -> ToyModel:
+    return ToyModel(16, 2, num_layers=num_layers, dtype=torch.float32)
+
+
+# ---- the names
+
+
+def test_the_public_names_are_these():
+    names = {
+        "GateConfig", "Injection", "MoshiHostConfig", "MoshiTTTError", "Plan", "Registry", "TTTConfig", "__version__",
+        "default_registry", "inject", "load_adapter", "load_config", "load_model", "make_plan", "parse_config",
+        "save_adapter", "testing",
+    }  # fmt: skip
+    assert set(moshi_ttt.__all__) == names | VARIANTS
+    assert dir(moshi_ttt) == sorted(moshi_ttt.__all__)
+    assert all(getattr(moshi_ttt, name) is not None for name in moshi_ttt.__all__)
+    with pytest.raises(AttributeError, match="no_such"):
+        moshi_ttt.no_such  # noqa: B018
+
+
+def test_a_star_import_gives_them_all():
+    names: dict = {}
+    exec("from moshi_ttt import *", names)
+    assert names.keys() - {"__builtins__"} == set(moshi_ttt.__all__)
+
+
+def test_the_version_is_the_distributions():
+    assert moshi_ttt.__version__ == metadata.version("moshi-ttt")
+
+
+def test_every_shipped_variant_exports_its_config():
+    registry = default_registry()
+    shipped = [e.name for e in registry.entries() if e.kind == "block" and e.provenance.distribution == "moshi-ttt"]
+    classes = {registry.block(name).config_class.__name__: registry.block(name).config_class for name in shipped}
+    assert classes.keys() == VARIANTS
+    assert all(getattr(moshi_ttt, name) is config_class for name, config_class in classes.items())
+
+
+def test_the_conformance_kit_has_a_public_name():
+    from moshi_ttt import testing
+    from moshi_ttt.core import testing as kit
+
+    assert testing.__all__ == kit.__all__
+    assert all(getattr(testing, name) is getattr(kit, name) for name in kit.__all__)
+
+
+def run(program: str) -> str:
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_is_lazy():
+    heavy = run(
+        "import sys, moshi_ttt; dir(moshi_ttt); moshi_ttt.__version__\n"
+        "print([n for n in sys.modules if n in ('torch', 'pydantic', 'moshi', 'rich', 'yaml', 'pluggy')"
+        " or n.startswith('moshi_ttt.')])"
+    )
+    assert heavy.strip() == "[]"
+
+
+def test_a_config_is_imported_without_torch_and_without_other_plugins():
+    found = run(
+        "import sys, moshi_ttt; moshi_ttt.TTTMLPConfig\n"
+        "print('torch' in sys.modules, sorted(n for n in sys.modules if n.startswith('moshi_ttt.plugins.ttt')))"
+    )
+    assert found.strip() == ("False ['moshi_ttt.plugins.ttt_mlp', 'moshi_ttt.plugins.ttt_mlp.config']")
+
+
+@pytest.mark.slow
+def test_mypy_knows_the_options(tmp_path: Path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import moshi_ttt\n"
+        "model = moshi_ttt.load_model('builtin:tiny')\n"
+        "config = moshi_ttt.TTTMLPConfig(layers='last:3', chunk=32, gate=moshi_ttt.GateConfig(init=0.1))\n"
+        "ttt = moshi_ttt.inject(model, config, moshi_ttt.GatingMLPConfig(layers=0, chunk='20.5s'), seed=1)\n"
+        "ttt.print_summary()\n"
+        "version: str = moshi_ttt.__version__\n"
+        "moshi_ttt.TTTMLPConfig(chunck=32)\n"
+        "moshi_ttt.TTTMLPConfig(chunk='32')\n"
+        "moshi_ttt.inject(model, {'variant': 'ttt_mlp'})\n"
+        "moshi_ttt.testing.check_block('ttt_mlp', 3)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", str(program)],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    lines = [int(line.split(":")[1]) for line in result.stdout.splitlines() if "error:" in line]
+    assert sorted(set(lines)) == [7, 8, 9, 10], result.stdout + result.stderr
+
+
+# ---- load_model
+
+
+def test_the_tiny_moshi_by_name_and_by_folder():
+    by_name, by_folder = load_model("builtin:tiny"), load_model(str(bundle_folder()))
+    assert not by_name.training
+    values = by_folder.state_dict()
+    assert all(torch.equal(tensor, values[name]) for name, tensor in by_name.state_dict().items())
+    assert next(load_model("builtin:tiny", dtype=torch.bfloat16).parameters()).dtype is torch.bfloat16
+
+
+def test_a_model_by_its_hosts_configuration():
+    model = load_model(AudioHostConfig(dim=32, num_layers=3))
+    assert (model.dim, len(model.layers)) == (32, 3)
+    assert next(load_model(MoshiHostConfig(hf_repo="builtin:tiny", dtype="bfloat16")).parameters()).dtype == (
+        torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("no/such/model", {}, HostError, r"neither an existing folder nor.*'owner/name'.*builtin:tiny"),
+        ("moshiko", {}, HostError, r"'moshiko' is neither.*hub repository, or 'builtin:tiny'"),
+        ("builtin:huge", {}, HostError, r"There is no 'builtin:huge': built in are 'builtin:tiny'"),
+        ("builtin:tiny", {"host": "mosh"}, UnknownNameError, r"Unknown host 'mosh'\. Did you mean 'moshi'"),
+        ("x", {"host": "audio"}, HostError, "'audio' loads no model by name.*'x'.*AudioHostConfig"),
+        (AudioHostConfig(), {"host": "moshi"}, ConfigError, "for the host 'audio', not for 'moshi'"),
+        (HostConfig(name="moshi"), {}, ConfigError, "takes a MoshiHostConfig, got a HostConfig"),
+        (HostConfig(name="none"), {}, UnknownNameError, r"Unknown host 'none'.*Allowed: audio, moshi"),
+        (Path("builtin:tiny"), {}, ConfigError, r"name of a model.*str\(path\)"),
+    ],
+)
+def test_what_is_no_model_is_refused(name, options, error, message):
+    with pytest.raises(error, match=message):
+        load_model(name, **options)
+
+
+def test_a_host_that_is_not_installed_is_named_with_those_that_are():
+    registry = default_registry().copy()
+    registry.unregister("host", "moshi")
+    with pytest.raises(UnknownNameError, match=r"Unknown host 'moshi'.*Allowed: audio\."):
+        load_model("builtin:tiny", registry=registry)
+
+
+# ---- inject
+
+
+def test_blocks_by_their_configs_are_those_of_the_whole_config(tmp_path):
+    config = {
+        "host": {"name": "moshi", "hf_repo": "builtin:tiny"}, "seed": 3,
+        "ttt": [{"variant": "ttt_mlp", "layers": [1], "chunk": 4}, {"variant": "gating_mlp", "layers": 0, "chunk": 8}],
+    }  # fmt: skip
+    models = [random_tiny_lm(dtype=torch.float32) for _ in range(2)]
+    whole = inject(models[0], parse_config(config))
+    typed = inject(
+        models[1], TTTMLPConfig(layers=(1,), chunk=4), GatingMLPConfig(layers=0, chunk=8), host="moshi", seed=3
+    )
+    assert [block.config for block in whole.plan.blocks] == [block.config for block in typed.plan.blocks]
+    for (name, one), (other, two) in zip(whole.named_parameters(), typed.named_parameters(), strict=True):
+        assert (name, one.tolist()) == (other, two.tolist())
+    typed.remove()
+    assert inject(models[1], TTTLinearConfig(layers=0), precision="fp32").plan.policy.name == "fp32"
+    save_adapter(inject(load_model("builtin:tiny"), TTTMLPConfig(layers="1", chunk=4)), tmp_path / "adapter")
+    assert [str(site) for site in load_adapter(load_model("builtin:tiny"), tmp_path / "adapter").blocks] == [
+        "layers.1.sequence"
+    ]
+
+
+def test_wrong_options_are_config_errors_that_name_what_is_allowed():
+    with pytest.raises(ConfigError, match=r"TTTMLPConfig: unknown key 'chunck'\. Did you mean 'chunk'\?"):
+        TTTMLPConfig(chunck=3)
+    with pytest.raises(ConfigError, match=r"TTTMLPConfig: chunk = 0: .*\nTTTMLPConfig: unknown key 'gate\.inti'"):
+        TTTMLPConfig(chunk=0, gate={"inti": 1})
+    with pytest.raises(ConfigError, match="MoshiHostConfig: 'hf_repo' is required"):
+        MoshiHostConfig()
+    assert TTTMLPConfig(gate={"init": 0.5}) == TTTMLPConfig(gate=GateConfig(init=0.5))
+
+
+@pytest.mark.parametrize(
+    ("configs", "options", "error", "message"),
+    [
+        ((), {}, ConfigError, r"block configurations.*or one TTTConfig; got none"),
+        (({"variant": "ttt_mlp"},), {}, ConfigError, "got dict"),
+        ((TTTMLPConfig(), TTTConfig(host=HostConfig(name="toy"))), {}, ConfigError, "got TTTMLPConfig, TTTConfig"),
+        ((TTTConfig(host=HostConfig(name="toy")),), {"seed": 0}, ConfigError, "says host, precision and seed itself"),
+        ((TTTConfig(host=HostConfig(name="toy")),), {"host": "toy"}, ConfigError, "leave those arguments out"),
+        ((TTTMLPConfig(),), {"host": "toi"}, UnknownNameError, "Did you mean 'toy'"),
+        ((TTTMLPConfig(),), {"precision": "fp23"}, UnknownNameError, "Did you mean 'fp32'"),
+        ((TTTMLPConfig(),), {"host": "moshi"}, HostError, "LMModel"),
+        ((BlockConfig(variant="ttt_mlp"),), {}, InjectionError, "it is a BlockConfig.*needs a TTTMLPConfig"),
+        ((TTTMLPConfig(layers="last:9"),), {}, InjectionError, "needs a number from 1 to 4"),
+    ],
+)
+def test_what_cannot_be_injected_is_refused_and_the_model_untouched(configs, options, error, message):
+    model, registry = toy_model(4), toy_registry(default_registry())
+    with pytest.raises(error, match=message):
+        inject(model, *configs, registry=registry, **options)
+    assert registry.host("toy").blocks(model) == {}
+
+
+def test_the_host_of_a_model_is_found():
+    registry = toy_registry(default_registry())
+    assert host_of(toy_model(1), registry=registry).name == "toy"
+    assert host_of(random_tiny_lm()).name == "moshi"
+    assert host_of(load_model(AudioHostConfig())).name == "audio"
+
+
+def test_a_model_of_no_host_and_of_two_hosts_is_refused():
+    with pytest.raises(HostError, match=r"No host recognizes a Linear\. Hosts: audio, moshi\."):
+        inject(nn.Linear(2, 2), TTTMLPConfig())
+
+    class Other(AudioHost):
+        name = "other"
+
+    registry = default_registry().copy()
+    registry.register("host", "other", Other())
+    model = load_model(AudioHostConfig())
+    with pytest.raises(HostError, match=r"Several hosts recognize this AudioDenoiser: audio, other\..*host="):
+        inject(model, TTTMLPConfig(bidirectional=True), registry=registry)
+    assert inject(model, TTTMLPConfig(bidirectional=True), host="other", registry=registry).host.name == "other"
+
+
+def test_a_host_that_fails_is_named():
+    class Failing(AudioHost):
+        name = "failing"
+
+        def sites(self, model):
+            raise AttributeError("no layers")
+
+    registry = default_registry().copy()
+    registry.register("host", "failing", Failing())
+    with pytest.raises(PluginError, match=r"'failing' failed at looking at a Linear: AttributeError: no layers.*host="):
+        host_of(nn.Linear(2, 2), registry=registry)
+    registry.unregister("host", "failing")
+    registry.register("host", "broken", "no_such_module:HOST")
+    assert host_of(load_model(AudioHostConfig()), registry=registry).name == "audio"
+    with pytest.raises(HostError, match=r"No host recognizes a Linear\..*no_such_module"):
+        host_of(nn.Linear(2, 2), registry=registry)
+
+
+# ---- what is shown
+
+
+@pytest.fixture
+def ttt():
+    registry = toy_registry(default_registry())
+    model = toy_model(4)
+    return inject(
+        model, TTTMLPConfig(layers="last:1", chunk=5), GatingMLPConfig(layers=0, chunk="2s"), registry=registry
+    )
+
+
+def test_a_summary_says_site_variant_sizes_and_chunk(ttt):
+    console = Console(width=120, record=True, file=io.StringIO())
+    ttt.print_summary(console)
+    text = console.export_text()
+    base = sum(p.numel() for p in toy_model(4).parameters())
+    assert f"base model: {base:,} parameters" in text
+    assert f"{sum(p.numel() for p in ttt.parameters()):,}" in text
+    for block, chunk in zip(ttt.plan.blocks, ("25", "5"), strict=True):
+        (row,) = [line for line in text.splitlines() if str(block.site) in line]
+        cells = [cell.strip() for cell in row.strip("│ ").split("│")]
+        assert cells[:3] == [str(block.site), block.variant.name, f"{block.parameters:,}"]
+        assert cells[4:] == [chunk, f"{int(chunk) / block.info.frame_rate:.2f}"]
+
+
+def test_a_host_without_seconds_shows_none(capsys):
+    model = load_model(AudioHostConfig())
+    inject(model, TTTMLPConfig(bidirectional=True, layers=0, chunk=7)).print_summary()
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "layers.0.sequence" in line]
+    assert [cell.strip() for cell in row.strip("│ ").split("│")][4:] == ["7", "-"]
+
+
+def test_a_summary_of_blocks_that_were_removed_is_refused(ttt):
+    ttt.remove()
+    with pytest.raises(InjectionError, match="were removed"):
+        ttt.print_summary()
+
+
+def test_reprs_are_short(ttt):
+    count = sum(parameter.numel() for parameter in ttt.parameters())
+    assert repr(ttt).startswith(
+        f"<Injection: gating_mlp at layers.0.feed_forward; ttt_mlp at layers.3.sequence of host toy, {count:,} "
+    )
+    assert repr(ttt.plan).startswith("<Plan: gating_mlp at")
+    ttt.remove()
+    assert len(repr(ttt)) < 200
+    registry = toy_registry(default_registry())
+    plan = make_plan(
+        ttt.model, registry.host("toy"), [TTTLinearConfig()], policy=registry.policy("fp32_state"), registry=registry
+    )
+    assert "ttt_linear at 4 sites, layers.0.sequence to layers.3.sequence of host toy" in repr(plan)
+
+
+def test_blocks_say_their_sizes_when_a_model_is_printed(ttt):
+    for block in ttt.blocks.values():
+        count = sum(parameter.numel() for parameter in block.parameters())
+        chunk = 5 if block.info.site.layer == 3 else 25
+        assert f"{block.info.site}, dim=16, num_heads=2, chunk={chunk}, parameters={count:,}" in repr(ttt.model)
+    assert "(wq): Projection(16, 16)" in repr(ttt.model)
+
+
+def test_ridge_says_its_chunk():
+    registry = toy_registry(default_registry())
+    made = inject(toy_model(1), TTTRidgeConfig(chunk=3), registry=registry)
+    assert [block.chunk_tokens for block in made.plan.blocks] == [3]
+
+
+def test_updates_have_one_switch(ttt):
+    with pytest.raises(ValueError, match=r"above 0, got 0.*host\.updates\(model, False\)"):
+        ttt.set_inner_lr_factor(0)
