@@ -95,7 +95,7 @@ def read_spans(text: str, window: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class PositionCurve:
     """One subject under one condition, on one stream of tokens.
 
     Attributes:
@@ -131,7 +131,7 @@ class LongContext:
         reach: how many of them it can see: no more than a segment has.
     """
 
-    curves: list[Curve]
+    curves: list[PositionCurve]
     recordings: list[str]
     left_out: list[str]
     context: int
@@ -139,27 +139,27 @@ class LongContext:
     options: Options
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def curve(self, subject: str, condition: Condition, stream: str) -> Curve:
+    def curve(self, subject: str, condition: Condition, stream: str) -> PositionCurve:
         """The one of these names. Raises KeyError."""
         for curve in self.curves:
             if (curve.subject, curve.condition, curve.stream) == (subject, condition, stream):
                 return curve
         raise KeyError((subject, condition, stream))
 
-    def loss(self, curve: Curve) -> Interval:
+    def loss(self, curve: PositionCurve) -> Interval:
         """Mean loss beyond what attention sees."""
         return bootstrap(curve.beyond, mean_of_recordings, seed=self.options.seed)
 
-    def slope(self, curve: Curve) -> Interval:
+    def slope(self, curve: PositionCurve) -> Interval:
         """Nats per 1,000 frames by which the loss rises beyond what attention sees."""
         scale = 1_000 / self.options.window
         return bootstrap(curve.beyond, lambda values: scale * slope_per_window(values), seed=self.options.seed)
 
-    def saved(self, curve: Curve, other: Curve) -> Interval:
+    def saved(self, curve: PositionCurve, other: PositionCurve) -> Interval:
         """How much lower the loss of ``curve`` is than ``other``'s, by recording, beyond what attention sees."""
         return bootstrap(other.beyond - curve.beyond, mean_of_recordings, seed=self.options.seed)
 
-    def saved_by_span(self, curve: Curve, other: Curve) -> list[Span]:
+    def saved_by_span(self, curve: PositionCurve, other: PositionCurve) -> list[Span]:
         """What is saved against ``other`` at the positions of each span, from what attention does not see on.
 
         A span that no recording reaches is left out.
@@ -196,7 +196,7 @@ def evaluate(
     reach = context if segments is None else min(context or segments, segments)
     first_beyond = -(-reach // options.window)
     kept, left_out = _choose(documents, (first_beyond + 1) * options.window, context, options)
-    curves: list[Curve] = []
+    curves: list[PositionCurve] = []
     names: list[str] = []
     padding = subjects[0].model.zero_token_id
     for subject in subjects:
@@ -221,10 +221,10 @@ def evaluate(
 
 def _curves(
     subject: Subject, condition: Condition, found: Sequence[FrameLosses], window: int, first_beyond: int
-) -> list[Curve]:
+) -> list[PositionCurve]:
     """A curve for each stream of tokens, of the losses of all batches."""
     return [
-        Curve(
+        PositionCurve(
             subject=subject.name, condition=condition, stream=stream, first_beyond=first_beyond,
             windows=window_means(_stack([getattr(losses, stream) for losses in found]), window),
         )

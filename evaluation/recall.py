@@ -19,7 +19,7 @@ from torch import Tensor
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.evaluation.documents import Document
 from moshi_ttt.evaluation.pieces import Piece, Row, heard_own, lay_out
-from moshi_ttt.evaluation.statistics import Interval, bootstrap
+from moshi_ttt.evaluation.statistics import Interval, bootstrap, mean_of_rows
 from moshi_ttt.evaluation.subjects import Condition, Subject, listen
 from moshi_ttt.evaluation.volumes import AtVolume, refuse_volumes
 
@@ -93,17 +93,17 @@ class Recall:
 
     def gain(self, gains: Gains) -> Interval:
         """The mean over recordings."""
-        return bootstrap(gains.values, lambda values: values.mean(1), seed=self.seed)
+        return bootstrap(gains.values, mean_of_rows, seed=self.seed)
 
     def beyond_base(self, gains: Gains) -> Interval:
         """The mean beyond the base model's own gain."""
         base = self.of("base", "updates on", gains.hearing)
-        return bootstrap(gains.values - base.values, lambda values: values.mean(1), seed=self.seed)
+        return bootstrap(gains.values - base.values, mean_of_rows, seed=self.seed)
 
     def saved(self, gains: Gains) -> Interval:
         """What the hearing itself costs less than the base model's: a gain can also come of a worse first hearing."""
         base = self.of("base", "updates on", gains.hearing)
-        return bootstrap(base.losses - gains.losses, lambda values: values.mean(1), seed=self.seed)
+        return bootstrap(base.losses - gains.losses, mean_of_rows, seed=self.seed)
 
 
 def evaluate(

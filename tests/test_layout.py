@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -103,6 +104,30 @@ def test_contract_of_independence_names_every_plugin():
     (independent,) = (contract["modules"] for contract in contracts if contract["type"] == "independence")
     plugins = {name for name in packages_on_disk() if re.fullmatch(r"moshi_ttt\.plugins\.\w+", name)}
     assert set(independent) == plugins - {"moshi_ttt.plugins.common"}
+
+
+# ---- names
+
+TWICE = {
+    "Chunked": "verifiers of plugins, whose names the plugins settle among themselves",
+    "Reference": "verifiers of plugins",
+    "Streamed": "verifiers of plugins, and the quickstart's stream",
+    "Tokens": "the inner loops of plugins",
+    "TrainingError": "the quickstart's own training loop",
+}
+"""Class names that more than one module defines for now, and where. The list may only become shorter."""
+
+
+def test_no_class_name_stands_for_two_things():
+    defined: dict[str, set[str]] = {}
+    for package, folder in {**packages_on_disk(), "study": ROOT / "examples" / "study"}.items():
+        for path in folder.glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    defined.setdefault(node.name, set()).add(f"{package}.{path.stem}")
+    assert len(defined) > 200
+    twice = {name: sorted(modules) for name, modules in defined.items() if len(modules) > 1}
+    assert twice.keys() == TWICE.keys(), twice
 
 
 # ---- a second copy of the registry

@@ -10,9 +10,11 @@ from typing import Any
 from moshi_ttt.configs.training import RunConfig
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.injection import Injection
-from moshi_ttt.core.inner_losses import SiteCurves, Sums, measured, numbers, plot_site
+from moshi_ttt.core.inner_losses import SiteCurves, Sums, measured
 from moshi_ttt.core.paths import user_path
 from moshi_ttt.hosts.moshi.upstream import FRAME_RATE
+from moshi_ttt.system.report.inner_losses import plot_site
+from moshi_ttt.system.report.writer import number, numbers
 
 FOLDER = "inner_losses"
 SMOOTH = 12
@@ -52,7 +54,7 @@ class InnerLosses:
                 site.site: {
                     "variant": site.variant, "tokens": site.tokens, "first_updated_position": site.first_updated,
                     "not_finite": site.not_finite,
-                    "mean": {name: numbers(mean.mean()[None])[0] for name, mean in site.means.items()},
+                    "mean": {name: number(float(mean.mean())) for name, mean in site.means.items()},
                     "by_position": {name: numbers(curve.mean(0)) for name, curve in site.by_position.items()},
                 }
                 for site in self.sites

@@ -34,7 +34,7 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class QuickstartSettings:
     """The config with the request's changes."""
 
     ttt: TTTConfig
@@ -47,7 +47,7 @@ class Settings:
 class Setup:
     """Everything that is loaded and checked before the first minute is spent."""
 
-    settings: Settings
+    settings: QuickstartSettings
     model: Any
     codec: Codec
     speech: Speech
@@ -56,7 +56,7 @@ class Setup:
     segments: Segments
 
 
-def read_settings(request: Request) -> Settings:
+def read_settings(request: Request) -> QuickstartSettings:
     """Config and command line together. Raises ConfigError."""
     config = read_config(request.config)
     if not config.extra:
@@ -67,7 +67,7 @@ def read_settings(request: Request) -> Settings:
         raise ConfigError("The config has no blocks (ttt: []), so there is nothing to train. Add an entry to ttt.")
     seeds = {} if request.seed is None else {"seed": request.seed}
     steps = {} if request.steps is None else {"steps": request.steps}
-    return Settings(
+    return QuickstartSettings(
         ttt=config.model_copy(update=seeds),
         host=config.host,
         train=cast(TrainConfig, config.extra["train"]).model_copy(update=steps | seeds),
@@ -75,7 +75,7 @@ def read_settings(request: Request) -> Settings:
     )
 
 
-def prepare(settings: Settings, audio: Path | None) -> Setup:
+def prepare(settings: QuickstartSettings, audio: Path | None) -> Setup:
     """Load and check everything; the model has no blocks yet."""
     registry = default_registry()
     host = registry.host(settings.host.name)

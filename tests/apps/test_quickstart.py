@@ -52,7 +52,7 @@ def test_quickstart_writes_the_whole_folder(cli, tmp_path):
     report = (folder / "report.md").read_text()
     for fact in (
         "ttt_linear", "updates on", "updates off", "base model", "trained without updates", "memory cleared",
-        "CC-BY-SA", "fp32_state", "bfloat16", "real-time factor", "A clip heard twice",
+        "CC-BY-SA", "fp32_state", "bfloat16", "real-time factor", "A clip presented twice",
     ):  # fmt: skip
         assert fact in report, fact
     model = resolve_repo("builtin:tiny").load_lm()

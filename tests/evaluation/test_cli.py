@@ -95,7 +95,7 @@ def test_recall(cli, talks, adapter, tmp_path):
     assert "| mine, updates on | third |" in result.said
     assert json.loads((tmp_path / "recall" / "metrics.json").read_text())["pieces_by_recording"] == [1, 1]
     compared = cli("evaluate", "compare", tmp_path / "recall", "--out", tmp_path / "compared")
-    assert "recall, third hearing" in compared.said
+    assert "recall, third presentation" in compared.said
 
 
 def test_recall_by_volume(cli, talks, adapter, tmp_path):
@@ -117,7 +117,7 @@ def test_recall_by_volume(cli, talks, adapter, tmp_path):
     points = json.loads((tmp_path / "recall" / "metrics.json").read_text())["by_volume"]
     assert [point["volume"] for point in points] == [0, 1]
     compared = cli("evaluate", "compare", tmp_path / "recall", "--out", tmp_path / "compared")
-    assert "cost of speech heard once" in compared.said
+    assert "cost of the first presentation" in compared.said
     assert "| mine, volume 1 |" in compared.said
 
 

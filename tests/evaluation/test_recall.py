@@ -198,9 +198,11 @@ def test_a_report_names_the_hearings(base, tmp_path):
     assert (first["second"][-1] is None, first["third"][-1]) == (False, None)
     report = (tmp_path / "report.md").read_text()
     assert "| ttt_linear, updates off | third |" in report
-    assert "3 pieces of 40 frames, up to 2 of each recording" in report
+    assert "3 clips of 40 frames, up to 2 of each recording" in report
     assert metrics["memory_of_another_had_heard_own"]["third"] == 3
-    assert "third hearing: in 3 of 3 pieces that memory had heard the piece's own recording too" in report
+    assert (
+        "third presentation: in 3 of 3 clips the other memory has already processed the clip's own recording" in report
+    )
     assert (tmp_path / "recall_by_position.png").stat().st_size > 5_000
 
 
