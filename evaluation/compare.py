@@ -11,7 +11,7 @@ from typing import Any
 
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.system.output_folder import METRICS
-from moshi_ttt.system.report.figures import BLUE, GREY, interval_bar, name_rows, panels, save
+from moshi_ttt.system.report.figures import BLUE, GREY, heading, interval_bar, name_rows, panels, save
 from moshi_ttt.system.report.tables import image, show_interval, table
 from moshi_ttt.system.report.writer import number, write_report
 
@@ -135,15 +135,16 @@ def _cell(result: Result | None) -> str:
 
 def _plot(path: Path, measured: Sequence[str], models: Sequence[str], by_place: dict[tuple[str, str], Result]) -> None:
     """A panel for each figure: the value of each model and its interval."""
-    height = 1.2 + len(measured) * (0.6 + 0.24 * len(models))
-    figure, axes_of = panels(len(measured), width=8, height=height)
-    for axes, what in zip(axes_of, measured, strict=True):
-        shown = [(place, by_place[model, what]) for place, model in enumerate(models) if (model, what) in by_place]
-        for place, result in shown:
+    panel_rows = [[by_place[model, what] for model in models if (model, what) in by_place] for what in measured]
+    counts = [len(rows) for rows in panel_rows]
+    height = 0.4 + 0.7 * len(measured) + 0.24 * sum(counts)
+    figure, axes_of = panels(len(measured), width=8.5, height=height, height_ratios=[1 + count for count in counts])
+    for axes, what, rows in zip(axes_of, measured, panel_rows, strict=True):
+        for place, result in enumerate(rows):
             color = GREY if result.subject == "base" else BLUE
             axes.plot(result.value, place, "o", color=color, markersize=5)
             interval_bar(axes, result.low, result.high, place, color)
-        name_rows(axes, models)
-        better = "lower" if shown and shown[0][1].lower_is_better else "higher"
-        axes.set_title(f"{what}; {better} is better", loc="left")
+        name_rows(axes, [result.subject for result in rows])
+        axes.margins(y=0.3 / len(rows))
+        heading(axes, f"{what}; {'lower' if rows[0].lower_is_better else 'higher'} is better")
     save(figure, path, grid="x")

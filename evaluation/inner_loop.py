@@ -1,10 +1,10 @@
 """The inner loss by position: at the initial fast weights, before and after each update, and of the mean target.
 
 Figure 5 of Sun et al. 2024, "Learning to (Learn at Test Time)", arXiv:2407.04620, for every block and head on
-recordings. Each recording is heard from its beginning in one plain forward pass, so limit its length to what fits into
-memory. Position t is the model's input at frame t: the start token at 0, then the recording one frame late.
+recordings. Each recording is one plain forward pass from its beginning, so limit its length to what fits into memory.
+Position t is the model's input at frame t: the start token at 0, then the recording one frame late.
 
-Shape legend: B recordings heard at a time, Q rows of the language model, H heads of a block, T frames.
+Shape legend: B recordings in a batch, Q rows of the language model, H heads of a block, T frames.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def evaluate(
 ) -> InnerLoop:
     """The curves of every block of ``subject`` that has an inner loss, over ``documents`` from their beginning.
 
-    Recordings are heard together only where they are equally long, so that no token is padding; the subject is
-    afterwards as it was. ``smooth`` frames are averaged in the plots alone.
+    Recordings of equal length form a batch, so that no token is padding. The model is unchanged afterwards.
+    ``smooth`` frames are averaged in the plots alone.
 
-    Raises ConfigError: nothing learns in the subject, there is nothing to hear, or no recording has a whole chunk.
+    Raises ConfigError: the model has no block with an inner loss, there are no recordings, or none has a whole chunk.
     """
     for name, value in (("batch_size", batch_size), ("smooth", smooth)):
         if value < 1:
@@ -83,8 +83,8 @@ def evaluate(
         )
     if all(site.by_position["after"].isnan().all() and not site.not_finite for site in sites):
         raise ConfigError(
-            f"None of {len(documents)} recordings has a whole chunk of any block, so nothing is learned: the longest "
-            f"has {frames} frames. Give longer recordings, or hear more of each (--max-seconds)."
+            f"None of {len(documents)} recordings has a whole chunk of any block, so there is no update: the longest "
+            f"has {frames} frames. Give longer recordings, or raise --max-seconds."
         )
     recordings = [document.name for document in documents]
     return InnerLoop(subject=subject.name, sites=sites, recordings=recordings, frames=frames, smooth=smooth)
@@ -120,7 +120,8 @@ def write_inner_loop(folder: Path, result: InnerLoop, *, made_by: str, frame_sec
     ]  # fmt: skip
     for site in result.sites:
         lines += _section(site, frame_seconds)
-        title = f"{result.subject}, {site.site} ({site.variant}), {len(result.recordings)} recordings"
+        count = len(result.recordings)
+        title = f"{result.subject}, {site.site} ({site.variant}), {count} recording{'s' * (count > 1)}"
         plot_site(folder / f"{site.site}.png", site, title=title, smooth=result.smooth, frame_seconds=frame_seconds)
     write_report(folder, values, lines)
 

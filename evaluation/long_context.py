@@ -1,7 +1,7 @@
-"""Loss by position over long recordings: does memory help beyond what attention sees, and does it keep helping?
+"""Loss by position over long recordings: does memory help beyond the attention context, and does it keep helping?
 
-Every subject hears every recording from its beginning: token by token, or in segments as training hears it, where
-attention starts afresh in each. Positions are counted from the recording's beginning; what is reported are means over
+Every model processes every recording from its beginning: token by token, or in segments as in training, where
+attention restarts in each. Positions are counted from the recording's beginning; what is reported are means over
 windows of positions, and figures over the windows beyond what attention sees.
 
 Shape legend: R recordings, T frames, W windows.
@@ -35,14 +35,14 @@ STREAMS = ("audio", "text")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How recordings are heard.
+    """How recordings are processed.
 
     Attributes:
         window: frames of a window.
         every: frames between two interventions of the conditions that intervene.
-        batch_size: recordings heard at a time.
+        batch_size: recordings in a batch.
         conditions: which are run.
-        segments: frames of the forward passes a recording is heard in; None streams it token by token.
+        segments: frames of the forward passes of a recording; None streams it token by token.
         spans: frames at which recordings are divided into spans of positions, ascending; empty reports none.
         seed: of the bootstrap.
     """
@@ -96,7 +96,7 @@ def read_spans(text: str, window: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class PositionCurve:
-    """One subject under one condition, on one stream of tokens.
+    """One model under one condition, on one stream of tokens.
 
     Attributes:
         windows: ``[R, W]`` nats per token, NaN where a recording has no such window.
@@ -124,7 +124,7 @@ class LongContext:
     """What came out.
 
     Attributes:
-        curves: one for each subject, condition and stream.
+        curves: one for each model, condition and stream.
         recordings: their names, in the order of R.
         left_out: recordings that do not reach beyond what attention sees.
         context: frames of the model's attention.
@@ -182,7 +182,7 @@ def evaluate(
     *,
     on_batch: Callable[[], None] = lambda: None,
 ) -> LongContext:
-    """Every subject on every document, under every condition that means something for it.
+    """Every model on every document, under every condition that means something for it.
 
     Raises ConfigError when no recording reaches a window beyond what attention sees, or a condition that is run would
     act inside a segment.

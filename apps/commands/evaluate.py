@@ -30,8 +30,35 @@ from moshi_ttt.system.platforms import check_file_names
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Does memory help? The base model and adapters by the same code on the same recordings, with intervals.",
+    help="Compare adapters with the base model: the same code, the same recordings, 95 % intervals.",
 )
+
+
+Every = Annotated[
+    int | None,
+    typer.Option(
+        "--every",
+        min=1,
+        help="Frames between two resets or exchanges of the memory. Default: the attention context, in whole segments.",
+    ),
+]
+Segments = Annotated[
+    int | None,
+    typer.Option(
+        "--segments",
+        min=1,
+        help="Segment length in frames. TTT state is carried across segments, attention is not. Default: stream token "
+        "by token.",
+    ),
+]
+Spans = Annotated[
+    str | None,
+    typer.Option(
+        "--spans",
+        metavar="LIST",
+        help="Also report by position in the recordings: frames at which spans begin, such as 48,192,480,960.",
+    ),
+]
 
 
 @app.command("long-context")
@@ -45,32 +72,10 @@ def long_context(
     speaker_label: Label = None,
     moshi_channel: Channel = None,
     max_seconds: Seconds = None,
-    window: Annotated[int, typer.Option("--window", min=1, help="Frames of a window (12.5 are a second).")] = 64,
-    every: Annotated[
-        int | None,
-        typer.Option(
-            "--every",
-            min=1,
-            help="Frames between resets or exchanges; the context if left out, in whole segments where there are some.",
-        ),
-    ] = None,
-    segments: Annotated[
-        int | None,
-        typer.Option(
-            "--segments",
-            min=1,
-            help="Hear forward passes of so many frames, memory carried, attention restarted; token by token if left "
-            "out.",
-        ),
-    ] = None,
-    spans: Annotated[
-        str | None,
-        typer.Option(
-            "--spans",
-            metavar="LIST",
-            help="Also report by position in the recordings, from these frames on, such as 48,192,480,960.",
-        ),
-    ] = None,
+    window: Annotated[int, typer.Option("--window", min=1, help="Window length in frames (12.5 a second).")] = 64,
+    every: Every = None,
+    segments: Segments = None,
+    spans: Spans = None,
     batch_size: Batch = 4,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -115,15 +120,16 @@ def recall(
     speaker_label: Label = None,
     moshi_channel: Channel = None,
     frames: Annotated[
-        int | None, typer.Option("--frames", min=2, help="Of a piece; three contexts if left out.")
+        int | None,
+        typer.Option("--frames", min=2, help="Clip length in frames. Default: three times the attention context."),
     ] = None,
-    pieces: Annotated[int, typer.Option("--pieces", min=1, help="Heard of each recording, at most.")] = 1,
+    pieces: Annotated[int, typer.Option("--pieces", min=1, help="Number of clips of each recording, at most.")] = 1,
     volume: Annotated[
         list[str] | None,
         typer.Option(
             "--volume",
             metavar="LIST",
-            help="Recall against cost at volumes such as 0,0.25,0.5,1 (0 is the base).",
+            help="Also report recall and its cost at these volumes, such as 0,0.25,0.5,1 (0 is the base model).",
         ),
     ] = None,
     batch_size: Batch = 4,
@@ -131,7 +137,7 @@ def recall(
     overwrite: Overwrite = False,
     threads: Threads = None,
 ) -> None:
-    """Pieces of recordings heard twice, and again after one of another: what the later hearings save."""
+    """Clips presented twice, and again after a clip of another recording: how much lower the later losses are."""
     from moshi_ttt.evaluation import recall as evaluation
     from moshi_ttt.evaluation.reporting import write_recall
     from moshi_ttt.evaluation.subjects import CONDITIONS
@@ -169,7 +175,7 @@ def inner_loop(
     speaker_label: Label = None,
     moshi_channel: Channel = None,
     max_seconds: Seconds = 120.0,
-    smooth: Annotated[int, typer.Option("--smooth", min=1, help="Frames of the plots' running mean.")] = 32,
+    smooth: Annotated[int, typer.Option("--smooth", min=1, help="Frames of the running mean in the figures.")] = 32,
     batch_size: Batch = 4,
     overwrite: Overwrite = False,
     threads: Threads = None,
@@ -188,9 +194,7 @@ def inner_loop(
     )  # fmt: skip
     remembering = [subject for subject in subjects if subject.injection is not None]
     if not remembering:
-        raise ConfigError(
-            "There is no inner loop without blocks: give an adapter that has some, as in --adapter ttt=RUN."
-        )
+        raise ConfigError("The base model has no inner loop. Give an adapter that has blocks, as in --adapter ttt=RUN.")
     with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
         for subject in remembering:
             result = evaluation.evaluate(subject, documents, batch_size=batch_size, smooth=smooth)
@@ -210,16 +214,16 @@ def zero_shot(
     ctx: typer.Context,
     config: Config,
     dataset: Annotated[str, typer.Option("--dataset", help="swuggy, sblimp, storycloze, topic-storycloze, or csv.")],
-    source: Annotated[Path, typer.Option("--source", **PATH, help="The dataset's folder; for csv the file.")],
+    source: Annotated[Path, typer.Option("--source", **PATH, help="Folder of the data set; for csv, the file.")],
     out: Out,
     adapter: Adapters = None,
-    normalisation: Annotated[str, typer.Option("--normalisation", help="Compare nats a token, or sum.")] = "token",
-    codebooks: Annotated[str, typer.Option("--codebooks", help="all, or semantic (the first).")] = "all",
+    normalisation: Annotated[str, typer.Option("--normalisation", help="Compare nats/token, or sum.")] = "token",
+    codebooks: Annotated[str, typer.Option("--codebooks", help="Score all, or semantic (the first).")] = "all",
     seed: Seed = 0,
     overwrite: Overwrite = False,
     threads: Threads = None,
 ) -> None:
-    """Share of pairs of recordings whose right one is likelier: spoken words, sentences, endings of stories."""
+    """Share of pairs in which the right recording is more likely: spoken words, sentences, endings of stories."""
     from typing import cast, get_args
 
     from moshi_ttt.evaluation import zero_shot as evaluation
@@ -257,7 +261,7 @@ def zero_shot(
 
 @app.command()
 def compare(
-    folders: Annotated[list[Path], typer.Argument(**PATH, help="Folders that the other evaluations wrote.")],
+    folders: Annotated[list[Path], typer.Argument(**PATH, help="Folders of long-context, recall or zero-shot.")],
     out: Out,
     overwrite: Overwrite = False,
 ) -> None:

@@ -25,22 +25,28 @@ Adapters = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", **PATH, help="Folder to write. It must be new, or empty.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --out if this command made it.")]
-LayoutOption = Annotated[str, typer.Option("--layout", help="Of a folder of recordings: files, or librilight.")]
+LayoutOption = Annotated[str, typer.Option("--layout", help="Layout of a folder of recordings: files, or librilight.")]
 Label = Annotated[
     str | None,
-    typer.Option("--speaker-label", help="Of Moshi's words in the transcripts; the config's, or SPEAKER_MAIN."),
+    typer.Option(
+        "--speaker-label", help="Label of Moshi's words in the transcripts. Default: the config's, or SPEAKER_MAIN."
+    ),
 ]
 Channel = Annotated[
     str | None,
-    typer.Option("--moshi-channel", help="Of stereo recordings, left or right; the config's, or left."),
+    typer.Option(
+        "--moshi-channel", help="Moshi's channel in stereo recordings, left or right. Default: the config's, or left."
+    ),
 ]
-Seconds = Annotated[float | None, typer.Option("--max-seconds", min=0.1, help="Hear so much of each recording.")]
-Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Recordings heard at a time.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of the bootstrap.")]
+Seconds = Annotated[
+    float | None, typer.Option("--max-seconds", min=0.1, help="Use only the first seconds of each recording.")
+]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Recordings in a batch.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the bootstrap.")]
 
 
 def conditions_for(known: tuple[Condition, ...], documents: int, batch_size: int) -> tuple[Condition, ...]:
-    """All of them; memory can be exchanged only where two recordings are heard at a time."""
+    """All of them; memory can be exchanged only between two recordings of a batch."""
     if documents > 1 and batch_size > 1:
         return known
     return tuple(condition for condition in known if condition != "memory of another")

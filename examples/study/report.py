@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from moshi_ttt.evaluation.statistics import as_json
-from moshi_ttt.system.report.figures import GREY, colors, interval_bar, legend_outside, name_rows, panels, rule, save
+from moshi_ttt.system.report.figures import (
+    GREY,
+    colors,
+    heading,
+    interval_bar,
+    legend_outside,
+    name_rows,
+    panels,
+    rule,
+    save,
+)
 from moshi_ttt.system.report.tables import image, table, version_text
 from moshi_ttt.system.report.writer import numbers, versions, write_report
 from study.cost import Cost
@@ -191,7 +201,7 @@ def _group_metrics(group: Group) -> dict[str, Any]:
 def _plot_recall(path: Path, groups: Mapping[str, Group]) -> None:
     """A panel for each group: the gain of each arm, its interval, its seeds as dots, its controls as crosses."""
     arms = [name for name in next(iter(groups.values())).arms() if name != BASE]
-    figure, axes_of = panels(len(groups), width=8, height=1.2 + len(groups) * (0.7 + 0.34 * len(arms)), sharex=True)
+    figure, axes_of = panels(len(groups), width=9.5, height=1.2 + len(groups) * (0.7 + 0.34 * len(arms)), sharex=True)
     for axes, (name, group) in zip(axes_of, groups.items(), strict=True):
         rule(axes, x=0)
         for place, arm in enumerate(arms):
@@ -202,11 +212,11 @@ def _plot_recall(path: Path, groups: Mapping[str, Group]) -> None:
             for condition, mark in zip(CONTROLS, ("|", "x"), strict=True):
                 if ("second", arm, condition) in group.figures:
                     control = _gained(group, "second", arm, condition).interval.value
-                    label = condition if place == 1 else None
+                    label = condition if place == len(arms) - 1 else None
                     axes.plot(control, place + 0.22, mark, color=GREY, markersize=6, label=label)
         name_rows(axes, arms)
-        axes.set_title(TITLES[name], loc="left")
-    axes_of[0].legend(loc="lower right")
+        heading(axes, TITLES[name])
+    legend_outside(figure)
     axes_of[-1].set_xlabel("gain of the second presentation beyond the base model's (nats/token; higher is better)")
     save(figure, path, grid="x")
 
@@ -224,7 +234,7 @@ def _plot_context(path: Path, groups: Mapping[str, Group], window: int) -> None:
                     seconds = [(index + 0.5) * window / FRAME_RATE for index in range(len(saved))]
                     label = arm if condition == ON else None
                     axes.plot(seconds, saved, dashes, color=colors(place)["color"], label=label, linewidth=1.6)
-        axes.set_title(f"{TITLES[name]}; dashed: updates off", loc="left")
+        heading(axes, f"{TITLES[name]}; dashed: updates off")
         axes.set_ylabel("saved against base (nats/token)")
     legend_outside(figure)
     axes_of[-1].set_xlabel("position in the recording (s)")

@@ -53,6 +53,11 @@ def interval_bar(axes: Axes, low: float, high: float, place: float, color: str, 
         axes.plot([low, high], [place, place], "-", color=color, **{"linewidth": 2, **line})
 
 
+def heading(axes: Axes, text: str) -> None:
+    """A title at the left of a panel, for figures of several panels."""
+    axes.set_title(text, loc="left", fontsize=LABEL)
+
+
 def name_rows(axes: Axes, names: Sequence[str]) -> None:
     """One name a row, the first at the top."""
     axes.set_yticks(range(len(names)), names)
@@ -78,7 +83,7 @@ def style(figure: Figure, *, grid: Any = "y") -> None:
         for label in (axes.xaxis.label, axes.yaxis.label):
             label.set_fontsize(LABEL)
         if (legend := axes.get_legend()) is not None:
-            legend.set_frame_on(False)
+            legend.get_frame().set(facecolor="white", edgecolor="none", alpha=0.85)
             for entry in legend.get_texts():
                 entry.set_fontsize(TICK)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moshi_ttt.core.inner_losses import CURVES, SiteCurves
-from moshi_ttt.system.report.figures import BLACK, BLUE, GREY, ORANGE, panels, save
+from moshi_ttt.system.report.figures import BLACK, BLUE, GREY, ORANGE, legend_outside, panels, save
 
 LOOKS = ((GREY, "--"), (BLUE, "-"), (ORANGE, "-"), (BLACK, ":"))
 
@@ -27,7 +27,7 @@ def running_mean(values: Tensor, window: int) -> Tensor:
 
 def plot_site(path: Path, site: SiteCurves, *, title: str, smooth: int, frame_seconds: float) -> None:
     """A png of a block's four curves, means over its heads; ``smooth`` positions are averaged."""
-    figure, (axes,) = panels(width=8, height=4.5)
+    figure, (axes,) = panels(width=9.5, height=4.5)
     for (name, label), (color, dashes) in zip(CURVES.items(), LOOKS, strict=True):
         mean = running_mean(site.by_position[name].mean(0), smooth)
         seconds = [position * frame_seconds for position in range(len(mean))]
@@ -35,5 +35,5 @@ def plot_site(path: Path, site: SiteCurves, *, title: str, smooth: int, frame_se
     axes.set_xlabel(f"position (s), running mean over {smooth * frame_seconds:.1f} s")
     axes.set_ylabel("inner loss, mean over heads")
     axes.set_title(title)
-    axes.legend()
+    legend_outside(figure)
     save(figure, path)

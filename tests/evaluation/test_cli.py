@@ -135,7 +135,7 @@ def test_inner_loop(cli, talks, adapter, tmp_path, names):
     assert cli(*again, "--overwrite").exit_code == 0
     alone = cli("evaluate", "inner-loop", "train-cpu", "--data", talks, "--out", tmp_path / "none")
     assert alone.exit_code == 2
-    assert "no inner loop without blocks" in alone.said
+    assert "The base model has no inner loop" in alone.said
 
 
 def test_zero_shot_of_pairs_of_ones_own(cli, talks, adapter, tmp_path):

@@ -129,12 +129,14 @@ def test_a_figure_is_a_png_of_the_one_style_whatever_its_file_is_called(tmp_path
     above.plot([0, 1], [0, 1], label="a")
     above.legend()
     figures.name_rows(below, ["first", "second"])
+    figures.heading(above, "left")
     figures.save(figure, tmp_path / "temporary")
     assert (tmp_path / "temporary").read_bytes().startswith(b"\x89PNG")
     for axes in (above, below):
         assert not axes.spines["top"].get_visible()
         assert axes.xaxis.label.get_fontsize() == figures.LABEL
     assert [text.get_fontsize() for text in above.get_legend().get_texts()] == [figures.TICK]
+    assert above.get_title(loc="left") == "left"
     assert [text.get_text() for text in below.get_yticklabels()] == ["first", "second"]
 
 
