@@ -28,11 +28,12 @@ class Results:
     Attributes:
         base: the model without blocks.
         on, off: the trained blocks, test-time updates on and off.
-        cleared: updates on, but the fast weights reset whenever attention has lost sight of what they learned from;
-            None where attention sees everything.
+        cleared: updates on, but the fast weights are reset once per attention context; None where attention sees
+            everything.
         control: blocks trained from the same start, on the same speech, for as long, but without updates; None where
             blocks do nothing without them.
-        twice: a clip heard twice, without and with the memory that ships with the tiny Moshi; None for another model.
+        twice: a clip presented twice, without and with the adapter that ships with the tiny Moshi; None for another
+            model.
     """
 
     training: TrainingLog
@@ -61,12 +62,12 @@ def verdict(difference: Difference) -> str:
     """One honest sentence on which of two is better, by how much, and how sure that is."""
     if abs(difference.mean) <= 2 * difference.error or math.isnan(difference.error):
         return (
-            f"No clear difference between {difference.better} and {difference.worse}: {difference.mean:+.4f} nats per "
-            f"token, standard error {difference.error:.4f}."
+            f"No clear difference between {difference.better} and {difference.worse}: {difference.mean:+.4f} "
+            f"nats/token, standard error {difference.error:.4f}."
         )
     word = "lower" if difference.mean > 0 else "HIGHER"
     return (
-        f"{difference.better}: {abs(difference.mean):.4f} nats per token {word} than {difference.worse} (standard "
+        f"{difference.better}: {abs(difference.mean):.4f} nats/token {word} than {difference.worse} (standard "
         f"error {difference.error:.4f}; second half of the recording {difference.second_half:+.4f})."
     )
 

@@ -120,7 +120,7 @@ def test_a_verdict_says_no_more_than_the_numbers():
     values = torch.arange(640, dtype=torch.float64).cos() + 3
     same, lower = Curve(name="a", values=values), Curve(name="b", values=values - 0.1)
     noisy = Curve(name="c", values=values + 0.1 * torch.randn(640, generator=torch.Generator().manual_seed(0)))
-    assert verdict(compare(lower, same)).startswith("b: 0.1000 nats per token lower than a")
+    assert verdict(compare(lower, same)).startswith("b: 0.1000 nats/token lower than a")
     assert "HIGHER" in verdict(compare(same, lower))
     assert "No clear difference" in verdict(compare(noisy, same))
     assert "No clear difference" in verdict(
