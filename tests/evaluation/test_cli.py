@@ -58,7 +58,7 @@ def test_long_context_of_a_folder_in_either_layout(cli, talks, adapter, tmp_path
     assert metrics["subjects"]["mine"]["parameters"] > 0
     assert "mine, memory of another" in result.said
     compared = cli("evaluate", "compare", tmp_path / "books", "--out", tmp_path / "compared")
-    assert "audio loss beyond attention" in compared.said
+    assert "audio loss beyond the attention context" in compared.said
     assert not list(tmp_path.glob(".books*"))
     again = cli(*command, "--out", tmp_path / "books", "--layout", "librilight")
     assert again.exit_code == 2

@@ -197,7 +197,7 @@ def test_the_interval_is_over_items_and_seeded():
 def test_nothing_to_average_raises():
     with pytest.raises(ScoringError, match=r"No pairs to score. Give a data set"):
         accuracy([])
-    with pytest.raises(ScoringError, match="right0-0 scores nan, which is no finite number"):
+    with pytest.raises(ScoringError, match="right0-0 has the score nan, which is not finite"):
         evaluate_pairs(made_up(1), lambda path: math.nan)
 
 
@@ -262,7 +262,7 @@ def test_a_score_of_no_finite_number_stops_a_run(codec, pairs):
     with torch.no_grad():
         broken.text_emb.weight.fill_(math.nan)
         broken.emb[0].weight.fill_(math.nan)
-    with pytest.raises(ScoringError, match=r"0.wav scores nan, .*moshi-ttt doctor"):
+    with pytest.raises(ScoringError, match=r"0.wav has the score nan, .*moshi-ttt doctor"):
         run({"base": ScoredModel(model=broken, host=MOSHI_HOST)}, codec, pairs)
 
 
