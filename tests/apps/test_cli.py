@@ -41,8 +41,8 @@ def test_the_surface_is_frozen():
             "compare": ["--out", "--overwrite", "-o", "folders"],
             "long-context": [
                 "--adapter", "--batch-size", "--data", "--every", "--layout", "--max-seconds", "--moshi-channel",
-                "--out", "--overwrite", "--seed", "--segments", "--spans", "--speaker-label", "--threads", "--window", "-a",
-                "-d", "-o", "config",
+                "--out", "--overwrite", "--seed", "--segments", "--spans", "--speaker-label", "--threads", "--window",
+                "-a", "-d", "-o", "config",
             ],
             "recall": [
                 "--adapter", "--batch-size", "--data", "--frames", "--layout", "--moshi-channel", "--out",
