@@ -38,7 +38,7 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class QuickstartSettings:
     """The config with the request's changes."""
 
     ttt: TTTConfig
@@ -50,7 +50,7 @@ class Settings:
 class Setup:
     """Everything that is loaded and checked before the first minute is spent."""
 
-    settings: Settings
+    settings: QuickstartSettings
     model: Any
     codec: Codec
     speech: Speech
@@ -59,7 +59,7 @@ class Setup:
     segments: Segments
 
 
-def read_settings(request: Request) -> Settings:
+def read_settings(request: Request) -> QuickstartSettings:
     """Config and command line together. Raises ConfigError."""
     path = find_config(request.config)
     values = read_mapping(path)
@@ -77,10 +77,10 @@ def read_settings(request: Request) -> Settings:
         raise ConfigError("The config has no blocks (ttt: []), so there is nothing to train. Add an entry to ttt.")
     steps = {} if request.steps is None else {"max_steps": request.steps}
     if request.seed is None:
-        return Settings(ttt=config, host=config.host, run=run.model_copy(update=steps))
+        return QuickstartSettings(ttt=config, host=config.host, run=run.model_copy(update=steps))
     seed = {"seed": request.seed}
     stream = {"stream": run.stream.model_copy(update=seed)}
-    return Settings(
+    return QuickstartSettings(
         ttt=config.model_copy(update=seed), host=config.host, run=run.model_copy(update=steps | seed | stream)
     )
 
@@ -110,7 +110,7 @@ def _check_run(run: RunConfig, name: str) -> None:
         )
 
 
-def prepare(settings: Settings, audio: Path | None) -> Setup:
+def prepare(settings: QuickstartSettings, audio: Path | None) -> Setup:
     """Load and check everything; the model has no blocks yet."""
     registry = default_registry()
     host = registry.host(settings.host.qualified_name)
