@@ -172,7 +172,7 @@ def recall(
     frames = frames or 3 * int(subjects[0].model.context or 64)
     with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
         if counts:
-            options = far.Options(
+            options = far.BetweenOptions(
                 counts=counts, frames=frames, batch_size=batch_size, pieces=pieces, volumes=volumes, seed=seed
             )
             lasting = far.evaluate(subjects, documents, others, options)

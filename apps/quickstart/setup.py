@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from moshi_ttt.apps.quickstart.data import Codec, Recording, Speech, load_speech
-from moshi_ttt.apps.quickstart.train import Segments
+from moshi_ttt.apps.quickstart.train import SpeechSegments
 from moshi_ttt.configs.paths import find_config
 from moshi_ttt.configs.reading import RUN_KEY, read_config
 from moshi_ttt.configs.sections import StreamConfig, TrainConfig, renamed
@@ -56,7 +56,7 @@ class Setup:
     speech: Speech
     streamed: Recording
     plan: Plan
-    segments: Segments
+    segments: SpeechSegments
 
 
 def read_settings(request: Request) -> QuickstartSettings:
@@ -125,5 +125,5 @@ def prepare(settings: QuickstartSettings, audio: Path | None) -> Setup:
     speech = load_speech(codec, speech_files())
     return Setup(
         settings=settings, model=model, codec=codec, speech=speech, plan=plan,
-        streamed=streamed or speech.held_out, segments=Segments(codec, speech, settings.run),
+        streamed=streamed or speech.held_out, segments=SpeechSegments(codec, speech, settings.run),
     )  # fmt: skip
