@@ -191,7 +191,7 @@ def test_the_base_model_alone_and_volumes_of_nobody_are_refused(base):
 
 
 def test_what_recall_refuses_is_refused(base, loud):
-    with pytest.raises(ConfigError, match="none is left beyond the attention's context of 8"):
+    with pytest.raises(ConfigError, match="A clip of 9 frames has none beyond the attention context of 8"):
         run([base, loud], frames=CONTEXT + 1)
     with pytest.raises(ConfigError, match="two recordings of 24 frames or more, and 1 of 1"):
         run([base, loud], [document(FRAMES, 0)])
