@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from moshi_ttt import default_registry, inject, parse_config
-from moshi_ttt.hosts.audio.model import denoising_loss
+from moshi_ttt.hosts.audio.losses import denoising_loss
 
 CASES: dict[str, dict[str, Any]] = {
     "causal": {},

@@ -82,6 +82,12 @@ def _long_context(values: dict[str, Any]) -> Iterator[Result]:
 
 
 def _recall(values: dict[str, Any]) -> Iterator[Result]:
+    if "between" in values:  # A, other clips, A
+        for after in values["between"]:
+            what = f"recall after {after['clips_between']} other clips, beyond the base (nats a token)"
+            label = f"{after['subject']}, volume {after['volume']:g}"
+            yield _result(what, label, after["gain_beyond_base"], lower_is_better=False)
+        return
     for gain in values["gains"]:
         what = f"recall, {gain['hearing']} hearing (nats saved a token)"
         yield _result(what, _label(gain), gain["gain"], lower_is_better=False)

@@ -129,7 +129,7 @@ def evaluate(
     ``refuse_volumes`` and ``require_base``.
     """
     skip = int(subjects[0].model.context or 0)
-    kept, left_out = _choose(documents, frames, pieces, skip)
+    kept, left_out = choose(documents, frames, pieces, skip)
     refuse_volumes(subjects, volumes)
     require_base(subjects, volumes, conditions)
     counts = [min(pieces, document.frames // frames) for document in kept]
@@ -213,7 +213,7 @@ class _Hearings:
         )
 
 
-def _choose(documents: Sequence[Document], frames: int, pieces: int, skip: int) -> tuple[list[Document], list[str]]:
+def choose(documents: Sequence[Document], frames: int, pieces: int, skip: int) -> tuple[list[Document], list[str]]:
     """The recordings that have a piece, and a word on each that has none."""
     if pieces < 1:
         raise ConfigError(f"{pieces} pieces of each recording: give 1 or more.")

@@ -51,7 +51,7 @@ def write_long_context(folder: Path, result: LongContext, *, made_by: str, frame
         "curves": [_curve(result, curve) for curve in result.curves if curve.stream in streams],
     }  # fmt: skip
     (folder / METRICS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    lines = ["# Loss by position", "", *_facts(result.facts, result.recordings, result.left_out)]
+    lines = ["# Loss by position", "", *facts_lines(result.facts, result.recordings, result.left_out)]
     lines += [_how_heard(result, frame_seconds), ""]
     beyond = result.curves[0].first_beyond * result.options.window * frame_seconds
     for stream in streams:
@@ -131,7 +131,7 @@ def write_recall(folder: Path, result: Recall, *, made_by: str) -> None:
         values["by_volume"] = volume_rows(result.by_volume, result.seed)
     (folder / METRICS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     lines = [
-        "# Recall", "", *_facts(result.facts, result.recordings, result.left_out), *_heard(result), "",
+        "# Recall", "", *facts_lines(result.facts, result.recordings, result.left_out), *_heard(result), "",
         "| | hearing | gain | beyond the base model's | loss of this hearing, saved against the base model's |",
         "| --- | --- | ---: | ---: | ---: |",
     ]  # fmt: skip
@@ -170,7 +170,8 @@ def _heard(result: Recall) -> list[str]:
     return lines
 
 
-def _facts(facts: dict[str, Any], recordings: Sequence[str], left_out: Sequence[str]) -> list[str]:
+def facts_lines(facts: dict[str, Any], recordings: Sequence[str], left_out: Sequence[str]) -> list[str]:
+    """The list at the head of a report: where everything comes from, and what was left out."""
     lines = [f"- {name}: {value}" for name, value in facts.items() if name != "subjects"]
     lines += [f"- {name}: {about}" for name, about in facts.get("subjects", {}).items()]
     lines.append(f"- recordings: {len(recordings)}")

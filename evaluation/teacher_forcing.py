@@ -78,17 +78,27 @@ def segment_losses(
     predicted. ``between(frame, state)`` is called where a segment other than the first begins, and returns the state to
     begin it from; None is the learned initial one. What was carried is gone afterwards.
     """
-    codes, losses = codes.to(model.device), host.losses()
     state: CarriedState | None = None
-    found: list[dict[str, Tensor]] = []
+    found: list[FrameLosses] = []
     for first in range(0, codes.shape[2], frames):
         if between is not None and state is not None:
             state = between(first, state)
-        segment = codes[:, :, first : first + frames]
-        with host.carry(model, state) as after:
-            found.append(losses.by_position(model, segment))
-        state = after
-    return FrameLosses(*(torch.cat([each[name] for each in found], dim=1) for name in FrameLosses._fields))
+        part, state = forward_losses(model, codes[:, :, first : first + frames], host, state)
+        found.append(part)
+    return FrameLosses(*(torch.cat([each[place] for each in found], dim=1) for place in range(2)))
+
+
+@torch.no_grad()
+def forward_losses(
+    model: Any, codes: Tensor, host: HostModel, state: CarriedState | None = None
+) -> tuple[FrameLosses, CarriedState]:
+    """The losses of ``codes [B, Q, T]`` in one plain forward pass from ``state``, and the state after it.
+
+    None is the learned initial state. ``state`` itself is left as it is: any number of passes can start from it.
+    """
+    with host.carry(model, state) as after:
+        found = host.losses().by_position(model, codes.to(model.device))
+    return FrameLosses(*(found[name] for name in FrameLosses._fields)), after
 
 
 def by_frame(model: Any, losses: Tensor) -> Tensor:

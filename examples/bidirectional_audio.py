@@ -11,7 +11,7 @@ import torch
 
 from moshi_ttt import GateConfig, TTTMLPConfig, inject, load_model
 from moshi_ttt.hosts.audio.host import AudioHostConfig
-from moshi_ttt.hosts.audio.model import denoising_loss
+from moshi_ttt.hosts.audio.losses import denoising_loss
 
 model = load_model(AudioHostConfig())
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200

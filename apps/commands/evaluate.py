@@ -100,7 +100,7 @@ def long_context(
     if every is not None:
         refuse_uneven(CONDITIONS, every=every, segments=segments)  # before anything is loaded
     speakers = (speaker_label, moshi_channel)
-    subjects, documents, facts, rate = _prepare(
+    subjects, documents, facts, rate, _ = _prepare(
         ctx, config, data, adapter, layout, max_seconds, speakers, threads
     )  # fmt: skip
     conditions = _conditions(CONDITIONS, len(documents), batch_size)
@@ -138,13 +138,27 @@ def recall(
             help="Recall against cost at volumes such as 0,0.25,0.5,1 (0 is the base).",
         ),
     ] = None,
+    between: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--between",
+            metavar="LIST",
+            help="Instead: a clip, then so many other clips, then the clip again, for each number, such as 1,6,47.",
+        ),
+    ] = None,
+    interludes: Annotated[
+        str | None,
+        typer.Option("--interludes", help="Recordings whose clips lie between, as for --data; none of those there."),
+    ] = None,
     batch_size: Batch = 4,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     threads: Threads = None,
 ) -> None:
     """Pieces of recordings heard twice, and again after one of another: what the later hearings save."""
+    from moshi_ttt.evaluation import between as far
     from moshi_ttt.evaluation import recall as evaluation
+    from moshi_ttt.evaluation.between_report import write_between
     from moshi_ttt.evaluation.reporting import write_recall
     from moshi_ttt.evaluation.subjects import CONDITIONS
     from moshi_ttt.evaluation.volumes import read_volumes, refuse_volumes
@@ -154,19 +168,29 @@ def recall(
     volumes = read_volumes(volume) if volume else ()
     if volumes and not adapter:
         refuse_volumes((), volumes)
+    counts = far.read_counts(between) if between else ()
+    far.refuse_incomplete(counts, interludes, bool(adapter))
     check_free(out, made_by=made_by, overwrite=overwrite)
-    speakers = (speaker_label, moshi_channel)
-    subjects, documents, facts, _ = _prepare(
-        ctx, config, data, adapter, layout, None, speakers, threads, audio_for="recall"
+    subjects, documents, facts, rate, others = _prepare(
+        ctx, config, data, adapter, layout, None, (speaker_label, moshi_channel), threads, audio_for="recall",
+        also=interludes,
     )  # fmt: skip
-    conditions = _conditions(CONDITIONS, len(documents), batch_size)
+    frames = frames or 3 * int(subjects[0].model.context or 64)
     with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
-        result = evaluation.evaluate(
-            subjects, documents, frames=frames or 3 * int(subjects[0].model.context or 64), conditions=conditions,
-            batch_size=batch_size, pieces=pieces, volumes=volumes, seed=seed,
-        )  # fmt: skip
-        result.facts.update(facts)
-        write_recall(folder, result, made_by=made_by)
+        if counts:
+            options = far.Options(
+                counts=counts, frames=frames, batch_size=batch_size, pieces=pieces, volumes=volumes, seed=seed
+            )
+            lasting = far.evaluate(subjects, documents, others, options)
+            lasting.facts.update(facts)
+            write_between(folder, lasting, made_by=made_by, frame_seconds=1 / rate)
+        else:
+            result = evaluation.evaluate(
+                subjects, documents, frames=frames, conditions=_conditions(CONDITIONS, len(documents), batch_size),
+                batch_size=batch_size, pieces=pieces, volumes=volumes, seed=seed,
+            )  # fmt: skip
+            result.facts.update(facts)
+            write_recall(folder, result, made_by=made_by)
     typer.echo((out / "report.md").read_text(encoding="utf-8"))
 
 
@@ -194,7 +218,7 @@ def inner_loop(
     check_free(out, made_by=made_by, overwrite=overwrite)
     check_file_names(_adapter(text)[0] for text in adapter or [])  # each gets a folder
     speakers = (speaker_label, moshi_channel)
-    subjects, documents, facts, rate = _prepare(
+    subjects, documents, facts, rate, _ = _prepare(
         ctx, config, data, adapter, layout, max_seconds, speakers, threads
     )  # fmt: skip
     remembering = [subject for subject in subjects if subject.injection is not None]
@@ -303,8 +327,9 @@ def _prepare(
     speakers: tuple[str | None, str | None],
     threads: int | None,
     audio_for: str | None = None,
-) -> tuple[list[Subject], list[Document], dict[str, Any], float]:
-    """Everything that is loaded, what a report says of it, and frames a second.
+    also: str | None = None,
+) -> tuple[list[Subject], list[Document], dict[str, Any], float, list[Document]]:
+    """Everything that is loaded, what a report says of it, frames a second, and the recordings that ``also`` names.
 
     ``speakers``: the label of Moshi's words and Moshi's channel, where the command line says them; ``audio_for`` as in
     ``_load``.
@@ -321,13 +346,16 @@ def _prepare(
     subjects, codec, facts = _load(ctx, config, adapters, threads, audio_for=audio_for)
     codec = replace(codec, speaker_label=label, moshi_channel=side)
     rate = float(codec.mimi.frame_rate)
-    documents = read_documents(
-        data, codec, layout=cast("Layout", layout),
-        transcripts="required" if subjects[0].model.depformer is None else "optional",  # text is all it predicts
-        limit=None if max_seconds is None else max(1, round(max_seconds * rate)),
-        report=lambda line: typer.echo(line, err=True),
+    documents, others = (
+        [] if named is None else read_documents(
+            named, codec, layout=cast("Layout", layout),
+            transcripts="required" if subjects[0].model.depformer is None else "optional",  # text is all it predicts
+            limit=None if max_seconds is None else max(1, round(max_seconds * rate)),
+            report=lambda line: typer.echo(line, err=True),
+        )
+        for named in (data, also)
     )  # fmt: skip
-    return subjects, documents, {**facts, "data": data}, rate
+    return subjects, documents, {**facts, "data": data, **({"interludes from": also} if also else {})}, rate, others
 
 
 def _load(

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import register_fsdp_forward_method
 
+from moshi_ttt.core import sharding as sharding_of_any
+from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.hosts.moshi.base_weights import remember_digest
 from moshi_ttt.hosts.moshi.upstream import LMModel
+
+
+def shard(model: nn.Module, policy_roles: DtypeRoles, mesh: DeviceMesh | None = None) -> nn.Module:
+    """The earlier name of ``core.sharding.shard`` for a Moshi."""
+    from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+
+    warnings.warn(
+        "hosts.moshi.fsdp.shard(model, roles, mesh) is now core.sharding.shard(host, model, roles, mesh).",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return sharding_of_any.shard(MOSHI_HOST, model, policy_roles, mesh)
 
 
 @contextmanager

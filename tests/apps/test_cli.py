@@ -46,9 +46,9 @@ def test_the_surface_is_frozen():
                 "-a", "-d", "-o", "config",
             ],
             "recall": [
-                "--adapter", "--batch-size", "--data", "--frames", "--layout", "--moshi-channel", "--out",
-                "--overwrite", "--pieces", "--seed", "--speaker-label", "--threads", "--volume", "-a", "-d", "-o",
-                "config",
+                "--adapter", "--batch-size", "--between", "--data", "--frames", "--interludes", "--layout",
+                "--moshi-channel", "--out", "--overwrite", "--pieces", "--seed", "--speaker-label", "--threads",
+                "--volume", "-a", "-d", "-o", "config",
             ],
             "inner-loop": [
                 "--adapter", "--batch-size", "--data", "--layout", "--max-seconds", "--moshi-channel", "--out",

@@ -18,7 +18,7 @@ from moshi_ttt.data.audio import read_audio
 from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.evaluation.documents import read_documents
 from moshi_ttt.hosts.moshi.loading import load_skeleton, resolve_repo
-from moshi_ttt.hosts.moshi.tiny import speech_files
+from moshi_ttt.hosts.moshi.tiny import memory_adapter, speech_files
 from tests.data.conftest import write_audio, write_manifest, write_transcript
 
 
@@ -32,21 +32,25 @@ def adapter(tmp_path_factory) -> Path:
     return save_adapter(inject(model, config), tmp_path_factory.mktemp("checkpoint") / "adapter")
 
 
+def write_talks(folder: Path, first: int) -> Path:
+    """SPEAKER/BOOK/CHAPTER, two books of two chapters of 5 s of real speech, from the ``first`` recording on."""
+    for number in range(4):
+        book, chapter = divmod(number, 2)
+        place = folder / "1" / f"book{first + book}"
+        place.mkdir(parents=True, exist_ok=True)
+        with wave.open(str(speech_files()[first + number])) as handle:
+            rate, samples = handle.getframerate(), handle.readframes(5 * handle.getframerate())
+        with wave.open(str(place / f"{chapter}.wav"), "wb") as handle:
+            handle.setnchannels(1)
+            handle.setsampwidth(2)
+            handle.setframerate(rate)
+            handle.writeframes(samples)
+    return folder
+
+
 @pytest.fixture
 def talks(tmp_path) -> Path:
-    """SPEAKER/BOOK/CHAPTER, two books of two chapters, of real speech."""
-    for book in range(2):
-        for chapter in range(2):
-            folder = tmp_path / "talks" / "1" / f"book{book}"
-            folder.mkdir(parents=True, exist_ok=True)
-            with wave.open(str(speech_files()[book * 2 + chapter])) as handle:
-                rate, samples = handle.getframerate(), handle.readframes(5 * handle.getframerate())
-            with wave.open(str(folder / f"{chapter}.wav"), "wb") as handle:
-                handle.setnchannels(1)
-                handle.setsampwidth(2)
-                handle.setframerate(rate)
-                handle.writeframes(samples)
-    return tmp_path / "talks"
+    return write_talks(tmp_path / "talks", 0)
 
 
 def test_long_context_of_a_folder_in_either_layout(cli, talks, adapter, tmp_path):
@@ -119,6 +123,38 @@ def test_recall_by_volume(cli, talks, adapter, tmp_path):
     compared = cli("evaluate", "compare", tmp_path / "recall", "--out", tmp_path / "compared")
     assert "cost of speech heard once" in compared.said
     assert "| mine, volume 1 |" in compared.said
+
+
+def test_recall_after_other_clips(cli, talks, tmp_path):
+    others, out = write_talks(tmp_path / "others", 4), tmp_path / "far"
+    command = [
+        "evaluate", "recall", "train-cpu", "--data", talks, "--layout", "librilight", "--frames", 96, "--out", out,
+    ]  # fmt: skip
+    mine, between = ["-a", f"mine={memory_adapter()}"], ["--between", "1,2"]
+    for given, message in (
+        ([*mine, *between], "give --interludes"),
+        ([*mine, "--interludes", others], "--interludes without --between"),
+        ([*between, "--interludes", others], "compares adapters with the base model"),
+        ([*mine, "--between", "0,1", "--interludes", others], "'0' is no number of clips"),
+        ([*mine, *between, "--interludes", tmp_path / "nowhere"], "nowhere"),
+        ([*mine, *between, "--interludes", talks], "2 of the interludes are recordings under test"),
+        ([*mine, "--between", "3", "--interludes", others], "--interludes has 2"),
+    ):
+        refused = cli(*command, *given)
+        assert refused.exit_code == 2
+        assert message in refused.said
+        assert not out.exists()
+    result = cli(*command, *mine, *between, "--interludes", others, "--volume", "0.5,1")
+    assert result.exit_code == 0, result.said
+    assert "interludes from" in result.said
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["recordings"] == ["1/book0", "1/book1"]
+    points = [(each["volume"], each["clips_between"]) for each in metrics["between"]]
+    assert points == [(0.5, 1), (0.5, 2), (1, 1), (1, 2)]
+    assert metrics["between"][2]["gain_beyond_base"]["low"] > 0.1  # a memory that was trained to recall
+    compared = cli("evaluate", "compare", out, "--out", tmp_path / "compared")
+    assert "recall after 2 other clips, beyond the base" in compared.said
+    assert "| mine, volume 0.5 |" in compared.said
 
 
 @pytest.mark.parametrize("names", [["mine"], ["mine", "other"]])

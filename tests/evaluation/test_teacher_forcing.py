@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.core.errors import ContextError
-from moshi_ttt.evaluation.teacher_forcing import segment_losses, stream_losses
+from moshi_ttt.evaluation.teacher_forcing import forward_losses, segment_losses, stream_losses
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.losses import MoshiLosses, delayed
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
@@ -175,3 +175,20 @@ def test_delays_and_start_tokens():
         assert (sequence[:, row, : 1 + delay] == start).all()
         assert torch.equal(sequence[:, row, 1 + delay :], codes[:, row, : FRAMES - delay])
     assert torch.equal(delayed(model, codes[0]), sequence[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_any_number_of_passes_start_from_one_state(variant):
+    model = model_with(variant)
+    first, second = codes_of(model).split((12, 9), dim=2)
+    _, state = forward_losses(model, first, MOSHI_HOST)
+    kept = {site: {name: each.clone() for name, each in block.items()} for site, block in state.blocks.items()}
+    once, after = forward_losses(model, second, MOSHI_HOST, state)
+    again, _ = forward_losses(model, second, MOSHI_HOST, state)
+    whole = segment_losses(model, torch.cat([first, second], 2), MOSHI_HOST, frames=12)
+    for name in ("text", "audio"):
+        assert torch.equal(getattr(once, name).nan_to_num(), getattr(again, name).nan_to_num())
+        assert torch.equal(getattr(once, name).nan_to_num(), getattr(whole, name)[:, 12:].nan_to_num())
+    for site, block in kept.items():
+        assert all(torch.equal(each, state.blocks[site][name]) for name, each in block.items())
+        assert any(not torch.equal(each, after.blocks[site][name]) for name, each in block.items())

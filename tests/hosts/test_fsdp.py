@@ -14,6 +14,7 @@ import torch
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.precision import FP32_STATE
 from moshi_ttt.core.sharding import shard
+from moshi_ttt.hosts.moshi import fsdp
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 
@@ -115,3 +116,8 @@ def test_shard_without_a_process_group_raises():
         shard(MOSHI_HOST, random_tiny_lm(), FP32_STATE.roles(torch.float32))
     with pytest.raises(HostError, match="LMModel"):
         shard(MOSHI_HOST, torch.nn.Linear(2, 2), FP32_STATE.roles(torch.float32))
+
+
+def test_the_earlier_name_works_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="core.sharding.shard"), pytest.raises(HostError, match="process group"):
+        fsdp.shard(random_tiny_lm(), FP32_STATE.roles(torch.float32))

@@ -120,7 +120,7 @@ def test_a_site_without_a_gated_mlp_is_refused():
         site=Site(0, SiteKind.FEED_FORWARD), dim=DIM, num_heads=1, device=torch.device("cpu"), dtype=torch.float32,
         format=SequenceFormat(),
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="no gated MLP"):
+    with pytest.raises(ConfigError, match=r"the host gives None\. A GatedMLP has"):
         GatingMLP(GatingMLPConfig(), info, FP32_STATE.roles(torch.float32))
 
 

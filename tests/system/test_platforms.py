@@ -130,7 +130,7 @@ def _opens_text(call: ast.Call) -> bool:
         return not call.args
     if name == "write_text":
         return len(call.args) < 2
-    if name != "open" or owner in ("os", "wave", "gzip", "tarfile", "zipfile"):
+    if name != "open" or owner in ("os", "wave", "gzip", "tarfile", "zipfile", "Carry"):
         return False
     arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
     return not any(isinstance(each, ast.Constant) and "b" in str(each.value) for each in arguments)
