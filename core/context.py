@@ -1,4 +1,4 @@
-"""What one call of a block is told beside its activations and its state.
+"""The inputs of one call of a block, besides its activations and its state.
 
 Shape legend: B streams, T tokens, D width of the host's activations.
 """
@@ -17,7 +17,7 @@ from moshi_ttt.core.segments import Segments
 
 @dataclass(frozen=True, kw_only=True)
 class BlockContext:
-    """What some blocks need beside the activations.
+    """Inputs besides the activations; some blocks need some of them.
 
     Attributes:
         input_embeddings: ``[B, T, D]``, the host's token embeddings of the same tokens.
@@ -58,7 +58,7 @@ class BlockContext:
 
     @property
     def cuts(self) -> bool:
-        """Whether tokens of this call are masked, or start their row anew."""
+        """Whether tokens of this call are masked, or reset their row."""
         return self.token_mask is not None or self.starts is not None
 
     def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:

@@ -107,7 +107,7 @@ def output(mlp: GatedMLP, x: Tensor) -> Tensor:
 
 
 def hidden_width(mlp: GatedMLP) -> int:
-    """h. Raises ConfigError where the input projection does not say its ``out_features``."""
+    """h. Raises ConfigError where the input projection has no ``out_features``."""
     first = input_projections(mlp)[0]
     width = getattr(first, "out_features", None)
     if not isinstance(width, int):

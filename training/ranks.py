@@ -144,7 +144,7 @@ def _of(launcher: Launcher, env: Mapping[str, str], size: str) -> Place:
 def _number(env: Mapping[str, str], name: str) -> int:
     text = env[name].strip()
     if not (text.isascii() and text.isdigit()):
-        raise ConfigError(f"{name} is {env[name]!r}, and a launcher sets it to a whole number of 0 or more. Mend it.")
+        raise ConfigError(f"{name} is {env[name]!r}, and a launcher sets it to a whole number of 0 or more. Set it so.")
     return int(text)
 
 

@@ -1,4 +1,4 @@
-"""The conformance kit: the rules that every variant keeps, as tests that a third party runs on theirs.
+"""The conformance kit: the rules for every variant, as tests that third parties run on their own variants.
 
 In a test module of your plugin::
 

@@ -1,4 +1,4 @@
-"""Checks of the volume: at 0 a block is the base model bit for bit, at 1 what training made; it learns at each."""
+"""Checks of the volume: at 0 a block is the base model bit for bit, at 1 the trained block; it updates at each."""
 
 from __future__ import annotations
 

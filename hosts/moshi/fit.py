@@ -1,4 +1,4 @@
-"""What a Moshi is made for: whose voices its codes are, what it predicts, and which codec and tokenizer fit it."""
+"""Compatibility: the voices of a Moshi's codes, what it predicts, and the codec and tokenizer that fit it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _tokenizer_problems(model: Any, tokenizer: Any) -> Iterator[str]:
 
 
 def require_unconditioned(model: Any, name: str) -> None:
-    """Raise HostError for a model, called ``name``, that does not run without conditions, such as Hibiki."""
+    """Raise HostError for a model, called ``name``, that requires conditions, such as Hibiki."""
     if model.fuser is None and model.condition_provider is None:
         return
     conditions = [] if model.condition_provider is None else list(model.condition_provider.conditioners)
