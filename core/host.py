@@ -159,11 +159,11 @@ class HostModel(ABC):
 
     def add_extra(self, model: nn.Module, description: Mapping[str, Any]) -> None:
         """Give a model without extra parameters those of ``description``, before any block. Raises HostError."""
-        raise HostError(f"The host {self.name!r} knows nothing to add to its models, and was asked for {description}.")
+        raise HostError(f"The host {self.name!r} has no extra parameters to add to its models, and got {description}.")
 
     def remove_extra(self, model: nn.Module) -> None:
         """Undo ``add_extra``: the model is bit-identical to the base."""
-        raise HostError(f"The host {self.name!r} has nothing added to its models that it could remove.")
+        raise HostError(f"The host {self.name!r} has no extra parameters to remove.")
 
     @abstractmethod
     def carry(
@@ -222,7 +222,7 @@ class HostModel(ABC):
 
         Raises HostError where a host cannot make synthetic input.
         """
-        raise HostError(f"The host {self.name!r} cannot make up input, so it cannot be checked.")
+        raise HostError(f"The host {self.name!r} cannot make synthetic input, so it cannot be checked.")
 
     def losses(self, **options: float) -> HostLosses:
         """What training minimizes and evaluation reports. ``options`` are the host's own, each with a default.
