@@ -65,7 +65,7 @@ class SequenceBlock(nn.Module, ABC):
     skips_nonfinite: ClassVar[bool] = False
     """Whether a token that is not finite is left out of what its row learns, alone or with the update of its whole
     chunk (the block's docstring says which), and that is counted by ``skipped_updates``; without it, such a token may
-    spoil its own row until it is reset."""
+    make its own row nan until it is reset."""
     skipped_advice: ClassVar[str] = (
         "Lower the block's learning rate, or look for values in the input that are not finite."
     )
@@ -79,7 +79,7 @@ class SequenceBlock(nn.Module, ABC):
         self.info = info
         self.roles = roles
         self.inner_lr_factor = 1.0
-        """What a training schedule multiplies the inner learning rate by; 1 when it has ended, as adapters ask for."""
+        """The factor of a training schedule on the inner learning rate; 1 when it has ended, as in adapters."""
         self._start_checked = False
 
     # ---- what a variant provides

@@ -36,7 +36,7 @@ class BlockContext:
             point, one for each row. The state does not depend on it.
         coordinates: ``[T, axes]`` int64, where each token is on the host's grid; the block's format sets it.
         prefix: tokens at the beginning that a reversed pass leaves in front, in order; the block's format may set it.
-        want_state: False when nobody will use the state after this call: a block may then return an empty one.
+        want_state: False if the state after this call is not used: a block may then return an empty one.
         detach_state: True when the state after this call is to be cut from the graph. A block may then make it in place
             and without what a gradient through it would need.
         casts: where ``cast`` keeps its results from step to step; a host gives it while it streams.

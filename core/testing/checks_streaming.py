@@ -94,7 +94,7 @@ def check_unwanted_state(case: BlockCase) -> None:
         for length in (1, case.chunk - 1 or 1, case.chunk, 2 * case.chunk + 1):
             x = case.inputs(length)
             with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # a block may say that so few tokens teach it nothing
+                warnings.simplefilter("ignore", UserWarning)  # a block may warn that it is not trained on so few tokens
                 wanted, _ = case.call(block, x, **start)
                 unwanted, _ = case.call(block, x, want_state=False, **start)
             what = f"{length} tokens from {sorted(start) or 'the start'}, without asking for the state"

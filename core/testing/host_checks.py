@@ -252,7 +252,7 @@ def host_conformance_tests(
     beside: Mapping[str, Any] | None = None,
     registry: Registry | None = None,
 ) -> Callable[..., None]:
-    """A parametrised pytest test of every host check, in float32 and bfloat16; assign it to a ``test_`` name.
+    """A parametrized pytest test of every host check, in float32 and bfloat16; assign it to a ``test_`` name.
 
     See ``HostVariantCase`` for ``identity`` and ``beside``.
     """
