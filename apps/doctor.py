@@ -22,6 +22,7 @@ from moshi_ttt.core.injection import Injection, inject
 from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 from moshi_ttt.system import threads
+from moshi_ttt.system.report.writer import number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +144,7 @@ def to_json(examination: Examination) -> dict[str, Any]:
         "healthy": examination.healthy,
         "blocks": {
             str(site): {
-                "figures": {name: value if math.isfinite(value) else None for name, value in health.figures.items()},
+                "figures": {name: number(value) for name, value in health.figures.items()},
                 "red_flags": health.red_flags,
             }
             for site, health in examination.blocks.items()

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from moshi_ttt import default_registry, make_plan
 from moshi_ttt.configs.settings import parse_settings
 from moshi_ttt.core.sharding import shard
-from moshi_ttt.data.dataset import Batch
+from moshi_ttt.data.dataset import CodesBatch
 from moshi_ttt.hosts.moshi.depformer import make_steps_contiguous
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.lora import add_lora, initialise_lora
@@ -82,9 +82,9 @@ def open_gates(made: Trainer) -> None:
                 gate.fill_(0.05)
 
 
-def batch() -> Batch:
+def batch() -> CodesBatch:
     codes = torch.randint(0, 128, (ROWS, 17, FRAMES), generator=torch.Generator().manual_seed(0))
-    return Batch(codes, torch.arange(ROWS), ())
+    return CodesBatch(codes, torch.arange(ROWS), ())
 
 
 def peak_bytes(step: Callable[[], object]) -> int:

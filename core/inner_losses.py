@@ -1,4 +1,4 @@
-"""Inner losses by position, measured while a model runs: sums over calls, curves, a plot of each block.
+"""Inner losses by position, measured while a model runs: sums over calls, and curves of each block.
 
 Figure 5 of Sun et al. 2024, "Learning to (Learn at Test Time)", arXiv:2407.04620. `evaluate inner-loop` and a run of
 training use this.
@@ -8,20 +8,15 @@ Shape legend: B rows of a call, H heads of a block, T positions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from moshi_ttt.core.block import BlockContext, SequenceBlock, Site
-
-PLOT_COLORS = ("#666666", "#0072B2", "#D55E00", "#000000")
 
 CURVES = {
     "initial": "initial weights", "before": "before the chunk's update", "after": "after the chunk's update",
@@ -116,36 +111,3 @@ def measured(sums: Mapping[Site, Sums]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def running_mean(values: Tensor, window: int) -> Tensor:
-    """Means of ``values [T]`` over ``window`` positions around each, fewer at the ends; NaN is left out, and stays."""
-    missing = values.isnan()
-    index = torch.arange(len(values))
-    first = (index - (window - 1) // 2).clamp(min=0)
-    end = (index + window // 2 + 1).clamp(max=len(values))
-    sums, counts = (
-        torch.cat([part.new_zeros(1), part.double().cumsum(0)]) for part in (values.nan_to_num(0), (~missing).double())
-    )
-    return ((sums[end] - sums[first]) / (counts[end] - counts[first])).masked_fill(missing, torch.nan)
-
-
-def numbers(values: Tensor) -> list[float | None]:
-    return [value if math.isfinite(value) else None for value in values.tolist()]
-
-
-def plot_site(path: Path, site: SiteCurves, *, title: str, smooth: int, frame_seconds: float) -> None:
-    """A png of a block's four curves, means over its heads; ``smooth`` positions are averaged."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    styles, colors = ("--", "-", "-", ":"), PLOT_COLORS
-    for (name, label), style, color in zip(CURVES.items(), styles, colors, strict=True):
-        mean = running_mean(site.by_position[name].mean(0), smooth)
-        seconds = [position * frame_seconds for position in range(len(mean))]
-        axes.plot(seconds, mean, label=label, color=color, linestyle=style, linewidth=1.5)
-    axes.set_xlabel(f"position (s), running mean over {smooth * frame_seconds:.1f} s")
-    axes.set_ylabel("inner loss, mean over heads")
-    axes.set_title(title)
-    axes.legend(fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120, format="png")

@@ -31,7 +31,7 @@ its tokens: fewer calls, for at most a third more tokens."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class SegmentPiece:
     """Tokens of one row that follow each other.
 
     Attributes:
@@ -58,7 +58,7 @@ class Segments:
     """
 
     shape: tuple[int, int]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SegmentPiece, ...]
     begun: tuple[int, ...]
 
     @classmethod
@@ -88,7 +88,7 @@ class Segments:
             numbers, counts = document[row, places].unique_consecutive(return_counts=True)
             last = int(document[row, -1])
             for number, tokens in zip(numbers.tolist(), places.split(counts.tolist()), strict=True):
-                pieces.append(Piece(row, tokens, continued=number == 0, last=number == last))
+                pieces.append(SegmentPiece(row, tokens, continued=number == 0, last=number == last))
             if last > 0 and last not in numbers.tolist():
                 begun.append(row)
         return cls((rows, length), tuple(pieces), tuple(begun))
@@ -134,7 +134,7 @@ def compute_segments(
             rows[list(segments.begun)] = True
             after = states.where_rows(rows.to(x.device), start, after)
     for pieces in _together(segments.pieces, block, state, context):
-        call = _Call(pieces, x, state)
+        call = _SegmentedCall(pieces, x, state)
         y, ended = block.compute(call.gather(flat), call.state(state), call.context(context, flat))
         places.append(call.places)
         outputs.append(y.flatten(0, 1)[call.filled])  # [P, L, D] -> [P L, D] -> [tokens of the pieces, D]
@@ -147,10 +147,10 @@ def compute_segments(
     return base, after or {}
 
 
-class _Call:
+class _SegmentedCall:
     """The indices of one call of pieces that are computed together, on the device of ``x [B, T, D]``."""
 
-    def __init__(self, pieces: Sequence[Piece], x: Tensor, state: BlockState | None) -> None:
+    def __init__(self, pieces: Sequence[SegmentPiece], x: Tensor, state: BlockState | None) -> None:
         self.pieces, self.device = pieces, x.device
         self.size = (len(pieces), max(len(piece.tokens) for piece in pieces))  # P, L
         index, filled = torch.zeros(self.size, dtype=torch.int64), torch.zeros(self.size, dtype=torch.bool)
@@ -196,13 +196,13 @@ class _Call:
 
 
 def _together(
-    pieces: Iterable[Piece], block: SequenceBlock, state: BlockState | None, context: BlockContext
-) -> list[list[Piece]]:
+    pieces: Iterable[SegmentPiece], block: SequenceBlock, state: BlockState | None, context: BlockContext
+) -> list[list[SegmentPiece]]:
     """Pieces that one call can compute: of one length, or where no state is needed after them of nearly one.
 
     A token that is added at a piece's end changes no output before it where the block is causal.
     """
-    groups: dict[tuple[object, ...], list[list[Piece]]] = {}
+    groups: dict[tuple[object, ...], list[list[SegmentPiece]]] = {}
     for piece in sorted(pieces, key=lambda piece: -len(piece.tokens)):
         continued, wanted = piece.continued and state is not None, piece.last and context.want_state
         exact = wanted or not block.causal or context.coordinates is not None

@@ -22,7 +22,7 @@ from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.data.manifest import (
     SHARD_INDEX,
     DataError,
-    Entry,
+    ManifestEntry,
     Problem,
     SourceSpec,
     Transcripts,
@@ -50,7 +50,7 @@ class SegmentError(DataError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recording:
+class SourceRecording:
     """A recording of ``frames`` frames in ``segments`` segments, listed in line ``line`` of ``manifest``."""
 
     name: str
@@ -71,7 +71,9 @@ class Source(ABC):
     ``words`` counts those of its transcripts; None where it has no transcripts, or nobody counted.
     """
 
-    def __init__(self, spec: SourceSpec, recordings: Sequence[Recording], words: WordCounts | None = None) -> None:
+    def __init__(
+        self, spec: SourceSpec, recordings: Sequence[SourceRecording], words: WordCounts | None = None
+    ) -> None:
         self.path = spec.path
         self.weight = spec.weight
         self.words = words
@@ -101,7 +103,7 @@ class Source(ABC):
 class ManifestSource(Source):
     """Recordings that Mimi encodes as they are read."""
 
-    def __init__(self, spec: SourceSpec, entries: Sequence[Entry], codec: SpeechCodec, frames: int) -> None:
+    def __init__(self, spec: SourceSpec, entries: Sequence[ManifestEntry], codec: SpeechCodec, frames: int) -> None:
         self._entries = entries
         self._codec = codec
         self._text = lru_cache(maxsize=CACHED_TEXTS)(self._read_text)
@@ -238,7 +240,7 @@ def open_corpus(
     sources: list[Source] = []
     problems: list[Problem] = []
     notes: list[str] = []
-    listed: list[Entry] = []
+    listed: list[ManifestEntry] = []
     fingerprint = ""
     for spec in parse_sources(text):
         if spec.encoded:
@@ -255,7 +257,7 @@ def open_corpus(
             with_text = transcripts != "none"
             sources.append(ShardSource(spec, encoded, codec, frames, text=with_text, words=index.words))
         else:
-            entries: list[Entry] = []
+            entries: list[ManifestEntry] = []
             bad = []
             for manifest in spec.manifests:
                 found, wrong = read_manifest(
@@ -297,5 +299,5 @@ def _with_text(
     return [each for each in index.recordings if each.has_text], without
 
 
-def _recording(name: str, length: int, frames: int, manifest: Path, line: int) -> Recording:
-    return Recording(name=name, frames=length, segments=-(-length // frames), manifest=manifest, line=line)
+def _recording(name: str, length: int, frames: int, manifest: Path, line: int) -> SourceRecording:
+    return SourceRecording(name=name, frames=length, segments=-(-length // frames), manifest=manifest, line=line)

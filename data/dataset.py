@@ -22,7 +22,7 @@ TRIES = 20
 """Segments tried in place of one that cannot be read."""
 
 
-class Batch(NamedTuple):
+class CodesBatch(NamedTuple):
     """What one rank sees in one forward pass (``core.batches.Batch``).
 
     Attributes:
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
         return self.codes.to(device)
 
 
-class TrainingData(Dataset[Batch]):
+class TrainingData(Dataset[CodesBatch]):
     """The batches of a rank: item ``step * microbatches + microbatch``, for any step from 0 on.
 
     A step's G = batch_size x microbatches x world_size segments depend on the corpus, the seed and G alone. Row b of
@@ -87,14 +87,14 @@ class TrainingData(Dataset[Batch]):
         steps: type[_CarriedSteps] | type[_PlainSteps] = _CarriedSteps if carry else _PlainSteps
         self._steps = steps(corpus, batch_size * microbatches * world_size, seed, shuffle)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> CodesBatch:
         """Raises DataError when a segment cannot be read, nor any of those tried in its place."""
         step, microbatch = divmod(index, self.microbatches)
         first = (microbatch * self._world_size + self._rank) * self._batch_size
         rows = self._steps.at(step)[first : first + self._batch_size]
         problems: list[str] = []
         codes = [self._codes(row, problems) for row in rows]
-        return Batch(torch.stack(codes), torch.tensor([row.document_id for row in rows]), tuple(problems))
+        return CodesBatch(torch.stack(codes), torch.tensor([row.document_id for row in rows]), tuple(problems))
 
     def _codes(self, row: _Row, problems: list[str]) -> Tensor:
         """``[Q, T]`` of a segment, or of what stands in for it; what is wrong is added to ``problems``."""
@@ -114,7 +114,7 @@ class TrainingData(Dataset[Batch]):
         )
 
 
-def loader(data: TrainingData, *, start_step: int, num_workers: int) -> DataLoader[Batch]:
+def loader(data: TrainingData, *, start_step: int, num_workers: int) -> DataLoader[CodesBatch]:
     """The batches of ``data`` from ``start_step`` on, without end: the same whatever the number of workers.
 
     Raises DataError when workers would have to encode on a GPU, which forked processes cannot use.

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from moshi_ttt.data.corpus import Corpus, SegmentError
-from moshi_ttt.data.dataset import Batch
+from moshi_ttt.data.dataset import CodesBatch
 
 
-def held_out_batches(corpus: Corpus, *, batch_size: int, rank: int, world_size: int) -> Iterator[Iterator[Batch]]:
+def held_out_batches(corpus: Corpus, *, batch_size: int, rank: int, world_size: int) -> Iterator[Iterator[CodesBatch]]:
     """For ``batch_size`` recordings at a time on each rank, their consecutive segments.
 
     Every rank gets equally many batches; where a recording has ended, or there is none, a row is the zero token.
@@ -32,7 +32,7 @@ def held_out_batches(corpus: Corpus, *, batch_size: int, rank: int, world_size: 
 
 def _segments(
     corpus: Corpus, recordings: Sequence[tuple[int, int, int]], rows: int, *, longest: int, first: int
-) -> Iterator[Batch]:
+) -> Iterator[CodesBatch]:
     nothing = torch.full((corpus.rows, corpus.frames), corpus.zero_token, dtype=torch.int64)
     ids = torch.arange(first, first + rows)
     for segment in range(longest):
@@ -43,4 +43,4 @@ def _segments(
                     codes[row] = corpus.codes(source, number, segment)
                 except SegmentError as error:
                     problems.append(str(error))
-        yield Batch(torch.stack(codes), ids, tuple(problems))
+        yield CodesBatch(torch.stack(codes), ids, tuple(problems))

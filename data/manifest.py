@@ -81,7 +81,7 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class ManifestEntry:
     """A recording that can be used.
 
     Attributes:
@@ -133,7 +133,7 @@ def read_manifest(
     channels: int = 2,
     speaker: str = MAIN_SPEAKER,
     frame_rate: float = 12.5,
-) -> tuple[list[Entry], list[Problem]]:
+) -> tuple[list[ManifestEntry], list[Problem]]:
     """The recordings of a manifest that can be used, and what is wrong with the others; only headers are read.
 
     Args:
@@ -151,7 +151,7 @@ def read_manifest(
         raise DataError(f"{path} cannot be read as a manifest ({error}). Give a jsonl file in UTF-8.") from None
     _refuse_whole_json(path, text)
     lines = text.split("\n")  # a JSON text may hold what splitlines splits at
-    entries: list[Entry] = []
+    entries: list[ManifestEntry] = []
     problems: list[Problem] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -182,9 +182,9 @@ def check_share(problems: Sequence[Problem], total: int, *, max_bad_share: float
     )
 
 
-def listed_twice(entries: Sequence[Entry]) -> list[str]:
+def listed_twice(entries: Sequence[ManifestEntry]) -> list[str]:
     """A warning about recordings that are listed more than once, where there are some."""
-    seen: dict[str, Entry] = {}
+    seen: dict[str, ManifestEntry] = {}
     again = [entry for entry in entries if seen.setdefault(os.path.abspath(entry.path), entry) is not entry]
     if not again:
         return []
@@ -274,7 +274,7 @@ def _weight(tail: str, text: str) -> float:
 
 def _read_entry(
     manifest: Path, number: int, line: str, transcripts: Transcripts, channels: int, speaker: str, frame_rate: float
-) -> Entry:
+) -> ManifestEntry:
     """Raises DataError or TranscriptError with what is wrong and what to do, but not where."""
     name, duration = _read_line(line)
     path = _find(manifest, name)
@@ -293,7 +293,7 @@ def _read_entry(
     words = None
     if transcript is not None:
         words = count_words(read_transcript(transcript, speaker), header.seconds, frame_rate)
-    return Entry(
+    return ManifestEntry(
         name=name, path=path, manifest=manifest, line=number, seconds=header.seconds, channels=header.channels,
         transcript=transcript, words=words,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.data.manifest import (
     SHARD_INDEX,
     DataError,
-    Entry,
+    ManifestEntry,
     Problem,
     Transcripts,
     check_share,
@@ -295,10 +295,10 @@ class _Writer:
 
 def _list(
     source: str, codec: SpeechCodec, transcripts: Transcripts, max_bad_share: float
-) -> tuple[list[Entry], list[Problem], list[str]]:
+) -> tuple[list[ManifestEntry], list[Problem], list[str]]:
     """The recordings that a data string names, what is wrong with others, and what to warn of."""
     counts: list[tuple[Path, WordCounts | None]] = []
-    entries: list[Entry] = []
+    entries: list[ManifestEntry] = []
     problems: list[Problem] = []
     for spec in parse_sources(source):
         if spec.encoded:
@@ -319,7 +319,7 @@ def _list(
     return entries, problems, notes + listed_twice(entries)
 
 
-def _encode(entry: Entry, codec: SpeechCodec, frames: int) -> tuple[Tensor, Tensor | None]:
+def _encode(entry: ManifestEntry, codec: SpeechCodec, frames: int) -> tuple[Tensor, Tensor | None]:
     """``[C * K, T]`` and ``[T]`` of a whole recording, encoded segment by segment."""
     length = codec.frames_of(entry.seconds)
     parts = [codec.encode_segment(codec.read_segment(entry.path, start, frames)) for start in range(0, length, frames)]

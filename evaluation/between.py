@@ -30,7 +30,7 @@ FIGURES = ("gain", "saved", "once")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class BetweenOptions:
     """What is presented.
 
     Attributes:
@@ -89,7 +89,7 @@ class Between:
     pieces: list[int]
     skip: int
     interludes: int
-    options: Options
+    options: BetweenOptions
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -127,7 +127,7 @@ def evaluate(
     subjects: Sequence[Subject],
     documents: Sequence[Document],
     interludes: Sequence[Document],
-    options: Options,
+    options: BetweenOptions,
     *,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Between:
@@ -174,7 +174,7 @@ class _Presented:
     documents: Sequence[Document]
     pieces: Sequence[int]
     clips: Sequence[Tensor]
-    options: Options
+    options: BetweenOptions
     skip: int
     on_batch: Callable[[], None]
 
@@ -234,7 +234,7 @@ class _Presented:
         return torch.stack([values[self.owners == recording].mean() for recording in range(len(self.documents))])
 
 
-def _interludes(interludes: Sequence[Document], documents: Sequence[Document], options: Options) -> list[Tensor]:
+def _interludes(interludes: Sequence[Document], documents: Sequence[Document], options: BetweenOptions) -> list[Tensor]:
     """``I`` of ``[Q, T]``: all clips of the interludes, in random order. Raises ConfigError; see ``evaluate``."""
     known = {(document.name, document.frames) for document in documents}
     if shared := [each.name for each in interludes if (each.name, each.frames) in known or _same(each, documents)]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from moshi_ttt.evaluation.between import FIGURES, After, Between
-from moshi_ttt.evaluation.reporting import MARKERS, NOTE, PALETTE, facts_lines, versions
+from moshi_ttt.evaluation.reporting import NOTE
 from moshi_ttt.evaluation.statistics import as_json
-from moshi_ttt.system.output_folder import METRICS
+from moshi_ttt.system.report.figures import MARKERS, PALETTE, legend_outside, panels, rule, save
+from moshi_ttt.system.report.tables import fact_lines, image, table
+from moshi_ttt.system.report.writer import numbers, versions, write_report
 
 PICTURE = "recall_by_interval.png"
 DASHES = ("-", "--", ":", "-.")
@@ -26,24 +25,26 @@ def write_between(folder: Path, result: Between, *, made_by: str, frame_seconds:
         "pieces_asked_for": options.pieces, "pieces_by_recording": result.pieces, "interludes": result.interludes,
         "attention_restarts": True, "between": [_row(each, seconds, options.seed) for each in result.after],
     }  # fmt: skip
-    (folder / METRICS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    header = (
+        "", "volume", "clips between", "time between", "gain beyond the base model's",
+        "this presentation, saved against the base model", "clips between, saved against the base model",
+    )  # fmt: skip
+    rows = [
+        (
+            each.subject, f"{each.volume:g}", str(each.count), _duration(each.count * seconds),
+            *(str(each.interval(name, options.seed)) for name in FIGURES),
+        )
+        for each in result.after
+    ]  # fmt: skip
     lines = [
-        "# Recall after other clips", "", *facts_lines(result.facts, result.recordings, result.left_out),
+        "# Recall after other clips", "", *fact_lines(result.facts, result.recordings, result.left_out),
         f"{sum(result.pieces)} clips of {options.frames} frames ({seconds:.1f} s), up to {options.pieces} of each "
         f"recording. Each is followed by other clips, from {result.interludes} of the interludes, and then presented "
         f"again. Every clip is one forward pass: memory is carried, attention restarts. The first {result.skip} frames "
         "of a presentation are not counted.", "",
-        "| | volume | clips between | time between | gain beyond the base model's | this presentation, saved against "
-        "the base model | clips between, saved against the base model |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *table(header, rows), "", *image("gain by the time between", PICTURE),
     ]  # fmt: skip
-    for each in result.after:
-        cells = " | ".join(str(each.interval(name, options.seed)) for name in FIGURES)
-        lines.append(
-            f"| {each.subject} | {each.volume:g} | {each.count} | {_duration(each.count * seconds)} | {cells} |"
-        )
-    lines += ["", f"![gain by the time between]({PICTURE})", "", NOTE, ""]
-    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    write_report(folder, values, [*lines, NOTE])
     _plot(folder / PICTURE, result, seconds)
 
 
@@ -54,8 +55,8 @@ def _row(each: After, seconds: float, seed: int) -> dict[str, Any]:
         "gain_beyond_base": as_json(each.interval("gain", seed)),
         "saved_against_base": as_json(each.interval("saved", seed)),
         "interludes_saved_against_base": as_json(each.interval("once", seed)),
-        "gain_by_recording": each.gain.tolist(), "saved_by_recording": each.saved.tolist(),
-        "interludes_saved_by_recording": each.once.tolist(),
+        "gain_by_recording": numbers(each.gain), "saved_by_recording": numbers(each.saved),
+        "interludes_saved_by_recording": numbers(each.once),
     }  # fmt: skip
 
 
@@ -67,9 +68,8 @@ def _plot(path: Path, result: Between, seconds: float) -> None:
     """The gain against the time between, on a logarithmic axis; colors are subjects, dashes volumes."""
     subjects = list(dict.fromkeys(each.subject for each in result.after))
     volumes = list(dict.fromkeys(each.volume for each in result.after))
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(0, color=PALETTE[0], linewidth=1, zorder=0)
+    figure, (axes,) = panels(width=7.5, height=4.5)
+    rule(axes, y=0)
     for subject, volume in dict.fromkeys((each.subject, each.volume) for each in result.after):
         again, place = divmod(subjects.index(subject) + 1, len(PALETTE))  # the first color is the base model's
         own = [each for each in result.after if (each.subject, each.volume) == (subject, volume)]
@@ -85,9 +85,7 @@ def _plot(path: Path, result: Between, seconds: float) -> None:
     axes.set_xscale("log")
     axes.set_xticks([count * seconds for count in ticks], [_duration(count * seconds) for count in ticks])
     axes.set_xticks([], minor=True)
-    axes.set_xlabel("time between the two presentations (logarithmic)", fontsize=9)
-    axes.set_ylabel("gain beyond the base model's (nats per audio token)", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    figure.savefig(path, dpi=120)
+    axes.set_xlabel("time between the two presentations (logarithmic)")
+    axes.set_ylabel("gain beyond the base model's (nats per audio token)")
+    legend_outside(figure)
+    save(figure, path)

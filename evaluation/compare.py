@@ -1,4 +1,4 @@
-"""Several evaluations in one table and one figure: what each subject reached in each, with its interval."""
+"""Several evaluations in one table and one figure: the result of each model in each, with its interval."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.system.output_folder import METRICS
+from moshi_ttt.system.report.figures import BLUE, GREY, heading, interval_bar, name_rows, panels, save
+from moshi_ttt.system.report.tables import image, show_interval, table
+from moshi_ttt.system.report.writer import number, write_report
 
 COMPARED = ("long-context", "recall", "zero-shot")
-BLUE, GREY = "#0072B2", "#666666"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One figure: ``value`` with its interval, of a subject under a condition, in an evaluation.
+    """One figure: ``value`` with its interval, of a model under a condition, in an evaluation.
 
     Attributes:
         what: the evaluation and what it measured, with its unit.
@@ -65,19 +65,22 @@ def _read(folder: Path) -> dict[str, Any]:
         values = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{folder} is no result of `moshi-ttt evaluate`: {METRICS} cannot be read ({error})."
+            f"{folder} is not a result of `moshi-ttt evaluate`: {METRICS} cannot be read ({error}). Give a folder that "
+            "`moshi-ttt evaluate` wrote."
         ) from None
     made_by = values.get("made_by") if isinstance(values, dict) else None
     if made_by not in {f"moshi-ttt evaluate {name}" for name in COMPARED}:
-        raise ConfigError(f"{folder} was made by {made_by!r}; compared can be results of: {', '.join(COMPARED)}.")
+        raise ConfigError(
+            f"{folder} was made by {made_by!r}. Only long-context, recall and zero-shot results can be compared."
+        )
     return dict(values)
 
 
 def _long_context(values: dict[str, Any]) -> Iterator[Result]:
     segments = values.get("segment_frames")
-    heard = f", segments of {segments} frames" if segments else ""
+    how = f", segments of {segments} frames" if segments else ""
     for curve in values["curves"]:
-        what = f"{curve['stream']} loss beyond attention{heard} (nats a token)"
+        what = f"{curve['stream']} loss beyond the attention context{how} (nats/token)"
         yield _result(what, _label(curve), curve["loss_beyond_context"], lower_is_better=True)
 
 
@@ -89,13 +92,13 @@ def _recall(values: dict[str, Any]) -> Iterator[Result]:
             yield _result(what, label, after["gain_beyond_base"], lower_is_better=False)
         return
     for gain in values["gains"]:
-        what = f"recall, {gain['hearing']} hearing (nats saved a token)"
+        what = f"recall, {gain['hearing']} presentation (gain, nats/token)"
         yield _result(what, _label(gain), gain["gain"], lower_is_better=False)
     for point in values.get("by_volume", ()):
         label = f"{point['subject']}, volume {point['volume']:g}"
-        what = "recall, second hearing beyond the base (nats a token)"
+        what = "recall, second presentation, beyond the base model's gain (nats/token)"
         yield _result(what, label, point["recall"], lower_is_better=False)
-        yield _result("cost of speech heard once (nats a token)", label, point["cost"], lower_is_better=True)
+        yield _result("cost of the first presentation (nats/token)", label, point["cost"], lower_is_better=True)
 
 
 def _zero_shot(values: dict[str, Any]) -> Iterator[Result]:
@@ -115,51 +118,39 @@ def _result(what: str, subject: str, interval: dict[str, float | None], *, lower
 
 def write_comparison(folder: Path, results: Sequence[Result], facts: Sequence[dict[str, Any]], *, made_by: str) -> None:
     """metrics.json, report.md and comparison.png."""
-    rows = [{key: _number(value) for key, value in vars(result).items()} for result in results]
-    values = {"made_by": made_by, "results": rows, "of": list(facts)}
-    (folder / METRICS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    rows = [
+        {key: number(value) if isinstance(value, float) else value for key, value in vars(result).items()}
+        for result in results
+    ]
     measured = list(dict.fromkeys(result.what for result in results))
-    subjects = list(dict.fromkeys(result.subject for result in results))
+    models = list(dict.fromkeys(result.subject for result in results))
     by_place = {(result.subject, result.what): result for result in results}
-    lines = ["# Comparison", "", f"| | {' | '.join(measured)} |", "| --- |" + " ---: |" * len(measured)]
-    for subject in subjects:
-        cells = [_cell(by_place.get((subject, what))) for what in measured]
-        lines.append(f"| {subject} | {' | '.join(cells)} |")
-    lines += ["", "Losses: lower is better; everything else: higher. In brackets 95 % intervals.", ""]
-    lines += ["![comparison](comparison.png)", "", *(f"- {fact}" for fact in facts), ""]
-    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
-    _plot(folder / "comparison.png", measured, subjects, by_place)
+    cells = [(model, *(_cell(by_place.get((model, what))) for what in measured)) for model in models]
+    lines = [
+        "# Comparison", "", *table(("", *measured), cells), "",
+        "Losses and costs: lower is better; everything else: higher is better. In brackets: 95 % intervals.", "",
+        *image("comparison", "comparison.png"), *(f"- {fact}" for fact in facts),
+    ]  # fmt: skip
+    write_report(folder, {"made_by": made_by, "results": rows, "of": list(facts)}, lines)
+    _plot(folder / "comparison.png", measured, models, by_place)
 
 
 def _cell(result: Result | None) -> str:
-    if result is None or not math.isfinite(result.value):
-        return ""
-    interval = f" ({result.low:.4f} to {result.high:.4f})" if math.isfinite(result.low) else ""
-    return f"{result.value:.4f}{interval}"
+    return "" if result is None else show_interval(result.value, result.low, result.high)
 
 
-def _number(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _plot(
-    path: Path, measured: Sequence[str], subjects: Sequence[str], by_place: dict[tuple[str, str], Result]
-) -> None:
-    figure = Figure(figsize=(8, 1.2 + len(measured) * (0.6 + 0.24 * len(subjects))), layout="constrained")
-    panels = figure.subplots(len(measured), 1, squeeze=False)[:, 0]
-    for axes, what in zip(panels, measured, strict=True):
-        shown = [
-            (place, by_place[subject, what]) for place, subject in enumerate(subjects) if (subject, what) in by_place
-        ]
-        for place, result in shown:
-            colour = GREY if result.subject == "base" else BLUE
-            axes.plot(result.value, place, "o", color=colour, markersize=5)
-            if math.isfinite(result.low):
-                axes.plot([result.low, result.high], [place, place], "-", color=colour, linewidth=2)
-        axes.set_yticks(range(len(subjects)), subjects, fontsize=8)
-        axes.invert_yaxis()
-        better = "lower" if shown and shown[0][1].lower_is_better else "higher"
-        axes.set_title(f"{what}; {better} is better", fontsize=9, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="x", color="#DDDDDD")
-    figure.savefig(path, dpi=120)
+def _plot(path: Path, measured: Sequence[str], models: Sequence[str], by_place: dict[tuple[str, str], Result]) -> None:
+    """A panel for each figure: the value of each model and its interval."""
+    panel_rows = [[by_place[model, what] for model in models if (model, what) in by_place] for what in measured]
+    counts = [len(rows) for rows in panel_rows]
+    height = 0.4 + 0.7 * len(measured) + 0.24 * sum(counts)
+    figure, axes_of = panels(len(measured), width=8.5, height=height, height_ratios=[1 + count for count in counts])
+    for axes, what, rows in zip(axes_of, measured, panel_rows, strict=True):
+        for place, result in enumerate(rows):
+            color = GREY if result.subject == "base" else BLUE
+            axes.plot(result.value, place, "o", color=color, markersize=5)
+            interval_bar(axes, result.low, result.high, place, color)
+        name_rows(axes, [result.subject for result in rows])
+        axes.margins(y=0.3 / len(rows))
+        heading(axes, f"{what}; {'lower' if rows[0].lower_is_better else 'higher'} is better")
+    save(figure, path, grid="x")

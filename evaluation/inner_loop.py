@@ -1,15 +1,14 @@
 """The inner loss by position: at the initial fast weights, before and after each update, and of the mean target.
 
 Figure 5 of Sun et al. 2024, "Learning to (Learn at Test Time)", arXiv:2407.04620, for every block and head on
-recordings. Each recording is heard from its beginning in one plain forward pass, so limit its length to what fits into
-memory. Position t is the model's input at frame t: the start token at 0, then the recording one frame late.
+recordings. Each recording is one plain forward pass from its beginning, so limit its length to what fits into memory.
+Position t is the model's input at frame t: the start token at 0, then the recording one frame late.
 
-Shape legend: B recordings heard at a time, Q rows of the language model, H heads of a block, T frames.
+Shape legend: B recordings in a batch, Q rows of the language model, H heads of a block, T frames.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,12 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moshi_ttt.core.errors import ConfigError
-from moshi_ttt.core.inner_losses import SiteCurves, Sums, measured, numbers, plot_site
+from moshi_ttt.core.inner_losses import SiteCurves, Sums, measured
 from moshi_ttt.evaluation.documents import Document
-from moshi_ttt.evaluation.reporting import versions
 from moshi_ttt.evaluation.subjects import Subject
 from moshi_ttt.hosts.moshi.losses import delayed
-from moshi_ttt.system.output_folder import METRICS
+from moshi_ttt.system.report.inner_losses import plot_site
+from moshi_ttt.system.report.tables import image, table, version_text
+from moshi_ttt.system.report.writer import numbers, versions, write_report
 
 TENSORS = "curves.safetensors"
 
@@ -55,10 +55,10 @@ def evaluate(
 ) -> InnerLoop:
     """The curves of every block of ``subject`` that has an inner loss, over ``documents`` from their beginning.
 
-    Recordings are heard together only where they are equally long, so that no token is padding; the subject is
-    afterwards as it was. ``smooth`` frames are averaged in the plots alone.
+    Recordings of equal length form a batch, so that no token is padding. The model is unchanged afterwards.
+    ``smooth`` frames are averaged in the plots alone.
 
-    Raises ConfigError: nothing learns in the subject, there is nothing to hear, or no recording has a whole chunk.
+    Raises ConfigError: the model has no block with an inner loss, there are no recordings, or none has a whole chunk.
     """
     for name, value in (("batch_size", batch_size), ("smooth", smooth)):
         if value < 1:
@@ -83,8 +83,8 @@ def evaluate(
         )
     if all(site.by_position["after"].isnan().all() and not site.not_finite for site in sites):
         raise ConfigError(
-            f"None of {len(documents)} recordings has a whole chunk of any block, so nothing is learned: the longest "
-            f"has {frames} frames. Give longer recordings, or hear more of each (--max-seconds)."
+            f"None of {len(documents)} recordings has a whole chunk of any block, so there is no update: the longest "
+            f"has {frames} frames. Give longer recordings, or raise --max-seconds."
         )
     recordings = [document.name for document in documents]
     return InnerLoop(subject=subject.name, sites=sites, recordings=recordings, frames=frames, smooth=smooth)
@@ -104,7 +104,6 @@ def write_inner_loop(folder: Path, result: InnerLoop, *, made_by: str, frame_sec
         "smooth_frames": result.smooth, "recordings": result.recordings,
         "sites": [_site(site) for site in result.sites],
     }  # fmt: skip
-    (folder / METRICS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     tensors = {
         f"{site.site}.{name}": curve.float() for site in result.sites for name, curve in site.by_position.items()
     }
@@ -113,17 +112,18 @@ def write_inner_loop(folder: Path, result: InnerLoop, *, made_by: str, frame_sec
         f"# Inner loss of {result.subject} by position", "",
         *(f"- {name}: {value}" for name, value in result.facts.items()),
         f"- recordings: {len(result.recordings)}, up to {result.frames * frame_seconds:.1f} s of each",
-        "- " + ", ".join(f"{name} {number}" for name, number in versions().items()), "",
+        f"- {version_text()}", "",
         "Means over the tokens of whole chunks after the first, of all recordings. *initial*: at the learned initial "
         "weights; *before* and *after*: at the weights before and after the update of the token's own chunk; "
         "*baseline*: of predicting the recording's mean target. Not weighted by the inner learning rate. gating_mlp "
-        "with update: hebbian reconstructs nothing: of it this is a diagnostic, not what is minimised.", "",
+        "with update: hebbian does not minimize this loss: there it is a diagnostic.", "",
     ]  # fmt: skip
     for site in result.sites:
         lines += _section(site, frame_seconds)
-        title = f"{result.subject}, {site.site} ({site.variant}), {len(result.recordings)} recordings"
+        count = len(result.recordings)
+        title = f"{result.subject}, {site.site} ({site.variant}), {count} recording{'s' * (count > 1)}"
         plot_site(folder / f"{site.site}.png", site, title=title, smooth=result.smooth, frame_seconds=frame_seconds)
-    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    write_report(folder, values, lines)
 
 
 def _site(site: SiteCurves) -> dict[str, Any]:
@@ -145,13 +145,11 @@ def _section(site: SiteCurves, frame_seconds: float) -> list[str]:
         lines += ["No update took effect on a whole chunk: there is nothing to average.", ""]
     if site.not_finite:
         lines += [f"**{site.not_finite} losses are not finite, and not in the table: lower the learning rate.**", ""]
-    lines += [
-        "| head | initial | before | after | after - before | baseline |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    by_head = {**site.means, "change": site.means["after"] - site.means["before"]}  # each [H]
+    columns = [by_head[name].tolist() for name in ("initial", "before", "after", "change", "baseline")]
+    rows = [
+        (str(head), *(f"{value:.5g}" if math.isfinite(value) else "" for value in row))
+        for head, row in enumerate(zip(*columns, strict=True))
     ]
-    rows = {**site.means, "change": site.means["after"] - site.means["before"]}
-    columns = [rows[name].tolist() for name in ("initial", "before", "after", "change", "baseline")]
-    for head, row in enumerate(zip(*columns, strict=True)):
-        cells = (f"{value:.5g}" if math.isfinite(value) else "" for value in row)
-        lines.append(f"| {head} | {' | '.join(cells)} |")
-    return [*lines, "", f"![{site.site}]({site.site}.png)", ""]
+    lines += table(("head", "initial", "before", "after", "after - before", "baseline"), rows, "rrrrrr")
+    return [*lines, "", *image(site.site, f"{site.site}.png")]

@@ -1,7 +1,7 @@
-"""Loss by position over long recordings: does memory help beyond what attention sees, and does it keep helping?
+"""Loss by position over long recordings: does memory help beyond the attention context, and does it keep helping?
 
-Every subject hears every recording from its beginning: token by token, or in segments as training hears it, where
-attention starts afresh in each. Positions are counted from the recording's beginning; what is reported are means over
+Every model processes every recording from its beginning: token by token, or in segments as in training, where
+attention restarts in each. Positions are counted from the recording's beginning; what is reported are means over
 windows of positions, and figures over the windows beyond what attention sees.
 
 Shape legend: R recordings, T frames, W windows.
@@ -35,14 +35,14 @@ STREAMS = ("audio", "text")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How recordings are heard.
+    """How recordings are processed.
 
     Attributes:
         window: frames of a window.
         every: frames between two interventions of the conditions that intervene.
-        batch_size: recordings heard at a time.
+        batch_size: recordings in a batch.
         conditions: which are run.
-        segments: frames of the forward passes a recording is heard in; None streams it token by token.
+        segments: frames of the forward passes of a recording; None streams it token by token.
         spans: frames at which recordings are divided into spans of positions, ascending; empty reports none.
         seed: of the bootstrap.
     """
@@ -95,8 +95,8 @@ def read_spans(text: str, window: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
-    """One subject under one condition, on one stream of tokens.
+class PositionCurve:
+    """One model under one condition, on one stream of tokens.
 
     Attributes:
         windows: ``[R, W]`` nats per token, NaN where a recording has no such window.
@@ -124,14 +124,14 @@ class LongContext:
     """What came out.
 
     Attributes:
-        curves: one for each subject, condition and stream.
+        curves: one for each model, condition and stream.
         recordings: their names, in the order of R.
         left_out: recordings that do not reach beyond what attention sees.
         context: frames of the model's attention.
         reach: how many of them it can see: no more than a segment has.
     """
 
-    curves: list[Curve]
+    curves: list[PositionCurve]
     recordings: list[str]
     left_out: list[str]
     context: int
@@ -139,27 +139,27 @@ class LongContext:
     options: Options
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def curve(self, subject: str, condition: Condition, stream: str) -> Curve:
+    def curve(self, subject: str, condition: Condition, stream: str) -> PositionCurve:
         """The one of these names. Raises KeyError."""
         for curve in self.curves:
             if (curve.subject, curve.condition, curve.stream) == (subject, condition, stream):
                 return curve
         raise KeyError((subject, condition, stream))
 
-    def loss(self, curve: Curve) -> Interval:
+    def loss(self, curve: PositionCurve) -> Interval:
         """Mean loss beyond what attention sees."""
         return bootstrap(curve.beyond, mean_of_recordings, seed=self.options.seed)
 
-    def slope(self, curve: Curve) -> Interval:
+    def slope(self, curve: PositionCurve) -> Interval:
         """Nats per 1,000 frames by which the loss rises beyond what attention sees."""
         scale = 1_000 / self.options.window
         return bootstrap(curve.beyond, lambda values: scale * slope_per_window(values), seed=self.options.seed)
 
-    def saved(self, curve: Curve, other: Curve) -> Interval:
+    def saved(self, curve: PositionCurve, other: PositionCurve) -> Interval:
         """How much lower the loss of ``curve`` is than ``other``'s, by recording, beyond what attention sees."""
         return bootstrap(other.beyond - curve.beyond, mean_of_recordings, seed=self.options.seed)
 
-    def saved_by_span(self, curve: Curve, other: Curve) -> list[Span]:
+    def saved_by_span(self, curve: PositionCurve, other: PositionCurve) -> list[Span]:
         """What is saved against ``other`` at the positions of each span, from what attention does not see on.
 
         A span that no recording reaches is left out.
@@ -182,7 +182,7 @@ def evaluate(
     *,
     on_batch: Callable[[], None] = lambda: None,
 ) -> LongContext:
-    """Every subject on every document, under every condition that means something for it.
+    """Every model on every document, under every condition that means something for it.
 
     Raises ConfigError when no recording reaches a window beyond what attention sees, or a condition that is run would
     act inside a segment.
@@ -196,7 +196,7 @@ def evaluate(
     reach = context if segments is None else min(context or segments, segments)
     first_beyond = -(-reach // options.window)
     kept, left_out = _choose(documents, (first_beyond + 1) * options.window, context, options)
-    curves: list[Curve] = []
+    curves: list[PositionCurve] = []
     names: list[str] = []
     padding = subjects[0].padding
     for subject in subjects:
@@ -221,10 +221,10 @@ def evaluate(
 
 def _curves(
     subject: Subject, condition: Condition, found: Sequence[FrameLosses], window: int, first_beyond: int
-) -> list[Curve]:
+) -> list[PositionCurve]:
     """A curve for each stream of tokens, of the losses of all batches."""
     return [
-        Curve(
+        PositionCurve(
             subject=subject.name, condition=condition, stream=stream, first_beyond=first_beyond,
             windows=window_means(_stack([getattr(losses, stream) for losses in found]), window),
         )

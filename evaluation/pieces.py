@@ -1,6 +1,6 @@
-"""Which pieces of which recordings are heard together in ``recall``, and what is heard between their hearings.
+"""Which clips of which recordings form a batch in ``recall``, and which clip is presented between their presentations.
 
-``memory of another`` hands the memory of each row of a batch to the next row between two hearings. It is another
+``memory of another`` hands the memory of each row of a batch to the next row between two presentations. It is another
 recording's only when the rows come from different recordings, so that is how they are put together.
 """
 
@@ -28,12 +28,12 @@ class Row(NamedTuple):
 
 
 def lay_out(counts: Sequence[int], batch_size: int, *, next_between: bool) -> list[list[Row]]:
-    """Every piece once, in batches of ``batch_size`` rows or a few more.
+    """Every clip once, in batches of ``batch_size`` rows or a few more.
 
     Args:
-        counts: how many pieces each recording has, one at least; two recordings or more.
+        counts: how many clips each recording has, one at least; two recordings or more.
         next_between: B is always of the next recording. Otherwise it is of the first of the following recordings that
-            the next row is not of: ``memory of another`` would hand that row a memory that has just heard its own.
+            the next row is not of: ``memory of another`` would hand that row a memory that has just processed its own.
     """
     laid_out = []
     for pieces in _batches(counts, batch_size):
@@ -48,10 +48,11 @@ def lay_out(counts: Sequence[int], batch_size: int, *, next_between: bool) -> li
 
 
 def heard_own(batches: Sequence[Sequence[Row]]) -> dict[str, int]:
-    """In how many rows ``memory of another`` is a memory that has heard the row's own recording, by hearing.
+    """In how many rows ``memory of another`` has processed the row's own recording, by presentation.
 
-    Handed on before each hearing, the memory of a row's second hearing was in the row before it; that of its third was
-    three rows back in the first hearing, two rows back in the second, and in the row before it while B was heard.
+    Memory is handed on before each presentation. The memory of a row's second presentation was in the row before it;
+    that of its third was three rows back in the first presentation, two rows back in the second, and in the row before
+    it during B.
     """
     found = {"second": 0, "third": 0}
     for rows in batches:
@@ -65,7 +66,7 @@ def heard_own(batches: Sequence[Sequence[Row]]) -> dict[str, int]:
 
 
 def _batches(counts: Sequence[int], size: int) -> Iterator[list[Piece]]:
-    """Recordings with the most pieces left come first: then one is twice in a batch only where it must be."""
+    """Recordings with the most clips left come first: then one is twice in a batch only where it must be."""
     left = list(counts)
     for rows in torch.arange(sum(counts)).tensor_split(max(1, sum(counts) // size)):
         pieces: list[Piece] = []
@@ -78,7 +79,7 @@ def _batches(counts: Sequence[int], size: int) -> Iterator[list[Piece]]:
 
 
 def _apart(pieces: list[Piece]) -> list[Piece]:
-    """The same pieces; those of one recording are not neighbours, nor first and last, unless they are most of all."""
+    """The same clips; those of one recording are not neighbours, nor first and last, unless they are most of all."""
     often = Counter(piece.recording for piece in pieces)
     if max(often.values()) == 1:
         return pieces

@@ -1,10 +1,10 @@
-"""Recall: the same piece of a recording heard twice, and a third time after a piece of another one.
+"""Recall: a clip of a recording is presented twice, and a third time after a clip of another recording.
 
-A model that remembers predicts the second hearing better. What attention alone contributes is kept out in two ways:
-the first ``skip`` frames of each hearing are not counted (there attention still sees what came before), and the base
+A model with memory has a lower loss in the second presentation. The contribution of attention is removed in two ways:
+the first ``skip`` frames of each presentation are not counted (their attention context reaches before it), and the base
 model's own gain is subtracted, recording by recording.
 
-Shape legend: R recordings, P pieces of all of them, Q rows of the language model, T frames of a piece.
+Shape legend: R recordings, P clips of all of them, Q rows of the language model, T frames of a clip.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from torch import Tensor
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.evaluation.documents import Document
 from moshi_ttt.evaluation.pieces import Piece, Row, heard_own, lay_out
-from moshi_ttt.evaluation.statistics import Interval, bootstrap
+from moshi_ttt.evaluation.statistics import Interval, bootstrap, mean_of_rows
 from moshi_ttt.evaluation.subjects import Condition, Subject, listen
 from moshi_ttt.evaluation.volumes import AtVolume, own_scales, refuse_volumes, require_base
 
 HEARINGS = ("second", "third")
 PLACES = {"first": 0, "second": 1, "third": 3}
-"""Where each hearing of A is in A, A, B, A."""
+"""The place of each presentation of A in A, A, B, A."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gains:
-    """What a hearing saves against the first, in nats per audio token.
+    """The loss of the first presentation minus the loss of a later one, in nats per audio token.
 
     Attributes:
         hearing: ``second``, right after the first; ``third``, after another recording.
-        values: ``[R]``, the mean over each recording's pieces.
-        losses: ``[R]``, of the hearing itself.
+        values: ``[R]``, the mean over each recording's clips.
+        losses: ``[R]``, of the later presentation itself.
     """
 
     subject: str
@@ -47,10 +47,10 @@ class Gains:
 
 @dataclass(frozen=True, kw_only=True)
 class ByPosition:
-    """The loss of each hearing by frame within it, in nats per audio token.
+    """The loss of each presentation by frame within it, in nats per audio token.
 
     Attributes:
-        losses: ``[3, T]``, first, second and third hearing: the mean over recordings, each the mean of its pieces. The
+        losses: ``[3, T]``, first, second and third presentation: the mean over recordings, each of its clips. The
             last frames of the third are NaN: their late codebooks are never predicted.
     """
 
@@ -65,10 +65,10 @@ class Recall:
 
     Attributes:
         pieces: how many each of ``recordings`` had, ``asked`` at most.
-        frames, skip: the length of a piece, and what is not counted of it.
-        heard_own: by hearing, in how many pieces ``memory of another`` had heard the piece's own recording; None where
-            nobody was heard under that condition.
-        by_volume: of each subject with blocks, volumes ascending; empty where none was asked for.
+        frames, skip: the length of a clip, and what is not counted of it.
+        heard_own: by presentation, in how many clips ``memory of another`` has processed the clip's own recording; None
+            where no model was evaluated under that condition.
+        by_volume: of each model with blocks, volumes ascending; empty where none was asked for.
     """
 
     gains: list[Gains]
@@ -93,17 +93,17 @@ class Recall:
 
     def gain(self, gains: Gains) -> Interval:
         """The mean over recordings."""
-        return bootstrap(gains.values, lambda values: values.mean(1), seed=self.seed)
+        return bootstrap(gains.values, mean_of_rows, seed=self.seed)
 
     def beyond_base(self, gains: Gains) -> Interval:
         """The mean beyond the base model's own gain."""
         base = self.of("base", "updates on", gains.hearing)
-        return bootstrap(gains.values - base.values, lambda values: values.mean(1), seed=self.seed)
+        return bootstrap(gains.values - base.values, mean_of_rows, seed=self.seed)
 
     def saved(self, gains: Gains) -> Interval:
-        """What the hearing itself costs less than the base model's: a gain can also come of a worse first hearing."""
+        """How much lower the later loss is than the base model's: a gain can also come from a worse first loss."""
         base = self.of("base", "updates on", gains.hearing)
-        return bootstrap(base.losses - gains.losses, lambda values: values.mean(1), seed=self.seed)
+        return bootstrap(base.losses - gains.losses, mean_of_rows, seed=self.seed)
 
 
 def evaluate(
@@ -118,14 +118,14 @@ def evaluate(
     seed: int = 0,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Recall:
-    """Every subject hears A, A, B, A for each piece A, where B is a piece of another recording.
+    """Every model processes A, A, B, A for each clip A, where B is a clip of another recording.
 
-    Of each recording up to ``pieces`` pieces of ``frames`` frames are heard, one after the other from its beginning.
-    The frames that are not counted are the attention's context at the beginning of each hearing. ``memory reset`` and
-    ``memory of another`` act between hearings. At the ``volumes``, subjects with blocks hear with updates on; the base
-    model, which is the first subject then, hears once.
+    Each recording gives up to ``pieces`` clips of ``frames`` frames, one after the other from its beginning. The frames
+    that are not counted are the attention context at the beginning of each presentation. ``memory reset`` and
+    ``memory of another`` act between presentations. At the ``volumes``, models with blocks are evaluated with updates
+    on, and the base model, which is the first of ``subjects`` then, once.
 
-    Raises ConfigError when fewer than two recordings have a piece, or the context leaves nothing to count; and as
+    Raises ConfigError when fewer than two recordings have a clip, or the context leaves nothing to count; and as
     ``refuse_volumes`` and ``require_base``.
     """
     skip = int(subjects[0].model.context or 0)
@@ -214,12 +214,12 @@ class _Hearings:
 
 
 def choose(documents: Sequence[Document], frames: int, pieces: int, skip: int) -> tuple[list[Document], list[str]]:
-    """The recordings that have a piece, and a word on each that has none."""
+    """The recordings that have a clip, and a word on each that has none."""
     if pieces < 1:
-        raise ConfigError(f"{pieces} pieces of each recording: give 1 or more.")
+        raise ConfigError(f"{pieces} clips of each recording: give 1 or more.")
     if frames <= skip + 1:
         raise ConfigError(
-            f"Of {frames} frames none is left beyond the attention's context of {skip}. Hear longer pieces: --frames "
+            f"A clip of {frames} frames has none beyond the attention context of {skip}. Give longer clips: --frames "
             f"{2 * skip} or more."
         )
     kept = [document for document in documents if document.frames >= frames]

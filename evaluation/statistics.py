@@ -5,12 +5,14 @@ Shape legend: R recordings, T frames, W windows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from moshi_ttt.system.report.tables import show_interval
+from moshi_ttt.system.report.writer import number
 
 RESAMPLES = 2_000
 LEVEL = 0.95
@@ -25,7 +27,11 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:+.4f} ({self.low:+.4f} to {self.high:+.4f})"
+        return self.show(sign=True)
+
+    def show(self, digits: int = 4, *, sign: bool = False, scale: float = 1.0) -> str:
+        """As ``tables.show_interval``: ``value (low to high)``, or the value alone for a single recording."""
+        return show_interval(self.value, self.low, self.high, digits, sign=sign, scale=scale)
 
     @property
     def clear_of_zero(self) -> bool:
@@ -35,7 +41,7 @@ class Interval:
 
 def as_json(interval: Interval) -> dict[str, float | None]:
     """Its three numbers; None for what is not finite, which JSON cannot hold."""
-    return {name: value if math.isfinite(value) else None for name, value in vars(interval).items()}
+    return {name: number(value) for name, value in vars(interval).items()}
 
 
 def window_means(values: Tensor, size: int) -> Tensor:
@@ -69,6 +75,11 @@ def bootstrap(values: Tensor, figure: Callable[[Tensor], Tensor], *, seed: int =
 def mean_of_recordings(values: Tensor) -> Tensor:
     """``[S]``: the mean over recordings of each recording's mean, of ``[S, R, W]``, NaN left out."""
     return values.nanmean(2).nanmean(1)
+
+
+def mean_of_rows(values: Tensor) -> Tensor:
+    """``[S]``: the mean over recordings or items, of ``[S, R]``."""
+    return values.mean(1)
 
 
 def slope_per_window(values: Tensor) -> Tensor:

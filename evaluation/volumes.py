@@ -1,4 +1,4 @@
-"""Recall against its cost, by volume: what a memory gives on speech heard again, and takes on speech heard once.
+"""Recall against its cost, by volume: the gain in the second presentation of a clip, and the loss added in the first.
 
 Shape legend: R recordings.
 """
@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from moshi_ttt.core.config import LARGEST_VOLUME
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.volume import require_volume
-from moshi_ttt.evaluation.statistics import Interval, as_json, bootstrap
+from moshi_ttt.evaluation.statistics import Interval, as_json, bootstrap, mean_of_rows
+from moshi_ttt.system.report.figures import interval_bar, legend_outside, panels, rule, save, style
+from moshi_ttt.system.report.tables import image, table
+from moshi_ttt.system.report.writer import number, numbers
 
 if TYPE_CHECKING:
     from moshi_ttt.evaluation.subjects import Subject
@@ -32,13 +34,13 @@ ARE_THE_BASES = "are the base model's, bit for bit"
 
 @dataclass(frozen=True, kw_only=True)
 class AtVolume:
-    """One subject at one volume, updates on. Nats per audio token, of the frames that recall counts.
+    """One model at one volume, updates on. Nats per audio token, of the frames that recall counts.
 
     Attributes:
-        recall: ``[R]``, what the second hearing saves against the first, beyond what the base model's does.
-        cost: ``[R]``, the loss of the first hearing, speech heard once, above the base model's; below 0 it is better.
-        saved: ``[R]``, what the second hearing itself costs less than the base model's.
-        apart: the largest difference of any loss, of all hearings and frames, from the base model's.
+        recall: ``[R]``, the gain of the second presentation beyond the base model's.
+        cost: ``[R]``, the loss of the first presentation minus the base model's; below 0 it is better.
+        saved: ``[R]``, the base model's loss of the second presentation minus this one.
+        apart: the largest difference of any loss, over all presentations and frames, from the base model's.
         output_scales: as ``own_scales``; the volume multiplies them.
     """
 
@@ -52,7 +54,7 @@ class AtVolume:
 
     def interval(self, name: str, seed: int) -> Interval:
         """Of ``recall``, ``cost`` or ``saved``: the mean over recordings."""
-        return bootstrap(getattr(self, name), lambda values: values.mean(1), seed=seed)
+        return bootstrap(getattr(self, name), mean_of_rows, seed=seed)
 
 
 def read_volumes(texts: Sequence[str]) -> tuple[float, ...]:
@@ -113,10 +115,10 @@ def volume_rows(points: Sequence[AtVolume], seed: int) -> list[dict[str, Any]]:
             "subject": each.subject,
             "volume": each.volume,
             "output_scales": list(each.output_scales),
-            "largest_difference_from_base": each.apart if math.isfinite(each.apart) else None,
+            "largest_difference_from_base": number(each.apart),
         }
         | {name: as_json(each.interval(name, seed)) for name in FIGURES}
-        | {f"{name}_by_recording": getattr(each, name).tolist() for name in FIGURES}
+        | {f"{name}_by_recording": numbers(getattr(each, name)) for name in FIGURES}
         for each in points
     ]
 
@@ -124,27 +126,33 @@ def volume_rows(points: Sequence[AtVolume], seed: int) -> list[dict[str, Any]]:
 def volume_lines(points: Sequence[AtVolume], seed: int) -> list[str]:
     """The section of a report, in lines."""
     scales = {each.subject: _from_to(each.output_scales) for each in points}
+    header = (
+        "",
+        "volume",
+        "recall",
+        "cost of the first presentation",
+        "second presentation's loss, saved against base",
+    )
+    rows = [
+        (each.subject, f"{each.volume:g}", *(str(each.interval(name, seed)) for name in FIGURES)) for each in points
+    ]
     lines = [
         "## By volume", "",
-        "What blocks add to the base model is multiplied by the volume; memory learns at each. Recall: what the second "
-        "hearing saves against the first, beyond the base model's. Cost: the loss of the first hearing, speech heard "
-        "once, above the base model's; below 0 it is better. All over the same frames.", "",
+        "The volume multiplies what the blocks add to the base model; the fast weights are updated at every volume. "
+        "Recall: the gain of the second presentation beyond the base model's. Cost: the loss of the first presentation "
+        "minus the base model's; below 0 it is better. All over the same frames.", "",
         "The volume multiplies the adapter's own `output_scale`: "
-        f"{'; '.join(f'{subject} {scale}' for subject, scale in scales.items())}.", "",
-        "| | volume | recall | cost of speech heard once | second hearing's loss, saved against the base's |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        f"{'; '.join(f'{name} {scale}' for name, scale in scales.items())}.", "",
+        *table(header, rows),
     ]  # fmt: skip
-    for each in points:
-        recall, cost, saved = (each.interval(name, seed) for name in FIGURES)
-        lines.append(f"| {each.subject} | {each.volume:g} | {recall} | {cost} | {saved} |")
     for each in points:
         if each.volume == 0:
             apart = (
-                f"differ from the base model's by {each.apart:.2g} at most: what an adapter has beside its blocks (a "
-                "LoRA) is not at the volume"
+                f"differ from the base model's by at most {each.apart:.2g}: the volume does not act on what an adapter "
+                "has beside its blocks (a LoRA)"
             )
             lines += ["", f"At volume 0, the losses of {each.subject} {apart if each.apart else ARE_THE_BASES}."]
-    return [*lines, "", f"![recall against cost]({PICTURE})", ""]
+    return [*lines, "", *image("recall against cost", PICTURE)]
 
 
 def _from_to(numbers: Sequence[float]) -> str:
@@ -153,48 +161,45 @@ def _from_to(numbers: Sequence[float]) -> str:
     return " to ".join(f"{number:g}" for number in ends)
 
 
-def plot_volumes(path: Path, points: Sequence[AtVolume], seed: int, colours: Mapping[str, str]) -> None:
-    """One panel: cost to the right, recall upward, a curve for each subject with its volumes beside the points."""
-    figure = Figure(figsize=(7.5, 5.0), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(0, color="#999999", linewidth=1, zorder=0)
-    axes.axvline(0, color="#999999", linewidth=1, zorder=0)
+def plot_volumes(path: Path, points: Sequence[AtVolume], seed: int, colors: Mapping[str, str]) -> None:
+    """One panel: cost to the right, recall upward, a curve for each model with its volumes beside the points."""
+    figure, (axes,) = panels(width=7.5, height=5.0)
+    rule(axes, x=0, y=0)
     named = []
-    for subject, colour in colours.items():
-        own = [each for each in points if each.subject == subject]
+    for model, color in colors.items():
+        own = [each for each in points if each.subject == model]
         costs, recalls = ([each.interval(name, seed) for each in own] for name in ("cost", "recall"))
         axes.plot(
             [each.value for each in costs], [each.value for each in recalls], marker="o", markersize=5, linewidth=1.8,
-            label=subject, color=colour,
+            label=model, color=color,
         )  # fmt: skip
         for each, cost, recall in zip(own, costs, recalls, strict=True):
-            axes.plot([cost.low, cost.high], [recall.value] * 2, linewidth=1, alpha=0.6, color=colour)
-            axes.plot([cost.value] * 2, [recall.low, recall.high], linewidth=1, alpha=0.6, color=colour)
-            if each.volume or each.apart:  # else it is the base model, whoever it is
-                named.append((f"{each.volume:g}", (cost.value, recall.value), colour))
-    axes.set_xlabel("cost of speech heard once (nats per token above the base model; left is better)", fontsize=9)
-    axes.set_ylabel("recall (nats per token beyond the base model's; up is better)", fontsize=9)
-    axes.set_title("numbers: volume; bars: 95 % over recordings; the base model is at 0, 0", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+            interval_bar(axes, cost.low, cost.high, recall.value, color, linewidth=1, alpha=0.6)
+            axes.plot([cost.value] * 2, [recall.low, recall.high], linewidth=1, alpha=0.6, color=color)
+            if each.volume or each.apart:  # else it is the base model, whatever its name
+                named.append((f"{each.volume:g}", (cost.value, recall.value), color))
+    axes.set_xlabel("cost of the first presentation (nats/token above the base model; left is better)")
+    axes.set_ylabel("recall (nats/token beyond the base model's; up is better)")
+    axes.set_title("numbers: volume; bars: 95 % over recordings; the base model is at 0, 0")
+    legend_outside(figure)
+    style(figure, grid=None)
     figure.draw_without_rendering()  # from here on it is known where points are
     _write_apart(axes, named)
-    figure.savefig(path, dpi=120)
+    save(figure, path, grid=None)
 
 
 def _write_apart(axes: Axes, named: Sequence[tuple[str, tuple[float, float], str]]) -> None:
     """Each text beside its point, where no other is; left out where there is no such place."""
     taken: list[tuple[float, float]] = []
     scale = float(axes.figure.dpi) / 72
-    for text, point, colour in named:
+    for text, point, color in named:
         x, y = axes.transData.transform(point)
         for right, up in LABEL_PLACES:
             place = (x + right * scale, y + up * scale)
             if all(abs(place[0] - a) > 24 * scale or abs(place[1] - b) > 9 * scale for a, b in taken):
                 taken.append(place)
                 axes.annotate(
-                    text, point, xytext=(right, up), textcoords="offset points", fontsize=8, color=colour,
+                    text, point, xytext=(right, up), textcoords="offset points", fontsize=8, color=color,
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.7},
                 )  # fmt: skip
                 break

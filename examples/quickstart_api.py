@@ -12,7 +12,7 @@ from moshi_ttt.apps.quickstart.data import Codec, load_speech
 from moshi_ttt.apps.quickstart.evaluate import compare, evaluate
 from moshi_ttt.apps.quickstart.setup import run_config
 from moshi_ttt.apps.quickstart.stream import listen
-from moshi_ttt.apps.quickstart.train import Segments, train
+from moshi_ttt.apps.quickstart.train import SpeechSegments, train
 from moshi_ttt.configs.sections import StreamConfig
 from moshi_ttt.hosts.moshi.loading import resolve_repo
 from moshi_ttt.hosts.moshi.tiny import speech_files
@@ -26,7 +26,7 @@ speech = load_speech(codec, speech_files())  # real recordings as codes; the lon
 
 injection = inject(model, TTTMLPConfig(layers="1,3", chunk=16))
 options = run_config(max_steps=steps)
-train(model, injection, Segments(codec, speech, options).batches(), options)
+train(model, injection, SpeechSegments(codec, speech, options).batches(), options)
 save_adapter(injection, folder, training_step=steps)
 
 document = codec.document([speech.held_out])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -123,6 +124,20 @@ def test_core_names_no_plugin():
     for path in sorted((ROOT / "core").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         assert [name for name in plugins if re.search(rf"\b{name}\b", text)] == [], path
+
+
+# ---- names
+
+
+def test_no_class_name_stands_for_two_things():
+    defined: dict[str, set[str]] = {}
+    for package, folder in {**packages_on_disk(), "study": ROOT / "examples" / "study"}.items():
+        for path in folder.glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    defined.setdefault(node.name, set()).add(f"{package}.{path.stem}")
+    assert len(defined) > 200
+    assert {name: sorted(modules) for name, modules in defined.items() if len(modules) > 1} == {}
 
 
 # ---- a second copy of the registry

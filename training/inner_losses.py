@@ -11,8 +11,10 @@ from moshi_ttt.configs.training import InnerLossConfig
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.batches import Batch
 from moshi_ttt.core.injection import Injection
-from moshi_ttt.core.inner_losses import SiteCurves, Sums, measured, numbers, plot_site
+from moshi_ttt.core.inner_losses import SiteCurves, Sums, measured
 from moshi_ttt.core.paths import user_path
+from moshi_ttt.system.report.inner_losses import plot_site
+from moshi_ttt.system.report.writer import number, numbers
 from moshi_ttt.training.callback import Callback
 from moshi_ttt.training.logs import RunLog
 from moshi_ttt.training.step import Step
@@ -68,7 +70,7 @@ class InnerLosses(Callback):
                 site.site: {
                     "variant": site.variant, "tokens": site.tokens, "first_updated_position": site.first_updated,
                     "not_finite": site.not_finite,
-                    "mean": {name: numbers(mean.mean()[None])[0] for name, mean in site.means.items()},
+                    "mean": {name: number(float(mean.mean())) for name, mean in site.means.items()},
                     "by_position": {name: numbers(curve.mean(0)) for name, curve in site.by_position.items()},
                 }
                 for site in self.sites

@@ -1,4 +1,4 @@
-"""A clip heard twice: by the base model, and with the memory that ships with the tiny Moshi."""
+"""A clip presented twice: to the base model, and to the adapter that ships with the tiny Moshi."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Twice:
     """The losses of a clip of ``frames`` frames followed by itself.
 
     Attributes:
-        skip: frames of the second hearing from whose beginning attention still sees the first.
+        skip: frames at the beginning of the second presentation whose attention context reaches into the first.
     """
 
     base: Curve
@@ -33,7 +33,7 @@ class Twice:
 
     @property
     def saved(self) -> float:
-        """Nats per audio token saved by the memory in the second hearing, where attention sees nothing of the first."""
+        """Nats per audio token saved in the second presentation, where attention sees nothing of the first."""
         second = slice(self.frames + self.skip, None)
         return float((self.base.values - self.memory.values)[second].nanmean())
 

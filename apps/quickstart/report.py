@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,23 @@ from moshi_ttt.apps.quickstart.results import Results, metrics, verdict
 from moshi_ttt.apps.quickstart.setup import Setup
 from moshi_ttt.core.units import human_bytes
 from moshi_ttt.hosts.moshi.loading import BUILTIN_TINY
-from moshi_ttt.system.output_folder import METRICS
+from moshi_ttt.system.report.tables import table
+from moshi_ttt.system.report.writer import write_report
 from moshi_ttt.training.optimizer import rates
-
-REPORT = "report.md"
 
 
 def write(folder: Path, setup: Setup, results: Results, seconds: Mapping[str, float], *, made_by: str) -> None:
     """Both files."""
     figures = metrics(setup, results, seconds, made_by=made_by)
-    (folder / METRICS).write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     sections = (_heading, _recall, _result, _data, _training, _streaming, _reproduce)
     written = (section(setup, results, figures).strip() for section in sections)
-    text = "\n\n".join(section for section in written if section)
-    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+    write_report(folder, figures, ["\n\n".join(section for section in written if section)])
 
 
 def _heading(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:
     plan = setup.plan
     sites = ", ".join(f"`{block.variant.name}` at `{block.site}`" for block in plan.blocks)
-    return f"""# Quickstart: a Moshi that learns while it listens
+    return f"""# Quickstart: test-time training in a small Moshi
 
 {sites}:
 {plan.parameters:,} trained parameters beside {figures["parameters"]["base"]:,} frozen ones of
@@ -44,30 +40,31 @@ def _recall(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:
     if twice is None:
         return ""
     seconds = twice.frames * results.streamed.frame_ms / 1000
-    return f"""## A clip heard twice
+    return f"""## A clip presented twice
 
-The first {seconds:.1f} s of the held-out recording, and then the same again. The second time the memory that ships with
-the tiny Moshi saves **{twice.saved:.2f} nats per audio token** against the base model, where attention (which sees
-{twice.skip} frames) sees nothing of the first hearing. It was not trained on this recording. What the blocks that were
-trained here do is on the right, and below.
+The first {seconds:.1f} s of the held-out recording are presented twice. In the second presentation, the adapter that
+ships with the tiny Moshi has a loss **{twice.saved:.2f} nats per audio token** lower than the base model's. Only frames
+whose attention context ({twice.skip} frames) holds nothing of the first presentation are counted. The adapter was not
+trained on this recording. The right panel and the sections below show the blocks that were trained here.
 
-![heard twice](heard_twice.png)"""
+![a clip presented twice](heard_twice.png)"""
 
 
 def _result(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:
-    rows = "\n".join(f"| {curve.name} | {curve.mean:.4f} |" for curve in results.curves)
+    losses = table(
+        ("audio loss on held-out speech", "nats/token"), [(curve.name, f"{curve.mean:.4f}") for curve in results.curves]
+    )
     verdicts = "\n".join(f"- {verdict(difference)}" for difference in results.differences)
     span = WINDOW * results.streamed.frame_ms / 1000
-    names = " | ".join(curve.name for curve in results.curves)
-    windows = "\n".join(
-        f"| {part[0][0]} to {part[0][1]} | " + " | ".join(f"{mean:.3f}" for _, _, mean in part) + " |"
+    windows = [
+        (f"{part[0][0]} to {part[0][1]}", *(f"{mean:.3f}" for _, _, mean in part))
         for part in zip(*(curve.windows() for curve in results.curves), strict=True)
-    )
+    ]
+    by_window = table(("frames", *(curve.name for curve in results.curves)), windows)
+    new_line = "\n"
     return f"""## Result
 
-| audio loss on held-out speech | nats per token |
-| --- | ---: |
-{rows}
+{new_line.join(losses)}
 
 {verdicts}
 
@@ -76,31 +73,29 @@ How to read it:
 {_guide(setup, results)}
 
 The standard error is over windows of {WINDOW} frames ({span:.1f} s) of one recording; another seed moves the numbers
-too (`--seed 1`). One speaker, one recording and a tiny model: this shows that the machinery works and how large its
-effect is here, and nothing about Moshi 7B.
+too (`--seed 1`). This is one speaker, one recording and a tiny model: it shows that the method runs and how large its
+effect is here. It shows nothing about Moshi 7B.
 
 ![loss by position](loss_by_position.png)
 
-| frames | {names} |
-| --- |{" ---: |" * len(results.curves)}
-{windows}"""
+{new_line.join(by_window)}"""
 
 
 def _guide(setup: Setup, results: Results) -> str:
-    lines = ["- *base model*: no blocks. The distance to it includes what the blocks learned in training."]
+    lines = ["- *base model*: no blocks. The difference to it includes what the blocks learned in training."]
     if results.control is not None:
         lines.append(
             "- *trained without updates*: the control. The same blocks from the same start, trained on the same speech "
-            "for as long, but with test-time updates off. The distance to it is what learning while listening is worth."
+            "for as many steps, but with test-time updates disabled. The difference to it is the effect of the updates."
         )
     lines.append(
-        "- *updates off*: the trained blocks with their updates switched off afterwards. Nothing trained them to do "
-        "without, so the distance to it says more about their dependence on updates than about the worth of these."
+        "- *updates off*: the trained blocks with their updates disabled after training. They were not trained for "
+        "that, so the difference to it shows how much they depend on updates, not how much updates help."
     )
     if results.cleared is not None:
         lines.append(
-            f"- *memory cleared*: updates on, but the fast weights forget everything every {setup.model.context} "
-            "frames, which is what attention sees. The distance to it is what memory beyond attention is worth."
+            f"- *memory cleared*: updates on, but the fast weights are reset every {setup.model.context} frames, the "
+            "length of the attention context. The difference to it is the effect of memory beyond that context."
         )
     return "\n".join(lines)
 
@@ -147,7 +142,7 @@ def _streaming(setup: Setup, results: Results, figures: Mapping[str, Any]) -> st
   differ by at most {agreement.audio:.1e} (audio, of {agreement.audio_scale:.0f}) and {agreement.text:.1e} (text, of
   {agreement.text_scale:.0f}).
 
-Change of the fast weights while listening:
+Change of the fast weights during the stream:
 
 {moved}
 

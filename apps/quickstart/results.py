@@ -7,7 +7,6 @@ import platform
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from moshi_ttt.apps.quickstart.recall import Twice
 from moshi_ttt.apps.quickstart.setup import Setup
 from moshi_ttt.apps.quickstart.stream import Agreement, Streamed
 from moshi_ttt.apps.quickstart.train import TrainingLog
+from moshi_ttt.system.report.writer import number, numbers, versions
 
 SOURCE = "Asterisk core sounds (English, one speaker), CC-BY-SA-3.0"
 
@@ -28,11 +28,12 @@ class Results:
     Attributes:
         base: the model without blocks.
         on, off: the trained blocks, test-time updates on and off.
-        cleared: updates on, but the fast weights reset whenever attention has lost sight of what they learned from;
-            None where attention sees everything.
+        cleared: updates on, but the fast weights are reset once per attention context; None where attention sees
+            everything.
         control: blocks trained from the same start, on the same speech, for as long, but without updates; None where
             blocks do nothing without them.
-        twice: a clip heard twice, without and with the memory that ships with the tiny Moshi; None for another model.
+        twice: a clip presented twice, without and with the adapter that ships with the tiny Moshi; None for another
+            model.
     """
 
     training: TrainingLog
@@ -61,12 +62,12 @@ def verdict(difference: Difference) -> str:
     """One honest sentence on which of two is better, by how much, and how sure that is."""
     if abs(difference.mean) <= 2 * difference.error or math.isnan(difference.error):
         return (
-            f"No clear difference between {difference.better} and {difference.worse}: {difference.mean:+.4f} nats per "
-            f"token, standard error {difference.error:.4f}."
+            f"No clear difference between {difference.better} and {difference.worse}: {difference.mean:+.4f} "
+            f"nats/token, standard error {difference.error:.4f}."
         )
     word = "lower" if difference.mean > 0 else "HIGHER"
     return (
-        f"{difference.better}: {abs(difference.mean):.4f} nats per token {word} than {difference.worse} (standard "
+        f"{difference.better}: {abs(difference.mean):.4f} nats/token {word} than {difference.worse} (standard "
         f"error {difference.error:.4f}; second half of the recording {difference.second_half:+.4f})."
     )
 
@@ -76,8 +77,7 @@ def metrics(setup: Setup, results: Results, seconds: Mapping[str, float], *, mad
     settings, plan, streamed, speech = setup.settings, setup.plan, results.streamed, setup.speech
     return {
         "made_by": made_by,
-        "versions": {name: version(name) for name in ("moshi-ttt", "moshi", "torch")}
-        | {"python": platform.python_version()},
+        "versions": versions() | {"python": platform.python_version()},
         "machine": {"device": "cpu", "threads": torch.get_num_threads(), "platform": platform.machine()},
         "config": {
             "host": settings.host.model_dump(mode="json"),
@@ -105,13 +105,13 @@ def metrics(setup: Setup, results: Results, seconds: Mapping[str, float], *, mad
             "seconds_per_step": results.training.seconds / len(results.training.losses),
         },
         "held_out_loss": {
-            curve.name: {"mean": _number(curve.mean), "windows": [(a, b, _number(v)) for a, b, v in curve.windows()]}
+            curve.name: {"mean": number(curve.mean), "windows": [(a, b, number(v)) for a, b, v in curve.windows()]}
             for curve in results.curves
         },
         "heard_twice": None if results.twice is None else _heard_twice(results.twice),
         "window_frames": WINDOW,
         "differences": [
-            {key: _number(value) if isinstance(value, float) else value for key, value in asdict(difference).items()}
+            {key: number(value) if isinstance(value, float) else value for key, value in asdict(difference).items()}
             | {"clear": difference.clear}
             for difference in results.differences
         ],
@@ -128,15 +128,11 @@ def metrics(setup: Setup, results: Results, seconds: Mapping[str, float], *, mad
 
 
 def _heard_twice(twice: Twice) -> dict[str, Any]:
-    curves = {curve.name: [_number(value) for value in curve.values.tolist()] for curve in (twice.base, twice.memory)}
+    curves = {curve.name: numbers(curve.values) for curve in (twice.base, twice.memory)}
     return {
-        "frames": twice.frames, "attention_sees_the_first_for": twice.skip, "saved": _number(twice.saved), **curves,
+        "frames": twice.frames, "attention_sees_the_first_for": twice.skip, "saved": number(twice.saved), **curves,
     }  # fmt: skip
 
 
 def _percentile(values: list[float], share: float) -> float:
     return statistics.quantiles(values, n=100)[round(100 * share) - 1] if len(values) > 1 else values[0]
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -18,7 +18,7 @@ from moshi_ttt.apps.quickstart.evaluate import Curve
 from moshi_ttt.apps.quickstart.results import Results
 from moshi_ttt.apps.quickstart.setup import Request, Setup, prepare, read_settings
 from moshi_ttt.apps.quickstart.stream import compare_with_training, listen, loss_with_memory_cleared
-from moshi_ttt.apps.quickstart.train import Segments, train
+from moshi_ttt.apps.quickstart.train import SpeechSegments, train
 from moshi_ttt.core.adapter import save_adapter
 from moshi_ttt.core.injection import Injection
 from moshi_ttt.data.audio import decode, write_wav
@@ -111,7 +111,7 @@ def control(setup: Setup, document: Tensor, console: Console, seconds: dict[str,
     """
     model, config = setup.model, setup.settings.run
     injection = setup.plan.apply(model)
-    segments = Segments(setup.codec, setup.speech, config)
+    segments = SpeechSegments(setup.codec, setup.speech, config)
     try:
         with (
             _timed(seconds, "control"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from moshi_ttt.apps.quickstart.data import Codec, Recording, Speech, load_speech
-from moshi_ttt.apps.quickstart.train import Segments
+from moshi_ttt.apps.quickstart.train import SpeechSegments
 from moshi_ttt.configs.paths import find_config
 from moshi_ttt.configs.reading import RUN_KEY, read_config
 from moshi_ttt.configs.sections import StreamConfig, TrainConfig, renamed
@@ -38,7 +38,7 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class QuickstartSettings:
     """The config with the request's changes."""
 
     ttt: TTTConfig
@@ -50,16 +50,16 @@ class Settings:
 class Setup:
     """Everything that is loaded and checked before the first minute is spent."""
 
-    settings: Settings
+    settings: QuickstartSettings
     model: Any
     codec: Codec
     speech: Speech
     streamed: Recording
     plan: Plan
-    segments: Segments
+    segments: SpeechSegments
 
 
-def read_settings(request: Request) -> Settings:
+def read_settings(request: Request) -> QuickstartSettings:
     """Config and command line together. Raises ConfigError."""
     path = find_config(request.config)
     values = read_mapping(path)
@@ -77,10 +77,10 @@ def read_settings(request: Request) -> Settings:
         raise ConfigError("The config has no blocks (ttt: []), so there is nothing to train. Add an entry to ttt.")
     steps = {} if request.steps is None else {"max_steps": request.steps}
     if request.seed is None:
-        return Settings(ttt=config, host=config.host, run=run.model_copy(update=steps))
+        return QuickstartSettings(ttt=config, host=config.host, run=run.model_copy(update=steps))
     seed = {"seed": request.seed}
     stream = {"stream": run.stream.model_copy(update=seed)}
-    return Settings(
+    return QuickstartSettings(
         ttt=config.model_copy(update=seed), host=config.host, run=run.model_copy(update=steps | seed | stream)
     )
 
@@ -110,7 +110,7 @@ def _check_run(run: RunConfig, name: str) -> None:
         )
 
 
-def prepare(settings: Settings, audio: Path | None) -> Setup:
+def prepare(settings: QuickstartSettings, audio: Path | None) -> Setup:
     """Load and check everything; the model has no blocks yet."""
     registry = default_registry()
     host = registry.host(settings.host.qualified_name)
@@ -125,5 +125,5 @@ def prepare(settings: Settings, audio: Path | None) -> Setup:
     speech = load_speech(codec, speech_files())
     return Setup(
         settings=settings, model=model, codec=codec, speech=speech, plan=plan,
-        streamed=streamed or speech.held_out, segments=Segments(codec, speech, settings.run),
+        streamed=streamed or speech.held_out, segments=SpeechSegments(codec, speech, settings.run),
     )  # fmt: skip

@@ -29,14 +29,14 @@ def conclusion(out: Path, files: list[str], setup: Setup, results: Results, seco
     streamed, agreement = results.streamed, results.agreement
     table = Table(title=f"Audio loss on held-out speech ({setup.speech.held_out.name})", title_justify="left")
     table.add_column("")
-    table.add_column("nats per token", justify="right")
+    table.add_column("nats/token", justify="right")
     for curve in results.curves:
         table.add_row(curve.name, f"{curve.mean:.4f}")
     lines = [verdict(difference) for difference in results.differences]
     if results.twice is not None:
         lines.insert(
             0,
-            f"A clip heard twice: the shipped memory saves {results.twice.saved:.2f} nats per token the second time "
+            f"A clip presented twice: the shipped adapter saves {results.twice.saved:.2f} nats/token the second time "
             "(heard_twice.png).",
         )
     lines.append(
@@ -45,7 +45,7 @@ def conclusion(out: Path, files: list[str], setup: Setup, results: Results, seco
         f"{max(agreement.audio, agreement.text):.0e}."
     )
     lines += [
-        f"The fast weights of {site} moved by {change[-1]:.1%} of their norm while listening."
+        f"The fast weights of {site} moved by {change[-1]:.1%} of their norm during the stream."
         for site, change in streamed.change.items()
     ]
     following = (

@@ -33,7 +33,7 @@ class TrainingLog:
     seconds: float = 0.0
 
 
-class Segments:
+class SpeechSegments:
     """Random segments of one long document in which Moshi says the recordings in ever new order."""
 
     def __init__(self, codec: Codec, speech: Speech, config: RunConfig) -> None:
@@ -63,7 +63,7 @@ class Segments:
         """Batches of ``codes [B, Q, T]``, without end."""
         while True:
             codes = torch.stack([self.segment() for _ in range(self.rows)])
-            yield dataset.Batch(codes, torch.arange(self.rows), ())
+            yield dataset.CodesBatch(codes, torch.arange(self.rows), ())
 
 
 @dataclass

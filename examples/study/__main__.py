@@ -43,14 +43,14 @@ def study(
 ) -> None:
     """Train each variant and LoRA on a small Moshi with a short attention, and report what memory is worth.
 
-    It takes about an hour a seed. Interrupted, the same command goes on. The report is in OUT/report.
+    It takes about an hour a seed. After an interruption, the same command resumes. The report is in OUT/report.
     """
     warnings.showwarning = show_warning
     from study import plan
     from study.command import make
 
     report = make(
-        out, known=known, unseen=unseen or [], scale=plan.SMOKE if smoke else plan.FULL, subjects=plan.SUBJECTS,
+        out, known=known, unseen=unseen or [], scale=plan.SMOKE if smoke else plan.FULL, arms=plan.ARMS,
         ablations=plan.ABLATIONS, at_once=at_once, threads=threads, say=lambda text: typer.echo(text),
     )  # fmt: skip
     typer.echo((report / "report.md").read_text(encoding="utf-8"))

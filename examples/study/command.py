@@ -16,8 +16,7 @@ from moshi_ttt.system.folder_lock import LOCK, hold
 from moshi_ttt.system.output_folder import LITTER, OutputError, check_free, new_folder
 from moshi_ttt.system.threads import computing, largest
 from study import cost
-from study.plan import Scale
-from study.plan import Subject as Trained
+from study.plan import Arm, Scale
 from study.report import Report
 from study.results import read_group
 from study.stages import GROUPS, Study
@@ -28,12 +27,12 @@ MARKER = "study.json"
 
 
 def make(
-    out: Path, *, known: Sequence[Path], unseen: Sequence[Path], scale: Scale, subjects: Sequence[Trained],
-    ablations: Sequence[Trained], at_once: int, say: Callable[[str], None], threads: int | None = None,
+    out: Path, *, known: Sequence[Path], unseen: Sequence[Path], scale: Scale, arms: Sequence[Arm],
+    ablations: Sequence[Arm], at_once: int, say: Callable[[str], None], threads: int | None = None,
 ) -> Path:  # fmt: skip
     """Run whatever is not done yet in ``out``, and write ``out/report``; that folder. Raises a MoshiTTTError."""
     study = Study(
-        out=out, known=tuple(known), unseen=tuple(unseen), scale=scale, subjects=tuple(subjects),
+        out=out, known=tuple(known), unseen=tuple(unseen), scale=scale, arms=tuple(arms),
         ablations=tuple(ablations), at_once=at_once, say=say, threads=threads,
     )  # fmt: skip
     study.manifests()
@@ -76,7 +75,7 @@ def _make(study: Study) -> Path:
     study.encode()
     study.train_bases()
     study.tune()
-    study.train_subjects()
+    study.train_arms()
     study.evaluate()
     study.train_ablations()
     study.evaluate_ablations()
@@ -107,7 +106,7 @@ def _make(study: Study) -> Path:
 def _subjects(study: Study) -> list[Subject]:
     """The base model of the first seed, and with each chosen adapter."""
     registry, seed = default_registry(), study.scale.seeds[0]
-    folders = [(subject.name, study.run_dir(subject, seed, study.chosen(subject))) for subject in study.subjects]
+    folders = [(arm.name, study.run_dir(arm, seed, study.chosen(arm))) for arm in study.arms]
     host = read_config(str(folders[0][1] / "args.yaml"), registry=registry).host
     assert isinstance(host, MoshiHostConfig), host
     adapters = [(name, study.checkpoint(folder, study.scale.steps)) for name, folder in folders]

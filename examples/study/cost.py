@@ -1,4 +1,4 @@
-"""What a streamed frame costs: every subject in turns in one process, so that what disturbs one disturbs all."""
+"""What a streamed frame costs: the models take turns in one process, so that a disturbance affects all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROUNDS, FRAMES = 20, 16
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one subject.
+    """Of one model.
 
     Attributes:
         step_ratio: the median frame of one stream (main transformer, no depformer) over the base model's.

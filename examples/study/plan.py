@@ -19,11 +19,11 @@ class Scale:
 
     Attributes:
         context: frames that attention sees.
-        hearing: frames of a piece that is heard twice; a training segment is two of them.
+        hearing: frames of a clip that is presented twice; a training segment is two of them.
         batch: segments of a step.
         base_steps: steps of preparing the base model, all of it trained.
-        steps: steps of each subject.
-        pieces: pieces of each recording in recall.
+        steps: steps of each arm.
+        pieces: clips of each recording in recall.
         window: frames of a window in loss by position.
         seeds: of everything random: initial values, order of the recordings.
     """
@@ -48,7 +48,7 @@ class Scale:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class Arm:
     """Something that is trained on the frozen base model, by changes to the run's config.
 
     Attributes:
@@ -73,13 +73,13 @@ SMOKE = Scale(
 
 # All have about 200,000 trained parameters. A block's gates learn faster than the rest.
 TTT = ("optim.lr=3e-3", "optim.lr_groups.gates=3e-2")
-SUBJECTS = (
-    Subject(
+ARMS = (
+    Arm(
         name="LoRA",
         changes=("ttt=[]", "lora.enable=true", "lora.rank=17"),
         candidates=(("optim.lr=1e-3",), ("optim.lr=3e-3",)),
     ),
-    Subject(
+    Arm(
         name="TTT-Linear",
         changes=TTT,
         candidates=(
@@ -87,17 +87,17 @@ SUBJECTS = (
             ('ttt=[{variant: ttt_linear, layers: "1,2,3", chunk: 16, base_lr: 4}]',),
         ),
     ),
-    Subject(
+    Arm(
         name="TTT-MLP",
         changes=TTT,
         candidates=(('ttt=[{variant: ttt_mlp, layers: "1,3", chunk: 16}]',),),
     ),
-    Subject(
+    Arm(
         name="TTT multi-layer (3)",
         changes=TTT,
         candidates=(('ttt=[{variant: ttt_multilayer, layers: "1,3", chunk: 16, depth: 3, expansion: 2}]',),),
     ),
-    Subject(
+    Arm(
         name="in-place TTT",
         changes=("optim.lr=3e-3",),
         candidates=(
@@ -105,7 +105,7 @@ SUBJECTS = (
             ('ttt=[{variant: gating_mlp, layers: "1,2,3", chunk: 16, lr: 1, decay: 0.05, train_w_down: true}]',),
         ),
     ),
-    Subject(
+    Arm(
         name="in-place TTT + LoRA",
         changes=("lora.enable=true", "lora.rank=13"),
         candidates=(
@@ -116,19 +116,19 @@ SUBJECTS = (
 )
 
 
-IN_PLACE, LINEAR = SUBJECTS[4], SUBJECTS[1]
+IN_PLACE, LINEAR = ARMS[4], ARMS[1]
 
 
-def _in_place(name: str, options: str, *changes: str) -> Subject:
+def _in_place(name: str, options: str, *changes: str) -> Arm:
     """In-place TTT's first candidate, with one thing changed."""
     entry = f'ttt=[{{variant: gating_mlp, layers: "1,2,3", lr: 1, train_w_down: true, {options}}}]'
-    return Subject(name=f"{IN_PLACE.name}, {name}", changes=(*IN_PLACE.changes, entry, *changes))
+    return Arm(name=f"{IN_PLACE.name}, {name}", changes=(*IN_PLACE.changes, entry, *changes))
 
 
-def _linear(name: str, options: str) -> Subject:
+def _linear(name: str, options: str) -> Arm:
     """TTT-Linear's first candidate, with one thing changed."""
     entry = f'ttt=[{{variant: ttt_linear, layers: "1,2,3", {options}}}]'
-    return Subject(name=f"{LINEAR.name}, {name}", changes=(*LINEAR.changes, entry))
+    return Arm(name=f"{LINEAR.name}, {name}", changes=(*LINEAR.changes, entry))
 
 
 REFERENCES = (IN_PLACE, LINEAR)

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from moshi_ttt.evaluation.reporting import PALETTE, versions
-from moshi_ttt.evaluation.statistics import Interval
-from moshi_ttt.system.output_folder import METRICS
+from moshi_ttt.evaluation.statistics import as_json
+from moshi_ttt.system.report.figures import (
+    GREY,
+    colors,
+    heading,
+    interval_bar,
+    legend_outside,
+    name_rows,
+    panels,
+    rule,
+    save,
+)
+from moshi_ttt.system.report.tables import image, table, version_text
+from moshi_ttt.system.report.writer import numbers, versions, write_report
 from study.cost import Cost
 from study.plan import FRAME_RATE, Scale
-from study.results import BASE, ON, Group
+from study.results import BASE, ON, Group, Measured
 
 LORA = "LoRA"
-TITLES = {"test": "voices heard in training", "unseen": "voices never heard in training"}
+TITLES = {"test": "voices of the training recordings", "unseen": "voices that are in no training recording"}
 CONTROLS = ("updates off", "memory of another")
 
 
@@ -31,7 +38,7 @@ class Report:
         speech: names of the folders of recordings, by group.
         recall, context: by group of recordings.
         ablations: recall on the validation recordings, or None.
-        choices: which candidate each subject was given, and the validation losses of all.
+        choices: which candidate each arm was given, and the validation losses of all.
     """
 
     scale: Scale
@@ -45,8 +52,7 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """report.md, metrics.json, recall.png and context.png."""
-        (folder / METRICS).write_text(json.dumps(self._numbers(), indent=1) + "\n", encoding="utf-8")
-        (folder / "report.md").write_text("\n".join(self._lines()), encoding="utf-8")
+        write_report(folder, self._metrics(), self._lines())
         _plot_recall(folder / "recall.png", self.recall)
         _plot_context(folder / "context.png", self.context, self.scale.window)
 
@@ -56,42 +62,40 @@ class Report:
             "# Does memory help?", "",
             f"Attention sees {scale.context} frames ({scale.context / FRAME_RATE:.1f} s). Seeds: "
             f"{', '.join(map(str, scale.seeds))}; {scale.base_steps} steps of the base model, {scale.steps} of each "
-            f"subject, {scale.batch} segments of {scale.segment_seconds:.1f} s a step. "
-            + ", ".join(f"{name} {number}" for name, number in versions().items()) + ".",
+            f"arm, {scale.batch} segments of {scale.segment_seconds:.1f} s a step. {version_text()}.",
             *(f"{TITLES[name].capitalize()}: {', '.join(folders)}." for name, folders in self.speech.items()),
             "Means over seeds and recordings; in brackets 95 % percentile bootstrap intervals over recordings.", "",
         ]  # fmt: skip
         for name, group in self.recall.items():
             lines += [f"## Recall, {TITLES[name]} ({len(group.recordings)} recordings)", "", *recall_table(group), ""]
-            lines += [*hearings_table(group), ""]
-        lines += ["![recall](recall.png)", ""]
+            lines += [*presentations_table(group), ""]
+        lines += image("recall", "recall.png")
         for name, group in self.context.items():
-            title = f"## Audio loss beyond attention, {TITLES[name]} ({len(group.recordings)} recordings)"
+            title = f"## Audio loss beyond the attention context, {TITLES[name]} ({len(group.recordings)} recordings)"
             lines += [title, "", *context_table(group), ""]
-        lines += ["![loss by position](context.png)", "", "## Cost", "", *self._cost_table(), ""]
+        lines += [*image("loss by position", "context.png"), "## Cost", "", *self._cost_table(), ""]
         if self.ablations is not None:
             lines += ["## Ablations (recall, validation recordings, first seed)", "", *recall_table(self.ablations), ""]
         lines += ["## Chosen on the validation recordings", "", *self._choices(), ""]
         return lines
 
     def _cost_table(self) -> list[str]:
-        lines = [
-            "| | trained parameters | streamed frame / base model's | memory of a stream (KiB) |",
-            "| --- | ---: | ---: | ---: |",
-        ]
+        header = ("", "trained parameters", "streamed frame / base model's", "memory of a stream (KiB)")
         parameters = next(iter(self.recall.values())).parameters
-        return lines + [
-            f"| {name} | {parameters[name]:,} | {cost.step_ratio:.2f} | {cost.state_bytes / 1024:,.0f} |"
+        rows = [
+            (name, f"{parameters[name]:,}", f"{cost.step_ratio:.2f}", f"{cost.state_bytes / 1024:,.0f}")
             for name, cost in self.costs.items()
         ]
+        return table(header, rows)
 
     def _choices(self) -> list[str]:
-        lines = ["| | audio loss of each candidate | chosen |", "| --- | --- | ---: |"]
-        for name, losses in self.choices["validation_loss"].items():
-            lines.append(f"| {name} | {', '.join(f'{loss:.4f}' for loss in losses)} | {self.choices['chosen'][name]} |")
-        return lines
+        rows = [
+            (name, ", ".join(f"{loss:.4f}" for loss in losses), str(self.choices["chosen"][name]))
+            for name, losses in self.choices["validation_loss"].items()
+        ]
+        return table(("", "audio loss of each candidate", "chosen"), rows, "llr")
 
-    def _numbers(self) -> dict[str, Any]:
+    def _metrics(self) -> dict[str, Any]:
         groups = {f"recall, {name}": group for name, group in self.recall.items()}
         groups |= {f"context, {name}": group for name, group in self.context.items()}
         groups |= {"ablations": self.ablations} if self.ablations is not None else {}
@@ -99,150 +103,139 @@ class Report:
             "made_by": self.made_by, "versions": versions(), "scale": vars(self.scale), "speech": self.speech,
             "choices": self.choices,
             "costs": {name: vars(cost) for name, cost in self.costs.items()},
-            "groups": {name: _group_numbers(group) for name, group in groups.items()},
+            "groups": {name: _group_metrics(group) for name, group in groups.items()},
         }  # fmt: skip
 
 
 def recall_table(group: Group) -> list[str]:
-    """What hearing again saves, beyond what it saves the base model; and what is left of it under the controls."""
-    lines = [
-        "Nats saved per audio token in the second hearing, beyond the base model's; the third is after another piece.",
-        "", "| | trained parameters | second | seeds | beyond LoRA's | updates off | another's memory | third |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+    """The gain of the second presentation beyond the base model's; and what is left of it under the controls."""
+    header = ("", "trained parameters", "second", "seeds", "beyond LoRA's", "updates off", "another's memory", "third")
+    rows = []
+    for arm in group.arms():
+        second, third = (
+            group.of(each, arm) if arm == BASE else _gained(group, each, arm) for each in ("second", "third")
+        )  # of the base model its own gain
+        lora = str(second.minus(_gained(group, "second", LORA)).interval) if _beside_lora(group, arm) else ""
+        controls = [
+            _short(_gained(group, "second", arm, each)) if ("second", arm, each) in group.figures else ""
+            for each in CONTROLS
+        ]
+        row = [f"{group.parameters[arm]:,}", str(second.interval), _seeds(second), lora, *controls, _short(third)]
+        rows.append((arm, *row))
+    return [
+        "Gain (loss of the first presentation minus loss of this one, nats per audio token) beyond the base model's. "
+        "The third presentation follows a clip of another recording.", "",
+        *table(header, rows, "lrrlrrrr"),
     ]  # fmt: skip
-    base = {hearing: group.of(hearing, BASE) for hearing in ("second", "third")}
-    for subject in group.subjects():
-        second = group.of("second", subject).minus(base["second"])
-        third = group.of("third", subject).minus(base["third"])
-        lora = ""
-        if subject not in (BASE, LORA) and LORA in group.subjects():
-            lora = str(second.minus(group.of("second", LORA).minus(base["second"])).interval)
-        controls = []
-        for condition in CONTROLS:
-            there = ("second", subject, condition) in group.figures
-            controls.append(
-                _short(group.of("second", subject, condition).minus(base["second"]).interval) if there else ""
-            )
-        own = group.of("second", subject) if subject == BASE else second
-        lines.append(
-            f"| {subject} | {group.parameters[subject]:,} | {own.interval} | {_seeds(own.by_seed)} | {lora} | "
-            f"{controls[0]} | {controls[1]} | "
-            f"{_short((group.of('third', BASE) if subject == BASE else third).interval)} |"
-        )
-    return lines
 
 
-def hearings_table(group: Group) -> list[str]:
-    """The losses of the hearings themselves: a gain could also come of a first hearing that is worse."""
-    hearings = ("first", "second", "third")
-    lines = [
-        "Nats saved per audio token in each hearing itself, against the base model in the same hearing.", "",
-        f"| | {' | '.join(hearings)} |", "| --- | ---: | ---: | ---: |",
+def presentations_table(group: Group) -> list[str]:
+    """The losses of the presentations themselves: a gain could also come of a first presentation that is worse."""
+    presentations = ("first", "second", "third")
+    rows = [
+        (arm, *(str(_saved(group, f"loss, {each}", arm).interval) for each in presentations))
+        for arm in group.arms() if arm != BASE
     ]  # fmt: skip
-    for subject in group.subjects():
-        if subject != BASE:
-            saved = (group.of(f"loss, {each}", BASE).minus(group.of(f"loss, {each}", subject)) for each in hearings)
-            lines.append(f"| {subject} | {' | '.join(str(each.interval) for each in saved)} |")
-    return lines
+    return [
+        "Nats per audio token saved in each presentation, against the base model in the same presentation.", "",
+        *table(("", *presentations), rows),
+    ]  # fmt: skip
 
 
 def context_table(group: Group, stream: str = "audio") -> list[str]:
-    """Losses beyond attention's context, what is saved against the base model and against LoRA, and the controls."""
-    lines = [
-        "| | loss (nats a token) | saved against base | seeds | saved against LoRA | with updates off | "
-        "with another's memory |", "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
-    ]  # fmt: skip
-    base = group.of(stream, BASE)
-    for subject in group.subjects():
-        own = group.of(stream, subject)
-        saved = base.minus(own)
-        lora = ""
-        if subject not in (BASE, LORA) and LORA in group.subjects():
-            lora = str(group.of(stream, LORA).minus(own).interval)
-        controls = []
-        for condition in CONTROLS:
-            there = (stream, subject, condition) in group.figures
-            controls.append(_short(base.minus(group.of(stream, subject, condition)).interval) if there else "")
-        cells = ["", ""] if subject == BASE else [str(saved.interval), _seeds(saved.by_seed)]
-        lines.append(
-            f"| {subject} | {own.interval.value:.4f} | {cells[0]} | {cells[1]} | {lora} | {' | '.join(controls)} |"
-        )
-    return lines
+    """Losses beyond the attention context, what is saved against the base model and against LoRA, and the controls."""
+    header = (
+        "", "loss (nats/token)", "saved against base", "seeds", "saved against LoRA", "with updates off",
+        "with another's memory",
+    )  # fmt: skip
+    rows = []
+    for arm in group.arms():
+        own, saved = group.of(stream, arm), _saved(group, stream, arm)
+        against = ("", "") if arm == BASE else (str(saved.interval), _seeds(saved))
+        lora = str(group.of(stream, LORA).minus(own).interval) if _beside_lora(group, arm) else ""
+        controls = [
+            _short(_saved(group, stream, arm, each)) if (stream, arm, each) in group.figures else ""
+            for each in CONTROLS
+        ]
+        rows.append((arm, f"{own.interval.value:.4f}", *against, lora, *controls))
+    return table(header, rows, "lrrlrrr")
 
 
-def _short(interval: Interval) -> str:
-    return f"{interval.value:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
+def _gained(group: Group, presentation: str, arm: str, condition: str = ON) -> Measured:
+    """The gain beyond the base model's."""
+    return group.of(presentation, arm, condition).minus(group.of(presentation, BASE))
 
 
-def _seeds(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:+.3f}" for value in values)
+def _saved(group: Group, what: str, arm: str, condition: str = ON) -> Measured:
+    """How much lower the loss is than the base model's."""
+    return group.of(what, BASE).minus(group.of(what, arm, condition))
 
 
-def _group_numbers(group: Group) -> dict[str, Any]:
+def _beside_lora(group: Group, arm: str) -> bool:
+    return arm not in (BASE, LORA) and LORA in group.arms()
+
+
+def _short(measured: Measured) -> str:
+    return measured.interval.show(3, sign=True)
+
+
+def _seeds(measured: Measured) -> str:
+    return ", ".join(f"{value:+.3f}" for value in measured.by_seed)
+
+
+def _group_metrics(group: Group) -> dict[str, Any]:
     return {
         "recordings": group.recordings, "parameters": group.parameters,
         "figures": [
             {
-                "what": what, "subject": subject, "condition": condition, "by_seed": measured.by_seed,
-                **vars(measured.interval),
-                "by_recording": [[_number(v) for v in row] for row in measured.values.nanmean(2).tolist()],
+                "what": what, "subject": arm, "condition": condition, "by_seed": numbers(measured.by_seed),
+                **as_json(measured.interval),
+                "by_recording": [numbers(row) for row in measured.values.nanmean(2)],
             }
-            for (what, subject, condition), measured in group.figures.items()
+            for (what, arm, condition), measured in group.figures.items()
             if measured.values.isfinite().any()
         ],
     }  # fmt: skip
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _plot_recall(path: Path, groups: Mapping[str, Group]) -> None:
-    """A panel for each group: the gain of each subject, its interval, its seeds as dots, its controls as crosses."""
-    subjects = [name for name in next(iter(groups.values())).subjects() if name != BASE]
-    figure = Figure(figsize=(8, 1.2 + len(groups) * (0.7 + 0.34 * len(subjects))), layout="constrained")
-    panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (name, group) in zip(panels, groups.items(), strict=True):
-        base = group.of("second", BASE)
-        for place, subject in enumerate(subjects):
-            colour = PALETTE[place % len(PALETTE)]
-            gain = group.of("second", subject).minus(base)
-            axes.plot([gain.interval.low, gain.interval.high], [place, place], "-", color=colour, linewidth=3)
-            axes.plot(gain.interval.value, place, "o", color=colour, markersize=7)
-            axes.plot(gain.by_seed, [place - 0.22] * len(gain.by_seed), ".", color=colour, markersize=4)
+    """A panel for each group: the gain of each arm, its interval, its seeds as dots, its controls as crosses."""
+    arms = [name for name in next(iter(groups.values())).arms() if name != BASE]
+    figure, axes_of = panels(len(groups), width=9.5, height=1.2 + len(groups) * (0.7 + 0.34 * len(arms)), sharex=True)
+    for axes, (name, group) in zip(axes_of, groups.items(), strict=True):
+        rule(axes, x=0)
+        for place, arm in enumerate(arms):
+            gain, color = _gained(group, "second", arm), colors(place + 1)["color"]
+            interval_bar(axes, gain.interval.low, gain.interval.high, place, color, linewidth=3)
+            axes.plot(gain.interval.value, place, "o", color=color, markersize=7)
+            axes.plot(gain.by_seed, [place - 0.22] * len(gain.by_seed), ".", color=color, markersize=4)
             for condition, mark in zip(CONTROLS, ("|", "x"), strict=True):
-                if ("second", subject, condition) in group.figures:
-                    control = group.of("second", subject, condition).minus(base)
-                    label = condition if place == 1 else None
-                    axes.plot(control.interval.value, place + 0.22, mark, color="#666666", markersize=6, label=label)
-        axes.axvline(0, color="#BBBBBB", linewidth=1)
-        axes.set_yticks(range(len(subjects)), subjects, fontsize=8)
-        axes.invert_yaxis()
-        axes.set_title(TITLES[name], fontsize=9, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(fontsize=7, frameon=False, loc="lower right")
-    panels[-1].set_xlabel("nats per audio token saved in the second hearing, beyond the base model's; higher is better")
-    figure.savefig(path, dpi=120)
+                if ("second", arm, condition) in group.figures:
+                    control = _gained(group, "second", arm, condition).interval.value
+                    label = condition if place == len(arms) - 1 else None
+                    axes.plot(control, place + 0.22, mark, color=GREY, markersize=6, label=label)
+        name_rows(axes, arms)
+        heading(axes, TITLES[name])
+    legend_outside(figure)
+    axes_of[-1].set_xlabel("gain of the second presentation beyond the base model's (nats/token; higher is better)")
+    save(figure, path, grid="x")
 
 
 def _plot_context(path: Path, groups: Mapping[str, Group], window: int) -> None:
-    """A panel for each group: what each subject saves against the base model, window by window."""
-    figure = Figure(figsize=(8, 0.8 + 2.6 * len(groups)), layout="constrained")
-    panels = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
-    for axes, (name, group) in zip(panels, groups.items(), strict=True):
+    """A panel for each group: what each arm saves against the base model, window by window."""
+    figure, axes_of = panels(len(groups), width=9.5, height=0.8 + 2.6 * len(groups))
+    for axes, (name, group) in zip(axes_of, groups.items(), strict=True):
         base = group.windows["audio", BASE, ON]
-        subjects = [subject for subject in group.subjects() if subject != BASE]
-        for place, subject in enumerate(subjects):
-            for condition, style in ((ON, "-"), ("updates off", "--")):
-                if ("audio", subject, condition) in group.windows:
-                    saved = (base - group.windows["audio", subject, condition]).nanmean((0, 1))
+        rule(axes, y=0)
+        for place, arm in enumerate([arm for arm in group.arms() if arm != BASE], start=1):
+            for condition, dashes in ((ON, "-"), ("updates off", "--")):
+                if ("audio", arm, condition) in group.windows:
+                    saved = (base - group.windows["audio", arm, condition]).nanmean((0, 1))
                     seconds = [(index + 0.5) * window / FRAME_RATE for index in range(len(saved))]
-                    label = subject if condition == ON else None
-                    axes.plot(seconds, saved, style, color=PALETTE[place % len(PALETTE)], label=label, linewidth=1.6)
-        axes.axhline(0, color="#BBBBBB", linewidth=1)
-        axes.set_title(f"{TITLES[name]}; dashed: updates off", fontsize=9, loc="left")
-        axes.set_ylabel("nats saved")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(fontsize=7, frameon=False, ncols=3)
-    panels[-1].set_xlabel("position in the recording (s)")
-    figure.savefig(path, dpi=120)
+                    label = arm if condition == ON else None
+                    axes.plot(seconds, saved, dashes, color=colors(place)["color"], label=label, linewidth=1.6)
+        heading(axes, f"{TITLES[name]}; dashed: updates off")
+        axes.set_ylabel("saved against base (nats/token)")
+    legend_outside(figure)
+    axes_of[-1].set_xlabel("position in the recording (s)")
+    save(figure, path)

@@ -24,7 +24,7 @@ BASE, ON = "base", "updates on"
 
 @dataclass(frozen=True)
 class Measured:
-    """One figure of a subject under a condition: ``values [S, R, W]``, NaN where a recording has no such window."""
+    """One figure of an arm under a condition: ``values [S, R, W]``, NaN where a recording has no such window."""
 
     values: Tensor
 
@@ -47,9 +47,9 @@ class Group:
     """One evaluation of every seed, on one group of recordings.
 
     Attributes:
-        figures: by (what, subject, condition); what is ``second`` or ``third``, for gains; ``loss, first`` and so on,
-            for the hearings themselves; or a stream's name.
-        parameters: of each subject.
+        figures: by (what, arm, condition); what is ``second`` or ``third``, for gains; ``loss, first`` and so on,
+            for the presentations themselves; or a stream's name.
+        parameters: of each arm.
         windows: the same keys for streams, with all windows ``[S, R, W]``, those within attention's context too.
         recordings: their names.
     """
@@ -63,8 +63,8 @@ class Group:
         """Raises KeyError."""
         return self.figures[what, subject, condition]
 
-    def subjects(self) -> list[str]:
-        return list(dict.fromkeys(subject for _, subject, _ in self.figures))
+    def arms(self) -> list[str]:
+        return list(dict.fromkeys(arm for _, arm, _ in self.figures))
 
 
 def read_group(folders: Sequence[Path]) -> Group:

@@ -1,9 +1,9 @@
 """The study, stage by stage, each by commands that users have: what is there already is not made again.
 
 OUT/encoded/{train,valid,test,unseen}   tokens of the recordings; unseen: voices that nothing is trained on
-OUT/twice, OUT/shuffled/{train,valid}   pieces heard twice, in order and in random order
+OUT/twice, OUT/shuffled/{train,valid}   clips presented twice, in order and in random order
 OUT/seed_0/base                         a small Moshi with a short attention, trained on the same recordings
-OUT/seed_0/NAME/0, 1, ...               each subject's candidates; those of the first seed decide
+OUT/seed_0/NAME/0, 1, ...               each arm's candidates; those of the first seed decide
 OUT/choices.json                        which candidate was best on the validation recordings
 OUT/seed_0/{recall,context}_{test,unseen}, OUT/ablations   evaluations
 """
@@ -22,7 +22,7 @@ from moshi_ttt.hosts.moshi.tiny import random_tiny_lm, tiny_config
 from moshi_ttt.training.logs import METRICS
 from study.jobs import Job, StudyError, run_jobs
 from study.material import heard_twice, shuffled_twice
-from study.plan import MODEL, REFERENCES, Scale, Subject
+from study.plan import MODEL, REFERENCES, Arm, Scale
 
 CONFIG = "train-cpu"
 SPLITS = ("train", "valid", "test")
@@ -44,8 +44,8 @@ class Study:
     known: tuple[Path, ...]
     unseen: tuple[Path, ...]
     scale: Scale
-    subjects: tuple[Subject, ...]
-    ablations: tuple[Subject, ...]
+    arms: tuple[Arm, ...]
+    ablations: tuple[Arm, ...]
     at_once: int
     say: Callable[[str], None]
     threads: int | None = None
@@ -63,7 +63,7 @@ class Study:
         return sources
 
     def encode(self) -> None:
-        """The tokens of all recordings, and the pieces made of them."""
+        """The tokens of all recordings, and the clips made of them."""
         sources = self.manifests()
         self._run(
             Job(
@@ -89,12 +89,12 @@ class Study:
         return self.out / "encoded" / name
 
     def training_material(self) -> str:
-        """Pieces heard twice, shuffled ones twice as often as others, and a recording to every fifty of them."""
+        """Clips presented twice, shuffled ones twice as often as others, and a recording to every fifty of them."""
         weights = {"shuffled": 0.6, "twice": 0.3, "encoded": 0.02}
         return ",".join(f"{self.out / kind / 'train'}:{weight}" for kind, weight in weights.items())
 
     def validation_material(self) -> str:
-        """Pieces heard twice, and as many shuffled ones."""
+        """Clips presented twice, and as many shuffled ones."""
         return ",".join(str(self.out / kind / "valid") for kind in ("shuffled", "twice"))
 
     # ---- what is trained
@@ -138,58 +138,58 @@ class Study:
         )  # fmt: skip
 
     def tune(self) -> None:
-        """Every candidate of every subject, with the first seed; the choices are kept."""
+        """Every candidate of every arm, with the first seed; the choices are kept."""
         first = self.scale.seeds[0]
         self._run(
-            self.subject_job(subject, first, number)
-            for subject in self.subjects for number in range(len(subject.candidates))
+            self.arm_job(arm, first, number)
+            for arm in self.arms for number in range(len(arm.candidates))
         )  # fmt: skip
         losses = {
-            subject.name: [self.validation_loss(subject, first, number) for number in range(len(subject.candidates))]
-            for subject in self.subjects
+            arm.name: [self.validation_loss(arm, first, number) for number in range(len(arm.candidates))]
+            for arm in self.arms
         }
         chosen = {name: tried.index(min(tried)) for name, tried in losses.items()}
         with atomic_file(self.out / "choices.json") as temporary:
             temporary.write_text(json.dumps({"chosen": chosen, "validation_loss": losses}, indent=1), encoding="utf-8")
 
-    def train_subjects(self) -> None:
+    def train_arms(self) -> None:
         """The chosen candidates with every seed."""
         self._run(
-            self.subject_job(subject, seed, self.chosen(subject))
-            for seed in self.scale.seeds for subject in self.subjects
+            self.arm_job(arm, seed, self.chosen(arm))
+            for seed in self.scale.seeds for arm in self.arms
         )  # fmt: skip
 
     def train_ablations(self) -> None:
         """Each with the first seed."""
-        self._run(self.subject_job(subject, self.scale.seeds[0], 0) for subject in self.ablations)
+        self._run(self.arm_job(arm, self.scale.seeds[0], 0) for arm in self.ablations)
 
-    def chosen(self, subject: Subject) -> int:
-        """The number of a subject's candidate; an ablation has one."""
-        if len(subject.candidates) == 1:
+    def chosen(self, arm: Arm) -> int:
+        """The number of an arm's candidate; an ablation has one."""
+        if len(arm.candidates) == 1:
             return 0
         choices = json.loads((self.out / "choices.json").read_text(encoding="utf-8"))
-        return int(choices["chosen"][subject.name])
+        return int(choices["chosen"][arm.name])
 
     def base(self, seed: int) -> Path:
         return self.out / f"seed_{seed}" / "base"
 
-    def run_dir(self, subject: Subject, seed: int, number: int) -> Path:
-        return self.out / f"seed_{seed}" / subject.folder / str(number)
+    def run_dir(self, arm: Arm, seed: int, number: int) -> Path:
+        return self.out / f"seed_{seed}" / arm.folder / str(number)
 
     def checkpoint(self, run_dir: Path, steps: int) -> Path:
         return run_dir / "checkpoints" / f"checkpoint_{steps:06d}"
 
-    def subject_job(self, subject: Subject, seed: int, number: int) -> Job:
-        """Training of a subject on the base model of its seed."""
+    def arm_job(self, arm: Arm, seed: int, number: int) -> Job:
+        """Training of an arm on the base model of its seed."""
         files = self.checkpoint(self.base(seed), self.scale.base_steps) / "consolidated"
         changes = (
             f"moshi_paths.config_path={files / 'config.json'}",
             f"moshi_paths.moshi_path={files / 'consolidated.safetensors'}", "carry_state=true",
             f"data.train_data={self.training_material()}", f"data.eval_data={self.validation_material()}",
-            *subject.changes, *subject.candidates[number],
+            *arm.changes, *arm.candidates[number],
         )  # fmt: skip
-        name = f"{subject.name}, seed {seed}, candidate {number}"
-        return self._training(name, self.run_dir(subject, seed, number), seed, self.scale.steps, changes)
+        name = f"{arm.name}, seed {seed}, candidate {number}"
+        return self._training(name, self.run_dir(arm, seed, number), seed, self.scale.steps, changes)
 
     def _training(self, name: str, run_dir: Path, seed: int, steps: int, changes: Sequence[str]) -> Job:
         common = (
@@ -202,20 +202,20 @@ class Study:
             name=f"train {name}", arguments=("train", CONFIG, *common, *changes), result=self.checkpoint(run_dir, steps)
         )
 
-    def validation_loss(self, subject: Subject, seed: int, number: int) -> float:
+    def validation_loss(self, arm: Arm, seed: int, number: int) -> float:
         """Nats per audio token of the validation material, after the last step."""
-        lines = (self.run_dir(subject, seed, number) / METRICS).read_text(encoding="utf-8").splitlines()
+        lines = (self.run_dir(arm, seed, number) / METRICS).read_text(encoding="utf-8").splitlines()
         losses = [record["nats_audio"] for line in lines if (record := json.loads(line))["kind"] == "eval"]
         return float(losses[-1])
 
     # ---- what comes of it
 
     def evaluate(self) -> None:
-        """Recall and loss by position of the chosen subjects of each seed, once, on recordings not used so far."""
+        """Recall and loss by position of the chosen arms of each seed, once, on recordings not used so far."""
         groups = [group for group in GROUPS if self.encoded(group).exists()]
         self._run(
             self._evaluation(
-                kind, seed, {each: self.chosen(each) for each in self.subjects}, group,
+                kind, seed, {each: self.chosen(each) for each in self.arms}, group,
                 self.out / f"seed_{seed}" / f"{kind}_{group}",
             )
             for seed in self.scale.seeds for group in groups for kind in ("recall", "context")
@@ -224,16 +224,16 @@ class Study:
     def evaluate_ablations(self) -> None:
         """Recall on the validation recordings, of the ablations and of what they change, with the first seed."""
         if self.ablations:
-            references = [subject for subject in REFERENCES if subject in self.subjects]
+            references = [arm for arm in REFERENCES if arm in self.arms]
             compared = dict.fromkeys([*references, *self.ablations], 0)
             self._run([self._evaluation("recall", self.scale.seeds[0], compared, "valid", self.out / "ablations")])
 
-    def _evaluation(self, kind: str, seed: int, compared: Mapping[Subject, int], group: str, place: Path) -> Job:
-        """Of subjects and the number of a candidate of each."""
-        run_dirs = {subject: self.run_dir(subject, seed, number) for subject, number in compared.items()}
+    def _evaluation(self, kind: str, seed: int, compared: Mapping[Arm, int], group: str, place: Path) -> Job:
+        """Of arms and the number of a candidate of each."""
+        run_dirs = {arm: self.run_dir(arm, seed, number) for arm, number in compared.items()}
         adapters: list[str] = []
-        for subject, run_dir in run_dirs.items():
-            adapters += ["-a", f"{subject.name}={self.checkpoint(run_dir, self.scale.steps)}"]
+        for arm, run_dir in run_dirs.items():
+            adapters += ["-a", f"{arm.name}={self.checkpoint(run_dir, self.scale.steps)}"]
         config = next(reversed(run_dirs.values())) / "args.yaml"  # of any of them: they share the base model
         options = {
             "recall": ("recall", "--frames", str(self.scale.hearing), "--pieces", str(self.scale.pieces)),

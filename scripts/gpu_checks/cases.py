@@ -17,7 +17,7 @@ from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo
 from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.injection import Injection
-from moshi_ttt.data.dataset import Batch
+from moshi_ttt.data.dataset import CodesBatch
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 
 CHUNK = 8
@@ -102,12 +102,12 @@ def tiny_model(
     return model, injection
 
 
-def batches(model: Any, count: int, frames: int, rows: int = 2) -> list[Batch]:
+def batches(model: Any, count: int, frames: int, rows: int = 2) -> list[CodesBatch]:
     """Made-up training batches, codes ``[rows, 1 + Q, frames]``."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for _ in range(count):
         text = torch.randint(0, model.text_card, (rows, 1, frames), generator=generator)
         audio = torch.randint(0, model.card, (rows, model.n_q, frames), generator=generator)
-        made.append(Batch(torch.cat([text, audio], 1), torch.arange(rows), ()))
+        made.append(CodesBatch(torch.cat([text, audio], 1), torch.arange(rows), ()))
     return made

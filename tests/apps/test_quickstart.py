@@ -56,7 +56,7 @@ def test_quickstart_writes_the_whole_folder(cli, tmp_path):
     report = (folder / "report.md").read_text()
     for fact in (
         "ttt_linear", "updates on", "updates off", "base model", "trained without updates", "memory cleared",
-        "CC-BY-SA", "fp32_state", "bfloat16", "real-time factor", "A clip heard twice",
+        "CC-BY-SA", "fp32_state", "bfloat16", "real-time factor", "A clip presented twice",
     ):  # fmt: skip
         assert fact in report, fact
     model = resolve_repo("builtin:tiny").load_lm()
@@ -185,7 +185,7 @@ def test_a_verdict_says_no_more_than_the_numbers():
     values = torch.arange(640, dtype=torch.float64).cos() + 3
     same, lower = Curve(name="a", values=values), Curve(name="b", values=values - 0.1)
     noisy = Curve(name="c", values=values + 0.1 * torch.randn(640, generator=torch.Generator().manual_seed(0)))
-    assert verdict(compare(lower, same)).startswith("b: 0.1000 nats per token lower than a")
+    assert verdict(compare(lower, same)).startswith("b: 0.1000 nats/token lower than a")
     assert "HIGHER" in verdict(compare(same, lower))
     assert "No clear difference" in verdict(compare(noisy, same))
     assert "No clear difference" in verdict(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moshi_ttt.data import dataset
-from moshi_ttt.data.corpus import Corpus, Recording, SegmentError, Source, open_corpus
+from moshi_ttt.data.corpus import Corpus, SegmentError, Source, SourceRecording, open_corpus
 from moshi_ttt.data.dataset import TrainingData, loader
 from moshi_ttt.data.manifest import DataError, Problem, SourceSpec
 
@@ -25,7 +25,7 @@ class Numbers(Source):
     def __init__(self, tmp_path, number, lengths, broken):
         self.number, self.broken = number, broken
         recordings = [
-            Recording(name=str(r), frames=n * FRAMES, segments=n, manifest=tmp_path / "t.jsonl", line=r + 1)
+            SourceRecording(name=str(r), frames=n * FRAMES, segments=n, manifest=tmp_path / "t.jsonl", line=r + 1)
             for r, n in enumerate(lengths)
         ]
         super().__init__(SourceSpec(tmp_path / f"source{number}", 1.0 + number), recordings)

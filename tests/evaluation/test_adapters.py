@@ -129,7 +129,7 @@ def test_whole_evaluations_are_those_of_models_of_their_own(folders, loads):
     )
     codes = document(20, 3).codes
     for subject in subjects[1:]:
-        variant = zero_shot.Variant(model=subject.model, host=MOSHI_HOST, present=subject.present)
+        variant = zero_shot.ScoredModel(model=subject.model, host=MOSHI_HOST, present=subject.present)
         with variant.present():
             found = zero_shot.score_codes(variant.model, variant.host, codes)
         assert found == zero_shot.score_codes(alone("", folders[subject.name]).model, MOSHI_HOST, codes)

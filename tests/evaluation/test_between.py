@@ -10,7 +10,7 @@ import torch
 
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.evaluation import between
-from moshi_ttt.evaluation.between import Options, evaluate, read_counts
+from moshi_ttt.evaluation.between import BetweenOptions, evaluate, read_counts
 from moshi_ttt.evaluation.between_report import write_between
 from moshi_ttt.evaluation.documents import Document
 from moshi_ttt.evaluation.subjects import listen
@@ -24,7 +24,7 @@ INTERLUDES = [document(2 * FRAMES + 3, 10 + n) for n in range(3)]  # six clips
 
 def run(subjects, documents=None, interludes=INTERLUDES, on_batch=lambda: None, **changes):
     documents = documents or [document(2 * FRAMES, n) for n in range(3)]
-    options = Options(**{"counts": COUNTS, "frames": FRAMES, "batch_size": 8, **changes})
+    options = BetweenOptions(**{"counts": COUNTS, "frames": FRAMES, "batch_size": 8, **changes})
     return evaluate(subjects, documents, interludes, options, on_batch=on_batch)
 
 

@@ -43,8 +43,8 @@ def test_every_figure_is_in_the_table(cli, folders, tmp_path):
     report = (tmp_path / "all" / "report.md").read_text().splitlines()
     (base,) = [line for line in report if line.startswith("| base |")]
     (ttt,) = [line for line in report if line.startswith("| ttt, updates on |")]
-    assert base == "| base | 2.5000 (2.4000 to 2.6000) |  | 0.5000 (0.4000 to 0.6000) |"
-    assert ttt == "| ttt, updates on | 2.2500 (2.2000 to 2.3000) | 0.1250 |  |"
+    assert base == "| base | 2.5000 (2.4000 to 2.6000) | | 0.5000 (0.4000 to 0.6000) |"
+    assert ttt == "| ttt, updates on | 2.2500 (2.2000 to 2.3000) | 0.1250 | |"
     metrics = json.loads((tmp_path / "all" / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert len(metrics["results"]) == 4
     assert metrics["results"][2]["low"] is None
@@ -60,7 +60,7 @@ def test_results_of_segments_stand_in_a_column_of_their_own(cli, folders, tmp_pa
     result = cli("evaluate", "compare", folders[0], segments, "--out", tmp_path / "all")
     assert result.exit_code == 0, result.said
     report = (tmp_path / "all" / "report.md").read_text()
-    assert "audio loss beyond attention, segments of 192 frames (nats a token)" in report
+    assert "audio loss beyond the attention context, segments of 192 frames (nats/token)" in report
     assert "| base | 2.5000 (2.4000 to 2.6000) | 3.0000 (2.9000 to 3.1000) |" in report
 
 
@@ -81,7 +81,7 @@ def test_two_figures_for_the_same_thing_are_refused(cli, folders, tmp_path):
 def test_what_cannot_be_compared_is_refused(cli, folders, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "is no result of" in cli("evaluate", "compare", empty, "--out", tmp_path / "all").said
+    assert "is not a result of" in cli("evaluate", "compare", empty, "--out", tmp_path / "all").said
     quickstart = write(tmp_path / "quickstart", made_by="moshi-ttt quickstart")
     assert "made by 'moshi-ttt quickstart'" in cli("evaluate", "compare", quickstart, "--out", tmp_path / "all").said
     other = write(tmp_path / "other", **{"made_by": "moshi-ttt evaluate recall", "base model": "a/b", "gains": []})

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.core.block import BlockContext, SequenceBlock
 from moshi_ttt.core.errors import ConfigError
-from moshi_ttt.core.inner_losses import CURVES, running_mean
+from moshi_ttt.core.inner_losses import CURVES
 from moshi_ttt.evaluation.inner_loop import evaluate, write_inner_loop
 from moshi_ttt.evaluation.subjects import Subject
 from moshi_ttt.hosts.moshi.losses import delayed
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
+from moshi_ttt.system.report.inner_losses import running_mean
 
 from .conftest import CONTEXT, document, subject_with
 

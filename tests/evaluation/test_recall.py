@@ -198,9 +198,11 @@ def test_a_report_names_the_hearings(base, tmp_path):
     assert (first["second"][-1] is None, first["third"][-1]) == (False, None)
     report = (tmp_path / "report.md").read_text()
     assert "| ttt_linear, updates off | third |" in report
-    assert "3 pieces of 40 frames, up to 2 of each recording" in report
+    assert "3 clips of 40 frames, up to 2 of each recording" in report
     assert metrics["memory_of_another_had_heard_own"]["third"] == 3
-    assert "third hearing: in 3 of 3 pieces that memory had heard the piece's own recording too" in report
+    assert (
+        "third presentation: in 3 of 3 clips the other memory has already processed the clip's own recording" in report
+    )
     assert (tmp_path / "recall_by_position.png").stat().st_size > 5_000
 
 
@@ -213,12 +215,12 @@ def test_a_report_of_the_base_alone_says_nothing_of_memories(base, tmp_path):
 def test_recordings_that_are_too_short_or_too_few_are_refused(base):
     with pytest.raises(ConfigError, match=r"two recordings of 40 frames or more, and 1 of 2"):
         run([base], [document(FRAMES, 0), document(FRAMES - 1, 1)])
-    with pytest.raises(ConfigError, match="none is left beyond the attention's context of 8"):
+    with pytest.raises(ConfigError, match="A clip of 9 frames has none beyond the attention context of 8"):
         run([base], frames=CONTEXT + 1)
 
 
 def test_no_pieces_are_refused(base):
-    with pytest.raises(ConfigError, match=r"0 pieces of each recording: give 1 or more"):
+    with pytest.raises(ConfigError, match=r"0 clips of each recording: give 1 or more"):
         run([base], pieces=0)
 
 

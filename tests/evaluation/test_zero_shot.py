@@ -17,18 +17,10 @@ from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.data.audio import read_audio
 from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.data.manifest import DataError
+from moshi_ttt.evaluation.pair_accuracy import ScoringError, accuracy, evaluate_pairs
 from moshi_ttt.evaluation.pairs import DATASETS, Pair, PairsError, PairSet, read_pairs
-from moshi_ttt.evaluation.zero_shot import (
-    Score,
-    ScoringError,
-    Variant,
-    accuracy,
-    encode,
-    evaluate_pairs,
-    run,
-    score,
-    score_codes,
-)
+from moshi_ttt.evaluation.zero_shot import Score, ScoredModel, encode, run, score, score_codes
+from moshi_ttt.evaluation.zero_shot_report import zero_shot_lines, zero_shot_metrics
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import load_skeleton, resolve_repo
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm, speech_files
@@ -205,7 +197,7 @@ def test_the_interval_is_over_items_and_seeded():
 def test_nothing_to_average_raises():
     with pytest.raises(ScoringError, match=r"No pairs to score. Give a data set"):
         accuracy([])
-    with pytest.raises(ScoringError, match="right0-0 scores nan, which is no finite number"):
+    with pytest.raises(ScoringError, match="right0-0 has the score nan, which is not finite"):
         evaluate_pairs(made_up(1), lambda path: math.nan)
 
 
@@ -214,9 +206,9 @@ def test_nothing_to_average_raises():
 
 def test_variants_are_scored_on_the_same_pairs(base, model, codec, pairs, wavs):
     variants = {
-        "base": Variant(model=base, host=MOSHI_HOST),
-        "updates on": Variant(model=model, host=MOSHI_HOST),
-        "updates off": Variant(model=model, host=MOSHI_HOST, updates=False),
+        "base": ScoredModel(model=base, host=MOSHI_HOST),
+        "updates on": ScoredModel(model=model, host=MOSHI_HOST),
+        "updates off": ScoredModel(model=model, host=MOSHI_HOST, updates=False),
     }
     seen: list[tuple[int, int]] = []
     results = run(variants, codec, pairs, progress=lambda done, total: seen.append((done, total)))
@@ -230,33 +222,33 @@ def test_variants_are_scored_on_the_same_pairs(base, model, codec, pairs, wavs):
         ]
         assert [outcome.right, outcome.wrong] == expected
 
-    values = json.loads(json.dumps(results.to_json(scores=True), allow_nan=False))
+    values = json.loads(json.dumps(zero_shot_metrics(results, scores=True), allow_nan=False))
     assert values["left_out"] == ["line 4: no partner."]
     assert values["variants"]["base"]["groups"]["first"]["accuracy"]["low"] is None  # one item has no interval
     assert values["variants"]["updates on"]["scores"][1]["name"] == "b"
-    assert "scores" not in results.to_json()["variants"]["base"]
-    text = results.to_markdown()
+    assert "scores" not in zero_shot_metrics(results)["variants"]["base"]
+    text = "\n".join(zero_shot_lines(results))
     assert "2 pairs of 2 items; 1 more could not be used." in text
     assert "over all codebooks (mean per predicted token)" in text
-    assert "| variant | accuracy, % | minus base, points |" in text
+    assert "| model | accuracy, % | minus base, points |" in text
     assert "| group | items | base | updates on | updates off |" in text
     assert text.count("\n| ") == 2 + 3 + 2 + 2
 
     summed = run({"base": variants["base"]}, codec, pairs, normalisation="sum", codebooks="semantic")
     first = summed.evaluations["base"].outcomes[0]
     assert first.right == score(base, MOSHI_HOST, codec, wavs[0], codebooks="semantic").nats
-    assert "the first, semantic codebook (sum, not normalised by length)" in summed.to_markdown()
+    assert "the first, semantic codebook (sum, not normalized by length)" in "\n".join(zero_shot_lines(summed))
 
 
 def test_what_cannot_be_compared_raises(base, codec, pairs):
-    variant = Variant(model=base, host=MOSHI_HOST)
+    variant = ScoredModel(model=base, host=MOSHI_HOST)
     with pytest.raises(ScoringError, match=r"No variants to score with. Give at least one"):
         run({}, codec, pairs)
     with pytest.raises(ScoringError, match="normalisation = 'mean': allowed are token and sum"):
         run({"base": variant}, codec, pairs, normalisation="mean")
     with pytest.raises(ScoringError, match="codebooks = 'first': allowed are all and semantic"):
         run({"base": variant}, codec, pairs, codebooks="first")
-    other = Variant(model=random_tiny_lm(), host=MOSHI_HOST)
+    other = ScoredModel(model=random_tiny_lm(), host=MOSHI_HOST)
     with pytest.raises(
         ScoringError, match=r"'base' and 'other' are of different base models: they differ in .*weights"
     ):
@@ -270,8 +262,8 @@ def test_a_score_of_no_finite_number_stops_a_run(codec, pairs):
     with torch.no_grad():
         broken.text_emb.weight.fill_(math.nan)
         broken.emb[0].weight.fill_(math.nan)
-    with pytest.raises(ScoringError, match=r"0.wav scores nan, .*moshi-ttt doctor"):
-        run({"base": Variant(model=broken, host=MOSHI_HOST)}, codec, pairs)
+    with pytest.raises(ScoringError, match=r"0.wav has the score nan, .*moshi-ttt doctor"):
+        run({"base": ScoredModel(model=broken, host=MOSHI_HOST)}, codec, pairs)
 
 
 # Layouts

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from moshi_ttt import default_registry
 from moshi_ttt.configs.settings import Settings, parse_settings
 from moshi_ttt.core.sharding import whole
-from moshi_ttt.data.dataset import Batch
+from moshi_ttt.data.dataset import CodesBatch
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import load_skeleton
 from moshi_ttt.hosts.moshi.tiny import bundle_folder, tiny_config
@@ -76,11 +76,11 @@ def _settings(repository: Path, run_dir: Path) -> Settings:
     return parse_settings(values, registry=default_registry(), where="test")
 
 
-def _random_batch(model) -> Batch:
+def _random_batch(model) -> CodesBatch:
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(0, model.text_card, (1, 1, FRAMES), generator=generator)
     audio = torch.randint(0, model.card, (1, model.n_q, FRAMES), generator=generator)
-    return Batch(torch.cat([text, audio], dim=1), torch.zeros(1, dtype=torch.int64), ())
+    return CodesBatch(torch.cat([text, audio], dim=1), torch.zeros(1, dtype=torch.int64), ())
 
 
 def test_one_step_of_a_full_width_layer(repository, tmp_path):

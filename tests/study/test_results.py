@@ -36,7 +36,7 @@ def test_gains_of_seeds_are_averaged_recording_by_recording(tmp_path):
     ]
     group = read_group(folders)
     assert group.parameters == {"base": 0, "ttt": 7}
-    assert group.subjects() == ["base", "ttt"]
+    assert group.arms() == ["base", "ttt"]
     saved = group.of("second", "ttt").minus(group.of("second", "base"))
     assert saved.by_seed == [2.0, 3.5]
     assert saved.interval.value == 2.75

@@ -24,7 +24,7 @@ from study.stages import Study
 from tests.data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript
 
 FRAMES = {"train": 130, "valid": 60, "test": 110}
-SUBJECTS = tuple(subject for subject in plan.SUBJECTS if subject.name in ("LoRA", "in-place TTT"))
+ARMS = tuple(arm for arm in plan.ARMS if arm.name in ("LoRA", "in-place TTT"))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def speech(tmp_path_factory) -> Path:
 def study(speech: Path, out: Path, **changes: Any) -> tuple[Path, list[str]]:
     said: list[str] = []
     options: dict[str, Any] = {
-        "known": [speech / "known"], "unseen": [speech / "unseen"], "subjects": SUBJECTS,
+        "known": [speech / "known"], "unseen": [speech / "unseen"], "arms": ARMS,
         "scale": replace(plan.SMOKE, seeds=(0, 1)), "ablations": plan.ABLATIONS[:1], "at_once": 2, "say": said.append,
     }  # fmt: skip
     return make(out, **{**options, **changes}), said
@@ -63,10 +63,10 @@ def test_a_study_goes_on_where_it_was_and_reports(speech, tmp_path):
     assert len([line for line in said if line.startswith("train base")]) == 2
     text = (report / "report.md").read_text()
     for expected in (
-        "Voices heard in training: known.",
-        "Voices never heard in training: unseen.",
-        "voices heard in training (2 recordings)",
-        "voices never heard",
+        "Voices of the training recordings: known.",
+        "Voices that are in no training recording: unseen.",
+        "voices of the training recordings (2 recordings)",
+        "## Recall, voices that are in no training recording",
         "in-place TTT",
         "Ablations",
     ):
@@ -129,28 +129,28 @@ def test_another_study_does_not_go_on_in_the_same_folder(speech, tmp_path, monke
 # ---- the plan
 
 
-def parameters(subject: plan.Subject, out: Path, candidate: int = 0) -> int:
+def parameters(arm: plan.Arm, out: Path, candidate: int = 0) -> int:
     registry = default_registry()
     base = Study(
-        out=out, known=(), unseen=(), scale=plan.FULL, subjects=(), ablations=(), at_once=1, say=print
+        out=out, known=(), unseen=(), scale=plan.FULL, arms=(), ablations=(), at_once=1, say=print
     ).base_config()  # fmt: skip
     model = f"moshi_paths.config_path={base}"
-    changes = ["data.train_data=x", "run_dir=x", model, *subject.changes, *subject.candidates[candidate]]
+    changes = ["data.train_data=x", "run_dir=x", model, *arm.changes, *arm.candidates[candidate]]
     groups = skeleton(read_settings("train-cpu", changes, registry), registry).groups()
     return sum(parameter.numel() for members in groups.values() for parameter in members.values())
 
 
-def test_subjects_have_alike_many_parameters(tmp_path):
-    counts = {subject.name: parameters(subject, tmp_path) for subject in plan.SUBJECTS}
+def test_arms_have_alike_many_parameters(tmp_path):
+    counts = {arm.name: parameters(arm, tmp_path) for arm in plan.ARMS}
     assert max(counts.values()) <= 1.08 * counts["LoRA"], counts
     assert min(counts.values()) >= 0.92 * counts["LoRA"], counts
 
 
-@pytest.mark.parametrize("subject", [*plan.SUBJECTS, *plan.ABLATIONS], ids=lambda subject: subject.name)
-def test_every_candidate_is_a_valid_run(subject, tmp_path):
-    assert {parameters(subject, tmp_path, number) > 0 for number in range(len(subject.candidates))} == {True}
+@pytest.mark.parametrize("arm", [*plan.ARMS, *plan.ABLATIONS], ids=lambda arm: arm.name)
+def test_every_candidate_is_a_valid_run(arm, tmp_path):
+    assert {parameters(arm, tmp_path, number) > 0 for number in range(len(arm.candidates))} == {True}
 
 
 def test_names_give_folders_of_their_own():
-    folders = [subject.folder for subject in (*plan.SUBJECTS, *plan.ABLATIONS)]
+    folders = [arm.folder for arm in (*plan.ARMS, *plan.ABLATIONS)]
     assert len(folders) == len(set(folders))
