@@ -42,7 +42,7 @@ def speech_layout(n_q: int, dep_q: int, delays: Sequence[int]) -> SpeechLayout:
     voices = [list(delays[start:stop]) for start, stop in zip(starts, [*starts[1:], n_q], strict=True)]
     if dep_q not in (0, n_q) or len(voices) not in (1, 2) or voices[0] != voices[-1]:
         raise HostError(
-            f"This model predicts {dep_q} of its {n_q} input codebooks, with delays {list(delays)}. Supported "
+            f"This model predicts {dep_q} of the {n_q} codebooks of its input, with delays {list(delays)}. Supported "
             "are one voice or two with as many codebooks and the same delays each, of which all, the first, or none "
             "are predicted."
         )
