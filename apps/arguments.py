@@ -28,5 +28,5 @@ PATH: _PathOptions = {"parser": _path, "metavar": "PATH"}
 """What an option or argument that is a path is declared with."""
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", min=1, help="Processor threads to compute with; one for a small model if left out."),
+    typer.Option("--threads", min=1, help="Number of CPU threads. Default: one for a small model, else all cores."),
 ]

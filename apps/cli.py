@@ -31,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help=(
-        "Test-time-training layers for Moshi: a memory that learns while it listens.\n\n"
+        "Test-time-training (TTT) layers for Moshi: layers whose weights keep learning during inference.\n\n"
         "Start with [bold]moshi-ttt quickstart[/]: it trains such layers inside a small Moshi on recorded speech, "
         "streams a recording through it, and writes a folder with a report. It needs no GPU and no download."
     ),

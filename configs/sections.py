@@ -22,7 +22,7 @@ class TrainConfig(FrozenConfig):
         batch_size, frames: one step sees ``batch_size`` segments of ``frames`` frames (12.5 frames are a second).
         learning_rate: of the blocks' parameters, at its highest: it warms up over ``warmup`` steps, then follows a
             half cosine down to a tenth.
-        gate_learning_rate: the same for the gates, one number per channel that decides how much of a block is heard.
+        gate_learning_rate: the same for the gates, one number per channel that scales the output of a block.
         weight_decay: on matrices only.
         clip: largest gradient norm.
         text_weight: weight of the text loss beside the audio loss.

@@ -70,7 +70,7 @@ class AdapterContents:
 
 
 def save_adapter(injection: Injection, folder: str | Path, *, training_step: int = 0) -> Path:
-    """Write the blocks' parameters, and what else the host was given (a LoRA), to ``folder``.
+    """Write the blocks' parameters, and the host's extra parameters (a LoRA), to ``folder``.
 
     Replaces an adapter that is there. Written to a temporary folder beside it, synced, then renamed: a reader sees the
     old adapter or the new one. Raises AdapterError when ``folder`` exists and is not an adapter. Of a sharded model,
@@ -88,7 +88,7 @@ def collect_adapter(
     extra: bool = True,
     keep: bool = True,
 ) -> AdapterContents:
-    """What an adapter of this model holds, gathered from all ranks where it is sharded: every rank calls this.
+    """Gather the contents of an adapter of this model from all ranks; every rank must call this.
 
     Tensors are gathered one at a time, and copied to the CPU where they are kept.
 
@@ -187,7 +187,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | N
 
 
 def find_adapter(folder: str | Path) -> Path:
-    """``folder`` itself when it is an adapter, or the one inside a checkpoint of a run. Raises AdapterError."""
+    """The adapter at ``folder``: the folder itself, or the one inside a checkpoint of a run. Raises AdapterError."""
     folder = user_path(folder)
     for place in (folder, folder / "adapter"):
         if (place / MANIFEST).is_file():
@@ -196,7 +196,7 @@ def find_adapter(folder: str | Path) -> Path:
 
 
 def adapter_entries(folder: str | Path) -> dict[str, Any]:
-    """What a config says to get the blocks of an adapter: ``precision``, and ``ttt`` with an entry for each block.
+    """The config that gives the blocks of an adapter: ``precision``, and ``ttt`` with an entry for each block.
 
     Raises AdapterError.
     """
@@ -209,7 +209,7 @@ def adapter_entries(folder: str | Path) -> dict[str, Any]:
 
 
 def fill_from_adapter(injection: Injection, folder: str | Path, *, registry: Registry | None = None) -> list[str]:
-    """Give the blocks of a model, sharded or not, the values of an adapter; every rank calls this.
+    """Fill the blocks of a model, sharded or not, with the values of an adapter; every rank must call this.
 
     The adapter's blocks must be those of the model: the same sites and variants, and parameters of the same names,
     shapes and dtypes. Their other options may differ. The adapter's LoRA goes into the model's, which must be of the

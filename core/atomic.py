@@ -1,4 +1,4 @@
-"""Writing to disk so that a reader finds the old contents or the new, and a failure leaves what was there."""
+"""Atomic writes to disk: a reader finds the old contents or the new ones, and a failure leaves the old ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its place when the context ends well, and else disappears.
+    """A temporary folder that replaces ``folder`` if the context ends without an error, and is removed otherwise.
 
     Everything in it is synced first. The parent of ``folder`` must exist.
     """
@@ -27,7 +27,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Make a finished folder appear as ``folder``, beside which it lies, in place of one that is there.
+    """Rename a finished folder, which lies beside ``folder``, to ``folder``, replacing an existing one.
 
     Everything in it is synced first: the name never means half of it, whatever fails.
     """
@@ -38,7 +38,7 @@ def publish(temporary: Path, folder: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; renamed to ``path`` when the context ends well, else removed."""
+    """A temporary file beside ``path``; renamed to ``path`` if the context ends without an error, else removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

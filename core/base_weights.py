@@ -1,4 +1,4 @@
-"""The base model's own weights in a host: loading them strictly, and a digest by which an adapter knows its model."""
+"""The base model's own weights in a host: strict loading, and a digest that ties an adapter to its model."""
 
 from __future__ import annotations
 

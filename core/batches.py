@@ -1,4 +1,4 @@
-"""The contract of a batch: what training needs to know of data, whatever the host's inputs are."""
+"""The contract of a batch between data and training, independent of the form of a host's inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Batch(Protocol):
-    """What one rank sees in one forward pass.
+    """The rows of one forward pass on one rank.
 
     Attributes:
         document_ids: ``[B]`` int64: which document a row is part of. Where state is carried from one batch to the next,
@@ -28,5 +28,5 @@ class Batch(Protocol):
     def positions(self) -> int: ...
 
     def inputs(self, device: torch.device) -> Any:
-        """What ``HostLosses`` take, on ``device``."""
+        """The inputs of ``HostLosses``, on ``device``."""
         ...

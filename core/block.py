@@ -65,7 +65,7 @@ class SequenceBlock(nn.Module, ABC):
     skips_nonfinite: ClassVar[bool] = False
     """Whether a token that is not finite is left out of what its row learns, alone or with the update of its whole
     chunk (the block's docstring says which), and that is counted by ``skipped_updates``; without it, such a token may
-    spoil its own row until it is reset."""
+    make its own row nan until it is reset."""
     skipped_advice: ClassVar[str] = (
         "Lower the block's learning rate, or look for values in the input that are not finite."
     )
@@ -79,7 +79,7 @@ class SequenceBlock(nn.Module, ABC):
         self.info = info
         self.roles = roles
         self.inner_lr_factor = 1.0
-        """What a training schedule multiplies the inner learning rate by; 1 when it has ended, as adapters ask for."""
+        """The factor of a training schedule on the inner learning rate; 1 when it has ended, as in adapters."""
         self._start_checked = False
 
     # ---- what a variant provides
@@ -99,7 +99,7 @@ class SequenceBlock(nn.Module, ABC):
         """
 
     def reset_unsaved(self, generator: torch.Generator | None = None) -> None:
-        """Fill what no adapter or checkpoint holds: the buffers that are not persistent, with their initial values.
+        """Fill what adapters and checkpoints do not store, the buffers that are not persistent, with initial values.
 
         Called instead of ``reset_parameters``, with the same generator, before parameters and persistent buffers are
         filled from a file. By default this is ``reset_parameters``, for what it sets may depend on what it draws; a
@@ -115,7 +115,7 @@ class SequenceBlock(nn.Module, ABC):
 
     @abstractmethod
     def compute(self, x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
-        """``x [B, T, D]`` to ``(y [B, T, D], state)``; functional, no masks to care for.
+        """``x [B, T, D]`` to ``(y [B, T, D], state)``; functional; the caller handles masks.
 
         ``state=None`` means the learned initial state, differentiably. Writes into none of its arguments.
         """
@@ -140,7 +140,7 @@ class SequenceBlock(nn.Module, ABC):
         return at_volume(base, added, self.volume_in(context), self.roles.output)
 
     def base_output(self, x: Tensor) -> Tensor:
-        """``[B, T, D]``: what the base model computes at this site for ``x [B, T, D]``: ``x``, or its gated MLP of it.
+        """``[B, T, D]``: the base model's output at this site for ``x [B, T, D]``: ``x``, or that of its gated MLP.
 
         Raises ConfigError where a feed-forward block's host gives no GatedMLP.
         """
@@ -165,7 +165,7 @@ class SequenceBlock(nn.Module, ABC):
     def forward(
         self, x: Tensor, state: BlockState | None = None, context: BlockContext | None = None
     ) -> tuple[Tensor, BlockState]:
-        """One call of plain or carried training, or of anything that wants a new state back.
+        """One call of plain or carried training; returns the output and a new state.
 
         Args:
             x: activations ``[B, T, D]`` in the host's dtype.
@@ -221,7 +221,7 @@ class SequenceBlock(nn.Module, ABC):
 
     @streams
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
-        """Stream ``x [B, T, D]`` (usually T = 1), updating ``state`` in place. No value is read on the host.
+        """Stream ``x [B, T, D]`` (usually T = 1), updating ``state`` in place. No value is read on the CPU.
 
         Without a graph, whatever a variant does and whether or not gradients are enabled. A backward pass that would
         carry a gradient through the output, to ``x`` or to a parameter that requires one, raises ContextError, as does
@@ -316,11 +316,11 @@ class SequenceBlock(nn.Module, ABC):
         return found
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """The trained parameters that decide how much of the block is heard: training may give them their own rate."""
+        """The gate parameters: training may give them their own learning rate."""
         return []
 
     def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
-        """Scalars on the device that tell whether the block is healthy on ``x [B, T, D]``; nothing is read on the host.
+        """Scalars on the device that show whether the block is healthy on ``x [B, T, D]``; no value is read on the CPU.
 
         From the learned initial state. What every block shares (drift, what is not finite) need not be here. An
         autocast around it has no effect, whatever a variant does, as with ``inner_losses`` and ``drift``.
@@ -340,18 +340,18 @@ class SequenceBlock(nn.Module, ABC):
         return {}
 
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:
-        """A sentence for each of ``statistics``, as read, that is wrong, and what to do about it."""
+        """A sentence for each abnormal value of ``statistics``, as read, and what to do about it."""
         return []
 
     def skipped_updates(self, state: BlockState) -> Tensor:
-        """``[B]`` int64: updates each stream left out as not finite, of tokens or of chunks: see ``skips_nonfinite``.
+        """``[B]`` int64: updates, of tokens or chunks, that each stream skipped: see ``skips_nonfinite``.
 
         None is counted where updates are disabled: none was to be made. A variant that leaves none out says zero.
         """
         return torch.zeros(states.rows(state), dtype=torch.int64, device=next(iter(state.values())).device)
 
     def compile_compute(self) -> None:
-        """Have ``compute`` compiled by torch.compile from its next call on, anew for every length of sequence.
+        """Compile ``compute`` with torch.compile from its next call on, again for every sequence length.
 
         A compiled block has first derivatives alone: a backward pass with ``create_graph`` raises RuntimeError.
         """
@@ -378,7 +378,7 @@ class SequenceBlock(nn.Module, ABC):
             self.compile_compute()
 
     def compile_step(self) -> None:
-        """Have ``step`` run as code compiled for this machine from its next call on, where the variant brings some.
+        """Run ``step`` as code compiled for this machine from its next call on, if the variant provides such code.
 
         Raises ConfigError where it has none, or where that cannot be built or does not serve this device or dtype.
         """
@@ -389,7 +389,7 @@ class SequenceBlock(nn.Module, ABC):
 
     @property
     def chunk_tokens(self) -> int | None:
-        """Tokens after which the memory is updated; None for a block that does not say."""
+        """Number of tokens after which the memory is updated; None if the block does not declare it."""
         return None
 
     def extra_repr(self) -> str:
@@ -404,18 +404,18 @@ class SequenceBlock(nn.Module, ABC):
             return states.num_bytes(self.init_state(1))
 
     def cast_bytes(self) -> int:
-        """Bytes of the copies that a stream keeps of what it asks ``context.cast`` for, once for all rows.
+        """Bytes of the copies of parameters that ``context.cast`` keeps for a stream, shared by all rows.
 
         A block that asks says them: ``core.casts.copy_bytes`` counts them.
         """
         return 0
 
     def check_precision(self, when: str) -> None:
-        """Every stored parameter has the master dtype, or PrecisionError."""
+        """Raise PrecisionError unless every stored parameter has the master dtype."""
         check_role("master", self.roles.master, self.named_parameters(), self.roles.policy, f"{when}, {self.info.site}")
 
     def check_shardable(self) -> None:
-        """Raise ConfigError where a parameter has no dimension to divide over ranks."""
+        """Raise ConfigError where a parameter has no dimension that can be sharded."""
         scalars = [name for name, parameter in self.named_parameters() if parameter.dim() == 0]
         if scalars:
             raise ConfigError(

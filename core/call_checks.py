@@ -1,4 +1,4 @@
-"""What every call of a block is checked for: that it has what it needs, and that dtypes are those of the policy."""
+"""Checks of every call of a block: it has the inputs that the block needs, and dtypes follow the policy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_call(block: SequenceBlock, tokens: Tensor, state: BlockState | None, context: BlockContext) -> None:
-    """ContextError where a call misses something the block needs, or its arguments do not fit each other."""
+    """Raise ContextError where a call lacks something the block needs, or its arguments do not match."""
     shape = tokens.shape
     if block.needs_input_embeddings:
         given = context.input_embeddings
@@ -64,7 +64,7 @@ def check_call(block: SequenceBlock, tokens: Tensor, state: BlockState | None, c
 
 
 def check_token_masks(block: SequenceBlock, tokens: Tensor, context: BlockContext) -> None:
-    """ContextError unless ``token_mask`` and ``starts`` say one bool for each of ``tokens [B, T, D]``."""
+    """Raise ContextError unless ``token_mask`` and ``starts`` have one bool for each of ``tokens [B, T, D]``."""
     rows, length = tokens.shape[:2]
     for name, mask in (("token_mask", context.token_mask), ("starts", context.starts)):
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (rows, length)):
@@ -85,7 +85,7 @@ def check_token_masks(block: SequenceBlock, tokens: Tensor, context: BlockContex
 
 
 def check_dtypes(block: SequenceBlock, tokens: Tensor) -> None:
-    """PrecisionError where activations or parameters do not have their role's dtype, or products not their precision.
+    """Raise PrecisionError where activations, parameters or products do not have the precision of their role.
 
     At every call: each may change between two of them, and the answer must not depend on what ran before.
     """
@@ -99,7 +99,7 @@ def check_dtypes(block: SequenceBlock, tokens: Tensor) -> None:
 
 
 def check_state(block: SequenceBlock, state: BlockState) -> None:
-    """PrecisionError where a tensor of the state does not have the dtype of its role."""
+    """Raise PrecisionError where a tensor of the state does not have the dtype of its role."""
     expected = block.roles.state
     for tensor in state.values():
         if tensor.dtype is not expected and tensor.is_floating_point():
@@ -107,7 +107,7 @@ def check_state(block: SequenceBlock, state: BlockState) -> None:
 
 
 def check_buffers(block: SequenceBlock, state: BlockState) -> None:
-    """ContextError where a buffer of a step is not contiguous: what is written to a copy of it would be lost."""
+    """Raise ContextError where a buffer of a step is not contiguous: writes to a copy of it would be lost."""
     for name, tensor in state.items():
         if not tensor.is_contiguous():
             raise ContextError(
@@ -118,7 +118,7 @@ def check_buffers(block: SequenceBlock, state: BlockState) -> None:
 
 
 def check_volume(block: SequenceBlock, volume: float | Tensor, tokens: Tensor) -> None:
-    """ContextError unless the block can be heard at ``volume``: a number, or one per row of ``tokens [B, T, D]``."""
+    """Raise ContextError unless the block supports ``volume``: a number, or one per row of ``tokens [B, T, D]``."""
     if not isinstance(volume, Tensor):
         if problem := number_problem(volume):
             raise ContextError(f"The block at {block.info.site} got a volume that is none: {problem}")
@@ -138,7 +138,7 @@ def check_volume(block: SequenceBlock, volume: float | Tensor, tokens: Tensor) -
 
 
 def check_prefix(block: SequenceBlock, prefix: object, length: int) -> None:
-    """ContextError unless ``prefix`` is a number of tokens that a call of ``length`` tokens has."""
+    """Raise ContextError unless ``prefix`` is a number of tokens from 0 to ``length``."""
     if not isinstance(prefix, int) or isinstance(prefix, bool) or not 0 <= prefix <= length:
         raise ContextError(
             f"The block at {block.info.site} got {length} tokens and a prefix of {prefix!r}. Give a whole number of "

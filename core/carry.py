@@ -1,4 +1,4 @@
-"""State carried across the calls of a host: what one forward pass gives its blocks, and what it leaves for the next.
+"""State carried across calls of a host: the context of one forward pass, and the states for the next one.
 
 A host that trains with carried state opens a ``Carry`` in ``HostModel.carry``, makes a ``ForwardContext`` of each
 forward pass, hands it to its layers as an argument (so that activation checkpointing keeps it for the layers that it
@@ -24,7 +24,7 @@ from moshi_ttt.core.state import BlockState
 
 @dataclass
 class ForwardContext:
-    """What the blocks of one forward pass are told, and what they leave behind.
+    """The inputs of all blocks in one forward pass, and the states that they return.
 
     Attributes:
         input_embeddings: ``[B, T, D]``, the token embeddings of this pass.
@@ -87,7 +87,7 @@ def _to(value: Any, like: Tensor) -> Any:
 
 
 class Carry:
-    """An open ``host.carry``: what the next forward pass continues from.
+    """An open ``host.carry``: the state from which the next forward pass continues.
 
     Attributes:
         state: what the host yields: the states after the last forward pass, detached.

@@ -1,4 +1,4 @@
-"""The models of a configuration: frozen, no unknown keys. Variants, hosts and apps derive theirs from these.
+"""The models of a configuration: frozen, no unknown keys. Variants, hosts and apps subclass them.
 
 How a file or a mapping becomes one of them is in ``config_parsing``.
 """
@@ -93,7 +93,7 @@ class _Qualified(FrozenConfig):
 
 
 class BlockConfig(_Qualified):
-    """What every variant's entry has. A variant adds its own options in a subclass.
+    """The options of every variant. A variant adds its own options in a subclass.
 
     Attributes:
         variant: the registered name of the variant.
@@ -108,18 +108,18 @@ class BlockConfig(_Qualified):
 
     @property
     def qualified_name(self) -> str:
-        """What the registry is asked for: ``variant``, or ``distribution:variant``."""
+        """The name to look up in the registry: ``variant``, or ``distribution:variant``."""
         return self._qualified(self.variant)
 
 
 class HostConfig(_Qualified):
-    """What every host's entry has. A host adds its own options in a subclass."""
+    """The options of every host. A host adds its own options in a subclass."""
 
     name: str
 
     @property
     def qualified_name(self) -> str:
-        """What the registry is asked for: ``name``, or ``distribution:name``."""
+        """The name to look up in the registry: ``name``, or ``distribution:name``."""
         return self._qualified(self.name)
 
 

@@ -1,4 +1,4 @@
-"""What one call of a block is told beside its activations and its state.
+"""The inputs of one call of a block, besides its activations and its state.
 
 Shape legend: B streams, T tokens, D width of the host's activations.
 """
@@ -17,7 +17,7 @@ from moshi_ttt.core.segments import Segments
 
 @dataclass(frozen=True, kw_only=True)
 class BlockContext:
-    """What some blocks need beside the activations.
+    """Inputs besides the activations; some blocks need some of them.
 
     Attributes:
         input_embeddings: ``[B, T, D]``, the host's token embeddings of the same tokens.
@@ -36,7 +36,7 @@ class BlockContext:
             point, one for each row. The state does not depend on it.
         coordinates: ``[T, axes]`` int64, where each token is on the host's grid; the block's format sets it.
         prefix: tokens at the beginning that a reversed pass leaves in front, in order; the block's format may set it.
-        want_state: False when nobody will use the state after this call: a block may then return an empty one.
+        want_state: False if the state after this call is not used: a block may then return an empty one.
         detach_state: True when the state after this call is to be cut from the graph. A block may then make it in place
             and without what a gradient through it would need.
         casts: where ``cast`` keeps its results from step to step; a host gives it while it streams.
@@ -58,7 +58,7 @@ class BlockContext:
 
     @property
     def cuts(self) -> bool:
-        """Whether tokens of this call are masked, or start their row anew."""
+        """Whether tokens of this call are masked, or reset their row."""
         return self.token_mask is not None or self.starts is not None
 
     def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:

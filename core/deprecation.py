@@ -1,4 +1,4 @@
-"""Names that moved: the earlier ones work for one version, with a DeprecationWarning that says the new one."""
+"""Names that moved: the old ones work for one version, with a DeprecationWarning that gives the new name."""
 
 from __future__ import annotations
 

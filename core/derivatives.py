@@ -1,4 +1,4 @@
-"""Refusing a second derivative where the operations at hand would give a wrong one, or none."""
+"""Refuse a second derivative where the operations would compute a wrong one, or none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a computation asks of an accelerator, without one: launches, bytes, and what would make it wait for the CPU.
+"""Count what a computation does on an accelerator, without one: launches, bytes, synchronization with the CPU.
 
 Tensors of the ``meta`` device stand for the accelerator's: they have shapes and no values, so whatever reads a value
 fails or is seen here, and a tensor that lies on the CPU is seen as such.

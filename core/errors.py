@@ -51,7 +51,7 @@ class ContextError(MoshiTTTError, ValueError):
 
 
 class HostError(MoshiTTTError, ValueError):
-    """A host model that cannot be loaded or does not have the form its adapter expects."""
+    """A host model that cannot be loaded or does not have the form that its host class expects."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Tensor layouts: between a host's activations and tokens, and between tokens and chunks.
+"""Tensor layouts: conversion between a host's activations and tokens, and between tokens and chunks.
 
 Shape legend: B streams, T tokens, D width, H heads, Dh = D / H, N chunks, C tokens a chunk.
 
@@ -75,7 +75,7 @@ class ChunkLayout:
 
 
 class FormatAdapter(ABC):
-    """Between a host's activations and the tokens ``[B, T, D]`` that blocks compute on."""
+    """Converts between a host's activations and the tokens ``[B, T, D]`` that blocks compute on."""
 
     axes: ClassVar[int] = 1
     """How many numbers say where a token is: 1 in a sequence."""
@@ -89,14 +89,14 @@ class FormatAdapter(ABC):
         """Tokens ``[B, T, D]`` back to the layout of the activations ``like``."""
 
     def coordinates(self, activations: Tensor) -> Tensor | None:
-        """``[T, axes]`` int64, where each token is; None in a sequence, where its position in its chunk says so.
+        """``[T, axes]`` int64, the place of each token; None in a sequence, where the position in the chunk is used.
 
         A token that has no place is at the origin: RoPE turns it by nothing.
         """
         return None
 
     def prefix(self, activations: Tensor) -> int:
-        """How many tokens at the beginning a reversed pass leaves in front and in order: a text before a video."""
+        """Number of leading tokens that a reversed pass does not reverse, such as a text before a video."""
         return 0
 
     def chunks(self, tokens: Tensor, chunk_size: int, offset: Tensor | None = None) -> ChunkLayout:

@@ -107,12 +107,12 @@ def output(mlp: GatedMLP, x: Tensor) -> Tensor:
 
 
 def hidden_width(mlp: GatedMLP) -> int:
-    """h. Raises ConfigError where the input projection does not say its ``out_features``."""
+    """h. Raises ConfigError where the input projection has no ``out_features``."""
     first = input_projections(mlp)[0]
     width = getattr(first, "out_features", None)
     if not isinstance(width, int):
         raise ConfigError(
-            f"The input projection of this GatedMLP, a {type(first).__name__}, does not say its out_features, so its "
+            f"The input projection of this GatedMLP, a {type(first).__name__}, has no out_features, so its "
             "hidden width is unknown. Give it that attribute."
         )
     return width // 2 if is_fused(mlp) else width

@@ -1,4 +1,4 @@
-"""What a step would lose in silence: it writes its state in place, so it has no gradient to give, and needs buffers."""
+"""Guards of a streamed step, which writes its state in place: it has no gradient, and needs contiguous buffers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def refuse_gradient(y: Tensor, sources: Iterable[Tensor], message: str) -> Tenso
 
 
 def streams(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The method ``step`` of a block, run without a graph and on contiguous buffers alone.
+    """Wrap the method ``step`` of a block: it runs without a graph, and on contiguous buffers only.
 
     A gradient that would be lost is refused in backward. It follows ``token_mask`` and ``starts`` of the context too
     (``segments.stepped``).

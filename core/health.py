@@ -1,4 +1,4 @@
-"""Health of blocks while they train: what each measures, collected on the device, read when somebody asks.
+"""Health of blocks during training: figures that are measured and kept on the device, and read on request.
 
 A block says what to measure (``SequenceBlock.statistics``) and what of it is a red flag (``red_flags``). A monitor
 measures one call of each block; nothing is read on the host until ``read``.
@@ -30,13 +30,13 @@ def chunk_of(block: SequenceBlock) -> int:
 
 
 def sample_length(block: SequenceBlock) -> int:
-    """Tokens of a row that show whether ``block`` is healthy: two chunks and a token, and ``LEAST_SAMPLE`` at least."""
+    """Tokens of a row that a health check measures: two chunks and a token, and at least ``LEAST_SAMPLE``."""
     return max(LEAST_SAMPLE, 1 + 2 * chunk_of(block))
 
 
 @dataclass
 class BlockHealth:
-    """One block's figures, and what is wrong with it: a sentence for each red flag, none when it is healthy."""
+    """The figures of one block, and a sentence for each red flag; none when it is healthy."""
 
     figures: dict[str, float] = field(default_factory=dict)
     red_flags: list[str] = field(default_factory=list)
@@ -125,7 +125,7 @@ class HealthMonitor:
         return found
 
     def red_flags(self, site: Site, figures: Mapping[str, float]) -> list[str]:
-        """What is wrong with these figures of the block at ``site``: what every block shares, and its own."""
+        """The red flags of these figures of the block at ``site``: those of all blocks, and the block's own."""
         return [*self._common_flags(site, figures), *(self.blocks[site].red_flags(figures) if figures else [])]
 
     def _common_flags(self, site: Site, figures: Mapping[str, float]) -> list[str]:
@@ -184,7 +184,7 @@ def _read(values: Mapping[tuple[Site, str], Tensor]) -> dict[tuple[Site, str], f
 
 
 def dead_block_flag(block: SequenceBlock) -> list[str]:
-    """A red flag when no parameter of the block has a gradient after a backward: it would never learn anything."""
+    """A red flag when no parameter of the block has a gradient after a backward: it cannot be trained."""
     gradients = [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
     if any(bool((gradient != 0).any()) for gradient in gradients):
         return []

@@ -41,7 +41,7 @@ class CarriedState:
 
 
 def updates_switch(enabled: bool | Tensor) -> bool | Tensor:
-    """``enabled`` as ``HostModel.updates`` takes it; a tensor is copied, because the caller may change theirs.
+    """``enabled``, checked, for ``HostModel.updates``; a tensor is copied, because the caller may change it.
 
     Raises ContextError for anything but a bool or ``[B]`` bool.
     """
@@ -58,7 +58,7 @@ def updates_switch(enabled: bool | Tensor) -> bool | Tensor:
 
 
 class HostModel(ABC):
-    """Adapter of one family of models. Registered by name; stateless."""
+    """The integration of one family of models. Registered by name; stateless."""
 
     name: ClassVar[str]
     causal: ClassVar[bool]
@@ -159,11 +159,11 @@ class HostModel(ABC):
 
     def add_extra(self, model: nn.Module, description: Mapping[str, Any]) -> None:
         """Give a model without extra parameters those of ``description``, before any block. Raises HostError."""
-        raise HostError(f"The host {self.name!r} knows nothing to add to its models, and was asked for {description}.")
+        raise HostError(f"The host {self.name!r} has no extra parameters to add to its models, and got {description}.")
 
     def remove_extra(self, model: nn.Module) -> None:
         """Undo ``add_extra``: the model is bit-identical to the base."""
-        raise HostError(f"The host {self.name!r} has nothing added to its models that it could remove.")
+        raise HostError(f"The host {self.name!r} has no extra parameters to remove.")
 
     @abstractmethod
     def carry(
@@ -173,7 +173,7 @@ class HostModel(ABC):
         *,
         document_ids: Tensor | None = None,
     ) -> AbstractContextManager[CarriedState]:
-        """Forward passes inside this context continue from ``state`` and leave theirs in the returned object.
+        """Forward passes inside this context continue from ``state`` and store their own in the returned object.
 
         Functional: ``state`` itself is not changed. ``document_ids [B]`` that differ from the state's reset the row.
         ``core.carry`` has what a host needs for it.
@@ -198,8 +198,8 @@ class HostModel(ABC):
 
         ``value`` is a number from 0 to 10 (``core.config.LARGEST_VOLUME``) for all rows, or ``[B]`` floating point, one
         for each; it multiplies each block's ``output_scale``. At 0 the model is the base model bit for bit, row by row,
-        at 1 what training made. Memory learns at every volume, from what the blocks below give at it. Contexts nest and
-        streams follow as with ``updates``.
+        at 1 the trained model. Updates are made at every volume, from the outputs of lower blocks at that volume.
+        Contexts nest and streams follow as with ``updates``.
 
         Raises ContextError for anything else (``volume_switch`` says so, and reads a tensor's values), where ``value``
         does not have a row for each row of a running stream, and where a block does not declare ``scales_output`` and
@@ -218,11 +218,11 @@ class HostModel(ABC):
         return nullcontext()
 
     def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
-        """A training loss, differentiable, on made-up input that depends on the seed alone: for health checks.
+        """A differentiable training loss on synthetic input that depends on the seed alone, for health checks.
 
-        Raises HostError where a host has no idea what its input looks like.
+        Raises HostError where a host cannot make synthetic input.
         """
-        raise HostError(f"The host {self.name!r} cannot make up input, so it cannot be checked.")
+        raise HostError(f"The host {self.name!r} cannot make synthetic input, so it cannot be checked.")
 
     def losses(self, **options: float) -> HostLosses:
         """What training minimizes and evaluation reports. ``options`` are the host's own, each with a default.

@@ -97,7 +97,7 @@ class Plan:
     def apply(self, model: nn.Module, values: Mapping[str, Tensor] | None = None) -> Injection:
         """Build, initialise and attach all blocks. Raises a MoshiTTTError and leaves the model untouched on failure.
 
-        On a meta-device model the blocks are on meta too; call ``Injection.initialise`` once they are materialised.
+        On a meta-device model the blocks are on meta too; call ``Injection.initialise`` once they are materialized.
 
         Args:
             model: what the plan was made for.

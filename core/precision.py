@@ -108,7 +108,7 @@ FP32 = PrecisionPolicy(name="fp32", param="float32", matmul="float32")
 
 
 def check_role(role: str, expected: torch.dtype, tensors: Iterable[tuple[str, Tensor]], policy: str, when: str) -> None:
-    """Every floating-point tensor has its role's dtype, or PrecisionError names the first that does not."""
+    """Raise PrecisionError, which names the tensor, unless every floating-point tensor has its role's dtype."""
     for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.dtype != expected:
             raise PrecisionError(
@@ -119,7 +119,7 @@ def check_role(role: str, expected: torch.dtype, tensors: Iterable[tuple[str, Te
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # traced anew when these settings change
 def float32_products(device: str) -> MatmulPrecision:
-    """What torch makes of a product of float32 matrices on ``cuda`` or ``cpu``, however it was told to."""
+    """The precision of torch's products of float32 matrices on ``cuda`` or ``cpu``, by whichever setting."""
     if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
         if device == "cuda":
             return "high" if torch.backends.cuda.matmul.allow_tf32 else "highest"
@@ -129,7 +129,7 @@ def float32_products(device: str) -> MatmulPrecision:
 
 
 def check_products(roles: DtypeRoles, device: str, when: str) -> None:
-    """PrecisionError where torch would compute a block's float32 products otherwise than the policy says.
+    """Raise PrecisionError where torch's precision for a block's float32 products is not the policy's.
 
     The setting is of the whole process and read by every thread, that of the backward pass included: a block that set
     it would change what the host computes beside it. So it is compared and never set. A microsecond or two.

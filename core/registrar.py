@@ -1,4 +1,4 @@
-"""Names on their way into the registry: what a hook is given to register with, and what it leaves behind."""
+"""Registrars, with which hooks register names, and the entries that they create."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _resolve(target: Any, entry: Entry) -> Any:
 
 @dataclass(frozen=True)
 class PluginRecord:
-    """One entry point and what became of it."""
+    """One entry point and the result of loading it."""
 
     provenance: Provenance
     status: Literal["loaded", "failed", "outdated", "disabled", "duplicate"]
@@ -89,7 +89,7 @@ class Variant:
 
 
 class Registrar:
-    """What a hook gets: collects one plugin's names of one kind. Nothing is registered if the plugin fails later."""
+    """The argument of a hook: collects a plugin's names of one kind. None is registered if the plugin fails later."""
 
     def __init__(self, kind: Kind, provenance: Provenance) -> None:
         self.kind: Kind = kind
@@ -137,7 +137,7 @@ def _normalized(distribution: str) -> str:
 
 
 def reserved_problem(provenance: Provenance) -> str:
-    """Why a plugin may not be called what it is; empty where it may."""
+    """Why a plugin may not have this name; empty where it may."""
     own = provenance.distribution == DISTRIBUTION
     if provenance.plugin == RESERVED and not own:
         return f"the name {RESERVED!r} of a plugin is reserved for {DISTRIBUTION}. Give the entry point another name"

@@ -100,7 +100,7 @@ class Registry:
             warnings.warn(self.missing_message(), stacklevel=2)
 
     def missing_message(self) -> str:
-        """What MOSHI_TTT_PLUGINS asks for and nobody installed, as a sentence; empty when there is nothing."""
+        """A sentence about plugins in MOSHI_TTT_PLUGINS that are not installed; empty when there are none."""
         if not self._missing:
             return ""
         return f"{ENVIRONMENT} names plugins that are not installed: {', '.join(self._missing)}."
@@ -292,7 +292,7 @@ class Registry:
         return Variant(entry.name, config_class, factory, entry.provenance)
 
     def host(self, name: str) -> HostModel:
-        """A host adapter. Raises as ``entry``."""
+        """A host. Raises as ``entry``."""
         return cast(HostModel, self._typed("host", name, HostModel))
 
     def policy(self, name: str) -> PrecisionPolicy:

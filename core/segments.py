@@ -1,4 +1,4 @@
-"""Tokens that are left out of a call, and tokens that start a row anew: left padding, and documents packed in a row.
+"""Masked tokens of a call, and tokens that reset their row: left padding, and documents packed in a row.
 
 A block computes rows of tokens that follow each other. Where ``BlockContext.token_mask`` or ``starts`` say otherwise,
 the call is cut into pieces: the tokens of one row that follow each other, without those that are masked. Each piece is
@@ -49,7 +49,7 @@ class SegmentPiece:
 
 @dataclass(frozen=True)
 class Segments:
-    """What a token mask and starts say, read on the CPU.
+    """A token mask and starts, read on the CPU, as pieces of rows.
 
     Attributes:
         shape: ``(B, T)``.

@@ -1,4 +1,4 @@
-"""Sites: the places in a host that blocks go into, and what a block is told about its own."""
+"""Sites: the places of blocks in a host, and the description of a site that its block gets."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteInfo:
-    """What a block is told about its site when it is built.
+    """The description of a site from which its block is built.
 
     Attributes:
         mlp: the host's gated MLP at a feed-forward site, fused or split (``core.gated_mlp``).

@@ -82,7 +82,7 @@ def row_mask(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def where_rows(mask: Tensor, chosen: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> BlockState:
-    """Row b of ``chosen`` where ``mask [B]`` is true, of ``other`` elsewhere. No value is read on the host."""
+    """Row b of ``chosen`` where ``mask [B]`` is true, of ``other`` elsewhere. No value is read on the CPU."""
     return {name: torch.where(row_mask(mask, old), chosen[name], old) for name, old in other.items()}
 
 

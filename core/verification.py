@@ -66,7 +66,7 @@ class Verifier(ABC):
 
     @abstractmethod
     def schema(self, metadata: Mapping[str, str], names: frozenset[str]) -> VectorSchema:
-        """What a file with this metadata, which are complete, must hold. ``names`` are those of the tensors it has."""
+        """The required contents of a file with this (complete) metadata; ``names`` are those of its tensors."""
 
     @abstractmethod
     def accepts(self, metadata: Mapping[str, str]) -> bool:

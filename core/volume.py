@@ -1,4 +1,4 @@
-"""The volume: what a block adds to the base model is multiplied by it. 0 is the base model bit for bit, 1 is training.
+"""The volume, a factor on what a block adds to the base model: 0 is the base model bit for bit, 1 the trained one.
 
 A block's own is ``output_scale`` in its config, which adapters hold; at run time ``HostModel.volume`` sets another, for
 all rows or row by row, and the two multiply. A variant uses it by one line, ``SequenceBlock.at_volume``.
@@ -63,7 +63,7 @@ def _held(number: float, dtype: torch.dtype) -> float:
 
 
 def volume_switch(value: float | Tensor, blocks: Mapping[Site, SequenceBlock]) -> float | Tensor:
-    """``value`` as ``HostModel.volume`` takes it for ``blocks``; a tensor is copied: the caller may change theirs.
+    """``value``, checked, for ``HostModel.volume`` of ``blocks``; a tensor is copied: the caller may change it.
 
     Raises ContextError for anything but a number from 0 to ``LARGEST_VOLUME``, or ``[B]`` of them in a floating dtype,
     and as ``require_volume``. A tensor's values are read here, once.

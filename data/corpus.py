@@ -273,7 +273,7 @@ def open_corpus(
     check_share(problems, total, max_bad_share=max_bad_share, text=text)
     for source in sources:
         if not source.recordings:
-            raise DataError(f"data {text!r}: {source.path} has no usable recording. Mend it, or leave it out.")
+            raise DataError(f"data {text!r}: {source.path} has no usable recording. Fix it, or leave it out.")
     counts = [(source.path, source.words) for source in sources]
     notes += check_words(counts, transcripts=transcripts, speaker=codec.speaker_label, text=text)
     notes += listed_twice(listed)

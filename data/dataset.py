@@ -110,7 +110,7 @@ class TrainingData(Dataset[CodesBatch]):
             return torch.full((corpus.rows, corpus.frames), corpus.zero_token, dtype=torch.int64)
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise DataError(
-            f"{offset + 1} segments of {source.path} in a row cannot be read. Mend or remove them:\n{listed}"
+            f"{offset + 1} segments of {source.path} in a row cannot be read. Fix or remove them:\n{listed}"
         )
 
 

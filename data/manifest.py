@@ -175,7 +175,7 @@ def check_share(problems: Sequence[Problem], total: int, *, max_bad_share: float
     listed = [f"  {problem}" for problem in problems[:LISTED]]
     if bad > LISTED:
         listed.append(f"  and {bad - LISTED} more")
-    advice = "No recording is left: mend them." if bad >= total else "Mend or remove them, or raise data.max_bad_share."
+    advice = "No recording is left: fix them." if bad >= total else "Fix or remove them, or raise data.max_bad_share."
     raise DataError(
         f"data {text!r}: {bad} of {total} recordings ({bad / total:.1%}) cannot be used, and data.max_bad_share allows "
         f"{max_bad_share:.1%}:\n" + "\n".join(listed) + f"\n{advice}"
@@ -327,7 +327,7 @@ def _check_duration(name: str, duration: float, header: Header) -> None:
         return
     cut = f", though its header says {header.stated:.2f} s: it was cut off" if header.cut_off else ""
     milliseconds = abs(duration / 1000 - seconds) <= max(DURATION_SECONDS, DURATION_SHARE * seconds)
-    advice = "Give the duration in seconds." if milliseconds else "Mend its duration, or the file."
+    advice = "Give the duration in seconds." if milliseconds else "Fix the duration in the manifest, or the file."
     raise DataError(f"{name} lasts {seconds:.2f} s{cut}, not {duration:g} s. {advice}")
 
 

@@ -159,7 +159,7 @@ def rearrange_shards(
     """A new folder of shards, whose recordings are made of frames of those in ``source``; whole or not there at all.
 
     Args:
-        pieces: from the frames of a recording to the frames ``[T]`` (int64) of each new one, in the order to be heard.
+        pieces: from the frames of a recording to the frames ``[T]`` (int64) of each new one, in their order.
 
     Raises DataError as ``read_index``, or when no piece comes of any recording; OutputError when ``out`` is not new.
     """

@@ -126,7 +126,7 @@ def _check_share(dataset: str, source: Path, usable: int, problems: list[str], m
     listed = [f"  {problem}" for problem in problems[:LISTED]]
     if bad > LISTED:
         listed.append(f"  and {bad - LISTED} more")
-    advice = "Mend or remove them, or raise max_bad_share." if usable else "No pair is left: mend them."
+    advice = "Fix or remove them, or raise max_bad_share." if usable else "No pair is left: fix them."
     raise PairsError(
         f"{dataset} in {source}: {bad} of {total} pairs ({bad / total:.1%}) cannot be used, and max_bad_share allows "
         f"{max_bad_share:.1%}:\n" + "\n".join(listed) + f"\n{advice}"

@@ -174,7 +174,7 @@ def leave_when_stuck() -> Iterator[None]:
     def watch() -> None:
         while number := reader.recv(1):
             if number[0] in numbers and not ended.wait(STUCK_SEC):
-                print("Stopped as asked before the first step, while waiting for another rank.", file=sys.stderr)
+                print("Stopped on request before the first step, while waiting for another rank.", file=sys.stderr)
                 sys.stderr.flush()
                 os._exit(EXIT_STOPPED)
         reader.close()

@@ -1,4 +1,4 @@
-"""What one training step holds beside its parameters, counted without a device: ``train --plan``.
+"""Memory of a training step besides its parameters, counted without a device: ``train --plan``.
 
 The step runs on the meta device, whose tensors have shapes and no values, so it costs no memory and serves any block.
 

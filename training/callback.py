@@ -1,4 +1,4 @@
-"""The contract of a callback: what happens around a trainer's steps, beside the steps themselves."""
+"""The contract of a callback: code that runs before, around and after a trainer's steps."""
 
 from __future__ import annotations
 

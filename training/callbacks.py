@@ -1,4 +1,4 @@
-"""Callbacks of a training run: bad data, parameters that do not learn, health, log lines, grace period.
+"""Callbacks of a training run: bad data, parameters without gradients, health, log lines, grace period.
 
 ``validation``, ``saving`` and ``inner_losses`` hold the others.
 """
@@ -31,7 +31,7 @@ def due(number: int, every: int) -> bool:
 
 @dataclass
 class BadData(Callback):
-    """Prints what could not be read on this rank, and ends the training when it is too much. On every rank.
+    """Prints problems of data on this rank, and ends the training when there are too many. On every rank.
 
     Attributes:
         segments: how many there are to train on.
@@ -129,7 +129,7 @@ class Health(Callback):
         self._warn(found)
 
     def _warn(self, health: Mapping[Site, BlockHealth]) -> None:
-        """Say once of each block that something is wrong with it; the log has every measurement."""
+        """Warn once of each block with a red flag; the log has every measurement."""
         for site, found in health.items():
             if found.red_flags and site not in self.told:
                 self.told.add(site)

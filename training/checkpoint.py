@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: written while training goes on, complete or not there at all, for any number of ranks.
+"""Checkpoints to resume from: written in the background, complete or absent, for any number of ranks.
 
 A checkpoint is a folder ``checkpoints/checkpoint_000100``: ``state.json`` says where the run was, ``resume/`` holds
 what resuming needs (torch.distributed.checkpoint), and whatever was exported lies beside them. It is written under a
@@ -40,11 +40,11 @@ RESUME = "resume"
 NAME = re.compile(r"checkpoint_(\d{6,})")
 Export = Callable[[Path], None]
 FREE = ("ranks", "threads", "versions", "training", "bad_segments")
-"""Entries of ``state.json`` that a run that goes on may change."""
+"""Entries of ``state.json`` that a resumed run may change."""
 
 
 class CheckpointError(MoshiTTTError, RuntimeError):
-    """A checkpoint that cannot be written, read, or gone on from."""
+    """A checkpoint that cannot be written, read, or resumed from."""
 
 
 def find_checkpoints(run_dir: Path) -> list[Path]:
@@ -54,7 +54,7 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What ``state.json`` says. Raises CheckpointError."""
+    """The contents of ``state.json``. Raises CheckpointError."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -74,9 +74,9 @@ def _damaged(folder: Path, why: str) -> CheckpointError:
     older = find_checkpoints(folder.parent.parent) if number else []
     for other in reversed([each for each in older if _step_of(each) < _step_of(folder)]):
         if _seems_whole(other):
-            hint = f"{other} can be read: go on from it with resume={other}."
+            hint = f"{other} can be read: resume from it with resume={other}."
             return CheckpointError(f"{folder} is damaged: {why}. {hint}")
-    return CheckpointError(f"{folder} is damaged: {why}. There is no older checkpoint of this run to go on from.")
+    return CheckpointError(f"{folder} is damaged: {why}. There is no older checkpoint of this run to resume from.")
 
 
 def _seems_whole(folder: Path) -> bool:
@@ -143,7 +143,7 @@ class CheckpointWriter:
         return self._latest == step
 
     def save(self, trainer: Trainer, *, position: Mapping[str, Any], export: Export, began: float) -> None:
-        """Begin to write a checkpoint of this moment; every rank calls this. An earlier one must be finished first.
+        """Begin to write a checkpoint of this step; every rank calls this. An earlier one must be finished first.
 
         Args:
             position: what ``state.json`` holds beside the step.
@@ -189,7 +189,7 @@ class CheckpointWriter:
             if self.runtime.first:
                 shutil.rmtree(pending.temporary, ignore_errors=True)
             raise CheckpointError(
-                f"{pending.folder} cannot be written: {_cause(error)}. Make room or check the disk, then go on with "
+                f"{pending.folder} cannot be written: {_cause(error)}. Make room or check the disk, then resume with "
                 "resume: true from the checkpoint before."
             ) from error
         self.seconds = max(pending.ended, default=time.monotonic()) - pending.began  # callbacks come after results
@@ -205,7 +205,7 @@ class CheckpointWriter:
         return folder
 
     def close(self) -> None:
-        """Let the background thread go; what is pending and not finished is left unfinished."""
+        """End the background thread; a pending checkpoint that is not finished stays unfinished."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _prune(self) -> None:
@@ -239,7 +239,7 @@ def _nothing() -> Future[None]:
 
 
 def load(trainer: Trainer, folder: Path, position: Mapping[str, Any]) -> None:
-    """Put a new trainer where the checkpoint was, bit for bit; every rank calls this.
+    """Restore a new trainer from the checkpoint, bit for bit; every rank calls this.
 
     ``position`` is what this run would write: it decides whether the run can go on from there.
 
@@ -289,7 +289,7 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def num_bytes(trainer: Trainer) -> int:
-    """How much a checkpoint holds on this rank, before anything is carried."""
+    """Bytes of a checkpoint on this rank, without carried state."""
     return sum(local(tensor).nbytes for tensor in _parameters(trainer).values())
 
 

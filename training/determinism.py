@@ -1,4 +1,4 @@
-"""The option ``deterministic``: the same numbers at every run, where CUDA's own choice gives others each time."""
+"""The option ``deterministic``: equal results at every run, where CUDA's defaults differ from run to run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIXED = (":4096:8", ":16:8")
 
 @contextmanager
 def deterministic(wanted: bool, device: str) -> Iterator[None]:
-    """Inside, torch takes deterministic algorithms alone, and an operation that has none raises RuntimeError.
+    """Inside, torch uses deterministic algorithms only, and an operation that has none raises RuntimeError.
 
     Every switch is as it was afterwards. Enter before CUDA starts.
 

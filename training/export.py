@@ -1,4 +1,4 @@
-"""What a checkpoint offers to others: an adapter folder, a LoRA file or merged weights that stock Moshi loads."""
+"""Exports of a checkpoint: an adapter folder, and a LoRA file or merged weights that stock Moshi loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says: a progress line, ``metrics.jsonl`` always, TensorBoard and Weights & Biases where asked for."""
+"""The log of a run: a progress line, ``metrics.jsonl`` always, TensorBoard and Weights & Biases where asked for."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METRICS = "metrics.jsonl"
 
 
 def memory_bytes(device: torch.device) -> int | None:
-    """The most memory this process has held: allocated on a CUDA device, or resident on the CPU; None if unknown."""
+    """The peak memory of this process: allocated on a CUDA device, or resident on the CPU; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_memory()
@@ -139,7 +139,7 @@ class RunLog:
             self.say(f"step {step}/{self._total}: {note}  {_duration(each * (self._total - step))} left")
 
     def say(self, text: str) -> None:
-        """A line for the person who watches."""
+        """Print a line on the console."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -42,7 +42,7 @@ def reach(rate: float, max_steps: int) -> float:
 
 
 def too_low(config: OptimConfig, group: Group, max_steps: int) -> str | None:
-    """What to do about a rate that cannot train a group of new blocks, or None. A rate of 0 is a decision."""
+    """Advice on a rate that is too low to train a group of new blocks, or None. A rate of 0 is allowed."""
     rate, scale = rates(config)[group], INITIAL_SCALE.get(group)
     if scale is None or rate == 0 or reach(rate, max_steps) >= scale / 2:
         return None

@@ -1,4 +1,4 @@
-"""Which of how many processes this one is, as the launcher says: torchrun, Open MPI, srun, or MPICH.
+"""Rank and number of processes from the launcher's variables: torchrun, Open MPI, srun, or MPICH.
 
 Each launcher describes its processes in environment variables of its own. Which device a rank computes on follows from
 its number on its node, the local rank.
@@ -80,7 +80,7 @@ class Place:
 
 
 def find_place(environment: Mapping[str, str]) -> Place:
-    """Where the variables of ``environment`` put this process; alone where there are none.
+    """The place of this process by the variables of ``environment``; a single process where there are none.
 
     Variables that are empty count as not set. ``LOCAL_RANK`` is obeyed beside every launcher's own.
 
@@ -144,7 +144,7 @@ def _of(launcher: Launcher, env: Mapping[str, str], size: str) -> Place:
 def _number(env: Mapping[str, str], name: str) -> int:
     text = env[name].strip()
     if not (text.isascii() and text.isdigit()):
-        raise ConfigError(f"{name} is {env[name]!r}, and a launcher sets it to a whole number of 0 or more. Mend it.")
+        raise ConfigError(f"{name} is {env[name]!r}, and a launcher sets it to a whole number of 0 or more. Set it so.")
     return int(text)
 
 

@@ -185,7 +185,7 @@ def _corpus(settings: Settings, codec: SpeechCodec, text: str) -> Corpus:
 
 
 def _position(settings: Settings, trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
-    """What a checkpoint says of the run that made it, and what another run must share to go on from it."""
+    """What a checkpoint says of the run that made it, and what another run must share to resume from it."""
     run, ttt = settings.run, settings.ttt
     return {
         "rows": trainer.rows,
@@ -249,7 +249,7 @@ def _introduction(
         f"{'memory carried along recordings' if run.carry_state else 'each segment on its own'}; {run.run_dir}"
     )
     if resumed is not None:
-        yield f"going on from {resumed}, after step {trainer.step}"
+        yield f"resuming from {resumed}, after step {trainer.step}"
         now = _position(settings, trainer, corpus)
         changed = list(_changes(_free_to_change(state), _free_to_change(now)))
         if changed:
@@ -276,8 +276,8 @@ def _conclusion(outcome: Outcome, run: RunConfig) -> str:
     if not outcome.stopped:
         return f"Done: {outcome.step} steps; {saved}."
     if outcome.step == 0:
-        return "Stopped as asked before the first step; there was nothing to save."
-    further = " Go on with resume=true." if outcome.checkpoint else ""
+        return "Stopped on request before the first step; there was nothing to save."
+    further = " Resume with resume=true." if outcome.checkpoint else ""
     if outcome.step >= run.max_steps:
-        return f"Stopped as asked after the last step, before its evaluation; {saved}.{further}"
-    return f"Stopped as asked after step {outcome.step} of {run.max_steps}; {saved}.{further}"
+        return f"Stopped on request after the last step, before its evaluation; {saved}.{further}"
+    return f"Stopped on request after step {outcome.step} of {run.max_steps}; {saved}.{further}"

@@ -1,4 +1,4 @@
-"""The folder of a run: made, replaced, or gone on in, only where it says that a run made it and the config says so.
+"""The folder of a run: created, or, if a run made it and the config says so, replaced or resumed.
 
 ``run.json`` is that word. It is written first, and says at the end how the run ended. ``run.lock`` keeps a second run
 out while one is going on.
@@ -42,7 +42,7 @@ class RunDir:
     """The folder of a run, held by this run alone; rank 0 reads and writes it, the others ask nothing of the disk.
 
     Attributes:
-        resumed: the checkpoint to go on from, if there is one; equal on every rank.
+        resumed: the checkpoint to resume from, if there is one; equal on every rank.
         same: whether that checkpoint is of this folder.
     """
 
@@ -120,7 +120,7 @@ def hold_run_dir(settings: Settings, runtime: Runtime) -> Iterator[RunDir]:
 
 
 def _check(settings: Settings) -> Path | None:
-    """The checkpoint to go on from, if there is one. Raises ConfigError."""
+    """The checkpoint to resume from, if there is one. Raises ConfigError."""
     run = settings.run
     folder = Path(run.run_dir)
     earlier = _read(folder)
@@ -144,7 +144,7 @@ def _check(settings: Settings) -> Path | None:
         )
     if earlier is not None and not run.overwrite_run_dir:
         raise ConfigError(
-            f"run_dir: {folder} holds an earlier run. Set resume: true to go on with it, overwrite_run_dir: true to "
+            f"run_dir: {folder} holds an earlier run. Set resume: true to resume it, overwrite_run_dir: true to "
             "delete it, or choose another folder."
         )
     return None

@@ -53,7 +53,7 @@ class Runtime:
         return total.cpu()
 
     def most(self, values: Tensor) -> Tensor:
-        """The largest of each of ``values`` over the ranks, in float64 on the CPU; asks nothing of the device."""
+        """The largest of each of ``values`` over the ranks, in float64 on the CPU; without a device synchronization."""
         largest = values.double()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
         return largest
@@ -76,7 +76,7 @@ def device_kind(device: str | None) -> str:
 
 @contextmanager
 def start(device: str | None, shard_size: int | None) -> Iterator[Runtime]:
-    """Join the other ranks, or be alone; leave them at the end. Where they have been joined before, that is kept.
+    """Join the process group, if there are other ranks, and leave it at the end. An existing group is kept.
 
     Args:
         device: ``cpu`` or ``cuda``; CUDA where there is one when None.
@@ -125,7 +125,7 @@ def _joined(kind: str) -> Place:
 
 @contextmanager
 def _without_greetings() -> Iterator[None]:
-    """Gloo writes to standard output how many peers it found: a process that is alone need not hear it."""
+    """Gloo writes to standard output how many peers it found: a single process does not need it."""
     sys.stdout.flush()
     kept = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -19,7 +19,7 @@ from moshi_ttt.training.trainer import Trainer
 class Checkpoints(Callback):
     """Saves after every ``every``-th step, after the last one, and when the training is stopped. On every rank.
 
-    A checkpoint is written while training goes on; the step after all ranks have written their parts makes it appear.
+    A checkpoint is written in the background; the step after all ranks have written their parts makes it appear.
 
     Attributes:
         every: steps between two checkpoints; 0 or less saves at the end alone.

@@ -1,4 +1,4 @@
-"""One optimizer step: what it reports, how a run ended, and what is put back when a step is given up."""
+"""One optimizer step: its report, the outcome of a run, and the undoing of a step that is given up."""
 
 from __future__ import annotations
 

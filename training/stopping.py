@@ -1,4 +1,4 @@
-"""Stopping when asked: a signal ends a run at the next safe point, with a checkpoint of the last finished step.
+"""Stopping on request: a signal ends a run at the next safe point, with a checkpoint of the last finished step.
 
 Safe points are where all ranks can agree: before a step, between its micro-batches' forward and backward passes, at its
 end, and between the segments of an evaluation. Whether a step that has begun is finished depends on the grace period.
@@ -24,18 +24,18 @@ BYTES_PER_SEC = 200e6
 
 
 def launcher_warnings(grace: float) -> list[str]:
-    """What is to be said of a grace period that is longer than this process's launcher gives."""
+    """Warnings about a grace period that is longer than that of this process's launcher."""
     if not launched_by_torchrun() or grace <= TORCHRUN_SEC or "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in os.environ:
         return []
     return [
-        f"stop_grace_sec is {grace:g}, and torchrun kills its ranks {TORCHRUN_SEC} s after it was asked to stop "
+        f"stop_grace_sec is {grace:g}, and torchrun kills its ranks {TORCHRUN_SEC} s after a stop request "
         "(PyTorch 2.9 to 2.11 have no option for that). So long a grace holds only for a signal that the ranks get and "
         "torchrun does not."
     ]
 
 
 class StepGivenUpError(Exception):
-    """Every rank alike has left a step that there is no time to finish. Nothing has changed since the step before."""
+    """All ranks have left a step that there is no time to finish. Nothing has changed since the step before."""
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Pace:
 
 @dataclass
 class SafePoints:
-    """What all ranks agree on where a step can be left.
+    """The points at which all ranks decide together whether to leave a step.
 
     Attributes:
         request: this rank's signals.

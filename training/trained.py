@@ -1,4 +1,4 @@
-"""A model with blocks in it, and which of its parameters are trained."""
+"""A model with blocks, and its trained parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GROUPS: tuple[Group, ...] = ("ttt", "gates", "lora", "base")
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A host's model with what is trained in it: the parameters that require gradients.
+    """A host's model with its trained parameters: those that require gradients.
 
     Attributes:
         model: the model, sharded (``core.sharding.shard``) or not.

@@ -37,7 +37,7 @@ from moshi_ttt.training.trained import TrainedModel
 
 @dataclass
 class Trainer:
-    """The model, its optimizer, and where training is.
+    """The model, its optimizer, and the progress of training.
 
     Attributes:
         trained: the model, sharded over the runtime's mesh where there are several ranks.
@@ -212,7 +212,7 @@ class Trainer:
         )  # fmt: skip
 
     def _inner_lr_factor(self) -> float:
-        """For the step to come: how far the main learning rate has risen, from 0 to 1."""
+        """The progress of the main learning rate's warmup at the next step, from 0 to 1."""
         if not self.config.inner_lr_warmup:
             return 1.0
         return min(1.0, (self.step + 1) / max(1.0, self.config.optim.pct_start * self.config.max_steps))

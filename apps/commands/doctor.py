@@ -1,4 +1,4 @@
-"""``moshi-ttt doctor``: run a few training passes and report what is wrong with each block."""
+"""``moshi-ttt doctor``: run a few training passes and report problems of each block."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def doctor(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged config such as tiny-ttt-mlp.")],
     adapter: Annotated[
         Path | None,
-        typer.Option("--adapter", **PATH, help="Examine this trained adapter; new blocks if left out."),
+        typer.Option("--adapter", **PATH, help="Trained adapter to examine. Default: new blocks."),
     ] = None,
-    batches: Annotated[int, typer.Option("--batches", min=1, help="Training passes to look at.")] = 3,
+    batches: Annotated[int, typer.Option("--batches", min=1, help="Number of training passes.")] = 3,
     length: Annotated[
-        int | None, typer.Option("--length", min=1, help="Tokens a pass; more than two chunks if left out.")
+        int | None, typer.Option("--length", min=1, help="Tokens in a pass. Default: more than two chunks.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the made-up tokens.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the random tokens.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     threads: Threads = None,
 ) -> None:
-    """Run a few training passes on made-up tokens and report what is wrong with each block. Nothing is changed.
+    """Run a few training passes on random tokens and report problems of each block. Nothing is changed.
 
     Exit code 0 when every block is healthy, 1 when one has a red flag, 2 when the config cannot be used.
     """

@@ -1,4 +1,4 @@
-"""``moshi-ttt encode``: encode the recordings of a training once."""
+"""``moshi-ttt encode``: encode the recordings of a training config once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from moshi_ttt.apps.console import console
 
 
 def encode(
-    config: Annotated[str, typer.Argument(help="The YAML file of the training, or a packaged config's name.")],
+    config: Annotated[str, typer.Argument(help="A training config: a YAML file, or the name of a packaged config.")],
     out: Annotated[Path, typer.Option("--out", "-o", **PATH, help="Folder to write. It must be new, or empty.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options to change.")] = None,
     held_out: Annotated[bool, typer.Option("--eval", help="Encode data.eval_data instead of data.train_data.")] = False,
 ) -> None:
-    """Encode the recordings of a training once, into shards that it reads instead: data.train_data=OUT.
+    """Encode the recordings of a training config into shards, which training reads with data.train_data=OUT.
 
     Every run that reads recordings themselves encodes them anew in every epoch; shards hold the very same numbers.
     """

@@ -1,4 +1,4 @@
-"""``moshi-ttt new-plugin``: write a plugin of one's own."""
+"""``moshi-ttt new-plugin``: write a plugin package."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from moshi_ttt.apps.arguments import PATH
 
 
 def new_plugin(
-    name: Annotated[str, typer.Argument(help="What the variant will be called, as in my_memory.")],
+    name: Annotated[str, typer.Argument(help="Name of the variant, such as my_memory.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", **PATH, help="Folder to write, which must not exist; moshi-ttt-NAME here."),
+        typer.Option("--out", "-o", **PATH, help="Folder to write. It must not exist. Default: ./moshi-ttt-NAME."),
     ] = None,
 ) -> None:
-    """Write a plugin of your own: a distribution with a small working variant, its tests and a config.
+    """Write a plugin package with a small working variant, its tests and a config.
 
     It passes the conformance kit as it is. Install it with pip, then replace its mathematics by yours.
     """

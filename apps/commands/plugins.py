@@ -13,7 +13,7 @@ from moshi_ttt.apps.console import EXIT_FAILED, console
 
 def plugins(
     check: Annotated[
-        bool, typer.Option("--check", help="Import every target too. Exit code 1, with the reasons, if one fails.")
+        bool, typer.Option("--check", help="Also import every target; exit with code 1 and the reasons if one fails.")
     ] = False,
 ) -> None:
     """List every variant, host, precision policy, format adapter and verifier, and who provides it.

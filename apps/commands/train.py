@@ -15,19 +15,23 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Annotated[str, typer.Argument(help="A YAML file as moshi-finetune reads it, or a packaged config's name.")],
+    config: Annotated[str, typer.Argument(help="A training config: a YAML file, or the name of a packaged config.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, as in optim.lr=1e-5 resume=true.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Options to change, such as optim.lr=1e-5 resume=true."),
     ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Show what would be trained and what it takes, and stop. Reads no weights.")
+        bool,
+        typer.Option("--plan", help="Show what would be trained and the memory it takes, and exit. Reads no weights."),
     ] = False,
-    ranks: Annotated[int, typer.Option("--ranks", min=1, help="With --plan: ranks to share the model over.")] = 1,
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=1, help="With --plan: number of ranks that share the model.")
+    ] = 1,
 ) -> None:
     """Fine-tune Moshi: TTT blocks, LoRA, or everything, on one process or on many.
 
     Several processes: torchrun --nproc-per-node 8 -m moshi_ttt train CONFIG. Ctrl-C or a termination saves a checkpoint
-    and ends; resume=true goes on from it.
+    and ends; resume=true continues from it.
 
     Exit code 0 when the run is done, 75 when it was stopped as asked and can be resumed (with do_ckpt: false nothing
     was saved), 2 for an error, 130 when a second Ctrl-C ended it without saving. torchrun makes 1 of the last three;
@@ -40,7 +44,7 @@ def train(
             # Asked to stop, a rank leaves; one that is waiting for it meets an error of its own.
             if stop.started or not (stop.asked or was_interrupted(error)):
                 raise
-            errors().print("Stopped as asked before the first step; there was nothing to save.")
+            errors().print("Stopped on request before the first step; there was nothing to save.")
             stopped = True
         else:
             stopped = outcome is not None and outcome.stopped
@@ -49,7 +53,7 @@ def train(
 
 
 def _train(config: str, overrides: list[str], stop: StopRequest, *, plan: bool, ranks: int) -> Outcome | None:
-    """Train; or show what would be, and nothing comes of it."""
+    """Train, or only show the plan."""
     from moshi_ttt.configs import settings as reading
     from moshi_ttt.core.registry import default_registry
 

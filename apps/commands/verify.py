@@ -16,11 +16,13 @@ def verify(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE_OR_FOLDER...", parser=PATH["parser"], help="Files of reference vectors, or folders of them."
+            metavar="FILE_OR_FOLDER...",
+            parser=PATH["parser"],
+            help="Files of reference vectors, or folders of such files.",
         ),
     ],
     show_all: Annotated[
-        bool, typer.Option("--all", help="Show every output and gradient, not the worst alone.")
+        bool, typer.Option("--all", help="Show every output and gradient, not only the worst.")
     ] = False,
 ) -> None:
     """Check the installed code against reference vectors (safetensors files), outputs and gradients.

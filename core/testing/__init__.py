@@ -1,4 +1,4 @@
-"""The conformance kit: the rules that every variant keeps, as tests that a third party runs on theirs.
+"""The conformance kit: the rules for every variant, as tests that third parties run on their own variants.
 
 In a test module of your plugin::
 
@@ -151,7 +151,7 @@ def conformance_tests(
     shapes: Sequence[Shape] | None = None,
     compiled_step: bool = False,
 ) -> Callable[..., None]:
-    """A parametrised pytest test of every rule; assign it to a name that starts with ``test_``. See ``check_block``.
+    """A parametrized pytest test of every rule; assign it to a name that starts with ``test_``. See ``check_block``.
 
     ``compiled_step`` has the blocks stream by their compiled step, for a variant that brings one.
     """

@@ -1,4 +1,4 @@
-"""What a check works on: a variant, its options, a shape, a dtype, and how equal is equal."""
+"""The subject of a check: a variant, its options, a shape, a dtype, and the tolerance."""
 
 from __future__ import annotations
 

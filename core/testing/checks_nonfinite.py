@@ -1,4 +1,4 @@
-"""Checks of tokens that are not finite: whom they reach, and that a memory gets over them."""
+"""Checks of tokens that are not finite: what they change, and that later chunks update the memory again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_nonfinite_recovery(case: BlockCase) -> None:
     """Where a block declares ``skips_nonfinite``: the update of a chunk with a token that is not finite is left out.
 
     Earlier outputs are bit-equal, the row is finite again from the next chunk on, the skipped update is counted, any
-    cut of the sequence agrees, and no parameter's gradient is spoiled by a token whose output nobody uses. Where the
+    cut of the sequence agrees, and no parameter's gradient becomes nan by a token whose output is not used. Where the
     row's updates are disabled none is left out, and none counted.
     """
     block = case.block()

@@ -80,7 +80,7 @@ def _alone(
 @contextmanager
 def _short_calls() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a block may say that so few tokens teach it nothing
+        warnings.simplefilter("ignore", UserWarning)  # a block may warn that it is not trained on so few tokens
         yield
 
 

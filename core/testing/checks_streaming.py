@@ -94,7 +94,7 @@ def check_unwanted_state(case: BlockCase) -> None:
         for length in (1, case.chunk - 1 or 1, case.chunk, 2 * case.chunk + 1):
             x = case.inputs(length)
             with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # a block may say that so few tokens teach it nothing
+                warnings.simplefilter("ignore", UserWarning)  # a block may warn that it is not trained on so few tokens
                 wanted, _ = case.call(block, x, **start)
                 unwanted, _ = case.call(block, x, want_state=False, **start)
             what = f"{length} tokens from {sorted(start) or 'the start'}, without asking for the state"
@@ -161,7 +161,7 @@ def check_rows(case: BlockCase) -> None:
 
 
 def check_exec_mask(case: BlockCase) -> None:
-    """A masked row's state is bit-equal afterwards, and it goes on as if that call had not been, in both regimes."""
+    """A masked row's state is bit-equal afterwards, and it continues as without that call, in both regimes."""
     if not case.causal:
         return
     block, x = case.block(), case.inputs(2 * case.chunk + 2)
@@ -189,7 +189,7 @@ def check_exec_mask(case: BlockCase) -> None:
 
 
 def check_reset(case: BlockCase) -> None:
-    """A reset row equals a fresh stream bit for bit, resetting twice changes nothing, other rows do not notice."""
+    """A reset row equals a fresh stream bit for bit, resetting twice changes nothing, and other rows do not change."""
     if not case.causal:
         return
     block, x = case.block(), case.inputs(case.chunk + 2)
@@ -273,7 +273,7 @@ def layouts(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def check_updates_off(case: BlockCase) -> None:
-    """With updates off nothing is learned from the call: over whole chunks memory stays the learned initial one.
+    """With updates off a call does not change the memory: over whole chunks it stays the learned initial one.
 
     Row by row too: a row whose updates are off is as with updates off for all, the others are as with updates on.
     """

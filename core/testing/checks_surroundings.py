@@ -1,4 +1,4 @@
-"""Checks of what a block lives among: other modes of torch, copies, and parameters and buffers laid out otherwise."""
+"""Checks of a block's environment: modes of torch, copies, memory layouts of parameters and buffers."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def check_reset_before_backward(case: BlockCase) -> None:
 
 
 def check_step_gradient(case: BlockCase) -> None:
-    """A step has no gradient to give: where one would be lost the backward raises, and elsewhere nothing is refused."""
+    """A step has no gradient: backward raises where one would be lost, and nowhere else."""
     if not case.causal:
         return
     block, x = case.block(), case.inputs(1)

@@ -1,4 +1,4 @@
-"""Checks of the volume: at 0 a block is the base model bit for bit, at 1 what training made; it learns at each."""
+"""Checks of the volume: at 0 a block is the base model bit for bit, at 1 the trained block; it updates at each."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _flood(block: SequenceBlock) -> None:
 
 
 def _hears_itself(block: SequenceBlock) -> bool:
-    """Whether a second pass hears what the first added: then what both add is not proportional to the volume."""
+    """Whether a second pass reads what the first added: then their sum is not proportional to the volume."""
     return bool(getattr(block.config, "bidirectional", False))
 
 

@@ -1,4 +1,4 @@
-"""What a block costs on an accelerator, and that nothing in it waits for one: counted on tensors without values."""
+"""The cost of a block on an accelerator, and a check that it never waits for one: counted without values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moshi_ttt.core.testing.case import BlockCase
 
 @dataclass(frozen=True)
 class DeviceCost:
-    """What a block costs on an accelerator.
+    """The cost of a block on an accelerator.
 
     Attributes:
         forward, backward, step: launches of a training call, of its backward pass, and of a streamed token.

@@ -1,4 +1,4 @@
-"""How the checks drive a host: what its package says of it once, and a variant in it."""
+"""How the checks run a host: a description that the host's package gives, and a variant in it."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ class HostStream(ABC):
 
     @abstractmethod
     def reset(self, mask: Tensor) -> None:
-        """Start the rows where ``mask [B]`` is true anew."""
+        """Reset the rows where ``mask [B]`` is true."""
 
     @abstractmethod
     def execute(self, mask: Tensor) -> None:
-        """From now on only the rows where ``mask [B]`` is true move."""
+        """From now on a step advances only the rows where ``mask [B]`` is true."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostCase:
-    """How the checks drive a host.
+    """A description of a host, by which the checks run it.
 
     Attributes:
         name: for test ids.

@@ -80,7 +80,7 @@ def check_host_prefill(case: HostVariantCase) -> None:
 
 @torch.no_grad()
 def check_host_left_padding(case: HostVariantCase) -> None:
-    """Where a host masks tokens: a padded row gives what it gives alone, in one pass and in a stream that it fills.
+    """Where a host masks tokens: a padded row equals the row alone, in one pass and in a stream that it fills.
 
     What the masked tokens are reaches no other token.
     """
@@ -104,7 +104,7 @@ def check_host_left_padding(case: HostVariantCase) -> None:
 
 @torch.no_grad()
 def check_host_rows(case: HostVariantCase) -> None:
-    """Rows that are reset, held or fed other tokens do not change other rows; a held row goes on where it was."""
+    """Rows that are reset, held or fed other tokens do not change other rows; a held row continues where it was."""
     model = case.injected()
     tokens, other = case.on.tokens(3, LENGTH, 1), case.on.tokens(3, LENGTH, 2)
     undisturbed = case.streamed(model, tokens)
@@ -125,7 +125,7 @@ def check_host_rows(case: HostVariantCase) -> None:
 
 @torch.no_grad()
 def check_host_reset(case: HostVariantCase) -> None:
-    """A row that is reset gives what a stream that starts there gives."""
+    """A row that is reset equals a stream that starts there."""
     model, tokens = case.injected(), case.on.tokens(2, LENGTH, 1)
     later = case.on.tokens(2, LENGTH, 2)
     fresh = case.streamed(model, later)
@@ -252,7 +252,7 @@ def host_conformance_tests(
     beside: Mapping[str, Any] | None = None,
     registry: Registry | None = None,
 ) -> Callable[..., None]:
-    """A parametrised pytest test of every host check, in float32 and bfloat16; assign it to a ``test_`` name.
+    """A parametrized pytest test of every host check, in float32 and bfloat16; assign it to a ``test_`` name.
 
     See ``HostVariantCase`` for ``identity`` and ``beside``.
     """

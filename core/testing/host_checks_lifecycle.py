@@ -1,4 +1,4 @@
-"""Checks of a variant's life in a host: weights, meta device, checkpointing, made-up input (rules 4, 6, 7, 8)."""
+"""Checks of a variant's life in a host: weights, meta device, checkpointing, synthetic input (rules 4, 6, 7, 8)."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _checkpointed(case: HostVariantCase, model: nn.Module) -> Iterator[None]:
 
 
 def check_host_synthetic_loss(case: HostVariantCase) -> None:
-    """The loss on made-up input depends on the seed alone, and trains the blocks. Hosts without one are left out."""
+    """The loss on synthetic input depends on the seed alone, and trains the blocks. Hosts without one are left out."""
     model = case.on.model(case.dtype)
     injection = case.inject(model)
 

@@ -1,4 +1,4 @@
-"""A host that the kit brings: residual layers with a gated MLP each, where blocks are planned, injected and saved."""
+"""The kit's own host: residual layers with a gated MLP each, where blocks are planned, injected and saved."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class ToyLosses(HostLosses):
 
 
 class ToyHost(HostModel):
-    """Adapter of ``ToyModel``: a sequence site and a feed-forward site in every layer."""
+    """The host of ``ToyModel``: a sequence site and a feed-forward site in every layer."""
 
     name = "toy"
     causal = True

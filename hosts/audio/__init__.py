@@ -1,4 +1,4 @@
-"""A small host that is not causal: a transformer that cleans recordings, hearing both ways."""
+"""A small host that is not causal: a denoising transformer with bidirectional attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The host adapter of the denoiser: a ``sequence`` site in every layer, and blocks that may hear the future."""
+"""The denoiser as a host: a ``sequence`` site in every layer, for blocks that may use future tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class AudioHostConfig(HostConfig):
 
 
 class AudioHost(HostModel):
-    """A recording is heard whole, so a block of either kind fits, and there is no state to carry or stream."""
+    """The model takes whole recordings, so blocks may be bidirectional, and no state is carried or streamed."""
 
     name: ClassVar[str] = "audio"
     causal: ClassVar[bool] = False
@@ -108,7 +108,7 @@ class AudioHost(HostModel):
         *,
         document_ids: Tensor | None = None,
     ) -> Iterator[CarriedState]:
-        """Each recording is whole: nothing is carried."""
+        """A call is a whole recording: nothing is carried."""
         _checked(model)
         yield CarriedState()
 
@@ -131,7 +131,7 @@ class AudioHost(HostModel):
             model.volume = before
 
     def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
-        """The denoising loss on made-up tones in noise."""
+        """The denoising loss on synthetic tones in noise."""
         return denoising_loss(_checked(model), batch_size, length, seed)
 
     def losses(self, **options: float) -> AudioLosses:

@@ -27,6 +27,6 @@ class AudioLosses(HostLosses):
 
 
 def denoising_loss(model: AudioDenoiser, batch: int, frames: int, seed: int) -> Tensor:
-    """Mean squared error on made-up recordings."""
+    """Mean squared error on synthetic recordings."""
     noisy, clean = (part.to(model.encode.weight) for part in made_up_recordings(batch, frames, model.frame, seed))
     return AudioLosses().total(model, (noisy, clean))

@@ -1,4 +1,4 @@
-"""What Moshi compiles: nothing where it computes on a CPU, and the same in a block as in the base on CUDA.
+"""What Moshi compiles: nothing on a CPU, and on CUDA the same in a block as in the base model.
 
 Moshi hands four functions to ``torch.compile``: RMSNorm, the gated MLP, its rotary embedding and a loss that nothing
 here uses. Its layers turn that off for tensors that are not on CUDA, and its MLP while it trains. The norm after the
@@ -20,7 +20,7 @@ class EagerOnCPUNorm(RMSNorm):
     """Moshi's RMSNorm, compiled on CUDA alone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [B, T, D]``, normalised."""
+        """``x [B, T, D]``, normalized."""
         with nullcontext() if x.is_cuda else compiling.no_compile():
             return cast(Tensor, super().forward(x))
 

@@ -1,4 +1,4 @@
-"""Making Moshi's depformer fast in training.
+"""A faster depformer in training.
 
 With a weight for each step, the depformer hands its linear layers one step of a sequence, a view that is not
 contiguous. Where such a layer is frozen, torch then multiplies by a copy of the weight for every row instead of once:

@@ -1,4 +1,4 @@
-"""What a Moshi is made for: whose voices its codes are, what it predicts, and which codec and tokenizer fit it."""
+"""Compatibility: the voices of a Moshi's codes, what it predicts, and the codec and tokenizer that fit it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def speech_layout(n_q: int, dep_q: int, delays: Sequence[int]) -> SpeechLayout:
     voices = [list(delays[start:stop]) for start, stop in zip(starts, [*starts[1:], n_q], strict=True)]
     if dep_q not in (0, n_q) or len(voices) not in (1, 2) or voices[0] != voices[-1]:
         raise HostError(
-            f"This model predicts {dep_q} of the {n_q} codebooks that it reads, with delays {list(delays)}. Supported "
+            f"This model predicts {dep_q} of the {n_q} codebooks of its input, with delays {list(delays)}. Supported "
             "are one voice or two with as many codebooks and the same delays each, of which all, the first, or none "
             "are predicted."
         )
@@ -95,7 +95,7 @@ def _tokenizer_problems(model: Any, tokenizer: Any) -> Iterator[str]:
 
 
 def require_unconditioned(model: Any, name: str) -> None:
-    """Raise HostError for a model, called ``name``, that does not run without conditions, such as Hibiki."""
+    """Raise HostError for a model, called ``name``, that requires conditions, such as Hibiki."""
     if model.fuser is None and model.condition_provider is None:
         return
     conditions = [] if model.condition_provider is None else list(model.condition_provider.conditioners)

@@ -83,7 +83,7 @@ def native_entries(flat: Mapping[str, Any], where: str) -> tuple[list[dict[str, 
 
 
 def _is_off(value: Any) -> bool:
-    """Whether an option asks for nothing: absent, false, empty, or a section that is not enabled."""
+    """Whether an option is off: absent, false, empty, or a section that is not enabled."""
     if isinstance(value, Mapping):
         said = [value[key] for key in ("enable", "enabled") if key in value]
         return not value or (bool(said) and not any(said))

@@ -1,4 +1,4 @@
-"""What Moshi needs beside ``core.sharding.shard``: its digest before, and a ``forward_text`` that gathers, after."""
+"""Moshi's part of sharding: a digest before ``core.sharding.shard``, and a ``forward_text`` that gathers after."""
 
 from __future__ import annotations
 

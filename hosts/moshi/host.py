@@ -1,4 +1,4 @@
-"""The host adapter for Moshi's language model: sites, attaching and detaching, base weights, carried training."""
+"""Moshi's language model as a host: sites, attaching and detaching, base weights, carried training."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class MoshiHostConfig(HostConfig):
 
     @property
     def described(self) -> str:
-        """Which model this is, for reports: the repository, its revision, and the files that replace its own."""
+        """A description of the model, for reports: the repository, its revision, and the files that replace its own."""
         revision = [f"revision {self.revision}"] if self.revision else []
         return ", ".join([self.hf_repo, *revision, *(f"{name} {path}" for name, path in self.files.items())])
 
@@ -244,7 +244,7 @@ class MoshiHost(HostModel):
         *,
         document_ids: Tensor | None = None,
     ) -> Iterator[CarriedState]:
-        """Forward passes inside continue from ``state`` and leave theirs, detached, in the object this yields.
+        """Forward passes inside continue from ``state`` and store their own, detached, in the yielded object.
 
         Attention sees its own segment only. Without blocks in the model this does nothing.
 

@@ -86,7 +86,7 @@ class BlockSite(StreamingModule[BlockStreamState]):
                 raise ContextError(_rows_differ(name, value, rows))
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """``x [B, T, D]`` through the block, in the regime that the host is in."""
+        """``x [B, T, D]`` through the block: a plain call, a carried call or a streamed step."""
         streaming = self._streaming_state
         if streaming is not None:
             token = BlockContext(

@@ -29,7 +29,7 @@ def add_lora(model: LMModel, *, rank: int, scaling: float) -> None:
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise HostError("The model has a LoRA already.")
     if any(isinstance(module, BlockSite) for module in model.modules()):
-        raise HostError("LoRA goes in before the blocks, for it would go into them too. Detach them first.")
+        raise HostError("LoRA must be added before the blocks; otherwise the blocks get a LoRA too. Detach them first.")
     # On meta, because Moshi's layer draws values for its factors, and for a frozen matrix that is replaced at once.
     replace_all_linear_with_lora(model, rank, scaling, device=torch.device("meta"))
     for module in model.modules():

@@ -82,7 +82,7 @@ def targets_of(model: Any, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_weights(model: Any, codes: Tensor, losses: MoshiLosses) -> tuple[Tensor, Tensor]:
-    """``text [B, 1, T]`` and ``audio [B, K, T]`` float32: what each token of ``codes [B, Q, T]`` counts.
+    """``text [B, 1, T]`` and ``audio [B, K, T]`` float32: the weight of each token of ``codes [B, Q, T]``.
 
     Zero for what is not predicted: where the code is the zero token, and where a row's delay leaves no prediction.
     """

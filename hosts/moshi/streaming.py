@@ -2,7 +2,7 @@
 
 Moshi keeps streaming state in its modules, as dataclasses of tensors and counters. ``stream_state`` copies all of it
 into one flat mapping; ``restore_stream_state`` writes such a mapping into another stream of the same shape. Tensors are
-written into the buffers that are there, so a captured CUDA graph goes on with the restored values.
+written into the buffers that are there, so a captured CUDA graph continues with the restored values.
 
 Not part of it: the weights, and the random generator that sampling draws from (torch's global one).
 """
@@ -85,7 +85,7 @@ class BlockStreamState(State):
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Hand every row's memory to the next row."""
+        """Move every row's memory to the next row."""
         with self._counting_skipped():
             for name in self.block.memory_names():
                 self.buffers[name].copy_(self.buffers[name].roll(1, 0))
@@ -105,7 +105,7 @@ class BlockStreamState(State):
         self.block.reset_state(self.buffers, reset_mask)
 
     def __exit__(self, *exception: object) -> None:
-        """At the end of streaming, warn about updates that were left out in each row, whoever was in it.
+        """At the end of streaming, warn about the updates that were skipped in each row.
 
         Raises PrecisionError where parameters were declared frozen and were changed.
         """

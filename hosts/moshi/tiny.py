@@ -60,7 +60,7 @@ def speech_manifest(name: str) -> Path:
 
 
 def memory_adapter() -> Path:
-    """The adapter that ships with the tiny Moshi: a memory (``ttt_ridge``) that recalls what a stream has heard.
+    """The adapter that ships with the tiny Moshi: a memory (``ttt_ridge``) that recalls earlier speech of a stream.
 
     For ``core.adapter.load_adapter``, or ``-a memory=PATH`` on the command line. Raises HostError when it was not
     installed.

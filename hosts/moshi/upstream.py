@@ -1,4 +1,4 @@
-"""What this host takes from Moshi: the one place where Moshi is imported, private names included.
+"""The one module of this host that imports Moshi, private names included.
 
 Moshi reads ``NO_TORCH_COMPILE`` when its modules are imported. It is set here, before the import, when there is no CUDA
 device: the output norm of a language model that the user loaded would be compiled on the CPU, where that costs 20 s and

@@ -1,4 +1,4 @@
-"""What several plugins share beside the TTT layer (``plugins.hybrid``). A library: it registers nothing."""
+"""What several plugins share, except the TTT layer (``plugins.hybrid``). A library: it registers nothing."""
 
 from pathlib import Path
 

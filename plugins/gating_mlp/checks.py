@@ -1,4 +1,4 @@
-"""What ``gating_mlp`` refuses when it is built."""
+"""Checks of ``gating_mlp`` when it is built."""
 
 from __future__ import annotations
 

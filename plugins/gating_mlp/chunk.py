@@ -81,7 +81,7 @@ class ChunkForm:
         if mask is not None or context.want_state:
             num_enabled = layout.valid.sum(2).expand(key.shape[0], -1)  # [B or 1, N, C] -> [B, N]
             num_enabled = num_enabled if mask is None else torch.where(mask[:, None], num_enabled, 0)  # [B, 1] over it
-        # A key that is not finite would spoil gradients that are summed over tokens, however it is masked after this.
+        # A key that is not finite would reach gradients that are summed over tokens, however it is masked after this.
         key, target, rate = (torch.where(finite, part, 0) for part in (key, target, rate))  # [B, T, 1] over [B, T, any]
         gate_target = target if memory.gated else None
         queries = key if state is None else layout.split(key).flatten(1, 2)  # [B, N, C, h] -> [B, N C, h]

@@ -1,4 +1,4 @@
-"""The compiled step: step.cpp, built on the machine that streams. The same results as streaming.py."""
+"""The compiled step: step.cpp, built on the machine that streams. The same results as recurrent.py."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ Update = Literal["hebbian", "gradient", "ridge"]
 
 
 class GatingMLPConfig(BlockConfig):
-    """In-place TTT: the down projection of the host's gated MLP learns, once per chunk.
+    """In-place TTT: the down projection of the host's gated MLP is updated once per chunk.
 
     Attributes:
         chunk: tokens per update, or seconds as in ``20.5s`` (256 of Moshi's 12.5 tokens a second).

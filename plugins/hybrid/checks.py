@@ -1,4 +1,4 @@
-"""What a TTT layer refuses, or warns of, when it is built."""
+"""Checks of a TTT layer when it is built: errors and warnings."""
 
 from __future__ import annotations
 

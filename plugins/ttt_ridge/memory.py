@@ -1,4 +1,4 @@
-"""The memory of ``ttt_ridge``: the regularized least-squares solution of what a stream has heard.
+"""The memory of ``ttt_ridge``: the regularized least-squares solution over the earlier tokens of a stream.
 
 Keys k_t, values v_t and write strengths b_t of all earlier tokens make, per stream and head,
 
@@ -90,7 +90,7 @@ class Rule:
 def initial_state(
     batch: int, heads: int, key: int, value: int, like: Tensor, *, decays: bool, variance: bool
 ) -> BlockState:
-    """Nothing heard: solutions of zero and covariances I, in the dtype and on the device of ``like``.
+    """The state before any token: solutions of zero and covariances I, in the dtype and on the device of ``like``.
 
     Counted are tokens of the unfinished chunk, tokens left out as not finite, and, where the memory ``decays``, the
     coordinate that gets its prior back next. With ``variance`` the covariance at the chunk's start is kept too.

@@ -391,7 +391,7 @@ def test_what_cannot_be_used_is_left_out_up_to_a_share(tmp_path):
 def test_no_usable_pair_at_all_raises_whatever_the_share(tmp_path):
     speak(tmp_path / "1_correct.wav")
     (tmp_path / "1_incorrect.wav").write_bytes(b"no audio")
-    with pytest.raises(PairsError, match=r"(?s)1 of 1 pairs .*1_incorrect.wav cannot be read.*No pair is left: mend"):
+    with pytest.raises(PairsError, match=r"(?s)1 of 1 pairs .*1_incorrect.wav cannot be read.*No pair is left: fix"):
         read_pairs("storycloze", tmp_path, max_bad_share=0.9)
 
 

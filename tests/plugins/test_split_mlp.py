@@ -132,5 +132,5 @@ def test_a_projection_without_a_width_is_refused() -> None:
     block = case.block()
     half = SplitMLP(block.info.mlp)
     half.gate_proj = nn.Identity()
-    with pytest.raises(ConfigError, match="Identity, does not say its out_features"):
+    with pytest.raises(ConfigError, match="Identity, has no out_features"):
         GatingMLP(case.config, replace(block.info, mlp=half), block.roles)

@@ -56,7 +56,7 @@ def test_a_termination_saves_and_ends_well(encoded, tmp_path):
     process.send_signal(signal.SIGTERM)  # of the same stop
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 75, said
-    assert "Stopped as asked after step" in said
+    assert "Stopped on request after step" in said
     assert step_of(tmp_path) >= 2
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
@@ -72,7 +72,7 @@ def test_a_termination_of_two_ranks_saves_one_checkpoint(encoded, tmp_path):
     wait_for(process, tmp_path, 2)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=90)
-    assert "Stopped as asked after step" in said
+    assert "Stopped on request after step" in said
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
     alone = start(config_of(tmp_path, encoded, max_steps=step_of(tmp_path) + 1))
     said, _ = alone.communicate(timeout=120)

@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_names_the_newest_older_one_that_is_whole(train, tm
     (folder / "checkpoint_000003" / "resume" / "__0_0.distcp").write_bytes(b"cut")
     with pytest.raises(CheckpointError) as error:
         train(max_steps=5, resume=True)
-    hint = f"{folder / 'checkpoint_000002'} can be read: go on from it with resume={folder / 'checkpoint_000002'}."
+    hint = f"{folder / 'checkpoint_000002'} can be read: resume from it with resume={folder / 'checkpoint_000002'}."
     assert str(error.value).endswith(hint)
     assert train(max_steps=5, resume=str(folder / "checkpoint_000002")).step == 5
 
@@ -159,7 +159,7 @@ def test_options_that_the_version_before_did_not_have_are_no_changes(train, sett
     state.write_text(json.dumps(values))
     running.run(settings(max_steps=1, resume=True), default_registry(), Console())
     shown = capsys.readouterr().out
-    assert "going on from" in shown
+    assert "resuming from" in shown
     assert "changed since" not in shown
 
 

@@ -284,7 +284,7 @@ def test_stopped_is_75_and_done_is_0(cli, config, tmp_path, monkeypatch):
     signals_in_forward(monkeypatch, call=2)
     result = cli("train", config, "max_steps=9", "stop_grace_sec=0")
     assert result.exit_code == STOPPED, result.said
-    assert "Stopped as asked after step 1 of 9" in result.said
+    assert "Stopped on request after step 1 of 9" in result.said
     assert status(tmp_path / "run") == ("stopped", 1)
     monkeypatch.undo()
     result = cli("train", config, "max_steps=2", "resume=true")
