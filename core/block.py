@@ -217,7 +217,9 @@ class SequenceBlock(nn.Module, ABC):
         super().__init_subclass__(**named)
         cls.step = streams(cls.step)  # type: ignore[method-assign]
         for name in ("statistics", "inner_losses", "drift"):
-            setattr(cls, name, _unrounded(getattr(cls, name)))
+            method = getattr(cls, name)
+            if (wrapped := _unrounded(method)) is not method:  # what it inherits is wrapped where it is defined
+                setattr(cls, name, wrapped)
 
     @streams
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
