@@ -1,6 +1,6 @@
 """What the least-squares memory costs: beside a layer of Moshi 7B's width, and beside TTT-MLP. Behind a gate.
 
-    python benchmarks/ridge.py [--device cuda] [--rows 1 8] [--tokens 256] [--chunks 12] [--json FILE]
+    python benchmarks/ridge.py [--device cuda] [--rows 1 8] [--tokens 256] [--chunks 12] [--only streaming] [--json FILE]
 
 One layer of Moshi (attention and gated MLP, width 4096, 32 heads, hidden width 11264) and one block at that width, 32
 heads of 128, each called in turn. Training: forward and backward over ``--tokens`` tokens a row. Streaming: one token
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=256, help="of a row in training")
     parser.add_argument("--chunks", type=int, default=12, help="that are streamed")
+    parser.add_argument("--only", choices=("training", "streaming"), help="measure one of the two")
     parser.add_argument("--json", help="also write the figures to this file")
     arguments = parser.parse_args()
     error = gate()
@@ -148,13 +149,14 @@ def main() -> None:
     blocks = {name: block_of(entry, DIM, HEADS, device, dtype) for name, entry in BLOCKS.items()}
     figures = []
     for rows in arguments.rows:
-        for measured in (
-            training(layer, blocks, rows, arguments.tokens, device, dtype),
-            streaming(layer, blocks, rows, arguments.chunks, device, dtype),
-        ):
-            for row in measured:
-                print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-            figures += measured
+        measured = []
+        if arguments.only != "streaming":
+            measured += training(layer, blocks, rows, arguments.tokens, device, dtype)
+        if arguments.only != "training":
+            measured += streaming(layer, blocks, rows, arguments.chunks, device, dtype)
+        for row in measured:
+            print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        figures += measured
     if arguments.json:
         where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
         with open(arguments.json, "w", encoding="utf-8") as handle:
