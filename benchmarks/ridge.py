@@ -1,6 +1,7 @@
 """What the least-squares memory costs: beside a layer of Moshi 7B's width, and beside TTT-MLP. Behind a gate.
 
-    python benchmarks/ridge.py [--device cuda] [--rows 1 8] [--tokens 256] [--chunks 12] [--only streaming] [--json FILE]
+    python benchmarks/ridge.py [--device cuda] [--rows 1 8] [--tokens 256] [--chunks 12] [--only streaming]
+                               [--json FILE]
 
 One layer of Moshi (attention and gated MLP, width 4096, 32 heads, hidden width 11264) and one block at that width, 32
 heads of 128, each called in turn. Training: forward and backward over ``--tokens`` tokens a row. Streaming: one token

@@ -18,8 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = (
-    "tests/plugins/test_conformance.py", "tests/plugins/test_kit_mutations.py",
-    "tests/integration/test_conformance_on_moshi.py", "tests/hosts/test_stream_state.py", "tests/hosts/test_updates.py",
+    "tests/conformance/variants/test_conformance.py", "tests/conformance/variants/test_kit_mutations.py",
+    "tests/conformance/moshi/test_conformance_on_moshi.py", "tests/unit/hosts/test_stream_state.py",
+    "tests/unit/hosts/test_updates.py",
     "-k", "not test_options_of",
 )  # fmt: skip
 """Options of the hybrid layers are left out: their arithmetic is that of the layers without them."""

@@ -1,0 +1,156 @@
+"""The study from recordings to report, very small; going on after an interruption; what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moshi_ttt import default_registry
+from moshi_ttt.configs.settings import read_settings
+from moshi_ttt.data.audio import read_audio
+from moshi_ttt.hosts.moshi.tiny import speech_files
+from moshi_ttt.system.output_folder import OutputError
+from moshi_ttt.training.model import skeleton
+from study import plan
+from study.command import make
+from study.jobs import StudyError
+from study.stages import Study
+from tests.unit.data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript
+
+FRAMES = {"train": 130, "valid": 60, "test": 110}
+ARMS = tuple(arm for arm in plan.ARMS if arm.name in ("LoRA", "in-place TTT"))
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory) -> Path:
+    """A folder for known and one for unseen voices, two recordings in each split."""
+    folder = tmp_path_factory.mktemp("speech")
+    heard = torch.cat([read_audio(path, RATE) for path in speech_files()]).numpy()
+    start = 0
+    for voices in ("known", "unseen"):
+        for split, frames in FRAMES.items():
+            entries = []
+            for number in range(2):
+                samples = np.stack([heard[start:][: frames * FRAME], heard[start + 999 :][: frames * FRAME]])
+                start += 10_000
+                path = folder / voices / f"{split}{number}.wav"
+                path.parent.mkdir(exist_ok=True)
+                write_audio(path, samples)
+                write_transcript(path.with_suffix(".json"), words_every(0.5, frames * FRAME / RATE))
+                entries.append({"path": path.name, "duration": frames * FRAME / RATE})
+            write_manifest(folder / voices / f"{split}.jsonl", entries)
+    return folder
+
+
+def study(speech: Path, out: Path, **changes: Any) -> tuple[Path, list[str]]:
+    said: list[str] = []
+    options: dict[str, Any] = {
+        "known": [speech / "known"], "unseen": [speech / "unseen"], "arms": ARMS,
+        "scale": replace(plan.SMOKE, seeds=(0, 1)), "ablations": plan.ABLATIONS[:1], "at_once": 2, "say": said.append,
+    }  # fmt: skip
+    return make(out, **{**options, **changes}), said
+
+
+def test_a_study_goes_on_where_it_was_and_reports(speech, tmp_path):
+    out = tmp_path / "study"
+    report, said = study(speech, out)
+    assert len([line for line in said if line.startswith("train base")]) == 2
+    text = (report / "report.md").read_text()
+    for expected in (
+        "Voices of the training recordings: known.",
+        "Voices that are in no training recording: unseen.",
+        "voices of the training recordings (2 recordings)",
+        "## Recall, voices that are in no training recording",
+        "in-place TTT",
+        "Ablations",
+    ):
+        assert expected in text
+    for name in ("recall.png", "context.png"):
+        assert (report / name).read_bytes().startswith(b"\x89PNG")
+    numbers = json.loads((report / "metrics.json").read_text())
+    assert set(numbers["groups"]) == {"recall, test", "recall, unseen", "context, test", "context, unseen", "ablations"}
+    figures = numbers["groups"]["recall, test"]["figures"]
+    assert {(figure["subject"], figure["condition"]) for figure in figures} >= {
+        ("base", "updates on"), ("LoRA", "updates on"), ("in-place TTT", "memory of another"),
+    }  # fmt: skip
+    assert all(len(figure["by_seed"]) == 2 for figure in figures)
+    bases = {json.loads(path.read_text())["base model"] for path in out.glob("seed_*/recall_test/metrics.json")}
+    assert len(bases) == 2, "the evaluations say which seed's base model they are of"
+    chosen = numbers["choices"]["validation_loss"]["LoRA"]
+    assert len(chosen) == 2
+    assert chosen[numbers["choices"]["chosen"]["LoRA"]] == min(chosen)
+
+    again, said = study(speech, out)
+    assert said == ["cost, report"], "everything was there"
+    figures = {name: group["figures"] for name, group in numbers["groups"].items()}
+    later = json.loads((again / "metrics.json").read_text())
+    assert {name: group["figures"] for name, group in later["groups"].items()} == figures
+
+
+def test_recordings_that_are_not_there_raise_before_anything_runs(tmp_path):
+    with pytest.raises(StudyError, match=r"There is no .*train\.jsonl, .*valid\.jsonl.*fetch_speech"):
+        study(tmp_path / "nowhere", tmp_path / "study")
+    assert not (tmp_path / "study" / "logs").exists()
+
+
+@pytest.mark.parametrize("name", ["report/mine.txt", "base.json", "encoded/train/index.json", "study.json"])
+def test_a_folder_of_someone_else_is_not_a_study(speech, tmp_path, name):
+    mine = tmp_path / "study" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}")
+    with pytest.raises(OutputError, match="not empty and was not made by `moshi-ttt study`"):
+        study(speech, tmp_path / "study")
+    assert [path for path in (tmp_path / "study").rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "{}"
+
+
+def test_another_study_does_not_go_on_in_the_same_folder(speech, tmp_path, monkeypatch):
+    def nothing(study: Study) -> None:
+        raise StudyError("interrupted")
+
+    monkeypatch.setattr(Study, "encode", nothing)
+    for _ in range(2):
+        with pytest.raises(StudyError, match="interrupted"):  # the same one goes on
+            study(speech, tmp_path / "study")
+    for changes, named in (
+        ({"scale": replace(plan.SMOKE, context=99)}, "scale"),
+        ({"unseen": []}, r"unseen \['unseen'\] and not \[\]"),
+    ):
+        with pytest.raises(OutputError, match=rf"holds another study.*{named}"):
+            study(speech, tmp_path / "study", **changes)
+
+
+# ---- the plan
+
+
+def parameters(arm: plan.Arm, out: Path, candidate: int = 0) -> int:
+    registry = default_registry()
+    base = Study(
+        out=out, known=(), unseen=(), scale=plan.FULL, arms=(), ablations=(), at_once=1, say=print
+    ).base_config()  # fmt: skip
+    model = f"moshi_paths.config_path={base}"
+    changes = ["data.train_data=x", "run_dir=x", model, *arm.changes, *arm.candidates[candidate]]
+    groups = skeleton(read_settings("train-cpu", changes, registry), registry).groups()
+    return sum(parameter.numel() for members in groups.values() for parameter in members.values())
+
+
+def test_arms_have_alike_many_parameters(tmp_path):
+    counts = {arm.name: parameters(arm, tmp_path) for arm in plan.ARMS}
+    assert max(counts.values()) <= 1.08 * counts["LoRA"], counts
+    assert min(counts.values()) >= 0.92 * counts["LoRA"], counts
+
+
+@pytest.mark.parametrize("arm", [*plan.ARMS, *plan.ABLATIONS], ids=lambda arm: arm.name)
+def test_every_candidate_is_a_valid_run(arm, tmp_path):
+    assert {parameters(arm, tmp_path, number) > 0 for number in range(len(arm.candidates))} == {True}
+
+
+def test_names_give_folders_of_their_own():
+    folders = [arm.folder for arm in (*plan.ARMS, *plan.ABLATIONS)]
+    assert len(folders) == len(set(folders))

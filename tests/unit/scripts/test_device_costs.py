@@ -1,0 +1,52 @@
+"""The table of docs/gpu.md is what the code costs: more is a regression, much less a table to write anew."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+
+from tests.project import ROOT
+
+SLACK = 0.05
+"""How far below the table a figure may be."""
+QUICK = ("ttt_linear", "gating_mlp")
+
+
+def script():
+    specification = importlib.util.spec_from_file_location("device_costs", ROOT / "scripts" / "device_costs.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["device_costs"] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+COSTS = script()
+
+
+def budget() -> dict[str, list[int]]:
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    lines = text.split(COSTS.BEGIN)[1].split(COSTS.END)[0].strip().splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name: [int(figure.replace(",", "")) for figure in figures] for name, *figures in cells}
+
+
+def test_the_table_has_every_block():
+    assert list(budget()) == [COSTS.name(*block) for block in COSTS.BLOCKS]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=COSTS.name(*block), marks=() if block[0] in QUICK else pytest.mark.slow)
+        for block in COSTS.BLOCKS
+    ],
+)
+def test_a_block_costs_what_the_table_says(block):
+    allowed, found = budget()[COSTS.name(*block)], COSTS.row(*block)
+    for what, most, figure in zip(COSTS.HEADINGS[1:], allowed, found, strict=True):
+        assert figure <= most, f"{what}: {figure}, and docs/gpu.md allows {most}"
+        assert figure >= (1 - SLACK) * most - 1, (
+            f"{what}: {figure}, far below {most}: write the table of docs/gpu.md anew"
+        )
