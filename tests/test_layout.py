@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,31 @@ def test_no_class_name_stands_for_two_things():
                     defined.setdefault(node.name, set()).add(f"{package}.{path.stem}")
     assert len(defined) > 200
     assert {name: sorted(modules) for name, modules in defined.items() if len(modules) > 1} == {}
+
+
+# ---- sizes
+
+LONGEST_FILE = 350
+LONGEST_FUNCTION = 60
+
+
+def functions(path: Path) -> Iterator[tuple[str, int]]:
+    """The name of each function in a file, and its lines from ``def`` to its end."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None
+            yield node.name, node.end_lineno - node.lineno + 1
+
+
+def test_files_and_functions_are_short():
+    paths = [path for folder in packages_on_disk().values() for path in sorted(folder.glob("*.py"))]
+    found = {path.relative_to(ROOT).as_posix(): path for path in paths}
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in found.items()}
+    lengths = {f"{name}: {function}": size for name, path in found.items() for function, size in functions(path)}
+    assert len(lines) > 150
+    assert len(lengths) > 1000
+    assert {name: size for name, size in lines.items() if size > LONGEST_FILE} == {}
+    assert {name: size for name, size in lengths.items() if size > LONGEST_FUNCTION} == {}
 
 
 # ---- a second copy of the registry
