@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moshi_ttt.core import autocast
 from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo, SiteKind
 from moshi_ttt.core.casts import copy_bytes
 from moshi_ttt.core.errors import ConfigError
@@ -188,7 +189,7 @@ class GatingMLP(SequenceBlock):
         return read if self.config.read_scale == 1 else self.config.read_scale * read
 
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
-        if self._autocast_is_on(x):
+        if autocast.is_on(x):
             with self._without_autocast(x):  # only where needed: entering costs as much as a product
                 return self.step(x, state, context)
         context = context or BlockContext()
