@@ -46,6 +46,11 @@ __all__ = [
     "SiteKind",
 ]
 
+GUARDS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "step": streams, "statistics": unrounded, "inner_losses": unrounded, "drift": unrounded,
+}  # fmt: skip
+"""What a variant's own methods are wrapped in."""
+
 
 class SequenceBlock(BlockContract):
     """Base class of all blocks: what a variant writes (``BlockContract``), and what every variant gets.
@@ -60,8 +65,7 @@ class SequenceBlock(BlockContract):
     def __init_subclass__(cls, **named: Any) -> None:
         """Guard what a variant writes; what it inherits is guarded where it is defined."""
         super().__init_subclass__(**named)
-        guards = {"step": streams, "statistics": unrounded, "inner_losses": unrounded, "drift": unrounded}
-        for name, guard in guards.items():
+        for name, guard in GUARDS.items():
             method = getattr(cls, name)
             if (guarded := guard(method)) is not method:
                 setattr(cls, name, guarded)
@@ -287,7 +291,7 @@ class SequenceBlock(BlockContract):
             once = {name: once_differentiable(tensor, reason) for name, tensor in after.items()}
             return once_differentiable(y, reason), once
 
-        self.compute = compute  # type: ignore[method-assign]
+        self.compute = compute  # type: ignore[method-assign]  # this block's own, before the class's
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: compiled code is left out, and the copy compiles its own."""

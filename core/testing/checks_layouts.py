@@ -37,7 +37,7 @@ def check_layouts(case: BlockCase) -> None:
             seen.append({n: (t.stride(), t.data_ptr() % states.ALIGNMENT) for n, t in (state or {}).items()})
             return compute(x, state, context)
 
-        block.compute = recording  # type: ignore[method-assign]
+        block.compute = recording  # type: ignore[method-assign]  # this block's own, before the class's
         rows = x.shape[0]
         _, used = case.call(block, x, block.init_state(rows))
         everyone = torch.ones(rows, dtype=torch.bool)
