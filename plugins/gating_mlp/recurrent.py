@@ -228,7 +228,7 @@ def _count(
     """
     masks = [mask for mask in (active, updated) if mask is not None]
     enabled = reduce(and_, masks) if masks else 1
-    num_nonfinite, num_enabled = state["spoiled"] + nonfinite, state["enabled"] + enabled
+    num_nonfinite, num_enabled = state["spoiled"] + nonfinite, state["enabled"] + enabled  # [B], as all below
     allowed = num_enabled > 0
     applied = (num_nonfinite == 0) & allowed
     scale = applied.to(state["scale"].dtype)

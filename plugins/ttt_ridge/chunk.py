@@ -256,7 +256,7 @@ def _solved(
     system = 0.5 * (system + system.mT) + regularization * identity
     factor, _ = torch.linalg.cholesky_ex(system)
     both = torch.linalg.solve_triangular(factor, torch.cat([spread, error], dim=-1), upper=False)  # [B, H, R, m + d]
-    spread, error = both.split_with_sizes([k.shape[-1], v.shape[-1]], dim=-1)
+    spread, error = both.split_with_sizes([k.shape[-1], v.shape[-1]], dim=-1)  # [B, H, R, m] and [B, H, R, d]
     return spread, error
 
 
