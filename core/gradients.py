@@ -57,5 +57,5 @@ def streams(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
             y = stepped(step, self, x, state, context)
         return refuse_gradient(y, self.gradient_sources(x, state, context), self.no_gradient_in_streams())
 
-    without_graph.streams = True  # type: ignore[attr-defined]
+    without_graph.streams = True  # type: ignore[attr-defined]  # a mark: a step is wrapped once
     return without_graph

@@ -1,70 +1,35 @@
-"""Injection: plan, validate, apply, remove.
+"""Injection: put planned blocks into a model, and take them out again.
 
-All conflicts are found before the model is touched: a plan that cannot be carried out raises one error that lists
-every problem, and an application that fails half-way leaves the model as it was.
+``planning`` finds all conflicts before the model is touched, and an application that fails half-way leaves the model
+as it was.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, overload
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, overload
 
-import torch
 from torch import Tensor, nn
 
 from moshi_ttt.core import summary
-from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo, SiteKind
+from moshi_ttt.core.block import SequenceBlock, Site
 from moshi_ttt.core.config import DEFAULT_PRECISION, BlockConfig, TTTConfig
-from moshi_ttt.core.errors import ConfigError, InjectionError, MoshiTTTError, PluginError
+from moshi_ttt.core.errors import ConfigError, InjectionError, MoshiTTTError
 from moshi_ttt.core.host import HostModel
 from moshi_ttt.core.host_lookup import host_of
-from moshi_ttt.core.layer_spec import resolve_layers
-from moshi_ttt.core.precision import DtypeRoles, PrecisionPolicy
-from moshi_ttt.core.registry import Registry, Variant, default_registry
-from moshi_ttt.core.sharding import assign
-from moshi_ttt.core.volume import no_volume
+from moshi_ttt.core.initial_values import fill_blocks, initialise_blocks, reset_unsaved
+from moshi_ttt.core.planning import PlannedBlock, plan_blocks
+from moshi_ttt.core.precision import PrecisionPolicy
+from moshi_ttt.core.registry import Registry, default_registry
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+__all__ = ["Injection", "Plan", "PlannedBlock", "inject", "make_plan"]
+
 logger = logging.getLogger("moshi_ttt.injection")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedBlock:
-    """One block of a plan; the figures come from building it on the meta device, so they are exact.
-
-    Attributes:
-        trial: that block; it has shapes and dtypes, and no values.
-    """
-
-    info: SiteInfo
-    variant: Variant
-    config: BlockConfig
-    roles: DtypeRoles
-    parameters: int
-    state_bytes: int
-    flops_per_token: int
-    cast_bytes: int
-    trial: SequenceBlock = field(repr=False, compare=False)
-    chunk_tokens: int | None = None
-
-    @property
-    def site(self) -> Site:
-        return self.info.site
-
-    def build(self) -> SequenceBlock:
-        """The block on its site's device, uninitialized."""
-        return self.variant.factory(self.config, self.info, self.roles)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The block's parameters and persistent buffers by name, on the meta device: what an adapter holds of it.
-
-        Raises ConfigError for state that is no tensor, which an adapter cannot hold.
-        """
-        return {**dict(self.trial.named_parameters()), **self.trial.persistent_buffers()}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -109,7 +74,7 @@ class Plan:
         try:
             built = {planned.site: planned.build() for planned in self.blocks}
             if values is not None:
-                _fill_blocks(built, self.seed, values)
+                fill_blocks(built, self.seed, values)
             elif not any(parameter.is_meta for block in built.values() for parameter in block.parameters()):
                 initialise_blocks(built, self.seed)
             for block in built.values():
@@ -246,7 +211,7 @@ class Injection:
         if saved:
             initialise_blocks(self.blocks, self.plan.seed)
         else:
-            _reset_unsaved(self.blocks, self.plan.seed)
+            reset_unsaved(self.blocks, self.plan.seed)
 
     def check_precision(self, when: str) -> None:
         """Every block's parameters have the policy's dtypes, or PrecisionError names the tensor."""
@@ -267,50 +232,6 @@ def _listed(blocks: Mapping[Site, SequenceBlock]) -> str:
     return ", ".join(map(str, sorted(blocks))) or "no site"
 
 
-def initialise_blocks(blocks: dict[Site, SequenceBlock], seed: int) -> None:
-    """Initial values, drawn on the CPU from the seed and the site alone: equal on every device, rank and plan."""
-    for site, block in blocks.items():
-        with torch.no_grad():
-            block.reset_parameters(_generator(seed, site))
-
-
-def _generator(seed: int, site: Site) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + site.layer) * 2 + (site.kind != SiteKind.SEQUENCE))
-
-
-def _reset_unsaved(blocks: Mapping[Site, SequenceBlock], seed: int) -> None:
-    for site, block in blocks.items():
-        with torch.no_grad():
-            block.reset_unsaved(_generator(seed, site))
-
-
-def _fill_blocks(blocks: Mapping[Site, SequenceBlock], seed: int, values: Mapping[str, Tensor]) -> None:
-    """Give every parameter and buffer its value. Raises InjectionError unless ``values`` are exactly those needed."""
-    own: dict[str, Tensor] = {}
-    for site, block in blocks.items():
-        own |= {f"{site}.{name}": tensor for name, tensor in block.named_parameters()}
-        own |= {f"{site}.{name}": tensor for name, tensor in block.persistent_buffers().items()}
-    if apart := sorted(own.keys() ^ values.keys()):
-        raise InjectionError(
-            f"Nothing was injected: the values are not those of the blocks; on one side only: {', '.join(apart[:8])}."
-        )
-    if meta := [name for name, tensor in own.items() if tensor.is_meta]:
-        raise InjectionError(
-            f"Nothing was injected: {meta[0]} is on the meta device and cannot hold a value. Load the model's weights "
-            "first."
-        )
-    problems = [
-        f"{name} is {list(values[name].shape)} {values[name].dtype}, and {list(tensor.shape)} {tensor.dtype} is needed"
-        for name, tensor in own.items()
-        if (values[name].shape, values[name].dtype) != (tensor.shape, tensor.dtype)
-    ]
-    if problems:
-        raise InjectionError(f"Nothing was injected: {'; '.join(problems[:8])}.")
-    _reset_unsaved(blocks, seed)
-    for name, tensor in own.items():
-        assign(tensor, values[name])
-
-
 def make_plan(
     model: nn.Module,
     host: HostModel,
@@ -327,115 +248,8 @@ def make_plan(
             sites, a non-causal block in a causal host, options that do not fit the host, blocks already present.
     """
     registry = registry or default_registry()
-    adapter = registry.format_adapter(host.format_name)
-    sites = {info.site: replace(info, format=adapter) for info in host.sites(model)}
-    if not sites:
-        raise InjectionError(f"Nothing was injected: host {host.name!r} finds no site in this model.")
-    num_layers = 1 + max(site.layer for site in sites)
-    problems: list[str] = []
-    if host.blocks(model):
-        problems.append("The model already has blocks; remove them first (injection.remove()).")
-    claimed: dict[Site, str] = {}
-    planned: list[PlannedBlock] = []
-    for index, entry in enumerate(entries):
-        label = f"ttt[{index}] ({entry.variant}, layers {entry.layers!r})"
-        try:
-            variant = registry.block(entry.qualified_name)
-            _require_config(entry, variant)
-            kind = getattr(variant.factory, "kind", SequenceBlock.kind)
-            layers = resolve_layers(entry.layers, num_layers, _layers_with(kind, sites) or None)
-        except (ConfigError, PluginError) as error:
-            problems.append(f"{label}: {error}")
-            continue
-        for layer in layers:
-            site = Site(layer, kind)
-            if site in claimed:
-                problems.append(f"{label}: site {site} is already claimed by {claimed[site]}.")
-                continue
-            claimed[site] = label
-            if site not in sites:
-                have = ", ".join(str(s) for s in sites if s.kind == kind) or "none"
-                problems.append(f"{label}: host {host.name!r} has no site {site}; {kind} sites: {have}.")
-                continue
-            try:
-                planned.append(_plan_block(sites[site], variant, entry, policy, host))
-            except MoshiTTTError as error:
-                problems.append(f"{label}: {site}: {error}")
-    if problems:
-        raise InjectionError("Nothing was injected:\n" + "\n".join(f"- {problem}" for problem in problems))
-    return Plan(host=host, policy=policy, seed=seed, blocks=tuple(sorted(planned, key=lambda p: p.site)))
-
-
-def _layers_with(kind: SiteKind, sites: Mapping[Site, SiteInfo]) -> list[int]:
-    return [site.layer for site in sorted(sites) if site.kind is kind]
-
-
-def _require_config(entry: BlockConfig, variant: Variant) -> None:
-    """Raise ConfigError where a configuration is not the variant's own: its options would be missing."""
-    if not isinstance(entry, variant.config_class):
-        raise ConfigError(
-            f"it is a {type(entry).__name__}, and {variant.name!r} of {variant.provenance} needs a "
-            f"{variant.config_class.__name__}."
-        )
-
-
-def _plan_block(
-    info: SiteInfo, variant: Variant, config: BlockConfig, policy: PrecisionPolicy, host: HostModel
-) -> PlannedBlock:
-    roles = policy.roles(info.dtype)
-    if info.dtype != roles.param:
-        raise InjectionError(
-            f"the host's parameters are {info.dtype}, policy {policy.name!r} asks for {roles.param}; "
-            "load the host in that dtype or choose another policy."
-        )
-    trial, figures = _trial(info, variant, config, roles)
-    if trial.kind != info.site.kind:
-        raise InjectionError(
-            f"the block is for {trial.kind} sites. A factory function needs an attribute `kind`, as a block class has."
-        )
-    if host.causal and not trial.causal:
-        raise InjectionError(
-            f"host {host.name!r} is causal and this block is not: it would see the future inside a chunk. "
-            "Set causal: true, or use a host that is not causal."
-        )
-    if config.output_scale != 1 and not trial.scales_output:
-        raise InjectionError(f"output_scale: {config.output_scale:g} {no_volume(type(trial).__name__)}")
-    return PlannedBlock(
-        info=info,
-        variant=variant,
-        config=config,
-        roles=roles,
-        trial=trial,
-        **figures,
-    )
-
-
-def _trial(
-    info: SiteInfo, variant: Variant, config: BlockConfig, roles: DtypeRoles
-) -> tuple[SequenceBlock, dict[str, Any]]:
-    """The block on the meta device, what it would be without its memory, and its figures."""
-    figures: dict[str, Any] = {}
-    try:
-        block = variant.factory(config, info.on(torch.device("meta")), roles)
-        if isinstance(block, SequenceBlock):
-            figures = {
-                "parameters": sum(parameter.numel() for parameter in block.parameters()),
-                "state_bytes": block.state_bytes(),
-                "cast_bytes": block.cast_bytes(),
-                "flops_per_token": block.flops_per_token(),
-                "chunk_tokens": block.chunk_tokens,
-            }
-    except MoshiTTTError:
-        raise
-    except Exception as error:  # a third party's constructor can fail in any way
-        raise InjectionError(
-            f"variant {variant.name!r} of {variant.provenance} cannot be built: {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(block, SequenceBlock):
-        raise InjectionError(
-            f"variant {variant.name!r} of {variant.provenance} makes a {type(block).__name__}, not a SequenceBlock."
-        )
-    return block, figures
+    blocks = plan_blocks(model, host, entries, policy=policy, registry=registry)
+    return Plan(host=host, policy=policy, seed=seed, blocks=blocks)
 
 
 @overload

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -123,7 +123,8 @@ def float32_products(device: str) -> MatmulPrecision:
     if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
         if device == "cuda":
             return "high" if torch.backends.cuda.matmul.allow_tf32 else "highest"
-        return torch.get_float32_matmul_precision()  # type: ignore[return-value]
+        return cast(MatmulPrecision, torch.get_float32_matmul_precision())
+    # mkldnn.matmul has no type in torch's stubs.
     kept = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     return _PRECISIONS[kept.fp32_precision]
 

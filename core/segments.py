@@ -132,17 +132,20 @@ def compute_segments(
         if segments.begun:
             rows = torch.zeros(x.shape[0], dtype=torch.bool)
             rows[list(segments.begun)] = True
-            after = states.where_rows(rows.to(x.device), start, after)
+            after = states.where_rows(rows.to(x.device), start, after)  # [B] over [B, ...]
     for pieces in _together(segments.pieces, block, state, context):
         call = _SegmentedCall(pieces, x, state)
+        # [B T, D] -> [P, L, D]
         y, ended = block.compute(call.gather(flat), call.state(state), call.context(context, flat))
         places.append(call.places)
         outputs.append(y.flatten(0, 1)[call.filled])  # [P, L, D] -> [P L, D] -> [tokens of the pieces, D]
         if after is not None and call.wanted:
             # A block that is not causal may give no state: there is none to go on from.
+            # rows [P] of [B, ...] become those of [P, ...]
             after = {name: t.index_copy(0, call.rows, ended[name]) for name, t in after.items()} if ended else None
     base = block.base_output(x) if segments.num_masked else x
     if places:
+        # [B, T, D] -> [B T, D], tokens of all pieces written into it, -> [B, T, D]
         base = base.flatten(0, 1).index_copy(0, torch.cat(places), torch.cat(outputs)).view(base.shape)
     return base, after or {}
 

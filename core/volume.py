@@ -103,6 +103,7 @@ def no_volume(blocks: str) -> str:
 
 def number_problem(value: object) -> str:
     """What is wrong with a volume that is a number, in a sentence; empty where nothing is."""
+    # typeshed's Real has no order.
     if isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= LARGEST_VOLUME:  # type: ignore[operator]
         return ""
     return (

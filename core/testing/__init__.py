@@ -18,6 +18,7 @@ from typing import Any
 from moshi_ttt.core.device_log import DeviceLog
 from moshi_ttt.core.registry import Registry
 from moshi_ttt.core.testing.case import BlockCase, Shape, default_cases, error
+from moshi_ttt.core.testing.checks_layouts import check_buffer_layouts, check_layouts, check_parameter_layouts
 from moshi_ttt.core.testing.checks_lifecycle import (
     check_adapter_round_trip,
     check_buffers,
@@ -35,10 +36,7 @@ from moshi_ttt.core.testing.checks_streaming import (
     check_causality,
     check_every_prefix,
     check_exec_mask,
-    check_inner_lr_factor,
-    check_layouts,
     check_long_stream,
-    check_memory,
     check_no_host_read,
     check_reset,
     check_rows,
@@ -46,16 +44,13 @@ from moshi_ttt.core.testing.checks_streaming import (
     check_state_is_float32,
     check_step_in_place,
     check_unwanted_state,
-    check_updates_off,
 )
 from moshi_ttt.core.testing.checks_surroundings import (
-    check_buffer_layouts,
     check_changed_parameters,
     check_copies,
     check_figures_under_autocast,
     check_other_modes,
     check_parameter_dimensions,
-    check_parameter_layouts,
 )
 from moshi_ttt.core.testing.checks_training import (
     check_checkpointing,
@@ -68,6 +63,7 @@ from moshi_ttt.core.testing.checks_training import (
     check_trainable_set,
     check_two_forwards,
 )
+from moshi_ttt.core.testing.checks_updates import check_inner_lr_factor, check_memory, check_updates_off
 from moshi_ttt.core.testing.checks_volume import check_volume, check_volume_gradient, check_volume_streamed
 from moshi_ttt.core.testing.device_cost import DeviceCost, check_device, device_cost
 from moshi_ttt.core.testing.host_checks import (

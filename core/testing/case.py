@@ -146,6 +146,11 @@ class BlockCase:
     def step(self, block: SequenceBlock, x: Tensor, state: BlockState, **more: Any) -> Tensor:
         return block.step(x, state, self.context(x, **more))
 
+    def stream(self, block: SequenceBlock, pieces: Sequence[Tensor]) -> tuple[Tensor, BlockState]:
+        """Outputs ``[B, T, D]`` and the final state of a stream from its beginning, in ``pieces [B, any, D]``."""
+        state = block.allocate_state(len(pieces[0]))
+        return torch.cat([self.step(block, piece, state) for piece in pieces], dim=1), state
+
 
 def default_cases(
     variant: str,

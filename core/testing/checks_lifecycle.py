@@ -16,7 +16,8 @@ from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.config import BlockConfig
 from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import MoshiTTTError
-from moshi_ttt.core.injection import Injection, Plan, initialise_blocks, make_plan
+from moshi_ttt.core.initial_values import initialise_blocks
+from moshi_ttt.core.injection import Injection, Plan, make_plan
 from moshi_ttt.core.testing.case import BlockCase, assert_equal
 from moshi_ttt.core.testing.toy_host import TOY_HOST, ToyHost, ToyModel, toy_registry
 

@@ -86,9 +86,8 @@ def _check_cuts(case: BlockCase, block: SequenceBlock, x: Tensor, bad: int, ende
             rest, state = case.call(block, x[:, cut:], state)
             _same(case, torch.cat([y, rest], dim=1), whole, f"cut at {cut}")
             assert_equal(block.skipped_updates(state), block.skipped_updates(final), f"cut at {cut}: skipped updates")
-    state = block.allocate_state(len(x))
-    steps = [case.step(block, x[:, t : t + 1], state) for t in range(x.shape[1])]
-    _same(case, torch.cat(steps, dim=1), whole, "streamed")
+    streamed, state = case.stream(block, x.split(1, dim=1))
+    _same(case, streamed, whole, "streamed")
     assert_equal(block.skipped_updates(state), block.skipped_updates(final), "streamed: skipped updates")
     for part, tensor in final.items():
         assert_close(state[part], tensor, case.tolerance, f"streamed: state {part!r}")

@@ -134,7 +134,7 @@ def _compare(
             assert_states_close(one, ended, case.tolerance, f"{what}, row {row}")
     unwanted, _ = case.call(block, call.x, state, want_state=False, **given)
     assert_close(unwanted, y, case.tolerance, f"{what}, without asking for the state")
-    spoiled = call.x.masked_fill(~call.token_mask[..., None], torch.nan)
+    spoiled = call.x.masked_fill(~call.token_mask[..., None], torch.nan)  # [B, T, 1] over [B, T, D]
     other, ended = case.call(block, spoiled, state, **given)
     assert_equal(other[call.token_mask], y[call.token_mask], f"{what}: masked tokens are nan, outputs of others")
     for name, tensor in after.items():
@@ -163,6 +163,7 @@ def check_token_mask_streamed(case: BlockCase) -> None:
             streamed = [case.step(block, x, stepped, token_mask=mask, starts=starts) for x, mask, starts in parts]
             assert_close(torch.cat(streamed, 1), y, case.tolerance, f"streamed {width} tokens at a time")
             assert_states_close(stepped, expected, case.tolerance, f"streamed {width} tokens at a time")
+            # [B, T, 1] over [B, T, D]
             x = call.x.masked_fill(~call.token_mask[..., None], torch.nan) if spoils else call.x
             for t in range(x.shape[1]):
                 mask, starts = (part[:, t : t + 1] for part in (call.token_mask, call.starts))

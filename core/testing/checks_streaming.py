@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moshi_ttt.core import state as states
-from moshi_ttt.core.block import BlockContext, SequenceBlock
+from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.core.testing.case import (
     BlockCase,
@@ -63,7 +63,7 @@ def check_splits(case: BlockCase) -> None:
             y, state = _carried(case, block, pieces)
             assert_close(y, whole, case.tolerance, f"carried over cuts {cuts}")
             assert_states_close(state, final, case.tolerance, f"carried over cuts {cuts}")
-            y, state = _streamed(case, block, pieces)
+            y, state = case.stream(block, pieces)
             assert_close(y, whole, case.tolerance, f"streamed over cuts {cuts}")
             assert_states_close(state, final, case.tolerance, f"streamed over cuts {cuts}")
 
@@ -114,11 +114,6 @@ def _carried(case: BlockCase, block: SequenceBlock, pieces: Sequence[Tensor]) ->
         outputs.append(y)
     assert state is not None
     return torch.cat(outputs, dim=1), state
-
-
-def _streamed(case: BlockCase, block: SequenceBlock, pieces: Sequence[Tensor]) -> tuple[Tensor, BlockState]:
-    state = block.allocate_state(pieces[0].shape[0])
-    return torch.cat([case.step(block, piece, state) for piece in pieces], dim=1), state
 
 
 def check_step_in_place(case: BlockCase) -> None:
@@ -218,132 +213,6 @@ def check_reset(case: BlockCase) -> None:
         y, _ = case.call(block, x, untouched, reset=torch.ones(x.shape[0], dtype=torch.bool))
         expected, _ = case.call(block, x, block.init_state(x.shape[0]))
     assert_equal(y, expected, "a reset in the context, against a fresh stream")
-
-
-def check_layouts(case: BlockCase) -> None:
-    """Equal values laid out otherwise in memory give equal results.
-
-    A call computes on one layout of the state, whatever it was given, so states that differ in layout alone give
-    bit-equal results: what starts from an expanded initial state and what was reset row by row compute the same. On the
-    developer's CPU a product over other strides or from another address may well round alike; the layout that
-    ``compute`` sees does not depend on the CPU. Activations laid out otherwise give results within the tolerance.
-    """
-    block, x = case.block(), case.inputs(case.chunk + 2)
-    with torch.no_grad():
-        expected, final = case.call(block, x)
-        for name, given in layouts(x).items():
-            y, after = case.call(block, given)
-            assert_close(y, expected, case.tolerance, f"activations {name}")
-            assert_states_close(after, final, case.tolerance, f"activations {name}")
-        if not case.causal:
-            return
-        seen: list[dict[str, tuple[object, ...]]] = []
-        compute = block.compute
-
-        def recording(x: Tensor, state: BlockState | None, context: BlockContext) -> tuple[Tensor, BlockState]:
-            # Strides, and how far the address is from a multiple of the alignment, in bytes.
-            seen.append({n: (t.stride(), t.data_ptr() % states.ALIGNMENT) for n, t in (state or {}).items()})
-            return compute(x, state, context)
-
-        block.compute = recording  # type: ignore[method-assign]
-        rows = x.shape[0]
-        _, used = case.call(block, x, block.init_state(rows))
-        everyone = torch.ones(rows, dtype=torch.bool)
-        fresh, _ = case.call(block, x, block.init_state(rows))
-        reset, _ = case.call(block, x, used, reset=everyone)
-        assert_equal(reset, fresh, "a reset in the context, against a fresh stream")
-        for name in ("expanded", "contiguous", "offset by one element", "transposed"):
-            state = {key: layouts(tensor).get(name, tensor) for key, tensor in block.init_state(rows).items()}
-            y, _ = case.call(block, x, state)
-            assert_equal(y, fresh, f"a state laid out {name}")
-    found = {tuple(sorted(each.items())) for each in seen}
-    assert len(found) == 1, f"compute saw the same state in several memory layouts: {found}"
-
-
-def layouts(tensor: Tensor) -> dict[str, Tensor]:
-    """The values of ``tensor [B, ...]`` laid out in memory in other ways, by the name of each."""
-    storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
-    offset = storage[1:].view(tensor.shape).copy_(tensor)
-    found = {"contiguous": tensor.clone(memory_format=torch.contiguous_format), "offset by one element": offset}
-    if tensor.dim() > 1:
-        found["transposed"] = tensor.transpose(0, -1).contiguous().transpose(0, -1)
-    if torch.equal(tensor, tensor[:1].expand_as(tensor)):
-        found["expanded"] = tensor[:1].clone().expand_as(tensor)
-    return found
-
-
-def check_updates_off(case: BlockCase) -> None:
-    """With updates off a call does not change the memory: over whole chunks it stays the learned initial one.
-
-    Row by row too: a row whose updates are off is as with updates off for all, the others are as with updates on.
-    """
-    block, x = case.block(), case.inputs(2 * case.chunk)
-    mask = torch.arange(x.shape[0]) != 0  # row 0 is off
-    with torch.no_grad():
-        learned, on = case.call(block, x)
-        frozen, kept = case.call(block, x, updates=False)
-        mixed, after = case.call(block, x, updates=mask)
-        for name, tensor in block.init_state(x.shape[0]).items():
-            if tensor.is_floating_point() and name in block.memory_names():
-                assert_equal(kept[name], tensor, f"updates are off, state {name!r}")
-                assert_equal(after[name][0], tensor[0], f"updates of row 0 are off, its state {name!r}")
-                assert_equal(after[name][1:], on[name][1:], f"updates of row 0 are off, other rows' state {name!r}")
-    assert not torch.equal(learned, frozen), "updates on and off give the same output"
-    assert_equal(mixed[0], frozen[0], "updates of row 0 are off, its output")
-    assert_equal(mixed[1:], learned[1:], "updates of row 0 are off, other rows' output")
-    if case.causal:
-        for what, updates, expected in (("off", False, frozen), ("off for row 0", mask, mixed)):
-            state = block.allocate_state(x.shape[0])
-            start = states.clone(state)
-            streamed = torch.cat([case.step(block, t, state, updates=updates) for t in x.split(1, dim=1)], dim=1)
-            assert_close(streamed, expected, case.tolerance, f"streamed with updates {what}")
-            for name in block.memory_names():
-                if start[name].is_floating_point():
-                    kept_row = f"streamed with updates {what}, state {name!r} of row 0"
-                    assert_equal(state[name][0], start[name][0], kept_row)
-
-
-def check_memory(case: BlockCase) -> None:
-    """``memory_names`` names entries of the state; forgetting resets them alone, and then updates start afresh."""
-    block, x = case.block(), case.inputs(2 * case.chunk + 1)
-    names, start = block.memory_names(), block.init_state(x.shape[0])
-    assert names, "memory_names is empty: nothing of the state is memory"
-    assert names <= start.keys(), f"memory_names names {sorted(names - start.keys())}, which the state does not have"
-    if not case.causal:
-        return
-    with torch.no_grad():
-        _, used = case.call(block, x)
-        written = states.clone(used)
-        forgotten = block.forget(used)
-        assert forgotten.keys() == used.keys()
-        for name, tensor in forgotten.items():
-            expected = start[name] if name in names else written[name]
-            assert_equal(tensor, expected, f"state {name!r} after forgetting")
-            assert_equal(used[name], written[name], f"forgetting wrote into state {name!r}")
-        y, _ = case.call(block, x, forgotten)
-        assert bool(y.isfinite().all()), "outputs are not finite after forgetting"
-        others = written.keys() - names
-        _, kept = case.call(block, x, updates=False)
-        for name in others:
-            assert_equal(kept[name], written[name], f"state {name!r} is not memory, and depends on updates")
-
-
-def check_inner_lr_factor(case: BlockCase) -> None:
-    """A block follows ``inner_lr_factor`` where it declares ``scales_inner_lr``, and ignores it elsewhere; 0 is off."""
-    block, x = case.block(), case.inputs(2 * case.chunk + 1)
-    outputs = {}
-    with torch.no_grad():
-        for factor in (1.0, 1e-3, 0.0):  # small: a clip may undo half
-            block.inner_lr_factor = factor
-            outputs[factor], _ = case.call(block, x)
-        block.inner_lr_factor = 1.0
-        off, _ = case.call(block, x, updates=False)
-    if block.scales_inner_lr:
-        assert not torch.equal(outputs[1.0], outputs[1e-3]), "scales_inner_lr is declared and has no effect"
-        assert_close(outputs[0.0], off, case.tolerance, "an inner learning rate of 0, against updates off")
-    else:
-        for factor in (1e-3, 0.0):
-            assert_equal(outputs[factor], outputs[1.0], "inner_lr_factor has an effect: declare scales_inner_lr")
 
 
 def check_no_host_read(case: BlockCase) -> None:

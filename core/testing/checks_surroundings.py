@@ -1,4 +1,4 @@
-"""Checks of a block's environment: modes of torch, copies, memory layouts of parameters and buffers."""
+"""Checks of a block's environment: modes of torch, copies, parameters that change or cannot be sharded."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moshi_ttt.core import state as states
 from moshi_ttt.core.block import SequenceBlock, SiteKind
 from moshi_ttt.core.casts import ParameterCasts
-from moshi_ttt.core.errors import ContextError
-from moshi_ttt.core.state import BlockState
-from moshi_ttt.core.testing.case import BlockCase, assert_close, assert_equal
+from moshi_ttt.core.testing.case import BlockCase, assert_equal
 
 
 def check_other_modes(case: BlockCase) -> None:
@@ -85,48 +83,6 @@ def check_copies(case: BlockCase) -> None:
         _compare(case, other, block, x, f"a copy by {name}")
 
 
-def check_parameter_layouts(case: BlockCase) -> None:
-    """Parameters that are not contiguous (a transposed view, every second number) train and stream as others do."""
-    block, plain, x = case.block(), case.block(), case.inputs(2 * case.chunk + 1)
-    for parameter in block.parameters():
-        parameter.data = _strided(parameter.data)
-    y, _ = case.call(block, x)
-    expected, _ = case.call(plain, x)
-    assert_close(y, expected, case.tolerance, "parameters that are not contiguous")
-    y.double().square().mean().backward()
-    expected.double().square().mean().backward()
-    for (name, parameter), other in zip(block.named_parameters(), plain.parameters(), strict=True):
-        if other.grad is not None:
-            assert parameter.grad is not None, f"parameter {name!r} that is not contiguous has no gradient"
-            assert_close(parameter.grad, other.grad, case.tolerance, f"gradient of {name!r}, not contiguous")
-    if case.causal:
-        outputs = [_streamed(case, each, x)[0] for each in (block, plain)]
-        assert_close(outputs[0], outputs[1], case.tolerance, "parameters that are not contiguous, streamed")
-
-
-def check_buffer_layouts(case: BlockCase) -> None:
-    """A step refuses a buffer that is not contiguous, where writes to a copy would be lost, and then writes nothing."""
-    if not case.causal:
-        return
-    block, x = case.block(), case.inputs(2 * case.chunk + 1)
-    state = block.allocate_state(len(x))
-    for name, tensor in state.items():
-        strided = _strided(tensor)
-        if strided.is_contiguous():
-            continue
-        given = {**state, name: strided}
-        before = states.clone(given)
-        for length in (1, 2):
-            refusal = ""
-            try:
-                case.step(block, x[:, :length], given)
-            except ContextError as raised:
-                refusal = str(raised)
-            assert repr(name) in refusal, f"a step of {length} tokens took a state whose {name!r} is not contiguous"
-        for part, buffer in before.items():
-            assert_equal(given[part], buffer, f"state {part!r} after a step that was refused for {name!r}")
-
-
 def check_parameter_dimensions(case: BlockCase) -> None:
     """Every parameter has a dimension: one without cannot be sharded."""
     for name, parameter in case.block().named_parameters():
@@ -188,20 +144,7 @@ def _compare(case: BlockCase, block: SequenceBlock, expected: SequenceBlock, x: 
     assert_equal(case.call(block, x)[0], case.call(expected, x)[0], f"{what}: a call")
     if not case.causal:
         return
-    (y, state), (wanted, final) = (_streamed(case, each, x) for each in (block, expected))
+    (y, state), (wanted, final) = (case.stream(each, x.split(1, dim=1)) for each in (block, expected))
     assert_equal(y, wanted, f"{what}: streamed")
     for name, tensor in final.items():
         assert_equal(state[name], tensor, f"{what}: streamed, state {name!r}")
-
-
-def _streamed(case: BlockCase, block: SequenceBlock, x: Tensor) -> tuple[Tensor, BlockState]:
-    state = block.allocate_state(len(x))
-    outputs = [case.step(block, x[:, t : t + 1], state) for t in range(x.shape[1])]
-    return torch.cat(outputs, dim=1), state
-
-
-def _strided(tensor: Tensor) -> Tensor:
-    """The values of ``tensor``, every second number of a storage, first and last dimension exchanged in it."""
-    if tensor.dim() < 2:
-        return torch.stack([tensor, tensor], dim=-1)[..., 0]
-    return torch.stack([tensor.transpose(0, -1)] * 2, dim=-1)[..., 0].transpose(0, -1)

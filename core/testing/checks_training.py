@@ -181,8 +181,8 @@ def check_gradients_numerically(case: BlockCase) -> None:
 
     def function(x: Tensor, *parameters: Tensor) -> Tensor:
         arguments = (x, None, small.context(x))
-        y, _ = torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), arguments)
-        return y  # type: ignore[no-any-return]
+        y: Tensor = torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), arguments)[0]
+        return y
 
     parameters = [parameter.detach().clone().requires_grad_() for parameter in block.parameters()]
     assert torch.autograd.gradcheck(function, (x, *parameters), fast_mode=True, atol=1e-5, rtol=1e-3)

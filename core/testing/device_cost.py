@@ -77,7 +77,11 @@ def check_device(case: BlockCase) -> None:
             "a step": lambda: case.step(block, token, buffers),
             "a step with masks": lambda: case.step(block, token, buffers, exec_mask=mask, updates=mask, volume=volume),
             "a step of a token that is masked or a start": lambda: case.step(
-                block, token, buffers, token_mask=mask[:, None], starts=mask[:, None]
+                block,
+                token,
+                buffers,
+                token_mask=mask[:, None],
+                starts=mask[:, None],  # [B] -> [B, 1]
             ),
             "a step with a reset": lambda: case.step(block, token, buffers, reset=mask),
             "several tokens streamed": lambda: case.step(block, x.detach(), buffers),

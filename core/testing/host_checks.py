@@ -88,9 +88,10 @@ def check_host_left_padding(case: HostVariantCase) -> None:
         return
     model, tokens, other = case.injected(), case.on.tokens(3, LENGTH, 1), case.on.tokens(3, LENGTH, 2)
     padding = (0, 6, 11)
-    mask = torch.arange(LENGTH) >= torch.tensor(padding)[:, None]
+    mask = torch.arange(LENGTH) >= torch.tensor(padding)[:, None]  # [T] and [B, 1] -> [B, T]
     padded = case.on.masked_logits(model, tokens, mask)
-    changed = torch.where(mask.view(3, *(1 for _ in tokens.shape[2:]), LENGTH), tokens, other)
+    over = mask.view(3, *(1 for _ in tokens.shape[2:]), LENGTH)  # [B, T], or [B, 1, T] over [B, codebooks, T]
+    changed = torch.where(over, tokens, other)
     assert_equal(case.on.masked_logits(model, changed, mask)[mask], padded[mask], "logits with other tokens masked")
     with case.on.stream(model, 3) as stream:
         parts = [stream.step_masked(tokens[..., : LENGTH - 4], mask[:, : LENGTH - 4])]

@@ -117,7 +117,7 @@ class ToyHost(HostModel):
     causal = True
 
     def __init__(self, *, causal: bool = True) -> None:
-        self.causal = causal  # type: ignore[misc]
+        self.causal = causal  # type: ignore[misc]  # a class variable of other hosts; this one is of both kinds
 
     def load(
         self, config: HostConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None

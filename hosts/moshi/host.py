@@ -1,4 +1,4 @@
-"""Moshi's language model as a host: sites, attaching and detaching, base weights, carried training."""
+"""Moshi's language model as a host: its sites, base weights, carried training; blocks go in by ``attaching``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from moshi_ttt.core.adapter import read_manifest
 from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo, SiteKind
@@ -20,32 +19,17 @@ from moshi_ttt.core.errors import ContextError, HostError
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.host import CarriedState, HostModel, updates_switch
 from moshi_ttt.core.volume import volume_switch
-from moshi_ttt.hosts.moshi import base_weights, lora
+from moshi_ttt.hosts.moshi import attaching, base_weights, lora
 from moshi_ttt.hosts.moshi.compiling import compiled_output
 from moshi_ttt.hosts.moshi.fit import require_unconditioned
 from moshi_ttt.hosts.moshi.flat_config import native_entries
 from moshi_ttt.hosts.moshi.fsdp import sharding
-from moshi_ttt.hosts.moshi.layers import (
-    MODULE_NAMES,
-    BlockSite,
-    TTTLMModel,
-    TTTStreamingTransformer,
-    TTTStreamingTransformerLayer,
-    block_sites,
-    clear_streaming_caches,
-    switched,
-)
+from moshi_ttt.hosts.moshi.layers import TTTStreamingTransformer, block_sites, main_layers, switched
 from moshi_ttt.hosts.moshi.loading import FILES, MoshiBundle, load_skeleton, resolve_repo
 from moshi_ttt.hosts.moshi.losses import MoshiLosses, made_up_loss
-from moshi_ttt.hosts.moshi.upstream import (
-    FRAME_RATE,
-    ActivationGating,
-    LMModel,
-    LoRALinear,
-    StreamingModule,
-    StreamingTransformer,
-    StreamingTransformerLayer,
-)
+from moshi_ttt.hosts.moshi.upstream import FRAME_RATE, ActivationGating, LMModel, LoRALinear
+
+__all__ = ["MOSHI_HOST", "MoshiHost", "MoshiHostConfig", "main_layers", "require_lm"]
 
 
 class MoshiHostConfig(HostConfig):
@@ -156,46 +140,13 @@ class MoshiHost(HostModel):
 
     def attach(self, model: nn.Module, blocks: Mapping[Site, SequenceBlock]) -> None:
         model = require_lm(model)
-        _require_idle(model, "attach blocks")
-        problems = [
-            f"{site}: {problem}" for site, block in blocks.items() for problem in self._problems(model, site, block)
-        ]
-        if not self.blocks(model):
-            problems += _foreign_classes(model)
-        if problems:
-            raise HostError("No block was attached:\n" + "\n".join(f"- {problem}" for problem in problems))
-        if not blocks:
-            return
-        model.__class__ = TTTLMModel
-        model.transformer.__class__ = TTTStreamingTransformer
-        for layer in main_layers(model):
-            layer.__class__ = TTTStreamingTransformerLayer
-        for site, block in blocks.items():
-            layer = main_layers(model)[site.layer]
-            setattr(layer, MODULE_NAMES[site.kind], BlockSite(block).train(layer.training))
-        clear_streaming_caches(model)
+        attaching.attach(model, blocks, self.sites(model))
 
     def detach(self, model: nn.Module) -> dict[Site, SequenceBlock]:
-        model = require_lm(model)
-        blocks = self.blocks(model)
-        if not blocks:
-            return {}
-        _require_idle(model, "detach blocks")
-        for layer in main_layers(model):
-            for site in block_sites(layer):
-                delattr(layer, MODULE_NAMES[site.site.kind])
-            vars(layer).pop("_context", None)
-            layer.__class__ = StreamingTransformerLayer
-        for name in ("_carry", "_updates", "_volume"):
-            vars(model.transformer).pop(name, None)
-        model.transformer.__class__ = StreamingTransformer
-        model.__class__ = LMModel
-        clear_streaming_caches(model)
-        return blocks
+        return attaching.detach(require_lm(model))
 
     def blocks(self, model: nn.Module) -> dict[Site, SequenceBlock]:
-        layers = main_layers(require_lm(model))
-        return {site.site: site.block for layer in layers for site in block_sites(layer)}
+        return attaching.attached_blocks(require_lm(model))
 
     def base_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         return base_weights.base_state_dict(require_lm(model))
@@ -253,7 +204,7 @@ class MoshiHost(HostModel):
             HostError: the model is streaming.
         """
         transformer = require_lm(model).transformer
-        if _is_streaming(transformer):
+        if attaching.is_streaming(transformer):
             raise HostError("host.carry is for training, and this model is streaming: leave streaming first.")
         if getattr(transformer, "_carry", None) is not None:
             raise ContextError("This model is already inside host.carry(...): contexts do not nest.")
@@ -334,29 +285,6 @@ class MoshiHost(HostModel):
     def sharding(self, model: nn.Module) -> AbstractContextManager[None]:
         return sharding(require_lm(model))
 
-    def _problems(self, model: LMModel, site: Site, block: SequenceBlock) -> Iterator[str]:
-        infos = {info.site: info for info in self.sites(model)}
-        if site not in infos:
-            yield f"there is no such site; the layers are 0 to {len(model.transformer.layers) - 1}."
-            return
-        if block.kind is not site.kind:
-            yield f"the block is for {block.kind} sites."
-        if block.info.site != site:
-            yield f"the block was built for {block.info.site}."
-        made, here = block.info, infos[site]
-        if (made.dim, made.num_heads, made.dtype) != (here.dim, here.num_heads, here.dtype):
-            yield (
-                f"the block was planned for width {made.dim}, {made.num_heads} heads and {made.dtype}, the layer has "
-                f"width {here.dim}, {here.num_heads} heads and {here.dtype}; plan it on this model."
-            )
-        if not block.causal:
-            yield "the block is not causal, and Moshi is: it would see the future."
-        if site in self.blocks(model):
-            yield "there is a block already; detach it first."
-        devices = {parameter.device for parameter in block.parameters()} - {torch.device("meta")}
-        if infos[site].device.type != "meta" and devices - {infos[site].device}:
-            yield f"the block is on {', '.join(map(str, devices))}, its layer on {infos[site].device}."
-
 
 MOSHI_HOST = MoshiHost()
 
@@ -371,35 +299,5 @@ def require_lm(model: nn.Module) -> LMModel:
     return model
 
 
-def main_layers(model: LMModel) -> list[StreamingTransformerLayer]:
-    """The layers of the main transformer, which are what this host's sites number."""
-    return [cast(StreamingTransformerLayer, layer) for layer in model.transformer.layers]
-
-
 def _has_blocks(transformer: nn.Module) -> TypeGuard[TTTStreamingTransformer]:
     return isinstance(transformer, TTTStreamingTransformer)
-
-
-def _is_streaming(transformer: nn.Module) -> bool:
-    return any(isinstance(m, StreamingModule) and m._streaming_state is not None for m in transformer.modules())
-
-
-def _require_idle(model: LMModel, what: str) -> None:
-    """Raise HostError while the model streams, carries or is sharded: its parts are in use."""
-    if _is_streaming(model.transformer):
-        raise HostError(f"Cannot {what} while the model is streaming: leave streaming first.")
-    if getattr(model.transformer, "_carry", None) is not None:
-        raise HostError(f"Cannot {what} inside host.carry(...): leave the context first.")
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise HostError(f"Cannot {what} on a sharded model: do it before sharding.")
-
-
-def _foreign_classes(model: LMModel) -> list[str]:
-    """Complaints about classes other than Moshi's own: changing them to ours would lose what they do."""
-    expected: list[tuple[nn.Module, type[nn.Module]]] = [(model, LMModel), (model.transformer, StreamingTransformer)]
-    expected += [(layer, StreamingTransformerLayer) for layer in main_layers(model)]
-    return [
-        f"the model has a {type(module).__name__} where Moshi has a {wanted.__name__}; blocks go into Moshi's own."
-        for module, wanted in expected
-        if type(module) is not wanted
-    ]

@@ -100,6 +100,11 @@ class BlockSite(StreamingModule[BlockStreamState]):
         return context.run(self.block, x)
 
 
+def main_layers(model: LMModel) -> list[StreamingTransformerLayer]:
+    """The layers of the main transformer, which are what Moshi's sites number."""
+    return [cast(StreamingTransformerLayer, layer) for layer in model.transformer.layers]
+
+
 def block_sites(layer: torch.nn.Module) -> list[BlockSite]:
     """The added modules of a layer, in the order they run."""
     found = (getattr(layer, name, None) for name in MODULE_NAMES.values())

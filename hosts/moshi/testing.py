@@ -15,6 +15,10 @@ from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 from moshi_ttt.hosts.moshi.upstream import LMModel
 
 
+def _tiny_skeleton(dtype: torch.dtype) -> LMModel:
+    return random_tiny_lm(dtype=dtype, device="meta")
+
+
 def moshi_case(
     name: str = "moshi",
     model: Callable[[torch.dtype], LMModel] | None = None,
@@ -26,7 +30,7 @@ def moshi_case(
     """
     build = model or (lambda dtype: random_tiny_lm(dtype=dtype))
     if model is None:
-        skeleton = lambda dtype: random_tiny_lm(dtype=dtype, device="meta")  # noqa: E731
+        skeleton = _tiny_skeleton
     probe = build(torch.float32)
 
     def tokens(batch: int, length: int, seed: int) -> Tensor:

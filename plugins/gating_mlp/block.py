@@ -18,23 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moshi_ttt.core import autocast
 from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo, SiteKind
 from moshi_ttt.core.casts import copy_bytes
-from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.gated_mlp import hidden as hidden_of
-from moshi_ttt.core.gated_mlp import hidden_width, input_projections, output_projection, require_gated_mlp
+from moshi_ttt.core.gated_mlp import hidden_width, output_projection, require_gated_mlp
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState, outlives_modes
-from moshi_ttt.plugins.common.finite import below, finite_tokens
+from moshi_ttt.plugins.common.finite import below
 from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate, directions
-from moshi_ttt.plugins.gating_mlp import ops
-from moshi_ttt.plugins.gating_mlp.checks import check_options
+from moshi_ttt.plugins.gating_mlp import diagnostics, ops
+from moshi_ttt.plugins.gating_mlp.checks import check_mlp, check_options
 from moshi_ttt.plugins.gating_mlp.chunk import ChunkForm
 from moshi_ttt.plugins.gating_mlp.compiled import CompiledStepper
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.corrections import RIDGE, ridge_of
-from moshi_ttt.plugins.gating_mlp.diagnostics import inner_loss_curves
 from moshi_ttt.plugins.gating_mlp.memory import Memory
 from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
 
@@ -60,12 +59,7 @@ class GatingMLP(SequenceBlock):
     def __init__(self, config: GatingMLPConfig, info: SiteInfo, roles: DtypeRoles) -> None:
         super().__init__(config, info, roles)
         mlp = require_gated_mlp(info.mlp, info.site)
-        for part in (*input_projections(mlp), output_projection(mlp)):
-            if not all(parameter.is_floating_point() for parameter in part.parameters()):
-                raise ConfigError(
-                    f"{info.site}: its {type(part).__name__} is quantised, and nothing can be learned on top of that. "
-                    "Load the model unquantised."
-                )
+        check_mlp(mlp, info)
         self.needs_input_embeddings = config.target == "input_embed"
         self.chunk = info.tokens(config.chunk)
         check_options(config, info, roles, self.chunk)
@@ -188,7 +182,7 @@ class GatingMLP(SequenceBlock):
         return read if self.config.read_scale == 1 else self.config.read_scale * read
 
     def step(self, x: Tensor, state: BlockState, context: BlockContext | None = None) -> Tensor:
-        if self._autocast_is_on(x):
+        if autocast.is_on(x):
             with self._without_autocast(x):  # only where needed: entering costs as much as a product
                 return self.step(x, state, context)
         context = context or BlockContext()
@@ -288,20 +282,13 @@ class GatingMLP(SequenceBlock):
     def drift(self, state: BlockState) -> Tensor:
         """``[B]`` float64: norm of each stream's accumulated update over that of the host's own W_0 and its LoRA."""
         assert self.info.mlp is not None
-        parts = [_norms(parameter.flatten()) for parameter in output_projection(self.info.mlp).parameters()]
-        return _norms(self.accumulated_update(state).flatten(1)) / _norms(torch.stack(parts))
+        return diagnostics.drift(self.accumulated_update(state), self.info.mlp)
 
     def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         hidden = self._hidden(x)
         key, target, rate = self._token(hidden, x, context)
-        finite = finite_tokens(key, target, rate)
-        return {
-            "key_norm": key.norm(dim=-1).max(),
-            "target_norm": target.norm(dim=-1).max(),
-            "rate": rate.max().square() if self.config.update == "ridge" else rate.max(),
-            "nonfinite_tokens": (~finite).float().mean(),
-            "filter": self.conv.abs().max(),
-        }
+        strength = rate.square() if self.config.update == "ridge" else rate
+        return diagnostics.figures(key, target, rate, strength, self.conv)
 
     @torch.no_grad()
     def inner_losses(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
@@ -309,15 +296,10 @@ class GatingMLP(SequenceBlock):
         context = replace(context, want_state=True)
         layout = self.info.format.chunks(x, self.chunk)
         tokens = self._form().tokens(*self._token(self._hidden(x), x, context), layout, None, context, None)
-        return inner_loss_curves(tokens, layout, self.memory, self.projection)
+        return diagnostics.inner_loss_curves(tokens, layout, self.memory, self.projection)
 
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:
-        if figures["nonfinite_tokens"] > 0:
-            return [
-                f"{figures['nonfinite_tokens']:.1%} of the tokens are not finite or too large, so the updates of their "
-                "chunks are skipped: lower lr, or look at the input."
-            ]
-        return []
+        return diagnostics.red_flags(figures)
 
     def cast_bytes(self) -> int:
         # The compiled step casts in registers: with it the copy for the clip is made by calls of several tokens alone.
@@ -343,9 +325,3 @@ def _or_zero(x: Tensor) -> Tensor:
     with torch.no_grad():
         finite = below(x, float("inf"))[..., None]
     return torch.where(finite, x, 0)
-
-
-def _norms(rows: Tensor) -> Tensor:
-    """Norms over the last dimension, summed in float64 without a copy in it."""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
-    return norms

@@ -6,9 +6,20 @@ import torch
 
 from moshi_ttt.core.block import SiteInfo
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.gated_mlp import GatedMLP, input_projections, output_projection
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.plugins.common.finite import check_state_dtype
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
+
+
+def check_mlp(mlp: GatedMLP, info: SiteInfo) -> None:
+    """Raise ConfigError where a projection of the host's MLP is quantized."""
+    for part in (*input_projections(mlp), output_projection(mlp)):
+        if not all(parameter.is_floating_point() for parameter in part.parameters()):
+            raise ConfigError(
+                f"{info.site}: its {type(part).__name__} is quantised, and nothing can be learned on top of that. "
+                "Load the model unquantised."
+            )
 
 
 def check_options(config: GatingMLPConfig, info: SiteInfo, roles: DtypeRoles, chunk: int) -> None:

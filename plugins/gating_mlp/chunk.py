@@ -93,16 +93,14 @@ class ChunkForm:
         else:
             keys = list(key.split(size, 1))  # the last may be shorter
         beyond = memory.taps if context.want_state else 0
+        # [B, T, d] -> [B, N, C, d] -> [B, N, C + beyond, d]
         sums = ops.filtered(layout.split(target), self._reaching().to(target), memory.left, beyond)
         rate = F.pad(layout.split(rate), (0, 0, 0, beyond))  # [B, N, C, 1] -> [B, N, C + beyond, 1]
         seen, first = key.new_full((key.shape[0],), layout.length, dtype=torch.int64), None
         if state is not None:
             seen = seen + state["position"]
             tail = memory.conv_tail(state)[:, : size + beyond]  # [B, C + beyond, d + 1]
-            # the first chunk's [B, C + beyond, d]
-            sums = torch.cat([(sums[:, 0] + tail[..., :-1])[:, None], sums[:, 1:]], dim=1)
-            # the first chunk's [B, C + beyond, 1]
-            rate = torch.cat([(rate[:, 0] + tail[..., -1:])[:, None], rate[:, 1:]], dim=1)
+            sums, rate = _with_earlier(tail[..., :-1], sums), _with_earlier(tail[..., -1:], rate)
             first = memory.unfinished(state)
             num_nonfinite = _with_earlier(state["spoiled"], num_nonfinite)
             num_enabled = None if num_enabled is None else _with_earlier(state["enabled"], num_enabled)
@@ -145,6 +143,7 @@ class ChunkForm:
         values = (sums * rate)[:, :, :size]  # [B, N, C, d]
         if first is not None:
             earlier, settled = first.earlier[..., None], first.settled[..., None]  # [B, C] -> [B, C, 1]
+            # [B, C, 1] over [B, C, any], which is the first chunk of [B, N C, h] and of [B, N, C, d]
             queries = torch.cat([torch.where(earlier, first.keys, queries[:, :size]), queries[:, size:]], dim=1)
             keys[0] = torch.where(earlier, first.keys, keys[0])
             values = torch.cat([torch.where(settled, first.values, values[:, 0])[:, None], values[:, 1:]], dim=1)
@@ -192,9 +191,9 @@ class ChunkForm:
         return self.conv[..., self.memory.first_tap : self.memory.first_tap + self.memory.taps]
 
 
-def _with_earlier(earlier: Tensor, counts: Tensor) -> Tensor:
-    """``counts [B, N]`` with those of the unfinished chunk, ``earlier [B]``, added to the first chunk's."""
-    return torch.cat([counts[:, :1] + earlier[:, None], counts[:, 1:]], dim=1)
+def _with_earlier(earlier: Tensor, chunks: Tensor) -> Tensor:
+    """``chunks [B, N, ...]`` with what the unfinished chunk had, ``earlier [B, ...]``, added to the first."""
+    return torch.cat([chunks[:, :1] + earlier[:, None], chunks[:, 1:]], dim=1)
 
 
 def _squares(keys: list[Tensor], values: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def chunkwise_in_place(
     for i, (k, v) in enumerate(zip(keys.split(size, 1), values.split(size, 1), strict=True)):  # [B, C, h], [B, C, d]
         outputs.append(k @ delta)
         if (i + 1) * size < keys.shape[1]:
-            delta = after_chunk(delta, k, v, complete[:, i], applied[:, i], decay)
+            delta = after_chunk(delta, k, v, complete[:, i], applied[:, i], decay)  # [B or 1] and [B]
     return torch.cat(outputs, dim=1)  # N times [B, C, d] -> [B, T, d]
 
 

@@ -185,7 +185,7 @@ def corrected(
         new = answer if before is None else torch.where(before.earlier[..., None], 0, answer)
         nonfinite = num_nonfinite[:, i] + (~below(new.detach(), largest_factor(new.dtype))).sum(1)  # [B]
         tail = torch.cat([sums[:, i, :size] - new, sums[:, i, size:]], dim=1)  # [B, C + any, d]
-        value = tail[:, :size] * rate[:, i, :size]
+        value = tail[:, :size] * rate[:, i, :size]  # [B, C, d] times [B, C, 1]
         if ridge is not None:
             system = (key, value) if before is None else before.before_the_solution(key, value)
             key, value, factor = solved(*system, ridge)
@@ -196,7 +196,7 @@ def corrected(
             if before.factor is not None:
                 # [B, C, 1] over [B, C, C]
                 out.factors[0] = torch.where(before.earlier[..., None], before.factor, out.factors[0])
-        scale = (nonfinite == 0 if allowed is None else (nonfinite == 0) & allowed[:, i]).to(value)
+        scale = (nonfinite == 0 if allowed is None else (nonfinite == 0) & allowed[:, i]).to(value)  # [B]
         if clip is not None:
             out.squares.append(ops.squared_norm(key, value.double() @ clip[1]))
             scale = scale * ops.clip_scale(out.squares[-1].sum(-1), clip[0]).to(scale)

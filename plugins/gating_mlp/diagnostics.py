@@ -1,18 +1,58 @@
-"""Diagnostics of in-place TTT: the inner loss by token.
+"""Diagnostics of in-place TTT: drift, health figures and their red flags, the inner loss by token.
 
 Shape legend: B streams, T tokens, N chunks, C tokens a chunk, d width, h hidden width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from moshi_ttt.core.format import ChunkLayout
+from moshi_ttt.core.gated_mlp import GatedMLP, output_projection
+from moshi_ttt.plugins.common.finite import finite_tokens
 from moshi_ttt.plugins.common.inner_curves import curves
 from moshi_ttt.plugins.gating_mlp import chunkwise
 from moshi_ttt.plugins.gating_mlp.chunk import CallTokens
 from moshi_ttt.plugins.gating_mlp.memory import Memory
+
+
+def drift(update: Tensor, mlp: GatedMLP) -> Tensor:
+    """``[B]`` float64: the norm of each row's accumulated ``update [B, d, h]`` over that of W_0 and its LoRA."""
+    parts = [_norms(parameter.flatten()) for parameter in output_projection(mlp).parameters()]
+    return _norms(update.flatten(1)) / _norms(torch.stack(parts))  # [B, d h] -> [B]
+
+
+def figures(key: Tensor, target: Tensor, rate: Tensor, strength: Tensor, conv: Tensor) -> dict[str, Tensor]:
+    """The health figures: scalars, of ``key [B, T, h]``, ``target [B, T, d]``, ``rate [B, T, 1]`` and the filter.
+
+    ``strength [B, T, 1]`` is the write strength, of which ``rate`` is the root with ``update: ridge``.
+    """
+    return {
+        "key_norm": key.norm(dim=-1).max(),
+        "target_norm": target.norm(dim=-1).max(),
+        "rate": strength.max(),
+        "nonfinite_tokens": (~finite_tokens(key, target, rate)).float().mean(),
+        "filter": conv.abs().max(),
+    }
+
+
+def red_flags(figures: Mapping[str, float]) -> list[str]:
+    """A sentence for each abnormal figure, as read."""
+    if figures["nonfinite_tokens"] > 0:
+        return [
+            f"{figures['nonfinite_tokens']:.1%} of the tokens are not finite or too large, so the updates of their "
+            "chunks are skipped: lower lr, or look at the input."
+        ]
+    return []
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Norms over the last dimension, summed in float64 without a copy in it."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
+    return norms
 
 
 def inner_loss_curves(tokens: CallTokens, layout: ChunkLayout, memory: Memory, projection: Tensor) -> dict[str, Tensor]:
@@ -29,24 +69,23 @@ def inner_loss_curves(tokens: CallTokens, layout: ChunkLayout, memory: Memory, p
         projection: ``[d, d]``.
     """
     size, length = memory.schedule.chunk, layout.length
-    queries, chunks = tokens.queries[:, :length], tokens.chunks
+    queries, chunks = tokens.queries[:, :length], tokens.chunks  # [B, N C, h] -> [B, T, h]
     projection = projection.to(queries)
     target = layout.merge(chunks.conv_tail[:, :, :size, :-1])  # [B, N, C, d] -> [B, T, d]
     if tokens.answers is not None:  # what was subtracted is added again
         projection = torch.eye(memory.width, dtype=queries.dtype, device=queries.device)
-        target = target + tokens.answers[:, :length]
+        target = target + tokens.answers[:, :length]  # [B, T, d]
     target = target @ projection
     start = delta = queries.new_zeros(queries.shape[0], queries.shape[-1], memory.width)  # [B, h, d]
     found: dict[str, list[Tensor]] = {"initial": [], "before": [], "after": []}
     for n, query in enumerate(queries.split(size, 1)):  # [B, C, h]
-        scale = chunks.scale[:, n]
+        scale = chunks.scale[:, n]  # [B]
         values = chunks.values[:, n] * scale[:, None, None]  # [B, C, d] times [B, 1, 1]
         found["initial"].append(query @ start @ projection)
         found["before"].append(query @ delta @ projection)
         if query.shape[1] == size:
-            delta = chunkwise.after_chunk(
-                delta, chunks.keys[n], values, chunks.complete[:, n], scale != 0, memory.decay
-            )  # fmt: skip
+            complete = chunks.complete[:, n]  # [B]
+            delta = chunkwise.after_chunk(delta, chunks.keys[n], values, complete, scale != 0, memory.decay)
             found["after"].append(query @ delta @ projection)
     # One head: [B, C, d] -> [B, 1, C, d], and [B, T, d] -> [B, 1, T, d]
     by_head = {name: [chunk[:, None] for chunk in chunks] for name, chunks in found.items()}

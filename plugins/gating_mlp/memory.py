@@ -196,24 +196,25 @@ class Memory:
         whole = (
             before["delta"] if torch.is_grad_enabled() else before["delta"].clone(memory_format=torch.contiguous_format)
         )
+        # delta [B, h, d] of [B, h + 1, d]; the others [B]
         delta, scale, folded = whole[:, :-1], before["scale"], schedule.folded(before["position"])
         last = self._finished(before)
-        staged = StoredTokens(before["keys"][:, size:-1], before["values"][:, size:-1])
+        staged = StoredTokens(before["keys"][:, size:-1], before["values"][:, size:-1])  # [B, S, h] and [B, S, d]
         current = StoredTokens(*map(torch.zeros_like, last))
         for i, chunk in enumerate(map(StoredTokens, call.keys, call.values.unbind(1))):  # [B, C, h] and [B, C, d]
-            done = call.complete[:, i]
+            done = call.complete[:, i]  # [B]
             # Where the chunk has not ended there is nothing to fold: no channel from its first to its first.
             delta = self._fold(delta, last, scale, folded, torch.where(done, schedule.hidden, folded))  # [B] -> [B]
             folded, scale = torch.where(done, 0, folded), torch.where(done, call.scale[:, i], scale)  # each [B]
-            last = chunk.where(done, last)
-            staged = chunk.first(schedule.staged).where(done, staged)
-            current = chunk.where(ended == i, current)
+            last = chunk.where(done, last)  # [B] over [B, C, any]
+            staged = chunk.first(schedule.staged).where(done, staged)  # [B] over [B, S, any]
+            current = chunk.where(ended == i, current)  # [B] over [B, C, any]
         delta = self._fold(delta, last, scale, folded, schedule.folded(position))
         seen = torch.arange(schedule.staged, device=position.device) < position[:, None]  # [S] and [B, 1] -> [B, S]
         skipped = call.complete & (call.scale == 0)  # [B, N]
         skipped = skipped if call.allowed is None else skipped & call.allowed
-        place = current.where(schedule.in_place(position), last)
-        staged = current.first(schedule.staged).where(seen, staged)
+        place = current.where(schedule.in_place(position), last)  # [B, C] over [B, C, any]
+        staged = current.first(schedule.staged).where(seen, staged)  # [B, S] over [B, S, any]
         # slots: C in place, S staged, one that is zero: [B, C + S + 1, any]; delta [B, h, d] -> [B, h + 1, d]
         state = {
             "position": position,

@@ -62,11 +62,11 @@ class _Parallel(torch.autograd.Function):
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         grad_start = None if start is None else torch.zeros_like(start)
         for i, now, past in _chunks(keys.shape[1], ctx.size):
-            given = grad[:, now]
+            given = grad[:, now]  # [B, c, d]
             if i:
                 # [B, c, d] and [B, d, i C] -> [B, c, i C]
                 grad_affinity = _weighted(given @ values[:, past].mT, weights, i, ctx.size)
-                grad_keys[:, now].baddbmm_(grad_affinity, keys[:, past])
+                grad_keys[:, now].baddbmm_(grad_affinity, keys[:, past])  # [B, c, i C] and [B, i C, h]
                 grad_keys[:, past].baddbmm_(grad_affinity.mT, keys[:, now])  # [B, i C, c] and [B, c, h]
                 if torch.is_grad_enabled():  # a second derivative needs the affinity as a function of the keys
                     affinity = _weighted(keys[:, now] @ keys[:, past].mT, weights, i, ctx.size)  # [B, c, i C]

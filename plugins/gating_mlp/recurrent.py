@@ -10,6 +10,8 @@ step, m tokens moved a step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import and_
 
 import torch
 from torch import Tensor
@@ -69,60 +71,67 @@ class Stepper:
         )
         forgotten = None
         if self.memory.decay:  # [B, 1]: with the last finished chunk; nothing where it made no update
-            forgotten = self.memory.decay * (state["scale"] != 0).to(key)[:, None]
+            forgotten = self.memory.decay * (state["scale"] != 0).to(key)[:, None]  # [B] -> [B, 1]
         given, slices = self._recall(state, key, columns, folded, forgotten)
         self._fold(state["delta"], channels, slices, forgotten)
 
         if updated is not None:
             key = torch.where(updated[:, None], key, 0)  # [B, 1] over [B, h]
-        sums = torch.cat([state["open"], self.new_tail], dim=1)  # [B, K, d + 1]
-        taps = conv.reshape(-1).index_select(0, self.taps).view(self.memory.taps, -1)  # [d, 1, kernel] -> [K, d]
-        sums[..., :-1].addcmul_(taps, target[:, None, :-1])  # [K, d] times [B, 1, d]
-        if len(self.window) > 1:  # there are no tokens before the chunk's first
-            # [B, 1] and [R + 1] -> [B, R + 1, 1]
-            sums[:, : len(self.window)].masked_fill_((state["position"][:, None] + self.window < 0)[..., None], 0)
+        sums = self._filtered(state, target, conv)  # [B, K, d + 1]
         window = sums[:, : len(self.window)]  # [B, R + 1, d + 1]
-        window[:, -1, -1:].copy_(target[:, -1:])
         if self.memory.update_rule != "hebbian":
-            window[:, -1, :-1].sub_(given)
+            window[:, -1, :-1].sub_(given)  # [B, d]: the token's own value
             finite = finite & (given.abs().amax(-1) < self.limit)
         values = window[..., :-1] * window[..., -1:]  # [B, R + 1, d]
-        ends = done[:, 0].bool()
+        ends = done[:, 0].bool()  # [B, 1] -> [B]
         if ridge is not None:
-            key, values = self._solve(state, key * target[:, -1:], values, ridge.to(key), ends, active)
+            root = target[:, -1:]  # [B, 1]: of the write strength
+            key, values = self._solve(state, key * root, values, ridge.to(key), ends, active)
         sources = sources.reshape(-1)  # [B, m] -> [B m]
         _write(state["keys"], sources, key_slots, key[:, None])  # [B, 1, h]
         _write(state["values"], sources, value_slots, values)
 
-        _advance(state["open"], sums[:, 1:], ends, active)
+        _advance(state["open"], sums[:, 1:], ends, active)  # [B, K - 1, d + 1]
         nonfinite = ~finite if active is None else active > finite  # [B]
         scale = None
         if self.memory.clip is not None:
             scale = self._clip(state, value_slots, values, cast(projection, torch.float64), ends, active)
-        both = active & updated if active is not None and updated is not None else None
-        masks = [mask for mask in (both, active, updated) if mask is not None]  # each [B]
-        _count(state, nonfinite, masks[0] if masks else 1, scale, ends)
-        state["position"].copy_(following[:, 0])
+        _count(state, nonfinite, active, updated, scale, ends)
+        state["position"].copy_(following[:, 0])  # [B, 1] -> [B]
         if success is not None:
-            known = GateState(state["answer"], state["scores"])
-            # [B, d] times [B, 1]
-            given = given * success.step(given[:, None], target[:, None, :-1], known, active)[:, 0]
+            given = given * _gate(success, state, given, target, active)
         return (given @ projection)[:, None]  # [B, d] -> [B, 1, d]
+
+    def _filtered(self, state: BlockState, target: Tensor, conv: Tensor) -> Tensor:
+        """``[B, K, d + 1]``: the filter's sums and the rates of the tokens it reaches, this token among them.
+
+        ``target [B, d + 1]``, with the rate. The first R + 1 are of the window; the last of those is this token, whose
+        rate is known now.
+        """
+        sums = torch.cat([state["open"], self.new_tail], dim=1)  # [B, K - 1, d + 1] and [B, 1, d + 1]
+        taps = conv.reshape(-1).index_select(0, self.taps).view(self.memory.taps, -1)  # [d, 1, kernel] -> [K, d]
+        sums[..., :-1].addcmul_(taps, target[:, None, :-1])  # [K, d] times [B, 1, d]
+        window = sums[:, : len(self.window)]  # [B, R + 1, d + 1]
+        if len(self.window) > 1:  # there are no tokens before the chunk's first
+            before = state["position"][:, None] + self.window < 0  # [B, 1] and [R + 1] -> [B, R + 1]
+            window.masked_fill_(before[..., None], 0)  # [B, R + 1, 1] over [B, R + 1, d + 1]
+        window[:, -1, -1:].copy_(target[:, -1:])  # [B, 1]
+        return sums
 
     def _recall(
         self, state: BlockState, query: Tensor, columns: Tensor, folded: Tensor, forgotten: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """``[B, d]``, what the dense and the factored update give; ``[B, w, d]``, the slice to fold."""
         size = self.memory.schedule.chunk
-        keys, delta = state["keys"][:, :size], state["delta"][:, :-1]
-        unfolded = self.channel >= folded
-        scale, values = state["scale"][:, None, None], state["values"][:, :size]
-        scores = torch.bmm(torch.where(unfolded, query, 0)[:, None], keys.mT).mul_(scale)
-        part = keys.gather(2, columns[:, None].expand(-1, size, -1)).mul_(scale)
+        keys, delta = state["keys"][:, :size], state["delta"][:, :-1]  # [B, C, h] and [B, h, d]
+        unfolded = self.channel >= folded  # [h] and [B, 1] -> [B, h]
+        scale, values = state["scale"][:, None, None], state["values"][:, :size]  # [B, 1, 1] and [B, C, d]
+        scores = torch.bmm(torch.where(unfolded, query, 0)[:, None], keys.mT).mul_(scale)  # [B, 1, C]
+        part = keys.gather(2, columns[:, None].expand(-1, size, -1)).mul_(scale)  # [B, w] -> [B, C, w]
         kept = query
         if forgotten is not None:
-            kept = torch.where(unfolded, (1 - forgotten) * query, query)
-        given = torch.bmm(kept[:, None], delta).baddbmm_(scores, values)
+            kept = torch.where(unfolded, (1 - forgotten) * query, query)  # [B, h]
+        given = torch.bmm(kept[:, None], delta).baddbmm_(scores, values)  # [B, 1, d]
         return given[:, 0], torch.bmm(part.mT, values)
 
     def _fold(self, delta: Tensor, channels: Tensor, slices: Tensor, forgotten: Tensor | None) -> None:
@@ -154,12 +163,12 @@ class Stepper:
         there = (position + self.window >= 0)[..., None]  # [B, R + 1, 1]
         rows = factor.gather(1, index[..., None].expand(-1, -1, factor.shape[-1]))  # [B, R + 1, C]
         settled = torch.where(there & (self.token < position + self.window[0])[:, None], rows, 0)  # [B, R + 1, C]
-        rest = errors - torch.bmm(settled.index_select(2, self.order), rows_y)
+        rest = errors - torch.bmm(settled.index_select(2, self.order), rows_y)  # [B, R + 1, C] and [B, C, d]
         corner = rows.gather(2, index[:, None].expand(-1, len(self.window), -1))  # [B, R + 1, R + 1]
         corner = torch.where(there & there.mT, corner, self.eye)  # [B, R + 1, R + 1]
         found: list[Tensor] = []
         for i in range(len(self.window)):
-            left = rest[:, i]
+            left = rest[:, i]  # [B, d]
             for j, y in enumerate(found):
                 left = left - corner[:, i, j, None] * y  # [B, 1] times [B, d]
             found.append(left / corner[:, i, i, None])  # [B, d] over [B, 1]
@@ -198,14 +207,28 @@ class Stepper:
         return settled, settled + added[:, 1:].sum(-1)
 
 
+def _gate(success: SuccessGate, state: BlockState, given: Tensor, target: Tensor, active: Tensor | None) -> Tensor:
+    """``[B, 1]``: the success gate of the answer ``given [B, d]``; ``target [B, d + 1]`` with the rate."""
+    known = GateState(state["answer"], state["scores"])
+    answer, value = given[:, None], target[:, None, :-1]  # one head: [B, 1, d]
+    return success.step(answer, value, known, active)[:, 0]
+
+
 def _count(
-    state: BlockState, nonfinite: Tensor, enabled: Tensor | int, clip_scale: Tensor | None, ends: Tensor
+    state: BlockState,
+    nonfinite: Tensor,
+    active: Tensor | None,
+    updated: Tensor | None,
+    clip_scale: Tensor | None,
+    ends: Tensor,
 ) -> None:
-    """Count ``nonfinite [B]`` tokens and those whose updates are ``enabled [B]``, or 1.
+    """Count ``nonfinite [B]`` tokens, and those that are ``active [B]`` and ``updated [B]``; None: all.
 
     Where the chunk ``ends [B]``, set the scale of its update.
     """
-    num_nonfinite, num_enabled = state["spoiled"] + nonfinite, state["enabled"] + enabled
+    masks = [mask for mask in (active, updated) if mask is not None]
+    enabled = reduce(and_, masks) if masks else 1
+    num_nonfinite, num_enabled = state["spoiled"] + nonfinite, state["enabled"] + enabled  # [B], as all below
     allowed = num_enabled > 0
     applied = (num_nonfinite == 0) & allowed
     scale = applied.to(state["scale"].dtype)

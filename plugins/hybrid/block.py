@@ -92,7 +92,8 @@ class HybridBlock(HybridParameters):
         parameters = dict(zip(names, given[: len(names)], strict=True))
         start = None if state is None else dict(zip(state, given[len(names) :], strict=True))
         with self._without_autocast(x):
-            return torch.func.functional_call(_Exact(self), parameters, (x, start, context))  # type: ignore[no-any-return]
+            y, after = torch.func.functional_call(_Exact(self), parameters, (x, start, context))
+        return y, after
 
     def _directions(
         self, x: Tensor, state: BlockState | None, context: BlockContext, exact: bool = False

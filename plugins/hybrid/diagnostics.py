@@ -73,7 +73,7 @@ def inner_losses(
     # [B, T, H any] -> [B, H, N, C, any] -> N times [B, H, C, any]
     _, keys, values, rates = (layout.split(part.flatten(2), heads).unbind(2) for part in tokens)
     chunks = tokens.q.shape[1] // chunk_size
-    kept = finite[:, : chunks * chunk_size]
+    kept = finite[:, : chunks * chunk_size]  # [B, whole chunks' tokens]
     before = after = tokens.q.new_zeros(())
     for n, now in enumerate(kept.split(chunk_size, 1) if chunks else ()):  # now [B, C]
         memory, bounded = fast_network.chunk_gradients(keys[n], values[n], rates[n], fast, norm, token_scale)

@@ -73,7 +73,7 @@ def naive_inner_loop(
             for n in range(len(tokens)):
                 used = gradients[: n + 1] if causal else gradients
                 local, _ = _descend(fast, velocity, used, token_scale[n], momentum)
-                query = q[:, :, tokens[n], None]
+                query = q[:, :, tokens[n], None]  # [B, H, D] -> [B, H, 1, D]
                 z = network(query, local)
                 outputs.append(z if learned is None else query + layer_norm(z, *learned))
             for step in range(steps if len(tokens) == chunk_size else 0):
@@ -163,6 +163,7 @@ def naive_inputs(x: Tensor, given: dict[str, Tensor], *, num_heads: int, chunk_s
     source = x if embeddings is None else embeddings / (embeddings**2).mean(-1, keepdim=True).sqrt()
     q, k, v = heads("wq", x, "query_taps"), heads("wk", x, "key_taps"), heads("wv", source, "")
     q, k = (rotated(part / part.norm(dim=-1, keepdim=True), chunk_size, theta) for part in (q, k))
+    # [B, T, H D] and [H, 1, H D] -> [B, H, T], plus [H, 1]
     rate = torch.einsum("btd,hd->bht", x, given["lr_weight"][:, 0]) + given["lr_bias"]
     rate = base_lr * torch.sigmoid(rate) / head_dim
     if "norm_weight" not in given:

@@ -79,9 +79,9 @@ class InnerNorm(Objective):
         normal, mean, rstd = torch.native_layer_norm(z, shape, None, None, self.eps)
         error = normal * self.weight[:, None] + self.bias[:, None] - target
         mask = [True, False, False]
-        return torch.ops.aten.native_layer_norm_backward(  # type: ignore[no-any-return]
-            error * self.weight[:, None], z, shape, mean, rstd, None, None, mask
-        )[0]
+        scaled = error * self.weight[:, None]  # [H, 1, D] over [B, H, C, D]
+        gradient: Tensor = torch.ops.aten.native_layer_norm_backward(scaled, z, shape, mean, rstd, None, None, mask)[0]
+        return gradient
 
     def _loss_gradient_written_out(self, z: Tensor, target: Tensor) -> Tensor:
         """With n = (z - mean) r, r = 1 / sqrt(var + eps) and u = weight (LN(z) - target): r (u - m(u) - n m(u n)).

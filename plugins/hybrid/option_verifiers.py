@@ -119,7 +119,7 @@ class OptionsNaive(_HybridOptions):
             scale = (1 / position + given["token_scale_offset"]).clamp(min=0)
         momentum = None
         if "momentum_logit" in given:
-            momentum = torch.sigmoid(given["momentum_logit"])[:, None, None]
+            momentum = torch.sigmoid(given["momentum_logit"])[:, None, None]  # [H] -> [H, 1, 1]
         norm = metadata["inner_norm"] == "true"
         nothing = x.new_zeros(0)
         y, weights, biases = naive_inner_loop(

@@ -46,10 +46,9 @@ def chunk_ridge(
     size, after = layout.chunk_size, state["position"] + layout.length
     heads, key = tokens.q.shape[2:]
     together = chunks_together(layout, key, fresh=fresh, novelty=rule.novelty is not None)
-    written = layout.split(tokens.written[..., None])[..., 0].bool()  # [B, N, C]
-    # [B, T, H, any] -> blocks of [B, H, G, C, any]
-    parts = (*tokens[:3], tokens.strength[..., None])
-    # [B, T, H, any] -> [B, H, N, C, any], in groups of chunks
+    written = layout.split(tokens.written[..., None])[..., 0].bool()  # [B, T] -> [B, T, 1] -> [B, N, C]
+    parts = (*tokens[:3], tokens.strength[..., None])  # each [B, T, H, any]
+    # [B, T, H any] -> [B, H, N, C, any] -> blocks of [B, H, G, C, any]
     q, k, v, strength = (layout.split(part.flatten(2), heads).split(together, dim=2) for part in parts)
     coordinate = state.get("coordinate", torch.zeros_like(after))
     # [B, N]: which coordinate comes first in each chunk
@@ -60,6 +59,7 @@ def chunk_ridge(
         chunks = slice(first, first + count)
         ends = (torch.arange(first + 1, first + count + 1, device=after.device) * size) <= after[:, None]  # [B, G]
         complete = min(max(layout.length // size - first, 0), count) if layout.offset is None else ends
+        # written [B, G, C] and turn [B]
         place = _Place(written[:, chunks], turns[:, first] % key, complete, fresh=fresh and n == 0)
         return _block(now, place, rule, *given, want_state=want_state or first + count < layout.num_chunks)
 
@@ -170,6 +170,7 @@ def _block(
     chunks, size = q.shape[2:4]
     weight = torch.where(place.written[:, None], strength[..., 0], 0)  # [B, H, G, C]
     if rule.novelty is not None:  # G is 1
+        # [B, H, 1, C, m] and [B, H, 1, m, d] -> [B, H, C, d]; weight [B, H, C] -> [B, H, 1, C]
         weight = rule.weight((k @ solution[:, :, None])[:, :, 0], v[:, :, 0], weight[:, :, 0])[:, :, None]
     grown = _grown(place.written, rule.keep, weight.dtype)
     spread, error = _solved(pending, covariance, k, v, weight, place, rule)
@@ -179,11 +180,13 @@ def _block(
     earlier = chunk[1:].repeat_interleave(size)[:, None] > chunk.repeat_interleave(rows)
     first, later = q[:, :, 0], q[:, :, 1:].flatten(2, 3)  # [B, H, C, m] and [B, H, (G-1) C, m]
     known = torch.where(earlier, later @ spread.mT, 0)  # [B, H, (G-1) C, G rows]
+    # [B, H, C, d] and [B, H, (G-1) C, d] -> [B, H, G C, d] -> [B, H, G, C, d]
     read = torch.cat([first @ solution, later @ pending + known @ error], dim=2).unflatten(2, (chunks, size))
-    variance = read[..., 0]
+    variance = read[..., 0]  # [B, H, G, C]: for the shape alone, where variances are not kept
     if begun:
-        remaining = ((later @ covariance) * later).sum(-1) - known.square().sum(-1)
+        remaining = ((later @ covariance) * later).sum(-1) - known.square().sum(-1)  # [B, H, (G-1) C]
         remaining = remaining.unflatten(2, (chunks - 1, size)) * grown[:, None, 1:-1, None]  # [B, H, G-1, C]
+        # [B, H, C] -> [B, H, 1, C], and [B, H, G-1, C] -> [B, H, G, C]
         variance = torch.cat([((first @ begun[0]) * first).sum(-1)[:, :, None], remaining], dim=2)
     if not want_state:
         return read, variance, now
@@ -246,14 +249,14 @@ def _solved(
     if rule.keep != 1:
         k, v, weight = _aged(k, v, weight, place, rule)
     root = torch.where(weight > 0, weight, 1).sqrt() * (weight > 0)  # its derivative is finite at zero too
-    k, v = k * root[..., None], v * root[..., None]
+    k, v = k * root[..., None], v * root[..., None]  # [B, H, R, 1] over [B, H, R, any]
     spread, error = (k, v) if place.fresh else (k @ covariance, v - k @ solution)
     identity = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
-    system = spread @ k.mT
+    system = spread @ k.mT  # [B, H, R, m] and [B, H, m, R] -> [B, H, R, R]
     system = 0.5 * (system + system.mT) + regularization * identity
     factor, _ = torch.linalg.cholesky_ex(system)
-    both = torch.linalg.solve_triangular(factor, torch.cat([spread, error], dim=-1), upper=False)
-    spread, error = both.split_with_sizes([k.shape[-1], v.shape[-1]], dim=-1)
+    both = torch.linalg.solve_triangular(factor, torch.cat([spread, error], dim=-1), upper=False)  # [B, H, R, m + d]
+    spread, error = both.split_with_sizes([k.shape[-1], v.shape[-1]], dim=-1)  # [B, H, R, m] and [B, H, R, d]
     return spread, error
 
 

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,33 @@ def test_no_class_name_stands_for_two_things():
                     defined.setdefault(node.name, set()).add(f"{package}.{path.stem}")
     assert len(defined) > 200
     assert {name: sorted(modules) for name, modules in defined.items() if len(modules) > 1} == {}
+
+
+# ---- sizes
+
+LONGEST_FILE = 350
+LONGEST_FUNCTION = 60
+
+
+def functions(path: Path) -> Iterator[tuple[str, int]]:
+    """``file:line name`` of each function in a file, and its lines from ``def`` to its end."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None
+            place = f"{path.relative_to(ROOT).as_posix()}:{node.lineno} {node.name}"
+            yield place, node.end_lineno - node.lineno + 1
+
+
+def test_files_and_functions_are_short():
+    paths = [path for folder in packages_on_disk().values() for path in sorted(folder.glob("*.py"))]
+    files = {path.relative_to(ROOT).as_posix(): len(path.read_text("utf-8").splitlines()) for path in paths}
+    sizes = dict(each for path in paths for each in functions(path))
+    assert len(files) > 150
+    assert len(sizes) > 1000
+    long_files = {name: size for name, size in files.items() if size > LONGEST_FILE}
+    long_functions = {name: size for name, size in sizes.items() if size > LONGEST_FUNCTION}
+    assert not long_files, f"lines of files, at most {LONGEST_FILE}: {long_files}"
+    assert not long_functions, f"lines of functions, at most {LONGEST_FUNCTION}: {long_functions}"
 
 
 # ---- a second copy of the registry

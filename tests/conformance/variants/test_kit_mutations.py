@@ -18,7 +18,7 @@ from moshi_ttt.core.errors import PrecisionError
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.state import map_state
 from moshi_ttt.core.testing import BlockCase, Shape, conformance_tests
-from moshi_ttt.core.testing.checks_streaming import layouts
+from moshi_ttt.core.testing.checks_layouts import layouts
 from moshi_ttt.plugins.common.projection import Linear
 from moshi_ttt.plugins.hybrid import chunk
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear

@@ -261,7 +261,7 @@ def test_policy_registered_under_another_name_round_trips(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["disk full", "interrupted"])
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
-@pytest.mark.parametrize("function", ["adapter.save_file", "atomic._sync"])
+@pytest.mark.parametrize("function", ["adapter_folder.save_file", "atomic._sync"])
 def test_failed_write_leaves_what_was_there(tmp_path, monkeypatch, function, existing, error):
     folder = tmp_path / "adapter"
     if existing:

@@ -7,6 +7,7 @@ import torch
 
 from moshi_ttt.core import state as states
 from moshi_ttt.core.block import BlockContext, Site, SiteKind
+from moshi_ttt.core.block_contract import BlockContract
 from moshi_ttt.core.errors import ConfigError, ContextError, PrecisionError
 from moshi_ttt.core.precision import UNIFORM
 from tests.unit.core.toy import DIM, NeedsEmbeddings, ToyBlock, toy_block
@@ -232,6 +233,16 @@ class Steps(ToyBlock):
         y, after = self(x, state, context)
         states.copy_(state, states.detach(after))
         return y
+
+
+def test_what_a_block_inherits_is_guarded_where_it_is_defined():
+    class Inherits(Steps):
+        pass
+
+    guarded = {"step", "statistics", "inner_losses", "drift"}
+    assert guarded & vars(Inherits).keys() == set()
+    assert Inherits.step is Steps.step
+    assert Inherits.drift is BlockContract.drift
 
 
 @pytest.mark.parametrize("block", [ToyBlock, Steps], ids=lambda block: block.__name__)
