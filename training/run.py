@@ -35,7 +35,8 @@ from moshi_ttt.training.determinism import deterministic
 from moshi_ttt.training.inner_losses import InnerLosses
 from moshi_ttt.training.logs import METRICS, RunLog, check_installed
 from moshi_ttt.training.model import build, continued_lora
-from moshi_ttt.training.planning import group_plans, groups_table, low_rates
+from moshi_ttt.training.plan_tables import groups_table
+from moshi_ttt.training.planning import group_plans, low_rates
 from moshi_ttt.training.run_dir import RunDir, hold_run_dir
 from moshi_ttt.training.runtime import Runtime, device_kind, start
 from moshi_ttt.training.saving import Checkpoints

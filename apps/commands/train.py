@@ -60,9 +60,10 @@ def _train(config: str, overrides: list[str], stop: StopRequest, *, plan: bool, 
     registry = default_registry()
     settings = reading.read_settings(config, overrides, registry)
     if plan:
-        from moshi_ttt.training import planning
+        from moshi_ttt.training.plan_tables import render
+        from moshi_ttt.training.planning import plan as plan_run
 
-        console().print(planning.render(planning.plan(settings, registry, ranks=ranks, activations=True)))
+        console().print(render(plan_run(settings, registry, ranks=ranks, activations=True)))
         return None
     from moshi_ttt.training.run import run
 
