@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from moshi_ttt.configs.speakers import MAIN_SPEAKER, Side
 from moshi_ttt.data.audio import resample
 from moshi_ttt.data.audio_files import AudioError, read_samples
-from moshi_ttt.data.manifest import DURATION_SECONDS, DataError, read_header
+from moshi_ttt.data.manifest import DURATION_SECONDS, read_header
+from moshi_ttt.data.problems import DataError
 from moshi_ttt.data.text import Word, text_stream
 from moshi_ttt.hosts.moshi.fit import require_fit
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moshi_ttt.data.corpus import Corpus, SegmentError
-from moshi_ttt.data.manifest import DataError
 from moshi_ttt.data.order import SegmentOrder, StreamOrder
+from moshi_ttt.data.problems import DataError
 from moshi_ttt.system.interruption import handle, stop_signals
 
 TRIES = 20

@@ -22,18 +22,9 @@ from moshi_ttt.configs.speakers import MAIN_SPEAKER, Side
 from moshi_ttt.core.config import FrozenConfig, parse_model
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.data.codec import SpeechCodec
-from moshi_ttt.data.manifest import (
-    SHARD_INDEX,
-    DataError,
-    ManifestEntry,
-    Problem,
-    Transcripts,
-    check_share,
-    check_words,
-    listed_twice,
-    parse_sources,
-    read_manifest,
-)
+from moshi_ttt.data.manifest import ManifestEntry, Transcripts, check_words, listed_twice, read_manifest
+from moshi_ttt.data.problems import DataError, Problem, check_share
+from moshi_ttt.data.sources import SHARD_INDEX, parse_sources
 from moshi_ttt.data.text import TranscriptError, read_words
 from moshi_ttt.data.words import WordCounts, total_words
 from moshi_ttt.system.output_folder import new_folder

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from moshi_ttt.core.paths import user_path
 from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.data.corpus import open_corpus
-from moshi_ttt.data.manifest import APPLE_DOUBLE, DataError, SourceSpec, Transcripts, read_header
+from moshi_ttt.data.manifest import Transcripts, read_header
+from moshi_ttt.data.problems import DataError
+from moshi_ttt.data.sources import APPLE_DOUBLE, SourceSpec
 
 SUFFIXES = (".flac", ".mp3", ".ogg", ".wav")
 SEGMENT_FRAMES = 250

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from moshi_ttt.core.host import HostModel
 from moshi_ttt.data.codec import SpeechCodec
-from moshi_ttt.data.manifest import DataError, read_header
+from moshi_ttt.data.manifest import read_header
+from moshi_ttt.data.problems import DataError
 from moshi_ttt.evaluation.pair_accuracy import Evaluation, ScoringError, difference, evaluate_pairs, finite_score
 from moshi_ttt.evaluation.pairs import PairSet
 from moshi_ttt.evaluation.statistics import Interval

@@ -1,7 +1,7 @@
 """``moshi-ttt train --plan``: what a run would train and what each rank would hold, from the architecture alone.
 
 No weights are read and no process group is needed: the model stays on the meta device, and the sizes of its shards are
-computed as FSDP2 cuts them. The plan is of plain values; ``dataclasses.asdict`` makes JSON of it, ``plan_tables`` tables.
+computed as FSDP2 cuts them. The plan is of plain values; ``dataclasses.asdict`` makes JSON of it; see ``plan_tables``.
 """
 
 from __future__ import annotations

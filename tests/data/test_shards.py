@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moshi_ttt.data.manifest import DataError
+from moshi_ttt.data.problems import DataError
 from moshi_ttt.data.shards import (
     check_codec,
     read_index,

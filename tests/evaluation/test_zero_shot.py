@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.data.audio import read_audio
 from moshi_ttt.data.codec import SpeechCodec
-from moshi_ttt.data.manifest import DataError
+from moshi_ttt.data.problems import DataError
 from moshi_ttt.evaluation.pair_accuracy import ScoringError, accuracy, evaluate_pairs
 from moshi_ttt.evaluation.pairs import DATASETS, Pair, PairsError, PairSet, read_pairs
 from moshi_ttt.evaluation.zero_shot import Score, ScoredModel, encode, run, score, score_codes

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moshi_ttt.data.manifest import DataError
+from moshi_ttt.data.problems import DataError
 from moshi_ttt.data.shards import read_index, read_tokens
 from study.material import heard_twice, shuffled_twice
 
