@@ -81,7 +81,7 @@ def read_documents(
 def batches(documents: Sequence[Document], size: int, padding: int) -> Iterator[tuple[list[Document], Tensor]]:
     """``size`` documents at a time or a few more, longest first, and their codes ``[B, Q, T]``, padded at the end.
 
-    None is left over to be heard alone.
+    No batch has a single document, unless there is only one.
     """
     ordered = sorted(documents, key=lambda document: (-document.frames, document.name))
     for rows in torch.arange(len(ordered)).tensor_split(max(1, len(ordered) // size)):
