@@ -92,7 +92,7 @@ def measure(injection: Injection, *, batches: int, length: int, seed: int = 0) -
     with HealthMonitor(blocks) as monitor:
         for batch in range(batches):
             with host.carry(model, carried) as carried:
-                loss = host.probe(model, batch_size=1, length=length, seed=seed + batch)
+                loss = host.synthetic_loss(model, batch_size=1, length=length, seed=seed + batch)
             if loss.requires_grad:
                 loss.backward()
             for site, health in monitor.read().items():

@@ -45,7 +45,7 @@ def moved_names(module: str, new: str | None, renamed: Mapping[str, str] | None 
     return find
 
 
-def renamed_arguments(**renamed: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a function whose keyword arguments have new names: ``renamed_arguments(earlier="new")``.
 
     The function takes an argument under its earlier name with a DeprecationWarning, and raises TypeError where both
@@ -55,11 +55,16 @@ def renamed_arguments(**renamed: str) -> Callable[[Callable[P, R]], Callable[P, 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            for earlier in renamed.keys() & kwargs.keys():
-                name = renamed[earlier]
+            for earlier in names.keys() & kwargs.keys():
+                name = names[earlier]
                 if name in kwargs:
                     raise TypeError(f"{function.__qualname__}() got {earlier!r} and {name!r}, which are the same.")
-                _warn(f"The argument {earlier!r} of {function.__qualname__}() is now {name!r}")
+                warnings.warn(
+                    f"The argument {earlier!r} of {function.__qualname__}() is now {name!r}; the earlier name goes in "
+                    "the next version.",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
                 kwargs[name] = kwargs.pop(earlier)
             return function(*args, **kwargs)
 
@@ -68,7 +73,7 @@ def renamed_arguments(**renamed: str) -> Callable[[Callable[P, R]], Callable[P, 
     return decorate
 
 
-def renamed_attributes(**renamed: str) -> Callable[[C], C]:
+def renamed_attributes(**names: str) -> Callable[[C], C]:
     """Decorate a class whose attributes have new names: ``renamed_attributes(earlier="new")``.
 
     An attribute can be read under its earlier name, with a DeprecationWarning; of a dataclass, its constructor takes
@@ -76,22 +81,26 @@ def renamed_attributes(**renamed: str) -> Callable[[C], C]:
     """
 
     def decorate(owner: C) -> C:
-        for earlier, name in renamed.items():
+        for earlier, name in names.items():
             setattr(owner, earlier, _renamed_attribute(owner, earlier, name))
-        owner.__init__ = renamed_arguments(**renamed)(owner.__init__)
+        owner.__init__ = renamed_arguments(**names)(owner.__init__)
         return owner
 
     return decorate
 
 
+def renamed(earlier: str, name: str, *, of: type) -> None:
+    """Warn that the attribute or method ``earlier`` of a class is now ``name``, at the line that uses it."""
+    warnings.warn(
+        f"{of.__qualname__}.{earlier} is now {of.__qualname__}.{name}; the earlier name goes in the next version.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+
+
 def _renamed_attribute(owner: type, earlier: str, name: str) -> property:
     def read(instance: Any) -> Any:
-        _warn(f"{owner.__qualname__}.{earlier} is now {owner.__qualname__}.{name}")
+        renamed(earlier, name, of=owner)
         return getattr(instance, name)
 
     return property(read)
-
-
-def _warn(what: str) -> None:
-    """Warn at the line that uses the earlier name: the caller of the caller."""
-    warnings.warn(f"{what}; the earlier name goes in the next version.", DeprecationWarning, stacklevel=3)

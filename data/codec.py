@@ -23,7 +23,7 @@ from moshi_ttt.data.audio_files import AudioError, read_samples
 from moshi_ttt.data.manifest import DURATION_SECONDS, read_header
 from moshi_ttt.data.problems import DataError
 from moshi_ttt.data.text import Word, text_stream
-from moshi_ttt.hosts.moshi.fit import require_fit
+from moshi_ttt.hosts.moshi.compatibility import require_compatible
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 
 SAMPLED = 32
@@ -63,7 +63,7 @@ class SpeechCodec:
         speaker_label: str = MAIN_SPEAKER,
     ) -> SpeechCodec:  # fmt: skip
         """The codec of a language model, which may be on the meta device. Raises HostError unless they fit together."""
-        layout = require_fit(model, mimi, tokenizer)
+        layout = require_compatible(model, mimi, tokenizer)
         return cls(
             mimi=mimi, tokenizer=tokenizer, text_padding=model.text_padding_token_id,
             end_of_padding=model.end_of_text_padding_id, zero_token=model.zero_token_id,

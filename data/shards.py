@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moshi_ttt.configs.speakers import MAIN_SPEAKER, Side
 from moshi_ttt.core.config import FrozenConfig, parse_model
+from moshi_ttt.core.deprecation import renamed_arguments
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.data.manifest import ManifestEntry, Transcripts, check_words, listed_twice, read_manifest
@@ -139,10 +140,11 @@ def write_shards(
     )  # fmt: skip
 
 
+@renamed_arguments(pieces="clips")
 def rearrange_shards(
     source: Path,
     out: Path,
-    pieces: Callable[[int], Iterable[Tensor]],
+    clips: Callable[[int], Iterable[Tensor]],
     *,
     shard_size: int = SHARD_SIZE,
     made_by: str = "rearrange_shards",
@@ -150,22 +152,22 @@ def rearrange_shards(
     """A new folder of shards, whose recordings are made of frames of those in ``source``; whole or not there at all.
 
     Args:
-        pieces: from the frames of a recording to the frames ``[T]`` (int64) of each new one, in their order.
+        clips: from the number of frames of a recording to the frames ``[T]`` (int64) of each new recording.
 
-    Raises DataError as ``read_index``, or when no piece comes of any recording; OutputError when ``out`` is not new.
+    Raises DataError as ``read_index``, or when no clip can be made of any recording; OutputError when ``out`` is not new.
     """
     index = read_index(source)
     with new_folder(out, made_by=made_by) as folder:
         writer = _Writer(folder, shard_size)
         for recording in index.recordings:
             audio, text = read_tokens(source, recording, 0, recording.frames, text=True)
-            for number, frames in enumerate(pieces(recording.frames)):
+            for number, frames in enumerate(clips(recording.frames)):
                 name, where = f"{recording.name}#{number}", (Path(recording.manifest), recording.line)
                 writer.add(name, where, audio[:, frames], None if text is None else text[frames])
         writer.flush()
         if not writer.recordings:
             longest = max(recording.frames for recording in index.recordings)
-            raise DataError(f"{source}: no piece comes of any recording; the longest has {longest} frames.")
+            raise DataError(f"{source}: no clip can be made of any recording; the longest has {longest} frames.")
         made = index.model_copy(update={"recordings": tuple(writer.recordings), "words": None})
         (folder / SHARD_INDEX).write_text(json.dumps(made.model_dump(mode="json"), indent=1), encoding="utf-8")
     return made

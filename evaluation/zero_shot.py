@@ -34,7 +34,7 @@ from moshi_ttt.evaluation.models import ModelUnderTest
 from moshi_ttt.evaluation.pair_accuracy import Evaluation, ScoringError, difference, evaluate_pairs, finite_score
 from moshi_ttt.evaluation.pairs import PairSet
 from moshi_ttt.evaluation.statistics import Interval
-from moshi_ttt.hosts.moshi.fit import layout_of
+from moshi_ttt.hosts.moshi.compatibility import layout_of
 from moshi_ttt.hosts.moshi.losses import targets_of, token_losses
 
 Normalization = Literal["token", "sum"]

@@ -17,8 +17,8 @@ from moshi_ttt.core.losses import HostLosses
 from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.core.sharding import shard
 from moshi_ttt.hosts.moshi import lora
+from moshi_ttt.hosts.moshi.compatibility import require_trainable
 from moshi_ttt.hosts.moshi.depformer import make_steps_contiguous
-from moshi_ttt.hosts.moshi.fit import require_trainable
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import MoshiBundle
 from moshi_ttt.hosts.moshi.stored_lora import StoredLoRA

@@ -23,7 +23,7 @@ from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.data.corpus import Corpus, open_corpus
 from moshi_ttt.data.dataset import TrainingData, loader
 from moshi_ttt.data.held_out import held_out_batches
-from moshi_ttt.hosts.moshi.fit import require_trainable
+from moshi_ttt.hosts.moshi.compatibility import require_trainable
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.system import platforms, threads
 from moshi_ttt.system.interruption import StopRequest

@@ -163,7 +163,7 @@ def load(
     from moshi_ttt.core.registry import default_registry
     from moshi_ttt.data.codec import SpeechCodec
     from moshi_ttt.evaluation.models import load_models
-    from moshi_ttt.hosts.moshi.fit import require_audio, require_unconditioned
+    from moshi_ttt.hosts.moshi.compatibility import require_audio, require_unconditioned
     from moshi_ttt.hosts.moshi.host import MoshiHostConfig
 
     def require(model: Any, name: str) -> None:

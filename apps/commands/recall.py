@@ -23,8 +23,8 @@ def run_recall(
     """Present clips twice and after another clip or, where ``counts`` are given, after so many other clips."""
     from moshi_ttt.evaluation import between, recall
     from moshi_ttt.evaluation.between_report import write_between
+    from moshi_ttt.evaluation.models import CONDITIONS
     from moshi_ttt.evaluation.reporting import write_recall
-    from moshi_ttt.evaluation.subjects import CONDITIONS
 
     shared.check(MADE_BY)
     given = prepare(ctx, shared, audio_for="recall", interludes=interludes)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.data.audio import encode, read_audio, resample
-from moshi_ttt.hosts.moshi.fit import require_fit
+from moshi_ttt.hosts.moshi.compatibility import require_compatible
 
 SPEEDS = (1.0, 0.94, 1.06)
 """Training hears every recording at these speeds too (pitch included): two minutes of speech are little."""
@@ -52,7 +52,7 @@ class Codec:
     @classmethod
     def of(cls, model: Any, mimi: Any, tokenizer: Any) -> Codec:
         """Raises HostError unless the three fit together, and the model predicts one of two voices."""
-        layout = require_fit(model, mimi, tokenizer)
+        layout = require_compatible(model, mimi, tokenizer)
         if (layout.voices, layout.predicted) != (2, 1):
             predicted = ("text alone", "its own voice", "both voices")[layout.predicted]
             raise HostError(

@@ -44,7 +44,7 @@ def shipped_memory(host: MoshiHostConfig) -> Path | None:
     return memory_adapter() if own else None
 
 
-def hear_twice(model: object, document: Tensor, adapter: Path) -> Twice:
+def present_twice(model: object, document: Tensor, adapter: Path) -> Twice:
     """The first ``FRAMES`` frames of ``document [Q, T]``, twice; the model has no blocks before and after."""
     context = int(getattr(model, "context", None) or 0)
     codes = document[:, :FRAMES].repeat(1, 2)

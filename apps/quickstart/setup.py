@@ -18,7 +18,7 @@ from moshi_ttt.core.config_parsing import read_mapping
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.injection import Plan, make_plan
 from moshi_ttt.core.registry import default_registry
-from moshi_ttt.hosts.moshi.fit import require_unconditioned
+from moshi_ttt.hosts.moshi.compatibility import require_unconditioned
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 from moshi_ttt.hosts.moshi.loading import MoshiBundle
 from moshi_ttt.hosts.moshi.tiny import SPEECH, speech_files

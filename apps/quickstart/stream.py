@@ -1,4 +1,4 @@
-"""Streaming: a recording goes in token by token through LMGen, and the blocks learn while Moshi listens.
+"""Streaming: LMGen processes a recording token by token, and the blocks update their fast weights meanwhile.
 
 Shape legend: Q rows of the language model, K codebooks of one speaker, T frames.
 """
@@ -17,11 +17,13 @@ from torch import Tensor
 from moshi_ttt.apps.quickstart.data import Codec
 from moshi_ttt.configs.sections import StreamConfig
 from moshi_ttt.core.block import Site
+from moshi_ttt.core.deprecation import moved_names
 from moshi_ttt.evaluation.teacher_forcing import stream_losses
 from moshi_ttt.hosts.moshi.layers import BlockSite
 from moshi_ttt.hosts.moshi.losses import delayed
 from moshi_ttt.hosts.moshi.upstream import LMGen
 
+__getattr__ = moved_names(__name__, __name__, {"listen": "stream_recording"})
 WARM_UP_STEPS = 5
 """Left out of the timing: the first steps fill caches."""
 
@@ -54,10 +56,10 @@ class Streamed:
 
 
 @torch.no_grad()
-def listen(
+def stream_recording(
     model: Any, codec: Codec, audio: Tensor, config: StreamConfig, *, on_frame: Callable[[int], None]
 ) -> Streamed:
-    """Stream ``audio [K, T]`` as what the user says, while Moshi answers; state is live throughout.
+    """Stream ``audio [K, T]`` as what the user says while Moshi answers; the blocks update throughout.
 
     Sampling draws from torch's global generator, seeded here and put back afterwards.
     """
@@ -108,13 +110,13 @@ def compare_with_training(model: Any, codes: Tensor) -> Agreement:
     sequence = delayed(model, codes)[None]
     inputs, targets = sequence[:, :, :-1], sequence[:, :, 1:]
     whole, whole_text = model.forward_text(inputs)
-    pieces, pieces_text = _token_by_token(model, inputs)
-    whole_audio, pieces_audio = (model.forward_depformer_training(targets, out) for out in (whole, pieces))
+    streamed, streamed_text = _token_by_token(model, inputs)
+    whole_audio, streamed_audio = (model.forward_depformer_training(targets, out) for out in (whole, streamed))
     return Agreement(
         frames=inputs.shape[2],
         dtype=str(whole.dtype).removeprefix("torch."),
-        text=float((whole_text - pieces_text).abs().max()),
-        audio=float((whole_audio - pieces_audio).abs().max()),
+        text=float((whole_text - streamed_text).abs().max()),
+        audio=float((whole_audio - streamed_audio).abs().max()),
         text_scale=float(whole_text.abs().max()),
         audio_scale=float(whole_audio.abs().max()),
     )

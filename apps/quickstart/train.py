@@ -106,7 +106,7 @@ def train(
     injection.freeze_base()
     log, host = TrainingLog(), injection.host
     with host.updates(model, updates):
-        if not updates and not host.probe(model, batch_size=1, length=8, seed=0).requires_grad:
+        if not updates and not host.synthetic_loss(model, batch_size=1, length=8, seed=0).requires_grad:
             return log
     losses = host.losses(
         first_codebook=config.first_codebook_weight_multiplier, text_padding=config.text_padding_weight,

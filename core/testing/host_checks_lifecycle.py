@@ -176,7 +176,7 @@ def check_host_synthetic_loss(case: HostVariantCase) -> None:
     injection = case.inject(model)
 
     def loss(seed: int) -> Tensor:
-        return case.on.host.probe(model, batch_size=2, length=LENGTH, seed=seed)
+        return case.on.host.synthetic_loss(model, batch_size=2, length=LENGTH, seed=seed)
 
     try:
         first = loss(0)

@@ -55,8 +55,8 @@ def test_the_surface_is_frozen():
                 "--overwrite", "--smooth", "--speaker-label", "--threads", "-a", "-d", "-o", "config",
             ],
             "zero-shot": [
-                "--adapter", "--codebooks", "--dataset", "--normalisation", "--normalization", "--out", "--overwrite", "--seed",
-                "--source", "--threads", "-a", "-o", "config",
+                "--adapter", "--codebooks", "--dataset", "--normalisation", "--normalization", "--out", "--overwrite",
+                "--seed", "--source", "--threads", "-a", "-o", "config",
             ],
         },
         "encode": ["--eval", "--out", "-o", "config", "overrides"],

@@ -38,7 +38,7 @@ def clips_of(documents):
 
 
 def by_definition(tested, base, documents, count, *, volume=1.0, seed=0):
-    """Gain, saved and once of each document's first clip: every row and every count heard alone, in segments."""
+    """Gain, saved and once of each document's first clip: every row and every count presented alone, in segments."""
     clips = clips_of(INTERLUDES)
     order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed)).tolist()
     found = []
@@ -58,7 +58,7 @@ def by_definition(tested, base, documents, count, *, volume=1.0, seed=0):
 
 
 @pytest.mark.parametrize("volume", [1.0, 0.5])
-def test_each_count_is_as_if_it_were_heard_alone(base, loud, volume):
+def test_each_count_is_as_if_it_were_presented_alone(base, loud, volume):
     documents = [document(2 * FRAMES, n) for n in range(3)]
     result = run([base, loud], documents, volumes=(volume,))
     assert [each.count for each in result.after] == list(COUNTS)

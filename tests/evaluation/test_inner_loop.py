@@ -77,7 +77,7 @@ def test_two_blocks_in_one_layer_have_curves_each():
     }  # fmt: skip
 
 
-def test_a_padded_recording_is_never_heard():
+def test_a_padded_recording_is_never_used():
     tested, seen = model_with("ttt_linear"), []
     ((_, block),) = tested.injection.blocks.items()
     hook = block.register_forward_hook(lambda block, args, output: seen.append(tuple(args[0].shape[:2])))

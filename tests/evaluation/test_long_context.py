@@ -62,7 +62,7 @@ def test_memory_of_another_is_the_memory_of_another():
         evaluate_codes(tested, same[:1], "memory of another", every=8)
 
 
-def test_listening_leaves_everything_as_it_was():
+def test_an_evaluation_leaves_everything_as_it_was():
     tested = model_with("ttt_mlp")
     codes = torch.stack([document(16, 0).codes, document(16, 1).codes])
     before = {name: tensor.clone() for name, tensor in tested.model.state_dict().items()}

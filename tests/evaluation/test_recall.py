@@ -32,7 +32,7 @@ def test_without_memory_there_is_nothing_to_recall(base):
     assert abs(gain.value) < 0.02
 
 
-def test_what_is_counted_is_what_was_heard_again(base):
+def test_what_is_counted_is_what_was_presented_again(base):
     tested = model_with("ttt_mlp", base_lr=1.0, gate={"init": 1.0})
     result = run([base, tested])
     on = result.of("ttt_mlp", "updates on", "second").values
@@ -40,7 +40,7 @@ def test_what_is_counted_is_what_was_heard_again(base):
     assert on.shape == (3,)
     assert (on - off).abs().max() > 1e-3  # what it learned changes what it predicts
     reset = result.of("ttt_mlp", "memory reset", "second").values
-    assert (on - reset).abs().max() > 1e-3  # so does what it still knows when the second hearing begins
+    assert (on - reset).abs().max() > 1e-3  # so does what it still knows when the second presentation begins
 
 
 def test_gains_are_differences_by_recording(base):
@@ -57,8 +57,8 @@ def test_gains_are_differences_by_recording(base):
             torch.testing.assert_close(own, values.nanmean(), rtol=1e-3, atol=1e-5)
 
 
-def test_a_gain_that_comes_of_a_worse_first_hearing_shows(base):
-    """What a hearing itself saves is against the base model's own loss in it, whatever the first one was."""
+def test_a_gain_that_comes_of_a_worse_first_presentation_shows(base):
+    """What a presentation itself saves is against the base model's own loss in it, whatever the first one was."""
     result = run([base, model_with("ttt_mlp", base_lr=1.0, gate={"init": 1.0})])
     for presentation in ("second", "third"):
         base_loss = result.of("base", "updates on", presentation).losses
@@ -68,7 +68,7 @@ def test_a_gain_that_comes_of_a_worse_first_hearing_shows(base):
 
 
 def losses_by_definition(model, documents, rows, frames=FRAMES):
-    """``[P, 4, T]``: each row a stream alone, of (recording, piece) as A and as B."""
+    """``[P, 4, T]``: each row a stream alone, of (recording, clip) as A and as B."""
 
     def codes(recording, number):
         return documents[recording].codes[:, number * frames : (number + 1) * frames]
@@ -77,8 +77,8 @@ def losses_by_definition(model, documents, rows, frames=FRAMES):
     return torch.stack([stream_losses(model, each[None]).audio[0].unflatten(0, (4, frames)) for each in presented])
 
 
-def test_one_piece_of_each_gives_the_numbers_it_gave():
-    # How it was before there were pieces: rows in the order of the recordings, B the next one.
+def test_one_clip_of_each_gives_the_numbers_it_gave():
+    # How it was before there were clips: rows in the order of the recordings, B the next one.
     tested = model_with("ttt_mlp")
     frames = 2 * CONTEXT
     documents = [document(frames + n, n) for n in range(5)]
@@ -92,7 +92,7 @@ def test_one_piece_of_each_gives_the_numbers_it_gave():
             assert torch.equal(result.of("ttt_mlp", condition, presentation).values, (first - later).nanmean(1))
 
 
-def test_a_recordings_gain_is_the_mean_of_its_pieces(base):
+def test_a_recordings_gain_is_the_mean_of_its_clips(base):
     frames = 2 * CONTEXT
     documents = [document(length, n) for n, length in enumerate((5 * CONTEXT, 4 * CONTEXT - 1, frames - 1, frames))]
     result = run([base], documents, frames=frames, clips=2, batch_size=3)
@@ -127,7 +127,7 @@ COUNTS = [([1] * 5, 2), ([2] * 3, 2), ([3, 3, 3, 3], 4), ([4, 4], 4), ([5, 1, 2,
 
 
 @pytest.mark.parametrize(("counts", "size"), COUNTS, ids=str)
-def test_every_piece_is_heard_once_in_full_batches(counts, size):
+def test_every_clip_is_presented_once_in_full_batches(counts, size):
     batches = lay_out(counts, size, next_between=False)
     clips = [row.own for batch in batches for row in batch]
     assert sorted(clips) == [(r, number) for r, count in enumerate(counts) for number in range(count)]
@@ -152,17 +152,17 @@ def test_rows_of_a_batch_are_of_different_recordings_as_far_as_there_are_any(cou
             assert all(one != before for one, before in zip(batch, [batch[-1], *batch], strict=False))
 
 
-def test_memory_of_another_has_heard_others_only_where_they_can_be_kept_apart():
+def test_memory_of_another_has_processed_others_only_where_they_can_be_kept_apart():
     apart = {"second": 0, "third": 0}
     assert processed_own(lay_out([3] * 5, 4, next_between=False)) == apart
     assert processed_own(lay_out([4] * 8, 8, next_between=False)) == apart
-    # With one piece of each, B is what the next row of the batch has as A.
+    # With one clip of each, B is what the next row of the batch has as A.
     assert processed_own(lay_out([1] * 8, 4, next_between=True)) == {"second": 0, "third": 6}
     assert processed_own(lay_out([4, 4], 4, next_between=False))["third"] == 8
     assert processed_own(lay_out([3, 1], 2, next_between=False))["second"] == 2
 
 
-# Of the row before row 0, one back, and so on: what changes row 0's second and third hearing when it is another.
+# Of the row before row 0, one back, and so on: what changes row 0's second and third presentation when it is another.
 @pytest.mark.parametrize(
     ("back", "changed", "changes"),
     [(1, [0], "second"), (1, [2], "third"), (2, [1], "third"), (3, [0], "third"), (2, [2], ""), (3, [1, 2], ""),
@@ -170,7 +170,7 @@ def test_memory_of_another_has_heard_others_only_where_they_can_be_kept_apart():
 )  # fmt: skip
 def test_whose_memory_a_row_has(back, changed, changes):
     tested = model_with("ttt_linear", base_lr=1.0)
-    frames, reach = 4 * CONTEXT, 3 * CONTEXT  # three layers of attention reach so far into the hearing before
+    frames, reach = 4 * CONTEXT, 3 * CONTEXT  # three layers of attention reach so far into the presentation before
     presented = torch.stack([document(4 * frames, n).codes for n in range(5)])
     other = presented.clone()
     for presentation in changed:
@@ -219,11 +219,11 @@ def test_recordings_that_are_too_short_or_too_few_are_refused(base):
         run([base], frames=CONTEXT + 1)
 
 
-def test_no_pieces_are_refused(base):
+def test_no_clips_are_refused(base):
     with pytest.raises(ConfigError, match=r"0 clips of each recording: give 1 or more"):
         run([base], clips=0)
 
 
-def test_pieces_do_not_make_up_for_a_recording_of_another(base):
+def test_clips_do_not_make_up_for_a_recording_of_another(base):
     with pytest.raises(ConfigError, match=r"two recordings of 40 frames or more, and 1 of 1 are as long"):
         run([base], [document(10 * FRAMES, 0)], clips=10)

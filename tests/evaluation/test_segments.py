@@ -67,7 +67,7 @@ def test_conditions_act_between_segments(variant):
     for condition in ("memory reset", "memory of another"):
         assert torch.equal(losses_of[condition][:, :11], losses_of["updates on"][:, :11])
         assert not torch.equal(losses_of[condition][:, 12:].nan_to_num(), losses_of["updates on"][:, 12:].nan_to_num())
-    # A memory that was reset knows nothing of before; another's is that of who heard the other first.
+    # A memory that was reset knows nothing of before; another's is that of a row that was given the other first.
     close(losses_of["memory reset"][:, 12:], evaluate_codes(tested, second, "updates on", every=12, segments=6).audio)
     other = torch.cat([first.roll(1, 0), second], dim=2)
     close(
@@ -87,7 +87,7 @@ def test_attention_restarts_and_memory_does_not():
         assert torch.equal(one.nan_to_num(), other.nan_to_num()) is same
 
 
-def test_listening_in_segments_changes_no_later_result():
+def test_an_evaluation_in_segments_changes_no_later_result():
     tested = model_with("ttt_mlp")
     codes = codes_of(16, 0, 1)
     before = {name: tensor.clone() for name, tensor in tested.model.state_dict().items()}

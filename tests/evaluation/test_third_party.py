@@ -13,7 +13,7 @@ from tests.plugins.test_convolution_cache import Convolved, Unscaled, registry_o
 CHUNK, FRAMES = 4, 24
 
 
-def tested_with(block) -> ModelUnderTest:
+def model_around(block) -> ModelUnderTest:
     registry = registry_of(block)
     entry = {"variant": "convolved", "layers": "1", "chunk": CHUNK, "gate": {"init": 0.5}}
     config = parse_config(
@@ -30,7 +30,7 @@ def codes() -> torch.Tensor:
 @pytest.mark.parametrize("segments", [None, 8])
 @pytest.mark.parametrize("block", [Unscaled, Convolved])
 def test_every_condition_changes_what_a_third_partys_block_does(block, segments):
-    tested = tested_with(block)
+    tested = model_around(block)
     on, off, reset, other = (
         evaluate_codes(tested, codes(), condition, every=8, segments=segments).audio.nan_to_num()
         for condition in ("updates on", "updates off", "memory reset", "memory of another")
@@ -42,7 +42,7 @@ def test_every_condition_changes_what_a_third_partys_block_does(block, segments)
 
 
 def test_a_cache_that_is_not_memory_is_neither_reset_nor_exchanged():
-    tested = tested_with(Convolved)
+    tested = model_around(Convolved)
     site = next(module for module in tested.model.modules() if type(module).__name__ == "BlockSite")
     with torch.no_grad(), tested.model.streaming(2):
         for frame in codes().unbind(-1):

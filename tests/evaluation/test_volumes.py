@@ -20,7 +20,7 @@ VOLUMES = (0.0, 0.5, 1.0)
 
 
 def run(models, volumes=VOLUMES, **changes):
-    chosen = {"frames": FRAMES, "conditions": ("updates on", "updates off"), "batch_size": 2, "pieces": 2, **changes}
+    chosen = {"frames": FRAMES, "conditions": ("updates on", "updates off"), "batch_size": 2, "clips": 2, **changes}
     documents = [document(2 * FRAMES, n) for n in range(3)]
     return evaluate(models, documents, volumes=volumes, **chosen)
 
@@ -49,7 +49,7 @@ def test_the_ends_of_the_curve_are_the_base_model_and_the_adapter(base, loud):
     assert half.apart > 0
 
 
-def test_a_point_is_what_is_heard_at_that_volume(base, loud):
+def test_a_point_is_what_is_measured_at_that_volume(base, loud):
     (point,) = run([base, loud], (0.25,), clips=1).by_volume
     clips = [document(2 * FRAMES, n).codes[:, :FRAMES] for n in range(3)]
     losses_of = torch.stack([torch.cat([a, a, clips[(n + 1) % 3], a], dim=1) for n, a in enumerate(clips)])
@@ -66,13 +66,13 @@ def test_a_point_is_what_is_heard_at_that_volume(base, loud):
     torch.testing.assert_close(point.recall, gains[0] - gains[1], **close)
 
 
-def test_the_base_model_hears_once_and_volume_1_is_not_heard_again(base, loud):
+def test_the_base_model_and_volume_1_are_evaluated_once(base, loud):
     losses_of = []
     run([base, loud], on_batch=lambda: losses_of.append(None))
     assert len(losses_of) == 3 * (1 + 2 + 2)  # three batches: the base; updates on and off; volumes 0 and 0.5
 
 
-def test_without_volumes_nothing_is_heard_beside_what_was(base, loud, tmp_path):
+def test_without_volumes_nothing_else_is_evaluated(base, loud, tmp_path):
     result = run([base, loud], ())
     assert result.by_volume == []
     write_recall(tmp_path, result, made_by="test")
@@ -168,7 +168,7 @@ def test_volumes_without_the_base_model_or_updates_on_are_refused(base, loud):
     assert run([base, loud], (), conditions=("updates off",)).by_volume == []
 
 
-def test_blocks_that_do_not_follow_are_refused_before_anybody_hears(base, loud, monkeypatch):
+def test_blocks_that_do_not_follow_are_refused_before_any_evaluation(base, loud, monkeypatch):
     losses_of = []
     (block,) = loud.injection.blocks.values()
     monkeypatch.setattr(type(block), "scales_output", False)
