@@ -83,7 +83,7 @@ def renamed_attributes(**names: str) -> Callable[[C], C]:
     def decorate(owner: C) -> C:
         for earlier, name in names.items():
             setattr(owner, earlier, _renamed_attribute(owner, earlier, name))
-        owner.__init__ = renamed_arguments(**names)(owner.__init__)
+        setattr(owner, "__init__", renamed_arguments(**names)(vars(owner)["__init__"]))  # noqa: B010
         return owner
 
     return decorate

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.data.codec import SpeechCodec
-from moshi_ttt.data.manifest import ManifestEntry, Transcripts, check_words, listed_twice, no_transcript, read_manifest
+from moshi_ttt.data.manifest import ManifestEntry, Transcripts, check_words, listed_twice, no_transcript, read_manifests
 from moshi_ttt.data.problems import DataError, Problem, check_share
 from moshi_ttt.data.shards import EncodedRecording, ShardIndex, check_codec, read_index, read_tokens
 from moshi_ttt.data.sources import SHARD_INDEX, SourceSpec, parse_sources
@@ -263,15 +263,7 @@ def _open_source(
     """Read the index of a folder of shards, or the manifests and the headers of their recordings."""
     if spec.encoded:
         return _open_shards(spec, codec, fingerprint(), frames, transcripts)
-    entries: list[ManifestEntry] = []
-    problems: list[Problem] = []
-    for manifest in spec.manifests:
-        found, wrong = read_manifest(
-            manifest, transcripts=transcripts, channels=codec.channels, speaker=codec.speaker_label,
-            frame_rate=float(codec.mimi.frame_rate),
-        )  # fmt: skip
-        entries += found
-        problems += wrong
+    entries, problems = read_manifests(spec.manifests, codec, transcripts)
     return _Opened(ManifestSource(spec, entries, codec, frames), problems, listed=entries)
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moshi_ttt.configs.speakers import MAIN_SPEAKER
 from moshi_ttt.core.deprecation import moved_names
@@ -21,6 +21,9 @@ from moshi_ttt.data.audio_files import AudioError, Header
 from moshi_ttt.data.problems import DataError, Problem
 from moshi_ttt.data.text import TranscriptError, read_transcript
 from moshi_ttt.data.words import WordCounts, count_words, total_words
+
+if TYPE_CHECKING:
+    from moshi_ttt.data.codec import SpeechCodec
 
 Transcripts = Literal["required", "optional", "none"]
 """Whether every recording must have a transcript, may have one, or is read without."""
@@ -91,6 +94,22 @@ def read_manifest(
             entries.append(_read_entry(path, number, line, transcripts, channels, speaker, frame_rate))
         except (DataError, TranscriptError) as error:
             problems.append(Problem(path, number, str(error)))
+    return entries, problems
+
+
+def read_manifests(
+    paths: Iterable[Path], codec: SpeechCodec, transcripts: Transcripts
+) -> tuple[list[ManifestEntry], list[Problem]]:
+    """``read_manifest`` of several manifests, for the model that ``codec`` belongs to."""
+    entries: list[ManifestEntry] = []
+    problems: list[Problem] = []
+    for path in paths:
+        found, wrong = read_manifest(
+            path, transcripts=transcripts, channels=codec.channels, speaker=codec.speaker_label,
+            frame_rate=float(codec.mimi.frame_rate),
+        )  # fmt: skip
+        entries += found
+        problems += wrong
     return entries, problems
 
 

@@ -23,7 +23,7 @@ from moshi_ttt.core.config import FrozenConfig, parse_model
 from moshi_ttt.core.deprecation import renamed_arguments
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.data.codec import SpeechCodec
-from moshi_ttt.data.manifest import ManifestEntry, Transcripts, check_words, listed_twice, read_manifest
+from moshi_ttt.data.manifest import ManifestEntry, Transcripts, check_words, listed_twice, read_manifests
 from moshi_ttt.data.problems import DataError, Problem, check_share
 from moshi_ttt.data.sources import SHARD_INDEX, parse_sources
 from moshi_ttt.data.text import TranscriptError, read_words
@@ -154,7 +154,7 @@ def rearrange_shards(
     Args:
         clips: from the number of frames of a recording to the frames ``[T]`` (int64) of each new recording.
 
-    Raises DataError as ``read_index``, or when no clip can be made of any recording; OutputError when ``out`` is not new.
+    Raises DataError as ``read_index``, or when no clip can be made of any recording; OutputError as ``new_folder``.
     """
     index = read_index(source)
     with new_folder(out, made_by=made_by) as folder:
@@ -298,15 +298,10 @@ def _list(
             raise DataError(f"{spec.path} is encoded already: give the manifest that it was made from.")
         if spec.weight != 1.0:
             raise DataError(f"data {source!r}: the weight {spec.weight:g} means nothing here: give it to the training.")
-        before = len(entries)
-        for manifest in spec.manifests:
-            good, bad = read_manifest(
-                manifest, transcripts=transcripts, channels=codec.channels, speaker=codec.speaker_label,
-                frame_rate=float(codec.mimi.frame_rate),
-            )  # fmt: skip
-            entries += good
-            problems += bad
-        counts.append((spec.path, total_words(entry.words for entry in entries[before:])))
+        good, bad = read_manifests(spec.manifests, codec, transcripts)
+        entries += good
+        problems += bad
+        counts.append((spec.path, total_words(entry.words for entry in good)))
     check_share(problems, len(entries) + len(problems), max_bad_share=max_bad_share, text=source)
     notes = check_words(counts, transcripts=transcripts, speaker=codec.speaker_label, text=source)
     return entries, problems, notes + listed_twice(entries)
