@@ -1,4 +1,4 @@
-"""``moshi-ttt verify``: reference vectors against every form of the operation they describe.
+"""``moshi-ttt verify``: compare every form of an operation with its reference vectors.
 
 A file is safetensors: ``in.*`` inputs, ``out.*`` results, ``grad.X`` the gradient of sum(y * cotangent) with respect to
 ``in.X``; string metadata name the operation and its options. See ``docs/reference_vectors.md``.

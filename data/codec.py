@@ -1,4 +1,4 @@
-"""Recordings to the tokens of one Moshi: which codec, which tokenizer, which channel is whom.
+"""Encode recordings as tokens of one Moshi: its codec, its tokenizer, and the speaker of each channel.
 
 Shape legend: C channels (1: Moshi; 2: Moshi, then the user), S samples, K codebooks of one channel, T frames.
 """
@@ -32,7 +32,7 @@ SAMPLED = 32
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechCodec:
-    """Speech and words to tokens, for one language model.
+    """Encodes speech and words as tokens of one language model.
 
     Attributes:
         mimi: the codec, on any device; what it returns is brought to the CPU.

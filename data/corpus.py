@@ -1,4 +1,4 @@
-"""All recordings of a run, as segments of tokens, whether they are encoded as they are read or come from shards.
+"""All recordings of a run as segments of tokens, encoded while they are read or read from shards.
 
 Shape legend: Q rows of the language model (text, then C channels of K codebooks), T frames.
 """
@@ -31,7 +31,7 @@ CACHED_TEXTS = 64
 
 
 class SegmentError(DataError):
-    """A segment that cannot be read, though its recording looked sound; ``problem`` says where and why."""
+    """A segment cannot be read, although the header of its recording could; ``problem`` says where and why."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(str(problem))
@@ -71,7 +71,7 @@ class Source(ABC):
 
     @property
     def num_segments(self) -> int:
-        """Of all its recordings together."""
+        """Segments of all its recordings together."""
         return self._first[-1]
 
     def locate(self, index: int) -> tuple[int, int]:
@@ -177,17 +177,17 @@ class Corpus:
 
     @property
     def words(self) -> WordCounts | None:
-        """Of all transcripts together, as far as they are counted."""
+        """The words of all transcripts together, as far as they are counted."""
         return total_words(source.words for source in self.sources)
 
     @property
     def num_segments(self) -> int:
-        """Of all sources together."""
+        """Segments of all sources together."""
         return sum(source.num_segments for source in self.sources)
 
     @property
     def seconds(self) -> float:
-        """Of all recordings together."""
+        """Seconds of all recordings together."""
         frames = sum(recording.frames for source in self.sources for recording in source.recordings)
         return frames / self.frame_rate
 
@@ -213,7 +213,7 @@ def open_corpus(
     transcripts: Transcripts = "required",
     max_bad_share: float = 0.01,
 ) -> Corpus:
-    """The recordings that a data string names; only their headers are read.
+    """Open the recordings that a data string names. Only their headers are read.
 
     Args:
         text: sources joined by commas, each with a weight where it is not 1 (see ``parse_sources``).

@@ -1,4 +1,4 @@
-"""``moshi-ttt encode``: recordings to shards of tokens, once."""
+"""``moshi-ttt encode``: encode recordings once, as shards of tokens."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def listed_twice(entries: Sequence[ManifestEntry]) -> list[str]:
 def check_words(
     counts: Sequence[tuple[Path, WordCounts | None]], *, transcripts: Transcripts, speaker: str, text: str
 ) -> list[str]:
-    """What to warn of, given the words of each source of a data string; None is a source whose words nobody counted.
+    """Warnings about the words of the sources of a data string; None stands for words that are not counted.
 
     Raises DataError when transcripts are required and all of them together have not one word that is used.
     """
@@ -252,7 +252,7 @@ def _read_line(line: str) -> tuple[str, float]:
 
 
 def read_header(path: Path) -> Header:
-    """What a recording is. Raises DataError when it is not audio that can be read, or empty."""
+    """The properties of a recording. Raises DataError when it is not audio that can be read, or empty."""
     try:
         return audio_files.read_header(path)
     except AudioError as error:

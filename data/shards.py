@@ -1,4 +1,4 @@
-"""Pre-encoded shards: the tokens of whole recordings on disk, so that Mimi runs once and not in every epoch.
+"""Pre-encoded shards: the tokens of whole recordings on disk, so that Mimi need not run in every epoch.
 
 A folder with ``index.json`` and ``shard_00000.safetensors``, ... In a shard each recording has ``KEY.audio [C * K, T]``
 (int16) and, where it has a transcript, ``KEY.text [T]`` (int32); C channels, K codebooks, T frames.
@@ -52,7 +52,7 @@ class EncodedRecording(FrozenConfig):
 
 
 class ShardIndex(FrozenConfig):
-    """What ``index.json`` says. ``fingerprint`` is the codec's; Mimi started afresh every ``frames`` frames.
+    """The contents of ``index.json``. ``fingerprint`` is the codec's; Mimi restarts every ``frames`` frames.
 
     ``moshi_channel`` and ``speaker_label`` say which channel and whose words were taken for Moshi's, ``words`` how many
     words the transcripts had; shards of before these were known have their first values.

@@ -1,4 +1,4 @@
-"""Does memory help? The base model and adapters on the same recordings, by the same code, with intervals.
+"""Evaluations of the base model and of adapters on the same recordings, with intervals.
 
 ``models`` loads the base model and adapters and evaluates them under a condition, ``documents`` reads
 the recordings, ``teacher_forcing`` measures losses frame by frame, ``statistics`` makes intervals, ``reporting`` writes

@@ -78,7 +78,7 @@ class After:
 @renamed_attributes(pieces="clips")
 @dataclass(frozen=True, kw_only=True)
 class Between:
-    """What came out.
+    """The results of the evaluation.
 
     Attributes:
         after: by model, volume and count, in this order.

@@ -1,4 +1,4 @@
-"""What ``evaluate recall --between`` leaves: metrics.json with every number, report.md with one table, one figure."""
+"""The report of ``evaluate recall --between``: metrics.json with every number, report.md with a table, a figure."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ TENSORS = "curves.safetensors"
 @renamed_attributes(subject="model")
 @dataclass(frozen=True, kw_only=True)
 class InnerLoop:
-    """What came out; ``smooth`` is the window of the plots' running mean, in frames."""
+    """The results of the evaluation; ``smooth`` is the window of the plots' running mean, in frames."""
 
     model: str
     sites: list[SiteCurves]

@@ -123,7 +123,7 @@ class PositionCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class LongContext:
-    """What came out.
+    """The results of the evaluation.
 
     Attributes:
         curves: one for each model, condition and stream.
@@ -142,7 +142,7 @@ class LongContext:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def curve(self, model: str, condition: Condition, stream: str) -> PositionCurve:
-        """The one of these names. Raises KeyError."""
+        """The entry with these names. Raises KeyError."""
         for curve in self.curves:
             if (curve.model, curve.condition, curve.stream) == (model, condition, stream):
                 return curve
@@ -185,7 +185,7 @@ def evaluate(
     *,
     on_batch: Callable[[], None] = lambda: None,
 ) -> LongContext:
-    """Every model on every document, under every condition that means something for it.
+    """Evaluate every model on every document under every condition that applies to it.
 
     Raises ConfigError when no recording reaches a window beyond what attention sees, or a condition that is run would
     act inside a segment.

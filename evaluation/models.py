@@ -46,7 +46,7 @@ class ModelUnderTest:
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """Those that mean something for it: without blocks there is no memory to change."""
+        """The conditions that apply to it: without blocks there is no memory to change."""
         return CONDITIONS if self.injection is not None else CONDITIONS[:1]
 
     @property

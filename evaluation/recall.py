@@ -65,7 +65,7 @@ class ByPosition:
 @renamed_attributes(pieces="clips", heard_own="processed_own")
 @dataclass(frozen=True, kw_only=True)
 class Recall:
-    """What came out.
+    """The results of the evaluation.
 
     Attributes:
         clips: how many each of ``recordings`` had, ``asked`` at most.
@@ -89,7 +89,7 @@ class Recall:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def of(self, model: str, condition: Condition, presentation: str) -> Gains:
-        """The one of these names. Raises KeyError."""
+        """The entry with these names. Raises KeyError."""
         for gains in self.gains:
             if (gains.model, gains.condition, gains.presentation) == (model, condition, presentation):
                 return gains
@@ -123,7 +123,7 @@ def evaluate(
     seed: int = 0,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Recall:
-    """Every model processes A, A, B, A for each clip A, where B is a clip of another recording.
+    """Present A, A, B, A to every model, for each clip A; B is a clip of another recording.
 
     Each recording gives up to ``clips`` clips of ``frames`` frames, one after the other from its beginning. The frames
     that are not counted are the attention context at the beginning of each presentation. ``memory reset`` and

@@ -111,7 +111,7 @@ def own_scales(tested: ModelUnderTest) -> tuple[float, ...]:
 
 
 def volume_rows(points: Sequence[AtVolume], seed: int) -> list[dict[str, Any]]:
-    """For metrics.json: intervals, and the numbers of each recording."""
+    """The values for metrics.json: intervals, and the numbers of each recording."""
     return [
         {
             "subject": each.model,

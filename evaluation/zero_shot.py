@@ -44,7 +44,7 @@ __getattr__ = moved_names(__name__, __name__, {"Normalisation": "Normalization"}
 
 @dataclass(frozen=True)
 class Score:
-    """What a recording costs a model: ``nats`` in sum, over ``tokens`` predicted tokens."""
+    """The loss of a recording: ``nats`` in sum, over ``tokens`` predicted tokens."""
 
     nats: float
     tokens: int
@@ -141,7 +141,7 @@ def score(
 @renamed_attributes(normalisation="normalization")
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotResults:
-    """Every model on the same pairs.
+    """The results of all models on the same pairs.
 
     Attributes:
         evaluations: by name of the model, as given.

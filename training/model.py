@@ -1,4 +1,4 @@
-"""The model of a run: planned on the meta device, sharded there, then filled, equally on any number of ranks."""
+"""The model of a run: planned and sharded on the meta device, then filled. The ranks' number changes no value."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from moshi_ttt.training.trained import TrainedModel
 
 
 def losses_of(run: RunConfig) -> HostLosses:
-    """What a run minimizes."""
+    """The losses that a run minimizes."""
     return MOSHI_HOST.losses(
         first_codebook=run.first_codebook_weight_multiplier, text_padding=run.text_padding_weight, text=run.text_weight
     )

@@ -1,4 +1,4 @@
-"""``moshi-ttt train --plan``: what a run would train and what each rank would hold, from the architecture alone.
+"""``moshi-ttt train --plan``: what a run trains and the memory of each rank, from the architecture alone.
 
 No weights are read and no process group is needed: the model stays on the meta device, and the sizes of its shards are
 computed as FSDP2 cuts them. The plan is of plain values; ``dataclasses.asdict`` makes JSON of it; see ``plan_tables``.
@@ -93,13 +93,13 @@ class RankPlan:
 
     @property
     def total(self) -> int:
-        """Without activations."""
+        """All bytes without activations."""
         return self.parameters + self.gradients + self.moments + self.gathered + self.unreduced + self.carried
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """What a run would train, and what it takes.
+    """What a run trains, and the memory it needs.
 
     Attributes:
         model: which Moshi.

@@ -1,4 +1,4 @@
-"""``moshi-ttt train``, from config to checkpoints: everything in order, each part in a module of its own."""
+"""``moshi-ttt train`` from config to checkpoints: the parts in their order, each in a module of its own."""
 
 from __future__ import annotations
 

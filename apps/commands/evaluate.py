@@ -1,4 +1,4 @@
-"""The subcommands of ``moshi-ttt evaluate``. Nothing heavy is imported until one runs."""
+"""The subcommands of ``moshi-ttt evaluate``. Nothing heavy is imported until a subcommand runs."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class Prepared:
 
 
 def conditions_for(known: tuple[Condition, ...], documents: int, batch_size: int) -> tuple[Condition, ...]:
-    """All of them; memory can be exchanged only between two recordings of a batch."""
+    """All conditions, without ``memory of another`` where no batch has two recordings that could exchange memory."""
     if documents > 1 and batch_size > 1:
         return known
     return tuple(condition for condition in known if condition != "memory of another")

@@ -1,4 +1,4 @@
-"""The speech of the quickstart: recordings that ship with the tiny Moshi, as codes that its language model reads.
+"""The speech of the quickstart: the recordings that ship with the tiny Moshi, encoded for its language model.
 
 Shape legend: K codebooks of one speaker, T frames, Q rows of the language model (text, Moshi's K, the user's K).
 """
@@ -41,7 +41,7 @@ class Recording:
 
 @dataclass(frozen=True, kw_only=True)
 class Codec:
-    """Audio and text to tokens, for one language model."""
+    """The codec and the tokenizer of one language model."""
 
     mimi: Any
     tokenizer: Any
@@ -103,7 +103,7 @@ class Speech:
 
     @property
     def training_seconds(self) -> float:
-        """Of speech as recorded, without the copies at other speeds."""
+        """Seconds of training speech, without the copies at other speeds."""
         return sum(recording.seconds for recording in self.training[:: len(SPEEDS)])
 
 

@@ -1,4 +1,4 @@
-"""A clip presented twice: to the base model, and to the adapter that ships with the tiny Moshi."""
+"""Present a clip twice to the base model, and to the adapter that ships with the tiny Moshi."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def shipped_memory(host: MoshiHostConfig) -> Path | None:
 
 
 def present_twice(model: object, document: Tensor, adapter: Path) -> Twice:
-    """The first ``FRAMES`` frames of ``document [Q, T]``, twice; the model has no blocks before and after."""
+    """Present the first ``FRAMES`` frames of ``document [Q, T]`` twice. The model has no blocks before and after."""
     context = int(getattr(model, "context", None) or 0)
     codes = document[:, :FRAMES].repeat(1, 2)
     base = evaluating.evaluate(model, MOSHI_HOST, codes, name="base model")

@@ -1,4 +1,4 @@
-"""Everything a quickstart measured, as numbers and as sentences that say no more than the numbers do."""
+"""The results of a quickstart, as numbers and as sentences."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class Results:
 
     @property
     def differences(self) -> tuple[Difference, ...]:
-        """``on`` against every other curve."""
+        """The differences between ``on`` and every other curve."""
         return tuple(compare(self.on, curve) for curve in self.curves if curve is not self.on)
 
 
 def verdict(difference: Difference) -> str:
-    """One honest sentence on which of two is better, by how much, and how sure that is."""
+    """A sentence on which of two models is better, by how much, and whether the difference is significant."""
     if abs(difference.mean) <= 2 * difference.error or math.isnan(difference.error):
         return (
             f"No clear difference between {difference.better} and {difference.worse}: {difference.mean:+.4f} "
@@ -73,7 +73,7 @@ def verdict(difference: Difference) -> str:
 
 
 def metrics(setup: Setup, results: Results, seconds: Mapping[str, float], *, made_by: str) -> dict[str, Any]:
-    """Every number, JSON-able; a number that could not be measured is null."""
+    """All numbers as values for JSON. A number that could not be measured is null."""
     settings, plan, streamed, speech = setup.settings, setup.plan, results.streamed, setup.speech
     return {
         "made_by": made_by,

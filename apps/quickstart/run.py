@@ -1,4 +1,4 @@
-"""``moshi-ttt quickstart``, from config to report: everything in order, each part in a module of its own."""
+"""``moshi-ttt quickstart`` from config to report: the parts in their order, each in a module of its own."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMPARED_FRAMES = 150
 
 
 def run(request: Request, console: Console) -> Path:
-    """Do it all and return the folder. Raises MoshiTTTError; the folder is then as it was before.
+    """Run the quickstart and return the folder. Raises MoshiTTTError; the folder is then unchanged.
 
     Every input is checked before training starts.
     """

@@ -94,7 +94,7 @@ def block_sites(model: Any) -> list[BlockSite]:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Training's numbers against streaming's, on the same tokens: largest differences and sizes of the logits."""
+    """The largest differences between the logits of training and of streaming on the same tokens, and their sizes."""
 
     frames: int
     dtype: str
@@ -106,7 +106,7 @@ class Agreement:
 
 @torch.no_grad()
 def compare_with_training(model: Any, codes: Tensor) -> Agreement:
-    """One forward pass as in training, against ``forward_text`` token by token, over ``codes [Q, T]``."""
+    """Compare one forward pass, as in training, with ``forward_text`` token by token, on ``codes [Q, T]``."""
     sequence = delayed(model, codes)[None]
     inputs, targets = sequence[:, :, :-1], sequence[:, :, 1:]
     whole, whole_text = model.forward_text(inputs)
