@@ -83,7 +83,7 @@ def renamed_attributes(**names: str) -> Callable[[C], C]:
     def decorate(owner: C) -> C:
         for earlier, name in names.items():
             setattr(owner, earlier, _renamed_attribute(owner, earlier, name))
-        setattr(owner, "__init__", renamed_arguments(**names)(vars(owner)["__init__"]))  # noqa: B010
+        type.__setattr__(owner, "__init__", renamed_arguments(**names)(vars(owner)["__init__"]))
         return owner
 
     return decorate

@@ -130,6 +130,7 @@ class SpeechCodec:
             raise DataError(f"{path} has samples that are not finite numbers. Export the recording again.")
         if samples.shape[0] == 2 and self.moshi_channel == "right":
             samples = samples[::-1].copy()  # [Moshi, user] as everywhere below
+        # [C, S]: what is missing at the end, or of the channels, is silence
         spoken = F.pad(torch.from_numpy(samples), (0, missing, 0, self.channels - samples.shape[0]))
         return torch.stack([_at_rate(channel, header.rate, rate, length) for channel in spoken])
 

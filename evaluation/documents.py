@@ -73,7 +73,7 @@ def read_documents(
         for index, recording in enumerate(source.recordings):
             length = min(recording.frames, limit or recording.frames)
             segments = range(-(-length // SEGMENT_FRAMES))
-            codes = torch.cat([corpus.codes(number, index, segment) for segment in segments], dim=1)
+            codes = torch.cat([corpus.codes(number, index, segment) for segment in segments], dim=1)  # [Q, T]
             found.append(Document(recording.name, codes[:, :length]))
     return found
 

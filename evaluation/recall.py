@@ -152,7 +152,8 @@ def evaluate(
             for condition, losses in losses_of.items():
                 exchanged = exchanged or condition == "memory of another"
                 gains += [presented.gains(losses, tested.name, condition, presentation) for presentation in LATER]
-                mean = _without_late(tested.model, presented.of_recordings(losses).nanmean(0)[list(PLACES.values())])
+                means = presented.of_recordings(losses).nanmean(0)  # [4, T]
+                mean = _without_late(tested.model, means[list(PLACES.values())])  # [3, T]
                 by_position.append(ByPosition(model=tested.name, condition=condition, losses=mean))
             if tested.name == "base":
                 base = losses_of.get("updates on")

@@ -56,11 +56,12 @@ def stream_losses(
                 if before is not None:
                     before(frame)
                 steps.append(model.forward_text(inputs[:, :, frame : frame + 1]))
-            outputs = torch.cat([step[0] for step in steps], dim=1)
-            logits = torch.cat([step[1] for step in steps], dim=2)
+            outputs = torch.cat([step[0] for step in steps], dim=1)  # [B, T, D]
+            logits = torch.cat([step[1] for step in steps], dim=2)  # [B, 1, T, text codes]
             found = stream_losses_by_token(model, outputs, logits, targets[:, :, first : first + at_once])
             text.append(found[0])
             audio.append(found[1])  # [B, K, T]; K is 0 without a depformer
+    # text [B, 1, T] and audio [B, K, T], each to [B, T]
     return FrameLosses(torch.cat(text, dim=2)[:, 0], by_frame(model, torch.cat(audio, dim=2)))
 
 

@@ -112,12 +112,12 @@ def score_codes(
 
     Raises ScoringError when nothing of the recording, called ``name``, is predicted.
     """
-    batch = codes[None].to(model.device)
+    batch = codes[None].to(model.device)  # [1, Q, T]
     with host.updates(model, updates), host.carry(model):
         out = model(batch)
     spoken = layout_of(model).codebooks if codebooks == "all" else 1  # Moshi's voice, not the user's
     mask = out.mask.clone()  # [1, K, T]
-    mask[:, spoken:] = False
+    mask[:, spoken:] = False  # the first codebooks alone
     if not mask.any():
         raise ScoringError(f"{name} has {codes.shape[1]} frames, and none is predicted. Give a longer recording.")
     losses = token_losses(out.logits, targets_of(model, batch)[1], mask)

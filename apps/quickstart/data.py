@@ -20,7 +20,7 @@ from moshi_ttt.data.audio import encode, read_audio, resample
 from moshi_ttt.hosts.moshi.compatibility import require_compatible
 
 SPEEDS = (1.0, 0.94, 1.06)
-"""Training hears every recording at these speeds too (pitch included): two minutes of speech are little."""
+"""Training uses every recording at these speeds too (the pitch changes): two minutes of speech are little."""
 GAP_FRAMES = 4
 """Silence between two recordings of a document."""
 

@@ -86,7 +86,7 @@ def measure(setup: Setup, folder: Path, console: Console, seconds: dict[str, flo
     with _timed(seconds, "stream"), _bar(console, "streaming a recording", audio.shape[1]) as advance:
         streamed = stream_recording(
             model, codec, audio, settings.run.stream,
-            on_frame=lambda frame: advance(frame, f"{frame * frame_seconds:.0f} s heard"),
+            on_frame=lambda frame: advance(frame, f"{frame * frame_seconds:.0f} s streamed"),
         )  # fmt: skip
     injection.remove()
     results = Results(

@@ -75,7 +75,7 @@ def stream_recording(
             sites = block_sites(model)
             for frame in range(audio.shape[1]):
                 started = time.perf_counter()
-                out = generator.step(audio[None, :, frame : frame + 1])
+                out = generator.step(audio[None, :, frame : frame + 1])  # [1, K, 1] to [1, 1 + K, 1]
                 result.step_ms.append(1000 * (time.perf_counter() - started))
                 for site in sites:
                     buffers = site.get_streaming_state()[""].buffers

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from moshi.models import LMGen
+from tests.hosts.trained import tiny_with_trained
 
 from moshi_ttt import inject, parse_config
 from moshi_ttt.core.errors import ContextError
@@ -31,13 +32,7 @@ def config_of():
 
 @pytest.fixture(params=[False, True], ids=["tensor operations", "compiled"])
 def model(request):
-    config = config_of()
-    model = MOSHI_HOST.load(config.host)
-    injection = inject(model, config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in injection.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model, injection = tiny_with_trained(BLOCKS)
     if request.param:
         for site, block in injection.blocks.items():
             if site.kind == "feed_forward":

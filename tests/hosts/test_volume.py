@@ -8,6 +8,7 @@ import pytest
 import torch
 from moshi.models import LMGen
 from tests.hosts.toy import random_codes, toy_lm
+from tests.hosts.trained import tiny_with_trained
 
 from moshi_ttt import inject, parse_config
 from moshi_ttt.core.errors import ContextError
@@ -32,14 +33,7 @@ def config_of(**options):
 
 
 def load(**options):
-    config = config_of(**options)
-    model = MOSHI_HOST.load(config.host)
-    injection = inject(model, config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in injection.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model, injection
+    return tiny_with_trained([{**block, **options} for block in BLOCKS])
 
 
 @pytest.fixture(params=[False, True], ids=["tensor operations", "compiled"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.plugins.gating import DIM, build, draw
+from tests.plugins.gating import DIM, build, draw, stream
 
 from moshi_ttt.core.block import BlockContext
 from moshi_ttt.core.config_parsing import load_config
@@ -33,15 +33,6 @@ BEST = {
 @pytest.fixture(params=[False, True], ids=["tensor operations", "compiled"])
 def compiled(request):
     return request.param
-
-
-def stream(block, x, target, state=None):
-    state = block.allocate_state(x.shape[0]) if state is None else state
-    outputs = [
-        block.step(token, state, BlockContext(input_embeddings=given))
-        for token, given in zip(x.split(1, 1), target.split(1, 1), strict=True)
-    ]
-    return torch.cat(outputs, dim=1), state
 
 
 def strengths(block, x):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.plugins.gating import DIM, build, draw
+from tests.plugins.gating import DIM, build, draw, stream
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
@@ -24,15 +24,6 @@ from moshi_ttt.plugins.gating_mlp.schedule import FoldSchedule, StepTables
 @pytest.fixture(params=[False, True], ids=["tensor operations", "compiled"])
 def compiled(request):
     return request.param
-
-
-def stream(block, x, target, state=None):
-    state = block.allocate_state(x.shape[0]) if state is None else state
-    outputs = [
-        block.step(x[:, t : t + 1], state, BlockContext(input_embeddings=target[:, t : t + 1]))
-        for t in range(x.shape[1])
-    ]
-    return torch.cat(outputs, dim=1), state
 
 
 def defined(block, x, target, taught=None):
