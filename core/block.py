@@ -4,7 +4,7 @@ Shape legend: B streams, T tokens, D width of the host's activations.
 
 A variant implements ``compute`` and ``init_state``; the base class gives it the three regimes of the design (plain
 training, carried training, streaming), per-row resets and execution masks, dtype bookkeeping and meta-device
-initialisation. A variant overrides ``step`` when it can stream faster than ``compute`` followed by a copy.
+initialization. A variant overrides ``step`` when it can stream faster than ``compute`` followed by a copy.
 """
 
 from __future__ import annotations

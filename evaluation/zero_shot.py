@@ -6,7 +6,7 @@ compared is the negative log-likelihood of its audio tokens, teacher-forced, whe
 How scores are made comparable is a choice, and published figures differ in it:
 
 - ``normalization``: ``token``, the mean over predicted tokens, so that a longer recording does not lose by its length;
-  or ``sum``, the log-likelihood itself, which favours the shorter.
+  or ``sum``, the log-likelihood itself, which favors the shorter.
 - ``codebooks``: ``all`` that Moshi speaks; or ``semantic``, the first one. Published figures of token language models
   score semantic units only, so ``semantic`` is the nearer to them; acoustic codebooks are most of ``all``.
 

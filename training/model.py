@@ -86,11 +86,11 @@ def build(
     if continued is not None:
         continued.fill(built.model)
     elif not resumed and (adapter is None or not read_manifest(adapter)["extra"]):
-        lora.initialise_lora(built.model, settings.run.seed)
-    built.injection.initialise(saved=adapter is None and not resumed)
+        lora.initialize_lora(built.model, settings.run.seed)
+    built.injection.initialize(saved=adapter is None and not resumed)
     if adapter is not None:
         built = replace(built, notes=tuple(fill_from_adapter(built.injection, adapter, registry=registry)))
-    built.injection.check_precision("initialised")
+    built.injection.check_precision("initialized")
     check_trained(built, settings)
     built.model.train()
     return built

@@ -108,7 +108,7 @@ def metrics(setup: Setup, results: Results, seconds: Mapping[str, float], *, mad
             curve.name: {"mean": number(curve.mean), "windows": [(a, b, number(v)) for a, b, v in curve.windows()]}
             for curve in results.curves
         },
-        "heard_twice": None if results.twice is None else _heard_twice(results.twice),
+        "heard_twice": None if results.twice is None else _presented_twice(results.twice),
         "window_frames": WINDOW,
         "differences": [
             {key: number(value) if isinstance(value, float) else value for key, value in asdict(difference).items()}
@@ -127,7 +127,7 @@ def metrics(setup: Setup, results: Results, seconds: Mapping[str, float], *, mad
     }
 
 
-def _heard_twice(twice: Twice) -> dict[str, Any]:
+def _presented_twice(twice: Twice) -> dict[str, Any]:
     curves = {curve.name: numbers(curve.values) for curve in (twice.base, twice.memory)}
     return {
         "frames": twice.frames, "attention_sees_the_first_for": twice.skip, "saved": number(twice.saved), **curves,

@@ -65,7 +65,7 @@ def measure(setup: Setup, folder: Path, console: Console, seconds: dict[str, flo
     base = evaluate("base model")
     twice, memory = None, recall.shipped_memory(settings.host)
     if memory is not None:
-        with _timed(seconds, "hear twice"):
+        with _timed(seconds, "present twice"):
             twice = recall.present_twice(model, document, memory)
     injection: Injection = setup.plan.apply(model)
     with _timed(seconds, "train"), _bar(console, "training the blocks", settings.run.max_steps) as advance:

@@ -112,7 +112,7 @@ def check_host_skeleton(case: HostVariantCase) -> None:
     assert not built, f"the skeleton, or its blocks, has values: {', '.join(built[:5])}"
     model.to_empty(device="cpu")
     host.load_base(model, weights)
-    injection.initialise()
+    injection.initialize()
     assert_equal(case.on.logits(model, tokens), expected, "logits of the skeleton, filled")
     injection.remove()
     assert_equal(case.on.logits(model, tokens), plain, "logits of the skeleton without its blocks")

@@ -45,7 +45,7 @@ def test_a_wrong_standard_deviation(monkeypatch):
     assert any("variance is off by" in flag and "not divided by the standard deviation" in flag for flag in found)
 
 
-def test_keys_that_are_not_normalised(monkeypatch):
+def test_keys_that_are_not_normalized(monkeypatch):
     monkeypatch.setattr(layer, "l2_normalize", lambda x, exact=False: 7 * x)
     assert any("keys must be L2-normalized" in flag for flag in flags(injected(chunk=8)))
 

@@ -100,6 +100,8 @@ EARLIER = {
 
 
 MOVED = {
+    "core.injection": {"initialise_blocks": "core.injection.initialize_blocks"},
+    "hosts.moshi.lora": {"initialise_lora": "hosts.moshi.lora.initialize_lora"},
     "data.manifest": {
         "SourceSpec": "data.sources", "parse_sources": "data.sources", "SHARD_INDEX": "data.sources",
         "check_share": "data.problems", "LISTED": "data.problems",

@@ -451,6 +451,6 @@ def test_an_unknown_data_set_and_an_impossible_share_raise(tmp_path):
         read_pairs("csv", tmp_path, max_bad_share=1.0)
 
 
-def test_a_score_by_normalisation():
+def test_a_score_by_normalization():
     assert Score(12.0, 4).by("token") == 3.0
     assert Score(12.0, 4).by("sum") == 12.0

@@ -36,7 +36,7 @@ def computes_without_compiling() -> None:
         MOSHI_HOST.load_base(model, weights)
         for blocks in (False, True):
             if blocks:
-                inject(model, config).initialise()
+                inject(model, config).initialize()
             model(codes)
             MOSHI_HOST.synthetic_loss(model.train(), batch_size=1, length=9, seed=0).backward()
             generator = LMGen(model.eval(), use_sampling=False)

@@ -200,7 +200,7 @@ def test_a_model_that_was_built_on_meta_is_switched_row_by_row():
     injection = inject(model, config)
     model.to_empty(device="cpu")
     MOSHI_HOST.load_base(model, MOSHI_HOST.base_state_dict(MOSHI_HOST.load(config.host)))
-    injection.initialise()
+    injection.initialize()
     out = {}
     for name, enabled in {"on": True, "off": False, "mixed": torch.tensor([True, False, True])}.items():
         with torch.no_grad(), MOSHI_HOST.updates(model, enabled):

@@ -309,7 +309,7 @@ def test_a_model_that_was_built_on_meta_has_a_volume_row_by_row():
     injection = inject(model, config)
     model.to_empty(device="cpu")
     MOSHI_HOST.load_base(model, MOSHI_HOST.base_state_dict(MOSHI_HOST.load(config.host)))
-    injection.initialise()
+    injection.initialize()
     with torch.no_grad(), MOSHI_HOST.volume(model, torch.tensor([1.0, 0.0, 1.0])):
         logits(model)
     streamed(model, torch.tensor([1.0, 0.0, 1.0]))
