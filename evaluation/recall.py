@@ -152,9 +152,7 @@ def evaluate(
             for condition, losses in losses_of.items():
                 exchanged = exchanged or condition == "memory of another"
                 gains += [presented.gains(losses, tested.name, condition, presentation) for presentation in LATER]
-                means = presented.of_recordings(losses).nanmean(0)  # [4, T]
-                mean = _without_late(tested.model, means[list(PLACES.values())])  # [3, T]
-                by_position.append(ByPosition(model=tested.name, condition=condition, losses=mean))
+                by_position.append(presented.by_position(losses, tested, condition))
             if tested.name == "base":
                 base = losses_of.get("updates on")
             for volume in volumes if tested.injection is not None else ():
@@ -204,6 +202,12 @@ class _Presentations:
             model=model, condition=condition, presentation=presentation, values=self.counted(losses[:, 0] - later),
             losses=self.counted(later),
         )  # fmt: skip
+
+    def by_position(self, losses: Tensor, tested: ModelUnderTest, condition: Condition) -> ByPosition:
+        """Of ``losses [P, 4, T]``."""
+        means = self.of_recordings(losses).nanmean(0)  # [4, T]
+        mean = _without_late(tested.model, means[list(PLACES.values())])  # [3, T]
+        return ByPosition(model=tested.name, condition=condition, losses=mean)
 
     def at_volume(self, losses: Tensor, base: Tensor, tested: ModelUnderTest, volume: float) -> AtVolume:
         """Of ``losses [P, 4, T]``, beside the base model's."""

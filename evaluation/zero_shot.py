@@ -180,6 +180,27 @@ def run(
         DataError: a recording that cannot be read.
     """
     _check(variants, codec, normalization, codebooks)
+    scores = _scores(variants, codec, pairs, normalization, codebooks, progress)
+    evaluations = {
+        name: evaluate_pairs(pairs.pairs, found.__getitem__, seed=seed) for name, found in scores.items()
+    }  # fmt: skip
+    first, *others = evaluations
+    differences = {name: difference(evaluations[name], evaluations[first], seed=seed) for name in others}
+    return ZeroShotResults(
+        pairs=pairs, normalization=normalization, codebooks=codebooks, seed=seed, evaluations=evaluations,
+        differences=differences,
+    )  # fmt: skip
+
+
+def _scores(
+    variants: Mapping[str, ScoredModel],
+    codec: SpeechCodec,
+    pairs: PairSet,
+    normalization: Normalization,
+    codebooks: Codebooks,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, dict[Path, float]]:
+    """The score of every recording by every model. Models that have the same ``present`` are scored together."""
     scores: dict[str, dict[Path, float]] = {name: {} for name in variants}
     paths = list(dict.fromkeys(path for pair in pairs.pairs for path in (pair.right, pair.wrong)))
     groups = [(present, list(each)) for present, each in groupby(variants, lambda name: variants[name].present)]
@@ -200,15 +221,7 @@ def run(
                 done += 1
                 if progress is not None:
                     progress(done, len(groups) * len(paths))
-    evaluations = {
-        name: evaluate_pairs(pairs.pairs, found.__getitem__, seed=seed) for name, found in scores.items()
-    }  # fmt: skip
-    first, *others = evaluations
-    differences = {name: difference(evaluations[name], evaluations[first], seed=seed) for name in others}
-    return ZeroShotResults(
-        pairs=pairs, normalization=normalization, codebooks=codebooks, seed=seed, evaluations=evaluations,
-        differences=differences,
-    )  # fmt: skip
+    return scores
 
 
 def _check(variants: Mapping[str, ScoredModel], codec: SpeechCodec, normalization: str, codebooks: str) -> None:

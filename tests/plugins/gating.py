@@ -45,3 +45,15 @@ def stream(block, x, target, state=None):
         for token, given in zip(x.split(1, 1), target.split(1, 1), strict=True)
     ]
     return torch.cat(outputs, dim=1), state
+
+
+@torch.no_grad()
+def assert_is_the_host(block, mlp, x):
+    """Check that a call and a stream of ``x [B, T, D]`` are bit-equal to the MLP's; the state after the stream."""
+    y, _ = block(x, None, BlockContext(input_embeddings=x.flip(-1)))
+    assert torch.equal(y, mlp(x))
+    state = block.allocate_state(x.shape[0])
+    for t in range(x.shape[1]):
+        token = BlockContext(input_embeddings=x.flip(-1)[:, t : t + 1])
+        assert torch.equal(block.step(x[:, t : t + 1], state, token), mlp(x[:, t : t + 1]))
+    return state
