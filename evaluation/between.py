@@ -98,7 +98,7 @@ class Between:
 
 
 def read_counts(texts: Sequence[str]) -> tuple[int, ...]:
-    """The numbers of ``--between 1,6,47``, ascending. Raises ConfigError for what is none, or twice the same."""
+    """The numbers of ``--between 1,6,47``, ascending. Raises ConfigError for anything else, or a number twice."""
     found: list[int] = []
     for item in ",".join(texts).split(","):
         text = item.strip()

@@ -60,7 +60,7 @@ class AtVolume:
 
 
 def read_volumes(texts: Sequence[str]) -> tuple[float, ...]:
-    """The numbers of ``--volume 0,0.25,0.5,1``, ascending. Raises ConfigError for what is none, or twice the same."""
+    """The numbers of ``--volume 0,0.25,0.5,1``, ascending. Raises ConfigError for anything else, or a number twice."""
     found: dict[float, str] = {}
     for item in ",".join(texts).split(","):
         try:
@@ -81,7 +81,7 @@ def read_volumes(texts: Sequence[str]) -> tuple[float, ...]:
 
 
 def refuse_volumes(models: Sequence[ModelUnderTest], volumes: Sequence[float]) -> None:
-    """Raise ConfigError where nobody has a volume, and ContextError where a block does not follow it."""
+    """Raise ConfigError where no model has a volume, and ContextError where a block does not follow it."""
     with_blocks = [tested for tested in models if tested.injection is not None]
     if volumes and not with_blocks:
         raise ConfigError(
