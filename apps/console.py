@@ -1,4 +1,4 @@
-"""What every command shares: where it prints, how an error or an interruption ends it, and with which exit code."""
+"""What all commands share: the console, the handling of errors and interruptions, and the exit codes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ interruption = Interruption()
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn an error that a user can meet, and an interruption, into a message and an exit code."""
+    """Turn the package's errors, system errors and interruptions into a message and an exit code."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -45,7 +45,7 @@ def user_errors() -> Iterator[None]:
 
 
 class Commands(TyperGroup):
-    """Every command: an error that a user can meet is a message, not a traceback."""
+    """The group of all commands, which turns errors into messages instead of tracebacks."""
 
     def invoke(self, ctx: Any) -> Any:
         with user_errors():
@@ -53,7 +53,7 @@ class Commands(TyperGroup):
 
 
 class Command(TyperCommand):
-    """The same for a program that is one command."""
+    """One command as a program of its own, which turns errors into messages like ``Commands``."""
 
     def invoke(self, ctx: Any) -> Any:
         with user_errors():

@@ -1,4 +1,4 @@
-"""``moshi-ttt doctor CONFIG``: a few batches through the blocks of a config, and what is wrong with them."""
+"""``moshi-ttt doctor CONFIG``: run a few batches through the blocks of a config, and report their problems."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from moshi_ttt.system.report.writer import number
 
 @dataclass(frozen=True, kw_only=True)
 class Examination:
-    """What was found, and on what."""
+    """The health of the blocks, and the model, data and options it was measured with."""
 
     config: str
     batches: int
@@ -49,7 +49,7 @@ def examine(
     seed: int,
     processor_threads: int | None = None,
 ) -> Examination:
-    """Load the config's model, add its blocks (or an adapter's), and look at them.
+    """Load the config's model, add its blocks (or an adapter's), and measure them.
 
     ``length=None`` is two chunks and a token of the longest chunk, and 64 tokens at least;
     ``processor_threads=None`` chooses by the model's size. Raises MoshiTTTError.
@@ -92,7 +92,7 @@ def measure(injection: Injection, *, batches: int, length: int, seed: int = 0) -
     with HealthMonitor(blocks) as monitor:
         for batch in range(batches):
             with host.carry(model, carried) as carried:
-                loss = host.probe(model, batch_size=1, length=length, seed=seed + batch)
+                loss = host.synthetic_loss(model, batch_size=1, length=length, seed=seed + batch)
             if loss.requires_grad:
                 loss.backward()
             for site, health in monitor.read().items():

@@ -1,4 +1,4 @@
-"""``moshi-ttt explain``: what a config would add to its host, and in which dtypes, without reading any weights."""
+"""``moshi-ttt explain``: show what a config adds to its host, and in which dtypes, without reading weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """A plan and what is needed to show it."""
+    """A plan, and the facts that are shown with it."""
 
     name: str
     host: HostConfig
@@ -52,7 +52,7 @@ def explain(name: str, *, registry: Registry | None = None) -> Explanation:
 
 
 def explain_model(model: nn.Module, config: TTTConfig, *, name: str, registry: Registry | None = None) -> Explanation:
-    """The same for a model that is at hand."""
+    """``explain`` for a model that is already built."""
     registry = registry or default_registry()
     host = registry.host(config.host.qualified_name)
     policy = registry.policy(config.precision)
@@ -67,7 +67,7 @@ def explain_model(model: nn.Module, config: TTTConfig, *, name: str, registry: R
 
 
 def to_json(explanation: Explanation) -> dict[str, Any]:
-    """JSON-able, every number exact."""
+    """The explanation as values for JSON, with exact numbers."""
     plan = explanation.plan
     return {
         "config": explanation.name,

@@ -1,4 +1,4 @@
-"""``moshi-ttt plugins``: every registered name, who registered it, and every plugin that did not load."""
+"""``moshi-ttt plugins``: list every registered name with its provider, and every plugin that did not load."""
 
 from __future__ import annotations
 

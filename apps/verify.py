@@ -1,4 +1,4 @@
-"""``moshi-ttt verify``: reference vectors against every form of the operation they describe.
+"""``moshi-ttt verify``: compare every form of an operation with its reference vectors.
 
 A file is safetensors: ``in.*`` inputs, ``out.*`` results, ``grad.X`` the gradient of sum(y * cotangent) with respect to
 ``in.X``; string metadata name the operation and its options. See ``docs/reference_vectors.md``.
@@ -16,11 +16,12 @@ import torch
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.registry import Registry, default_registry
+from moshi_ttt.core.tensor_files import read_tensors
 from moshi_ttt.core.verification import Verifier, metadata_problems, tensor_problems
 
 FLOAT32_TOLERANCE = 1e-4
@@ -127,9 +128,7 @@ def _checksum_problems(path: Path) -> Iterator[str]:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safe_open(path, framework="pt") as handle:  # type: ignore[no-untyped-call]
-            metadata = handle.metadata() or {}
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        tensors, metadata = read_tensors(path)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} cannot be read as safetensors: {error}.") from None
     if "op" not in metadata:

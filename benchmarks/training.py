@@ -29,7 +29,7 @@ from moshi_ttt.core.sharding import shard
 from moshi_ttt.data.dataset import CodesBatch
 from moshi_ttt.hosts.moshi.depformer import make_steps_contiguous
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
-from moshi_ttt.hosts.moshi.lora import add_lora, initialise_lora
+from moshi_ttt.hosts.moshi.lora import add_lora, initialize_lora
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 from moshi_ttt.training.model import choose_trained, losses_of
 from moshi_ttt.training.runtime import Runtime, start
@@ -64,7 +64,7 @@ def trainer(block: dict[str, Any] | None, checkpointing: bool, runtime: Runtime)
         gradient_checkpointing=checkpointing,
     )  # fmt: skip
     add_lora(model, rank=8, scaling=2.0)
-    initialise_lora(model, 0)
+    initialize_lora(model, 0)
     policy = registry.policy("fp32_state")
     plan = make_plan(model, MOSHI_HOST, settings.ttt.ttt, policy=policy, registry=registry)
     trained = TrainedModel(model, plan.apply(model), policy.roles(torch.float32), losses_of(settings.run))

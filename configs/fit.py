@@ -1,4 +1,4 @@
-"""What the training loop itself can be told, for any host; a training run's config adds data, model and logs."""
+"""The options of the training loop, for any host. The config of a training run adds data, model and logs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class GroupRates(FrozenConfig):
 
 
 class OptimConfig(FrozenConfig):
-    """AdamW (betas 0.9, 0.95), its rates under a schedule.
+    """AdamW (betas 0.9, 0.95) and the schedule of its learning rates.
 
     Attributes:
         lr: the highest learning rate.
@@ -44,7 +44,7 @@ class OptimConfig(FrozenConfig):
 
 
 class FitConfig(FrozenConfig):
-    """How ``moshi_ttt.training.Trainer`` makes steps.
+    """The options of ``moshi_ttt.training.Trainer.fit``.
 
     Attributes:
         seed: of the data's order, and of initial values that are drawn.

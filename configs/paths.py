@@ -1,4 +1,4 @@
-"""Where configs are: the ones that ship with the package, by name, and anyone's, by path."""
+"""Find a config: one that ships with the package by its name, any other by its path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def packaged_configs() -> dict[str, Path]:
 
 
 def find_config(name: str) -> Path:
-    """The file that ``name`` means: a path, or the bare name of a packaged config.
+    """The file of the config ``name``: a path, or the bare name of a packaged config.
 
     A bare name (no folder, no ``.yaml``) is a packaged config even where a folder of that name lies beside.
     Raises ConfigError that lists the packaged names.

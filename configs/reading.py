@@ -1,4 +1,4 @@
-"""Reading the configs that the apps share: a model's with its sections, or a training run's."""
+"""Read the configs that the apps share: a model's with its sections, or a training run's."""
 
 from __future__ import annotations
 

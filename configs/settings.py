@@ -56,7 +56,7 @@ def read_settings(name: str, overrides: Sequence[str], registry: Registry | None
 
 
 def parse_settings(values: Mapping[str, Any], *, registry: Registry | None = None, where: str = "config") -> Settings:
-    """The settings that plain values mean. Raises ConfigError with every problem found."""
+    """The settings of plain values, as a YAML file gives them. Raises ConfigError with every problem."""
     registry = registry or default_registry()
     values = dict(values)
     conflicts = _take_from_flat_block(values, where)
@@ -138,7 +138,7 @@ def _take_from_flat_block(values: dict[str, Any], where: str) -> list[str]:
 
 
 def _take_from_adapter(values: dict[str, Any]) -> None:
-    """Blocks and precision that the config leaves out are those of the adapter that training starts from."""
+    """Take blocks and precision from the adapter that training starts from, where the config leaves them out."""
     adapter = values.get("adapter")
     if isinstance(adapter, str) and adapter and values.get("ttt") is None:
         found = adapter_entries(find_adapter(adapter))

@@ -1,4 +1,4 @@
-"""Who is Moshi in a recording and in its transcript."""
+"""Moshi's channel in a recording and Moshi's label in its transcript."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The config of a training run: moshi-finetune's keys, with their meaning and defaults, and ours beside them."""
+"""The config of a training run: moshi-finetune's keys, with their meaning and defaults, and this package's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"
 
 
 class DataConfig(FrozenConfig):
-    """Where the recordings are.
+    """The recordings of a run.
 
     Attributes:
         train_data, eval_data: a jsonl manifest, a folder of them, or a folder of pre-encoded shards; several joined by
@@ -51,7 +51,7 @@ class DataConfig(FrozenConfig):
 
 
 class MoshiPaths(FrozenConfig):
-    """Which Moshi, as moshi-finetune says it: a repository, and files that replace the repository's own.
+    """The Moshi of a run, with moshi-finetune's keys: a repository, and files that replace the repository's own.
 
     ``hf_repo_id: null`` is a model of local files alone: the folder of ``config_path`` or of ``moshi_path``, and the
     other paths for what does not lie there.

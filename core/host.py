@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moshi_ttt.core import state as states
 from moshi_ttt.core.block import SequenceBlock, Site, SiteInfo
 from moshi_ttt.core.config import HostConfig
+from moshi_ttt.core.deprecation import renamed
 from moshi_ttt.core.errors import ConfigError, ContextError, HostError
 from moshi_ttt.core.losses import HostLosses
 from moshi_ttt.core.state import BlockState
@@ -217,12 +218,26 @@ class HostModel(ABC):
         """
         return nullcontext()
 
-    def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
+    def synthetic_loss(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
         """A differentiable training loss on synthetic input that depends on the seed alone, for health checks.
 
         Raises HostError where a host cannot make synthetic input.
         """
-        raise HostError(f"The host {self.name!r} cannot make synthetic input, so it cannot be checked.")
+        earlier = type(self).probe
+        if earlier is not HostModel.probe:  # a host written for the earlier name
+            renamed("probe", "synthetic_loss", of=type(self))
+            return earlier(self, model, batch_size=batch_size, length=length, seed=seed)
+        raise self._no_synthetic_input()
+
+    def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
+        """The earlier name of ``synthetic_loss``."""
+        if type(self).synthetic_loss is HostModel.synthetic_loss:
+            raise self._no_synthetic_input()
+        renamed("probe", "synthetic_loss", of=type(self))
+        return self.synthetic_loss(model, batch_size=batch_size, length=length, seed=seed)
+
+    def _no_synthetic_input(self) -> HostError:
+        return HostError(f"The host {self.name!r} cannot make synthetic input, so it cannot be checked.")
 
     def losses(self, **options: float) -> HostLosses:
         """What training minimizes and evaluation reports. ``options`` are the host's own, each with a default.

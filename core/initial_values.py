@@ -12,7 +12,7 @@ from moshi_ttt.core.errors import InjectionError
 from moshi_ttt.core.sharding import assign
 
 
-def initialise_blocks(blocks: dict[Site, SequenceBlock], seed: int) -> None:
+def initialize_blocks(blocks: dict[Site, SequenceBlock], seed: int) -> None:
     """Initial values, drawn on the CPU from the seed and the site alone: equal on every device, rank and plan."""
     for site, block in blocks.items():
         with torch.no_grad():

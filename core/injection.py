@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from moshi_ttt.core import summary
 from moshi_ttt.core.block import SequenceBlock, Site
 from moshi_ttt.core.config import DEFAULT_PRECISION, BlockConfig, TTTConfig
+from moshi_ttt.core.deprecation import moved_names, renamed
 from moshi_ttt.core.errors import ConfigError, InjectionError, MoshiTTTError
 from moshi_ttt.core.host import HostModel
 from moshi_ttt.core.host_lookup import host_of
-from moshi_ttt.core.initial_values import fill_blocks, initialise_blocks, reset_unsaved
+from moshi_ttt.core.initial_values import fill_blocks, initialize_blocks, reset_unsaved
 from moshi_ttt.core.planning import PlannedBlock, plan_blocks
 from moshi_ttt.core.precision import PrecisionPolicy
 from moshi_ttt.core.registry import Registry, default_registry
+
+__getattr__ = moved_names(__name__, __name__, {"initialise_blocks": "initialize_blocks"})
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,9 +63,9 @@ class Plan:
         return sum(block.cast_bytes for block in self.blocks)
 
     def apply(self, model: nn.Module, values: Mapping[str, Tensor] | None = None) -> Injection:
-        """Build, initialise and attach all blocks. Raises a MoshiTTTError and leaves the model untouched on failure.
+        """Build, initialize and attach all blocks. Raises a MoshiTTTError and leaves the model untouched on failure.
 
-        On a meta-device model the blocks are on meta too; call ``Injection.initialise`` once they are materialized.
+        On a meta-device model the blocks are on meta too; call ``Injection.initialize`` once they are materialized.
 
         Args:
             model: what the plan was made for.
@@ -76,7 +79,7 @@ class Plan:
             if values is not None:
                 fill_blocks(built, self.seed, values)
             elif not any(parameter.is_meta for block in built.values() for parameter in block.parameters()):
-                initialise_blocks(built, self.seed)
+                initialize_blocks(built, self.seed)
             for block in built.values():
                 block.check_precision("build")
             self.host.attach(model, built)
@@ -202,16 +205,21 @@ class Injection:
                 "rate by self.inner_lr_factor and declare scales_inner_lr = True."
             )
 
-    def initialise(self, *, saved: bool = True) -> None:
+    def initialize(self, *, saved: bool = True) -> None:
         """Give every block its initial values (again): after ``to_empty`` on a model built on the meta device.
 
         ``saved=False`` leaves out parameters and persistent buffers, which an adapter or a checkpoint is to fill next:
         nothing is drawn for them.
         """
         if saved:
-            initialise_blocks(self.blocks, self.plan.seed)
+            initialize_blocks(self.blocks, self.plan.seed)
         else:
             reset_unsaved(self.blocks, self.plan.seed)
+
+    def initialise(self, *, saved: bool = True) -> None:
+        """The earlier name of ``initialize``."""
+        renamed("initialise", "initialize", of=Injection)
+        self.initialize(saved=saved)
 
     def check_precision(self, when: str) -> None:
         """Every block's parameters have the policy's dtypes, or PrecisionError names the tensor."""

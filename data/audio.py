@@ -1,4 +1,4 @@
-"""Reading recordings: any common format in, mono float32 at the codec's rate out, or an error that says what to do.
+"""Read recordings of any common format as mono float32 samples at the codec's rate.
 
 Shape legend: S samples, K codebooks, T frames.
 """

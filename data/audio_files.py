@@ -1,4 +1,4 @@
-"""Recordings on disk: how long one is, and any stretch of its samples, to the sample.
+"""Recordings on disk: their length, and any range of their samples.
 
 Shape legend: C channels, S samples.
 """
@@ -26,7 +26,7 @@ class AudioError(MoshiTTTError, ValueError):
 
 
 class Header(NamedTuple):
-    """What a recording is.
+    """The properties of a recording.
 
     Attributes:
         samples: of each channel, at ``rate`` a second; without those that an encoder adds.
@@ -51,7 +51,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path, *, stretches: bool = True) -> Header:
-    """What a recording is, by its header and, of an mp3, by its frames; nothing is decoded.
+    """Read the properties of a recording from its header or, of an mp3, from its frames. Nothing is decoded.
 
     Args:
         stretches: refuse a file that can be read as a whole only, or whose samples have no known time.

@@ -1,4 +1,4 @@
-"""What a recording is by its own bytes: the container, what the library does not say, and why it cannot be read.
+"""The format of a recording, read from its bytes: the container, what the library does not report, and defects.
 
 ``sphn`` reads the samples. It believes every header, makes an mp3's delay part of the recording, and gives no reason
 that a user could act on: this module looks at the bytes for that, and decodes nothing.

@@ -1,4 +1,4 @@
-"""Recordings to the tokens of one Moshi: which codec, which tokenizer, which channel is whom.
+"""Encode recordings as tokens of one Moshi: its codec, its tokenizer, and the speaker of each channel.
 
 Shape legend: C channels (1: Moshi; 2: Moshi, then the user), S samples, K codebooks of one channel, T frames.
 """
@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from moshi_ttt.configs.speakers import MAIN_SPEAKER, Side
 from moshi_ttt.data.audio import resample
 from moshi_ttt.data.audio_files import AudioError, read_samples
-from moshi_ttt.data.manifest import DURATION_SECONDS, DataError, read_header
+from moshi_ttt.data.manifest import DURATION_SECONDS, read_header
+from moshi_ttt.data.problems import DataError
 from moshi_ttt.data.text import Word, text_stream
-from moshi_ttt.hosts.moshi.fit import require_fit
+from moshi_ttt.hosts.moshi.compatibility import require_compatible
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 
 SAMPLED = 32
@@ -31,7 +32,7 @@ SAMPLED = 32
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechCodec:
-    """Speech and words to tokens, for one language model.
+    """Encodes speech and words as tokens of one language model.
 
     Attributes:
         mimi: the codec, on any device; what it returns is brought to the CPU.
@@ -62,7 +63,7 @@ class SpeechCodec:
         speaker_label: str = MAIN_SPEAKER,
     ) -> SpeechCodec:  # fmt: skip
         """The codec of a language model, which may be on the meta device. Raises HostError unless they fit together."""
-        layout = require_fit(model, mimi, tokenizer)
+        layout = require_compatible(model, mimi, tokenizer)
         return cls(
             mimi=mimi, tokenizer=tokenizer, text_padding=model.text_padding_token_id,
             end_of_padding=model.end_of_text_padding_id, zero_token=model.zero_token_id,
@@ -129,6 +130,7 @@ class SpeechCodec:
             raise DataError(f"{path} has samples that are not finite numbers. Export the recording again.")
         if samples.shape[0] == 2 and self.moshi_channel == "right":
             samples = samples[::-1].copy()  # [Moshi, user] as everywhere below
+        # [C, S]: what is missing at the end, or of the channels, is silence
         spoken = F.pad(torch.from_numpy(samples), (0, missing, 0, self.channels - samples.shape[0]))
         return torch.stack([_at_rate(channel, header.rate, rate, length) for channel in spoken])
 

@@ -1,4 +1,4 @@
-"""All recordings of a run, as segments of tokens, whether they are encoded as they are read or come from shards.
+"""All recordings of a run as segments of tokens, encoded while they are read or read from shards.
 
 Shape legend: Q rows of the language model (text, then C channels of K codebooks), T frames.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -19,21 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.data.codec import SpeechCodec
-from moshi_ttt.data.manifest import (
-    SHARD_INDEX,
-    DataError,
-    ManifestEntry,
-    Problem,
-    SourceSpec,
-    Transcripts,
-    check_share,
-    check_words,
-    listed_twice,
-    no_transcript,
-    parse_sources,
-    read_manifest,
-)
+from moshi_ttt.data.manifest import ManifestEntry, Transcripts, check_words, listed_twice, no_transcript, read_manifests
+from moshi_ttt.data.problems import DataError, Problem, check_share
 from moshi_ttt.data.shards import EncodedRecording, ShardIndex, check_codec, read_index, read_tokens
+from moshi_ttt.data.sources import SHARD_INDEX, SourceSpec, parse_sources
 from moshi_ttt.data.text import TranscriptError, read_words
 from moshi_ttt.data.words import WordCounts, total_words
 
@@ -42,7 +31,7 @@ CACHED_TEXTS = 64
 
 
 class SegmentError(DataError):
-    """A segment that cannot be read, though its recording looked sound; ``problem`` says where and why."""
+    """A segment cannot be read, although the header of its recording could; ``problem`` says where and why."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(str(problem))
@@ -82,7 +71,7 @@ class Source(ABC):
 
     @property
     def num_segments(self) -> int:
-        """Of all its recordings together."""
+        """Segments of all its recordings together."""
         return self._first[-1]
 
     def locate(self, index: int) -> tuple[int, int]:
@@ -188,17 +177,17 @@ class Corpus:
 
     @property
     def words(self) -> WordCounts | None:
-        """Of all transcripts together, as far as they are counted."""
+        """The words of all transcripts together, as far as they are counted."""
         return total_words(source.words for source in self.sources)
 
     @property
     def num_segments(self) -> int:
-        """Of all sources together."""
+        """Segments of all sources together."""
         return sum(source.num_segments for source in self.sources)
 
     @property
     def seconds(self) -> float:
-        """Of all recordings together."""
+        """Seconds of all recordings together."""
         frames = sum(recording.frames for source in self.sources for recording in source.recordings)
         return frames / self.frame_rate
 
@@ -224,7 +213,7 @@ def open_corpus(
     transcripts: Transcripts = "required",
     max_bad_share: float = 0.01,
 ) -> Corpus:
-    """The recordings that a data string names; only their headers are read.
+    """Open the recordings that a data string names. Only their headers are read.
 
     Args:
         text: sources joined by commas, each with a weight where it is not 1 (see ``parse_sources``).
@@ -237,52 +226,60 @@ def open_corpus(
     """
     if frames < 1:
         raise DataError(f"A segment of {frames} frames is none. Allowed: 1 and more; a longer duration_sec gives more.")
-    sources: list[Source] = []
-    problems: list[Problem] = []
-    notes: list[str] = []
-    listed: list[ManifestEntry] = []
-    fingerprint = ""
-    for spec in parse_sources(text):
-        if spec.encoded:
-            fingerprint = fingerprint or codec.fingerprint()
-            index = read_index(spec.path)
-            check_codec(spec.path, index, codec, fingerprint, text=transcripts != "none")
-            encoded, bad = _with_text(spec, index, transcripts)
-            if index.frames != frames:
-                notes.append(
-                    f"{spec.path} was encoded in segments of {index.frames} frames and is read in segments of "
-                    f"{frames}: the tokens differ a little from those of the recordings themselves, because Mimi "
-                    "started afresh elsewhere."
-                )
-            with_text = transcripts != "none"
-            sources.append(ShardSource(spec, encoded, codec, frames, text=with_text, words=index.words))
-        else:
-            entries: list[ManifestEntry] = []
-            bad = []
-            for manifest in spec.manifests:
-                found, wrong = read_manifest(
-                    manifest, transcripts=transcripts, channels=codec.channels, speaker=codec.speaker_label,
-                    frame_rate=float(codec.mimi.frame_rate),
-                )  # fmt: skip
-                entries += found
-                bad += wrong
-            sources.append(ManifestSource(spec, entries, codec, frames))
-            listed += entries
-        problems += bad
+    fingerprint = cache(codec.fingerprint)  # it reads all of Mimi: once for all shards, and not without any
+    opened = [_open_source(spec, codec, fingerprint, frames, transcripts) for spec in parse_sources(text)]
+    sources = [each.source for each in opened]
+    problems = [problem for each in opened for problem in each.problems]
     total = len(problems) + sum(len(source.recordings) for source in sources)
     check_share(problems, total, max_bad_share=max_bad_share, text=text)
     for source in sources:
         if not source.recordings:
             raise DataError(f"data {text!r}: {source.path} has no usable recording. Fix it, or leave it out.")
     counts = [(source.path, source.words) for source in sources]
+    notes = [note for each in opened for note in each.notes]
     notes += check_words(counts, transcripts=transcripts, speaker=codec.speaker_label, text=text)
-    notes += listed_twice(listed)
+    notes += listed_twice([entry for each in opened for entry in each.listed])
     encodes = any(isinstance(source, ManifestSource) for source in sources)
     return Corpus(
         sources=tuple(sources), problems=tuple(problems), frames=frames, rows=codec.rows, zero_token=codec.zero_token,
         frame_rate=float(codec.mimi.frame_rate),
         encodes_on=next(codec.mimi.parameters()).device.type if encodes else None, notes=tuple(notes),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A source, the recordings of it that cannot be used, what to tell the user, and what its manifests list."""
+
+    source: Source
+    problems: Sequence[Problem]
+    notes: Sequence[str] = ()
+    listed: Sequence[ManifestEntry] = ()
+
+
+def _open_source(
+    spec: SourceSpec, codec: SpeechCodec, fingerprint: Callable[[], str], frames: int, transcripts: Transcripts
+) -> _Opened:
+    """Read the index of a folder of shards, or the manifests and the headers of their recordings."""
+    if spec.encoded:
+        return _open_shards(spec, codec, fingerprint(), frames, transcripts)
+    entries, problems = read_manifests(spec.manifests, codec, transcripts)
+    return _Opened(ManifestSource(spec, entries, codec, frames), problems, listed=entries)
+
+
+def _open_shards(
+    spec: SourceSpec, codec: SpeechCodec, fingerprint: str, frames: int, transcripts: Transcripts
+) -> _Opened:
+    index, with_text = read_index(spec.path), transcripts != "none"
+    check_codec(spec.path, index, codec, fingerprint, text=with_text)
+    encoded, problems = _with_text(spec, index, transcripts)
+    notes = []
+    if index.frames != frames:
+        notes.append(
+            f"{spec.path} was encoded in segments of {index.frames} frames and is read in segments of {frames}: the "
+            "tokens differ a little from those of the recordings themselves, because Mimi started afresh elsewhere."
+        )
+    return _Opened(ShardSource(spec, encoded, codec, frames, text=with_text, words=index.words), problems, notes)
 
 
 def _with_text(

@@ -1,4 +1,4 @@
-"""The batches of one rank, step after step, from any step on.
+"""The batches of one rank, starting at any step.
 
 Shape legend: B segments of a batch, G segments of a step over all ranks and microbatches, Q rows, T frames.
 """
@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moshi_ttt.data.corpus import Corpus, SegmentError
-from moshi_ttt.data.manifest import DataError
 from moshi_ttt.data.order import SegmentOrder, StreamOrder
+from moshi_ttt.data.problems import DataError
 from moshi_ttt.system.interruption import handle, stop_signals
 
 TRIES = 20
@@ -23,7 +23,7 @@ TRIES = 20
 
 
 class CodesBatch(NamedTuple):
-    """What one rank sees in one forward pass (``core.batches.Batch``).
+    """The input of one forward pass on one rank (``core.batches.Batch``).
 
     Attributes:
         codes: ``[B, Q, T]`` int64.

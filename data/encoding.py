@@ -1,4 +1,4 @@
-"""``moshi-ttt encode``: recordings to shards of tokens, once."""
+"""``moshi-ttt encode``: encode recordings once, as shards of tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moshi_ttt.configs.settings import Settings
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.data.shards import write_shards
-from moshi_ttt.hosts.moshi.fit import require_trainable
+from moshi_ttt.hosts.moshi.compatibility import require_trainable
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.system import threads
 

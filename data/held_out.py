@@ -1,4 +1,4 @@
-"""Held-out recordings in batches: each from its beginning to its end, the same whatever the number of ranks."""
+"""Held-out recordings in batches, each from its beginning to its end. They do not depend on the number of ranks."""
 
 from __future__ import annotations
 

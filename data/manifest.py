@@ -1,4 +1,4 @@
-"""Which recordings a run trains on: the data string of a config, and moshi-finetune's manifests behind it.
+"""moshi-finetune's manifests: the recordings that they list, and what is wrong with single lines.
 
 A manifest is a jsonl file, which may be gzipped: each line ``{"path": "a.wav", "duration": 12.3}`` names a recording,
 by its path from the manifest's folder and its seconds.
@@ -7,77 +7,35 @@ by its path from the manifest's folder and its seconds.
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moshi_ttt.configs.speakers import MAIN_SPEAKER
-from moshi_ttt.core.errors import MoshiTTTError
+from moshi_ttt.core.deprecation import moved_names
 from moshi_ttt.core.text_files import read_text
 from moshi_ttt.data import audio_files
 from moshi_ttt.data.audio_files import AudioError, Header
+from moshi_ttt.data.problems import DataError, Problem
 from moshi_ttt.data.text import TranscriptError, read_transcript
 from moshi_ttt.data.words import WordCounts, count_words, total_words
-from moshi_ttt.hosts.moshi.tiny import SPEECH, speech_manifest
+
+if TYPE_CHECKING:
+    from moshi_ttt.data.codec import SpeechCodec
 
 Transcripts = Literal["required", "optional", "none"]
 """Whether every recording must have a transcript, may have one, or is read without."""
-SHARD_INDEX = "index.json"
-"""The file by which a folder of pre-encoded shards is recognised."""
-SUFFIXES = ("*.jsonl", "*.jsonl.gz")
-"""What manifests are called."""
-APPLE_DOUBLE = "._"
-"""How the files begin that macOS lays beside others on a foreign disk: they have the names but not the contents."""
-LISTED = 10
-"""Problems that an error message spells out."""
 DURATION_SECONDS, DURATION_SHARE = 0.1, 0.01
 """How far a manifest's duration may be from the file's own: the larger of the two."""
-
-
 LONGEST = 1e7
 """Seconds; no recording lasts longer than these four months."""
-
-
-class DataError(MoshiTTTError, ValueError):
-    """Training data that cannot be used."""
-
-
-@dataclass(frozen=True)
-class SourceSpec:
-    """One part of a data string: a manifest, a folder of manifests, or a folder of shards."""
-
-    path: Path
-    weight: float = 1.0
-
-    @property
-    def encoded(self) -> bool:
-        """Whether it is a folder of pre-encoded shards."""
-        return (self.path / SHARD_INDEX).is_file()
-
-    @property
-    def manifests(self) -> tuple[Path, ...]:
-        """Its jsonl files, at any depth below a folder, sorted by path; none for shards."""
-        if self.encoded:
-            return ()
-        if not self.path.is_dir():
-            return (self.path,)
-        found = (path for suffix in SUFFIXES for path in self.path.rglob(suffix) if path.is_file())
-        return tuple(sorted(path for path in found if not path.name.startswith(APPLE_DOUBLE)))
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong with a line of a manifest (``line`` counts from 1)."""
-
-    file: Path
-    line: int
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.message}"
+__getattr__ = moved_names(
+    __name__,
+    "moshi_ttt.data.sources",
+    {name: f"moshi_ttt.data.problems:{name}" for name in ("LISTED", "check_share")},
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,30 +58,6 @@ class ManifestEntry:
     channels: int
     transcript: Path | None
     words: WordCounts | None
-
-
-def parse_sources(text: str) -> tuple[SourceSpec, ...]:
-    """The sources that a data string such as ``a.jsonl:2,folder`` names, each with its weight (1 where none is said).
-
-    Parts without anything in them are passed over: a comma may stand at the end.
-
-    Raises DataError: nothing is named, something twice or what does not exist, or a weight is not a number above 0.
-    """
-    whole = text.strip()
-    parts = [part.strip() for part in text.split(",")]
-    if "," in whole and _exists(Path(whole).expanduser()):
-        parts = [whole]
-    if not any(parts):
-        raise DataError(
-            f"data {text!r} is empty. Give a jsonl manifest or a folder; several are joined by commas, with weights as "
-            "in 'a.jsonl:2,b.jsonl:1'."
-        )
-    sources = tuple(_parse_source(part, text) for part in parts if part)
-    paths = [source.path.resolve() for source in sources]
-    for path in paths:
-        if paths.count(path) > 1:
-            raise DataError(f"data {text!r} names {path} twice. Give it once, with a weight, as in a.jsonl:2.")
-    return sources
 
 
 def read_manifest(
@@ -163,23 +97,20 @@ def read_manifest(
     return entries, problems
 
 
-def check_share(problems: Sequence[Problem], total: int, *, max_bad_share: float, text: str) -> None:
-    """Raise DataError when more than ``max_bad_share`` of ``total`` recordings have problems, or none is left."""
-    if not 0.0 <= max_bad_share < 1.0:
-        raise DataError(f"data.max_bad_share = {max_bad_share}: allowed are shares from 0 to below 1, such as 0.01.")
-    if total == 0:
-        raise DataError(f"data {text!r} lists no recordings. Give a manifest with a line for each recording.")
-    bad = len(problems)
-    if bad < total and bad / total <= max_bad_share:
-        return
-    listed = [f"  {problem}" for problem in problems[:LISTED]]
-    if bad > LISTED:
-        listed.append(f"  and {bad - LISTED} more")
-    advice = "No recording is left: fix them." if bad >= total else "Fix or remove them, or raise data.max_bad_share."
-    raise DataError(
-        f"data {text!r}: {bad} of {total} recordings ({bad / total:.1%}) cannot be used, and data.max_bad_share allows "
-        f"{max_bad_share:.1%}:\n" + "\n".join(listed) + f"\n{advice}"
-    )
+def read_manifests(
+    paths: Iterable[Path], codec: SpeechCodec, transcripts: Transcripts
+) -> tuple[list[ManifestEntry], list[Problem]]:
+    """``read_manifest`` of several manifests, for the model that ``codec`` belongs to."""
+    entries: list[ManifestEntry] = []
+    problems: list[Problem] = []
+    for path in paths:
+        found, wrong = read_manifest(
+            path, transcripts=transcripts, channels=codec.channels, speaker=codec.speaker_label,
+            frame_rate=float(codec.mimi.frame_rate),
+        )  # fmt: skip
+        entries += found
+        problems += wrong
+    return entries, problems
 
 
 def listed_twice(entries: Sequence[ManifestEntry]) -> list[str]:
@@ -198,7 +129,7 @@ def listed_twice(entries: Sequence[ManifestEntry]) -> list[str]:
 def check_words(
     counts: Sequence[tuple[Path, WordCounts | None]], *, transcripts: Transcripts, speaker: str, text: str
 ) -> list[str]:
-    """What to warn of, given the words of each source of a data string; None is a source whose words nobody counted.
+    """Warnings about the words of the sources of a data string; None stands for words that are not counted.
 
     Raises DataError when transcripts are required and all of them together have not one word that is used.
     """
@@ -218,34 +149,6 @@ def check_words(
     ]
 
 
-def _parse_source(part: str, text: str) -> SourceSpec:
-    if part in SPEECH:
-        return SourceSpec(speech_manifest(part))
-    path, weight = Path(part).expanduser(), 1.0
-    if not _exists(path):
-        head, colon, tail = (each.strip() for each in part.rpartition(":"))  # the path itself may have colons
-        if colon and _exists(Path(head).expanduser()):
-            path, weight = Path(head).expanduser(), _weight(tail, text)
-    if not _exists(path):
-        raise DataError(
-            f"data {text!r}: {part!r} does not exist. Give a jsonl manifest, or a folder of them or of shards."
-        )
-    spec = SourceSpec(path, weight)
-    if not spec.encoded and not spec.manifests:
-        raise DataError(
-            f"data {text!r}: the folder {part!r} has no *.jsonl or *.jsonl.gz files at any depth, and no "
-            f"{SHARD_INDEX} of shards. Give a manifest or a folder with one."
-        )
-    return spec
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long to be a path, or a null character in it
-        return False
-
-
 def _refuse_whole_json(path: Path, text: str) -> None:
     """Raise DataError when a manifest is one JSON value over several lines, or a list of recordings."""
     begins = text.lstrip()[:3]
@@ -260,16 +163,6 @@ def _refuse_whole_json(path: Path, text: str) -> None:
         f"{path} is one JSON value, {kind}; a manifest has one object a line, and no commas between them. Write it "
         f"anew, for instance: jq -c '{'.[]' if isinstance(whole, list) else '.'}' {path.name} > manifest.jsonl"
     )
-
-
-def _weight(tail: str, text: str) -> float:
-    try:
-        weight = float(tail)
-    except ValueError:
-        weight = math.nan
-    if not (math.isfinite(weight) and weight > 0):
-        raise DataError(f"data {text!r}: the weight {tail!r} is not a number above 0. Write for instance a.jsonl:2.")
-    return weight
 
 
 def _read_entry(
@@ -359,7 +252,7 @@ def _read_line(line: str) -> tuple[str, float]:
 
 
 def read_header(path: Path) -> Header:
-    """What a recording is. Raises DataError when it is not audio that can be read, or empty."""
+    """The properties of a recording. Raises DataError when it is not audio that can be read, or empty."""
     try:
         return audio_files.read_header(path)
     except AudioError as error:

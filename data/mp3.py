@@ -1,4 +1,4 @@
-"""An mp3's frames: how many there are, and which of its decoded samples are the recording's own.
+"""The frames of an mp3: their number, and which of the decoded samples belong to the recording.
 
 A decoder gives more samples than were encoded: at the start those of its filters and of the encoder's, at the end those
 that fill the last frame. The decoder of ``sphn`` keeps both, and takes the number of frames from a tag that may be
@@ -33,7 +33,7 @@ _BITRATES = {
 
 
 class Mp3(NamedTuple):
-    """What an mp3's frames say.
+    """The properties of an mp3 by its frames.
 
     Attributes:
         samples: of each channel, without what the encoder and the decoder add.

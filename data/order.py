@@ -1,4 +1,4 @@
-"""Which segment comes when: whole numbers out of whole numbers, for the global batch of all ranks together.
+"""The order of segments, for the global batch of all ranks, computed with integers alone.
 
 Nothing here depends on ranks, workers, the machine or a library's random generator: every draw is a hash of the seed
 and of its own position, so that any position can be gone to, and a run on other ranks sees the same batches.

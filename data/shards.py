@@ -1,4 +1,4 @@
-"""Pre-encoded shards: the tokens of whole recordings on disk, so that Mimi runs once and not in every epoch.
+"""Pre-encoded shards: the tokens of whole recordings on disk, so that Mimi need not run in every epoch.
 
 A folder with ``index.json`` and ``shard_00000.safetensors``, ... In a shard each recording has ``KEY.audio [C * K, T]``
 (int16) and, where it has a transcript, ``KEY.text [T]`` (int32); C channels, K codebooks, T frames.
@@ -20,20 +20,12 @@ from torch import Tensor
 
 from moshi_ttt.configs.speakers import MAIN_SPEAKER, Side
 from moshi_ttt.core.config import FrozenConfig, parse_model
+from moshi_ttt.core.deprecation import renamed_arguments
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.data.codec import SpeechCodec
-from moshi_ttt.data.manifest import (
-    SHARD_INDEX,
-    DataError,
-    ManifestEntry,
-    Problem,
-    Transcripts,
-    check_share,
-    check_words,
-    listed_twice,
-    parse_sources,
-    read_manifest,
-)
+from moshi_ttt.data.manifest import ManifestEntry, Transcripts, check_words, listed_twice, read_manifests
+from moshi_ttt.data.problems import DataError, Problem, check_share
+from moshi_ttt.data.sources import SHARD_INDEX, parse_sources
 from moshi_ttt.data.text import TranscriptError, read_words
 from moshi_ttt.data.words import WordCounts, total_words
 from moshi_ttt.system.output_folder import new_folder
@@ -60,7 +52,7 @@ class EncodedRecording(FrozenConfig):
 
 
 class ShardIndex(FrozenConfig):
-    """What ``index.json`` says. ``fingerprint`` is the codec's; Mimi started afresh every ``frames`` frames.
+    """The contents of ``index.json``. ``fingerprint`` is the codec's; Mimi restarts every ``frames`` frames.
 
     ``moshi_channel`` and ``speaker_label`` say which channel and whose words were taken for Moshi's, ``words`` how many
     words the transcripts had; shards of before these were known have their first values.
@@ -148,10 +140,11 @@ def write_shards(
     )  # fmt: skip
 
 
+@renamed_arguments(pieces="clips")
 def rearrange_shards(
     source: Path,
     out: Path,
-    pieces: Callable[[int], Iterable[Tensor]],
+    clips: Callable[[int], Iterable[Tensor]],
     *,
     shard_size: int = SHARD_SIZE,
     made_by: str = "rearrange_shards",
@@ -159,22 +152,22 @@ def rearrange_shards(
     """A new folder of shards, whose recordings are made of frames of those in ``source``; whole or not there at all.
 
     Args:
-        pieces: from the frames of a recording to the frames ``[T]`` (int64) of each new one, in their order.
+        clips: from the number of frames of a recording to the frames ``[T]`` (int64) of each new recording.
 
-    Raises DataError as ``read_index``, or when no piece comes of any recording; OutputError when ``out`` is not new.
+    Raises DataError as ``read_index``, or when no clip can be made of any recording; OutputError as ``new_folder``.
     """
     index = read_index(source)
     with new_folder(out, made_by=made_by) as folder:
         writer = _Writer(folder, shard_size)
         for recording in index.recordings:
             audio, text = read_tokens(source, recording, 0, recording.frames, text=True)
-            for number, frames in enumerate(pieces(recording.frames)):
+            for number, frames in enumerate(clips(recording.frames)):
                 name, where = f"{recording.name}#{number}", (Path(recording.manifest), recording.line)
                 writer.add(name, where, audio[:, frames], None if text is None else text[frames])
         writer.flush()
         if not writer.recordings:
             longest = max(recording.frames for recording in index.recordings)
-            raise DataError(f"{source}: no piece comes of any recording; the longest has {longest} frames.")
+            raise DataError(f"{source}: no clip can be made of any recording; the longest has {longest} frames.")
         made = index.model_copy(update={"recordings": tuple(writer.recordings), "words": None})
         (folder / SHARD_INDEX).write_text(json.dumps(made.model_dump(mode="json"), indent=1), encoding="utf-8")
     return made
@@ -305,15 +298,10 @@ def _list(
             raise DataError(f"{spec.path} is encoded already: give the manifest that it was made from.")
         if spec.weight != 1.0:
             raise DataError(f"data {source!r}: the weight {spec.weight:g} means nothing here: give it to the training.")
-        before = len(entries)
-        for manifest in spec.manifests:
-            good, bad = read_manifest(
-                manifest, transcripts=transcripts, channels=codec.channels, speaker=codec.speaker_label,
-                frame_rate=float(codec.mimi.frame_rate),
-            )  # fmt: skip
-            entries += good
-            problems += bad
-        counts.append((spec.path, total_words(entry.words for entry in entries[before:])))
+        good, bad = read_manifests(spec.manifests, codec, transcripts)
+        entries += good
+        problems += bad
+        counts.append((spec.path, total_words(entry.words for entry in good)))
     check_share(problems, len(entries) + len(problems), max_bad_share=max_bad_share, text=source)
     notes = check_words(counts, transcripts=transcripts, speaker=codec.speaker_label, text=source)
     return entries, problems, notes + listed_twice(entries)

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moshi_ttt.core.deprecation import renamed_arguments, renamed_attributes
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.host import CarriedState
 from moshi_ttt.evaluation.documents import Document
+from moshi_ttt.evaluation.models import ModelUnderTest
 from moshi_ttt.evaluation.recall import choose
 from moshi_ttt.evaluation.statistics import Interval, bootstrap
-from moshi_ttt.evaluation.subjects import Subject
 from moshi_ttt.evaluation.teacher_forcing import forward_losses
 from moshi_ttt.evaluation.volumes import refuse_volumes
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
@@ -29,6 +30,7 @@ from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 FIGURES = ("gain", "saved", "once")
 
 
+@renamed_attributes(pieces="clips")
 @dataclass(frozen=True, kw_only=True)
 class BetweenOptions:
     """What is presented.
@@ -36,7 +38,7 @@ class BetweenOptions:
     Attributes:
         counts: how many other clips lie between, ascending, each 1 or more.
         frames: of a clip.
-        pieces: clips under test of each recording, at most.
+        clips: clips under test of each recording, at most.
         batch_size: clips under test in one batch.
         volumes: of what the blocks add; none given is 1.
         seed: of the interludes' order and of the bootstrap.
@@ -45,22 +47,23 @@ class BetweenOptions:
     counts: tuple[int, ...]
     frames: int
     batch_size: int
-    pieces: int = 1
+    clips: int = 1
     volumes: tuple[float, ...] = ()
     seed: int = 0
 
 
+@renamed_attributes(subject="model")
 @dataclass(frozen=True, kw_only=True)
 class After:
-    """One subject at one volume after ``count`` other clips, in nats per audio token.
+    """One model at one volume after ``count`` other clips, in nats per audio token.
 
     Attributes:
         gain: ``[R]``, what the clip saves against its first presentation, beyond what it saves the base model.
         saved: ``[R]``, what this presentation itself costs less than the base model's.
-        once: ``[R]``, what the interludes up to here, speech heard once, cost less than the base model's.
+        once: ``[R]``, what the interludes up to here, which are presented once, cost less than the base model's.
     """
 
-    subject: str
+    model: str
     volume: float
     count: int
     gain: Tensor
@@ -72,13 +75,14 @@ class After:
         return bootstrap(getattr(self, name), lambda values: values.mean(1), seed=seed)
 
 
+@renamed_attributes(pieces="clips")
 @dataclass(frozen=True, kw_only=True)
 class Between:
-    """What came out.
+    """The results of the evaluation.
 
     Attributes:
-        after: by subject, volume and count, in this order.
-        pieces: clips under test of each of ``recordings``.
+        after: by model, volume and count, in this order.
+        clips: clips under test of each of ``recordings``.
         skip: the first frames of a presentation, which are not counted, as in recall.
         interludes: clips that there were to choose from.
     """
@@ -86,7 +90,7 @@ class Between:
     after: list[After]
     recordings: list[str]
     left_out: list[str]
-    pieces: list[int]
+    clips: list[int]
     skip: int
     interludes: int
     options: BetweenOptions
@@ -94,7 +98,7 @@ class Between:
 
 
 def read_counts(texts: Sequence[str]) -> tuple[int, ...]:
-    """The numbers of ``--between 1,6,47``, ascending. Raises ConfigError for what is none, or twice the same."""
+    """The numbers of ``--between 1,6,47``, ascending. Raises ConfigError for anything else, or a number twice."""
     found: list[int] = []
     for item in ",".join(texts).split(","):
         text = item.strip()
@@ -123,38 +127,37 @@ def refuse_incomplete(counts: Sequence[int], interludes: str | None, adapters: b
         raise ConfigError("--between compares adapters with the base model: give some, as in --adapter ttt=RUN.")
 
 
+@renamed_arguments(subjects="models")
 def evaluate(
-    subjects: Sequence[Subject],
+    models: Sequence[ModelUnderTest],
     documents: Sequence[Document],
     interludes: Sequence[Document],
     options: BetweenOptions,
     *,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Between:
-    """Every subject is presented each clip, other clips, and the clip again after each of ``options.counts``.
+    """Present each clip, other clips, and the clip again after each of ``options.counts``, to every model.
 
-    The base model is the first subject. Subjects without blocks have no volume and are at 1.
+    The base model is the first of ``models``. Models without blocks have no volume and are at 1.
 
     Raises ConfigError as recall does, when there is only the base model, and when interludes are too few or are
     recordings under test.
     """
-    refuse_incomplete(options.counts, "", len(subjects) > 1)
-    refuse_volumes(subjects, options.volumes)
-    skip = int(subjects[0].model.context or 0)
-    kept, left_out = choose(documents, options.frames, options.pieces, skip)
-    clips = _interludes(interludes, documents, options)
-    pieces = [min(options.pieces, document.frames // options.frames) for document in kept]
-    presented = _Presented(kept, pieces, clips, options, skip, on_batch)
-    base, after = presented.losses(subjects[0], 1.0), []
-    for subject in subjects[1:]:
-        for volume in (options.volumes if subject.injection is not None else ()) or (1.0,):
-            losses = presented.losses(subject, volume)
-            after += [
-                presented.after(losses, base, subject.name, volume, place) for place in range(len(options.counts))
-            ]
+    refuse_incomplete(options.counts, "", len(models) > 1)
+    refuse_volumes(models, options.volumes)
+    skip = int(models[0].model.context or 0)
+    kept, left_out = choose(documents, options.frames, options.clips, skip)
+    others = _interludes(interludes, documents, options)
+    clips = [min(options.clips, document.frames // options.frames) for document in kept]
+    presented = _Presented(kept, clips, others, options, skip, on_batch)
+    base, after = presented.losses(models[0], 1.0), []
+    for tested in models[1:]:
+        for volume in (options.volumes if tested.injection is not None else ()) or (1.0,):
+            losses = presented.losses(tested, volume)
+            after += [presented.after(losses, base, tested.name, volume, place) for place in range(len(options.counts))]
     return Between(
-        after=after, recordings=[document.name for document in kept], left_out=left_out, pieces=pieces, skip=skip,
-        interludes=len(clips), options=options,
+        after=after, recordings=[document.name for document in kept], left_out=left_out, clips=clips, skip=skip,
+        interludes=len(others), options=options,
     )  # fmt: skip
 
 
@@ -169,11 +172,11 @@ class _Losses:
 
 @dataclass(frozen=True)
 class _Presented:
-    """What everybody is presented, and what is counted of it."""
+    """What every model is presented, and what is counted of it; ``others`` are the clips between."""
 
     documents: Sequence[Document]
-    pieces: Sequence[int]
-    clips: Sequence[Tensor]
+    clips: Sequence[int]
+    others: Sequence[Tensor]
     options: BetweenOptions
     skip: int
     on_batch: Callable[[], None]
@@ -181,19 +184,19 @@ class _Presented:
     @property
     def owners(self) -> Tensor:
         """``[B]``: the recording of each clip under test."""
-        return torch.arange(len(self.pieces)).repeat_interleave(torch.tensor(self.pieces))
+        return torch.arange(len(self.clips)).repeat_interleave(torch.tensor(self.clips))
 
-    def losses(self, subject: Subject, volume: float) -> _Losses:
+    def losses(self, tested: ModelUnderTest, volume: float) -> _Losses:
         """Of all clips under test, ``options.batch_size`` in a batch."""
         rows = [
             document.codes[:, number * self.options.frames : (number + 1) * self.options.frames]
-            for document, count in zip(self.documents, self.pieces, strict=True)
+            for document, count in zip(self.documents, self.clips, strict=True)
             for number in range(count)
         ]
         parts = []
-        with subject.present(), MOSHI_HOST.updates(subject.model, True), MOSHI_HOST.volume(subject.model, volume):
+        with tested.present(), MOSHI_HOST.updates(tested.model, True), MOSHI_HOST.volume(tested.model, volume):
             for numbers in torch.arange(len(rows)).split(self.options.batch_size):
-                parts.append(self._batch(subject.model, torch.stack([rows[n] for n in numbers]), numbers, len(rows)))
+                parts.append(self._batch(tested.model, torch.stack([rows[n] for n in numbers]), numbers, len(rows)))
                 self.on_batch()
         return _Losses(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
 
@@ -203,9 +206,9 @@ class _Presented:
         again, between = [], []
         for place in range(max(self.options.counts)):
             # Each row begins at a place of its own in the interludes, and goes around.
-            starts = numbers * len(self.clips) // total
-            others = torch.stack([self.clips[(start + place) % len(self.clips)] for start in starts.tolist()])
-            loss, state = self._forward(model, others, state)
+            starts = numbers * len(self.others) // total
+            clips = torch.stack([self.others[(start + place) % len(self.others)] for start in starts.tolist()])
+            loss, state = self._forward(model, clips, state)  # clips [B, Q, T]
             between.append(loss)
             if place + 1 in self.options.counts:
                 again.append(self._forward(model, codes, state)[0])  # the state after it is dropped
@@ -216,12 +219,12 @@ class _Presented:
         losses, after = forward_losses(model, codes, MOSHI_HOST, state)
         return losses.audio[:, self.skip :].nanmean(1), after
 
-    def after(self, losses: _Losses, base: _Losses, subject: str, volume: float, place: int) -> After:
+    def after(self, losses: _Losses, base: _Losses, model: str, volume: float, place: int) -> After:
         """The figures of the ``place``-th count, beside the base model's losses."""
         count = self.options.counts[place]
         gains = [each.first - each.again[:, place] for each in (losses, base)]
         return After(
-            subject=subject,
+            model=model,
             volume=volume,
             count=count,
             gain=self._of_recordings(gains[0] - gains[1]),
@@ -243,18 +246,18 @@ def _interludes(interludes: Sequence[Document], documents: Sequence[Document], o
             "other recordings than --data: what lies between must not be the clip itself."
         )
     frames, most = options.frames, max(options.counts)
-    clips = [
+    others = [
         document.codes[:, start : start + frames]
         for document in interludes
         for start in range(0, document.frames - frames + 1, frames)
     ]
-    if len(clips) < most:
+    if len(others) < most:
         raise ConfigError(
-            f"{most} other clips of {frames} frames are asked for, and --interludes has {len(clips)}. Give more "
+            f"{most} other clips of {frames} frames are asked for, and --interludes has {len(others)}. Give more "
             "recordings, a smaller --frames, or smaller numbers to --between."
         )
-    order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(options.seed))
-    return [clips[n] for n in order.tolist()]
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(options.seed))
+    return [others[n] for n in order.tolist()]
 
 
 def _same(interlude: Document, documents: Sequence[Document]) -> bool:

@@ -1,4 +1,4 @@
-"""What ``evaluate recall --between`` leaves: metrics.json with every number, report.md with one table, one figure."""
+"""The report of ``evaluate recall --between``: metrics.json with every number, report.md with a table, a figure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write_between(folder: Path, result: Between, *, made_by: str, frame_seconds:
     values = {
         "made_by": made_by, "versions": versions(), **result.facts, "frames": options.frames, "skipped": result.skip,
         "seed": options.seed, "recordings": result.recordings, "left_out": result.left_out,
-        "pieces_asked_for": options.pieces, "pieces_by_recording": result.pieces, "interludes": result.interludes,
+        "pieces_asked_for": options.clips, "pieces_by_recording": result.clips, "interludes": result.interludes,
         "attention_restarts": True, "between": [_row(each, seconds, options.seed) for each in result.after],
     }  # fmt: skip
     header = (
@@ -31,14 +31,14 @@ def write_between(folder: Path, result: Between, *, made_by: str, frame_seconds:
     )  # fmt: skip
     rows = [
         (
-            each.subject, f"{each.volume:g}", str(each.count), _duration(each.count * seconds),
+            each.model, f"{each.volume:g}", str(each.count), _duration(each.count * seconds),
             *(str(each.interval(name, options.seed)) for name in FIGURES),
         )
         for each in result.after
     ]  # fmt: skip
     lines = [
         "# Recall after other clips", "", *fact_lines(result.facts, result.recordings, result.left_out),
-        f"{sum(result.pieces)} clips of {options.frames} frames ({seconds:.1f} s), up to {options.pieces} of each "
+        f"{sum(result.clips)} clips of {options.frames} frames ({seconds:.1f} s), up to {options.clips} of each "
         f"recording. Each is followed by other clips, from {result.interludes} of the interludes, and then presented "
         f"again. Every clip is one forward pass: memory is carried, attention restarts. The first {result.skip} frames "
         "of a presentation are not counted.", "",
@@ -50,7 +50,7 @@ def write_between(folder: Path, result: Between, *, made_by: str, frame_seconds:
 
 def _row(each: After, seconds: float, seed: int) -> dict[str, Any]:
     return {
-        "subject": each.subject, "volume": each.volume, "clips_between": each.count,
+        "subject": each.model, "volume": each.volume, "clips_between": each.count,
         "seconds_between": each.count * seconds,
         "gain_beyond_base": as_json(each.interval("gain", seed)),
         "saved_against_base": as_json(each.interval("saved", seed)),
@@ -65,21 +65,21 @@ def _duration(seconds: float) -> str:
 
 
 def _plot(path: Path, result: Between, seconds: float) -> None:
-    """The gain against the time between, on a logarithmic axis; colors are subjects, dashes volumes."""
-    subjects = list(dict.fromkeys(each.subject for each in result.after))
+    """The gain against the time between, on a logarithmic axis; colors are models, dashes volumes."""
+    models = list(dict.fromkeys(each.model for each in result.after))
     volumes = list(dict.fromkeys(each.volume for each in result.after))
     figure, (axes,) = panels(width=7.5, height=4.5)
     rule(axes, y=0)
-    for subject, volume in dict.fromkeys((each.subject, each.volume) for each in result.after):
-        again, place = divmod(subjects.index(subject) + 1, len(PALETTE))  # the first color is the base model's
-        own = [each for each in result.after if (each.subject, each.volume) == (subject, volume)]
+    for model, volume in dict.fromkeys((each.model, each.volume) for each in result.after):
+        again, place = divmod(models.index(model) + 1, len(PALETTE))  # the first color is the base model's
+        own = [each for each in result.after if (each.model, each.volume) == (model, volume)]
         gains = [each.interval("gain", result.options.seed) for each in own]
         axes.errorbar(
             [each.count * seconds for each in own], [gain.value for gain in gains],
             yerr=[[gain.value - gain.low for gain in gains], [gain.high - gain.value for gain in gains]],
             color=PALETTE[place], linestyle=DASHES[volumes.index(volume) % len(DASHES)], linewidth=1.6, capsize=3,
             elinewidth=1, marker=MARKERS[again % len(MARKERS)] or ".",
-            label=f"{subject}, volume {volume:g}" if len(volumes) > 1 else subject,
+            label=f"{model}, volume {volume:g}" if len(volumes) > 1 else model,
         )  # fmt: skip
     ticks = sorted({each.count for each in result.after})
     axes.set_xscale("log")

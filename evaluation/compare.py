@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moshi_ttt.core.deprecation import renamed_attributes
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.system.output_folder import METRICS
 from moshi_ttt.system.report.figures import BLUE, GREY, heading, interval_bar, name_rows, panels, save
@@ -18,6 +19,7 @@ from moshi_ttt.system.report.writer import number, write_report
 COMPARED = ("long-context", "recall", "zero-shot")
 
 
+@renamed_attributes(subject="model")
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """One figure: ``value`` with its interval, of a model under a condition, in an evaluation.
@@ -28,7 +30,7 @@ class Result:
     """
 
     what: str
-    subject: str
+    model: str
     value: float
     low: float
     high: float
@@ -46,10 +48,10 @@ def read_results(folders: Sequence[Path]) -> tuple[list[Result], list[dict[str, 
         values = _read(folder)
         kind = str(values["made_by"]).removeprefix("moshi-ttt evaluate ")
         for result in {"long-context": _long_context, "recall": _recall, "zero-shot": _zero_shot}[kind](values):
-            other = found.setdefault((result.what, result.subject), result)
+            other = found.setdefault((result.what, result.model), result)
             if not math.isclose(other.value, result.value, rel_tol=1e-6) and math.isfinite(result.value):
                 raise ConfigError(
-                    f"{result.what} of {result.subject} is {result.value:.6f} in {folder}, and {other.value:.6f} in a "
+                    f"{result.what} of {result.model} is {result.value:.6f} in {folder}, and {other.value:.6f} in a "
                     "folder before it. Compare evaluations of the same recordings, and give each adapter its own name."
                 )
         about = ("made_by", "data", "dataset", "base model", "seed", "subjects", "versions")
@@ -111,20 +113,23 @@ def _label(entry: dict[str, Any]) -> str:
     return str(entry["subject"]) if entry["subject"] == "base" else f"{entry['subject']}, {entry['condition']}"
 
 
-def _result(what: str, subject: str, interval: dict[str, float | None], *, lower_is_better: bool) -> Result:
+def _result(what: str, model: str, interval: dict[str, float | None], *, lower_is_better: bool) -> Result:
     value, low, high = (math.nan if (x := interval[key]) is None else float(x) for key in ("value", "low", "high"))
-    return Result(what=what, subject=subject, value=value, low=low, high=high, lower_is_better=lower_is_better)
+    return Result(what=what, model=model, value=value, low=low, high=high, lower_is_better=lower_is_better)
 
 
 def write_comparison(folder: Path, results: Sequence[Result], facts: Sequence[dict[str, Any]], *, made_by: str) -> None:
     """metrics.json, report.md and comparison.png."""
     rows = [
-        {key: number(value) if isinstance(value, float) else value for key, value in vars(result).items()}
+        {
+            "what": result.what, "subject": result.model, "value": number(result.value), "low": number(result.low),
+            "high": number(result.high), "lower_is_better": result.lower_is_better,
+        }
         for result in results
-    ]
+    ]  # fmt: skip
     measured = list(dict.fromkeys(result.what for result in results))
-    models = list(dict.fromkeys(result.subject for result in results))
-    by_place = {(result.subject, result.what): result for result in results}
+    models = list(dict.fromkeys(result.model for result in results))
+    by_place = {(result.model, result.what): result for result in results}
     cells = [(model, *(_cell(by_place.get((model, what))) for what in measured)) for model in models]
     lines = [
         "# Comparison", "", *table(("", *measured), cells), "",
@@ -147,10 +152,10 @@ def _plot(path: Path, measured: Sequence[str], models: Sequence[str], by_place: 
     figure, axes_of = panels(len(measured), width=8.5, height=height, height_ratios=[1 + count for count in counts])
     for axes, what, rows in zip(axes_of, measured, panel_rows, strict=True):
         for place, result in enumerate(rows):
-            color = GREY if result.subject == "base" else BLUE
+            color = GREY if result.model == "base" else BLUE
             axes.plot(result.value, place, "o", color=color, markersize=5)
             interval_bar(axes, result.low, result.high, place, color)
-        name_rows(axes, [result.subject for result in rows])
+        name_rows(axes, [result.model for result in rows])
         axes.margins(y=0.3 / len(rows))
         heading(axes, f"{what}; {'lower' if rows[0].lower_is_better else 'higher'} is better")
     save(figure, path, grid="x")

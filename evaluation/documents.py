@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from moshi_ttt.core.paths import user_path
 from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.data.corpus import open_corpus
-from moshi_ttt.data.manifest import APPLE_DOUBLE, DataError, SourceSpec, Transcripts, read_header
+from moshi_ttt.data.manifest import Transcripts, read_header
+from moshi_ttt.data.problems import DataError
+from moshi_ttt.data.sources import APPLE_DOUBLE, SourceSpec
 
 SUFFIXES = (".flac", ".mp3", ".ogg", ".wav")
 SEGMENT_FRAMES = 250
@@ -71,7 +73,7 @@ def read_documents(
         for index, recording in enumerate(source.recordings):
             length = min(recording.frames, limit or recording.frames)
             segments = range(-(-length // SEGMENT_FRAMES))
-            codes = torch.cat([corpus.codes(number, index, segment) for segment in segments], dim=1)
+            codes = torch.cat([corpus.codes(number, index, segment) for segment in segments], dim=1)  # [Q, T]
             found.append(Document(recording.name, codes[:, :length]))
     return found
 
@@ -79,7 +81,7 @@ def read_documents(
 def batches(documents: Sequence[Document], size: int, padding: int) -> Iterator[tuple[list[Document], Tensor]]:
     """``size`` documents at a time or a few more, longest first, and their codes ``[B, Q, T]``, padded at the end.
 
-    None is left over to be heard alone.
+    No batch has a single document, unless there is only one.
     """
     ordered = sorted(documents, key=lambda document: (-document.frames, document.name))
     for rows in torch.arange(len(ordered)).tensor_split(max(1, len(ordered) // size)):

@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moshi_ttt.core.deprecation import renamed_arguments, renamed_attributes
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.inner_losses import SiteCurves, Sums, measured
 from moshi_ttt.evaluation.documents import Document
-from moshi_ttt.evaluation.subjects import Subject
+from moshi_ttt.evaluation.models import ModelUnderTest
 from moshi_ttt.hosts.moshi.losses import delayed
 from moshi_ttt.system.report.inner_losses import plot_site
 from moshi_ttt.system.report.tables import image, table, version_text
@@ -32,11 +33,12 @@ from moshi_ttt.system.report.writer import numbers, versions, write_report
 TENSORS = "curves.safetensors"
 
 
+@renamed_attributes(subject="model")
 @dataclass(frozen=True, kw_only=True)
 class InnerLoop:
-    """What came out; ``smooth`` is the window of the plots' running mean, in frames."""
+    """The results of the evaluation; ``smooth`` is the window of the plots' running mean, in frames."""
 
-    subject: str
+    model: str
     sites: list[SiteCurves]
     recordings: list[str]
     frames: int
@@ -44,16 +46,17 @@ class InnerLoop:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+@renamed_arguments(subject="tested")
 @torch.no_grad()
 def evaluate(
-    subject: Subject,
+    tested: ModelUnderTest,
     documents: Sequence[Document],
     *,
     batch_size: int,
     smooth: int,
     on_batch: Callable[[], None] = lambda: None,
 ) -> InnerLoop:
-    """The curves of every block of ``subject`` that has an inner loss, over ``documents`` from their beginning.
+    """The curves of every block of ``tested`` that has an inner loss, over ``documents`` from their beginning.
 
     Recordings of equal length form a batch, so that no token is padding. The model is unchanged afterwards.
     ``smooth`` frames are averaged in the plots alone.
@@ -63,14 +66,14 @@ def evaluate(
     for name, value in (("batch_size", batch_size), ("smooth", smooth)):
         if value < 1:
             raise ConfigError(f"{name} {value}: give 1 or more.")
-    if subject.injection is None:
-        raise ConfigError(f"{subject.name} has no blocks, so no inner loss. Give an adapter that has some.")
+    if tested.injection is None:
+        raise ConfigError(f"{tested.name} has no blocks, so no inner loss. Give an adapter that has some.")
     if not documents:
         raise ConfigError("There are no recordings. Give one or more.")
     frames = max(document.frames for document in documents)
-    model = subject.model
-    with subject.present():
-        sums = {site: Sums(block, frames) for site, block in sorted(subject.injection.blocks.items())}
+    model = tested.model
+    with tested.present():
+        sums = {site: Sums(block, frames) for site, block in sorted(tested.injection.blocks.items())}
         for codes in _batches(documents, batch_size):
             with measured(sums):
                 model.forward_text(delayed(model, codes.to(model.device))[:, :, :-1])
@@ -79,7 +82,7 @@ def evaluate(
     if not sites:
         variants = sorted({str(each.block.config.variant) for each in sums.values()})
         raise ConfigError(
-            f"The blocks of {subject.name} ({', '.join(variants)}) have no inner loss. Give another adapter."
+            f"The blocks of {tested.name} ({', '.join(variants)}) have no inner loss. Give another adapter."
         )
     if all(site.by_position["after"].isnan().all() and not site.not_finite for site in sites):
         raise ConfigError(
@@ -87,7 +90,7 @@ def evaluate(
             f"has {frames} frames. Give longer recordings, or raise --max-seconds."
         )
     recordings = [document.name for document in documents]
-    return InnerLoop(subject=subject.name, sites=sites, recordings=recordings, frames=frames, smooth=smooth)
+    return InnerLoop(model=tested.name, sites=sites, recordings=recordings, frames=frames, smooth=smooth)
 
 
 def _batches(documents: Sequence[Document], size: int) -> Iterator[Tensor]:
@@ -100,7 +103,7 @@ def _batches(documents: Sequence[Document], size: int) -> Iterator[Tensor]:
 def write_inner_loop(folder: Path, result: InnerLoop, *, made_by: str, frame_seconds: float) -> None:
     """metrics.json, report.md, a plot for each site, and curves.safetensors: each head's losses by position."""
     values = {
-        "made_by": made_by, "versions": versions(), **result.facts, "subject": result.subject, "frames": result.frames,
+        "made_by": made_by, "versions": versions(), **result.facts, "subject": result.model, "frames": result.frames,
         "smooth_frames": result.smooth, "recordings": result.recordings,
         "sites": [_site(site) for site in result.sites],
     }  # fmt: skip
@@ -109,7 +112,7 @@ def write_inner_loop(folder: Path, result: InnerLoop, *, made_by: str, frame_sec
     }
     save_file({name: curve.contiguous() for name, curve in tensors.items()}, folder / TENSORS)
     lines = [
-        f"# Inner loss of {result.subject} by position", "",
+        f"# Inner loss of {result.model} by position", "",
         *(f"- {name}: {value}" for name, value in result.facts.items()),
         f"- recordings: {len(result.recordings)}, up to {result.frames * frame_seconds:.1f} s of each",
         f"- {version_text()}", "",
@@ -121,7 +124,7 @@ def write_inner_loop(folder: Path, result: InnerLoop, *, made_by: str, frame_sec
     for site in result.sites:
         lines += _section(site, frame_seconds)
         count = len(result.recordings)
-        title = f"{result.subject}, {site.site} ({site.variant}), {count} recording{'s' * (count > 1)}"
+        title = f"{result.model}, {site.site} ({site.variant}), {count} recording{'s' * (count > 1)}"
         plot_site(folder / f"{site.site}.png", site, title=title, smooth=result.smooth, frame_seconds=frame_seconds)
     write_report(folder, values, lines)
 

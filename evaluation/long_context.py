@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moshi_ttt.core.deprecation import renamed_arguments, renamed_attributes
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.evaluation.documents import Document, batches
+from moshi_ttt.evaluation.models import Condition, ModelUnderTest, evaluate_codes, refuse_uneven
 from moshi_ttt.evaluation.statistics import (
     Interval,
     bootstrap,
@@ -27,7 +29,6 @@ from moshi_ttt.evaluation.statistics import (
     slope_per_window,
     window_means,
 )
-from moshi_ttt.evaluation.subjects import Condition, Subject, listen, refuse_uneven
 from moshi_ttt.evaluation.teacher_forcing import FrameLosses
 
 STREAMS = ("audio", "text")
@@ -94,6 +95,7 @@ def read_spans(text: str, window: int) -> tuple[int, ...]:
     return spans
 
 
+@renamed_attributes(subject="model")
 @dataclass(frozen=True, kw_only=True)
 class PositionCurve:
     """One model under one condition, on one stream of tokens.
@@ -103,7 +105,7 @@ class PositionCurve:
         first_beyond: the first window that begins beyond what attention sees.
     """
 
-    subject: str
+    model: str
     condition: Condition
     stream: str
     windows: Tensor
@@ -111,7 +113,7 @@ class PositionCurve:
 
     @property
     def label(self) -> str:
-        return self.subject if self.subject == "base" else f"{self.subject}, {self.condition}"
+        return self.model if self.model == "base" else f"{self.model}, {self.condition}"
 
     @property
     def beyond(self) -> Tensor:
@@ -121,7 +123,7 @@ class PositionCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class LongContext:
-    """What came out.
+    """The results of the evaluation.
 
     Attributes:
         curves: one for each model, condition and stream.
@@ -139,12 +141,12 @@ class LongContext:
     options: Options
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def curve(self, subject: str, condition: Condition, stream: str) -> PositionCurve:
-        """The one of these names. Raises KeyError."""
+    def curve(self, model: str, condition: Condition, stream: str) -> PositionCurve:
+        """The entry with these names. Raises KeyError."""
         for curve in self.curves:
-            if (curve.subject, curve.condition, curve.stream) == (subject, condition, stream):
+            if (curve.model, curve.condition, curve.stream) == (model, condition, stream):
                 return curve
-        raise KeyError((subject, condition, stream))
+        raise KeyError((model, condition, stream))
 
     def loss(self, curve: PositionCurve) -> Interval:
         """Mean loss beyond what attention sees."""
@@ -175,14 +177,15 @@ class LongContext:
         return spans
 
 
+@renamed_arguments(subjects="models")
 def evaluate(
-    subjects: Sequence[Subject],
+    models: Sequence[ModelUnderTest],
     documents: Sequence[Document],
     options: Options,
     *,
     on_batch: Callable[[], None] = lambda: None,
 ) -> LongContext:
-    """Every model on every document, under every condition that means something for it.
+    """Evaluate every model on every document under every condition that applies to it.
 
     Raises ConfigError when no recording reaches a window beyond what attention sees, or a condition that is run would
     act inside a segment.
@@ -190,25 +193,25 @@ def evaluate(
     segments = options.segments
     if segments is not None and segments < 1:
         raise ConfigError(f"Segments of {segments} frames: give 1 or more, or none to stream.")
-    run = {condition for subject in subjects for condition in options.conditions if condition in subject.conditions}
+    run = {condition for tested in models for condition in options.conditions if condition in tested.conditions}
     refuse_uneven([each for each in options.conditions if each in run], every=options.every, segments=segments)
-    context = subjects[0].context
+    context = models[0].context
     reach = context if segments is None else min(context or segments, segments)
     first_beyond = -(-reach // options.window)
     kept, left_out = _choose(documents, (first_beyond + 1) * options.window, context, options)
     curves: list[PositionCurve] = []
     names: list[str] = []
-    padding = subjects[0].padding
-    for subject in subjects:
-        with subject.present():  # once for all its conditions
-            for condition in (each for each in options.conditions if each in subject.conditions):
+    padding = models[0].padding
+    for tested in models:
+        with tested.present():  # once for all its conditions
+            for condition in (each for each in options.conditions if each in tested.conditions):
                 found: list[FrameLosses] = []
                 names = []
                 for chosen, codes in batches(kept, options.batch_size, padding):
-                    found.append(listen(subject, codes, condition, every=options.every, segments=segments))
+                    found.append(evaluate_codes(tested, codes, condition, every=options.every, segments=segments))
                     names += [document.name for document in chosen]
                     on_batch()
-                curves += _curves(subject, condition, found, options.window, first_beyond)
+                curves += _curves(tested, condition, found, options.window, first_beyond)
     if all(curve.windows.isnan().all() for curve in curves):
         raise ConfigError(
             "Nothing in these recordings is predicted. A model of text alone needs recordings with transcripts: give a "
@@ -220,12 +223,12 @@ def evaluate(
 
 
 def _curves(
-    subject: Subject, condition: Condition, found: Sequence[FrameLosses], window: int, first_beyond: int
+    tested: ModelUnderTest, condition: Condition, found: Sequence[FrameLosses], window: int, first_beyond: int
 ) -> list[PositionCurve]:
     """A curve for each stream of tokens, of the losses of all batches."""
     return [
         PositionCurve(
-            subject=subject.name, condition=condition, stream=stream, first_beyond=first_beyond,
+            model=tested.name, condition=condition, stream=stream, first_beyond=first_beyond,
             windows=window_means(_stack([getattr(losses, stream) for losses in found]), window),
         )
         for stream in STREAMS

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from moshi_ttt.core.errors import MoshiTTTError, nearest
 from moshi_ttt.core.paths import user_path
-from moshi_ttt.data.manifest import LISTED, DataError, read_header
+from moshi_ttt.data.manifest import read_header
+from moshi_ttt.data.problems import LISTED, DataError
 
 RIGHT, WRONG, STORY = "_correct.wav", "_incorrect.wav", "_mutual.wav"
 BANDS = ((1, "never heard"), (5, "1 to 4"), (20, "5 to 19"), (100, "20 to 99"))

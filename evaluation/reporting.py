@@ -103,10 +103,10 @@ def write_recall(folder: Path, result: Recall, *, made_by: str) -> None:
     values = {
         "made_by": made_by, "versions": versions(), **result.facts, "frames": result.frames, "skipped": result.skip,
         "seed": result.seed, "recordings": result.recordings, "left_out": result.left_out,
-        "pieces_asked_for": result.asked, "pieces_by_recording": result.pieces,
-        "memory_of_another_had_heard_own": result.heard_own, "gains": _gains(result),
+        "pieces_asked_for": result.asked, "pieces_by_recording": result.clips,
+        "memory_of_another_had_heard_own": result.processed_own, "gains": _gains(result),
         "loss_by_position": [
-            {"subject": each.subject, "condition": each.condition}
+            {"subject": each.model, "condition": each.condition}
             | {presentation: numbers(losses) for presentation, losses in zip(PLACES, each.losses, strict=True)}
             for each in result.by_position
         ],
@@ -117,8 +117,8 @@ def write_recall(folder: Path, result: Recall, *, made_by: str) -> None:
     lines += [*_recall_table(result), "", *image("presentations", "recall_by_position.png")]
     if result.by_volume:
         lines += volume_lines(result.by_volume, result.seed)
-        models = list(dict.fromkeys(gains.subject for gains in result.gains))
-        drawn = dict.fromkeys(each.subject for each in result.by_volume)
+        models = list(dict.fromkeys(gains.model for gains in result.gains))
+        drawn = dict.fromkeys(each.model for each in result.by_volume)
         plot_volumes(
             folder / PICTURE, result.by_volume, result.seed,
             {name: look(models, name, "updates on")["color"] for name in drawn},
@@ -130,7 +130,7 @@ def write_recall(folder: Path, result: Recall, *, made_by: str) -> None:
 def _gains(result: Recall) -> list[dict[str, Any]]:
     return [
         {
-            "subject": gains.subject, "condition": gains.condition, "hearing": gains.hearing,
+            "subject": gains.model, "condition": gains.condition, "hearing": gains.presentation,
             "gain": as_json(result.gain(gains)), "beyond_base": as_json(result.beyond_base(gains)),
             "by_recording": numbers(gains.values),
             "saved_against_base": as_json(result.saved(gains)), "loss_by_recording": numbers(gains.losses),
@@ -143,16 +143,16 @@ def _recall_table(result: Recall) -> list[str]:
     header = ("", "presentation", "gain", "beyond the base model's gain", "loss, saved against the base model")
     rows = []
     for gains in result.gains:
-        is_base = gains.subject == "base"
+        is_base = gains.model == "base"
         against = ("", "") if is_base else (str(result.beyond_base(gains)), str(result.saved(gains)))
-        label = gains.subject if is_base else f"{gains.subject}, {gains.condition}"
-        rows.append((label, gains.hearing, str(result.gain(gains)), *against))
+        label = gains.model if is_base else f"{gains.model}, {gains.condition}"
+        rows.append((label, gains.presentation, str(result.gain(gains)), *against))
     return table(header, rows, "llrrr")
 
 
 def _presented(result: Recall) -> list[str]:
     """What was presented, in words; and in which clips memory of another was not only another's."""
-    total = sum(result.pieces)
+    total = sum(result.clips)
     lines = [
         f"{total} clips of {result.frames} frames, up to {result.asked} of each recording. Each clip is presented "
         "three times: the second presentation follows the first directly, the third follows a clip of another "
@@ -160,11 +160,11 @@ def _presented(result: Recall) -> list[str]:
         "first presentation minus the loss of this one, in nats per audio token: the mean over recordings, each the "
         "mean over its clips.",
     ]  # fmt: skip
-    for presentation, rows in (result.heard_own or {}).items():
+    for presentation, rows in (result.processed_own or {}).items():
         if rows:
             lines += [
                 "", f"Memory of another, {presentation} presentation: in {rows} of {total} clips the other memory has "
-                "already processed the clip's own recording. With --pieces 2 and four recordings in a batch this does "
+                "already processed the clip's own recording. With --clips 2 and four recordings in a batch this does "
                 "not happen.",
             ]  # fmt: skip
     return lines
@@ -172,7 +172,7 @@ def _presented(result: Recall) -> list[str]:
 
 def _curve(result: LongContext, curve: PositionCurve) -> dict[str, Any]:
     return {
-        "subject": curve.subject, "condition": curve.condition, "stream": curve.stream,
+        "subject": curve.model, "condition": curve.condition, "stream": curve.stream,
         "loss_beyond_context": as_json(result.loss(curve)), "slope_per_1000_frames": as_json(result.slope(curve)),
         "saved_by_span": [
             {"from_frame": span.first, "to_frame": span.end, "recordings": span.recordings} | as_json(span.saved)
@@ -191,12 +191,12 @@ def _plot(path: Path, result: LongContext, stream: str, frame_seconds: float) ->
     """Above the loss by window, below what is saved against the base model; colors are models, dashes conditions."""
     curves = [curve for curve in result.curves if curve.stream == stream]
     base = result.curve("base", "updates on", stream)
-    models = list(dict.fromkeys(curve.subject for curve in curves))
+    models = list(dict.fromkeys(curve.model for curve in curves))
     rows = 1 if models == ["base"] else 2
     figure, axes = panels(rows, width=9.5, height=1.0 + 2.8 * rows, sharex=True)
     width = result.options.window * frame_seconds
     for curve in curves:
-        drawn = look(models, curve.subject, curve.condition)
+        drawn = look(models, curve.model, curve.condition)
         seconds = [(index + 0.5) * width for index in range(curve.windows.shape[1])]
         axes[0].plot(seconds, curve.windows.nanmean(0), **drawn)
         if curve is not base:
@@ -258,7 +258,7 @@ def _plot_recall(path: Path, result: Recall) -> None:
         for presentation, mean in zip(PLACES, window_means(each.losses, width), strict=True):
             label = f"{presentation} presentation"
             axes.plot(frames[: len(mean)], mean, label=label, **PRESENTATION_LOOKS[presentation])
-        axes.set_title(each.subject)
+        axes.set_title(each.model)
         axes.set_xlim(0, result.frames)
         axes.tick_params(labelbottom=True)
     for axes in axes_of[len(shown) :]:

@@ -1,7 +1,7 @@
-"""What Moshi's language model loses on given tokens, frame by frame: streamed token by token, or as training hears it.
+"""The losses of Moshi's language model on given tokens, frame by frame: streamed, or in segments as in training.
 
-Streaming sees what a listener's Moshi sees: attention reaches back its whole context at every frame, memory as far as
-it likes. Training sees one segment at a time: memory is carried to the next, attention is not. Nothing is sampled.
+In streaming, attention reaches back its whole context at every frame. In segments, the state of the blocks is carried
+from one to the next, and attention starts afresh in each. Nothing is sampled.
 
 Shape legend: B recordings, Q rows (text, then audio), K codebooks Moshi speaks, T frames, D width.
 """
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moshi_ttt.core.deprecation import renamed_arguments
 from moshi_ttt.core.host import CarriedState, HostModel
 from moshi_ttt.hosts.moshi.losses import delayed, stream_losses_by_token
 
-PIECE = 64
+FRAMES_AT_ONCE = 64
 """Frames whose outputs are kept at a time, for the depformer."""
 
 
@@ -34,9 +35,10 @@ class FrameLosses(NamedTuple):
     audio: Tensor
 
 
+@renamed_arguments(piece="at_once")
 @torch.no_grad()
 def stream_losses(
-    model: Any, codes: Tensor, *, before: Callable[[int], None] | None = None, piece: int = PIECE
+    model: Any, codes: Tensor, *, before: Callable[[int], None] | None = None, at_once: int = FRAMES_AT_ONCE
 ) -> FrameLosses:
     """The losses of ``codes [B, Q, T]``, each row a stream of its own; ``before(frame)`` is called before each frame.
 
@@ -48,17 +50,18 @@ def stream_losses(
     inputs, targets = sequence[:, :, :-1], sequence[:, :, 1:]
     text, audio = [], []
     with model.streaming(codes.shape[0]):
-        for first in range(0, codes.shape[2], piece):
+        for first in range(0, codes.shape[2], at_once):
             steps = []
-            for frame in range(first, min(first + piece, codes.shape[2])):
+            for frame in range(first, min(first + at_once, codes.shape[2])):
                 if before is not None:
                     before(frame)
                 steps.append(model.forward_text(inputs[:, :, frame : frame + 1]))
-            outputs = torch.cat([step[0] for step in steps], dim=1)
-            logits = torch.cat([step[1] for step in steps], dim=2)
-            found = stream_losses_by_token(model, outputs, logits, targets[:, :, first : first + piece])
+            outputs = torch.cat([step[0] for step in steps], dim=1)  # [B, T, D]
+            logits = torch.cat([step[1] for step in steps], dim=2)  # [B, 1, T, text codes]
+            found = stream_losses_by_token(model, outputs, logits, targets[:, :, first : first + at_once])
             text.append(found[0])
             audio.append(found[1])  # [B, K, T]; K is 0 without a depformer
+    # text [B, 1, T] and audio [B, K, T], each to [B, T]
     return FrameLosses(torch.cat(text, dim=2)[:, 0], by_frame(model, torch.cat(audio, dim=2)))
 
 

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from moshi_ttt.core.config import LARGEST_VOLUME
+from moshi_ttt.core.deprecation import renamed_attributes
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.volume import require_volume
 from moshi_ttt.evaluation.statistics import Interval, as_json, bootstrap, mean_of_rows
@@ -23,7 +24,7 @@ from moshi_ttt.system.report.tables import image, table
 from moshi_ttt.system.report.writer import number, numbers
 
 if TYPE_CHECKING:
-    from moshi_ttt.evaluation.subjects import Subject
+    from moshi_ttt.evaluation.models import ModelUnderTest
 
 PICTURE = "recall_by_volume.png"
 LABEL_PLACES = ((5, 5), (5, -12), (-22, 5), (-22, -12), (5, 16), (5, -23))
@@ -32,6 +33,7 @@ FIGURES = ("recall", "cost", "saved")
 ARE_THE_BASES = "are the base model's, bit for bit"
 
 
+@renamed_attributes(subject="model")
 @dataclass(frozen=True, kw_only=True)
 class AtVolume:
     """One model at one volume, updates on. Nats per audio token, of the frames that recall counts.
@@ -44,7 +46,7 @@ class AtVolume:
         output_scales: as ``own_scales``; the volume multiplies them.
     """
 
-    subject: str
+    model: str
     volume: float
     recall: Tensor
     cost: Tensor
@@ -58,7 +60,7 @@ class AtVolume:
 
 
 def read_volumes(texts: Sequence[str]) -> tuple[float, ...]:
-    """The numbers of ``--volume 0,0.25,0.5,1``, ascending. Raises ConfigError for what is none, or twice the same."""
+    """The numbers of ``--volume 0,0.25,0.5,1``, ascending. Raises ConfigError for anything else, or a number twice."""
     found: dict[float, str] = {}
     for item in ",".join(texts).split(","):
         try:
@@ -78,41 +80,41 @@ def read_volumes(texts: Sequence[str]) -> tuple[float, ...]:
     return tuple(sorted(found))
 
 
-def refuse_volumes(subjects: Sequence[Subject], volumes: Sequence[float]) -> None:
-    """Raise ConfigError where nobody has a volume, and ContextError where a block does not follow it."""
-    with_blocks = [subject for subject in subjects if subject.injection is not None]
+def refuse_volumes(models: Sequence[ModelUnderTest], volumes: Sequence[float]) -> None:
+    """Raise ConfigError where no model has a volume, and ContextError where a block does not follow it."""
+    with_blocks = [tested for tested in models if tested.injection is not None]
     if volumes and not with_blocks:
         raise ConfigError(
             "There is no volume without blocks: give an adapter that has some, as in --adapter ttt=RUN, or leave out "
             "--volume."
         )
-    for subject in with_blocks if set(volumes) - {1.0} else ():
-        with subject.present():
-            assert subject.injection is not None
-            require_volume(subject.injection.blocks)
+    for tested in with_blocks if set(volumes) - {1.0} else ():
+        with tested.present():
+            assert tested.injection is not None
+            require_volume(tested.injection.blocks)
 
 
-def require_base(subjects: Sequence[Subject], volumes: Sequence[float], conditions: Sequence[str]) -> None:
-    """Raise ConfigError where volumes are asked for, and nothing is heard that they could be compared with."""
-    if volumes and (subjects[0].name != "base" or "updates on" not in conditions):
+def require_base(models: Sequence[ModelUnderTest], volumes: Sequence[float], conditions: Sequence[str]) -> None:
+    """Raise ConfigError where volumes are asked for, without the evaluation that they are compared with."""
+    if volumes and (models[0].name != "base" or "updates on" not in conditions):
         raise ConfigError(
-            f"Volumes are measured against the base model with updates on; given were the subjects "
-            f"{', '.join(subject.name for subject in subjects)} and the conditions {', '.join(map(repr, conditions))}. "
-            "Make 'base' the first subject and 'updates on' one of the conditions, or leave out volumes."
+            f"Volumes are measured against the base model with updates on; given were the models "
+            f"{', '.join(tested.name for tested in models)} and the conditions {', '.join(map(repr, conditions))}. "
+            "Make 'base' the first model and 'updates on' one of the conditions, or leave out volumes."
         )
 
 
-def own_scales(subject: Subject) -> tuple[float, ...]:
-    """The different ``output_scale`` of a subject's blocks, ascending; none without blocks."""
-    blocks = {} if subject.injection is None else subject.injection.blocks
+def own_scales(tested: ModelUnderTest) -> tuple[float, ...]:
+    """The different ``output_scale`` of the blocks of a model, ascending; none without blocks."""
+    blocks = {} if tested.injection is None else tested.injection.blocks
     return tuple(sorted({block.config.output_scale for block in blocks.values()}))
 
 
 def volume_rows(points: Sequence[AtVolume], seed: int) -> list[dict[str, Any]]:
-    """For metrics.json: intervals, and the numbers of each recording."""
+    """The values for metrics.json: intervals, and the numbers of each recording."""
     return [
         {
-            "subject": each.subject,
+            "subject": each.model,
             "volume": each.volume,
             "output_scales": list(each.output_scales),
             "largest_difference_from_base": number(each.apart),
@@ -125,7 +127,7 @@ def volume_rows(points: Sequence[AtVolume], seed: int) -> list[dict[str, Any]]:
 
 def volume_lines(points: Sequence[AtVolume], seed: int) -> list[str]:
     """The section of a report, in lines."""
-    scales = {each.subject: _from_to(each.output_scales) for each in points}
+    scales = {each.model: _from_to(each.output_scales) for each in points}
     header = (
         "",
         "volume",
@@ -133,9 +135,7 @@ def volume_lines(points: Sequence[AtVolume], seed: int) -> list[str]:
         "cost of the first presentation",
         "second presentation's loss, saved against base",
     )
-    rows = [
-        (each.subject, f"{each.volume:g}", *(str(each.interval(name, seed)) for name in FIGURES)) for each in points
-    ]
+    rows = [(each.model, f"{each.volume:g}", *(str(each.interval(name, seed)) for name in FIGURES)) for each in points]
     lines = [
         "## By volume", "",
         "The volume multiplies what the blocks add to the base model; the fast weights are updated at every volume. "
@@ -151,7 +151,7 @@ def volume_lines(points: Sequence[AtVolume], seed: int) -> list[str]:
                 f"differ from the base model's by at most {each.apart:.2g}: the volume does not act on what an adapter "
                 "has beside its blocks (a LoRA)"
             )
-            lines += ["", f"At volume 0, the losses of {each.subject} {apart if each.apart else ARE_THE_BASES}."]
+            lines += ["", f"At volume 0, the losses of {each.model} {apart if each.apart else ARE_THE_BASES}."]
     return [*lines, "", *image("recall against cost", PICTURE)]
 
 
@@ -167,7 +167,7 @@ def plot_volumes(path: Path, points: Sequence[AtVolume], seed: int, colors: Mapp
     rule(axes, x=0, y=0)
     named = []
     for model, color in colors.items():
-        own = [each for each in points if each.subject == model]
+        own = [each for each in points if each.model == model]
         costs, recalls = ([each.interval(name, seed) for each in own] for name in ("cost", "recall"))
         axes.plot(
             [each.value for each in costs], [each.value for each in recalls], marker="o", markersize=5, linewidth=1.8,

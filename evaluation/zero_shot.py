@@ -5,8 +5,8 @@ compared is the negative log-likelihood of its audio tokens, teacher-forced, whe
 
 How scores are made comparable is a choice, and published figures differ in it:
 
-- ``normalisation``: ``token``, the mean over predicted tokens, so that a longer recording does not lose by its length;
-  or ``sum``, the log-likelihood itself, which favours the shorter.
+- ``normalization``: ``token``, the mean over predicted tokens, so that a longer recording does not lose by its length;
+  or ``sum``, the log-likelihood itself, which favors the shorter.
 - ``codebooks``: ``all`` that Moshi speaks; or ``semantic``, the first one. Published figures of token language models
   score semantic units only, so ``semantic`` is the nearer to them; acoustic codebooks are most of ``all``.
 
@@ -15,7 +15,7 @@ Shape legend: Q rows of codes (text, then audio), K codebooks Moshi speaks, T fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,29 +25,34 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from moshi_ttt.core.deprecation import moved_names, renamed_arguments, renamed_attributes
 from moshi_ttt.core.host import HostModel
 from moshi_ttt.data.codec import SpeechCodec
-from moshi_ttt.data.manifest import DataError, read_header
+from moshi_ttt.data.manifest import read_header
+from moshi_ttt.data.problems import DataError
+from moshi_ttt.evaluation.models import ModelUnderTest
 from moshi_ttt.evaluation.pair_accuracy import Evaluation, ScoringError, difference, evaluate_pairs, finite_score
 from moshi_ttt.evaluation.pairs import PairSet
 from moshi_ttt.evaluation.statistics import Interval
-from moshi_ttt.hosts.moshi.fit import layout_of
+from moshi_ttt.hosts.moshi.compatibility import layout_of
 from moshi_ttt.hosts.moshi.losses import targets_of, token_losses
 
-Normalisation = Literal["token", "sum"]
+Normalization = Literal["token", "sum"]
 Codebooks = Literal["all", "semantic"]
+__getattr__ = moved_names(__name__, __name__, {"Normalisation": "Normalization"})
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a recording costs a model: ``nats`` in sum, over ``tokens`` predicted tokens."""
+    """The loss of a recording: ``nats`` in sum, over ``tokens`` predicted tokens."""
 
     nats: float
     tokens: int
 
-    def by(self, normalisation: Normalisation) -> float:
+    @renamed_arguments(normalisation="normalization")
+    def by(self, normalization: Normalization) -> float:
         """Nats per token, or in sum. The lower, the likelier."""
-        return self.nats if normalisation == "sum" else self.nats / self.tokens
+        return self.nats if normalization == "sum" else self.nats / self.tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,17 @@ class ScoredModel:
     host: HostModel
     updates: bool = True
     present: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+def with_and_without_updates(models: Iterable[ModelUnderTest], host: HostModel) -> dict[str, ScoredModel]:
+    """Each model by its name; one with blocks twice, with test-time updates and without."""
+    found = {}
+    for tested in models:
+        named = {"updates on": True, "updates off": False} if tested.injection is not None else {"": True}
+        for condition, updates in named.items():
+            label = f"{tested.name}, {condition}" if condition else tested.name
+            found[label] = ScoredModel(model=tested.model, host=host, updates=updates, present=tested.present)
+    return found
 
 
 def encode(codec: SpeechCodec, path: Path) -> Tensor:
@@ -96,12 +112,12 @@ def score_codes(
 
     Raises ScoringError when nothing of the recording, called ``name``, is predicted.
     """
-    batch = codes[None].to(model.device)
+    batch = codes[None].to(model.device)  # [1, Q, T]
     with host.updates(model, updates), host.carry(model):
         out = model(batch)
     spoken = layout_of(model).codebooks if codebooks == "all" else 1  # Moshi's voice, not the user's
     mask = out.mask.clone()  # [1, K, T]
-    mask[:, spoken:] = False
+    mask[:, spoken:] = False  # the first codebooks alone
     if not mask.any():
         raise ScoringError(f"{name} has {codes.shape[1]} frames, and none is predicted. Give a longer recording.")
     losses = token_losses(out.logits, targets_of(model, batch)[1], mask)
@@ -122,9 +138,10 @@ def score(
     return score_codes(model, host, codes, updates=updates, codebooks=codebooks, name=str(path))
 
 
+@renamed_attributes(normalisation="normalization")
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotResults:
-    """Every model on the same pairs.
+    """The results of all models on the same pairs.
 
     Attributes:
         evaluations: by name of the model, as given.
@@ -132,19 +149,20 @@ class ZeroShotResults:
     """
 
     pairs: PairSet
-    normalisation: Normalisation
+    normalization: Normalization
     codebooks: Codebooks
     seed: int
     evaluations: dict[str, Evaluation]
     differences: dict[str, Interval]
 
 
+@renamed_arguments(normalisation="normalization")
 def run(
     variants: Mapping[str, ScoredModel],
     codec: SpeechCodec,
     pairs: PairSet,
     *,
-    normalisation: Normalisation = "token",
+    normalization: Normalization = "token",
     codebooks: Codebooks = "all",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -161,7 +179,28 @@ def run(
             finite number.
         DataError: a recording that cannot be read.
     """
-    _check(variants, codec, normalisation, codebooks)
+    _check(variants, codec, normalization, codebooks)
+    scores = _scores(variants, codec, pairs, normalization, codebooks, progress)
+    evaluations = {
+        name: evaluate_pairs(pairs.pairs, found.__getitem__, seed=seed) for name, found in scores.items()
+    }  # fmt: skip
+    first, *others = evaluations
+    differences = {name: difference(evaluations[name], evaluations[first], seed=seed) for name in others}
+    return ZeroShotResults(
+        pairs=pairs, normalization=normalization, codebooks=codebooks, seed=seed, evaluations=evaluations,
+        differences=differences,
+    )  # fmt: skip
+
+
+def _scores(
+    variants: Mapping[str, ScoredModel],
+    codec: SpeechCodec,
+    pairs: PairSet,
+    normalization: Normalization,
+    codebooks: Codebooks,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, dict[Path, float]]:
+    """The score of every recording by every model. Models that have the same ``present`` are scored together."""
     scores: dict[str, dict[Path, float]] = {name: {} for name in variants}
     paths = list(dict.fromkeys(path for pair in pairs.pairs for path in (pair.right, pair.wrong)))
     groups = [(present, list(each)) for present, each in groupby(variants, lambda name: variants[name].present)]
@@ -178,24 +217,16 @@ def run(
                         variant.model, variant.host, encoded[path], updates=variant.updates, codebooks=codebooks,
                         name=str(path),
                     )  # fmt: skip
-                    scores[name][path] = finite_score(found.by(normalisation), path)
+                    scores[name][path] = finite_score(found.by(normalization), path)
                 done += 1
                 if progress is not None:
                     progress(done, len(groups) * len(paths))
-    evaluations = {
-        name: evaluate_pairs(pairs.pairs, found.__getitem__, seed=seed) for name, found in scores.items()
-    }  # fmt: skip
-    first, *others = evaluations
-    differences = {name: difference(evaluations[name], evaluations[first], seed=seed) for name in others}
-    return ZeroShotResults(
-        pairs=pairs, normalisation=normalisation, codebooks=codebooks, seed=seed, evaluations=evaluations,
-        differences=differences,
-    )  # fmt: skip
+    return scores
 
 
-def _check(variants: Mapping[str, ScoredModel], codec: SpeechCodec, normalisation: str, codebooks: str) -> None:
+def _check(variants: Mapping[str, ScoredModel], codec: SpeechCodec, normalization: str, codebooks: str) -> None:
     for name, value, allowed in (
-        ("normalisation", normalisation, get_args(Normalisation)),
+        ("normalization", normalization, get_args(Normalization)),
         ("codebooks", codebooks, get_args(Codebooks)),
     ):
         if value not in allowed:

@@ -28,7 +28,7 @@ def zero_shot_metrics(results: ZeroShotResults, *, scores: bool = False) -> dict
         "source": str(results.pairs.source),
         "pairs": len(results.pairs.pairs),
         "left_out": list(results.pairs.problems),
-        "normalisation": results.normalisation,
+        "normalisation": results.normalization,
         "codebooks": results.codebooks,
         "seed": results.seed,
         "chance": CHANCE,
@@ -50,7 +50,7 @@ def zero_shot_lines(results: ZeroShotResults) -> list[str]:
     overall = results.evaluations[names[0]].overall
     left_out = f"; {len(results.pairs.problems)} more could not be used" if results.pairs.problems else ""
     scored = "all codebooks" if results.codebooks == "all" else "the first, semantic codebook"
-    normalized = "mean per predicted token" if results.normalisation == "token" else "sum, not normalized by length"
+    normalized = "mean per predicted token" if results.normalization == "token" else "sum, not normalized by length"
     lines = [
         f"## Zero-shot: {results.pairs.dataset}", "",
         f"{overall.pairs} pairs of {overall.items} items{left_out}. The model is right where the right recording has "

@@ -11,7 +11,7 @@ from moshi_ttt import TTTMLPConfig, inject, save_adapter
 from moshi_ttt.apps.quickstart.data import Codec, load_speech
 from moshi_ttt.apps.quickstart.evaluate import compare, evaluate
 from moshi_ttt.apps.quickstart.setup import run_config
-from moshi_ttt.apps.quickstart.stream import listen
+from moshi_ttt.apps.quickstart.stream import stream_recording
 from moshi_ttt.apps.quickstart.train import SpeechSegments, train
 from moshi_ttt.configs.sections import StreamConfig
 from moshi_ttt.hosts.moshi.loading import resolve_repo
@@ -33,7 +33,7 @@ document = codec.document([speech.held_out])
 on, off = (evaluate(model, injection.host, document, name=f"updates {u}", updates=u) for u in (True, False))
 print(f"nats per token: updates on {on.mean:.4f}, off {off.mean:.4f}, saved {compare(on, off).mean:+.4f}")
 
-heard = listen(model, codec, speech.held_out.audio[:, :100], StreamConfig(), on_frame=lambda frame: None)
-print(f"{heard.median_ms:.0f} ms a frame of {heard.frame_ms:.0f} ms; fast weights moved by", {
-    str(site): f"{100 * values[-1]:.1f}%" for site, values in heard.change.items()
+streamed = stream_recording(model, codec, speech.held_out.audio[:, :100], StreamConfig(), on_frame=lambda frame: None)
+print(f"{streamed.median_ms:.0f} ms a frame of {streamed.frame_ms:.0f} ms; fast weights moved by", {
+    str(site): f"{100 * values[-1]:.1f}%" for site, values in streamed.change.items()
 })  # fmt: skip

@@ -183,22 +183,22 @@ def train_mimi(work: Path, waves: list[torch.Tensor], minutes: float) -> Path:
         (latent,) = mimi.decoder_transformer(mimi._to_encoder_framerate(latent))
         return mimi.decoder(latent)
 
-    def fit(parameters: list[torch.nn.Parameter], minutes: float, quantise: bool) -> None:
-        optimiser = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.8, 0.99), weight_decay=1e-2)
+    def fit(parameters: list[torch.nn.Parameter], minutes: float, quantize_latent: bool) -> None:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.8, 0.99), weight_decay=1e-2)
         start, step = time.time(), 0
         while (spent := (time.time() - start) / (60 * minutes)) < 1:
-            optimiser.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * spent))
+            optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * spent))
             audio = batch_of_audio(waves, generator, 4, 20)
-            with torch.set_grad_enabled(not quantise):
-                latent = mimi.encode_to_latent(audio, quantize=quantise)
+            with torch.set_grad_enabled(not quantize_latent):
+                latent = mimi.encode_to_latent(audio, quantize=quantize_latent)
             output = decode(latent)[..., : audio.shape[-1]]
             loss = spectral_loss(output, audio)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
+            optimizer.step()
             if step % 100 == 0:
-                log(f"mimi {'decoder' if quantise else 'autoencoder'} step {step} loss {loss.detach():.4f}")
+                log(f"mimi {'decoder' if quantize_latent else 'autoencoder'} step {step} loss {loss.detach():.4f}")
             step += 1
 
     log("training Mimi as an autoencoder")
@@ -219,7 +219,7 @@ def train_mimi(work: Path, waves: list[torch.Tensor], minutes: float) -> Path:
             vq.input_proj.weight.copy_(basis[..., None])
             vq.output_proj.weight.copy_(basis.T[..., None])
         mimi.quantizer.train()
-        for _ in range(12):  # each pass k-means-initialises one more residual level, then refines by moving average
+        for _ in range(12):  # each pass k-means-initializes one more residual level, then refines by moving average
             mimi.quantizer(joined, FRAME_RATE)
         mimi.quantizer.eval()
         codes = mimi.quantizer.encode(joined)
@@ -227,7 +227,7 @@ def train_mimi(work: Path, waves: list[torch.Tensor], minutes: float) -> Path:
     for module in mimi.modules():
         if hasattr(module, "_embedding"):
             module._embedding = None
-    log("adapting the decoder to quantised latents")
+    log("adapting the decoder to quantized latents")
     tuned = [p for n, p in mimi.named_parameters() if n.startswith(("decoder", "upsample"))]
     mimi.decoder.train()
     fit(tuned, minutes * 0.4, True)
@@ -323,14 +323,14 @@ def train_lm(work: Path, codes_path: Path, minutes: float) -> Path:
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.trunc_normal_(module.weight, std=0.7 / module.weight.shape[1] ** 0.5)
     log(f"training the language model: {sum(p.numel() for p in model.parameters()):,} parameters")
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     generator = random.Random(1)
     held_out = torch.stack([document(held, codes, random.Random(7 + i), 250) for i in range(6)])
     start, step = time.time(), 0
     best, best_state = math.inf, {}
     while (spent := (time.time() - start) / (60 * minutes)) < 1:
         model.train()
-        optimiser.param_groups[0]["lr"] = (
+        optimizer.param_groups[0]["lr"] = (
             8e-4 * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * spent)))
         )
         batch = torch.stack([document(names, codes, generator, 160) for _ in range(6)])
@@ -338,10 +338,10 @@ def train_lm(work: Path, codes_path: Path, minutes: float) -> Path:
         corrupted = torch.where(torch.rand(batch.shape) < 0.2, torch.full_like(batch, -1), batch)
         audio, text = lm_loss(model, corrupted)
         loss = audio + 0.2 * text
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         if step % 50 == 0:
             model.eval()
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What the package needs of the operating system: threads, signals, locks, folders, and the reports in them.
+"""The package's use of the operating system: threads, signals, locks, output folders, and reports.
 
 ``threads`` chooses how many processor threads compute, ``interruption`` turns a signal into a stop that can be saved,
 ``folder_lock`` lets one process at a time write a folder, ``output_folder`` writes a folder whole or not at all,

@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock that the operating system gives back when its holder ends, however it ends.
+"""A lock that admits one process at a time to a folder. The operating system releases it when the process ends.
 
 The file ``run.lock`` in the folder is locked (POSIX record locks, which NFS passes on to its server; a byte of it on
 Windows), and says who holds it. Where a file system cannot lock, the file's being there is the lock.

@@ -1,4 +1,4 @@
-"""Signals that ask a process to stop: which they are, and when a second one is a second request.
+"""Signals that ask a process to stop, and when another signal counts as a second request.
 
 One stop often comes as several signals. A scheduler signals every process of a job and torchrun passes on what it gets,
 so a rank gets SIGTERM twice; a terminal sends Ctrl-C to the launcher and to its ranks, and the launcher passes it on.
@@ -41,7 +41,7 @@ def launched_by_torchrun() -> bool:
 
 
 class Interrupted(KeyboardInterrupt):
-    """What ends a process that is asked to stop and has nothing to save first.
+    """Raised to end a process that is asked to stop and has nothing to save.
 
     A type of its own, because CPython remembers a plain KeyboardInterrupt that passes through ``exec`` of a string
     (dataclasses and pydantic do that while they are imported) and then ends by a signal, although it was caught.
@@ -65,7 +65,7 @@ class Requests:
         return self.since is not None
 
     def again(self, number: int) -> bool:
-        """Take note of a signal. Whether it is a second request."""
+        """Record a signal. Return whether it is a second request."""
         now = time.monotonic()
         if self.since is None:
             self.since = now

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and that never replace what they did not make."""
+"""Output folders: written completely or not at all, and never in place of files of others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 
 class OutputError(MoshiTTTError, ValueError):
-    """A place where nothing can, or may, be written."""
+    """An output folder that cannot, or must not, be written."""
 
 
 def check_free(folder: Path, *, made_by: str, overwrite: bool) -> None:
@@ -77,7 +77,7 @@ def new_folder(folder: Path, *, made_by: str, overwrite: bool = False) -> Iterat
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Remove the parents that were made for nothing, innermost first."""
+    """Remove the parent folders that were created and are empty, innermost first."""
     for folder in folders:
         try:
             folder.rmdir()

@@ -1,4 +1,4 @@
-"""What operating systems do differently, in one place: each either works, or says in a sentence why it cannot."""
+"""The differences between operating systems. Each function works, or raises an error that says why it cannot."""
 
 from __future__ import annotations
 

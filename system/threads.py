@@ -1,4 +1,4 @@
-"""How many processor threads a command computes with: as many as its model is worth, so that other work is not blocked.
+"""The number of CPU threads of a command: one for a small model, so that other work is not blocked.
 
 The threads of an OpenMP program wait for each other after every operation. On small tensors they wait more than they
 compute, and where another program holds a core they wait for that program too.

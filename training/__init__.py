@@ -3,10 +3,11 @@
 For any host: ``trainer`` is the loop (``Trainer.fit``), ``callback`` the contract of what happens around its steps,
 ``callbacks``, ``validation``, ``saving`` and ``inner_losses`` hold the callbacks, ``trained`` says what is trained,
 ``optimizer`` the rates, ``runtime`` the ranks, ``stopping`` where a step can be left, ``checkpoint`` saves and resumes,
-``logs`` records what happens.
+``checkpoint_contents`` names the tensors of a checkpoint, ``logs`` records what happens.
 
 For Moshi: ``run`` assembles all of it from a config, ``model`` builds and fills the model, ``export`` writes what
-others use, ``planning`` says beforehand what a run takes. The options are in ``moshi_ttt.configs.training``.
+others use, ``planning`` computes what a run needs, ``plan_tables`` prints it. The options are in
+``moshi_ttt.configs.training``.
 """
 
 from moshi_ttt.configs.fit import FitConfig

@@ -1,4 +1,4 @@
-"""Memory of a training step besides its parameters, counted without a device: ``train --plan``.
+"""Count the memory of a training step besides its parameters, without a device, for ``train --plan``.
 
 The step runs on the meta device, whose tensors have shapes and no values, so it costs no memory and serves any block.
 

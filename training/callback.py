@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Does nothing; override what is needed. ``Trainer.fit`` calls its callbacks in the order they are given.
+    """The base class: every method does nothing. ``Trainer.fit`` calls its callbacks in the order they are given.
 
     A method that communicates between ranks must be called on every rank: give such a callback to every rank's trainer.
     """

@@ -17,19 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from moshi_ttt.core.atomic import publish
-from moshi_ttt.core.block import Site
 from moshi_ttt.core.errors import MoshiTTTError
-from moshi_ttt.core.host import CarriedState
 from moshi_ttt.core.sharding import local
+from moshi_ttt.training import checkpoint_contents as contents
 from moshi_ttt.training.optimizer import advance
 from moshi_ttt.training.runtime import Runtime
 from moshi_ttt.training.trainer import Trainer
@@ -158,7 +154,7 @@ class CheckpointWriter:
         self.runtime.wait()
         writer = FileSystemWriter(temporary / RESUME, sync_files=True)
         # Tensors are copied before this returns: training may change them while they are written.
-        tensors = async_save(_tensors(trainer), storage_writer=writer, process_group=self.runtime.saving)
+        tensors = async_save(contents.all_tensors(trainer), storage_writer=writer, process_group=self.runtime.saving)
         written = self._executor.submit(export, temporary) if self.runtime.first else _nothing()
         state = {"format_version": FORMAT_VERSION, "step": trainer.step, **position}
         ended: list[float] = []
@@ -246,9 +242,33 @@ def load(trainer: Trainer, folder: Path, position: Mapping[str, Any]) -> None:
     Raises CheckpointError: other data, seed or global batch, or another set of trained parameters.
     """
     state = read_state(folder)
-    if int(state["step"]) > trainer.config.max_steps:
-        most = trainer.config.max_steps
-        raise CheckpointError(f"{folder} is at step {state['step']}, and max_steps is {most}: raise it.")
+    _refuse_other_run(folder, state, position, trainer.config.max_steps)
+    try:
+        reader = FileSystemReader(folder / RESUME)
+        stored = reader.read_metadata().state_dict_metadata
+    except Exception as error:
+        raise _damaged(folder, f"{type(error).__name__}: {error}") from error
+    wanted = contents.parameters(trainer)
+    saved = {key for key in stored if key.startswith(("model/", "optimizer/", "buffer/"))}
+    if wanted.keys() != saved:
+        apart = sorted(wanted.keys() ^ saved)
+        raise CheckpointError(f"{folder} is of a run that trained other parameters: {', '.join(apart[:6])}, ...")
+    carried = contents.empty_carried(trainer, stored)
+    random = contents.empty_random(trainer, stored)
+    try:
+        load_tensors({**wanted, **carried, **random}, storage_reader=reader, process_group=trainer.runtime.saving)
+    except CheckpointException as error:
+        raise _damaged(folder, _cause(error)) from error
+    contents.restore_carried(trainer, carried)
+    contents.restore_random(trainer.runtime, random)
+    trainer.step = int(state["step"])
+    advance(trainer.schedule, min(trainer.step, trainer.config.max_steps - 1))
+
+
+def _refuse_other_run(folder: Path, state: Mapping[str, Any], position: Mapping[str, Any], max_steps: int) -> None:
+    """Raise CheckpointError where the run that wrote ``state`` is not one that this run can continue."""
+    if int(state["step"]) > max_steps:
+        raise CheckpointError(f"{folder} is at step {state['step']}, and max_steps is {max_steps}: raise it.")
     different = [
         f"{key} was {state.get(key)!r} and is {value!r}"
         for key, value in position.items()
@@ -259,113 +279,8 @@ def load(trainer: Trainer, folder: Path, position: Mapping[str, Any]) -> None:
         if state.get("rows") != position.get("rows"):
             hint = " Rows are batch_size x num_microbatches x ranks: change num_microbatches so that they are the same."
         raise CheckpointError(f"{folder} cannot be resumed by this run: {'; '.join(different)}.{hint}")
-    try:
-        reader = FileSystemReader(folder / RESUME)
-        stored = reader.read_metadata().state_dict_metadata
-    except Exception as error:
-        raise _damaged(folder, f"{type(error).__name__}: {error}") from error
-    wanted = _parameters(trainer)
-    saved = {key for key in stored if key.startswith(("model/", "optimizer/", "buffer/"))}
-    if wanted.keys() != saved:
-        apart = sorted(wanted.keys() ^ saved)
-        raise CheckpointError(f"{folder} is of a run that trained other parameters: {', '.join(apart[:6])}, ...")
-    carried = _empty_carried(trainer, stored)
-    random = {key: _empty(stored[key]) for key in _random(trainer.runtime) if key in stored}
-    try:
-        load_tensors({**wanted, **carried, **random}, storage_reader=reader, process_group=trainer.runtime.saving)
-    except CheckpointException as error:
-        raise _damaged(folder, _cause(error)) from error
-    _restore_carried(trainer, carried)
-    _restore_random(trainer.runtime, random)
-    trainer.step = int(state["step"])
-    advance(trainer.schedule, min(trainer.step, trainer.config.max_steps - 1))
-
-
-# ---- what a checkpoint holds, by name
-
-
-def _tensors(trainer: Trainer) -> dict[str, Tensor]:
-    return {**_parameters(trainer), **_carried(trainer), **_random(trainer.runtime)}
 
 
 def num_bytes(trainer: Trainer) -> int:
     """Bytes of a checkpoint on this rank, without carried state."""
-    return sum(local(tensor).nbytes for tensor in _parameters(trainer).values())
-
-
-def _parameters(trainer: Trainer) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for name, parameter in trainer.trained.trained().items():
-        found[f"model/{name}"] = parameter.detach()
-        for key, value in trainer.optimizer.state[parameter].items():
-            found[f"optimizer/{name}/{key}"] = value
-    for name, buffer in trainer.trained.injection.named_buffers():
-        found[f"buffer/{name}"] = buffer
-    return found
-
-
-def _rows(trainer: Trainer) -> dict[tuple[int, int], int]:
-    """(micro-batch, row in it) on this rank -> row of the global batch."""
-    size, runtime = trainer.config.batch_size, trainer.runtime
-    return {
-        (m, b): (m * runtime.world_size + runtime.rank) * size + b
-        for m in range(trainer.config.num_microbatches)
-        for b in range(size)
-    }
-
-
-def _carried(trainer: Trainer) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for (m, b), row in _rows(trainer).items():
-        state = trainer.carried[m]
-        if state is not None and state.document_ids is not None:
-            found[f"carried/{row}/document"] = state.document_ids[b : b + 1].clone()
-            for site, tensors in state.blocks.items():
-                for name, tensor in tensors.items():
-                    found[f"carried/{row}/{site}/{name}"] = tensor[b : b + 1].detach().clone()
-    return found
-
-
-def _empty(stored: Any) -> Tensor:
-    assert isinstance(stored, TensorStorageMetadata)
-    return torch.empty(stored.size, dtype=stored.properties.dtype)
-
-
-def _empty_carried(trainer: Trainer, stored: Mapping[str, Any]) -> dict[str, Tensor]:
-    rows = set(_rows(trainer).values())
-    keys = [key for key in stored if key.startswith("carried/") and int(key.split("/")[1]) in rows]
-    return {key: _empty(stored[key]) for key in keys}
-
-
-def _restore_carried(trainer: Trainer, carried: Mapping[str, Tensor]) -> None:
-    if not carried:
-        return
-    places, device = _rows(trainer), trainer.runtime.device
-    for m in range(trainer.config.num_microbatches):
-        rows = [places[m, b] for b in range(trainer.config.batch_size)]
-        parts: dict[tuple[str, ...], list[Tensor]] = {}
-        for row in rows:
-            for key, tensor in carried.items():
-                _, number, *rest = key.split("/")
-                if int(number) == row:
-                    parts.setdefault(tuple(rest), []).append(tensor.to(device))
-        state = CarriedState(document_ids=torch.cat(parts.pop(("document",))))
-        for (site, name), tensors in parts.items():
-            state.blocks.setdefault(Site.parse(site), {})[name] = torch.cat(tensors)
-        state.blocks = dict(sorted(state.blocks.items()))
-        trainer.carried[m] = state
-
-
-def _random(runtime: Runtime) -> dict[str, Tensor]:
-    found = {f"random/{runtime.rank}/cpu": torch.get_rng_state()}
-    if runtime.device.type == "cuda":
-        found[f"random/{runtime.rank}/cuda"] = torch.cuda.get_rng_state(runtime.device)
-    return found
-
-
-def _restore_random(runtime: Runtime, random: Mapping[str, Tensor]) -> None:
-    for key, state in random.items():
-        if key.endswith("/cpu"):
-            torch.set_rng_state(state)
-        else:
-            torch.cuda.set_rng_state(state, runtime.device)
+    return sum(local(tensor).nbytes for tensor in contents.parameters(trainer).values())

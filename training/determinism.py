@@ -1,4 +1,4 @@
-"""The option ``deterministic``: equal results at every run, where CUDA's defaults differ from run to run."""
+"""The option ``deterministic``: equal results in every run on CUDA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exports of a checkpoint: an adapter folder, and a LoRA file or merged weights that stock Moshi loads."""
+"""Export a checkpoint: an adapter folder, and a LoRA file or merged weights that stock Moshi loads."""
 
 from __future__ import annotations
 

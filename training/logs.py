@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -217,12 +218,12 @@ def check_installed(run: RunConfig) -> None:
     """Raise ConfigError when TensorBoard or wandb is asked for and not installed."""
     if run.tensorboard:
         try:
-            import torch.utils.tensorboard  # noqa: F401
+            import_module("torch.utils.tensorboard")
         except ImportError:
             raise ConfigError("tensorboard is true, and it is not installed: pip install tensorboard.") from None
     if run.wandb.project:
         try:
-            import wandb  # noqa: F401
+            import_module("wandb")
         except ImportError:
             raise ConfigError("wandb.project is set, and wandb is not installed: pip install wandb.") from None
 

@@ -1,4 +1,4 @@
-"""The model of a run: planned on the meta device, sharded there, then filled, equally on any number of ranks."""
+"""The model of a run: planned and sharded on the meta device, then filled. The ranks' number changes no value."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from moshi_ttt.core.losses import HostLosses
 from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.core.sharding import shard
 from moshi_ttt.hosts.moshi import lora
+from moshi_ttt.hosts.moshi.compatibility import require_trainable
 from moshi_ttt.hosts.moshi.depformer import make_steps_contiguous
-from moshi_ttt.hosts.moshi.fit import require_trainable
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.loading import MoshiBundle
 from moshi_ttt.hosts.moshi.stored_lora import StoredLoRA
@@ -26,7 +26,7 @@ from moshi_ttt.training.trained import TrainedModel
 
 
 def losses_of(run: RunConfig) -> HostLosses:
-    """What a run minimizes."""
+    """The losses that a run minimizes."""
     return MOSHI_HOST.losses(
         first_codebook=run.first_codebook_weight_multiplier, text_padding=run.text_padding_weight, text=run.text_weight
     )
@@ -86,11 +86,11 @@ def build(
     if continued is not None:
         continued.fill(built.model)
     elif not resumed and (adapter is None or not read_manifest(adapter)["extra"]):
-        lora.initialise_lora(built.model, settings.run.seed)
-    built.injection.initialise(saved=adapter is None and not resumed)
+        lora.initialize_lora(built.model, settings.run.seed)
+    built.injection.initialize(saved=adapter is None and not resumed)
     if adapter is not None:
         built = replace(built, notes=tuple(fill_from_adapter(built.injection, adapter, registry=registry)))
-    built.injection.check_precision("initialised")
+    built.injection.check_precision("initialized")
     check_trained(built, settings)
     built.model.train()
     return built

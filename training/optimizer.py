@@ -1,4 +1,4 @@
-"""The optimizer and its schedule: AdamW under one cycle, one learning rate a group."""
+"""The optimizer and its schedule: AdamW with a learning rate for each group."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""``moshi-ttt train --plan``: what a run would train and what each rank would hold, from the architecture alone.
+"""``moshi-ttt train --plan``: what a run trains and the memory of each rank, from the architecture alone.
 
 No weights are read and no process group is needed: the model stays on the meta device, and the sizes of its shards are
-computed as FSDP2 cuts them. The plan is of plain values; ``dataclasses.asdict`` makes JSON of it.
+computed as FSDP2 cuts them. The plan is of plain values; ``dataclasses.asdict`` makes JSON of it; see ``plan_tables``.
 """
 
 from __future__ import annotations
@@ -10,15 +10,12 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from rich.console import Group as Stack
-from rich.console import RenderableType
-from rich.table import Table
 from torch import Tensor, nn
 
 from moshi_ttt.configs.settings import Settings
+from moshi_ttt.core.deprecation import moved_names
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.registry import Registry
-from moshi_ttt.core.units import human_bytes
 from moshi_ttt.hosts.moshi.host import main_layers
 from moshi_ttt.hosts.moshi.upstream import FRAME_RATE
 from moshi_ttt.training import export
@@ -27,6 +24,9 @@ from moshi_ttt.training.model import skeleton
 from moshi_ttt.training.optimizer import rates, reach, too_low
 from moshi_ttt.training.trained import TrainedModel
 
+__getattr__ = moved_names(
+    __name__, None, {name: f"moshi_ttt.training.plan_tables:{name}" for name in ("groups_table", "render")}
+)  # fmt: skip
 FROZEN = "frozen"
 ROOT = "root"
 """What the last unit is called: the parameters that no other unit contains."""
@@ -93,13 +93,13 @@ class RankPlan:
 
     @property
     def total(self) -> int:
-        """Without activations."""
+        """All bytes without activations."""
         return self.parameters + self.gradients + self.moments + self.gathered + self.unreduced + self.carried
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """What a run would train, and what it takes.
+    """What a run trains, and the memory it needs.
 
     Attributes:
         model: which Moshi.
@@ -210,85 +210,6 @@ def plan_model(trained: TrainedModel, settings: Settings, *, ranks: int, shards:
         kept_layers=layers,
         layer_input_bytes=layers * run.batch_size * frames * trained.model.dim * trained.roles.param.itemsize,
     )
-
-
-def render(plan: TrainingPlan) -> RenderableType:
-    """What is trained, and the bytes of a rank, as two tables and a few lines."""
-    groups = groups_table(plan.groups, title=f"{plan.model}: what is trained")
-    warnings = [f"Warning: {problem}" for problem in plan.low_rates]
-    blocks = f"blocks: {', '.join(plan.blocks) or 'none'}"
-    return Stack(groups, *warnings, blocks, "", _rank_table(plan), *_notes(plan))
-
-
-def groups_table(groups: Iterable[GroupPlan], title: str | None = None) -> Table:
-    """What is trained, and what is frozen, a line for each group."""
-    table = Table(title=title, title_justify="left")
-    for heading in ("group", "parameters", "tensors", "stored as", "learning rate", "moves a parameter by at most"):
-        table.add_column(heading, justify="right" if heading in ("parameters", "tensors") else "left")
-    for group in groups:
-        rate = "" if group.learning_rate is None else f"{group.learning_rate:g}"
-        moves = "" if group.reach is None else f"{group.reach:.1g}"
-        table.add_row(group.name, f"{group.parameters:,}", str(group.tensors), group.stored_as, rate, moves)
-    return table
-
-
-def _rank_table(plan: TrainingPlan) -> Table:
-    rank, root = plan.rank, plan.units[-1].gathered_bytes
-    largest = max((unit.gathered_bytes for unit in plan.units[:-1]), default=0)
-    waiting = "of all units: ranks exchange them once a step" if plan.waiting else "of the largest unit"
-    table = Table(title=f"Bytes on {_which(plan)}", title_justify="left")
-    table.add_column("what")
-    table.add_column("bytes", justify="right", no_wrap=True)
-    table.add_column("how it is counted")
-    rows = [
-        ("parameters", rank.parameters, "its share of each, as stored"),
-        ("gradients", rank.gradients, "its share, of what is trained"),
-        ("AdamW moments", rank.moments, "two for each gradient"),
-        (
-            "gathered parameters", rank.gathered,
-            f"the root, whole from forward to backward ({human_bytes(root)}), and the largest other unit twice "
-            f"({human_bytes(largest)} each): the next is fetched meanwhile",
-        ),
-        ("gradients not yet exchanged", rank.unreduced, f"whole, {waiting}"),
-    ]  # fmt: skip
-    if plan.carried_rows:
-        counted = f"{plan.carried_rows} row(s) of {human_bytes(plan.state_bytes)}, before the step and after it"
-        rows.append(("carried memory", rank.carried, counted))
-    for what, count, how in rows:
-        table.add_row(what, human_bytes(count), how)
-    table.add_section()
-    table.add_row("total before activations", human_bytes(rank.total), "")
-    if rank.activations is not None:
-        counted = "one micro-batch, forward and backward, at its peak"
-        table.add_row("activations", human_bytes(rank.activations), counted)
-        table.add_section()
-        table.add_row("peak", human_bytes(rank.total + rank.activations), "")
-    return table
-
-
-def _which(plan: TrainingPlan) -> str:
-    if plan.ranks == 1:
-        return "the one rank"
-    copies = plan.ranks // plan.shards
-    shared = f"{copies} copies of the model, each on {plan.shards}" if copies > 1 else "which share the model"
-    return f"the rank that holds most, of {plan.ranks}: {shared}"
-
-
-def _notes(plan: TrainingPlan) -> Iterator[str]:
-    largest, whole = plan.largest_unit, human_bytes(plan.largest_unit.gathered_bytes)
-    yield f"{len(plan.units)} units of sharding; the largest of them, {largest.name}, is {whole} when it is whole"
-    yield f"memory of the blocks: {human_bytes(plan.state_bytes)} a stream"
-    if plan.rank.activations is None:
-        yield (
-            f"Activations are not in the total. At least {human_bytes(plan.layer_input_bytes)} of them: the inputs of "
-            f"the {plan.kept_layers} main layers that gradients pass through, which checkpointing keeps too. Logits, "
-            "the depformer, a layer computed again and the inner loops of the blocks come on top."
-        )
-    else:
-        yield (
-            "Not in the peak: what the device's driver and its libraries take, what the allocator keeps between "
-            "tensors, buffers in which ranks exchange, and what the optimizer step makes for a moment."
-        )
 
 
 def group_plans(trained: TrainedModel, settings: Settings) -> Iterator[GroupPlan]:

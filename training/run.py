@@ -1,4 +1,4 @@
-"""``moshi-ttt train``, from config to checkpoints: everything in order, each part in a module of its own."""
+"""``moshi-ttt train`` from config to checkpoints: the parts in their order, each in a module of its own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.data.corpus import Corpus, open_corpus
 from moshi_ttt.data.dataset import TrainingData, loader
 from moshi_ttt.data.held_out import held_out_batches
-from moshi_ttt.hosts.moshi.fit import require_trainable
+from moshi_ttt.hosts.moshi.compatibility import require_trainable
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.system import platforms, threads
 from moshi_ttt.system.interruption import StopRequest
@@ -35,7 +35,8 @@ from moshi_ttt.training.determinism import deterministic
 from moshi_ttt.training.inner_losses import InnerLosses
 from moshi_ttt.training.logs import METRICS, RunLog, check_installed
 from moshi_ttt.training.model import build, continued_lora
-from moshi_ttt.training.planning import group_plans, groups_table, low_rates
+from moshi_ttt.training.plan_tables import groups_table
+from moshi_ttt.training.planning import group_plans, low_rates
 from moshi_ttt.training.run_dir import RunDir, hold_run_dir
 from moshi_ttt.training.runtime import Runtime, device_kind, start
 from moshi_ttt.training.saving import Checkpoints

@@ -65,7 +65,7 @@ class Runtime:
         return box[0]
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank has called this."""
         dist.barrier()
 
 

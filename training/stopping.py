@@ -63,7 +63,7 @@ class Pace:
         return max(self.steps, default=float("inf"))
 
     def saved(self, seconds: float) -> None:
-        """Take note of a checkpoint."""
+        """Record the duration of a checkpoint."""
         self.save = max(self.save, seconds) if self.measured else seconds
         self.measured = True
 

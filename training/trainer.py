@@ -179,7 +179,7 @@ class Trainer:
         if inputs:
             here = torch.stack([self.losses.weights(self.trained.model, part) for part in inputs]).sum(0).cpu()
         said = torch.tensor([float(ready), float(len(problems)), float(stop)], dtype=torch.float64)
-        totals = self.runtime.sum(torch.cat([here.flatten(), said]))
+        totals = self.runtime.sum(torch.cat([here.flatten(), said]))  # [2 n + 3]
         weights, (readies, bad, stops) = totals[:-3].view_as(here), totals[-3:].tolist()
         if stops:  # no step is begun
             raise StepGivenUpError
@@ -191,7 +191,8 @@ class Trainer:
         norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.config.max_norm)))
         # 3. The losses of all ranks, and whether one was asked to stop meanwhile. One collective.
         stop = safe is not None and safe.request.asked
-        ended = self.runtime.sum(torch.cat([sums.cpu().flatten(), torch.tensor([float(stop)], dtype=torch.float64)]))
+        asked = torch.tensor([float(stop)], dtype=torch.float64)
+        ended = self.runtime.sum(torch.cat([sums.cpu().flatten(), asked]))  # [2 n + 1]
         losses = LossMeans.of(self.losses, ended[:-1].view_as(here), weights)
         # 4. Change the parameters, unless something is not finite.
         skipped = not (math.isfinite(losses.total) and math.isfinite(norm))

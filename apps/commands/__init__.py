@@ -1,1 +1,1 @@
-"""The commands of ``moshi-ttt``, a module each. Nothing heavy is imported until one runs."""
+"""The commands of ``moshi-ttt``, one module each. Nothing heavy is imported until a command runs."""

@@ -19,7 +19,7 @@ def encode(
 ) -> None:
     """Encode the recordings of a training config into shards, which training reads with data.train_data=OUT.
 
-    Every run that reads recordings themselves encodes them anew in every epoch; shards hold the very same numbers.
+    A run that reads recordings encodes them again in every epoch. Shards hold the same tokens.
     """
     from moshi_ttt.configs import settings as reading
     from moshi_ttt.core.registry import default_registry

@@ -1,4 +1,4 @@
-"""The subcommands of ``moshi-ttt evaluate``. Nothing heavy is imported until one runs."""
+"""The subcommands of ``moshi-ttt evaluate``. Nothing heavy is imported until a subcommand runs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ from typing import Annotated
 
 import typer
 
-from moshi_ttt.apps.arguments import PATH, Threads
+from moshi_ttt.apps.arguments import PATH
 from moshi_ttt.apps.commands.evaluation_inputs import (
-    Adapters,
-    Batch,
-    Channel,
-    Config,
-    Data,
-    Label,
-    LayoutOption,
-    Out,
-    Overwrite,
+    ModelOptions,
+    OutputOptions,
+    RecordingOptions,
     Seconds,
     Seed,
     conditions_for,
@@ -25,6 +19,8 @@ from moshi_ttt.apps.commands.evaluation_inputs import (
     named_adapter,
     prepare,
 )
+from moshi_ttt.apps.commands.recall import run_recall
+from moshi_ttt.apps.shared_options import renamed_option, with_shared_options
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.system.platforms import check_file_names
 
@@ -34,96 +30,80 @@ app = typer.Typer(
 )
 
 
-Every = Annotated[
-    int | None,
-    typer.Option(
-        "--every",
-        min=1,
-        help="Frames between two resets or exchanges of the memory. Default: the attention context, in whole segments.",
-    ),
-]
-Segments = Annotated[
-    int | None,
-    typer.Option(
-        "--segments",
-        min=1,
-        help="Segment length in frames. TTT state is carried across segments, attention is not. Default: stream token "
-        "by token.",
-    ),
-]
-Spans = Annotated[
-    str | None,
-    typer.Option(
-        "--spans",
-        metavar="LIST",
-        help="Also report by position in the recordings: frames at which spans begin, such as 48,192,480,960.",
-    ),
-]
-
-
 @app.command("long-context")
+@with_shared_options
 def long_context(
     ctx: typer.Context,
-    config: Config,
-    data: Data,
-    out: Out,
-    adapter: Adapters = None,
-    layout: LayoutOption = "files",
-    speaker_label: Label = None,
-    moshi_channel: Channel = None,
+    shared: RecordingOptions,
     max_seconds: Seconds = None,
     window: Annotated[int, typer.Option("--window", min=1, help="Window length in frames (12.5 a second).")] = 64,
-    every: Every = None,
-    segments: Segments = None,
-    spans: Spans = None,
-    batch_size: Batch = 4,
+    every: Annotated[
+        int | None,
+        typer.Option(
+            "--every",
+            min=1,
+            help="Frames between two resets or exchanges of the memory. Default: the attention context, in whole "
+            "segments.",
+        ),
+    ] = None,
+    segments: Annotated[
+        int | None,
+        typer.Option(
+            "--segments",
+            min=1,
+            help="Segment length in frames. TTT state is carried across segments, attention is not. Default: stream "
+            "token by token.",
+        ),
+    ] = None,
+    spans: Annotated[
+        str | None,
+        typer.Option(
+            "--spans",
+            metavar="LIST",
+            help="Also report by position in the recordings: frames at which spans begin, such as 48,192,480,960.",
+        ),
+    ] = None,
     seed: Seed = 0,
-    overwrite: Overwrite = False,
-    threads: Threads = None,
 ) -> None:
-    """Loss by position over long recordings: updates on, updates off, memory reset, memory of another."""
+    """Report the loss by position in long recordings, with updates on and off and with the memory reset or exchanged.
+
+    A memory is exchanged when each recording of a batch gets the memory of another one.
+    """
     from moshi_ttt.evaluation import long_context as evaluation
+    from moshi_ttt.evaluation.models import CONDITIONS, refuse_uneven
     from moshi_ttt.evaluation.reporting import write_long_context
-    from moshi_ttt.evaluation.subjects import CONDITIONS, refuse_uneven
-    from moshi_ttt.system.output_folder import check_free, new_folder
 
     made_by = "moshi-ttt evaluate long-context"
     divided = evaluation.read_spans(spans, window) if spans is not None else ()
-    check_free(out, made_by=made_by, overwrite=overwrite)
+    shared.check(made_by)
     if every is not None:
         refuse_uneven(CONDITIONS, every=every, segments=segments)  # before anything is loaded
-    speakers = (speaker_label, moshi_channel)
-    subjects, documents, facts, rate, _ = prepare(
-        ctx, config, data, adapter, layout, max_seconds, speakers, threads
-    )  # fmt: skip
-    conditions = conditions_for(CONDITIONS, len(documents), batch_size)
-    context, step = int(subjects[0].model.context or window), segments or 1
+    given = prepare(ctx, shared, max_seconds=max_seconds)
+    context, step = int(given.models[0].model.context or window), segments or 1
     options = evaluation.Options(
-        window=window, every=every or -(-context // step) * step, batch_size=batch_size, conditions=conditions,
-        segments=segments, spans=divided, seed=seed,
+        window=window, every=every or -(-context // step) * step, batch_size=shared.batch_size,
+        conditions=conditions_for(CONDITIONS, len(given.documents), shared.batch_size), segments=segments,
+        spans=divided, seed=seed,
     )  # fmt: skip
-    with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
-        result = evaluation.evaluate(subjects, documents, options)
-        result.facts.update(facts)
-        write_long_context(folder, result, made_by=made_by, frame_seconds=1 / rate)
-    typer.echo((out / "report.md").read_text(encoding="utf-8"))
+    with shared.new_folder(made_by) as folder:
+        result = evaluation.evaluate(given.models, given.documents, options)
+        result.facts.update(given.facts)
+        write_long_context(folder, result, made_by=made_by, frame_seconds=1 / given.frame_rate)
 
 
 @app.command()
+@with_shared_options
 def recall(
     ctx: typer.Context,
-    config: Config,
-    data: Data,
-    out: Out,
-    adapter: Adapters = None,
-    layout: LayoutOption = "files",
-    speaker_label: Label = None,
-    moshi_channel: Channel = None,
+    shared: RecordingOptions,
     frames: Annotated[
         int | None,
         typer.Option("--frames", min=2, help="Clip length in frames. Default: three times the attention context."),
     ] = None,
-    pieces: Annotated[int, typer.Option("--pieces", min=1, help="Number of clips of each recording, at most.")] = 1,
+    clips: Annotated[
+        int | None, typer.Option("--clips", min=1, help="Largest number of clips of each recording. Default: 1.")
+    ] = None,
+    pieces: Annotated[int | None, typer.Option("--pieces", min=1, hidden=True)] = None,
     volume: Annotated[
         list[str] | None,
         typer.Option(
@@ -137,165 +117,129 @@ def recall(
         typer.Option(
             "--between",
             metavar="LIST",
-            help="Instead: a clip, then so many other clips, then the clip again, for each number, such as 1,6,47.",
+            help="Report recall after other clips instead: their number, or several numbers, such as 1,6,47.",
         ),
     ] = None,
     interludes: Annotated[
         str | None,
-        typer.Option("--interludes", help="Recordings whose clips lie between, as for --data; none of those there."),
+        typer.Option(
+            "--interludes", help="With --between: recordings of the other clips, as for --data, but none of those."
+        ),
     ] = None,
-    batch_size: Batch = 4,
     seed: Seed = 0,
-    overwrite: Overwrite = False,
-    threads: Threads = None,
 ) -> None:
-    """Clips presented twice, and again after a clip of another recording: how much lower the later losses are."""
-    from moshi_ttt.evaluation import between as far
-    from moshi_ttt.evaluation import recall as evaluation
-    from moshi_ttt.evaluation.between_report import write_between
-    from moshi_ttt.evaluation.reporting import write_recall
-    from moshi_ttt.evaluation.subjects import CONDITIONS
-    from moshi_ttt.evaluation.volumes import read_volumes, refuse_volumes
-    from moshi_ttt.system.output_folder import check_free, new_folder
+    """Report how much lower the loss of a clip is when it is presented again.
 
-    made_by = "moshi-ttt evaluate recall"
+    The second presentation follows the first directly, the third follows a clip of another recording.
+    """
+    from moshi_ttt.evaluation.between import read_counts, refuse_incomplete
+    from moshi_ttt.evaluation.volumes import read_volumes, refuse_volumes
+
+    clips = renamed_option("--pieces", pieces, "--clips", clips) or 1
     volumes = read_volumes(volume) if volume else ()
-    if volumes and not adapter:
+    if volumes and not shared.adapter:
         refuse_volumes((), volumes)
-    counts = far.read_counts(between) if between else ()
-    far.refuse_incomplete(counts, interludes, bool(adapter))
-    check_free(out, made_by=made_by, overwrite=overwrite)
-    subjects, documents, facts, rate, others = prepare(
-        ctx, config, data, adapter, layout, None, (speaker_label, moshi_channel), threads, audio_for="recall",
-        also=interludes,
-    )  # fmt: skip
-    frames = frames or 3 * int(subjects[0].model.context or 64)
-    with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
-        if counts:
-            options = far.BetweenOptions(
-                counts=counts, frames=frames, batch_size=batch_size, pieces=pieces, volumes=volumes, seed=seed
-            )
-            lasting = far.evaluate(subjects, documents, others, options)
-            lasting.facts.update(facts)
-            write_between(folder, lasting, made_by=made_by, frame_seconds=1 / rate)
-        else:
-            result = evaluation.evaluate(
-                subjects, documents, frames=frames, conditions=conditions_for(CONDITIONS, len(documents), batch_size),
-                batch_size=batch_size, pieces=pieces, volumes=volumes, seed=seed,
-            )  # fmt: skip
-            result.facts.update(facts)
-            write_recall(folder, result, made_by=made_by)
-    typer.echo((out / "report.md").read_text(encoding="utf-8"))
+    counts = read_counts(between) if between else ()
+    refuse_incomplete(counts, interludes, bool(shared.adapter))
+    run_recall(
+        ctx, shared, frames=frames, clips=clips, volumes=volumes, counts=counts, interludes=interludes, seed=seed
+    )
 
 
 @app.command("inner-loop")
+@with_shared_options
 def inner_loop(
     ctx: typer.Context,
-    config: Config,
-    data: Data,
-    out: Out,
-    adapter: Adapters = None,
-    layout: LayoutOption = "files",
-    speaker_label: Label = None,
-    moshi_channel: Channel = None,
+    shared: RecordingOptions,
     max_seconds: Seconds = 120.0,
     smooth: Annotated[int, typer.Option("--smooth", min=1, help="Frames of the running mean in the figures.")] = 32,
-    batch_size: Batch = 4,
-    overwrite: Overwrite = False,
-    threads: Threads = None,
 ) -> None:
-    """Inner loss by position, layer and head: initial weights, before and after each update, and the mean target."""
+    """Report the inner loss by position, layer and head.
+
+    It is measured at the initial weights, before and after each update, and for predicting the mean target.
+    """
     from moshi_ttt.evaluation import inner_loop as evaluation
-    from moshi_ttt.system.output_folder import check_free, new_folder
     from moshi_ttt.system.report.writer import write_metrics
 
     made_by = "moshi-ttt evaluate inner-loop"
-    check_free(out, made_by=made_by, overwrite=overwrite)
-    check_file_names(named_adapter(text)[0] for text in adapter or [])  # each gets a folder
-    speakers = (speaker_label, moshi_channel)
-    subjects, documents, facts, rate, _ = prepare(
-        ctx, config, data, adapter, layout, max_seconds, speakers, threads
-    )  # fmt: skip
-    remembering = [subject for subject in subjects if subject.injection is not None]
-    if not remembering:
+    shared.check(made_by)
+    check_file_names(named_adapter(text)[0] for text in shared.adapter or [])  # each gets a folder
+    given = prepare(ctx, shared, max_seconds=max_seconds)
+    with_blocks = [tested for tested in given.models if tested.injection is not None]
+    if not with_blocks:
         raise ConfigError("The base model has no inner loop. Give an adapter that has blocks, as in --adapter ttt=RUN.")
-    with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
-        for subject in remembering:
-            result = evaluation.evaluate(subject, documents, batch_size=batch_size, smooth=smooth)
-            result.facts.update({key: value for key, value in facts.items() if key != "subjects"} | subject.facts)
-            place = folder if len(remembering) == 1 else folder / subject.name
+    facts = {key: value for key, value in given.facts.items() if key != "subjects"}
+    with shared.new_folder(made_by) as folder:
+        for tested in with_blocks:
+            result = evaluation.evaluate(tested, given.documents, batch_size=shared.batch_size, smooth=smooth)
+            result.facts.update(facts | tested.facts)
+            place = folder if len(with_blocks) == 1 else folder / tested.name
             place.mkdir(exist_ok=True)
-            evaluation.write_inner_loop(place, result, made_by=made_by, frame_seconds=1 / rate)
-        if len(remembering) > 1:
-            listed = {"made_by": made_by, "subjects": [subject.name for subject in remembering]}
-            write_metrics(folder, listed)
-        reports = [path.read_text(encoding="utf-8") for path in sorted(folder.rglob("report.md"))]
-    typer.echo("\n".join(reports))
+            evaluation.write_inner_loop(place, result, made_by=made_by, frame_seconds=1 / given.frame_rate)
+        if len(with_blocks) > 1:
+            write_metrics(folder, {"made_by": made_by, "subjects": [tested.name for tested in with_blocks]})
 
 
 @app.command("zero-shot")
+@with_shared_options
 def zero_shot(
     ctx: typer.Context,
-    config: Config,
+    shared: ModelOptions,
     dataset: Annotated[str, typer.Option("--dataset", help="swuggy, sblimp, storycloze, topic-storycloze, or csv.")],
     source: Annotated[Path, typer.Option("--source", **PATH, help="Folder of the data set; for csv, the file.")],
-    out: Out,
-    adapter: Adapters = None,
-    normalisation: Annotated[str, typer.Option("--normalisation", help="Compare nats/token, or sum.")] = "token",
-    codebooks: Annotated[str, typer.Option("--codebooks", help="Score all, or semantic (the first).")] = "all",
+    normalization: Annotated[
+        str | None, typer.Option("--normalization", help="What to compare: token (nats/token) or sum. Default: token.")
+    ] = None,
+    normalisation: Annotated[str | None, typer.Option("--normalisation", hidden=True)] = None,
+    codebooks: Annotated[
+        str, typer.Option("--codebooks", help="Codebooks to score: all, or semantic (the first).")
+    ] = "all",
     seed: Seed = 0,
-    overwrite: Overwrite = False,
-    threads: Threads = None,
 ) -> None:
-    """Share of pairs in which the right recording is more likely: spoken words, sentences, endings of stories."""
+    """Report the share of pairs in which the right recording is the more likely one.
+
+    Pairs are of spoken words, of sentences, or of endings of stories.
+    """
     from typing import cast, get_args
 
     from moshi_ttt.evaluation import zero_shot as evaluation
     from moshi_ttt.evaluation.pairs import read_pairs
     from moshi_ttt.evaluation.zero_shot_report import write_zero_shot
     from moshi_ttt.hosts.moshi.host import MOSHI_HOST
-    from moshi_ttt.system.output_folder import check_free, new_folder
 
+    normalization = renamed_option("--normalisation", normalisation, "--normalization", normalization) or "token"
     for option, given, allowed in (
-        ("--normalisation", normalisation, get_args(evaluation.Normalisation)),
+        ("--normalization", normalization, get_args(evaluation.Normalization)),
         ("--codebooks", codebooks, get_args(evaluation.Codebooks)),
     ):
         if given not in allowed:
             raise ConfigError(f"{option} {given!r}: allowed are {', '.join(allowed)}.")
     made_by = "moshi-ttt evaluate zero-shot"
-    check_free(out, made_by=made_by, overwrite=overwrite)
+    shared.check(made_by)
     pairs = read_pairs(dataset, source)
-    subjects, codec, facts = load(ctx, config, adapter, threads, audio_for="zero-shot")
-    variants = {}
-    for subject in subjects:
-        named = {"updates on": True, "updates off": False} if subject.injection is not None else {"": True}
-        for condition, updates in named.items():
-            label = f"{subject.name}, {condition}" if condition else subject.name
-            variants[label] = evaluation.ScoredModel(
-                model=subject.model, host=MOSHI_HOST, updates=updates, present=subject.present
-            )  # fmt: skip
-    with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
+    models, codec, facts = load(ctx, shared, audio_for="zero-shot")
+    with shared.new_folder(made_by) as folder:
         results = evaluation.run(
-            variants, codec, pairs, normalisation=cast("evaluation.Normalisation", normalisation),
+            evaluation.with_and_without_updates(models, MOSHI_HOST), codec, pairs,
+            normalization=cast("evaluation.Normalization", normalization),
             codebooks=cast("evaluation.Codebooks", codebooks), seed=seed,
         )  # fmt: skip
         write_zero_shot(folder, results, facts, made_by=made_by)
-    typer.echo((out / "report.md").read_text(encoding="utf-8"))
 
 
 @app.command()
+@with_shared_options
 def compare(
-    folders: Annotated[list[Path], typer.Argument(**PATH, help="Folders of long-context, recall or zero-shot.")],
-    out: Out,
-    overwrite: Overwrite = False,
+    shared: OutputOptions,
+    folders: Annotated[
+        list[Path], typer.Argument(**PATH, help="Folders that long-context, recall or zero-shot wrote.")
+    ],
 ) -> None:
-    """Several evaluations of one base model in one table and one figure."""
+    """Put several evaluations of one base model into one table and one figure."""
     from moshi_ttt.evaluation.compare import read_results, write_comparison
-    from moshi_ttt.system.output_folder import check_free, new_folder
 
     made_by = "moshi-ttt evaluate compare"
-    check_free(out, made_by=made_by, overwrite=overwrite)
+    shared.check(made_by)
     results, facts = read_results(folders)
-    with new_folder(out, made_by=made_by, overwrite=overwrite) as folder:
+    with shared.new_folder(made_by) as folder:
         write_comparison(folder, results, facts, made_by=made_by)
-    typer.echo((out / "report.md").read_text(encoding="utf-8"))

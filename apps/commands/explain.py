@@ -15,7 +15,7 @@ def explain(
 ) -> None:
     """Show what a config would add to its model: sites, parameters, state, compute, and the dtype of each role.
 
-    The model's architecture is built without storage, so this takes seconds for any size; no weights are read.
+    The model is built without storage and no weights are read, so this takes seconds for a model of any size.
     """
     from moshi_ttt.apps import explain as explaining
 

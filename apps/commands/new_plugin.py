@@ -19,7 +19,7 @@ def new_plugin(
 ) -> None:
     """Write a plugin package with a small working variant, its tests and a config.
 
-    It passes the conformance kit as it is. Install it with pip, then replace its mathematics by yours.
+    It passes the conformance kit. Install it with pip, then replace its computation with your own.
     """
     from moshi_ttt.apps import new_plugin as making
     from moshi_ttt.core.registry import default_registry

@@ -20,8 +20,8 @@ def plugins(
 
     A plugin that could not be loaded is listed with the reason; it is harmless until a config asks for it.
 
-    With --check these are failures: a plugin that is not loaded, a name that two plugins claim, a target that cannot be
-    imported or is of another kind.
+    With --check, exit code 1 means: a plugin is not loaded, two plugins claim a name, or a target cannot be imported or
+    is of another kind.
     """
     from moshi_ttt.apps import plugins as listing
     from moshi_ttt.core.plugin_check import plugin_problems

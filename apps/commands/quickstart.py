@@ -19,14 +19,14 @@ def quickstart(
         str, typer.Option("--config", "-c", help="A YAML file, or the name of a packaged config.")
     ] = "quickstart",
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Training steps; the config's `train.steps` if left out.")
+        int | None, typer.Option("--steps", min=1, help="Training steps. Default: the config's max_steps.")
     ] = None,
     audio: Annotated[
         Path | None,
         typer.Option(
             "--audio",
             **PATH,
-            help="Your own recording to stream (wav, ogg, flac, mp3); a held-out one if left out.",
+            help="Your own recording to stream (wav, ogg, flac, mp3). Default: a held-out one.",
         ),
     ] = None,
     seed: Annotated[
@@ -35,7 +35,7 @@ def quickstart(
             "--seed",
             min=0,
             max=2**32 - 1,
-            help="Seed of initial values, segments and sampling; the config's if left out.",
+            help="Seed of initial values, segments and sampling. Default: the config's.",
         ),
     ] = None,
     overwrite: Annotated[

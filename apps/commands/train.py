@@ -30,12 +30,12 @@ def train(
 ) -> None:
     """Fine-tune Moshi: TTT blocks, LoRA, or everything, on one process or on many.
 
-    Several processes: torchrun --nproc-per-node 8 -m moshi_ttt train CONFIG. Ctrl-C or a termination saves a checkpoint
-    and ends; resume=true continues from it.
+    Several processes: torchrun --nproc-per-node 8 -m moshi_ttt train CONFIG. Ctrl-C or a termination signal saves a
+    checkpoint and ends the run; resume=true continues from it.
 
-    Exit code 0 when the run is done, 75 when it was stopped as asked and can be resumed (with do_ckpt: false nothing
-    was saved), 2 for an error, 130 when a second Ctrl-C ended it without saving. torchrun makes 1 of the last three;
-    "status" in RUN_DIR/run.json tells them.
+    Exit code 0 when the run is done, 75 when it was stopped on request and can be resumed (with do_ckpt: false nothing
+    was saved), 2 for an error, 130 when a second Ctrl-C ended it without saving. torchrun returns 1 for the last three;
+    "status" in RUN_DIR/run.json tells them apart.
     """
     with StopRequest(final=(interruption,)) as stop:
         try:
@@ -60,9 +60,10 @@ def _train(config: str, overrides: list[str], stop: StopRequest, *, plan: bool, 
     registry = default_registry()
     settings = reading.read_settings(config, overrides, registry)
     if plan:
-        from moshi_ttt.training import planning
+        from moshi_ttt.training.plan_tables import render
+        from moshi_ttt.training.planning import plan as plan_run
 
-        console().print(planning.render(planning.plan(settings, registry, ranks=ranks, activations=True)))
+        console().print(render(plan_run(settings, registry, ranks=ranks, activations=True)))
         return None
     from moshi_ttt.training.run import run
 

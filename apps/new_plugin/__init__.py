@@ -1,4 +1,4 @@
-"""``moshi-ttt new-plugin NAME``: the distribution of a variant of one's own, ready to install and to change.
+"""``moshi-ttt new-plugin NAME``: write the distribution of a new variant, which can be installed and changed.
 
 The skeleton is in ``skeleton/``, one template a file; ``examples/moshi-ttt-plugin-template`` is what it becomes for the
 name ``delta_rule``.
@@ -21,11 +21,11 @@ SUFFIX = ".template"
 
 
 class NewPluginError(MoshiTTTError, ValueError):
-    """A plugin that cannot be written: a name that cannot be one, or a folder that is in the way."""
+    """A plugin cannot be written: its name is not allowed, or its folder exists."""
 
 
 def create(name: str, folder: Path, registry: Registry | None = None) -> list[Path]:
-    """Write the distribution of a variant called ``name`` to ``folder``; all of it, or nothing.
+    """Write the distribution of a variant called ``name`` to ``folder``. On an error nothing is left there.
 
     Returns the files written, sorted. Raises NewPluginError.
     """
@@ -53,7 +53,7 @@ def create(name: str, folder: Path, registry: Registry | None = None) -> list[Pa
 
 
 def distribution(name: str) -> str:
-    """The distribution's name, which is also the folder's."""
+    """The name of the distribution and of its folder."""
     return f"moshi-ttt-{name.replace('_', '-')}"
 
 

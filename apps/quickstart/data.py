@@ -1,4 +1,4 @@
-"""The speech of the quickstart: recordings that ship with the tiny Moshi, as codes that its language model reads.
+"""The speech of the quickstart: the recordings that ship with the tiny Moshi, encoded for its language model.
 
 Shape legend: K codebooks of one speaker, T frames, Q rows of the language model (text, Moshi's K, the user's K).
 """
@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.data.audio import encode, read_audio, resample
-from moshi_ttt.hosts.moshi.fit import require_fit
+from moshi_ttt.hosts.moshi.compatibility import require_compatible
 
 SPEEDS = (1.0, 0.94, 1.06)
-"""Training hears every recording at these speeds too (pitch included): two minutes of speech are little."""
+"""Training uses every recording at these speeds too (the pitch changes): two minutes of speech are little."""
 GAP_FRAMES = 4
 """Silence between two recordings of a document."""
 
@@ -41,7 +41,7 @@ class Recording:
 
 @dataclass(frozen=True, kw_only=True)
 class Codec:
-    """Audio and text to tokens, for one language model."""
+    """The codec and the tokenizer of one language model."""
 
     mimi: Any
     tokenizer: Any
@@ -52,7 +52,7 @@ class Codec:
     @classmethod
     def of(cls, model: Any, mimi: Any, tokenizer: Any) -> Codec:
         """Raises HostError unless the three fit together, and the model predicts one of two voices."""
-        layout = require_fit(model, mimi, tokenizer)
+        layout = require_compatible(model, mimi, tokenizer)
         if (layout.voices, layout.predicted) != (2, 1):
             predicted = ("text alone", "its own voice", "both voices")[layout.predicted]
             raise HostError(
@@ -103,7 +103,7 @@ class Speech:
 
     @property
     def training_seconds(self) -> float:
-        """Of speech as recorded, without the copies at other speeds."""
+        """Seconds of training speech, without the copies at other speeds."""
         return sum(recording.seconds for recording in self.training[:: len(SPEEDS)])
 
 

@@ -1,4 +1,4 @@
-"""Loss by position on held-out speech, and what one model saves against another on the same speech."""
+"""Loss by position on held-out speech, and the difference between two models on the same speech."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """More than two standard errors away from zero."""
+        """Whether the mean is more than two standard errors away from zero."""
         return abs(self.mean) > 2 * self.error
 
 
@@ -60,7 +60,7 @@ def evaluate(model: Any, host: HostModel, codes: Tensor, *, name: str, updates: 
 
 
 def compare(better: Curve, worse: Curve) -> Difference:
-    """``worse - better``; both curves are of the same document."""
+    """Subtract the curves: ``worse - better``. Both must be of the same document."""
     difference = worse.values - better.values
     means = torch.tensor([float(part.nanmean()) for _, part in _windows(difference, WINDOW)])
     return Difference(

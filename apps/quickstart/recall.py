@@ -1,9 +1,10 @@
-"""A clip presented twice: to the base model, and to the adapter that ships with the tiny Moshi."""
+"""Present a clip twice to the base model, and to the adapter that ships with the tiny Moshi."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -44,12 +45,12 @@ def shipped_memory(host: MoshiHostConfig) -> Path | None:
     return memory_adapter() if own else None
 
 
-def hear_twice(model: object, document: Tensor, adapter: Path) -> Twice:
-    """The first ``FRAMES`` frames of ``document [Q, T]``, twice; the model has no blocks before and after."""
-    context = int(getattr(model, "context", None) or 0)
+def present_twice(model: Any, document: Tensor, adapter: Path) -> Twice:
+    """Present the first ``FRAMES`` frames of ``document [Q, T]`` twice. The model has no blocks before and after."""
+    context = int(model.context or 0)
     codes = document[:, :FRAMES].repeat(1, 2)
     base = evaluating.evaluate(model, MOSHI_HOST, codes, name="base model")
-    injection = load_adapter(model, adapter)  # type: ignore[arg-type]
+    injection = load_adapter(model, adapter)
     try:
         memory = evaluating.evaluate(model, MOSHI_HOST, codes, name="with the shipped memory")
     finally:

@@ -1,4 +1,4 @@
-"""``report.md`` and ``metrics.json``: what was done, what came out, how sure that is, and what it does not show."""
+"""``report.md`` and ``metrics.json``: the run, its results with their uncertainty, and their limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moshi_ttt.training.optimizer import rates
 
 
 def write(folder: Path, setup: Setup, results: Results, seconds: Mapping[str, float], *, made_by: str) -> None:
-    """Both files."""
+    """Write both files into the folder."""
     figures = metrics(setup, results, seconds, made_by=made_by)
     sections = (_heading, _recall, _result, _data, _training, _streaming, _reproduce)
     written = (section(setup, results, figures).strip() for section in sections)

@@ -1,4 +1,4 @@
-"""Everything a quickstart measured, as numbers and as sentences that say no more than the numbers do."""
+"""The results of a quickstart, as numbers and as sentences."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class Results:
 
     @property
     def differences(self) -> tuple[Difference, ...]:
-        """``on`` against every other curve."""
+        """The differences between ``on`` and every other curve."""
         return tuple(compare(self.on, curve) for curve in self.curves if curve is not self.on)
 
 
 def verdict(difference: Difference) -> str:
-    """One honest sentence on which of two is better, by how much, and how sure that is."""
+    """A sentence on which of two models is better, by how much, and whether the difference is significant."""
     if abs(difference.mean) <= 2 * difference.error or math.isnan(difference.error):
         return (
             f"No clear difference between {difference.better} and {difference.worse}: {difference.mean:+.4f} "
@@ -73,7 +73,7 @@ def verdict(difference: Difference) -> str:
 
 
 def metrics(setup: Setup, results: Results, seconds: Mapping[str, float], *, made_by: str) -> dict[str, Any]:
-    """Every number, JSON-able; a number that could not be measured is null."""
+    """All numbers as values for JSON. A number that could not be measured is null."""
     settings, plan, streamed, speech = setup.settings, setup.plan, results.streamed, setup.speech
     return {
         "made_by": made_by,
@@ -108,7 +108,7 @@ def metrics(setup: Setup, results: Results, seconds: Mapping[str, float], *, mad
             curve.name: {"mean": number(curve.mean), "windows": [(a, b, number(v)) for a, b, v in curve.windows()]}
             for curve in results.curves
         },
-        "heard_twice": None if results.twice is None else _heard_twice(results.twice),
+        "heard_twice": None if results.twice is None else _presented_twice(results.twice),
         "window_frames": WINDOW,
         "differences": [
             {key: number(value) if isinstance(value, float) else value for key, value in asdict(difference).items()}
@@ -127,7 +127,7 @@ def metrics(setup: Setup, results: Results, seconds: Mapping[str, float], *, mad
     }
 
 
-def _heard_twice(twice: Twice) -> dict[str, Any]:
+def _presented_twice(twice: Twice) -> dict[str, Any]:
     curves = {curve.name: numbers(curve.values) for curve in (twice.base, twice.memory)}
     return {
         "frames": twice.frames, "attention_sees_the_first_for": twice.skip, "saved": number(twice.saved), **curves,

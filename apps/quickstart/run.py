@@ -1,4 +1,4 @@
-"""``moshi-ttt quickstart``, from config to report: everything in order, each part in a module of its own."""
+"""``moshi-ttt quickstart`` from config to report: the parts in their order, each in a module of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moshi_ttt.apps.quickstart import plots, recall, report, summary
 from moshi_ttt.apps.quickstart.evaluate import Curve
 from moshi_ttt.apps.quickstart.results import Results
 from moshi_ttt.apps.quickstart.setup import Request, Setup, prepare, read_settings
-from moshi_ttt.apps.quickstart.stream import compare_with_training, listen, loss_with_memory_cleared
+from moshi_ttt.apps.quickstart.stream import compare_with_training, loss_with_memory_cleared, stream_recording
 from moshi_ttt.apps.quickstart.train import SpeechSegments, train
 from moshi_ttt.core.adapter import save_adapter
 from moshi_ttt.core.injection import Injection
@@ -32,7 +32,7 @@ COMPARED_FRAMES = 150
 
 
 def run(request: Request, console: Console) -> Path:
-    """Do it all and return the folder. Raises MoshiTTTError; the folder is then as it was before.
+    """Run the quickstart and return the folder. Raises MoshiTTTError; the folder is then unchanged.
 
     Every input is checked before training starts.
     """
@@ -65,8 +65,8 @@ def measure(setup: Setup, folder: Path, console: Console, seconds: dict[str, flo
     base = evaluate("base model")
     twice, memory = None, recall.shipped_memory(settings.host)
     if memory is not None:
-        with _timed(seconds, "hear twice"):
-            twice = recall.hear_twice(model, document, memory)
+        with _timed(seconds, "present twice"):
+            twice = recall.present_twice(model, document, memory)
     injection: Injection = setup.plan.apply(model)
     with _timed(seconds, "train"), _bar(console, "training the blocks", settings.run.max_steps) as advance:
         log = train(
@@ -84,9 +84,9 @@ def measure(setup: Setup, folder: Path, console: Console, seconds: dict[str, flo
         agreement = compare_with_training(model, document[:, :COMPARED_FRAMES])
     audio = setup.streamed.audio[:, : max(2, round(settings.run.stream.seconds * codec.mimi.frame_rate))]
     with _timed(seconds, "stream"), _bar(console, "streaming a recording", audio.shape[1]) as advance:
-        streamed = listen(
+        streamed = stream_recording(
             model, codec, audio, settings.run.stream,
-            on_frame=lambda frame: advance(frame, f"{frame * frame_seconds:.0f} s heard"),
+            on_frame=lambda frame: advance(frame, f"{frame * frame_seconds:.0f} s streamed"),
         )  # fmt: skip
     injection.remove()
     results = Results(

@@ -1,4 +1,4 @@
-"""What a quickstart needs, loaded and checked before the first minute is spent."""
+"""Load and check everything that a quickstart needs before training starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moshi_ttt.core.config_parsing import read_mapping
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.injection import Plan, make_plan
 from moshi_ttt.core.registry import default_registry
-from moshi_ttt.hosts.moshi.fit import require_unconditioned
+from moshi_ttt.hosts.moshi.compatibility import require_unconditioned
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 from moshi_ttt.hosts.moshi.loading import MoshiBundle
 from moshi_ttt.hosts.moshi.tiny import SPEECH, speech_files
@@ -26,7 +26,7 @@ from moshi_ttt.hosts.moshi.tiny import SPEECH, speech_files
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the command line asked for; None means what the config says."""
+    """The options of the command line. None stands for the config's value."""
 
     out: Path
     config: str = "quickstart"
@@ -39,7 +39,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartSettings:
-    """The config with the request's changes."""
+    """The config with the options of the command line."""
 
     ttt: TTTConfig
     host: MoshiHostConfig
@@ -48,7 +48,7 @@ class QuickstartSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Everything that is loaded and checked before the first minute is spent."""
+    """Everything that is loaded and checked before training starts."""
 
     settings: QuickstartSettings
     model: Any
@@ -60,7 +60,7 @@ class Setup:
 
 
 def read_settings(request: Request) -> QuickstartSettings:
-    """Config and command line together. Raises ConfigError."""
+    """Read the config and apply the options of the command line. Raises ConfigError."""
     path = find_config(request.config)
     values = read_mapping(path)
     if RUN_KEY in values:

@@ -1,4 +1,4 @@
-"""Streaming: a recording goes in token by token through LMGen, and the blocks learn while Moshi listens.
+"""Streaming: LMGen processes a recording token by token, and the blocks update their fast weights meanwhile.
 
 Shape legend: Q rows of the language model, K codebooks of one speaker, T frames.
 """
@@ -17,11 +17,13 @@ from torch import Tensor
 from moshi_ttt.apps.quickstart.data import Codec
 from moshi_ttt.configs.sections import StreamConfig
 from moshi_ttt.core.block import Site
+from moshi_ttt.core.deprecation import moved_names
 from moshi_ttt.evaluation.teacher_forcing import stream_losses
 from moshi_ttt.hosts.moshi.layers import BlockSite
 from moshi_ttt.hosts.moshi.losses import delayed
 from moshi_ttt.hosts.moshi.upstream import LMGen
 
+__getattr__ = moved_names(__name__, __name__, {"listen": "stream_recording"})
 WARM_UP_STEPS = 5
 """Left out of the timing: the first steps fill caches."""
 
@@ -54,10 +56,10 @@ class Streamed:
 
 
 @torch.no_grad()
-def listen(
+def stream_recording(
     model: Any, codec: Codec, audio: Tensor, config: StreamConfig, *, on_frame: Callable[[int], None]
 ) -> Streamed:
-    """Stream ``audio [K, T]`` as what the user says, while Moshi answers; state is live throughout.
+    """Stream ``audio [K, T]`` as what the user says while Moshi answers; the blocks update throughout.
 
     Sampling draws from torch's global generator, seeded here and put back afterwards.
     """
@@ -73,7 +75,7 @@ def listen(
             sites = block_sites(model)
             for frame in range(audio.shape[1]):
                 started = time.perf_counter()
-                out = generator.step(audio[None, :, frame : frame + 1])
+                out = generator.step(audio[None, :, frame : frame + 1])  # [1, K, 1] to [1, 1 + K, 1]
                 result.step_ms.append(1000 * (time.perf_counter() - started))
                 for site in sites:
                     buffers = site.get_streaming_state()[""].buffers
@@ -92,7 +94,7 @@ def block_sites(model: Any) -> list[BlockSite]:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Training's numbers against streaming's, on the same tokens: largest differences and sizes of the logits."""
+    """The largest differences between the logits of training and of streaming on the same tokens, and their sizes."""
 
     frames: int
     dtype: str
@@ -104,17 +106,17 @@ class Agreement:
 
 @torch.no_grad()
 def compare_with_training(model: Any, codes: Tensor) -> Agreement:
-    """One forward pass as in training, against ``forward_text`` token by token, over ``codes [Q, T]``."""
+    """Compare one forward pass, as in training, with ``forward_text`` token by token, on ``codes [Q, T]``."""
     sequence = delayed(model, codes)[None]
     inputs, targets = sequence[:, :, :-1], sequence[:, :, 1:]
     whole, whole_text = model.forward_text(inputs)
-    pieces, pieces_text = _token_by_token(model, inputs)
-    whole_audio, pieces_audio = (model.forward_depformer_training(targets, out) for out in (whole, pieces))
+    streamed, streamed_text = _token_by_token(model, inputs)
+    whole_audio, streamed_audio = (model.forward_depformer_training(targets, out) for out in (whole, streamed))
     return Agreement(
         frames=inputs.shape[2],
         dtype=str(whole.dtype).removeprefix("torch."),
-        text=float((whole_text - pieces_text).abs().max()),
-        audio=float((whole_audio - pieces_audio).abs().max()),
+        text=float((whole_text - streamed_text).abs().max()),
+        audio=float((whole_audio - streamed_audio).abs().max()),
         text_scale=float(whole_text.abs().max()),
         audio_scale=float(whole_audio.abs().max()),
     )

@@ -1,4 +1,4 @@
-"""What a quickstart prints: before, what it is about to do; after, the main numbers and what to try next."""
+"""What a quickstart prints: first what it will do, at the end the main numbers and next steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moshi_ttt.core.units import human_bytes
 
 
 def introduction(setup: Setup) -> RenderableType:
-    """What is about to run."""
+    """The text that is printed before the run."""
     plan, speech = setup.plan, setup.speech
     sites = ", ".join(f"{block.variant.name} at {block.site}" for block in plan.blocks)
     return Text(

@@ -1,4 +1,4 @@
-"""Training the blocks, the base model frozen: segments of recorded speech, Moshi's audio predicted.
+"""Train the blocks on segments of recorded speech with Moshi's audio loss; the base model is frozen.
 
 Shape legend: B streams, Q rows of the language model, T frames.
 """
@@ -26,7 +26,7 @@ from moshi_ttt.training import Callback, Step, TrainedModel, Trainer, start
 
 @dataclass
 class TrainingLog:
-    """What happened at each step: audio loss in nats per token, gradient norm before clipping."""
+    """The audio loss (nats per token) and the gradient norm before clipping of each step."""
 
     losses: list[float] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
@@ -34,7 +34,7 @@ class TrainingLog:
 
 
 class SpeechSegments:
-    """Random segments of one long document in which Moshi says the recordings in ever new order."""
+    """Random segments of one long document in which Moshi says the recordings, in a new order each time."""
 
     def __init__(self, codec: Codec, speech: Speech, config: RunConfig) -> None:
         self.frames = math.ceil(round(config.duration_sec * codec.mimi.frame_rate, 6))
@@ -68,7 +68,7 @@ class SpeechSegments:
 
 @dataclass
 class _Watch(Callback):
-    """Keeps what happened, and switches updates; ends a training whose first step has nothing to train."""
+    """Record each step and switch updates; stop a training whose first step trains no parameter."""
 
     log: TrainingLog
     updates: bool
@@ -106,7 +106,7 @@ def train(
     injection.freeze_base()
     log, host = TrainingLog(), injection.host
     with host.updates(model, updates):
-        if not updates and not host.probe(model, batch_size=1, length=8, seed=0).requires_grad:
+        if not updates and not host.synthetic_loss(model, batch_size=1, length=8, seed=0).requires_grad:
             return log
     losses = host.losses(
         first_codebook=config.first_codebook_weight_multiplier, text_padding=config.text_padding_weight,

@@ -16,7 +16,7 @@ from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.config import BlockConfig
 from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import MoshiTTTError
-from moshi_ttt.core.initial_values import initialise_blocks
+from moshi_ttt.core.initial_values import initialize_blocks
 from moshi_ttt.core.injection import Injection, Plan, make_plan
 from moshi_ttt.core.testing.case import BlockCase, assert_equal
 from moshi_ttt.core.testing.toy_host import TOY_HOST, ToyHost, ToyModel, toy_registry
@@ -106,13 +106,13 @@ def check_buffers(case: BlockCase) -> None:
     with torch.no_grad():
         for tensor in (*other.parameters(), *other.buffers()):
             tensor.copy_(torch.full_like(tensor, 1))  # what a build on the meta device leaves undefined
-    initialise_blocks({site: other}, first.plan.seed)
+    initialize_blocks({site: other}, first.plan.seed)
     for name, buffer in other.named_buffers():
         assert_equal(buffer, block.get_buffer(name), f"buffer {name!r} after reset_parameters")
     with torch.no_grad():
         for tensor in (*other.parameters(), *other.buffers()):
             tensor.copy_(torch.full_like(tensor, 1))
-    second.initialise(saved=False)
+    second.initialize(saved=False)
     for name in {name for name, _ in other.named_buffers()} - other.persistent_buffers().keys():
         assert_equal(other.get_buffer(name), block.get_buffer(name), f"buffer {name!r} after reset_unsaved")
     for buffer in block.buffers():
@@ -246,12 +246,12 @@ def check_dtypes(case: BlockCase) -> None:
     injection = _plan(case, model).apply(model)
     assert all(parameter.is_meta for parameter in injection.parameters()), "a block left its meta-device host"
     model.to_empty(device="cpu")
-    injection.initialise()
+    injection.initialize()
     direct = _model(case)
     expected = dict(_plan(case, direct).apply(direct).named_parameters())
     for name, parameter in injection.named_parameters():
         assert not parameter.is_meta, f"{name} is still on meta"
-        assert_equal(parameter.detach(), expected[name].detach(), f"{name} initialised after meta, against directly")
+        assert_equal(parameter.detach(), expected[name].detach(), f"{name} initialized after meta, against directly")
     for when, cast in (("build", None), (".to(bfloat16)", torch.bfloat16), (".to(float32)", torch.float32)):
         kept = {name: parameter.detach().clone() for name, parameter in injection.named_parameters()}
         if cast is not None:

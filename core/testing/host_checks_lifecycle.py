@@ -112,7 +112,7 @@ def check_host_skeleton(case: HostVariantCase) -> None:
     assert not built, f"the skeleton, or its blocks, has values: {', '.join(built[:5])}"
     model.to_empty(device="cpu")
     host.load_base(model, weights)
-    injection.initialise()
+    injection.initialize()
     assert_equal(case.on.logits(model, tokens), expected, "logits of the skeleton, filled")
     injection.remove()
     assert_equal(case.on.logits(model, tokens), plain, "logits of the skeleton without its blocks")
@@ -176,7 +176,7 @@ def check_host_synthetic_loss(case: HostVariantCase) -> None:
     injection = case.inject(model)
 
     def loss(seed: int) -> Tensor:
-        return case.on.host.probe(model, batch_size=2, length=LENGTH, seed=seed)
+        return case.on.host.synthetic_loss(model, batch_size=2, length=LENGTH, seed=seed)
 
     try:
         first = loss(0)

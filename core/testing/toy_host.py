@@ -212,7 +212,7 @@ class ToyHost(HostModel):
         finally:
             model.volume = before
 
-    def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> torch.Tensor:
+    def synthetic_loss(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> torch.Tensor:
         x = torch.randn(batch_size, length, self._checked(model).dim, generator=torch.Generator().manual_seed(seed))
         weight = cast(ToyLayer, self._checked(model).layers[0]).mlp.linear_in.weight
         return cast(Tensor, model(x.to(weight.dtype)).float().square().mean())

@@ -1,5 +1,5 @@
-"""The recorded study: does a memory that learns while it listens help, against LoRA of as many parameters?
+"""The recorded study: do TTT layers help, against LoRA with as many parameters?
 
-``plan`` says what is compared, ``material`` what is heard, ``stages`` runs it by the commands that users have,
-``results`` and ``report`` say what came out.
+``plan`` says what is compared, ``material`` makes the training material, ``stages`` runs the commands that users have,
+``results`` and ``report`` read and show what came out.
 """

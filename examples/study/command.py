@@ -10,7 +10,7 @@ from pathlib import Path
 from moshi_ttt.configs.reading import read_config
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.registry import default_registry
-from moshi_ttt.evaluation.subjects import Subject, load_subjects
+from moshi_ttt.evaluation.models import ModelUnderTest, load_models
 from moshi_ttt.hosts.moshi.host import MoshiHostConfig
 from moshi_ttt.system.folder_lock import LOCK, hold
 from moshi_ttt.system.output_folder import LITTER, OutputError, check_free, new_folder
@@ -81,7 +81,7 @@ def _make(study: Study) -> Path:
     study.evaluate_ablations()
     study.say("cost, report")
     seeds, groups = scale.seeds, [group for group in GROUPS if study.encoded(group).exists()]
-    compared = _subjects(study)
+    compared = _models(study)
     with computing(largest(compared[0].model), study.threads):
         costs = cost.measure(compared)
     report = Report(
@@ -103,11 +103,11 @@ def _make(study: Study) -> Path:
     return out / "report"
 
 
-def _subjects(study: Study) -> list[Subject]:
+def _models(study: Study) -> list[ModelUnderTest]:
     """The base model of the first seed, and with each chosen adapter."""
     registry, seed = default_registry(), study.scale.seeds[0]
     folders = [(arm.name, study.run_dir(arm, seed, study.chosen(arm))) for arm in study.arms]
     host = read_config(str(folders[0][1] / "args.yaml"), registry=registry).host
     assert isinstance(host, MoshiHostConfig), host
     adapters = [(name, study.checkpoint(folder, study.scale.steps)) for name, folder in folders]
-    return load_subjects(host, adapters, registry, "cpu")
+    return load_models(host, adapters, registry, "cpu")

@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from moshi_ttt.evaluation.subjects import Subject
+from moshi_ttt.evaluation.models import ModelUnderTest
 
 ROUNDS, FRAMES = 20, 16
 
@@ -28,33 +28,33 @@ class Cost:
 
 
 @torch.no_grad()
-def measure(subjects: Sequence[Subject], *, rounds: int = ROUNDS, frames: int = FRAMES) -> dict[str, Cost]:
+def measure(models: Sequence[ModelUnderTest], *, rounds: int = ROUNDS, frames: int = FRAMES) -> dict[str, Cost]:
     """A new stream of each by turns, ``rounds`` times ``frames`` frames; the first round is not counted.
 
-    The base model comes first in ``subjects``. They may share one: each is in it while it streams.
+    The base model comes first in ``models``. They may share one: each is in it while it streams.
     """
-    base = subjects[0].model
+    base = models[0].model
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, base.card, (1, 1 + base.n_q, frames), generator=generator)
-    seconds: dict[str, list[float]] = {subject.name: [] for subject in subjects}
+    seconds: dict[str, list[float]] = {tested.name: [] for tested in models}
     state_bytes: dict[str, int] = {}
     for _ in range(rounds + 1):
-        for subject in subjects:
-            with subject.present(), subject.model.streaming(1):
-                state_bytes[subject.name] = _state_bytes(subject)
+        for tested in models:
+            with tested.present(), tested.model.streaming(1):
+                state_bytes[tested.name] = _state_bytes(tested)
                 for frame in range(frames):
                     began = time.perf_counter()
-                    subject.model.forward_text(codes[:, :, frame : frame + 1])
-                    seconds[subject.name].append(time.perf_counter() - began)
+                    tested.model.forward_text(codes[:, :, frame : frame + 1])
+                    seconds[tested.name].append(time.perf_counter() - began)
     typical = {name: median(times[frames:]) for name, times in seconds.items()}
-    own = typical[subjects[0].name]
+    own = typical[models[0].name]
     return {
-        subject.name: Cost(step_ratio=typical[subject.name] / own, state_bytes=state_bytes[subject.name])
-        for subject in subjects
+        tested.name: Cost(step_ratio=typical[tested.name] / own, state_bytes=state_bytes[tested.name])
+        for tested in models
     }
 
 
-def _state_bytes(subject: Subject) -> int:
-    if subject.injection is None:
+def _state_bytes(tested: ModelUnderTest) -> int:
+    if tested.injection is None:
         return 0
-    return sum(block.state_bytes() for block in subject.injection.blocks.values())
+    return sum(block.state_bytes() for block in tested.injection.blocks.values())

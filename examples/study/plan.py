@@ -19,28 +19,28 @@ class Scale:
 
     Attributes:
         context: frames that attention sees.
-        hearing: frames of a clip that is presented twice; a training segment is two of them.
+        clip: frames of a clip that is presented twice; a training segment is two of them.
         batch: segments of a step.
         base_steps: steps of preparing the base model, all of it trained.
         steps: steps of each arm.
-        pieces: clips of each recording in recall.
+        clips: clips of each recording in recall.
         window: frames of a window in loss by position.
         seeds: of everything random: initial values, order of the recordings.
     """
 
     context: int = 16
-    hearing: int = 96
+    clip: int = 96
     batch: int = 16
     base_steps: int = 400
     steps: int = 400
-    pieces: int = 2
+    clips: int = 2
     window: int = 48
     seeds: tuple[int, ...] = (0, 1, 2)
 
     @property
     def segment(self) -> int:
         """Frames of a training segment, and of a forward pass of loss by position."""
-        return 2 * self.hearing
+        return 2 * self.clip
 
     @property
     def segment_seconds(self) -> float:
@@ -67,7 +67,7 @@ class Arm:
 
 FULL = Scale()
 SMOKE = Scale(
-    hearing=24, context=8, batch=2, base_steps=2, steps=2, pieces=1, window=16, seeds=(0, 1),
+    clip=24, context=8, batch=2, base_steps=2, steps=2, clips=1, window=16, seeds=(0, 1),
 )  # fmt: skip
 """Shows that everything runs; its figures mean nothing."""
 

@@ -59,9 +59,9 @@ class Group:
     parameters: dict[str, int]
     recordings: list[str]
 
-    def of(self, what: str, subject: str, condition: str = ON) -> Measured:
+    def of(self, what: str, arm: str, condition: str = ON) -> Measured:
         """Raises KeyError."""
-        return self.figures[what, subject, condition]
+        return self.figures[what, arm, condition]
 
     def arms(self) -> list[str]:
         return list(dict.fromkeys(arm for _, arm, _ in self.figures))

@@ -21,7 +21,7 @@ from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm, tiny_config
 from moshi_ttt.training.logs import METRICS
 from study.jobs import Job, StudyError, run_jobs
-from study.material import heard_twice, shuffled_twice
+from study.material import presented_twice, shuffled_twice
 from study.plan import MODEL, REFERENCES, Arm, Scale
 
 CONFIG = "train-cpu"
@@ -50,7 +50,7 @@ class Study:
     say: Callable[[str], None]
     threads: int | None = None
 
-    # ---- what is heard
+    # ---- what is presented
 
     def manifests(self) -> dict[str, list[Path]]:
         """What each split is made of. Raises StudyError when some of it is not there."""
@@ -78,10 +78,10 @@ class Study:
             for name, paths in sources.items() if paths
         )  # fmt: skip
         for split in SPLITS[:2]:
-            step = self.scale.hearing // 2 if split == "train" else self.scale.hearing
-            shape = {"frames": self.scale.hearing, "step": step}
+            step = self.scale.clip // 2 if split == "train" else self.scale.clip
+            shape = {"frames": self.scale.clip, "step": step}
             if not (place := self.out / "twice" / split).exists():
-                heard_twice(self.encoded(split), place, **shape)
+                presented_twice(self.encoded(split), place, **shape)
             if not (place := self.out / "shuffled" / split).exists():
                 shuffled_twice(self.encoded(split), place, **shape, seed=0)
 
@@ -236,7 +236,7 @@ class Study:
             adapters += ["-a", f"{arm.name}={self.checkpoint(run_dir, self.scale.steps)}"]
         config = next(reversed(run_dirs.values())) / "args.yaml"  # of any of them: they share the base model
         options = {
-            "recall": ("recall", "--frames", str(self.scale.hearing), "--pieces", str(self.scale.pieces)),
+            "recall": ("recall", "--frames", str(self.scale.clip), "--clips", str(self.scale.clips)),
             "context": ("long-context", "--segments", str(self.scale.segment), "--window", str(self.scale.window)),
         }  # fmt: skip
         return Job(

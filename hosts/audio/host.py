@@ -130,7 +130,7 @@ class AudioHost(HostModel):
         finally:
             model.volume = before
 
-    def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
+    def synthetic_loss(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
         """The denoising loss on synthetic tones in noise."""
         return denoising_loss(_checked(model), batch_size, length, seed)
 

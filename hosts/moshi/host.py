@@ -20,8 +20,8 @@ from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.host import CarriedState, HostModel, updates_switch
 from moshi_ttt.core.volume import volume_switch
 from moshi_ttt.hosts.moshi import attaching, base_weights, lora
+from moshi_ttt.hosts.moshi.compatibility import require_unconditioned
 from moshi_ttt.hosts.moshi.compiling import compiled_output
-from moshi_ttt.hosts.moshi.fit import require_unconditioned
 from moshi_ttt.hosts.moshi.flat_config import native_entries
 from moshi_ttt.hosts.moshi.fsdp import sharding
 from moshi_ttt.hosts.moshi.layers import TTTStreamingTransformer, block_sites, main_layers, switched
@@ -246,7 +246,7 @@ class MoshiHost(HostModel):
             for site, was in zip(sites, before, strict=True):
                 site.frozen = was
 
-    def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
+    def synthetic_loss(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
         """Moshi's audio loss on uniformly random tokens; the text loss of a model that predicts text alone.
 
         Raises HostError for a conditional model.

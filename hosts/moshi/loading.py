@@ -17,8 +17,8 @@ from torch import Tensor
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.paths import user_path
 from moshi_ttt.hosts.moshi import base_weights
+from moshi_ttt.hosts.moshi.compatibility import speech_layout
 from moshi_ttt.hosts.moshi.compiling import eager_on_cpu
-from moshi_ttt.hosts.moshi.fit import speech_layout
 from moshi_ttt.hosts.moshi.stored_lora import LORA_FILE, StoredLoRA, is_lora, with_stored_lora
 from moshi_ttt.hosts.moshi.upstream import CheckpointInfo, LMModel, loaders
 
@@ -92,7 +92,7 @@ class MoshiBundle:
     def load_mimi(self, device: torch.device | str = "cpu") -> Any:
         """The codec, a ``MimiModel`` in eval mode, set to the codebooks of one voice of the language model.
 
-        Where it has fewer it is set to all of them, which ``require_fit`` refuses. Raises HostError.
+        Where it has fewer it is set to all of them, which ``require_compatible`` refuses. Raises HostError.
         """
         model: Mapping[str, Any] = self.info.lm_config or loaders._lm_kwargs
         codec: dict[str, Any] = self.info.mimi_config or loaders._mimi_config

@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moshi_ttt.core.deprecation import moved_names
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.sharding import assign, whole
 from moshi_ttt.hosts.moshi.base_weights import base_names
 from moshi_ttt.hosts.moshi.layers import BlockSite
 from moshi_ttt.hosts.moshi.upstream import LMModel, LoRALinear, replace_all_linear_with_lora
 
+__getattr__ = moved_names(__name__, __name__, {"initialise_lora": "initialize_lora"})
+
 
 def add_lora(model: LMModel, *, rank: int, scaling: float) -> None:
     """Put LoRA on every linear layer, in place: ``rank`` r and ``scaling`` s. Do it before attaching blocks.
 
-    The factors have the dtype and device of the layer they are on, and are zero: ``initialise_lora`` gives them their
+    The factors have the dtype and device of the layer they are on, and are zero: ``initialize_lora`` gives them their
     first values. Raises HostError where there is a LoRA already, or a block.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
@@ -55,7 +58,7 @@ def describe_lora(model: LMModel) -> dict[str, Any]:
     return {"rank": found.copy().pop()[0], "scaling": found.pop()[1]} if found else {}
 
 
-def initialise_lora(model: LMModel, seed: int) -> None:
+def initialize_lora(model: LMModel, seed: int) -> None:
     """A uniform within 1/sqrt(in), B zero; drawn on the CPU from the seed and the layer's name, equal on every rank."""
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.core.losses import HostLosses
-from moshi_ttt.hosts.moshi.fit import layout_of
+from moshi_ttt.hosts.moshi.compatibility import layout_of
 
 
 @dataclass(frozen=True, kw_only=True)

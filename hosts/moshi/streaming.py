@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.state import BlockState
+from moshi_ttt.core.tensor_files import read_tensors
 from moshi_ttt.hosts.moshi.upstream import (
     AttentionState,
     LMGen,
@@ -222,9 +223,7 @@ def save_stream_state(path: str | Path, module: LMGen | LMModel) -> Path:
 def load_stream_state(path: str | Path, module: LMGen | LMModel) -> None:
     """Restore a file that ``save_stream_state`` wrote. Raises HostError for a bad file, or if it does not fit."""
     try:
-        with safe_open(path, framework="pt") as handle:  # type: ignore[no-untyped-call]
-            metadata = handle.metadata() or {}
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        tensors, metadata = read_tensors(path)
     except (OSError, SafetensorError) as error:
         raise HostError(f"Cannot read the stream state {path}: {error}.") from None
     if {key: metadata.get(key) for key in FORMAT} != FORMAT:

@@ -31,12 +31,12 @@ def moshi_case(
     build = model or (lambda dtype: random_tiny_lm(dtype=dtype))
     if model is None:
         skeleton = _tiny_skeleton
-    probe = build(torch.float32)
+    sizes = build(torch.float32)
 
     def tokens(batch: int, length: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        text = torch.randint(0, probe.text_card, (batch, 1, length), generator=generator)
-        audio = torch.randint(0, probe.card, (batch, probe.n_q, length), generator=generator)
+        text = torch.randint(0, sizes.text_card, (batch, 1, length), generator=generator)
+        audio = torch.randint(0, sizes.card, (batch, sizes.n_q, length), generator=generator)
         return torch.cat([text, audio], dim=1)
 
     def logits(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.precision import FP32_STATE
-from moshi_ttt.core.verification import Kind, Shape, VectorSchema, Verifier
+from moshi_ttt.core.verification import Kind, VectorSchema
 from moshi_ttt.plugins.common.success_gate import TAPS
 from moshi_ttt.plugins.gating_mlp import naive, ops
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
-from moshi_ttt.plugins.gating_mlp.verifiers import ACTIVATIONS
+from moshi_ttt.plugins.gating_mlp.verifiers import ACTIVATIONS, OPERANDS, TOKENS, InPlaceVerifier
 
 METADATA: Mapping[str, Kind] = {
     "chunk_size": "count", "update": ("hebbian", "gradient", "ridge"), "keys": ("raw", "unit"), "target_norm": "flag",
@@ -33,18 +33,14 @@ PARAMETERS = {
 """Name in the file -> the block's parameter."""
 
 
-class _InPlaceOptions(Verifier):
+class _InPlaceOptions(InPlaceVerifier):
     operation = "in_place_options"
 
     def metadata(self) -> Mapping[str, Kind]:
         return METADATA
 
     def schema(self, metadata: Mapping[str, str], names: frozenset[str]) -> VectorSchema:
-        tokens = ("B", "T", "d")
-        inputs: dict[str, Shape] = {
-            "x": tokens, "target": tokens, "linear_out": ("d", "h"), "linear_in": ("2*h", "d"), "conv": ("d", 1, "K"),
-            "proj": ("d", "d"),
-        }  # fmt: skip
+        inputs = {**OPERANDS, "proj": ("d", "d")}
         if metadata["update"] == "ridge":
             inputs["log_ridge"] = (1,)
         if any(name.endswith((".lr_weight", ".lr_bias")) for name in names):  # without them, every rate is the same
@@ -52,15 +48,12 @@ class _InPlaceOptions(Verifier):
         if any(".success_" in name for name in names):  # without them, there is no gate
             inputs |= {"success_bias": (1,), "success_slope": (1,), "success_weights": (1, TAPS)}
         return VectorSchema(
-            metadata=METADATA, inputs=inputs, outputs={"y": tokens, "update": ("B", "d", "h")},
+            metadata=METADATA, inputs=inputs, outputs={"y": TOKENS, "update": ("B", "d", "h")},
             sizes={"K": int(metadata["conv_kernel_size"])},
         )  # fmt: skip
 
     def accepts(self, metadata: Mapping[str, str]) -> bool:
-        return metadata["activation"] in ACTIVATIONS and float(metadata["keep"]) <= 1
-
-    def tolerance(self, metadata: Mapping[str, str]) -> float:
-        return 1e-9
+        return super().accepts(metadata) and float(metadata["keep"]) <= 1
 
 
 class Naive(_InPlaceOptions):

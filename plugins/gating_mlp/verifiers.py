@@ -25,28 +25,36 @@ METADATA: Mapping[str, Kind] = {
 }  # fmt: skip
 
 
-class _InPlace(Verifier):
-    operation = "in_place"
+TOKENS: Shape = ("B", "T", "d")
+OPERANDS: Mapping[str, Shape] = {
+    "x": TOKENS, "target": TOKENS, "linear_out": ("d", "h"), "linear_in": ("2*h", "d"), "conv": ("d", 1, "K"),
+}  # fmt: skip
+"""Inputs of every file, with options or without."""
 
-    def metadata(self) -> Mapping[str, Kind]:
-        return METADATA
 
-    def schema(self, metadata: Mapping[str, str], names: frozenset[str]) -> VectorSchema:
-        tokens = ("B", "T", "d")
-        inputs: dict[str, Shape] = {
-            "x": tokens, "target": tokens, "linear_out": ("d", "h"), "linear_in": ("2*h", "d"), "conv": ("d", 1, "K"),
-        }  # fmt: skip
-        if names & {"in.proj", "grad.proj"}:  # without either, the projection is the identity
-            inputs["proj"] = ("d", "d")
-        return VectorSchema(
-            metadata=METADATA, inputs=inputs, outputs={"y": tokens}, sizes={"K": int(metadata["conv_kernel_size"])}
-        )
+class InPlaceVerifier(Verifier):
+    """A form of ``gating_mlp``, with a gated MLP of a known activation."""
 
     def accepts(self, metadata: Mapping[str, str]) -> bool:
         return metadata["activation"] in ACTIVATIONS
 
     def tolerance(self, metadata: Mapping[str, str]) -> float:
         return 1e-9
+
+
+class _InPlace(InPlaceVerifier):
+    operation = "in_place"
+
+    def metadata(self) -> Mapping[str, Kind]:
+        return METADATA
+
+    def schema(self, metadata: Mapping[str, str], names: frozenset[str]) -> VectorSchema:
+        inputs = dict(OPERANDS)
+        if names & {"in.proj", "grad.proj"}:  # without either, the projection is the identity
+            inputs["proj"] = ("d", "d")
+        return VectorSchema(
+            metadata=METADATA, inputs=inputs, outputs={"y": TOKENS}, sizes={"K": int(metadata["conv_kernel_size"])}
+        )
 
 
 def _hidden(inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Tensor:

@@ -14,11 +14,11 @@ from torch import Tensor
 from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.precision import FP32_STATE
-from moshi_ttt.core.verification import Kind, Shape, VectorSchema, Verifier
+from moshi_ttt.core.verification import Kind, Shape, VectorSchema
 from moshi_ttt.plugins.hybrid.block import HybridBlock
 from moshi_ttt.plugins.hybrid.config import HybridConfig
 from moshi_ttt.plugins.hybrid.naive import naive_inner_loop, naive_inputs, naive_output
-from moshi_ttt.plugins.hybrid.verifiers import fast_shapes
+from moshi_ttt.plugins.hybrid.verifiers import FastNetworkVerifier, fast_shapes
 
 METADATA: Mapping[str, Kind] = {
     "chunk_size": "count", "layers": "count", "causal": "flag", "num_heads": "count", "base_lr": "number",
@@ -30,13 +30,12 @@ EPS, THETA = {"norm_eps": 1e-6, "target_eps": 1e-8, "post_norm_eps": 1e-6}, 10_0
 """What every file has: the options' defaults."""
 
 
-class _HybridOptions(Verifier):
-    """For fast networks of ``layers`` layers, or of ``at_least`` so many."""
-
+class _HybridOptions(FastNetworkVerifier):
     operation = "hybrid_options"
 
     def __init__(self, make: Make, *, layers: int | None = None, at_least: int = 1) -> None:
-        self.make, self.layers, self.at_least = make, layers, at_least
+        super().__init__(layers=layers, at_least=at_least)
+        self.make = make
 
     def metadata(self) -> Mapping[str, Kind]:
         return METADATA
@@ -61,14 +60,6 @@ class _HybridOptions(Verifier):
             metadata=METADATA, inputs=inputs, outputs={"y": ("B", "T", width), **fast_shapes(layers, ("B",))},
             sizes={"C": int(metadata["chunk_size"]), "H": int(metadata["num_heads"])},
         )  # fmt: skip
-
-    def accepts(self, metadata: Mapping[str, str]) -> bool:
-        given = int(metadata["layers"])
-        fits = given >= self.at_least and self.layers in (None, given)
-        return fits and metadata["activation"] == "gelu_tanh"
-
-    def tolerance(self, metadata: Mapping[str, str]) -> float:
-        return 1e-9
 
     def block(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> HybridBlock:
         """The block that the file describes, its parameters not yet set."""

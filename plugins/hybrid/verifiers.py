@@ -43,7 +43,7 @@ def fast_shapes(layers: int, batch: tuple[str, ...] = ()) -> dict[str, Shape]:
     return shapes
 
 
-class _FastNetworkVerifier(Verifier):
+class FastNetworkVerifier(Verifier):
     """For fast networks of ``layers`` layers, or of ``at_least`` so many. Forms differ in how they compute the same."""
 
     def __init__(self, *, layers: int | None = None, at_least: int = 1) -> None:
@@ -59,7 +59,7 @@ class _FastNetworkVerifier(Verifier):
         return 1e-9
 
 
-class _InnerLoopVerifier(_FastNetworkVerifier):
+class _InnerLoopVerifier(FastNetworkVerifier):
     operation = "inner_loop"
 
     def metadata(self) -> Mapping[str, Kind]:
@@ -77,7 +77,7 @@ class _InnerLoopVerifier(_FastNetworkVerifier):
         )  # fmt: skip
 
 
-class _HybridVerifier(_FastNetworkVerifier):
+class _HybridVerifier(FastNetworkVerifier):
     operation = "hybrid"
 
     def metadata(self) -> Mapping[str, Kind]:

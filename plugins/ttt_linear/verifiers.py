@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moshi_ttt.plugins.hybrid.option_verifiers import OptionsChunk, OptionsNaive, OptionsRecurrent
-from moshi_ttt.plugins.hybrid.verifiers import (
-    HybridChunk,
-    HybridNaive,
-    InnerLoopChunk,
-    InnerLoopNaive,
-    InnerLoopRecurrent,
-)
+from moshi_ttt.plugins.hybrid.variant_verifiers import variant_verifiers
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 
@@ -21,11 +14,6 @@ def _made(options: Mapping[str, Any], widths: list[int]) -> tuple[type[TTTLinear
     return TTTLinear, TTTLinearConfig.model_validate(options)
 
 
-NAIVE = InnerLoopNaive(layers=1)
-CHUNK = InnerLoopChunk(layers=1)
-RECURRENT = InnerLoopRecurrent(layers=1)
-HYBRID = HybridChunk(layers=1)
-HYBRID_NAIVE = HybridNaive(layers=1)
-OPTIONS_NAIVE = OptionsNaive(_made, layers=1)
-OPTIONS_CHUNK = OptionsChunk(_made, layers=1)
-OPTIONS_RECURRENT = OptionsRecurrent(_made, layers=1)
+NAIVE, CHUNK, RECURRENT, HYBRID, HYBRID_NAIVE, OPTIONS_NAIVE, OPTIONS_CHUNK, OPTIONS_RECURRENT = variant_verifiers(
+    _made, layers=1
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moshi_ttt.core.hooks import hookimpl
+from moshi_ttt.plugins.hybrid.registration import add_verifiers, add_weight_maps
 
 if TYPE_CHECKING:
     from moshi_ttt.core.registrar import BlockRegistrar, Registrar
@@ -19,13 +20,9 @@ def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
 
 @hookimpl
 def moshi_ttt_verifiers(registrar: Registrar) -> None:
-    for form in (
-        "naive", "chunk", "recurrent", "hybrid", "hybrid_naive", "options_naive", "options_chunk", "options_recurrent",
-    ):  # fmt: skip
-        registrar.add(f"ttt_mlp-{form}", f"{__name__}.verifiers:{form.upper()}")
+    add_verifiers(registrar, "ttt_mlp", __name__)
 
 
 @hookimpl
 def moshi_ttt_weight_maps(registrar: Registrar) -> None:
-    for layout in ("video_dit", "lm"):
-        registrar.add(f"ttt_mlp-{layout}", f"{__name__}.weight_maps:{layout.upper()}")
+    add_weight_maps(registrar, "ttt_mlp", __name__)

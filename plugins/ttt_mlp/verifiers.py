@@ -6,14 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moshi_ttt.core.errors import ConfigError
-from moshi_ttt.plugins.hybrid.option_verifiers import OptionsChunk, OptionsNaive, OptionsRecurrent
-from moshi_ttt.plugins.hybrid.verifiers import (
-    HybridChunk,
-    HybridNaive,
-    InnerLoopChunk,
-    InnerLoopNaive,
-    InnerLoopRecurrent,
-)
+from moshi_ttt.plugins.hybrid.variant_verifiers import variant_verifiers
 from moshi_ttt.plugins.ttt_mlp.block import TTTMLP
 from moshi_ttt.plugins.ttt_mlp.config import TTTMLPConfig
 
@@ -28,11 +21,6 @@ def _made(options: Mapping[str, Any], widths: list[int]) -> tuple[type[TTTMLP], 
     return TTTMLP, TTTMLPConfig.model_validate({**options, "expansion": expansion})
 
 
-NAIVE = InnerLoopNaive(layers=2)
-CHUNK = InnerLoopChunk(layers=2)
-RECURRENT = InnerLoopRecurrent(layers=2)
-HYBRID = HybridChunk(layers=2)
-HYBRID_NAIVE = HybridNaive(layers=2)
-OPTIONS_NAIVE = OptionsNaive(_made, layers=2)
-OPTIONS_CHUNK = OptionsChunk(_made, layers=2)
-OPTIONS_RECURRENT = OptionsRecurrent(_made, layers=2)
+NAIVE, CHUNK, RECURRENT, HYBRID, HYBRID_NAIVE, OPTIONS_NAIVE, OPTIONS_CHUNK, OPTIONS_RECURRENT = variant_verifiers(
+    _made, layers=2
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moshi_ttt.core.hooks import hookimpl
+from moshi_ttt.plugins.hybrid.registration import add_verifiers
 
 if TYPE_CHECKING:
     from moshi_ttt.core.registrar import BlockRegistrar, Registrar
@@ -21,7 +22,4 @@ def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
 
 @hookimpl
 def moshi_ttt_verifiers(registrar: Registrar) -> None:
-    for form in (
-        "naive", "chunk", "recurrent", "hybrid", "hybrid_naive", "options_naive", "options_chunk", "options_recurrent",
-    ):  # fmt: skip
-        registrar.add(f"ttt_multilayer-{form}", f"{__name__}.verifiers:{form.upper()}")
+    add_verifiers(registrar, "ttt_multilayer", __name__)

@@ -8,14 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moshi_ttt.plugins.hybrid.option_verifiers import OptionsChunk, OptionsNaive, OptionsRecurrent
-from moshi_ttt.plugins.hybrid.verifiers import (
-    HybridChunk,
-    HybridNaive,
-    InnerLoopChunk,
-    InnerLoopNaive,
-    InnerLoopRecurrent,
-)
+from moshi_ttt.plugins.hybrid.variant_verifiers import variant_verifiers
 from moshi_ttt.plugins.ttt_multilayer.block import TTTMultilayer
 from moshi_ttt.plugins.ttt_multilayer.config import TTTMultilayerConfig
 
@@ -24,11 +17,6 @@ def _made(options: Mapping[str, Any], widths: list[int]) -> tuple[type[TTTMultil
     return TTTMultilayer, TTTMultilayerConfig.model_validate({**options, "hidden_dims": tuple(widths[1:])})
 
 
-NAIVE = InnerLoopNaive(at_least=3)
-CHUNK = InnerLoopChunk(at_least=3)
-RECURRENT = InnerLoopRecurrent(at_least=3)
-HYBRID = HybridChunk(at_least=3)
-HYBRID_NAIVE = HybridNaive(at_least=3)
-OPTIONS_NAIVE = OptionsNaive(_made, at_least=3)
-OPTIONS_CHUNK = OptionsChunk(_made, at_least=3)
-OPTIONS_RECURRENT = OptionsRecurrent(_made, at_least=3)
+NAIVE, CHUNK, RECURRENT, HYBRID, HYBRID_NAIVE, OPTIONS_NAIVE, OPTIONS_CHUNK, OPTIONS_RECURRENT = variant_verifiers(
+    _made, at_least=3
+)

@@ -196,8 +196,8 @@ def training_of_moshi(report: Report) -> None:
             shard(MOSHI_HOST, built.model, built.roles, runtime.mesh)
             built.model.to_empty(device=runtime.device)
             _fill(built.model, runtime.device)
-            lora.initialise_lora(built.model, 0)
-            built.injection.initialise()
+            lora.initialize_lora(built.model, 0)
+            built.injection.initialize()
             built.model.train()
             trainer = Trainer(built, settings.run, runtime)
             for rows in (1,) if report.small else (1, 2, 8):

@@ -1,4 +1,4 @@
-"""Markdown: tables, images, lists of facts; and the one way in which a number with its interval is written."""
+"""Markdown: tables, images, lists of facts, and the format of a number with its interval."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def test_7b_injected_on_meta_materialised_and_streamed():
                 flat = parameter.view(-1)
                 for piece in flat.split(tile.numel()):
                     piece.copy_(tile[: piece.numel()])
-    injection.initialise()
+    injection.initialize()
     injection.check_precision("materialised")
     assert not [name for name, parameter in model.named_parameters() if parameter.is_meta]
     generator = LMGen(model.eval(), use_sampling=False)

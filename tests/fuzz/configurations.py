@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moshi_ttt.core.block import BlockContext, SequenceBlock
 from moshi_ttt.core.state import BlockState
-from tests.fuzz.cases import Configuration, shape_of
+from tests.fuzz.cases import Configuration, Layer, shape_of
 from tests.fuzz.comparison import check, differences, error
 from tests.fuzz.definition import named
 
@@ -44,16 +44,21 @@ def by_package(case: Configuration, block: SequenceBlock) -> dict[str, Tensor]:
     return results
 
 
-def by_definition(case: Configuration, ulps: int = 0) -> dict[str, Tensor]:
-    """The same, row after row. With ``ulps`` every input is moved by so many, up or down."""
-    layer, inputs = case.layer, case.inputs()
+def variables_of(layer: Layer, inputs: dict[str, Tensor], ulps: int) -> dict[str, Tensor]:
+    """What a definition is a function of, requiring gradients; each value moved by ``ulps``, up or down."""
     values = {**layer.parameters(), **layer.host_parameters(), **{n: inputs[n] for n in ("x", "embeddings")}}
     if ulps:
         generator = torch.Generator().manual_seed(ulps)
         for name, value in values.items():
             sign = torch.randint(0, 2, value.shape, generator=generator).double() * 2 - 1
             values[name] = value + value * sign * ulps * torch.finfo(torch.float64).eps
-    values = {name: value.requires_grad_() for name, value in values.items()}
+    return {name: value.requires_grad_() for name, value in values.items()}
+
+
+def by_definition(case: Configuration, ulps: int = 0) -> dict[str, Tensor]:
+    """The same, row after row. With ``ulps`` every input is moved by so many, up or down."""
+    layer, inputs = case.layer, case.inputs()
+    values = variables_of(layer, inputs, ulps)
     definition = layer.definition({n: t for n, t in values.items() if n not in ("x", "embeddings")})
     rows = [
         definition.sequence(values["x"][row], values["embeddings"][row], learns)

@@ -77,7 +77,7 @@ def taps_are_the_other_way_round(patch: Patch) -> None:
     patch.setattr(short_conv, "_filtered", lambda window, taps, length: filtered(window, taps.flip(1), length))
 
 
-def values_are_not_normalised(patch: Patch) -> None:
+def values_are_not_normalized(patch: Patch) -> None:
     patch.setattr(block, "rms_normalize", lambda e, exact=False: e)
 
 
@@ -150,7 +150,7 @@ MISTAKES = [
     ),
     (rows_cannot_switch_updates_off, lambda case: is_one_row(case) and case.learns == (False,)),
     (taps_are_the_other_way_round, lambda case: is_one_row(case) and options(case)["conv_kernel"] == 2),
-    (values_are_not_normalised, lambda case: is_one_row(case) and case.length == 1),
+    (values_are_not_normalized, lambda case: is_one_row(case) and case.length == 1),
     (later_steps_repeat_the_first, lambda case: is_one_row(case) and options(case)["inner_steps"] == 2),
 ]
 

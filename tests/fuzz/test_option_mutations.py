@@ -13,12 +13,15 @@ from hypothesis.strategies import SearchStrategy
 from moshi_ttt.plugins.common.success_gate import SuccessGate
 from moshi_ttt.plugins.gating_mlp import block, corrections
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
-from moshi_ttt.plugins.gating_mlp.corrections import Unfinished
 from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
 from moshi_ttt.plugins.hybrid import fast_network, objective
 from tests.fuzz.cases import Layer
 from tests.fuzz.strategies import configurations, hybrid_layers, in_place_layers, schedules
 from tests.fuzz.test_mutations import is_one_row, options, run_printed, smallest_failure
+from tests.unit.plugins.stepper_mutations import (
+    a_chunk_that_goes_on_forgets_its_factor,
+    a_stream_solves_with_less_ridge,
+)
 
 Patch = pytest.MonkeyPatch
 
@@ -70,19 +73,6 @@ def a_query_is_added_without_a_norm(patch: Patch) -> None:
 
 def queries_do_not_read_the_velocity(patch: Patch) -> None:
     patch.setattr(fast_network, "_has_gradient", lambda memory, mask: torch.zeros(1, 1, 1, 1, dtype=torch.bool))
-
-
-def a_stream_solves_with_less_ridge(patch: Patch) -> None:
-    solve = Stepper._solve
-
-    def mutated(self, state, key, errors, ridge, *others):
-        return solve(self, state, key, errors, 0.9 * ridge, *others)
-
-    patch.setattr(Stepper, "_solve", mutated)
-
-
-def a_chunk_that_goes_on_forgets_its_factor(patch: Patch) -> None:
-    patch.setattr(Unfinished, "before_the_solution", lambda self, keys, errors: (keys, errors))
 
 
 def a_stream_corrects_nothing(patch: Patch) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from moshi_ttt.core.block import BlockContext, SequenceBlock
 from tests.fuzz.cases import Configuration, Layer, shape_of
 from tests.fuzz.comparison import check, differences, error
-from tests.fuzz.configurations import BOUND, updates
+from tests.fuzz.configurations import BOUND, updates, variables_of
 from tests.fuzz.definition import hidden_activation
 from tests.fuzz.strategies import BOOLS, SEEDS, layers
 
@@ -107,13 +107,7 @@ def _by_package(case: AtVolumes, block: SequenceBlock) -> dict[str, Tensor]:
 def _by_definition(case: AtVolumes, ulps: int = 0) -> dict[str, Tensor]:
     """The same. With ``ulps`` every input is moved by so many, up or down."""
     layer, inputs = case.layer, case.configuration.inputs()
-    values = {**layer.parameters(), **layer.host_parameters(), **{n: inputs[n] for n in ("x", "embeddings")}}
-    if ulps:
-        generator = torch.Generator().manual_seed(ulps)
-        for name, value in values.items():
-            sign = torch.randint(0, 2, value.shape, generator=generator).double() * 2 - 1
-            values[name] = value + value * sign * ulps * torch.finfo(torch.float64).eps
-    values = {name: value.requires_grad_() for name, value in values.items()}
+    values = variables_of(layer, inputs, ulps)
     parameters = {name: value for name, value in values.items() if name not in ("x", "embeddings")}
     x, volumes = values["x"], case.scale * torch.tensor(case.volumes, dtype=torch.float64)
     base = x

@@ -229,7 +229,7 @@ class LlamaHost(HostModel):
     def volume(self, model: nn.Module, value: float | Tensor) -> Any:
         return self._switched(model, "volume", volume_switch(value, self.blocks(model)))
 
-    def probe(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
+    def synthetic_loss(self, model: nn.Module, *, batch_size: int, length: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(VOCABULARY, (batch_size, length), generator=generator)
         return F.cross_entropy(model(tokens[:, :-1]).float().flatten(0, 1), tokens[:, 1:].flatten())

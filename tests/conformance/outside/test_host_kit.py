@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moshi_ttt.core import testing as kit
 from moshi_ttt.core.carry import ForwardContext
+from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.testing import HOST_CHECKS, HostVariantCase
 from tests.conformance.outside import llama
 from tests.conformance.outside.test_outside import LLAMA, REGISTRY
@@ -104,26 +105,30 @@ def carries_what_a_layer_left_last(patch: pytest.MonkeyPatch) -> None:
 
 
 def makes_up_the_same_input_for_every_seed(patch: pytest.MonkeyPatch) -> None:
-    probe = llama.LlamaHost.probe
-    patch.setattr(llama.LlamaHost, "probe", lambda self, model, **given: probe(self, model, **{**given, "seed": 0}))
+    synthetic_loss = llama.LlamaHost.synthetic_loss
+    patch.setattr(
+        llama.LlamaHost,
+        "synthetic_loss",
+        lambda self, model, **given: synthetic_loss(self, model, **{**given, "seed": 0}),
+    )
 
 
 def draws_from_the_global_generator(patch: pytest.MonkeyPatch) -> None:
-    probe = llama.LlamaHost.probe
+    synthetic_loss = llama.LlamaHost.synthetic_loss
 
     def broken(self: Any, model: Any, *, seed: int, **given: Any) -> Tensor:
-        return probe(self, model, seed=seed + int(torch.randint(1000, ())), **given)
+        return synthetic_loss(self, model, seed=seed + int(torch.randint(1000, ())), **given)
 
-    patch.setattr(llama.LlamaHost, "probe", broken)
+    patch.setattr(llama.LlamaHost, "synthetic_loss", broken)
 
 
 def loses_the_gradient_of_made_up_input(patch: pytest.MonkeyPatch) -> None:
-    probe = llama.LlamaHost.probe
+    synthetic_loss = llama.LlamaHost.synthetic_loss
 
     def broken(self: Any, model: Any, **given: Any) -> Tensor:
-        return probe(self, model, **given).detach() + 0 * sum(p.sum() for p in model.parameters())
+        return synthetic_loss(self, model, **given).detach() + 0 * sum(p.sum() for p in model.parameters())
 
-    patch.setattr(llama.LlamaHost, "probe", broken)
+    patch.setattr(llama.LlamaHost, "synthetic_loss", broken)
 
 
 def loads_what_there_is(patch: pytest.MonkeyPatch) -> None:
@@ -191,9 +196,27 @@ def test_a_host_without_masks_prefill_skeleton_or_made_up_input_is_asked_for_non
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bare = replace(CASE, on=replace(LLAMA, prefills=False, skeleton=None, masked_logits=None))
-    monkeypatch.delattr(llama.LlamaHost, "probe")
+    monkeypatch.delattr(llama.LlamaHost, "synthetic_loss")
     for name in ("prefill", "left_padding", "skeleton", "synthetic_loss"):
         CHECKS[f"check_host_{name}"](bare)
+
+
+def test_a_host_with_the_earlier_name_of_the_synthetic_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = LLAMA.model(torch.float32), {"batch_size": 2, "length": 5, "seed": 0}
+    with pytest.warns(DeprecationWarning, match=r"LlamaHost\.probe is now LlamaHost\.synthetic_loss"):
+        expected = LLAMA.host.probe(model, **given)
+    monkeypatch.setattr(llama.LlamaHost, "probe", llama.LlamaHost.synthetic_loss)
+    monkeypatch.delattr(llama.LlamaHost, "synthetic_loss")
+    with pytest.warns(DeprecationWarning, match=r"LlamaHost\.probe is now LlamaHost\.synthetic_loss"):
+        assert torch.equal(LLAMA.host.synthetic_loss(model, **given), expected)
+
+
+def test_a_host_without_a_synthetic_loss_refuses_under_both_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(llama.LlamaHost, "synthetic_loss")
+    model = LLAMA.model(torch.float32)
+    for method in (LLAMA.host.probe, LLAMA.host.synthetic_loss):
+        with pytest.raises(HostError, match="cannot make synthetic input"):
+            method(model, batch_size=2, length=5, seed=0)
 
 
 def test_a_stream_without_masked_tokens_says_so() -> None:

@@ -18,29 +18,20 @@ from moshi_ttt.plugins.common import short_conv
 from moshi_ttt.plugins.common.success_gate import SuccessGate
 from moshi_ttt.plugins.gating_mlp import block, compiled, corrections, recurrent
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
-from moshi_ttt.plugins.gating_mlp.corrections import ChunkwiseMemory, ParallelMemory, Unfinished
-from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
+from moshi_ttt.plugins.gating_mlp.corrections import ChunkwiseMemory, ParallelMemory
 from moshi_ttt.plugins.hybrid import block as hybrid_block
 from moshi_ttt.plugins.hybrid import fast_network
 from moshi_ttt.plugins.hybrid.block import HybridBlock
+from tests.unit.plugins.stepper_mutations import (
+    a_chunk_that_goes_on_forgets_its_factor,
+    a_stream_folds_without_decay,
+    a_stream_solves_with_less_ridge,
+)
 
 Patch = pytest.MonkeyPatch
 
 
 # ---- updates that correct
-
-
-def a_chunk_that_goes_on_forgets_its_factor(patch: Patch) -> None:
-    patch.setattr(Unfinished, "before_the_solution", lambda self, keys, errors: (keys, errors))
-
-
-def a_stream_solves_with_less_ridge(patch: Patch) -> None:
-    solve = Stepper._solve
-
-    def mutated(self, state, key, errors, ridge, *others):
-        return solve(self, state, key, errors, 0.9 * ridge, *others)
-
-    patch.setattr(Stepper, "_solve", mutated)
 
 
 def a_stream_keeps_its_factor(patch: Patch) -> None:
@@ -51,15 +42,6 @@ def a_stream_keeps_its_factor(patch: Patch) -> None:
         return advance(state, new, torch.zeros_like(ends) if is_factor else ends, active)
 
     patch.setattr(recurrent, "_advance", mutated)
-
-
-def a_stream_folds_without_decay(patch: Patch) -> None:
-    fold = Stepper._fold
-
-    def mutated(self, delta, channels, slices, forgotten):
-        return fold(self, delta, channels, slices, None)
-
-    patch.setattr(Stepper, "_fold", mutated)
 
 
 def a_call_is_asked_before_it_is_told(patch: Patch) -> None:

@@ -20,6 +20,7 @@ from moshi_ttt.plugins.hybrid import fast_network, naive, objective
 from moshi_ttt.plugins.ttt_mlp.verifiers import OPTIONS_CHUNK
 from tests.conformance.verify.test_verify import GOLDENS, read
 from tests.unit.plugins.gating import build
+from tests.unit.plugins.stepper_mutations import a_stream_folds_without_decay
 
 Patch = pytest.MonkeyPatch
 CALL, STREAM, DEFINITION = "options_chunk", "options_recurrent", "options_naive"
@@ -67,15 +68,6 @@ def decay_comes_after_the_update(patch: Patch) -> None:
         return torch.where(ended[:, None, None], (1 - decay) * (delta + keys.mT @ values), delta)
 
     patch.setattr(chunkwise, "after_chunk", mutated)
-
-
-def a_stream_folds_without_decay(patch: Patch) -> None:
-    fold = Stepper._fold
-
-    def mutated(self, delta, channels, slices, forgotten):
-        return fold(self, delta, channels, slices, None)
-
-    patch.setattr(Stepper, "_fold", mutated)
 
 
 def answers_are_read_at_scale_one(patch: Patch) -> None:

@@ -46,7 +46,7 @@ def test_the_surface_is_frozen():
                 "-a", "-d", "-o", "config",
             ],
             "recall": [
-                "--adapter", "--batch-size", "--between", "--data", "--frames", "--interludes", "--layout",
+                "--adapter", "--batch-size", "--between", "--clips", "--data", "--frames", "--interludes", "--layout",
                 "--moshi-channel", "--out", "--overwrite", "--pieces", "--seed", "--speaker-label", "--threads",
                 "--volume", "-a", "-d", "-o", "config",
             ],
@@ -55,8 +55,8 @@ def test_the_surface_is_frozen():
                 "--overwrite", "--smooth", "--speaker-label", "--threads", "-a", "-d", "-o", "config",
             ],
             "zero-shot": [
-                "--adapter", "--codebooks", "--dataset", "--normalisation", "--out", "--overwrite", "--seed",
-                "--source", "--threads", "-a", "-o", "config",
+                "--adapter", "--codebooks", "--dataset", "--normalisation", "--normalization", "--out", "--overwrite",
+                "--seed", "--source", "--threads", "-a", "-o", "config",
             ],
         },
         "encode": ["--eval", "--out", "-o", "config", "overrides"],

@@ -8,24 +8,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.apps.doctor import measure
 from moshi_ttt.core.adapter import save_adapter
 from moshi_ttt.core.block import BlockContext
 from moshi_ttt.core.health import HealthMonitor
-from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.plugins.hybrid import layer
+from tests.e2e.apps.injected import injected
 
 VARIANTS = ("ttt_linear", "ttt_mlp", "ttt_multilayer", "ttt_ridge", "gating_mlp")
-
-
-def injected(precision="fp32_state", dtype="float32", **options):
-    entry = {"variant": "ttt_mlp", "layers": "last:1", "chunk": 8, **options}
-    host = {"name": "moshi", "hf_repo": "builtin:tiny", "dtype": dtype}
-    config = parse_config({"host": host, "precision": precision, "ttt": [entry]}, registry=default_registry())
-    injection = inject(MOSHI_HOST.load(config.host), config)
-    injection.freeze_base()
-    return injection
 
 
 def flags(injection):
@@ -36,7 +26,7 @@ def flags(injection):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_healthy_block_is_green_and_unchanged(variant, dtype):
-    injection = injected(variant=variant, dtype=dtype)
+    injection = injected(chunk=8, variant=variant, dtype=dtype)
     before = {name: parameter.detach().clone() for name, parameter in injection.named_parameters()}
     assert flags(injection) == []
     for name, parameter in injection.named_parameters():
@@ -51,17 +41,17 @@ def test_a_wrong_standard_deviation(monkeypatch):
         return weight * centred / (difference.var(-1, keepdim=True) + eps) + bias + k
 
     monkeypatch.setattr(layer, "reconstruction_target", by_variance)
-    found = flags(injected())
+    found = flags(injected(chunk=8))
     assert any("variance is off by" in flag and "not divided by the standard deviation" in flag for flag in found)
 
 
-def test_keys_that_are_not_normalised(monkeypatch):
+def test_keys_that_are_not_normalized(monkeypatch):
     monkeypatch.setattr(layer, "l2_normalize", lambda x, exact=False: 7 * x)
-    assert any("keys must be L2-normalized" in flag for flag in flags(injected()))
+    assert any("keys must be L2-normalized" in flag for flag in flags(injected(chunk=8)))
 
 
 def test_a_gate_at_zero_without_a_gradient():
-    injection = injected(gate={"init": 0.0})
+    injection = injected(chunk=8, gate={"init": 0.0})
     assert flags(injection) == [], "a gate at zero that has a gradient will open"
     (block,) = injection.blocks.values()
     block.gate.requires_grad_(False)
@@ -71,18 +61,18 @@ def test_a_gate_at_zero_without_a_gradient():
 
 
 def test_a_bfloat16_state():
-    found = flags(injected(precision="uniform", dtype="bfloat16"))
+    found = flags(injected(chunk=8, precision="uniform", dtype="bfloat16"))
     assert any("state is torch.bfloat16" in flag and "are lost" in flag for flag in found)
 
 
 @pytest.mark.parametrize(("variant", "options"), [("ttt_mlp", {"base_lr": 1e4}), ("gating_mlp", {"lr": 1e12})], ids=str)
 def test_an_exploding_learning_rate(variant, options):
-    found = flags(injected(variant=variant, **options))
+    found = flags(injected(chunk=8, variant=variant, **options))
     assert any("lower the inner learning rate" in flag or "lower lr" in flag for flag in found)
 
 
 def test_a_token_scale_stuck_at_zero():
-    injection = injected()
+    injection = injected(chunk=8)
     (block,) = injection.blocks.values()
     with torch.no_grad():
         block.token_scale_offset[-1] = -1.0
@@ -90,7 +80,7 @@ def test_a_token_scale_stuck_at_zero():
 
 
 def test_an_input_that_is_not_finite():
-    injection = injected()
+    injection = injected(chunk=8)
     (block,) = injection.blocks.values()
     with torch.no_grad():
         block.wo.bias[0] = torch.nan
@@ -105,7 +95,7 @@ class NoReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_measuring_reads_nothing_until_asked_and_changes_no_gradient(variant):
-    injection = injected(variant=variant)
+    injection = injected(chunk=8, variant=variant)
     x = torch.randn(1, 24, injection.model.dim, generator=torch.Generator().manual_seed(0))
     ((site, block),) = injection.blocks.items()
 
@@ -152,7 +142,7 @@ def test_the_command(cli, tmp_path):
 
 
 def test_an_adapter_is_examined_and_a_config_without_blocks_refused(cli, tmp_path):
-    injection = injected()
+    injection = injected(chunk=8)
     with torch.no_grad():
         next(iter(injection.blocks.values())).token_scale_offset[-1] = -1.0
     save_adapter(injection, tmp_path / "adapter")
@@ -173,12 +163,12 @@ def test_too_few_tokens_for_an_update_are_refused(cli):
 
 
 def test_each_flag_is_given_once():
-    found = flags(injected(variant="gating_mlp", lr=1e12))
+    found = flags(injected(chunk=8, variant="gating_mlp", lr=1e12))
     assert len(found) == len(set(found)) == len({flag.split()[1] for flag in found})
 
 
 def test_a_block_called_by_keyword_is_measured_and_a_monitor_is_entered_once():
-    injection = injected()
+    injection = injected(chunk=8)
     ((site, block),) = injection.blocks.items()
     with HealthMonitor(injection.blocks) as monitor:
         block(x=torch.randn(1, 24, injection.model.dim))

@@ -7,24 +7,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.core.block import BlockContext
 from moshi_ttt.core.health import HealthMonitor, sample_length
 from moshi_ttt.core.injection import Injection
-from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from tests.e2e.apps.injected import injected
 
 CHUNKS = {"ttt_linear": 32, "ttt_mlp": 32, "ttt_multilayer": 32, "ttt_ridge": 32, "gating_mlp": 128}
 MOST_LAUNCHES = {"ttt_linear": 520, "ttt_mlp": 650, "ttt_multilayer": 790, "ttt_ridge": 560, "gating_mlp": 150}
 """Operations of one measurement of a block, reading included. Of 1,250 tokens, measured whole: 3,160 to 6,590 (147)."""
-
-
-def injected(variant: str, dtype: str = "float32", precision: str = "fp32_state", **options: object) -> Injection:
-    entry = {"variant": variant, "layers": "last:1", "chunk": CHUNKS[variant], **options}
-    host = {"name": "moshi", "hf_repo": "builtin:tiny", "dtype": dtype}
-    config = parse_config({"host": host, "precision": precision, "ttt": [entry]}, registry=default_registry())
-    injection = inject(MOSHI_HOST.load(config.host), config)
-    injection.freeze_base()
-    return injection
 
 
 class Operations(TorchDispatchMode):
@@ -68,7 +58,7 @@ def launches(injection: Injection, length: int, monitor: HealthMonitor | None) -
 
 @pytest.mark.parametrize("variant", CHUNKS)
 def test_a_sample_costs_the_same_for_every_length_and_is_taken_once_under_checkpointing(variant):
-    injection = injected(variant)
+    injection = injected(variant, chunk=CHUNKS[variant])
     extra = []
     for length in (2 * CHUNKS[variant] + 1, 640):
         launches(injection, length, None)  # what is made once
@@ -79,7 +69,7 @@ def test_a_sample_costs_the_same_for_every_length_and_is_taken_once_under_checkp
 
 
 def test_each_block_is_measured_once_until_it_is_read(monkeypatch):
-    injection = injected("ttt_mlp")
+    injection = injected("ttt_mlp", chunk=CHUNKS["ttt_mlp"])
     ((site, block),) = injection.blocks.items()
     calls = []
     real = block.statistics
@@ -101,7 +91,7 @@ def test_each_block_is_measured_once_until_it_is_read(monkeypatch):
 
 @pytest.mark.parametrize("variant", CHUNKS)
 def test_a_sample_is_the_first_tokens_and_the_rest_is_measured_whole(variant):
-    injection = injected(variant)
+    injection = injected(variant, chunk=CHUNKS[variant])
     ((site, block),) = injection.blocks.items()
     x, length = draw(injection, 640, rows=2), sample_length(block)
     assert length == 2 * CHUNKS[variant] + 1 < 640
@@ -127,7 +117,7 @@ def test_a_sample_is_the_first_tokens_and_the_rest_is_measured_whole(variant):
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "fp32_state"), ("bfloat16", "uniform")])
 @pytest.mark.parametrize("variant", [variant for variant in CHUNKS if variant != "ttt_ridge"])
 def test_drift_and_norms_are_those_of_float64_without_a_copy_in_it(variant, dtype, precision):
-    injection = injected(variant, dtype, precision)
+    injection = injected(variant, dtype, precision, chunk=CHUNKS[variant])
     ((site, block),) = injection.blocks.items()
     x = draw(injection, 320, rows=3).to(getattr(torch, dtype))
     with torch.no_grad(), HealthMonitor(injection.blocks) as monitor:
@@ -153,7 +143,7 @@ def test_drift_and_norms_are_those_of_float64_without_a_copy_in_it(variant, dtyp
 
 @pytest.mark.parametrize("values", [(0.0, 1.0), (1.0, torch.nan), (torch.inf, -torch.inf, 3.0, -0.0), (3e38, 1e-45)])
 def test_the_share_that_is_not_finite(values):
-    injection = injected("ttt_linear")
+    injection = injected("ttt_linear", chunk=CHUNKS["ttt_linear"])
     ((site, block),) = injection.blocks.items()
     x = draw(injection, 70)
     wanted = torch.tensor(values).repeat(x.numel() // len(values)).view(x.shape)

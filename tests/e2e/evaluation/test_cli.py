@@ -93,13 +93,31 @@ def test_long_context_in_segments(cli, talks, adapter, tmp_path):
 def test_recall(cli, talks, adapter, tmp_path):
     result = cli(
         "evaluate", "recall", "train-cpu", "--data", talks, "--layout", "librilight", "--frames", 80,
-        "--pieces", 2, "-a", f"mine={adapter}", "--out", tmp_path / "recall",
+        "--clips", 2, "-a", f"mine={adapter}", "--out", tmp_path / "recall",
     )  # fmt: skip
     assert result.exit_code == 0, result.said
     assert "| mine, updates on | third |" in result.said
     assert json.loads((tmp_path / "recall" / "metrics.json").read_text())["pieces_by_recording"] == [1, 1]
     compared = cli("evaluate", "compare", tmp_path / "recall", "--out", tmp_path / "compared")
     assert "recall, third presentation" in compared.said
+
+
+def test_earlier_names_of_options_work_with_a_warning(cli, talks, tmp_path):
+    given = ("recall", "train-cpu", "--data", talks, "--layout", "librilight", "--frames", 80, "--out", tmp_path / "r")
+    result = cli("evaluate", *given, "--pieces", 2)
+    assert result.exit_code == 0, result.said
+    assert "Warning: --pieces is now --clips" in result.said
+    assert json.loads((tmp_path / "r" / "metrics.json").read_text())["pieces_asked_for"] == 2
+    both = cli("evaluate", *given, "--pieces", 2, "--clips", 2)
+    assert (both.exit_code, "Give --clips alone" in both.said) == (2, True)
+    scored = ("zero-shot", "train-cpu", "--dataset", "csv", "--source", tmp_path / "none.csv", "--out", tmp_path / "z")
+    refused = cli("evaluate", *scored, "--normalisation", "mean")
+    assert refused.exit_code == 2
+    assert "Warning: --normalisation is now --normalization" in refused.said
+    assert "--normalization 'mean': allowed are token, sum" in refused.said
+    for name in ("recall", "zero-shot"):
+        shown = cli("evaluate", name, "--help").said
+        assert not {"--pieces", "--normalisation"} & set(shown.split())
 
 
 def test_recall_by_volume(cli, talks, adapter, tmp_path):
@@ -205,7 +223,7 @@ def test_zero_shot_of_pairs_of_ones_own(cli, talks, adapter, tmp_path):
         (["recall", "train-cpu", "--data", "empty", "-a", "folder"], "write NAME=FOLDER"),
         (["recall", "train-cpu", "--data", "empty", "-a", "x=empty"], "is no adapter"),
         (["recall", "nothing", "--data", "empty"], "No config 'nothing'"),
-        (["recall", "train-cpu", "--data", "empty", "--pieces", "0"], "'--pieces'"),
+        (["recall", "train-cpu", "--data", "empty", "--clips", "0"], "'--clips'"),
         (["zero-shot", "train-cpu", "--dataset", "swuggy", "--source", "empty"], "empty"),
         (["zero-shot", "train-cpu", "--dataset", "csv", "--source", "x", "--codebooks", "first"], "all, semantic"),
     ],

@@ -16,7 +16,7 @@ def refuse(*arguments, **named):
 
 
 def computes_without_compiling() -> None:
-    """Load, plan from meta, evaluate, train, stream and probe; ``torch.compile`` must not be called."""
+    """Load, plan from meta, evaluate, train, stream, take the loss; ``torch.compile`` must not be called."""
     torch.compile = refuse
     from moshi.modules.transformer import _rms_norm
 
@@ -36,9 +36,9 @@ def computes_without_compiling() -> None:
         MOSHI_HOST.load_base(model, weights)
         for blocks in (False, True):
             if blocks:
-                inject(model, config).initialise()
+                inject(model, config).initialize()
             model(codes)
-            MOSHI_HOST.probe(model.train(), batch_size=1, length=9, seed=0).backward()
+            MOSHI_HOST.synthetic_loss(model.train(), batch_size=1, length=9, seed=0).backward()
             generator = LMGen(model.eval(), use_sampling=False)
             with torch.no_grad(), generator.streaming(1):
                 for _ in range(4):

@@ -88,7 +88,7 @@ def filled(*, sharded: bool = False) -> dict:
         shard(MOSHI_HOST, model, FP32_STATE.roles(torch.bfloat16))
     model.to_empty(device="cpu")
     MOSHI_HOST.load_base(model, weights)
-    injection.initialise()
+    injection.initialize()
     injection.check_precision("materialised")
     return {name: _whole(p).detach().flatten()[:: p.numel() // 7 + 1].tolist() for name, p in model.named_parameters()}
 

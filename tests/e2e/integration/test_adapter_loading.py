@@ -61,7 +61,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def trained(*entries: dict, with_lora: bool = False) -> Injection:
-    """Blocks, and a LoRA, with values that no initialisation gives."""
+    """Blocks, and a LoRA, with values that no initialization gives."""
     config = parse_config(
         {"host": {"name": "moshi", "hf_repo": "builtin:tiny"}, "ttt": list(entries)}, registry=default_registry()
     )

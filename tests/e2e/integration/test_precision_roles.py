@@ -33,7 +33,7 @@ def from_meta(config):
     injection = inject(model, config)
     assert all(parameter.is_meta for parameter in injection.parameters())
     model.to_empty(device="cpu")
-    injection.initialise()
+    injection.initialize()
     MOSHI_HOST.load_base(model, weights)
     return model, injection
 

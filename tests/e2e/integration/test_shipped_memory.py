@@ -14,11 +14,11 @@ from moshi_ttt.hosts.moshi.loading import resolve_repo
 from moshi_ttt.hosts.moshi.tiny import memory_adapter, speech_files
 
 FRAMES, SKIPPED = 96, 64
-"""Of a piece, and of each hearing's beginning: the tiny Moshi's attention sees 64 frames."""
+"""Of a clip, and of each presentation's beginning: the tiny Moshi's attention sees 64 frames."""
 
 
 @pytest.fixture(scope="module")
-def heard_twice():
+def presented_twice():
     """The tiny Moshi, and the first 7.7 s of four recordings, each twice: ``[4, Q, 192]``."""
     files = resolve_repo("builtin:tiny")
     model, mimi = files.load_lm(dtype=torch.float32), files.load_mimi("cpu")
@@ -33,27 +33,27 @@ def heard_twice():
     return model, torch.stack(rows)
 
 
-def second_hearings(model, codes):
-    """``[4]``: nats per audio token in the second hearing, beyond what attention sees of the first."""
+def second_presentations(model, codes):
+    """``[4]``: nats per audio token in the second presentation, beyond what attention sees of the first."""
     return stream_losses(model, codes).audio[:, FRAMES + SKIPPED :].nanmean(1)
 
 
-def test_the_shipped_memory_recalls_and_leaves_nothing_behind(heard_twice):
-    model, codes = heard_twice
-    base = second_hearings(model, codes)
+def test_the_shipped_memory_recalls_and_leaves_nothing_behind(presented_twice):
+    model, codes = presented_twice
+    base = second_presentations(model, codes)
     injection = load_adapter(model, memory_adapter())
     assert sum(parameter.numel() for parameter in injection.parameters()) == 599_856
-    remembered = second_hearings(model, codes)
+    remembered = second_presentations(model, codes)
     with MOSHI_HOST.updates(model, False):
-        frozen = second_hearings(model, codes)
+        frozen = second_presentations(model, codes)
     with MOSHI_HOST.volume(model, 0.0):
-        silent = second_hearings(model, codes)
+        silent = second_presentations(model, codes)
     injection.remove()
     gained = base - remembered
     assert (gained > 0.1).all()
     assert (base - frozen).mean().abs() < gained.mean() / 10
     assert torch.equal(silent, base)
-    assert torch.equal(second_hearings(model, codes), base)
+    assert torch.equal(second_presentations(model, codes), base)
 
 
 def test_its_files_say_where_it_comes_from():

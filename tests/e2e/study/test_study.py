@@ -31,13 +31,13 @@ ARMS = tuple(arm for arm in plan.ARMS if arm.name in ("LoRA", "in-place TTT"))
 def speech(tmp_path_factory) -> Path:
     """A folder for known and one for unseen voices, two recordings in each split."""
     folder = tmp_path_factory.mktemp("speech")
-    heard = torch.cat([read_audio(path, RATE) for path in speech_files()]).numpy()
+    losses_of = torch.cat([read_audio(path, RATE) for path in speech_files()]).numpy()
     start = 0
     for voices in ("known", "unseen"):
         for split, frames in FRAMES.items():
             entries = []
             for number in range(2):
-                samples = np.stack([heard[start:][: frames * FRAME], heard[start + 999 :][: frames * FRAME]])
+                samples = np.stack([losses_of[start:][: frames * FRAME], losses_of[start + 999 :][: frames * FRAME]])
                 start += 10_000
                 path = folder / voices / f"{split}{number}.wav"
                 path.parent.mkdir(exist_ok=True)

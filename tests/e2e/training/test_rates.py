@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moshi_ttt import default_registry
 from moshi_ttt.configs.fit import OptimConfig
-from moshi_ttt.training import planning
+from moshi_ttt.training import plan_tables, planning
 from moshi_ttt.training import run as running
 from moshi_ttt.training.optimizer import advance, make_schedule, rates, reach, too_low
 
@@ -63,7 +63,7 @@ def test_the_plan_and_the_run_show_rates_and_warn(settings, capsys):
     found = {group.name: (group.learning_rate, group.reach) for group in planned.groups}
     assert found["ttt"] == (2e-6, pytest.approx(2e-6))
     assert found["frozen"] == (None, None)
-    Console(width=160).print(planning.render(planned))
+    Console(width=160).print(plan_tables.render(planned))
     shown = capsys.readouterr().out
     assert "Warning: the learning rate of ttt, 2e-06, moves a parameter by 2e-06 at most in 2 steps" in shown
     running.run(low, default_registry(), Console(width=500))

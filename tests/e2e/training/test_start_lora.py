@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from moshi_ttt import default_registry
 from moshi_ttt.core.errors import AdapterError, ConfigError, HostError
-from moshi_ttt.evaluation.subjects import load_subjects
+from moshi_ttt.evaluation.models import load_models
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 from moshi_ttt.hosts.moshi.tiny import bundle_folder
 from moshi_ttt.training.checkpoint import find_checkpoints
@@ -53,11 +53,11 @@ def test_blocks_are_trained_on_a_merged_lora_and_evaluated_on_it(train, tuned):
     outcome = train(moshi_paths=paths(tuned["plain"]), max_steps=1)
     config = json.loads((outcome.checkpoint / "adapter" / "adapter.json").read_text())
     host = host_of(tuned["plain"])
-    base, mine = load_subjects(host, [("mine", outcome.checkpoint)], default_registry(), "cpu")
+    base, mine = load_models(host, [("mine", outcome.checkpoint)], default_registry(), "cpu")
     assert config["fingerprint"]["weights"] == MOSHI_HOST.fingerprint(base.model)["weights"]
     assert mine.injection is not None
     with pytest.raises(AdapterError, match="The architecture is the same"):
-        load_subjects(
+        load_models(
             MoshiHostConfig(hf_repo="builtin:tiny", dtype="float32"), [("mine", outcome.checkpoint)],
             default_registry(), "cpu",
         )  # fmt: skip
@@ -81,7 +81,7 @@ def test_an_adapter_that_continues_a_lora_loads_where_it_was_trained_and_on_the_
     outcome = train(moshi_paths=paths(tuned["plain"]), lora=LORA, max_steps=1)
     assert any(name.startswith("extra.") or "lora_A" in name for name in adapter(outcome.checkpoint))
     for host in (host_of(tuned["plain"]), MoshiHostConfig(hf_repo="builtin:tiny", dtype="float32")):
-        _, mine = load_subjects(host, [("mine", outcome.checkpoint)], default_registry(), "cpu")
+        _, mine = load_models(host, [("mine", outcome.checkpoint)], default_registry(), "cpu")
         with mine.present():
             assert MOSHI_HOST.describe_extra(mine.model) == {"lora": {"rank": 2, "scaling": 2.0}}
         assert MOSHI_HOST.describe_extra(mine.model) == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from textwrap import dedent
@@ -11,6 +12,7 @@ from textwrap import dedent
 import pytest
 
 from moshi_ttt.core.hooks import ENTRY_POINT_GROUP
+from moshi_ttt.core.registry import Registry
 
 HEADER = "from moshi_ttt.core.hooks import hookimpl\nMOSHI_TTT_API = 1\n"
 
@@ -41,6 +43,13 @@ class SiteFolder:
         """Those of the distributions installed here, in the order of the file system."""
         found = metadata.distributions(path=[str(self.path)])
         return [point for distribution in found for point in distribution.entry_points]
+
+    def registry(self, *, warn: str | None = None) -> Registry:
+        """A registry filled from here. ``warn`` is a warning that must come."""
+        registry = Registry()
+        with nullcontext() if warn is None else pytest.warns(UserWarning, match=warn):
+            registry.discover(self.entry_points())
+        return registry
 
 
 TOY = "tests.unit.core.toy"

@@ -30,7 +30,7 @@ def injected(
     policy: PrecisionPolicy = FP32_STATE,
     registry: Registry | None = None,
 ) -> Injection:
-    """Blocks with values that no initialisation gives."""
+    """Blocks with values that no initialization gives."""
     registry = registry or toy_registry()
     model = ToyModel(dtype=dtype)
     injection = make_plan(

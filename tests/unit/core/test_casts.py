@@ -84,7 +84,7 @@ CHANGES = {
     "AdamW": optimise(AdamW, foreach=False),
     "AdamW, for each": optimise(AdamW, foreach=True),
     "AdamW, fused": optimise(AdamW, fused=True),
-    "initialised": lambda owner: nn.init.zeros_(owner.weight),
+    "initialized": lambda owner: nn.init.zeros_(owner.weight),
     "cast and back": lambda owner: owner.to(BFLOAT).to(torch.float32),
 }  # fmt: skip
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import warnings
+from dataclasses import dataclass
 
 import pytest
 
-from moshi_ttt.core.deprecation import moved_names
+from moshi_ttt.core.deprecation import moved_names, renamed_arguments, renamed_attributes
 
 
 def test_an_earlier_name_is_the_new_object_with_a_warning():
@@ -41,6 +42,40 @@ def test_a_module_of_which_some_names_have_moved():
         find("user_path")
 
 
+@renamed_arguments(pieces="clips")
+def count(model, clips=1):
+    return model, clips
+
+
+@renamed_attributes(pieces="clips")
+@dataclass(frozen=True)
+class Counted:
+    clips: int = 1
+
+
+def test_an_argument_under_its_earlier_name():
+    with pytest.warns(DeprecationWarning, match=r"argument 'pieces' of count\(\) is now 'clips'"):
+        assert count("base", pieces=3) == ("base", 3)
+    with pytest.raises(TypeError, match="got 'pieces' and 'clips', which are the same"):
+        count("base", pieces=3, clips=3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bits'"):
+        count("base", bits=3)
+
+
+def test_an_attribute_under_its_earlier_name():
+    with pytest.warns(DeprecationWarning, match=r"argument 'pieces' of Counted\.__init__\(\) is now 'clips'"):
+        counted = Counted(pieces=3)
+    with pytest.warns(DeprecationWarning, match=r"Counted\.pieces is now Counted\.clips") as shown:
+        assert counted.pieces == 3
+    assert shown[0].filename == __file__
+
+
+def test_new_names_do_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert count("base", clips=3) == ("base", Counted(clips=3).clips)
+
+
 EARLIER = {
     "common.block": ["HybridBlock", "Projection", "INIT_STD"],
     "common.block_checks": ["NARROWEST_HEAD", "checked_head_width"],
@@ -62,6 +97,37 @@ EARLIER = {
     "ttt_ridge.reference": ["memory", "layer", "success_gate", "cosine"],
 }
 """Module of ``plugins`` -> names that it had, and that are elsewhere now."""
+
+
+MOVED = {
+    "core.injection": {"initialise_blocks": "core.injection.initialize_blocks"},
+    "hosts.moshi.lora": {"initialise_lora": "hosts.moshi.lora.initialize_lora"},
+    "data.manifest": {
+        "SourceSpec": "data.sources", "parse_sources": "data.sources", "SHARD_INDEX": "data.sources",
+        "check_share": "data.problems", "LISTED": "data.problems",
+    },
+    "evaluation.pieces": {"Piece": "evaluation.clips.Clip", "Row": "evaluation.clips", "heard_own": "evaluation.clips"},
+    "evaluation.subjects": {
+        "Subject": "evaluation.models.ModelUnderTest", "load_subjects": "evaluation.models.load_models",
+        "listen": "evaluation.models.evaluate_codes", "CONDITIONS": "evaluation.models",
+    },
+    "evaluation.zero_shot": {"Normalisation": "evaluation.zero_shot.Normalization"},
+    "hosts.moshi.fit": {
+        "require_fit": "hosts.moshi.compatibility.require_compatible", "SpeechLayout": "hosts.moshi.compatibility",
+    },
+    "apps.quickstart.stream": {"listen": "apps.quickstart.stream.stream_recording"},
+    "training.planning": {"render": "training.plan_tables", "groups_table": "training.plan_tables"},
+}  # fmt: skip
+"""Module -> names that it had -> where they are now."""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "place"), [(m, n, p) for m, names in MOVED.items() for n, p in names.items()]
+)
+def test_names_of_other_packages_that_moved(module, name, place):
+    earlier = importlib.import_module(f"moshi_ttt.{module}")
+    with pytest.warns(DeprecationWarning, match=rf"moshi_ttt\.{module}\.{name} is now moshi_ttt\.{place}"):
+        assert getattr(earlier, name) is not None
 
 
 @pytest.mark.parametrize("module", EARLIER)

@@ -14,13 +14,7 @@ from tests.unit.core.toy import ToyBlock
 
 def discovered(site_folder, *, warn: str | None = None) -> Registry:
     """A registry filled from the folder; fails on a warning that was not expected and for one that did not come."""
-    registry = Registry()
-    if warn is None:
-        registry.discover(site_folder.entry_points())
-    else:
-        with pytest.warns(UserWarning, match=warn):
-            registry.discover(site_folder.entry_points())
-    return registry
+    return site_folder.registry(warn=warn)
 
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")

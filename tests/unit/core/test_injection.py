@@ -126,12 +126,12 @@ def test_freeze_base_leaves_the_declared_trainable_set():
     assert {name for name, _ in injection.named_parameters()} == {n.replace("ttt_", "") for n in trainable}
 
 
-def test_meta_model_is_initialised_once_it_has_storage():
+def test_meta_model_is_initialized_once_it_has_storage():
     model = ToyModel(device="meta")
     injection = plan_for(model, ToyConfig(layers="2"), seed=7).apply(model)
     assert all(parameter.is_meta for parameter in injection.parameters())
     model.to_empty(device="cpu")
-    injection.initialise()
+    injection.initialize()
     real_model = ToyModel()
     real = dict(plan_for(real_model, ToyConfig(layers="2"), seed=7).apply(real_model).named_parameters())
     assert all(torch.equal(parameter, real[name]) for name, parameter in injection.named_parameters())
@@ -363,6 +363,13 @@ def replaced_by_hand(injection):
     injection.host.attach(injection.model, again)
 
 
+def test_the_earlier_name_of_initialize():
+    model = ToyModel()
+    injection = plan_for(model, ToyConfig(layers="2")).apply(model)
+    with pytest.warns(DeprecationWarning, match=r"Injection\.initialise is now Injection\.initialize"):
+        injection.initialise()
+
+
 USES = {
     "remove": Injection.remove,
     "blocks": lambda injection: injection.blocks,
@@ -370,7 +377,7 @@ USES = {
     "named_buffers": lambda injection: list(injection.named_buffers()),
     "freeze_base": Injection.freeze_base,
     "set_inner_lr_factor": lambda injection: injection.set_inner_lr_factor(1.0),
-    "initialise": Injection.initialise,
+    "initialize": Injection.initialize,
     "check_precision": lambda injection: injection.check_precision("now"),
     "save_adapter": lambda injection: save_adapter(injection, "nowhere"),
     "fill_from_adapter": lambda injection: fill_from_adapter(injection, "nowhere"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moshi_ttt.core.plugin_check import plugin_problems
-from moshi_ttt.core.registry import Registry, default_registry
+from moshi_ttt.core.registry import default_registry
 
 ADD = "@hookimpl\ndef moshi_ttt_{hook}(registrar):\n    registrar.add('{name}', {target})\n"
 
@@ -13,13 +13,7 @@ ADD = "@hookimpl\ndef moshi_ttt_{hook}(registrar):\n    registrar.add('{name}', 
 def found(site_folder, sources: dict[str, str], *, warn: str | None = None) -> list[str]:
     for name, source in sources.items():
         site_folder.install(f"{name}-ttt", {name: source})
-    registry = Registry()
-    if warn is None:
-        registry.discover(site_folder.entry_points())
-    else:
-        with pytest.warns(UserWarning, match=warn):
-            registry.discover(site_folder.entry_points())
-    return plugin_problems(registry)
+    return plugin_problems(site_folder.registry(warn=warn))
 
 
 def test_what_is_installed_here_has_no_problem():

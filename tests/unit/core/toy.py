@@ -228,7 +228,7 @@ def toy_block(
     cls: type[ToyBlock] = ToyBlock,
     **options: Any,
 ) -> ToyBlock:
-    """One initialised block on the CPU, outside any host."""
+    """One initialized block on the CPU, outside any host."""
     info = SiteInfo(
         site=Site(1, cls.kind), dim=DIM, num_heads=2, device=torch.device("cpu"), dtype=dtype, format=SequenceFormat()
     )

@@ -13,7 +13,7 @@ import torch
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.data import codec as codec_module
 from moshi_ttt.data.codec import SpeechCodec
-from moshi_ttt.data.manifest import DataError
+from moshi_ttt.data.problems import DataError
 from moshi_ttt.data.text import Word
 
 from .conftest import FRAME, RATE, cut_off, write_audio

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moshi_ttt.data.corpus import SegmentError, open_corpus
-from moshi_ttt.data.manifest import DataError
+from moshi_ttt.data.problems import DataError
 from moshi_ttt.data.shards import write_shards
 from moshi_ttt.data.text import read_words
 

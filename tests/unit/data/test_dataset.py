@@ -11,7 +11,8 @@ import torch
 from moshi_ttt.data import dataset
 from moshi_ttt.data.corpus import Corpus, SegmentError, Source, SourceRecording, open_corpus
 from moshi_ttt.data.dataset import TrainingData, loader
-from moshi_ttt.data.manifest import DataError, Problem, SourceSpec
+from moshi_ttt.data.problems import DataError, Problem
+from moshi_ttt.data.sources import SourceSpec
 
 from .conftest import cut_off
 

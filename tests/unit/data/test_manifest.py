@@ -12,14 +12,9 @@ import numpy as np
 import pytest
 import sphn
 
-from moshi_ttt.data.manifest import (
-    DataError,
-    Problem,
-    check_share,
-    listed_twice,
-    parse_sources,
-    read_manifest,
-)
+from moshi_ttt.data.manifest import listed_twice, read_manifest
+from moshi_ttt.data.problems import DataError, Problem, check_share
+from moshi_ttt.data.sources import parse_sources
 
 from .conftest import RATE, write_audio, write_manifest, write_transcript
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moshi_ttt.data.manifest import DataError
+from moshi_ttt.data.problems import DataError
 from moshi_ttt.data.shards import (
     check_codec,
     read_index,
@@ -204,8 +204,8 @@ def test_frames_are_rearranged(shards, tmp_path):
     assert torch.equal(found[1], text.flip(0).repeat(2))
 
 
-def test_no_piece_at_all_raises_and_leaves_nothing(shards, tmp_path):
-    with pytest.raises(DataError, match="no piece comes of any recording; the longest has 61 frames"):
+def test_no_clip_at_all_raises_and_leaves_nothing(shards, tmp_path):
+    with pytest.raises(DataError, match="no clip can be made of any recording; the longest has 61 frames"):
         rearrange_shards(shards, tmp_path / "new", lambda length: [])
     assert not (tmp_path / "new").exists()
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moshi_ttt.data.corpus import open_corpus
-from moshi_ttt.data.manifest import DataError
+from moshi_ttt.data.problems import DataError
 from moshi_ttt.data.shards import read_index, write_shards
 from moshi_ttt.data.text import Transcript, Word, text_stream
 from moshi_ttt.data.words import WordCounts, count_words, total_words

@@ -9,15 +9,15 @@ import torch
 
 from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.evaluation.documents import Document
-from moshi_ttt.evaluation.subjects import Subject
+from moshi_ttt.evaluation.models import ModelUnderTest
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 
 CONTEXT = 8
 
 
-def subject_with(
+def model_with(
     variant: str | None, *, name: str | None = None, noise: float = 0.05, context: int = CONTEXT, **options: Any
-) -> Subject:
+) -> ModelUnderTest:
     """A random Moshi with a short attention, and a block of random weights where a variant is given."""
     model = random_tiny_lm(context=context)
     injection = None
@@ -28,12 +28,12 @@ def subject_with(
         generator = torch.Generator().manual_seed(1)
         for parameter in injection.parameters():
             parameter.data.add_(noise * torch.randn(parameter.shape, generator=generator))
-    return Subject(name=name or variant or "base", model=model, injection=injection, facts={})
+    return ModelUnderTest(name=name or variant or "base", model=model, injection=injection, facts={})
 
 
 @pytest.fixture
-def base() -> Subject:
-    return subject_with(None)
+def base() -> ModelUnderTest:
+    return model_with(None)
 
 
 def document(frames: int, seed: int, *, text: bool = True) -> Document:

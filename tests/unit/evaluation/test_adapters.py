@@ -13,7 +13,7 @@ from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.core.adapter import MANIFEST, TENSORS, load_adapter, save_adapter
 from moshi_ttt.core.errors import AdapterError, InjectionError
 from moshi_ttt.evaluation import long_context, zero_shot
-from moshi_ttt.evaluation.subjects import CONDITIONS, Subject, listen, load_subjects
+from moshi_ttt.evaluation.models import CONDITIONS, ModelUnderTest, evaluate_codes, load_models
 from moshi_ttt.hosts.moshi import lora
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHost, MoshiHostConfig
 
@@ -60,11 +60,11 @@ def loads(monkeypatch) -> list[torch.nn.Module]:
     return found
 
 
-def alone(name: str, folder: Path) -> Subject:
-    """A subject with a model of its own."""
+def alone(name: str, folder: Path) -> ModelUnderTest:
+    """A model under test that shares no base model."""
     model = MOSHI_HOST.load_for_adapter(HOST, folder)
     injection = load_adapter(model, folder)
-    return Subject(name=name, model=model, injection=injection if injection.blocks else None, facts={})
+    return ModelUnderTest(name=name, model=model, injection=injection if injection.blocks else None, facts={})
 
 
 def values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -75,12 +75,12 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def heard(subject: Subject) -> list[torch.Tensor]:
+def losses_of(tested: ModelUnderTest) -> list[torch.Tensor]:
     """Its losses under every condition, streamed, and in segments."""
     found = []
-    for condition in subject.conditions:
+    for condition in tested.conditions:
         for segments in (None, 5):
-            losses = listen(subject, CODES, condition, every=5, segments=segments)
+            losses = evaluate_codes(tested, CODES, condition, every=5, segments=segments)
             found += [losses.text, losses.audio]
     return found
 
@@ -94,33 +94,35 @@ def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 def test_the_base_is_loaded_once_and_each_adapter_gives_what_it_gives_alone(folders, loads, tmp_path):
     shutil.copytree(folders["in place"].parent, tmp_path / "adapters")
     given = [(name, tmp_path / "adapters" / name) for name in folders]
-    subjects = load_subjects(HOST, given, default_registry(), "cpu")
+    models = load_models(HOST, given, default_registry(), "cpu")
     shutil.rmtree(tmp_path / "adapters")  # a training may delete its older checkpoints
     assert len(loads) == 1
-    assert {id(subject.model) for subject in subjects} == {id(loads[0])}
+    assert {id(tested.model) for tested in models} == {id(loads[0])}
     classes, before = [type(module) for module in loads[0].modules()], values(loads[0])
-    untouched = Subject(name="base", model=MOSHI_HOST.load(HOST), injection=None, facts={})
+    untouched = ModelUnderTest(name="base", model=MOSHI_HOST.load(HOST), injection=None, facts={})
     assert same(before, values(untouched.model))
-    expected = {"base": heard(untouched)} | {name: heard(alone(name, folder)) for name, folder in folders.items()}
+    expected = {"base": losses_of(untouched)} | {
+        name: losses_of(alone(name, folder)) for name, folder in folders.items()
+    }
     assert not any(equal(expected["base"][:4], expected[name][:4]) for name in folders)
-    for subject in (*subjects, *reversed(subjects)):
-        assert equal(heard(subject), expected[subject.name]), subject.name
+    for tested in (*models, *reversed(models)):
+        assert equal(losses_of(tested), expected[tested.name]), tested.name
         assert [type(module) for module in loads[0].modules()] == classes
         assert same(values(loads[0]), before)
-    for subject in subjects[1:]:
-        counted = alone(subject.name, folders[subject.name])
+    for tested in models[1:]:
+        counted = alone(tested.name, folders[tested.name])
         own = [] if counted.injection is None else [*counted.injection.parameters()]
         extra = MOSHI_HOST.extra_parameters(counted.model).values()
-        assert subject.facts["parameters"] == sum(parameter.numel() for parameter in (*own, *extra))
+        assert tested.facts["parameters"] == sum(parameter.numel() for parameter in (*own, *extra))
 
 
 def test_whole_evaluations_are_those_of_models_of_their_own(folders, loads):
-    subjects = load_subjects(HOST, list(folders.items()), default_registry(), "cpu")
+    models = load_models(HOST, list(folders.items()), default_registry(), "cpu")
     assert len(loads) == 1
     documents = [document(140, seed) for seed in range(2)]
     options = long_context.Options(window=16, every=64, batch_size=2, conditions=CONDITIONS[:2], segments=35, seed=0)
-    together = long_context.evaluate(subjects, documents, options)
-    base = Subject(name="base", model=MOSHI_HOST.load(HOST), injection=None, facts={})
+    together = long_context.evaluate(models, documents, options)
+    base = ModelUnderTest(name="base", model=MOSHI_HOST.load(HOST), injection=None, facts={})
     apart = long_context.evaluate([base, *(alone(n, f) for n, f in folders.items())], documents, options)
     assert [curve.label for curve in together.curves] == [curve.label for curve in apart.curves]
     assert all(
@@ -128,11 +130,11 @@ def test_whole_evaluations_are_those_of_models_of_their_own(folders, loads):
         for a, b in zip(together.curves, apart.curves, strict=True)
     )
     codes = document(20, 3).codes
-    for subject in subjects[1:]:
-        variant = zero_shot.ScoredModel(model=subject.model, host=MOSHI_HOST, present=subject.present)
+    for tested in models[1:]:
+        variant = zero_shot.ScoredModel(model=tested.model, host=MOSHI_HOST, present=tested.present)
         with variant.present():
             found = zero_shot.score_codes(variant.model, variant.host, codes)
-        assert found == zero_shot.score_codes(alone("", folders[subject.name]).model, MOSHI_HOST, codes)
+        assert found == zero_shot.score_codes(alone("", folders[tested.name]).model, MOSHI_HOST, codes)
 
 
 def spoil_host(folder: Path) -> None:
@@ -156,7 +158,7 @@ def test_an_adapter_that_cannot_be_loaded_leaves_the_base(folders, loads, tmp_pa
     spoil(tmp_path / "bad")
     before = values(MOSHI_HOST.load(HOST))
     with pytest.raises(AdapterError):
-        load_subjects(
+        load_models(
             HOST, [("good", folders["in place"]), ("bad", tmp_path / "bad")], default_registry(), "cpu"
         )  # fmt: skip
     model = loads[-1]
@@ -166,13 +168,13 @@ def test_an_adapter_that_cannot_be_loaded_leaves_the_base(folders, loads, tmp_pa
 
 def test_an_adapter_that_is_none_is_refused_before_the_base_is_loaded(tmp_path, loads):
     with pytest.raises(AdapterError, match="is no adapter"):
-        load_subjects(HOST, [("none", tmp_path)], default_registry(), "cpu")
+        load_models(HOST, [("none", tmp_path)], default_registry(), "cpu")
     assert loads == []
 
 
 def test_one_adapter_at_a_time(folders):
     given = [(name, folders[name]) for name in ("with a LoRA", "in place", "a LoRA alone")]
-    base, first, second, third = load_subjects(HOST, given, default_registry(), "cpu")
+    base, first, second, third = load_models(HOST, given, default_registry(), "cpu")
     before = values(base.model)
     for one, other in ((first, second), (second, first), (third, second)):
         with one.present():

@@ -13,43 +13,43 @@ from moshi_ttt.evaluation import between
 from moshi_ttt.evaluation.between import BetweenOptions, evaluate, read_counts
 from moshi_ttt.evaluation.between_report import write_between
 from moshi_ttt.evaluation.documents import Document
-from moshi_ttt.evaluation.subjects import listen
+from moshi_ttt.evaluation.models import evaluate_codes
 
-from .conftest import CONTEXT, document, subject_with
+from .conftest import CONTEXT, document, model_with
 
 FRAMES = 3 * CONTEXT
 COUNTS = (1, 2, 4)
 INTERLUDES = [document(2 * FRAMES + 3, 10 + n) for n in range(3)]  # six clips
 
 
-def run(subjects, documents=None, interludes=INTERLUDES, on_batch=lambda: None, **changes):
+def run(models, documents=None, interludes=INTERLUDES, on_batch=lambda: None, **changes):
     documents = documents or [document(2 * FRAMES, n) for n in range(3)]
     options = BetweenOptions(**{"counts": COUNTS, "frames": FRAMES, "batch_size": 8, **changes})
-    return evaluate(subjects, documents, interludes, options, on_batch=on_batch)
+    return evaluate(models, documents, interludes, options, on_batch=on_batch)
 
 
 @pytest.fixture
 def loud():
-    return subject_with("ttt_mlp", base_lr=1.0, gate={"init": 1.0})
+    return model_with("ttt_mlp", base_lr=1.0, gate={"init": 1.0})
 
 
 def clips_of(documents):
     return [each.codes[:, n : n + FRAMES] for each in documents for n in range(0, each.frames - FRAMES + 1, FRAMES)]
 
 
-def by_definition(subject, base, documents, count, *, volume=1.0, seed=0):
-    """Gain, saved and once of each document's first clip: every row and every count heard alone, in segments."""
+def by_definition(tested, base, documents, count, *, volume=1.0, seed=0):
+    """Gain, saved and once of each document's first clip: every row and every count presented alone, in segments."""
     clips = clips_of(INTERLUDES)
     order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed)).tolist()
     found = []
     for row, own in enumerate(each.codes[:, :FRAMES] for each in documents):
         start = row * len(clips) // len(documents)
         others = [clips[order[(start + n) % len(clips)]] for n in range(count)]
-        heard = torch.cat([own, *others, own], dim=1)[None]
+        losses_of = torch.cat([own, *others, own], dim=1)[None]
         losses = [
-            listen(each, heard, "updates on", every=FRAMES, segments=FRAMES, volume=at).audio[0]
+            evaluate_codes(each, losses_of, "updates on", every=FRAMES, segments=FRAMES, volume=at).audio[0]
             .unflatten(0, (count + 2, FRAMES))[:, CONTEXT:].nanmean(1)
-            for each, at in ((subject, volume), (base, 1.0))
+            for each, at in ((tested, volume), (base, 1.0))
         ]  # fmt: skip
         own_loss, bases = losses
         gain = (own_loss[0] - own_loss[-1]) - (bases[0] - bases[-1])
@@ -58,7 +58,7 @@ def by_definition(subject, base, documents, count, *, volume=1.0, seed=0):
 
 
 @pytest.mark.parametrize("volume", [1.0, 0.5])
-def test_each_count_is_as_if_it_were_heard_alone(base, loud, volume):
+def test_each_count_is_as_if_it_were_presented_alone(base, loud, volume):
     documents = [document(2 * FRAMES, n) for n in range(3)]
     result = run([base, loud], documents, volumes=(volume,))
     assert [each.count for each in result.after] == list(COUNTS)
@@ -77,7 +77,7 @@ def test_what_lies_between_counts(base, loud):
 
 
 def test_without_memory_nothing_is_gained(base):
-    other = subject_with(None, name="none")
+    other = model_with(None, name="none")
     for each in run([base, other]).after:
         for name in between.FIGURES:
             assert not getattr(each, name).any()
@@ -91,8 +91,8 @@ def test_batches_do_not_change_what_a_row_is_presented(base, loud):
 
 def test_a_recordings_figure_is_the_mean_of_its_clips(base, loud):
     documents = [document(2 * FRAMES, 0), document(FRAMES, 1), document(FRAMES - 1, 2)]
-    result = run([base, loud], documents, pieces=2)
-    assert (result.pieces, result.recordings) == ([2, 1], ["talk0", "talk1"])
+    result = run([base, loud], documents, clips=2)
+    assert (result.clips, result.recordings) == ([2, 1], ["talk0", "talk1"])
     assert result.left_out == ["talk2 (23 frames)"]
     parts = [Document(f"part{n}", clip) for n, clip in enumerate(clips_of(documents))]
     for each, apart in zip(result.after, run([base, loud], parts).after, strict=True):
@@ -101,9 +101,9 @@ def test_a_recordings_figure_is_the_mean_of_its_clips(base, loud):
 
 
 def test_it_takes_one_batch_for_all_recordings_and_counts(base, loud):
-    heard = []
-    run([base, loud], volumes=(0.5, 1.0), on_batch=lambda: heard.append(None))
-    assert len(heard) == 3  # the base, and each volume
+    losses_of = []
+    run([base, loud], volumes=(0.5, 1.0), on_batch=lambda: losses_of.append(None))
+    assert len(losses_of) == 3  # the base, and each volume
 
 
 def test_the_seed_orders_the_interludes(base, loud):
@@ -112,10 +112,10 @@ def test_the_seed_orders_the_interludes(base, loud):
     assert not torch.equal(first, other)
 
 
-def test_subjects_without_blocks_have_no_volume(base, loud):
-    other = subject_with(None, name="none")
+def test_models_without_blocks_have_no_volume(base, loud):
+    other = model_with(None, name="none")
     after = run([base, other, loud], volumes=(0.5, 1.0), counts=(1,)).after
-    assert [(each.subject, each.volume) for each in after] == [("none", 1.0), ("ttt_mlp", 0.5), ("ttt_mlp", 1.0)]
+    assert [(each.model, each.volume) for each in after] == [("none", 1.0), ("ttt_mlp", 0.5), ("ttt_mlp", 1.0)]
 
 
 def test_a_report_has_a_table_and_a_figure(base, loud, tmp_path):
@@ -171,10 +171,10 @@ def test_interludes_that_are_under_test_are_refused(base, loud, change):
         name, codes[0] = "a copy", -1
     elif change == "its tokens":  # as when it was encoded in other segments
         codes[1, 5] += 1
-    heard = []
+    losses_of = []
     with pytest.raises(ConfigError, match=f"1 of the interludes are recordings under test, the first {name}"):
-        run([base, loud], interludes=[*INTERLUDES, Document(name, codes)], on_batch=lambda: heard.append(None))
-    assert heard == []
+        run([base, loud], interludes=[*INTERLUDES, Document(name, codes)], on_batch=lambda: losses_of.append(None))
+    assert losses_of == []
 
 
 def test_a_recording_too_short_to_be_tested_is_still_no_interlude(base, loud):
@@ -187,7 +187,7 @@ def test_the_base_model_alone_and_volumes_of_nobody_are_refused(base):
     with pytest.raises(ConfigError, match="--between compares adapters with the base model"):
         run([base])
     with pytest.raises(ConfigError, match="no volume without blocks"):
-        run([base, subject_with(None, name="none")], volumes=(0.5,))
+        run([base, model_with(None, name="none")], volumes=(0.5,))
 
 
 def test_what_recall_refuses_is_refused(base, loud):

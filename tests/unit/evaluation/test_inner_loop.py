@@ -14,41 +14,41 @@ from moshi_ttt.core.block import BlockContext, SequenceBlock
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.inner_losses import CURVES
 from moshi_ttt.evaluation.inner_loop import evaluate, write_inner_loop
-from moshi_ttt.evaluation.subjects import Subject
+from moshi_ttt.evaluation.models import ModelUnderTest
 from moshi_ttt.hosts.moshi.losses import delayed
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 from moshi_ttt.system.report.inner_losses import running_mean
 
-from .conftest import CONTEXT, document, subject_with
+from .conftest import CONTEXT, document, model_with
 
 VARIANTS = ["ttt_linear", "ttt_mlp", "ttt_multilayer", "ttt_ridge", "gating_mlp"]
 
 
-def run(subject, documents, **changes):
-    return evaluate(subject, documents, **{"batch_size": 2, "smooth": 3, **changes})
+def run(tested, documents, **changes):
+    return evaluate(tested, documents, **{"batch_size": 2, "smooth": 3, **changes})
 
 
-def direct(subject, codes):
+def direct(tested, codes):
     """The losses of one recording ``[Q, T]``, from what its only block is called with."""
-    ((_, block),) = subject.injection.blocks.items()
-    heard = []
+    ((_, block),) = tested.injection.blocks.items()
+    losses_of = []
     hook = block.register_forward_hook(
-        lambda block, args, kwargs, output: heard.append((args[0], args[2])), with_kwargs=True
+        lambda block, args, kwargs, output: losses_of.append((args[0], args[2])), with_kwargs=True
     )
     with torch.no_grad():
-        subject.model.forward_text(delayed(subject.model, codes[None])[:, :, :-1])
+        tested.model.forward_text(delayed(tested.model, codes[None])[:, :, :-1])
     hook.remove()
-    ((x, context),) = heard
+    ((x, context),) = losses_of
     assert x.shape[1] == codes.shape[1]
     return {name: loss[0].double() for name, loss in block.inner_losses(x, context).items()}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_means_are_over_the_recordings_that_have_a_value(variant):
-    subject = subject_with(variant)
+    tested = model_with(variant)
     documents = [document(18, 0), document(13, 1), document(18, 2)]
-    result = run(subject, documents)
-    alone = [direct(subject, each.codes) for each in documents]
+    result = run(tested, documents)
+    alone = [direct(tested, each.codes) for each in documents]
     (site,) = result.sites
     assert (site.variant, site.first_updated, result.frames, site.not_finite) == (variant, 4, 18, 0)
     assert site.tokens == (16 - 4) + (12 - 4) + (16 - 4)
@@ -70,65 +70,65 @@ def test_two_blocks_in_one_layer_have_curves_each():
     entries = [{"variant": variant, "layers": "1", "chunk": 4} for variant in ("gating_mlp", "ttt_linear")]
     config = {"host": {"name": "moshi", "hf_repo": "builtin:tiny"}, "ttt": entries}
     injection = inject(model, parse_config(config, registry=default_registry()))
-    subject = Subject(name="both", model=model, injection=injection, facts={})
-    result = run(subject, [document(12, 0)])
+    tested = ModelUnderTest(name="both", model=model, injection=injection, facts={})
+    result = run(tested, [document(12, 0)])
     assert {site.site: site.variant for site in result.sites} == {
         "layers.1.sequence": "ttt_linear", "layers.1.feed_forward": "gating_mlp",
     }  # fmt: skip
 
 
-def test_a_padded_recording_is_never_heard():
-    subject, seen = subject_with("ttt_linear"), []
-    ((_, block),) = subject.injection.blocks.items()
+def test_a_padded_recording_is_never_used():
+    tested, seen = model_with("ttt_linear"), []
+    ((_, block),) = tested.injection.blocks.items()
     hook = block.register_forward_hook(lambda block, args, output: seen.append(tuple(args[0].shape[:2])))
-    run(subject, [document(frames, seed) for seed, frames in enumerate((9, 12, 9, 9, 12))])
+    run(tested, [document(frames, seed) for seed, frames in enumerate((9, 12, 9, 9, 12))])
     hook.remove()
     assert seen == [(2, 12), (2, 9), (1, 9)]
 
 
 def test_an_update_lowers_the_loss_of_what_it_saw():
-    (site,) = run(subject_with("ttt_mlp", base_lr=1.0), [document(40, 0)]).sites
+    (site,) = run(model_with("ttt_mlp", base_lr=1.0), [document(40, 0)]).sites
     assert (site.means["after"] < site.means["before"]).all()
 
 
-def test_the_subject_is_as_it_was():
-    subject = subject_with("gating_mlp")
-    ((_, block),) = subject.injection.blocks.items()
-    before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+def test_the_model_is_as_it_was():
+    tested = model_with("gating_mlp")
+    ((_, block),) = tested.injection.blocks.items()
+    before = {name: tensor.clone() for name, tensor in tested.model.state_dict().items()}
     hooks, random = dict(block._forward_hooks), torch.get_rng_state()
-    run(subject, [document(12, 0)])
-    assert all(torch.equal(before[name], tensor) for name, tensor in subject.model.state_dict().items())
+    run(tested, [document(12, 0)])
+    assert all(torch.equal(before[name], tensor) for name, tensor in tested.model.state_dict().items())
     assert dict(block._forward_hooks) == hooks
     assert torch.equal(torch.get_rng_state(), random)
     with pytest.raises(IndexError):
-        run(subject, [replace(document(12, 0), codes=torch.full((17, 12), 10**6))])
+        run(tested, [replace(document(12, 0), codes=torch.full((17, 12), 10**6))])
     assert dict(block._forward_hooks) == hooks
 
 
 def test_what_cannot_be_measured_is_refused(base, monkeypatch):
-    subject = subject_with("ttt_linear")
+    tested = model_with("ttt_linear")
     with pytest.raises(ConfigError, match=r"base has no blocks.*Give an adapter"):
         run(base, [document(12, 0)])
     with pytest.raises(ConfigError, match="no recordings"):
-        run(subject, [])
+        run(tested, [])
     with pytest.raises(ConfigError, match=r"None of 2 recordings has a whole chunk .* 3 frames.*max-seconds"):
-        run(subject, [document(3, 0), document(2, 1)])
+        run(tested, [document(3, 0), document(2, 1)])
     with pytest.raises(ConfigError, match="batch_size 0: give 1 or more"):
-        run(subject, [document(12, 0)], batch_size=0)
+        run(tested, [document(12, 0)], batch_size=0)
     with pytest.raises(ConfigError, match="smooth -1: give 1 or more"):
-        run(subject, [document(12, 0)], smooth=-1)
-    ((_, block),) = subject.injection.blocks.items()
+        run(tested, [document(12, 0)], smooth=-1)
+    ((_, block),) = tested.injection.blocks.items()
     monkeypatch.setattr(type(block), "inner_losses", SequenceBlock.inner_losses)
     assert block.inner_losses(torch.zeros(1), BlockContext()) == {}
     with pytest.raises(ConfigError, match=r"\(ttt_linear\) have no inner loss"):
-        run(subject, [document(12, 0)])
+        run(tested, [document(12, 0)])
 
 
 def test_losses_that_are_no_numbers_are_counted(tmp_path):
-    subject = subject_with("ttt_linear")
+    tested = model_with("ttt_linear")
     with torch.no_grad():
-        next(iter(subject.injection.blocks.values())).norm_weight.fill_(1e30)  # its squares are beyond float32
-    result = run(subject, [document(16, 0)])
+        next(iter(tested.injection.blocks.values())).norm_weight.fill_(1e30)  # its squares are beyond float32
+    result = run(tested, [document(16, 0)])
     (site,) = result.sites
     assert site.not_finite > 0
     write_inner_loop(tmp_path, result, made_by="test", frame_seconds=0.08)
@@ -145,7 +145,7 @@ def test_the_running_mean_leaves_out_what_is_missing():
 
 @pytest.mark.parametrize("variant", ["ttt_linear", "gating_mlp"])
 def test_a_report_has_every_curve(variant, tmp_path):
-    result = run(subject_with(variant), [document(18, 0), document(18, 1)])
+    result = run(model_with(variant), [document(18, 0), document(18, 1)])
     result.facts["data"] = "talks"
     write_inner_loop(tmp_path, result, made_by="test", frame_seconds=0.08)
     metrics = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -166,7 +166,7 @@ def test_a_report_has_every_curve(variant, tmp_path):
 
 
 def test_a_recording_of_one_chunk_has_nothing_to_average(tmp_path):
-    result = run(subject_with("ttt_linear"), [document(4, 0)])
+    result = run(model_with("ttt_linear"), [document(4, 0)])
     assert (result.sites[0].first_updated, result.sites[0].tokens) == (4, 0)
     write_inner_loop(tmp_path, result, made_by="test", frame_seconds=0.08)
     assert "No update took effect" in (tmp_path / "report.md").read_text()

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.evaluation.documents import batches
 from moshi_ttt.evaluation.long_context import Options, evaluate, read_spans
+from moshi_ttt.evaluation.models import CONDITIONS, evaluate_codes
 from moshi_ttt.evaluation.reporting import look, write_long_context
-from moshi_ttt.evaluation.subjects import CONDITIONS, listen
 from moshi_ttt.evaluation.teacher_forcing import stream_losses
 
-from .conftest import CONTEXT, document, subject_with
+from .conftest import CONTEXT, document, model_with
 
 VARIANTS = ("ttt_linear", "ttt_mlp", "gating_mlp")
 
@@ -26,15 +26,15 @@ def options(**changes) -> Options:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_conditions_change_what_they_say_and_nothing_before_they_act(variant):
-    subject = subject_with(variant)
+    tested = model_with(variant)
     codes = torch.stack([document(24, 0).codes, document(24, 1).codes])
-    heard = {condition: listen(subject, codes, condition, every=12).audio for condition in CONDITIONS}
-    on = heard["updates on"]
-    assert torch.equal(on.nan_to_num(), stream_losses(subject.model, codes).audio.nan_to_num())
+    losses_of = {condition: evaluate_codes(tested, codes, condition, every=12).audio for condition in CONDITIONS}
+    on = losses_of["updates on"]
+    assert torch.equal(on.nan_to_num(), stream_losses(tested.model, codes).audio.nan_to_num())
     # A chunk's own tokens are learned from at once, but in place only when the chunk has ended.
     learns = 5 if variant == "gating_mlp" else 1
     for condition, first in (("updates off", learns), ("memory reset", 12), ("memory of another", 12)):
-        other = heard[condition]
+        other = losses_of[condition]
         same = max(0, first - 2)  # a frame's late codebooks are predicted in the next
         assert torch.equal(other[:, :same], on[:, :same]), condition
         assert not torch.equal(other[:, first:].nan_to_num(), on[:, first:].nan_to_num()), condition
@@ -43,37 +43,37 @@ def test_conditions_change_what_they_say_and_nothing_before_they_act(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_updates_off_is_a_memory_that_never_learns(variant):
     # Reset before every chunk: what is learned never comes to anything.
-    subject = subject_with(variant)
+    tested = model_with(variant)
     codes = document(16, 0).codes[None]
-    off = listen(subject, codes, "updates off", every=1).audio
+    off = evaluate_codes(tested, codes, "updates off", every=1).audio
     # The control: with a learning rate of almost nothing the same numbers.
-    subject.injection.set_inner_lr_factor(1e-12)
-    slow = stream_losses(subject.model, codes).audio
-    subject.injection.set_inner_lr_factor(1.0)
+    tested.injection.set_inner_lr_factor(1e-12)
+    slow = stream_losses(tested.model, codes).audio
+    tested.injection.set_inner_lr_factor(1.0)
     torch.testing.assert_close(off, slow, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def test_memory_of_another_is_the_memory_of_another():
-    subject = subject_with("ttt_mlp")
+    tested = model_with("ttt_mlp")
     same = torch.stack([document(24, 0).codes] * 2)
-    alike = listen(subject, same, "memory of another", every=8).audio
-    torch.testing.assert_close(alike, listen(subject, same, "updates on", every=8).audio, equal_nan=True)
+    alike = evaluate_codes(tested, same, "memory of another", every=8).audio
+    torch.testing.assert_close(alike, evaluate_codes(tested, same, "updates on", every=8).audio, equal_nan=True)
     with pytest.raises(ConfigError, match="two recordings or more"):
-        listen(subject, same[:1], "memory of another", every=8)
+        evaluate_codes(tested, same[:1], "memory of another", every=8)
 
 
-def test_listening_leaves_everything_as_it_was():
-    subject = subject_with("ttt_mlp")
+def test_an_evaluation_leaves_everything_as_it_was():
+    tested = model_with("ttt_mlp")
     codes = torch.stack([document(16, 0).codes, document(16, 1).codes])
-    before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in tested.model.state_dict().items()}
     random = torch.get_rng_state()
-    first = listen(subject, codes, "updates on", every=4).audio
+    first = evaluate_codes(tested, codes, "updates on", every=4).audio
     for condition in CONDITIONS:
-        listen(subject, codes, condition, every=4)
-    assert torch.equal(listen(subject, codes, "updates on", every=4).audio.nan_to_num(), first.nan_to_num())
+        evaluate_codes(tested, codes, condition, every=4)
+    assert torch.equal(evaluate_codes(tested, codes, "updates on", every=4).audio.nan_to_num(), first.nan_to_num())
     assert torch.equal(torch.get_rng_state(), random)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in subject.model.state_dict().items())
-    assert {block.inner_lr_factor for block in subject.injection.blocks.values()} == {1.0}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tested.model.state_dict().items())
+    assert {block.inner_lr_factor for block in tested.injection.blocks.values()} == {1.0}
 
 
 def test_windows_are_at_their_positions_and_missing_ones_are_missing(base):
@@ -98,8 +98,8 @@ def test_batches_leave_no_one_alone():
 
 
 def test_the_base_saves_nothing_against_itself_and_a_copy_neither(base):
-    subject = subject_with("ttt_mlp", name="mute", noise=0.0, gate={"init": 0.0})
-    result = evaluate([base, subject], [document(24, n) for n in range(3)], options())
+    tested = model_with("ttt_mlp", name="mute", noise=0.0, gate={"init": 0.0})
+    result = evaluate([base, tested], [document(24, n) for n in range(3)], options())
     for condition in CONDITIONS:
         curve = result.curve("mute", condition, "audio")
         saved = result.saved(curve, result.curve("base", "updates on", "audio"))
@@ -112,8 +112,8 @@ def test_too_short_recordings_are_refused_with_what_is_needed(base):
 
 
 def test_a_report_has_every_number_and_no_nan(base, tmp_path):
-    subject = subject_with("ttt_mlp")
-    result = evaluate([base, subject], [document(24, 0), document(16, 1, text=False)], options())
+    tested = model_with("ttt_mlp")
+    result = evaluate([base, tested], [document(24, 0), document(16, 1, text=False)], options())
     result.facts["data"] = "made up"
     write_long_context(tmp_path, result, made_by="test", frame_seconds=0.08)
     metrics = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -127,9 +127,9 @@ def test_a_report_has_every_number_and_no_nan(base, tmp_path):
 
 
 def test_what_is_saved_by_span_is_the_mean_over_the_recordings_that_reach_it(base, tmp_path):
-    subject = subject_with("ttt_mlp")
+    tested = model_with("ttt_mlp")
     documents = [document(frames, n) for n, frames in enumerate((12, 28, 20, 40))]
-    result = evaluate([base, subject], documents, options(spans=(0, 12, 20, 100)))
+    result = evaluate([base, tested], documents, options(spans=(0, 12, 20, 100)))
     curve, other = (result.curve(name, "updates on", "audio") for name in ("ttt_mlp", "base"))
     spans = result.saved_by_span(curve, other)
     # From the second window on: attention sees eight frames. No recording has 100.
@@ -165,8 +165,8 @@ def drawn(monkeypatch) -> list[Figure]:
 
 
 def test_the_plot_shows_losses_above_and_what_is_saved_below(base, drawn, tmp_path):
-    subject = subject_with("ttt_linear")
-    result = evaluate([base, subject], [document(24, n, text=False) for n in range(2)], options())
+    tested = model_with("ttt_linear")
+    result = evaluate([base, tested], [document(24, n, text=False) for n in range(2)], options())
     write_long_context(tmp_path, result, made_by="test", frame_seconds=0.08)
     (figure,) = drawn
     above, below = figure.axes
@@ -191,6 +191,6 @@ def test_the_base_alone_has_nothing_to_save(base, drawn, tmp_path):
 
 
 def test_no_two_curves_look_alike():
-    subjects = ["base", *(f"subject {number}" for number in range(19))]
-    looks = [str(look(subjects, subject, condition)) for subject in subjects for condition in CONDITIONS]
+    models = ["base", *(f"model {number}" for number in range(19))]
+    looks = [str(look(models, tested, condition)) for tested in models for condition in CONDITIONS]
     assert len(set(looks)) == len(looks)

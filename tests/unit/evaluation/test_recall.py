@@ -8,21 +8,21 @@ import pytest
 import torch
 
 from moshi_ttt.core.errors import ConfigError
-from moshi_ttt.evaluation.pieces import heard_own, lay_out
+from moshi_ttt.evaluation.clips import lay_out, processed_own
+from moshi_ttt.evaluation.models import CONDITIONS, evaluate_codes
 from moshi_ttt.evaluation.recall import evaluate
 from moshi_ttt.evaluation.reporting import write_recall
-from moshi_ttt.evaluation.subjects import CONDITIONS, listen
 from moshi_ttt.evaluation.teacher_forcing import stream_losses
 
-from .conftest import CONTEXT, document, subject_with
+from .conftest import CONTEXT, document, model_with
 
 FRAMES = 5 * CONTEXT
 
 
-def run(subjects, documents=None, **changes):
+def run(models, documents=None, **changes):
     documents = documents or [document(FRAMES + n, n) for n in range(3)]
     chosen = {"frames": FRAMES, "conditions": CONDITIONS, "batch_size": 2, **changes}
-    return evaluate(subjects, documents, **chosen)
+    return evaluate(models, documents, **chosen)
 
 
 def test_without_memory_there_is_nothing_to_recall(base):
@@ -32,81 +32,81 @@ def test_without_memory_there_is_nothing_to_recall(base):
     assert abs(gain.value) < 0.02
 
 
-def test_what_is_counted_is_what_was_heard_again(base):
-    subject = subject_with("ttt_mlp", base_lr=1.0, gate={"init": 1.0})
-    result = run([base, subject])
+def test_what_is_counted_is_what_was_presented_again(base):
+    tested = model_with("ttt_mlp", base_lr=1.0, gate={"init": 1.0})
+    result = run([base, tested])
     on = result.of("ttt_mlp", "updates on", "second").values
     off = result.of("ttt_mlp", "updates off", "second").values
     assert on.shape == (3,)
     assert (on - off).abs().max() > 1e-3  # what it learned changes what it predicts
     reset = result.of("ttt_mlp", "memory reset", "second").values
-    assert (on - reset).abs().max() > 1e-3  # so does what it still knows when the second hearing begins
+    assert (on - reset).abs().max() > 1e-3  # so does what it still knows when the second presentation begins
 
 
 def test_gains_are_differences_by_recording(base):
     documents = [document(FRAMES, n) for n in range(2)]
     result = run([base], documents)
     for row, other in ((0, 1), (1, 0)):
-        piece, between = documents[row].codes, documents[other].codes
-        losses = stream_losses(base.model, torch.cat([piece, piece, between, piece], 1)[None]).audio[0]
+        clip, between = documents[row].codes, documents[other].codes
+        losses = stream_losses(base.model, torch.cat([clip, clip, between, clip], 1)[None]).audio[0]
         first, second, _, third = losses.unflatten(0, (4, FRAMES))[:, CONTEXT:]
-        for hearing, values in (("second", second), ("third", third)):
-            actual = result.of("base", "updates on", hearing).values[row]
+        for presentation, values in (("second", second), ("third", third)):
+            actual = result.of("base", "updates on", presentation).values[row]
             torch.testing.assert_close(actual, (first - values).nanmean(), rtol=1e-3, atol=1e-5)
-            own = result.of("base", "updates on", hearing).losses[row]
+            own = result.of("base", "updates on", presentation).losses[row]
             torch.testing.assert_close(own, values.nanmean(), rtol=1e-3, atol=1e-5)
 
 
-def test_a_gain_that_comes_of_a_worse_first_hearing_shows(base):
-    """What a hearing itself saves is against the base model's own loss in it, whatever the first one was."""
-    result = run([base, subject_with("ttt_mlp", base_lr=1.0, gate={"init": 1.0})])
-    for hearing in ("second", "third"):
-        base_loss = result.of("base", "updates on", hearing).losses
-        own = result.of("ttt_mlp", "updates on", hearing)
+def test_a_gain_that_comes_of_a_worse_first_presentation_shows(base):
+    """What a presentation itself saves is against the base model's own loss in it, whatever the first one was."""
+    result = run([base, model_with("ttt_mlp", base_lr=1.0, gate={"init": 1.0})])
+    for presentation in ("second", "third"):
+        base_loss = result.of("base", "updates on", presentation).losses
+        own = result.of("ttt_mlp", "updates on", presentation)
         assert result.saved(own).value == pytest.approx(float((base_loss - own.losses).mean()))
-        assert result.saved(result.of("base", "updates on", hearing)).value == 0
+        assert result.saved(result.of("base", "updates on", presentation)).value == 0
 
 
 def losses_by_definition(model, documents, rows, frames=FRAMES):
-    """``[P, 4, T]``: each row a stream alone, of (recording, piece) as A and as B."""
+    """``[P, 4, T]``: each row a stream alone, of (recording, clip) as A and as B."""
 
     def codes(recording, number):
         return documents[recording].codes[:, number * frames : (number + 1) * frames]
 
-    heard = [torch.cat([codes(*own), codes(*own), codes(*between), codes(*own)], 1) for own, between in rows]
-    return torch.stack([stream_losses(model, each[None]).audio[0].unflatten(0, (4, frames)) for each in heard])
+    presented = [torch.cat([codes(*own), codes(*own), codes(*between), codes(*own)], 1) for own, between in rows]
+    return torch.stack([stream_losses(model, each[None]).audio[0].unflatten(0, (4, frames)) for each in presented])
 
 
-def test_one_piece_of_each_gives_the_numbers_it_gave():
-    # How it was before there were pieces: rows in the order of the recordings, B the next one.
-    subject = subject_with("ttt_mlp")
+def test_one_clip_of_each_gives_the_numbers_it_gave():
+    # How it was before there were clips: rows in the order of the recordings, B the next one.
+    tested = model_with("ttt_mlp")
     frames = 2 * CONTEXT
     documents = [document(frames + n, n) for n in range(5)]
-    pieces = torch.stack([document.codes[:, :frames] for document in documents])
-    heard = torch.cat([pieces, pieces, pieces.roll(-1, 0), pieces], dim=2)
-    result = run([subject], documents, frames=frames)
+    clips = torch.stack([document.codes[:, :frames] for document in documents])
+    presented = torch.cat([clips, clips, clips.roll(-1, 0), clips], dim=2)
+    result = run([tested], documents, frames=frames)
     for condition in CONDITIONS:
-        rows = [listen(subject, part, condition, every=frames).audio for part in heard.tensor_split(2)]
+        rows = [evaluate_codes(tested, part, condition, every=frames).audio for part in presented.tensor_split(2)]
         first, second, _, third = torch.cat(rows).unflatten(1, (4, frames))[:, :, CONTEXT:].unbind(1)
-        for hearing, later in (("second", second), ("third", third)):
-            assert torch.equal(result.of("ttt_mlp", condition, hearing).values, (first - later).nanmean(1))
+        for presentation, later in (("second", second), ("third", third)):
+            assert torch.equal(result.of("ttt_mlp", condition, presentation).values, (first - later).nanmean(1))
 
 
-def test_a_recordings_gain_is_the_mean_of_its_pieces(base):
+def test_a_recordings_gain_is_the_mean_of_its_clips(base):
     frames = 2 * CONTEXT
     documents = [document(length, n) for n, length in enumerate((5 * CONTEXT, 4 * CONTEXT - 1, frames - 1, frames))]
-    result = run([base], documents, frames=frames, pieces=2, batch_size=3)
+    result = run([base], documents, frames=frames, clips=2, batch_size=3)
     assert result.recordings == ["talk0", "talk1", "talk3"]
-    assert result.pieces == [2, 1, 1]
+    assert result.clips == [2, 1, 1]
     kept = [documents[0], documents[1], documents[3]]
     rows = [row for batch in lay_out([2, 1, 1], 3, next_between=False) for row in batch]
     losses = losses_by_definition(base.model, kept, rows, frames)
     mean = [losses[[i for i, row in enumerate(rows) if row.own.recording == n]].nanmean(0) for n in range(3)]
     counted = torch.stack(mean)
     close = {"rtol": 1e-3, "atol": 1e-5}
-    for hearing, place in (("second", 1), ("third", 3)):
+    for presentation, place in (("second", 1), ("third", 3)):
         saved = torch.stack([(each[0] - each[place])[CONTEXT:].mean() for each in mean])
-        torch.testing.assert_close(result.of("base", "updates on", hearing).values, saved, **close)
+        torch.testing.assert_close(result.of("base", "updates on", presentation).values, saved, **close)
     (by_position,) = result.by_position
     assert by_position.losses.shape == (3, frames)
     torch.testing.assert_close(by_position.losses[:2], counted.mean(0)[:2], **close)
@@ -116,8 +116,8 @@ def test_a_recordings_gain_is_the_mean_of_its_pieces(base):
 
 def test_the_same_call_gives_the_same_numbers():
     documents = [document(4 * CONTEXT, n) for n in range(3)]
-    subject = subject_with("ttt_linear")
-    first, again = (run([subject], documents, pieces=2, frames=2 * CONTEXT) for _ in range(2))
+    tested = model_with("ttt_linear")
+    first, again = (run([tested], documents, clips=2, frames=2 * CONTEXT) for _ in range(2))
     for one, other in zip(first.gains, again.gains, strict=True):
         assert torch.equal(one.values, other.values)
         assert first.gain(one) == again.gain(other)
@@ -127,10 +127,10 @@ COUNTS = [([1] * 5, 2), ([2] * 3, 2), ([3, 3, 3, 3], 4), ([4, 4], 4), ([5, 1, 2,
 
 
 @pytest.mark.parametrize(("counts", "size"), COUNTS, ids=str)
-def test_every_piece_is_heard_once_in_full_batches(counts, size):
+def test_every_clip_is_presented_once_in_full_batches(counts, size):
     batches = lay_out(counts, size, next_between=False)
-    pieces = [row.own for batch in batches for row in batch]
-    assert sorted(pieces) == [(r, number) for r, count in enumerate(counts) for number in range(count)]
+    clips = [row.own for batch in batches for row in batch]
+    assert sorted(clips) == [(r, number) for r, count in enumerate(counts) for number in range(count)]
     assert len(batches) == max(1, sum(counts) // size)
     assert max(map(len, batches)) - min(map(len, batches)) <= 1
     for batch in batches:
@@ -152,49 +152,49 @@ def test_rows_of_a_batch_are_of_different_recordings_as_far_as_there_are_any(cou
             assert all(one != before for one, before in zip(batch, [batch[-1], *batch], strict=False))
 
 
-def test_memory_of_another_has_heard_others_only_where_they_can_be_kept_apart():
+def test_memory_of_another_has_processed_others_only_where_they_can_be_kept_apart():
     apart = {"second": 0, "third": 0}
-    assert heard_own(lay_out([3] * 5, 4, next_between=False)) == apart
-    assert heard_own(lay_out([4] * 8, 8, next_between=False)) == apart
-    # With one piece of each, B is what the next row of the batch has as A.
-    assert heard_own(lay_out([1] * 8, 4, next_between=True)) == {"second": 0, "third": 6}
-    assert heard_own(lay_out([4, 4], 4, next_between=False))["third"] == 8
-    assert heard_own(lay_out([3, 1], 2, next_between=False))["second"] == 2
+    assert processed_own(lay_out([3] * 5, 4, next_between=False)) == apart
+    assert processed_own(lay_out([4] * 8, 8, next_between=False)) == apart
+    # With one clip of each, B is what the next row of the batch has as A.
+    assert processed_own(lay_out([1] * 8, 4, next_between=True)) == {"second": 0, "third": 6}
+    assert processed_own(lay_out([4, 4], 4, next_between=False))["third"] == 8
+    assert processed_own(lay_out([3, 1], 2, next_between=False))["second"] == 2
 
 
-# Of the row before row 0, one back, and so on: what changes row 0's second and third hearing when it is another.
+# Of the row before row 0, one back, and so on: what changes row 0's second and third presentation when it is another.
 @pytest.mark.parametrize(
-    ("back", "hearings", "changes"),
+    ("back", "changed", "changes"),
     [(1, [0], "second"), (1, [2], "third"), (2, [1], "third"), (3, [0], "third"), (2, [2], ""), (3, [1, 2], ""),
      (4, [0, 1, 2, 3], "")],
 )  # fmt: skip
-def test_whose_memory_a_row_has(back, hearings, changes):
-    subject = subject_with("ttt_linear", base_lr=1.0)
-    frames, reach = 4 * CONTEXT, 3 * CONTEXT  # three layers of attention reach so far into the hearing before
-    heard = torch.stack([document(4 * frames, n).codes for n in range(5)])
-    other = heard.clone()
-    for hearing in hearings:
-        other[-back, :, hearing * frames : (hearing + 1) * frames] = document(frames, 99).codes
+def test_whose_memory_a_row_has(back, changed, changes):
+    tested = model_with("ttt_linear", base_lr=1.0)
+    frames, reach = 4 * CONTEXT, 3 * CONTEXT  # three layers of attention reach so far into the presentation before
+    presented = torch.stack([document(4 * frames, n).codes for n in range(5)])
+    other = presented.clone()
+    for presentation in changed:
+        other[-back, :, presentation * frames : (presentation + 1) * frames] = document(frames, 99).codes
     before, after = (
-        listen(subject, codes, "memory of another", every=frames).audio[0].unflatten(0, (4, frames))[:, reach:-1]
-        for codes in (heard, other)
+        evaluate_codes(tested, codes, "memory of another", every=frames).audio[0].unflatten(0, (4, frames))[:, reach:-1]
+        for codes in (presented, other)
     )
     same = {"second": torch.equal(before[1], after[1]), "third": torch.equal(before[3], after[3])}
     assert same["second"] == (changes != "second")
-    if changes != "second":  # what changes a second hearing may reach the third in other ways
+    if changes != "second":  # what changes a second presentation may reach the third in other ways
         assert same["third"] == (changes != "third")
 
 
-def test_a_report_names_the_hearings(base, tmp_path):
-    subjects = [base, subject_with("ttt_linear")]
-    result = run(subjects, [document(2 * FRAMES, 0), document(FRAMES, 1), document(9, 2)], pieces=2)
+def test_a_report_names_the_presentations(base, tmp_path):
+    models = [base, model_with("ttt_linear")]
+    result = run(models, [document(2 * FRAMES, 0), document(FRAMES, 1), document(9, 2)], clips=2)
     write_recall(tmp_path, result, made_by="test")
     metrics = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert len(metrics["gains"]) == 2 * (1 + len(CONDITIONS))
     assert (metrics["pieces_asked_for"], metrics["pieces_by_recording"]) == (2, [2, 1])
     assert metrics["left_out"] == ["talk2 (9 frames)"]
     first, *_ = metrics["loss_by_position"]
-    assert {len(first[hearing]) for hearing in ("first", "second", "third")} == {FRAMES}
+    assert {len(first[presentation]) for presentation in ("first", "second", "third")} == {FRAMES}
     assert (first["second"][-1] is None, first["third"][-1]) == (False, None)
     report = (tmp_path / "report.md").read_text()
     assert "| ttt_linear, updates off | third |" in report
@@ -219,11 +219,11 @@ def test_recordings_that_are_too_short_or_too_few_are_refused(base):
         run([base], frames=CONTEXT + 1)
 
 
-def test_no_pieces_are_refused(base):
+def test_no_clips_are_refused(base):
     with pytest.raises(ConfigError, match=r"0 clips of each recording: give 1 or more"):
-        run([base], pieces=0)
+        run([base], clips=0)
 
 
-def test_pieces_do_not_make_up_for_a_recording_of_another(base):
+def test_clips_do_not_make_up_for_a_recording_of_another(base):
     with pytest.raises(ConfigError, match=r"two recordings of 40 frames or more, and 1 of 1 are as long"):
-        run([base], [document(10 * FRAMES, 0)], pieces=10)
+        run([base], [document(10 * FRAMES, 0)], clips=10)

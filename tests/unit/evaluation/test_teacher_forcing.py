@@ -57,11 +57,11 @@ def by_definition(model, codes):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("piece", [1, 7, 64])
-def test_streamed_losses_are_those_of_one_pass(variant, piece):
+@pytest.mark.parametrize("at_once", [1, 7, 64])
+def test_streamed_losses_are_those_of_one_pass(variant, at_once):
     model = model_with(variant)
     codes = codes_of(model)
-    streamed = stream_losses(model, codes, piece=piece)
+    streamed = stream_losses(model, codes, at_once=at_once)
     for actual, expected in zip(streamed, by_definition(model, codes), strict=True):
         assert actual.shape == (2, FRAMES)
         assert torch.equal(actual.isnan(), expected.isnan())
@@ -135,15 +135,15 @@ def test_between_segments_the_caller_decides_what_is_carried():
     def forget(frame, state):
         seen.append((frame, sorted(state.blocks)))
 
-    heard = segment_losses(model, codes, MOSHI_HOST, frames=8, between=forget)
+    losses_of = segment_losses(model, codes, MOSHI_HOST, frames=8, between=forget)
     sites = sorted(MOSHI_HOST.blocks(model))
     assert seen == [(8, sites), (16, sites)]
     for first in (0, 8, 16):
         alone = segment_losses(model, codes[:, :, first : first + 8], MOSHI_HOST, frames=8)
-        assert torch.equal(alone.audio.nan_to_num(), heard.audio[:, first : first + 8].nan_to_num())
+        assert torch.equal(alone.audio.nan_to_num(), losses_of.audio[:, first : first + 8].nan_to_num())
     carried = segment_losses(model, codes, MOSHI_HOST, frames=8)
-    assert torch.equal(carried.audio[:, :8].nan_to_num(), heard.audio[:, :8].nan_to_num())
-    assert not torch.equal(carried.audio[:, 8:].nan_to_num(), heard.audio[:, 8:].nan_to_num())
+    assert torch.equal(carried.audio[:, :8].nan_to_num(), losses_of.audio[:, :8].nan_to_num())
+    assert not torch.equal(carried.audio[:, 8:].nan_to_num(), losses_of.audio[:, 8:].nan_to_num())
 
 
 def test_segments_leave_nothing_behind_also_when_they_fail():

@@ -8,26 +8,26 @@ import pytest
 import torch
 
 from moshi_ttt.core.errors import ConfigError, ContextError
+from moshi_ttt.evaluation.models import evaluate_codes
 from moshi_ttt.evaluation.recall import evaluate
 from moshi_ttt.evaluation.reporting import write_recall
-from moshi_ttt.evaluation.subjects import listen
 from moshi_ttt.evaluation.volumes import read_volumes
 
-from .conftest import CONTEXT, document, subject_with
+from .conftest import CONTEXT, document, model_with
 
 FRAMES = 3 * CONTEXT
 VOLUMES = (0.0, 0.5, 1.0)
 
 
-def run(subjects, volumes=VOLUMES, **changes):
-    chosen = {"frames": FRAMES, "conditions": ("updates on", "updates off"), "batch_size": 2, "pieces": 2, **changes}
+def run(models, volumes=VOLUMES, **changes):
+    chosen = {"frames": FRAMES, "conditions": ("updates on", "updates off"), "batch_size": 2, "clips": 2, **changes}
     documents = [document(2 * FRAMES, n) for n in range(3)]
-    return evaluate(subjects, documents, volumes=volumes, **chosen)
+    return evaluate(models, documents, volumes=volumes, **chosen)
 
 
 @pytest.fixture
 def loud():
-    return subject_with("ttt_mlp", base_lr=1.0, gate={"init": 1.0})
+    return model_with("ttt_mlp", base_lr=1.0, gate={"init": 1.0})
 
 
 def test_the_ends_of_the_curve_are_the_base_model_and_the_adapter(base, loud):
@@ -49,15 +49,15 @@ def test_the_ends_of_the_curve_are_the_base_model_and_the_adapter(base, loud):
     assert half.apart > 0
 
 
-def test_a_point_is_what_is_heard_at_that_volume(base, loud):
-    (point,) = run([base, loud], (0.25,), pieces=1).by_volume
-    pieces = [document(2 * FRAMES, n).codes[:, :FRAMES] for n in range(3)]
-    heard = torch.stack([torch.cat([a, a, pieces[(n + 1) % 3], a], dim=1) for n, a in enumerate(pieces)])
+def test_a_point_is_what_is_measured_at_that_volume(base, loud):
+    (point,) = run([base, loud], (0.25,), clips=1).by_volume
+    clips = [document(2 * FRAMES, n).codes[:, :FRAMES] for n in range(3)]
+    losses_of = torch.stack([torch.cat([a, a, clips[(n + 1) % 3], a], dim=1) for n, a in enumerate(clips)])
     theirs, own = (
-        listen(subject, heard, "updates on", every=FRAMES, volume=volume).audio.unflatten(1, (4, FRAMES))[
+        evaluate_codes(tested, losses_of, "updates on", every=FRAMES, volume=volume).audio.unflatten(1, (4, FRAMES))[
             :, :, CONTEXT:
         ]
-        for subject, volume in ((base, 1.0), (loud, 0.25))
+        for tested, volume in ((base, 1.0), (loud, 0.25))
     )
     close = {"rtol": 1e-3, "atol": 1e-5}
     torch.testing.assert_close(point.cost, (own[:, 0] - theirs[:, 0]).nanmean(1), **close)
@@ -66,13 +66,13 @@ def test_a_point_is_what_is_heard_at_that_volume(base, loud):
     torch.testing.assert_close(point.recall, gains[0] - gains[1], **close)
 
 
-def test_the_base_model_hears_once_and_volume_1_is_not_heard_again(base, loud):
-    heard = []
-    run([base, loud], on_batch=lambda: heard.append(None))
-    assert len(heard) == 3 * (1 + 2 + 2)  # three batches: the base; updates on and off; volumes 0 and 0.5
+def test_the_base_model_and_volume_1_are_evaluated_once(base, loud):
+    losses_of = []
+    run([base, loud], on_batch=lambda: losses_of.append(None))
+    assert len(losses_of) == 3 * (1 + 2 + 2)  # three batches: the base; updates on and off; volumes 0 and 0.5
 
 
-def test_without_volumes_nothing_is_heard_beside_what_was(base, loud, tmp_path):
+def test_without_volumes_nothing_else_is_evaluated(base, loud, tmp_path):
     result = run([base, loud], ())
     assert result.by_volume == []
     write_recall(tmp_path, result, made_by="test")
@@ -81,7 +81,7 @@ def test_without_volumes_nothing_is_heard_beside_what_was(base, loud, tmp_path):
 
 
 def test_a_report_has_the_curve(base, loud, tmp_path):
-    quiet = subject_with("gating_mlp", name="in place", lr=0.3)
+    quiet = model_with("gating_mlp", name="in place", lr=0.3)
     result = run([base, loud, quiet])
     write_recall(tmp_path, result, made_by="test")
     metrics = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -103,10 +103,10 @@ def test_a_report_has_the_curve(base, loud, tmp_path):
 
 
 def test_a_report_says_what_the_volume_multiplies(base, loud, tmp_path):
-    quiet = subject_with("ttt_mlp", name="quiet", output_scale=0.25)
+    quiet = model_with("ttt_mlp", name="quiet", output_scale=0.25)
     first, _ = run([base, quiet, loud], (0.5,)).by_volume
     assert first.output_scales == (0.25,)
-    two = subject_with("ttt_mlp", name="two", layers="0,1", output_scale=0.5)
+    two = model_with("ttt_mlp", name="two", layers="0,1", output_scale=0.5)
     block = next(iter(two.injection.blocks.values()))
     block.config = block.config.model_copy(update={"output_scale": 2.0})
     result = run([base, quiet, loud, two], (0.5,))
@@ -158,21 +158,21 @@ def test_a_volume_of_nobody_is_refused(base):
 
 
 def test_volumes_without_the_base_model_or_updates_on_are_refused(base, loud):
-    heard = []
-    for subjects, conditions in (
+    losses_of = []
+    for models, conditions in (
         ([base, loud], ("updates off",)), ([loud], ("updates on",)), ([loud, base], ("updates on",)),
     ):  # fmt: skip
-        with pytest.raises(ConfigError, match=r"against the base model.*first subject.*'updates on'"):
-            run(subjects, (0.5,), conditions=conditions, on_batch=lambda: heard.append(None))
-    assert heard == []
+        with pytest.raises(ConfigError, match=r"against the base model.*first model.*'updates on'"):
+            run(models, (0.5,), conditions=conditions, on_batch=lambda: losses_of.append(None))
+    assert losses_of == []
     assert run([base, loud], (), conditions=("updates off",)).by_volume == []
 
 
-def test_blocks_that_do_not_follow_are_refused_before_anybody_hears(base, loud, monkeypatch):
-    heard = []
+def test_blocks_that_do_not_follow_are_refused_before_any_evaluation(base, loud, monkeypatch):
+    losses_of = []
     (block,) = loud.injection.blocks.values()
     monkeypatch.setattr(type(block), "scales_output", False)
     with pytest.raises(ContextError, match="does not declare scales_output"):
-        run([base, loud], on_batch=lambda: heard.append(None))
-    assert heard == []
+        run([base, loud], on_batch=lambda: losses_of.append(None))
+    assert losses_of == []
     assert run([base, loud], (1.0,)).by_volume[0].volume == 1

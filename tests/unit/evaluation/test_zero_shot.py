@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.data.audio import read_audio
 from moshi_ttt.data.codec import SpeechCodec
-from moshi_ttt.data.manifest import DataError
+from moshi_ttt.data.problems import DataError
 from moshi_ttt.evaluation.pair_accuracy import ScoringError, accuracy, evaluate_pairs
 from moshi_ttt.evaluation.pairs import DATASETS, Pair, PairsError, PairSet, read_pairs
 from moshi_ttt.evaluation.zero_shot import Score, ScoredModel, encode, run, score, score_codes
@@ -234,7 +234,7 @@ def test_variants_are_scored_on_the_same_pairs(base, model, codec, pairs, wavs):
     assert "| group | items | base | updates on | updates off |" in text
     assert text.count("\n| ") == 2 + 3 + 2 + 2
 
-    summed = run({"base": variants["base"]}, codec, pairs, normalisation="sum", codebooks="semantic")
+    summed = run({"base": variants["base"]}, codec, pairs, normalization="sum", codebooks="semantic")
     first = summed.evaluations["base"].outcomes[0]
     assert first.right == score(base, MOSHI_HOST, codec, wavs[0], codebooks="semantic").nats
     assert "the first, semantic codebook (sum, not normalized by length)" in "\n".join(zero_shot_lines(summed))
@@ -244,8 +244,8 @@ def test_what_cannot_be_compared_raises(base, codec, pairs):
     variant = ScoredModel(model=base, host=MOSHI_HOST)
     with pytest.raises(ScoringError, match=r"No variants to score with. Give at least one"):
         run({}, codec, pairs)
-    with pytest.raises(ScoringError, match="normalisation = 'mean': allowed are token and sum"):
-        run({"base": variant}, codec, pairs, normalisation="mean")
+    with pytest.raises(ScoringError, match="normalization = 'mean': allowed are token and sum"):
+        run({"base": variant}, codec, pairs, normalization="mean")
     with pytest.raises(ScoringError, match="codebooks = 'first': allowed are all and semantic"):
         run({"base": variant}, codec, pairs, codebooks="first")
     other = ScoredModel(model=random_tiny_lm(), host=MOSHI_HOST)
@@ -451,6 +451,6 @@ def test_an_unknown_data_set_and_an_impossible_share_raise(tmp_path):
         read_pairs("csv", tmp_path, max_bad_share=1.0)
 
 
-def test_a_score_by_normalisation():
+def test_a_score_by_normalization():
     assert Score(12.0, 4).by("token") == 3.0
     assert Score(12.0, 4).by("sum") == 12.0

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moshi_ttt import inject, parse_config
 from moshi_ttt.core.adapter import fill_from_adapter, save_adapter
 from moshi_ttt.core.block import BlockContext
 from moshi_ttt.core.casts import ParameterCasts
@@ -25,6 +24,7 @@ from moshi_ttt.hosts.moshi.streaming import restore_stream_state, stream_state
 from tests.project import ROOT
 
 from .toy import generator_of, random_codes, run, user_codes
+from .trained import tiny_with_trained
 
 VARIANTS = {
     "ttt_linear": {}, "ttt_mlp": {}, "ttt_multilayer": {}, "gating_mlp": {"train_w_down": True, "clip": 0.5},
@@ -34,17 +34,7 @@ ROWS = 2
 
 def model_with(variant: str, dtype: str = "bfloat16", **options):
     block = {"variant": variant, "layers": "1,3", "chunk": 4, **VARIANTS[variant], **options}
-    config = parse_config(
-        {"host": {"name": "moshi", "hf_repo": "builtin:tiny", "dtype": dtype}, "ttt": [block]},
-        registry=default_registry(),
-    )
-    model = MOSHI_HOST.load(config.host)
-    injection = inject(model, config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in injection.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model, injection
+    return tiny_with_trained([block], dtype)
 
 
 @pytest.fixture(params=VARIANTS)

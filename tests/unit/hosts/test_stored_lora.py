@@ -26,7 +26,7 @@ def with_lora():
     """A small Moshi with a LoRA that changes something."""
     model = random_tiny_lm(dim=32)
     lora.add_lora(model, rank=RANK, scaling=SCALING)
-    lora.initialise_lora(model, 0)
+    lora.initialize_lora(model, 0)
     generator = torch.Generator().manual_seed(1)
     for name, factor in lora_factors(model).items():
         if name.endswith("lora_B.weight"):

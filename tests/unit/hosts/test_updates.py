@@ -14,6 +14,7 @@ from moshi_ttt.core.registry import default_registry
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.layers import BlockSite
 from moshi_ttt.hosts.moshi.upstream import StreamingModule
+from tests.unit.hosts.trained import tiny_with_trained
 
 BLOCKS = [
     {"variant": "ttt_linear", "layers": "1", "chunk": 4, "gate": {"init": 0.5}},
@@ -31,13 +32,7 @@ def config_of():
 
 @pytest.fixture(params=[False, True], ids=["tensor operations", "compiled"])
 def model(request):
-    config = config_of()
-    model = MOSHI_HOST.load(config.host)
-    injection = inject(model, config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in injection.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model, injection = tiny_with_trained(BLOCKS)
     if request.param:
         for site, block in injection.blocks.items():
             if site.kind == "feed_forward":
@@ -205,7 +200,7 @@ def test_a_model_that_was_built_on_meta_is_switched_row_by_row():
     injection = inject(model, config)
     model.to_empty(device="cpu")
     MOSHI_HOST.load_base(model, MOSHI_HOST.base_state_dict(MOSHI_HOST.load(config.host)))
-    injection.initialise()
+    injection.initialize()
     out = {}
     for name, enabled in {"on": True, "off": False, "mixed": torch.tensor([True, False, True])}.items():
         with torch.no_grad(), MOSHI_HOST.updates(model, enabled):

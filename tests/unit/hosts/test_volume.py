@@ -17,6 +17,7 @@ from moshi_ttt.hosts.moshi.layers import BlockSite, TTTStreamingTransformer
 from moshi_ttt.hosts.moshi.streaming import restore_stream_state, stream_state
 from moshi_ttt.hosts.moshi.upstream import StreamingModule
 from tests.unit.hosts.toy import random_codes, toy_lm
+from tests.unit.hosts.trained import tiny_with_trained
 
 BLOCKS = [
     {"variant": "ttt_linear", "layers": "1", "chunk": 4, "gate": {"init": 0.5}},
@@ -32,14 +33,7 @@ def config_of(**options):
 
 
 def load(**options):
-    config = config_of(**options)
-    model = MOSHI_HOST.load(config.host)
-    injection = inject(model, config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in injection.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model, injection
+    return tiny_with_trained([{**block, **options} for block in BLOCKS])
 
 
 @pytest.fixture(params=[False, True], ids=["tensor operations", "compiled"])
@@ -315,7 +309,7 @@ def test_a_model_that_was_built_on_meta_has_a_volume_row_by_row():
     injection = inject(model, config)
     model.to_empty(device="cpu")
     MOSHI_HOST.load_base(model, MOSHI_HOST.base_state_dict(MOSHI_HOST.load(config.host)))
-    injection.initialise()
+    injection.initialize()
     with torch.no_grad(), MOSHI_HOST.volume(model, torch.tensor([1.0, 0.0, 1.0])):
         logits(model)
     streamed(model, torch.tensor([1.0, 0.0, 1.0]))

@@ -101,7 +101,7 @@ def make_blocks(
     policy: PrecisionPolicy = FP32_STATE,
     seed: int = 0,
 ) -> dict[Site, SequenceBlock]:
-    """Initialised toy blocks for the sequence sites of ``layers``, not attached."""
+    """Initialized toy blocks for the sequence sites of ``layers``, not attached."""
     infos = {info.site: info for info in MOSHI_HOST.sites(model)}
     blocks = {}
     for layer in layers:

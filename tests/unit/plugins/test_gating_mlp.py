@@ -20,7 +20,7 @@ from moshi_ttt.plugins.gating_mlp.chunkwise import chunkwise_in_place
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.naive import naive_in_place
 from moshi_ttt.plugins.gating_mlp.parallel import parallel_in_place
-from tests.unit.plugins.gating import DIM, build, draw
+from tests.unit.plugins.gating import DIM, assert_is_the_host, build, draw
 
 
 @pytest.mark.parametrize("padding", ["centered", "causal"])
@@ -93,12 +93,7 @@ def test_step_0_is_the_host_bit_for_bit_and_every_parameter_moves_after_two_step
     block = build(mlp=mlp, dtype=dtype, excite=False, learned_lr=True)
     x = draw(2, 13, DIM).to(dtype)
     context = BlockContext(input_embeddings=x.flip(-1))
-    with torch.no_grad():
-        assert torch.equal(block(x, None, context)[0], mlp(x))
-        state = block.allocate_state(2)
-        for t in range(13):
-            token = BlockContext(input_embeddings=x.flip(-1)[:, t : t + 1])
-            assert torch.equal(block.step(x[:, t : t + 1], state, token), mlp(x[:, t : t + 1]))
+    assert_is_the_host(block, mlp, x)
     before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
     optimizer = torch.optim.AdamW(block.parameters(), lr=1e-2, weight_decay=0.0)
     for _ in range(2):

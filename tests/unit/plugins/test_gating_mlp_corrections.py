@@ -22,7 +22,7 @@ from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.corrections import RIDGE_BOUNDS, solved
 from moshi_ttt.plugins.gating_mlp.naive import naive_in_place
 from tests.project import ROOT
-from tests.unit.plugins.gating import DIM, build, draw
+from tests.unit.plugins.gating import DIM, assert_is_the_host, build, draw, stream
 
 BEST = {
     "update": "ridge", "lr": 1.0, "learned_lr": True, "keys": "unit", "target_norm": True, "start": "next_frame",
@@ -33,15 +33,6 @@ BEST = {
 @pytest.fixture(params=[False, True], ids=["tensor operations", "compiled"])
 def compiled(request):
     return request.param
-
-
-def stream(block, x, target, state=None):
-    state = block.allocate_state(x.shape[0]) if state is None else state
-    outputs = [
-        block.step(token, state, BlockContext(input_embeddings=given))
-        for token, given in zip(x.split(1, 1), target.split(1, 1), strict=True)
-    ]
-    return torch.cat(outputs, dim=1), state
 
 
 def strengths(block, x):
@@ -273,13 +264,8 @@ def test_next_frame_is_the_host_at_step_0_and_still_learns(update, dtype):
     block = build(mlp=mlp, dtype=dtype, excite=False, **{**BEST, "update": update})
     x = draw(2, 13, DIM).to(dtype)
     context = BlockContext(input_embeddings=x.flip(-1))
-    with torch.no_grad():
-        assert torch.equal(block(x, None, context)[0], mlp(x))
-        state = block.allocate_state(2)
-        for t in range(13):
-            token = BlockContext(input_embeddings=x.flip(-1)[:, t : t + 1])
-            assert torch.equal(block.step(x[:, t : t + 1], state, token), mlp(x[:, t : t + 1]))
-        assert (block.memory.update(state) != 0).any(), "the memory has heard, and is not heard"
+    state = assert_is_the_host(block, mlp, x)
+    assert (block.memory.update(state) != 0).any(), "the memory has been updated, and is not in the output"
     before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
     optimizer = torch.optim.AdamW(block.parameters(), lr=1e-2, weight_decay=0.0)
     for _ in range(3):

@@ -18,21 +18,12 @@ from moshi_ttt.plugins.gating_mlp.block import GatingMLP
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.naive import naive_in_place
 from moshi_ttt.plugins.gating_mlp.schedule import FoldSchedule, StepTables
-from tests.unit.plugins.gating import DIM, build, draw
+from tests.unit.plugins.gating import DIM, build, draw, stream
 
 
 @pytest.fixture(params=[False, True], ids=["tensor operations", "compiled"])
 def compiled(request):
     return request.param
-
-
-def stream(block, x, target, state=None):
-    state = block.allocate_state(x.shape[0]) if state is None else state
-    outputs = [
-        block.step(x[:, t : t + 1], state, BlockContext(input_embeddings=target[:, t : t + 1]))
-        for t in range(x.shape[1])
-    ]
-    return torch.cat(outputs, dim=1), state
 
 
 def defined(block, x, target, taught=None):

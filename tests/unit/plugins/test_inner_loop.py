@@ -165,7 +165,7 @@ def test_poisoned_slots_ahead_of_the_position_change_nothing(form):
     assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in clean)
 
 
-def test_uninitialised_memory_does_not_reach_a_result(monkeypatch):
+def test_uninitialized_memory_does_not_reach_a_result(monkeypatch):
     """With every ``torch.empty`` filled with nan the fast path gives the same numbers."""
     problem = Problem((4, 8, 4), length=9)
     expected, _ = problem.run()

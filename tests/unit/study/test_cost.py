@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from study.cost import measure
-from tests.unit.evaluation.conftest import subject_with
+from tests.unit.evaluation.conftest import model_with
 
 
 def test_cost_is_against_the_base_model_and_changes_nothing():
-    base, linear = subject_with(None), subject_with("ttt_linear", name="ttt")
+    base, linear = model_with(None), model_with("ttt_linear", name="ttt")
     before = {name: tensor.clone() for name, tensor in linear.model.state_dict().items()}
     costs = measure([base, linear], rounds=2, frames=4)
     assert costs["base"].step_ratio == 1.0

@@ -16,15 +16,15 @@ from study.results import Measured, read_group
 
 def evaluation(folder: Path, **values: Any) -> Path:
     folder.mkdir()
-    subjects = {"base": {"parameters": 0}, "ttt": {"parameters": 7}}
-    known = {"recordings": ["a", "b"], "subjects": subjects, **values}
+    models = {"base": {"parameters": 0}, "ttt": {"parameters": 7}}
+    known = {"recordings": ["a", "b"], "subjects": models, **values}
     (folder / "metrics.json").write_text(json.dumps(known))
     return folder
 
 
-def gain(subject: str, values: list[float | None], condition: str = "updates on") -> dict[str, Any]:
+def gain(arm: str, values: list[float | None], condition: str = "updates on") -> dict[str, Any]:
     return {
-        "subject": subject, "condition": condition, "hearing": "second", "by_recording": values,
+        "subject": arm, "condition": condition, "hearing": "second", "by_recording": values,
         "loss_by_recording": [None if value is None else 10 - value for value in values],
     }  # fmt: skip
 

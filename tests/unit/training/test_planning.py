@@ -25,7 +25,7 @@ from moshi_ttt.core import state as states
 from moshi_ttt.core.errors import ConfigError, HostError
 from moshi_ttt.core.sharding import shard
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
-from moshi_ttt.training import planning
+from moshi_ttt.training import plan_tables, planning
 from moshi_ttt.training.model import build, skeleton
 from moshi_ttt.training.planning import TrainingPlan
 from moshi_ttt.training.runtime import start
@@ -78,7 +78,7 @@ def shards(built: TrainedModel, ranks: int) -> list[Any]:
 
 def said(plan: TrainingPlan) -> str:
     shown = io.StringIO()
-    Console(width=110, file=shown).print(planning.render(plan))
+    Console(width=110, file=shown).print(plan_tables.render(plan))
     return " ".join(shown.getvalue().replace("│", " ").split())
 
 

@@ -1,0 +1,23 @@
+"""What the three TTT layers register alike: the verifiers of their forms, and their weight maps. Imports nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moshi_ttt.core.registrar import Registrar
+
+FORMS = ("naive", "chunk", "recurrent", "hybrid", "hybrid_naive", "options_naive", "options_chunk", "options_recurrent")
+"""Forms that ``moshi-ttt verify`` compares with reference vectors."""
+
+
+def add_verifiers(registrar: Registrar, variant: str, package: str) -> None:
+    """Register the verifier of every form: the entries of ``FORMS``, in capitals, in ``package.verifiers``."""
+    for form in FORMS:
+        registrar.add(f"{variant}-{form}", f"{package}.verifiers:{form.upper()}")
+
+
+def add_weight_maps(registrar: Registrar, variant: str, package: str) -> None:
+    """Register the maps of both published layouts: ``VIDEO_DIT`` and ``LM`` in ``package.weight_maps``."""
+    for layout in ("video_dit", "lm"):
+        registrar.add(f"{variant}-{layout}", f"{package}.weight_maps:{layout.upper()}")

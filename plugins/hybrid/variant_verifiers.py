@@ -1,0 +1,23 @@
+"""The verifiers of a variant of the hybrid layer: one of each form, for its fast network."""
+
+from __future__ import annotations
+
+from moshi_ttt.core.verification import Verifier
+from moshi_ttt.plugins.hybrid.option_verifiers import Make, OptionsChunk, OptionsNaive, OptionsRecurrent
+from moshi_ttt.plugins.hybrid.verifiers import (
+    HybridChunk,
+    HybridNaive,
+    InnerLoopChunk,
+    InnerLoopNaive,
+    InnerLoopRecurrent,
+)
+
+
+def variant_verifiers(make: Make, *, layers: int | None = None, at_least: int = 1) -> tuple[Verifier, ...]:
+    """The verifiers in the order of ``registration.FORMS``, for ``layers`` fast layers or for ``at_least`` so many."""
+    forms = (InnerLoopNaive, InnerLoopChunk, InnerLoopRecurrent, HybridChunk, HybridNaive)
+    options = (OptionsNaive, OptionsChunk, OptionsRecurrent)
+    return (
+        *(form(layers=layers, at_least=at_least) for form in forms),
+        *(form(make, layers=layers, at_least=at_least) for form in options),
+    )

@@ -1,0 +1,27 @@
+"""The tiny Moshi with blocks whose parameters are moved away from their start, as by training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moshi_ttt import inject, parse_config
+from moshi_ttt.core.injection import Injection
+from moshi_ttt.core.registry import default_registry
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+
+
+def tiny_with_trained(blocks: list[dict[str, Any]], dtype: str = "float32") -> tuple[Any, Injection]:
+    """The model and its injection; each parameter of a block is moved by a tenth of a normal draw."""
+    config = parse_config(
+        {"host": {"name": "moshi", "hf_repo": "builtin:tiny", "dtype": dtype}, "ttt": blocks},
+        registry=default_registry(),
+    )
+    model = MOSHI_HOST.load(config.host)
+    injection = inject(model, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in injection.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model, injection
