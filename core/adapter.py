@@ -23,6 +23,7 @@ from moshi_ttt.core.block import SequenceBlock, Site
 from moshi_ttt.core.config import BlockConfig
 from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import AdapterError, ConfigError, InjectionError, MoshiTTTError, PluginError
+from moshi_ttt.core.host import HostModel
 from moshi_ttt.core.injection import Injection, Plan, PlannedBlock, make_plan
 from moshi_ttt.core.paths import user_path
 from moshi_ttt.core.registrar import RUNTIME, Provenance
@@ -147,7 +148,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | N
         raise AdapterError(f"{folder}: the model is on the meta device and cannot hold values; load its weights first.")
     try:
         host = registry.host(str(manifest["host"]))
-        _check_fingerprint(folder, manifest["fingerprint"], host.fingerprint(model))
+        _check_fingerprint(folder, manifest["fingerprint"], host, model)
         present = host.describe_extra(model)
         if present and present != manifest["extra"]:
             raise AdapterError(
@@ -224,7 +225,7 @@ def fill_from_adapter(injection: Injection, folder: str | Path, *, registry: Reg
     folder, host, model = user_path(folder), injection.host, injection.model
     _blocks(injection, "loaded")
     manifest = read_manifest(folder)
-    _check_fingerprint(folder, manifest["fingerprint"], host.fingerprint(model))
+    _check_fingerprint(folder, manifest["fingerprint"], host, model)
     try:
         registry = registry or default_registry()
         _check_provenance(folder, manifest["sites"], registry)
@@ -392,7 +393,10 @@ def major_version(version: str) -> str:
     return str(version).lstrip("v").partition(".")[0]
 
 
-def _check_fingerprint(folder: Path, saved: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
+def _check_fingerprint(folder: Path, saved: Mapping[str, Any], host: HostModel, model: nn.Module) -> None:
+    if saved in host.earlier_fingerprints(model):
+        return
+    actual = host.fingerprint(model)
     different = {
         key: (saved.get(key), actual.get(key))
         for key in sorted({*saved, *actual})

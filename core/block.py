@@ -253,6 +253,14 @@ class SequenceBlock(nn.Module, ABC):
             "output from the graph (torch.no_grad(), or detach)."
         )
 
+    def upgrade_state(self, state: Mapping[str, Tensor]) -> BlockState:
+        """A saved ``state`` with today's names, where an earlier version of the block saved others; else as it is.
+
+        Called before a stream is restored and before a training run is resumed. What it cannot complete it leaves, and
+        the restore then reports what is missing. ``state`` itself stays.
+        """
+        return dict(state)
+
     @torch.no_grad()
     def allocate_state(self, batch_size: int, device: torch.device | None = None) -> BlockState:
         """The initial state with storage of its own: buffers for ``step``."""

@@ -34,8 +34,8 @@ from moshi_ttt.plugins.gating_mlp.chunk import ChunkForm
 from moshi_ttt.plugins.gating_mlp.compiled import CompiledStepper
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.corrections import RIDGE, ridge_of
-from moshi_ttt.plugins.gating_mlp.diagnostics import inner_loss_curves
-from moshi_ttt.plugins.gating_mlp.memory import Memory
+from moshi_ttt.plugins.gating_mlp.diagnostics import inner_loss_curves, norms, red_flags
+from moshi_ttt.plugins.gating_mlp.memory import Memory, upgraded
 from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
 
 INIT_STD = 0.02
@@ -131,6 +131,9 @@ class GatingMLP(SequenceBlock):
         state = super().allocate_state(batch_size, device)
         self._stepper_for(state)
         return state
+
+    def upgrade_state(self, state: Mapping[str, Tensor]) -> BlockState:
+        return upgraded(state)
 
     def accumulated_update(self, state: BlockState) -> Tensor:
         """``[B, d, h]``: what the finished chunks have added to W_0."""
@@ -288,8 +291,8 @@ class GatingMLP(SequenceBlock):
     def drift(self, state: BlockState) -> Tensor:
         """``[B]`` float64: norm of each stream's accumulated update over that of the host's own W_0 and its LoRA."""
         assert self.info.mlp is not None
-        parts = [_norms(parameter.flatten()) for parameter in output_projection(self.info.mlp).parameters()]
-        return _norms(self.accumulated_update(state).flatten(1)) / _norms(torch.stack(parts))
+        parts = [norms(parameter.flatten()) for parameter in output_projection(self.info.mlp).parameters()]
+        return norms(self.accumulated_update(state).flatten(1)) / norms(torch.stack(parts))
 
     def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         hidden = self._hidden(x)
@@ -312,12 +315,7 @@ class GatingMLP(SequenceBlock):
         return inner_loss_curves(tokens, layout, self.memory, self.projection)
 
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:
-        if figures["nonfinite_tokens"] > 0:
-            return [
-                f"{figures['nonfinite_tokens']:.1%} of the tokens are not finite or too large, so the updates of their "
-                "chunks are skipped: lower lr, or look at the input."
-            ]
-        return []
+        return red_flags(figures)
 
     def cast_bytes(self) -> int:
         # The compiled step casts in registers: with it the copy for the clip is made by calls of several tokens alone.
@@ -343,9 +341,3 @@ def _or_zero(x: Tensor) -> Tensor:
     with torch.no_grad():
         finite = below(x, float("inf"))[..., None]
     return torch.where(finite, x, 0)
-
-
-def _norms(rows: Tensor) -> Tensor:
-    """Norms over the last dimension, summed in float64 without a copy in it."""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
-    return norms
