@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from moshi_ttt import default_registry
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.hosts.moshi.losses import MoshiLosses
-from moshi_ttt.plugins.gating_mlp.memory import Memory
+from moshi_ttt.training import checkpoint
 from moshi_ttt.training import run as running
 from moshi_ttt.training.checkpoint import CheckpointError, find_checkpoints
 from moshi_ttt.training.step import TrainingError
@@ -58,15 +58,16 @@ def test_a_checkpoint_from_before_a_state_had_all_its_entries_resumes(train, tmp
     changes = {"ttt": [{"variant": "gating_mlp", "layers": "3", "chunk": 5}], "carry_state": True, "max_steps": 3}
     straight, parted = (str(tmp_path / name) for name in ("straight", "parted"))
     train(run_dir=straight, **changes)
-    after = Memory.after
+    save = checkpoint.async_save
 
-    def earlier(self, before, call):
-        state = after(self, before, call)
-        return {name: tensor for name, tensor in state.items() if name != "enabled"}
+    def earlier(tensors, **options):
+        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("/enabled")}
+        assert len(kept) < len(tensors)
+        return save(kept, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Memory, "after", earlier)
-        train(run_dir=parted, **{**changes, "max_steps": 3, "ckpt_freq": 1, "num_ckpt_keep": None})
+        patched.setattr(checkpoint, "async_save", earlier)
+        train(run_dir=parted, **changes, ckpt_freq=1, num_ckpt_keep=None)
     for late in find_checkpoints(Path(parted))[1:]:
         shutil.rmtree(late)
     train(run_dir=parted, **changes, resume=True)
