@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import io
+import pkgutil
 import subprocess
 import sys
 from importlib import metadata
@@ -50,14 +53,16 @@ def toy_model(num_layers: int = 4) -> ToyModel:
 def test_the_public_names_are_these():
     names = {
         "GateConfig", "Injection", "MoshiHostConfig", "MoshiTTTError", "Plan", "Registry", "TTTConfig", "__version__",
-        "default_registry", "inject", "load_adapter", "load_config", "load_model", "make_plan", "parse_config",
-        "save_adapter", "testing",
+        "default_registry", "evaluation", "inject", "load_adapter", "load_config", "load_model", "make_plan",
+        "parse_config", "save_adapter", "testing", "training",
     }  # fmt: skip
     assert set(moshi_ttt.__all__) == names | VARIANTS
     assert dir(moshi_ttt) == sorted(moshi_ttt.__all__)
     assert all(getattr(moshi_ttt, name) is not None for name in moshi_ttt.__all__)
-    with pytest.raises(AttributeError, match="no_such"):
+    with pytest.raises(AttributeError, match=r"no attribute 'no_such'\.$"):
         moshi_ttt.no_such  # noqa: B018
+    with pytest.raises(AttributeError, match=r"'TTTMlpConfig'\. Did you mean 'TTTMLPConfig'"):
+        moshi_ttt.TTTMlpConfig  # noqa: B018
 
 
 def test_a_star_import_gives_them_all():
@@ -99,6 +104,55 @@ def test_import_is_lazy():
         " or n.startswith('moshi_ttt.')])"
     )
     assert heavy.strip() == "[]"
+
+
+def test_training_and_evaluation_are_found_without_a_further_import():
+    found = run(
+        "import moshi_ttt\n"
+        "print(moshi_ttt.training.Trainer.__module__, moshi_ttt.evaluation.recall.evaluate.__module__,\n"
+        "      *dir(moshi_ttt.evaluation))"
+    )
+    assert found.split() == [
+        "moshi_ttt.training.trainer", "moshi_ttt.evaluation.recall",
+        "between", "compare", "inner_loop", "long_context", "recall", "zero_shot",
+    ]  # fmt: skip
+    with pytest.raises(AttributeError, match=r"no attribute 'recal'\. Evaluations: between, .*recall"):
+        moshi_ttt.evaluation.recal  # noqa: B018
+
+
+def test_reading_a_config_imports_no_training_code():
+    found = run(
+        "import sys, moshi_ttt\n"
+        "from moshi_ttt.configs.reading import read_config\n"
+        "from moshi_ttt.configs.settings import read_settings\n"
+        f"moshi_ttt.load_config({str(ROOT / 'configs' / 'tiny-ttt-mlp.yaml')!r})\n"
+        "read_config('tiny-ttt-mlp'), read_settings('train-cpu', [])\n"
+        "upper = ('training', 'evaluation', 'data', 'apps')\n"
+        "print([n for n in sys.modules if n.split('.')[:1] == ['moshi_ttt'] and n.split('.')[1:2] and"
+        " n.split('.')[1] in upper])"
+    )
+    assert found.strip() == "[]"
+
+
+def required_registries() -> list[str]:
+    """Public functions and methods of the package that cannot be called without a registry."""
+    found = []
+    for module in pkgutil.walk_packages(moshi_ttt.__path__, "moshi_ttt."):
+        if module.name.endswith("__main__") or ".moved" in module.name:
+            continue
+        names = vars(importlib.import_module(module.name))
+        for holder in (names, *(vars(each) for each in names.values() if isinstance(each, type))):
+            for name, each in holder.items():
+                function = getattr(each, "__func__", each)
+                if inspect.isfunction(function) and function.__module__ == module.name and name[0] != "_":
+                    parameter = inspect.signature(function).parameters.get("registry")
+                    if parameter is not None and parameter.default is inspect.Parameter.empty:
+                        found.append(f"{module.name}.{function.__qualname__}")
+    return sorted(set(found))
+
+
+def test_a_registry_is_optional_wherever_one_is_taken():
+    assert required_registries() == []
 
 
 def test_a_config_is_imported_without_torch_and_without_other_plugins():
