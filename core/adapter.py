@@ -141,6 +141,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | N
         AdapterError: the folder is not an adapter, is damaged or incomplete, belongs to another host or model, or needs
             a plugin that is not installed. The model is untouched.
     """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"An adapter is loaded into a model, got {model!r}. load_model loads a base model.")
     registry = registry or default_registry()
     folder = user_path(folder)
     manifest = read_manifest(folder)
@@ -285,8 +287,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = user_path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{path.parent} is not an adapter: it has no {MANIFEST}.") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise AdapterError(
+            f"{path.parent} is not an adapter: it has no {MANIFEST}. Give the folder that save_adapter wrote; in a "
+            "checkpoint of a training it is adapter/."
+        ) from None
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} cannot be read: {error}. The adapter is damaged; save it again.") from None
     if not isinstance(manifest, dict) or not manifest.keys() >= KEYS:

@@ -31,7 +31,7 @@ from moshi_ttt import (
 )
 from moshi_ttt.core.adapter import load_adapter, save_adapter
 from moshi_ttt.core.config import BlockConfig, HostConfig
-from moshi_ttt.core.errors import ConfigError, HostError, InjectionError, PluginError, UnknownNameError
+from moshi_ttt.core.errors import AdapterError, ConfigError, HostError, InjectionError, PluginError, UnknownNameError
 from moshi_ttt.core.host_lookup import host_of
 from moshi_ttt.core.injection import make_plan
 from moshi_ttt.core.registry import default_registry
@@ -268,7 +268,7 @@ def test_wrong_options_are_config_errors_that_name_what_is_allowed():
 @pytest.mark.parametrize(
     ("configs", "options", "error", "message"),
     [
-        ((), {}, ConfigError, r"block configurations.*or one TTTConfig; got none"),
+        ((), {}, ConfigError, r"block configurations.*or one TTTConfig .*; got none"),
         (({"variant": "ttt_mlp"},), {}, ConfigError, "got dict"),
         ((TTTMLPConfig(), TTTConfig(host=HostConfig(name="toy"))), {}, ConfigError, "got TTTMLPConfig, TTTConfig"),
         ((TTTConfig(host=HostConfig(name="toy")),), {"seed": 0}, ConfigError, "says host, precision and seed itself"),
@@ -398,3 +398,58 @@ def test_ridge_says_its_chunk():
 def test_updates_have_one_switch(ttt):
     with pytest.raises(ValueError, match=r"above 0, got 0.*host\.updates\(model, False\)"):
         ttt.set_inner_lr_factor(0)
+
+
+# ---- what a newcomer gets wrong
+
+
+MISTAKES = {
+    "no name": (lambda: TTTMLPConfig("last:3"), r"takes its options by name, and got 'last:3'.*allowed: .*layers"),
+    "gate": (lambda: TTTMLPConfig(gate=0.1), r"TTTMLPConfig: gate = 0\.1: Give its options as a mapping.*init, alpha"),
+    "layers": (lambda: TTTMLPConfig(layers=["1", "x"]), r"layers = \['1', 'x'\]: .*valid string, or a valid integer"),
+    "length": (lambda: GatingMLPConfig(chunk=0), r"^GatingMLPConfig: chunk = 0: [^\n]*$"),
+    "set": (lambda: setattr(TTTMLPConfig(), "chunk", 4), r"TTTMLPConfig\.chunk cannot be set to 4.*Make another"),
+    "class": (lambda: inject(toy_model(), TTTMLPConfig), r"layers='last:3'.*got the class TTTMLPConfig"),
+    "file": (lambda: inject(toy_model(), "a.yaml"), r"load_config reads one from a file\); got str"),
+    "config": (lambda: parse_config("a.yaml"), r"'host' and 'ttt', got 'a\.yaml'\. load_config reads"),
+    "absent": (lambda: moshi_ttt.load_config("absent.yaml"), r"Cannot read the config absent\.yaml.*Give the path"),
+    "dtype": (lambda: load_model("builtin:tiny", dtype="float32"), r"got 'float32'\. Give.*as torch\.bfloat16"),
+    "integers": (lambda: load_model("builtin:tiny", dtype=torch.int8), r"dtype: got torch\.int8\. Give a float"),
+    "device": (lambda: load_model("builtin:tiny", device="gpu"), r"device: got 'gpu'\. Give 'cpu', 'cuda'"),
+    "no path": (lambda: save_adapter("folder", toy_model()), r"path of a file.*got ToyModel\. Check the order"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_answered_with_what_is_allowed(mistake):
+    make, message = MISTAKES[mistake]
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_a_name_is_no_model(tmp_path):
+    with pytest.raises(HostError, match=r"torch module, got 'builtin:tiny'\. load_model"):
+        inject("builtin:tiny", TTTMLPConfig())
+    with pytest.raises(AdapterError, match=r"into a model, got 'builtin:tiny'\. load_model"):
+        load_adapter("builtin:tiny", tmp_path)
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "absent", tmp_path / "file"):
+        with pytest.raises(AdapterError, match=r"is not an adapter: it has no adapter\.json\. Give the folder that"):
+            load_adapter(toy_model(), place)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match=r"device: got 'cuda', and this machine has no CUDA device\. Give 'cpu'"):
+        load_model("builtin:tiny", device="cuda")
+
+
+@pytest.mark.parametrize(
+    "codes", [torch.zeros(1, 17, 5), torch.zeros(17, 5).long(), torch.zeros(1, 8, 5).long(), "codes"]
+)
+def test_codes_of_another_form_have_no_loss(codes):
+    model = load_model("builtin:tiny")
+    losses = host_of(model).losses()
+    for loss in (losses.total, losses.by_position):
+        with pytest.raises(HostError, match=r"codes \[B, 17, T\] int64, a row of text and 16 of audio, got"):
+            loss(model, codes)

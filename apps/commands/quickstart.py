@@ -19,7 +19,7 @@ def quickstart(
         str, typer.Option("--config", "-c", help="A YAML file, or the name of a packaged config.")
     ] = "quickstart",
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Training steps; the config's `train.steps` if left out.")
+        int | None, typer.Option("--steps", min=1, help="Training steps; the config's `max_steps` if left out.")
     ] = None,
     audio: Annotated[
         Path | None,
