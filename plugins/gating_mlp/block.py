@@ -34,7 +34,7 @@ from moshi_ttt.plugins.gating_mlp.chunk import ChunkForm
 from moshi_ttt.plugins.gating_mlp.compiled import CompiledStepper
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.corrections import RIDGE, ridge_of
-from moshi_ttt.plugins.gating_mlp.diagnostics import inner_loss_curves, norms, red_flags
+from moshi_ttt.plugins.gating_mlp.diagnostics import inner_loss_curves
 from moshi_ttt.plugins.gating_mlp.memory import Memory, upgraded
 from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
 
@@ -291,8 +291,8 @@ class GatingMLP(SequenceBlock):
     def drift(self, state: BlockState) -> Tensor:
         """``[B]`` float64: norm of each stream's accumulated update over that of the host's own W_0 and its LoRA."""
         assert self.info.mlp is not None
-        parts = [norms(parameter.flatten()) for parameter in output_projection(self.info.mlp).parameters()]
-        return norms(self.accumulated_update(state).flatten(1)) / norms(torch.stack(parts))
+        parts = [_norms(parameter.flatten()) for parameter in output_projection(self.info.mlp).parameters()]
+        return _norms(self.accumulated_update(state).flatten(1)) / _norms(torch.stack(parts))
 
     def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         hidden = self._hidden(x)
@@ -315,7 +315,12 @@ class GatingMLP(SequenceBlock):
         return inner_loss_curves(tokens, layout, self.memory, self.projection)
 
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:
-        return red_flags(figures)
+        if figures["nonfinite_tokens"] > 0:
+            return [
+                f"{figures['nonfinite_tokens']:.1%} of the tokens are not finite or too large, so the updates of their "
+                "chunks are skipped: lower lr, or look at the input."
+            ]
+        return []
 
     def cast_bytes(self) -> int:
         # The compiled step casts in registers: with it the copy for the clip is made by calls of several tokens alone.
@@ -341,3 +346,9 @@ def _or_zero(x: Tensor) -> Tensor:
     with torch.no_grad():
         finite = below(x, float("inf"))[..., None]
     return torch.where(finite, x, 0)
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Norms over the last dimension, summed in float64 without a copy in it."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
+    return norms

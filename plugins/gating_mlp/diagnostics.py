@@ -1,11 +1,9 @@
-"""Diagnostics of in-place TTT: the inner loss by token, norms, signs of failure.
+"""Diagnostics of in-place TTT: the inner loss by token.
 
 Shape legend: B streams, T tokens, N chunks, C tokens a chunk, d width, h hidden width.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -53,19 +51,3 @@ def inner_loss_curves(tokens: CallTokens, layout: ChunkLayout, memory: Memory, p
     # One head: [B, C, d] -> [B, 1, C, d], and [B, T, d] -> [B, 1, T, d]
     by_head = {name: [chunk[:, None] for chunk in chunks] for name, chunks in found.items()}
     return curves(target[:, None], by_head)  # [B, T, d] -> [B, 1, T, d]
-
-
-def red_flags(figures: Mapping[str, float]) -> list[str]:
-    """Signs of failure in ``figures``, what ``GatingMLP.statistics`` measured; each says what to do."""
-    if figures["nonfinite_tokens"] > 0:
-        return [
-            f"{figures['nonfinite_tokens']:.1%} of the tokens are not finite or too large, so the updates of their "
-            "chunks are skipped: lower lr, or look at the input."
-        ]
-    return []
-
-
-def norms(rows: Tensor) -> Tensor:
-    """Norms over the last dimension, summed in float64 without a copy in it."""
-    found: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
-    return found
