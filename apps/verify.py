@@ -72,7 +72,10 @@ def expand(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
         if not found:
-            raise ConfigError(f"{path}: no such file, or a folder without .safetensors files.")
+            raise ConfigError(
+                f"{path}: no such file, or a folder without .safetensors files. Give files of reference vectors, or a "
+                "folder of them (docs/reference_vectors.md)."
+            )
         files += found
     return files
 

@@ -24,6 +24,7 @@ from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import clone, num_bytes
 from moshi_ttt.plugins.hybrid import inner_loop
 from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
+from moshi_ttt.plugins.hybrid.fast_network import FastNetwork, key_pass
 from moshi_ttt.plugins.hybrid.inner_loop import Tokens
 from moshi_ttt.plugins.hybrid.naive import naive_inner_loop
 from moshi_ttt.plugins.hybrid.objective import InnerNorm
@@ -74,12 +75,12 @@ class Problem:
             total: list[Tensor] = []
             biases: list[Tensor] = []
             for n, t in enumerate(range(start, start + self.chunk)):
-                memory = inner_loop.key_pass(k[:, :, t, None], v[:, :, t, None], lr[:, :, t, None], fast, self.norm)
+                memory = key_pass(k[:, :, t, None], v[:, :, t, None], lr[:, :, t, None], fast, self.norm)
                 gradients = [a.mT @ g for a, g in zip(memory.inputs, memory.gradients, strict=True)]
                 total = gradients if n == 0 else [a + b for a, b in zip(total, gradients, strict=True)]
                 sums = memory.gradients
                 biases = list(sums) if n == 0 else [a + b for a, b in zip(biases, sums, strict=True)]
-                local = inner_loop.FastNetwork(
+                local = FastNetwork(
                     tuple(w - self.scale[n] * g for w, g in zip(fast.weights, total, strict=True)),
                     tuple(b - self.scale[n] * g for b, g in zip(fast.biases, biases, strict=True)),
                 )

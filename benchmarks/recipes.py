@@ -77,7 +77,7 @@ def train(name: str, seed: int, steps: int, shards: dict[str, Path], out: Path, 
     steps_logged = [record for record in logged if record["kind"] == "train"]
     return {
         "name": name, "seed": seed, "parameters": 0 if name == "base" else trained, "split": split,
-        "audio": losses.audio_nats, "text": losses.text_nats, "tokens": losses.tokens, "steps": outcome.step,
+        "audio": losses.plain["audio"], "text": losses.plain["text"], "tokens": losses.terms, "steps": outcome.step,
         "first": steps_logged[0]["nats_audio"], "last": steps_logged[-1]["nats_audio"],
         "seconds": time.perf_counter() - began,
     }  # fmt: skip

@@ -62,8 +62,7 @@ def parse_settings(values: Mapping[str, Any], *, registry: Registry | None = Non
     conflicts = _take_from_flat_block(values, where)
     _take_from_adapter(values)
     values = {key: value for key, value in values.items() if key not in IGNORED}
-    allowed = [*RunConfig.model_fields, *MODEL_KEYS]
-    problems = [f"{where}: unknown key {key!r}. {nearest(str(key), allowed)}" for key in values if key not in allowed]
+    problems = [_unknown(key, where) for key in values if key not in RunConfig.model_fields.keys() | MODEL_KEYS]
     problems += conflicts
     if "host" in values and "moshi_paths" in values:
         problems.append(f"{where}: 'host' and 'moshi_paths' both say which Moshi: leave one of them out.")
@@ -80,6 +79,11 @@ def parse_settings(values: Mapping[str, Any], *, registry: Registry | None = Non
     except ConfigError as error:
         problems += [line for line in str(error).splitlines() if line not in "\n".join(problems)]
     if problems or run is None or ttt is None:
+        if not values.keys() >= {"data", "run_dir"}:
+            problems.append(
+                f"{where}: a training run needs recordings and a folder to write. Add `data: {{train_data: ...}}` and "
+                "`run_dir: ...` (the packaged config train-cpu has both), or give data.train_data=... run_dir=..."
+            )
         raise ConfigError("\n".join(problems))
     host = ttt.host
     if not isinstance(host, MoshiHostConfig):
@@ -93,6 +97,15 @@ def parse_settings(values: Mapping[str, Any], *, registry: Registry | None = Non
     if host.dtype is None:
         host = host.model_copy(update={"dtype": run.param_dtype})
     return Settings(ttt=ttt.model_copy(update={"host": host}), run=run, host=host)
+
+
+def _unknown(key: Any, where: str) -> str:
+    if key == "train":
+        return (
+            f"{where}: the section 'train' is of an earlier version of the quickstart's config. `moshi-ttt quickstart "
+            "--config` reads it, and shows the keys that replace it."
+        )
+    return f"{where}: unknown key {key!r}. {nearest(str(key), [*RunConfig.model_fields, *MODEL_KEYS])}"
 
 
 def _host(values: Mapping[str, Any], where: str) -> dict[str, Any]:

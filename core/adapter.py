@@ -127,6 +127,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | N
         AdapterError: the folder is not an adapter, is damaged or incomplete, belongs to another host or model, or needs
             a plugin that is not installed. The model is untouched.
     """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"An adapter is loaded into a model, got {model!r}. load_model loads a base model.")
     registry = registry or default_registry()
     folder = user_path(folder)
     manifest = read_manifest(folder)
@@ -134,7 +136,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, registry: Registry | N
         raise AdapterError(f"{folder}: the model is on the meta device and cannot hold values; load its weights first.")
     try:
         host = registry.host(str(manifest["host"]))
-        check_fingerprint(folder, manifest["fingerprint"], host.fingerprint(model))
+        check_fingerprint(folder, manifest["fingerprint"], host, model)
         present = host.describe_extra(model)
         if present and present != manifest["extra"]:
             raise AdapterError(
@@ -189,7 +191,7 @@ def fill_from_adapter(injection: Injection, folder: str | Path, *, registry: Reg
     folder, host, model = user_path(folder), injection.host, injection.model
     _blocks(injection, "loaded")
     manifest = read_manifest(folder)
-    check_fingerprint(folder, manifest["fingerprint"], host.fingerprint(model))
+    check_fingerprint(folder, manifest["fingerprint"], host, model)
     try:
         registry = registry or default_registry()
         check_provenance(folder, manifest["sites"], registry)

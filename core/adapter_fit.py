@@ -13,6 +13,7 @@ from moshi_ttt.core.adapter_folder import EXTRA, MANIFEST, TENSORS
 from moshi_ttt.core.config import BlockConfig
 from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import AdapterError, ConfigError, PluginError
+from moshi_ttt.core.host import HostModel
 from moshi_ttt.core.planning import PlannedBlock
 from moshi_ttt.core.registrar import RUNTIME, Provenance
 from moshi_ttt.core.registry import Registry
@@ -75,8 +76,14 @@ def major_version(version: str) -> str:
     return str(version).lstrip("v").partition(".")[0]
 
 
-def check_fingerprint(folder: Path, saved: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
-    """Raise AdapterError where two fingerprints differ; weights are compared where both have their digest."""
+def check_fingerprint(folder: Path, saved: Mapping[str, Any], host: HostModel, model: nn.Module) -> None:
+    """Raise AdapterError where two fingerprints differ; weights are compared where both have their digest.
+
+    A fingerprint that an earlier version of the host wrote of the same model is accepted.
+    """
+    if saved in host.earlier_fingerprints(model):
+        return
+    actual = host.fingerprint(model)
     different = {
         key: (saved.get(key), actual.get(key))
         for key in sorted({*saved, *actual})

@@ -89,8 +89,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = user_path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{path.parent} is not an adapter: it has no {MANIFEST}.") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise AdapterError(
+            f"{path.parent} is not an adapter: it has no {MANIFEST}. Give the folder that save_adapter wrote; in a "
+            "checkpoint of a training it is adapter/."
+        ) from None
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} cannot be read: {error}. The adapter is damaged; save it again.") from None
     if not isinstance(manifest, dict) or not manifest.keys() >= KEYS:

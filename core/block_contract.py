@@ -182,6 +182,14 @@ class BlockContract(nn.Module, ABC):
         """A sentence for each abnormal value of ``statistics``, as read, and what to do about it."""
         return []
 
+    def upgrade_state(self, state: Mapping[str, Tensor]) -> BlockState:
+        """A saved ``state`` with today's names, where an earlier version of the block saved others; else as it is.
+
+        Called before a stream is restored and before a training run is resumed. What it cannot complete it leaves, and
+        the restore then reports what is missing. ``state`` itself stays.
+        """
+        return dict(state)
+
     def skipped_updates(self, state: BlockState) -> Tensor:
         """``[B]`` int64: updates, of tokens or chunks, that each stream skipped: see ``skips_nonfinite``.
 

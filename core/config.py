@@ -5,7 +5,7 @@ How a file or a mapping becomes one of them is in ``config_parsing``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 from pydantic import (
@@ -42,8 +42,13 @@ else:
         """A constructor that is called with wrong options raises ConfigError, as a file with wrong keys does."""
 
         def __call__(cls, *args: Any, **options: Any) -> Any:
+            if args:
+                raise ConfigError(
+                    f"{cls.__name__} takes its options by name, and got {args[0]!r} without one. Write "
+                    f"{cls.__name__}(option=...); allowed: {', '.join(sorted(cls.model_fields))}."
+                )
             try:
-                return super().__call__(*args, **options)
+                return super().__call__(**options)
             except ValidationError as error:
                 raise ConfigError(_problems(cls, error, cls.__name__)) from None
 
@@ -58,6 +63,14 @@ class FrozenConfig(_Model):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self).model_fields:
+            raise ConfigError(
+                f"{type(self).__name__}.{name} cannot be set to {value!r}: a configuration does not change. Make "
+                "another."
+            )
+        super().__setattr__(name, value)
 
     @model_validator(mode="before")
     @classmethod
@@ -155,7 +168,7 @@ def parse_model(model: type[ModelT], values: Mapping[str, Any], where: str) -> M
 def _problems(model: type[BaseModel], error: ValidationError, where: str) -> str:
     """One line for each problem of ``error``, which ``model`` raised: the key's path, its value, what is allowed."""
     lines = []
-    for problem in error.errors():
+    for problem in _one_a_place(model, error.errors()):
         path = ".".join(str(part) for part in problem["loc"]) or "(all)"
         if problem["type"] == "extra_forbidden":
             hint = nearest(str(problem["loc"][-1]), _keys_at(model, problem["loc"][:-1]))
@@ -166,6 +179,34 @@ def _problems(model: type[BaseModel], error: ValidationError, where: str) -> str
             given = f" = {problem['input']!r}" if problem["loc"] else ""
             lines.append(f"{where}: {path}{given}: {problem['msg']}.")
     return "\n".join(lines)
+
+
+def _one_a_place(model: type[BaseModel], problems: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """The problems of an error; those with each type that a value may have (``str | int``) are one."""
+    found: dict[object, dict[str, Any]] = {}
+    for number, problem in enumerate(problems):
+        place, said = _place(model, problem["loc"]), problem["msg"]
+        if problem["type"] == "model_type" and (keys := _keys_at(model, place)):
+            said = f"Give its options as a mapping, some of {', '.join(keys)}"
+        if place == problem["loc"] or problem["type"] in ("extra_forbidden", "missing"):
+            found[number] = {**problem, "msg": said}
+        elif place in found:
+            found[place]["msg"] += f", or {said.removeprefix('Input should be ')}"
+        else:
+            found[place] = {**problem, "loc": place, "msg": said}
+    yield from found.values()
+
+
+def _place(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The part of an error's path that names fields and indexes, without the type that was tried there."""
+    inner: type[BaseModel] | None = model
+    for index, part in enumerate(path):
+        if isinstance(part, int):
+            continue
+        if inner is None or part not in inner.model_fields:
+            return path[:index]
+        inner = _model_in(inner.model_fields[part].annotation)
+    return path
 
 
 def _keys_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

@@ -43,6 +43,10 @@ def parse_config(
         ConfigError: with every problem found, one a line.
         PluginError: a variant or host is asked for whose plugin failed to load.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"{where}: expected a mapping with 'host' and 'ttt', got {values!r}. load_config reads a YAML file."
+        )
     registry = registry or default_registry()
     sections = sections or {}
     allowed = {"host", "precision", "seed", "ttt", *sections}
@@ -188,9 +192,10 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.load(read_text(path), Loader=_UniqueKeyLoader)  # a SafeLoader
     except (OSError, ValueError) as error:
-        raise ConfigError(f"Cannot read the config {path}: {error}.") from None
+        raise ConfigError(f"Cannot read the config {path}: {error}. Give the path of a YAML file.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{path}: expected a mapping with 'host' and 'ttt', got {type(values).__name__}.")
+        given = "an empty file" if values is None else type(values).__name__
+        raise ConfigError(f"{path}: expected a mapping with 'host' and 'ttt', got {given}.")
     return dict(values)

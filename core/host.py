@@ -150,6 +150,10 @@ class HostModel(ABC):
         (``core.base_weights.weight_digest``).
         """
 
+    def earlier_fingerprints(self, model: nn.Module) -> Sequence[Mapping[str, Any]]:
+        """What earlier versions of this host returned as ``fingerprint``: adapters that have one of them load too."""
+        return ()
+
     def extra_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Parameters that are neither the base's nor a block's, by name: a LoRA's factors. Adapters hold them."""
         return {}

@@ -18,6 +18,8 @@ def host_of(model: nn.Module, *, registry: Registry | None = None) -> HostModel:
         HostError: no host recognizes the model, or several do.
         PluginError: a host fails at looking at the model.
     """
+    if not isinstance(model, nn.Module):
+        raise HostError(f"A model is a torch module, got {model!r}. load_model loads one by its name.")
     registry = registry or default_registry()
     found: list[HostModel] = []
     broken: list[str] = []

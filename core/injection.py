@@ -305,9 +305,10 @@ def inject(
     entries = [config for config in configs if isinstance(config, BlockConfig)]
     whole = [config for config in configs if isinstance(config, TTTConfig)]
     if len(entries) + len(whole) != len(configs) or len(whole) > 1 or bool(whole) == bool(entries):
-        given = ", ".join(type(config).__name__ for config in configs) or "none"
+        given = ", ".join(_kind(config) for config in configs) or "none"
         raise ConfigError(
-            f"inject takes block configurations, such as TTTMLPConfig(layers='last:3'), or one TTTConfig; got {given}."
+            f"inject takes block configurations, such as TTTMLPConfig(layers='last:3'), or one TTTConfig (load_config "
+            f"reads one from a file); got {given}."
         )
     if whole:
         if any(argument is not None for argument in (host, precision, seed)):
@@ -319,3 +320,7 @@ def inject(
     policy = registry.policy(DEFAULT_PRECISION if precision is None else precision)
     plan = make_plan(model, host_adapter, entries, policy=policy, registry=registry, seed=seed or 0)
     return plan.apply(model)
+
+
+def _kind(given: object) -> str:
+    return f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from moshi_ttt.core.registrar import RUNTIME, Entry, Kind
-from moshi_ttt.core.registry import Registry
+from moshi_ttt.core.registry import Registry, default_registry
 
 
-def plugin_problems(registry: Registry) -> list[str]:
+def plugin_problems(registry: Registry | None = None) -> list[str]:
     """A sentence for every plugin that is not loaded and every target that cannot be used; empty where all is well.
 
     Imports every target, which can take seconds. A plugin that ``MOSHI_TTT_PLUGINS`` leaves out is no problem.
+    ``registry`` is the process's own by default.
     """
+    registry = registry or default_registry()
     problems = [
         f"Plugin {record.provenance} is {record.status}: {record.reason}"
         for record in registry.plugins()

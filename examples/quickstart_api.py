@@ -1,4 +1,4 @@
-"""The quickstart with the Python API, no YAML: a small Moshi trained on real speech, then streamed with live state.
+"""A training and an evaluation with the Python API, no YAML: TTT layers in a small Moshi, on the speech that ships.
 
 python examples/quickstart_api.py [STEPS] [FOLDER]
 """
@@ -7,33 +7,49 @@ import sys
 
 import torch
 
-from moshi_ttt import TTTMLPConfig, inject, save_adapter
-from moshi_ttt.apps.quickstart.data import Codec, load_speech
-from moshi_ttt.apps.quickstart.evaluate import compare, evaluate
-from moshi_ttt.apps.quickstart.setup import run_config
-from moshi_ttt.apps.quickstart.stream import stream_recording
-from moshi_ttt.apps.quickstart.train import SpeechSegments, train
-from moshi_ttt.configs.sections import StreamConfig
-from moshi_ttt.hosts.moshi.loading import resolve_repo
-from moshi_ttt.hosts.moshi.tiny import speech_files
+from moshi_ttt import MoshiHostConfig, TTTMLPConfig, inject, load_model, save_adapter
+from moshi_ttt.configs.fit import GroupRates, OptimConfig
+from moshi_ttt.data.codec import SpeechCodec
+from moshi_ttt.data.corpus import open_corpus
+from moshi_ttt.data.dataset import TrainingData, loader
+from moshi_ttt.evaluation import long_context
+from moshi_ttt.evaluation.documents import read_documents
+from moshi_ttt.evaluation.models import ModelUnderTest
+from moshi_ttt.hosts.moshi.compatibility import require_trainable
+from moshi_ttt.training import FitConfig, TrainedModel, Trainer, start
 
+FRAMES = 192  # 15 s a segment, three times what attention sees; a frame is 80 ms
 steps, folder = int(sys.argv[1]) if len(sys.argv) > 1 else 120, sys.argv[2] if len(sys.argv) > 2 else "my-adapter"
 torch.set_num_threads(1)  # the tensors of so small a model are not worth sharing
-bundle = resolve_repo("builtin:tiny")
-model = bundle.load_lm(dtype=torch.float32)
-codec = Codec.of(model, bundle.load_mimi(), bundle.tokenizer())
-speech = load_speech(codec, speech_files())  # real recordings as codes; the longest is held out
 
-injection = inject(model, TTTMLPConfig(layers="1,3", chunk=16))
-options = run_config(max_steps=steps)
-train(model, injection, SpeechSegments(codec, speech, options).batches(), options)
-save_adapter(injection, folder, training_step=steps)
+host = MoshiHostConfig(hf_repo="builtin:tiny", dtype="float32")
+model = load_model(host)
+ttt = inject(model, TTTMLPConfig(layers="1,3", chunk=16))
+ttt.freeze_base()
+ttt.print_summary()
 
-document = codec.document([speech.held_out])
-on, off = (evaluate(model, injection.host, document, name=f"updates {u}", updates=u) for u in (True, False))
-print(f"nats per token: updates on {on.mean:.4f}, off {off.mean:.4f}, saved {compare(on, off).mean:+.4f}")
+# Recordings to batches of codes [B, Q, T], at Mimi's 12.5 frames a second.
+codec = SpeechCodec.load(host, "cpu", require=require_trainable)
+corpus = open_corpus("builtin:speech", codec, frames=FRAMES, transcripts="none")
+data = TrainingData(corpus, batch_size=2, microbatches=1, rank=0, world_size=1, seed=0, shuffle=True, carry=False)
 
-streamed = stream_recording(model, codec, speech.held_out.audio[:, :100], StreamConfig(), on_frame=lambda frame: None)
-print(f"{streamed.median_ms:.0f} ms a frame of {streamed.frame_ms:.0f} ms; fast weights moved by", {
-    str(site): f"{100 * values[-1]:.1f}%" for site, values in streamed.change.items()
-})  # fmt: skip
+rates = OptimConfig(schedule="cosine", lr=1e-3, weight_decay=0.01, lr_groups=GroupRates(gates=1e-2))
+config = FitConfig(max_steps=steps, batch_size=2, optim=rates)
+roles = ttt.plan.policy.roles(torch.float32)
+with start("cpu", None) as runtime:  # this process alone; torchrun starts several
+    trainer = Trainer(TrainedModel(model, ttt, roles, ttt.host.losses(text=0.1)), config, runtime)
+    outcome = trainer.fit(iter(loader(data, start_step=0, num_workers=0)))
+save_adapter(ttt, folder, training_step=outcome.step)
+model.eval()
+
+# A held-out recording, from what attention does not see on, with test-time updates and without.
+documents = read_documents("builtin:held-out", codec, layout="files", transcripts="none", limit=None)
+options = long_context.Options(
+    window=64, every=64, batch_size=1, conditions=("updates on", "updates off"), segments=FRAMES
+)
+result = long_context.evaluate([ModelUnderTest(name="TTT", model=model, injection=ttt, facts={})], documents, options)
+on, off = (result.curve("TTT", condition, "audio") for condition in options.conditions)
+print(
+    f"audio, nats per token after frame {result.context}: updates on {result.loss(on).value:.4f}, "
+    f"off {result.loss(off).value:.4f}, saved {result.saved(on, off).value:+.4f}"
+)

@@ -86,7 +86,8 @@ def restore_carried(trainer: Trainer, carried: Mapping[str, Tensor]) -> None:
         state = CarriedState(document_ids=torch.cat(parts.pop(("document",))))
         for (site, name), tensors in parts.items():
             state.blocks.setdefault(Site.parse(site), {})[name] = torch.cat(tensors)
-        state.blocks = dict(sorted(state.blocks.items()))
+        blocks = trainer.trained.injection.blocks
+        state.blocks = {site: blocks[site].upgrade_state(saved) for site, saved in sorted(state.blocks.items())}
         trainer.carried[m] = state
 
 

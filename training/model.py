@@ -65,8 +65,9 @@ def skeleton(settings: Settings, registry: Registry | None = None) -> TrainedMod
 
 
 def build(
-    settings: Settings, registry: Registry, mesh: DeviceMesh, device: torch.device, *, resumed: bool = False
-) -> TrainedModel:
+    settings: Settings, mesh: DeviceMesh, device: torch.device, *, registry: Registry | None = None,
+    resumed: bool = False,
+) -> TrainedModel:  # fmt: skip
     """The model of a run, sharded over ``mesh`` and filled: base weights from their file, the rest from the adapter
     that the run starts from, or from the seed.
 

@@ -18,7 +18,7 @@ from moshi_ttt.configs.training import RunConfig
 from moshi_ttt.core.adapter import find_adapter, major_version
 from moshi_ttt.core.batches import Batch
 from moshi_ttt.core.injection import PlannedBlock
-from moshi_ttt.core.registry import Registry
+from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.data.corpus import Corpus, open_corpus
 from moshi_ttt.data.dataset import TrainingData, loader
@@ -51,15 +51,22 @@ NOT_COMPARED = {
 """Options that say where a run is written and what it starts from: a run that is resumed may change them freely."""
 
 
-def run(settings: Settings, registry: Registry, console: Console, stop: StopRequest | None = None) -> Outcome:
+def run(
+    settings: Settings, registry: Registry | None = None, console: Console | None = None,
+    stop: StopRequest | None = None,
+) -> Outcome:  # fmt: skip
     """Train to the end, or until a signal asks to stop. Every rank calls this.
 
     Args:
+        settings: the run: ``configs.settings.read_settings`` reads them from a config.
+        registry: where hosts, variants and policies are looked up; the process's registry by default.
+        console: where the first rank prints; one on standard output by default.
         stop: what the signals ask; left out, it is made here. Until it is ``started`` there is nothing to save, and an
             interruption ends the run at once.
 
     Raises a MoshiTTTError.
     """
+    registry, console = registry or default_registry(), console or Console()
     export.check(settings)
     check_installed(settings.run)
     platforms.check_workers(settings.run.data.num_workers)
@@ -84,7 +91,7 @@ def _train(
     # The data first: what is wrong with it should not wait for the weights.
     corpus = _corpus(settings, codec, run.data.train_data)
     held_out = _corpus(settings, codec, run.data.eval_data or "") if run.do_eval else None
-    trained = build(settings, registry, runtime.mesh, runtime.device, resumed=resumed is not None)
+    trained = build(settings, runtime.mesh, runtime.device, registry=registry, resumed=resumed is not None)
     trainer = Trainer(trained, run, runtime)
     position = _position(settings, trainer, corpus)
     state = read_state(resumed) if resumed is not None else {}

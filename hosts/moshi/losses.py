@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.losses import HostLosses
 from moshi_ttt.hosts.moshi.compatibility import layout_of
 
@@ -43,6 +44,7 @@ class MoshiLosses(HostLosses):
         return torch.stack([part.double().sum() for part in (text, audio, text > 0, audio > 0)]).view(2, 2)
 
     def sums(self, model: Any, inputs: Tensor) -> Tensor:
+        check_codes(model, inputs)
         out = model(inputs)
         weighted, plain = [], []
         for logits, targets, mask, weight in zip(
@@ -57,8 +59,21 @@ class MoshiLosses(HostLosses):
     @torch.no_grad()
     def by_position(self, model: Any, inputs: Tensor) -> dict[str, Tensor]:
         """Of one forward pass from start tokens on; a model without a depformer has no audio losses, all NaN."""
+        check_codes(model, inputs)
         text, audio = losses_by_token(model, inputs)
         return {"text": text[:, 0], "audio": audio.nanmean(1)}  # [B, 1, T] -> [B, T]; [B, K, T] -> [B, T]
+
+
+def check_codes(model: Any, codes: Any) -> None:
+    """Raise HostError unless ``codes`` are ``[B, Q, T]`` integers with the Q rows of ``model``."""
+    rows = int(model.num_codebooks)
+    shape = tuple(codes.shape) if isinstance(codes, Tensor) else ()
+    if len(shape) != 3 or shape[1] != rows or codes.dtype not in (torch.int64, torch.int32):
+        given = f"{list(shape)} {codes.dtype}" if isinstance(codes, Tensor) else repr(codes)
+        raise HostError(
+            f"The losses are of codes [B, {rows}, T] int64, a row of text and {rows - 1} of audio, got {given}. "
+            "moshi_ttt.data makes them from recordings (SpeechCodec), or take Mimi's codes with a text row before them."
+        )
 
 
 def token_losses(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:

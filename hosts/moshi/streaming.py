@@ -195,6 +195,7 @@ def restore_stream_state(module: LMGen | LMModel, state: Mapping[str, Tensor]) -
         HostError: names, shapes or dtypes differ; every difference is listed and nothing has been written.
     """
     slots = {slot.name: slot for slot in _slots(module)}
+    state = _upgraded(module, state)
     needed = {name for name, slot in slots.items() if slot.value is not None}
     problems = [f"missing {name}" for name in sorted(needed - state.keys())]
     problems += [f"unexpected {name}" for name in sorted(state.keys() - slots.keys())]
@@ -208,6 +209,20 @@ def restore_stream_state(module: LMGen | LMModel, state: Mapping[str, Tensor]) -
     for name, slot in slots.items():
         if name in state:
             slot.write(state[name])
+
+
+def _upgraded(root: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with each block's buffers as this version of the block has them."""
+    found = dict(state)
+    for path, module in root.named_modules():
+        stream = getattr(module, "_streaming_state", None)
+        if isinstance(stream, BlockStreamState):
+            prefix = f"{path}/buffers."
+            saved = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+            upgraded = stream.block.upgrade_state(saved)
+            found = {name: tensor for name, tensor in found.items() if not name.startswith(prefix)}
+            found |= {prefix + name: tensor for name, tensor in upgraded.items()}
+    return found
 
 
 def save_stream_state(path: str | Path, module: LMGen | LMModel) -> Path:

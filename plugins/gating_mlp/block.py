@@ -34,7 +34,7 @@ from moshi_ttt.plugins.gating_mlp.chunk import ChunkForm
 from moshi_ttt.plugins.gating_mlp.compiled import CompiledStepper
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.corrections import RIDGE, ridge_of
-from moshi_ttt.plugins.gating_mlp.memory import Memory
+from moshi_ttt.plugins.gating_mlp.memory import Memory, upgraded
 from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
 
 INIT_STD = 0.02
@@ -125,6 +125,9 @@ class GatingMLP(SequenceBlock):
         state = super().allocate_state(batch_size, device)
         self._stepper_for(state)
         return state
+
+    def upgrade_state(self, state: Mapping[str, Tensor]) -> BlockState:
+        return upgraded(state)
 
     def accumulated_update(self, state: BlockState) -> Tensor:
         """``[B, d, h]``: what the finished chunks have added to W_0."""

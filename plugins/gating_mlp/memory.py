@@ -29,7 +29,7 @@ R of them looking ahead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -264,6 +264,16 @@ class Memory:
         token = torch.arange(self.taps - 1, device=position.device) + (position - self.schedule.look_ahead)[:, None]
         found = sums.gather(1, token.clamp(min=0)[..., None].expand(-1, -1, sums.shape[-1]))
         return torch.where((token >= 0)[..., None], found, 0)
+
+
+def upgraded(state: Mapping[str, Tensor]) -> BlockState:
+    """``state`` with ``enabled``, which earlier versions did not save.
+
+    The tokens of a chunk that was unfinished are taken to have had updates enabled, as those versions took them.
+    """
+    if "enabled" in state or "position" not in state:
+        return dict(state)
+    return {**state, "enabled": state["position"].clone()}
 
 
 def _of_chunk(parts: Tensor, index: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moshi_ttt import testing
+    from moshi_ttt import evaluation, testing, training
     from moshi_ttt.core.adapter import load_adapter, save_adapter
     from moshi_ttt.core.config import TTTConfig
     from moshi_ttt.core.config_parsing import load_config, parse_config
@@ -54,7 +54,7 @@ _HOME = {
     "save_adapter": "moshi_ttt.core.adapter",
 }
 """Public name -> the module that defines it."""
-_MODULES = ("testing",)
+_MODULES = ("evaluation", "testing", "training")
 """Public modules."""
 
 __all__ = [
@@ -72,6 +72,7 @@ __all__ = [
     "TTTRidgeConfig",
     "__version__",
     "default_registry",
+    "evaluation",
     "inject",
     "load_adapter",
     "load_config",
@@ -80,6 +81,7 @@ __all__ = [
     "parse_config",
     "save_adapter",
     "testing",
+    "training",
 ]
 
 
@@ -92,7 +94,16 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("moshi-ttt")
-    raise AttributeError(f"module 'moshi_ttt' has no attribute {name!r}")
+    raise AttributeError(f"module 'moshi_ttt' has no attribute {name!r}.{_meant(name)}")
+
+
+def _meant(name: str) -> str:
+    """A question with the public names that are near to a wrong one; empty where none is."""
+    from difflib import get_close_matches
+
+    by_letters = {public.lower(): public for public in __all__}
+    near = [by_letters[match] for match in get_close_matches(name.lower(), by_letters, n=2, cutoff=0.7)]
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def __dir__() -> list[str]:

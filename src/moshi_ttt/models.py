@@ -33,10 +33,13 @@ def load_model(
 
     Raises:
         UnknownNameError: there is no such host; the message lists those there are.
-        ConfigError: ``model`` is neither a name nor a configuration of the host.
+        ConfigError: ``model`` is neither a name nor a configuration of the host; a device that is not there, or a
+            dtype that is no floating-point dtype.
         HostError: there is no such model, it is incomplete, or the hub cannot be reached.
     """
-    registry = registry or default_registry()
+    registry, device = registry or default_registry(), _checked_device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype: got {dtype!r}. Give a floating-point dtype, as torch.bfloat16, or leave it out.")
     if isinstance(model, HostConfig):
         if host is not None and host != model.name:
             raise ConfigError(f"The configuration is for the host {model.name!r}, not for {host!r}. Leave host out.")
@@ -53,3 +56,13 @@ def load_model(
         )
     adapter = registry.host(DEFAULT_HOST if host is None else host)
     return adapter.load(adapter.config_for(model), device=device, dtype=dtype)
+
+
+def _checked_device(given: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(given)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device: got {given!r}. Give 'cpu', 'cuda', or a device such as 'cuda:1'.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: got {str(given)!r}, and this machine has no CUDA device. Give 'cpu'.")
+    return device

@@ -87,7 +87,7 @@ def test_one_step_of_a_full_width_layer(repository, tmp_path):
     settings = _settings(repository, tmp_path / "run")
     with start("cpu", None) as runtime:
         began = time.perf_counter()
-        trained = build(settings, default_registry(), runtime.mesh, runtime.device)
+        trained = build(settings, runtime.mesh, runtime.device)
         built = time.perf_counter() - began
         blocks = dict(trained.injection.named_parameters())
         base = MOSHI_HOST.base_state_dict(trained.model)

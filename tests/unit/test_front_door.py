@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import io
+import pkgutil
 import subprocess
 import sys
 from importlib import metadata
@@ -28,7 +31,7 @@ from moshi_ttt import (
 )
 from moshi_ttt.core.adapter import load_adapter, save_adapter
 from moshi_ttt.core.config import BlockConfig, HostConfig
-from moshi_ttt.core.errors import ConfigError, HostError, InjectionError, PluginError, UnknownNameError
+from moshi_ttt.core.errors import AdapterError, ConfigError, HostError, InjectionError, PluginError, UnknownNameError
 from moshi_ttt.core.host_lookup import host_of
 from moshi_ttt.core.injection import make_plan
 from moshi_ttt.core.registry import default_registry
@@ -50,14 +53,16 @@ def toy_model(num_layers: int = 4) -> ToyModel:
 def test_the_public_names_are_these():
     names = {
         "GateConfig", "Injection", "MoshiHostConfig", "MoshiTTTError", "Plan", "Registry", "TTTConfig", "__version__",
-        "default_registry", "inject", "load_adapter", "load_config", "load_model", "make_plan", "parse_config",
-        "save_adapter", "testing",
+        "default_registry", "evaluation", "inject", "load_adapter", "load_config", "load_model", "make_plan",
+        "parse_config", "save_adapter", "testing", "training",
     }  # fmt: skip
     assert set(moshi_ttt.__all__) == names | VARIANTS
     assert dir(moshi_ttt) == sorted(moshi_ttt.__all__)
     assert all(getattr(moshi_ttt, name) is not None for name in moshi_ttt.__all__)
-    with pytest.raises(AttributeError, match="no_such"):
+    with pytest.raises(AttributeError, match=r"no attribute 'no_such'\.$"):
         moshi_ttt.no_such  # noqa: B018
+    with pytest.raises(AttributeError, match=r"'TTTMlpConfig'\. Did you mean 'TTTMLPConfig'"):
+        moshi_ttt.TTTMlpConfig  # noqa: B018
 
 
 def test_a_star_import_gives_them_all():
@@ -99,6 +104,55 @@ def test_import_is_lazy():
         " or n.startswith('moshi_ttt.')])"
     )
     assert heavy.strip() == "[]"
+
+
+def test_training_and_evaluation_are_found_without_a_further_import():
+    found = run(
+        "import moshi_ttt\n"
+        "print(moshi_ttt.training.Trainer.__module__, moshi_ttt.evaluation.recall.evaluate.__module__,\n"
+        "      *dir(moshi_ttt.evaluation))"
+    )
+    assert found.split() == [
+        "moshi_ttt.training.trainer", "moshi_ttt.evaluation.recall",
+        "between", "compare", "inner_loop", "long_context", "recall", "zero_shot",
+    ]  # fmt: skip
+    with pytest.raises(AttributeError, match=r"no attribute 'recal'\. Evaluations: between, .*recall"):
+        moshi_ttt.evaluation.recal  # noqa: B018
+
+
+def test_reading_a_config_imports_no_training_code():
+    found = run(
+        "import sys, moshi_ttt\n"
+        "from moshi_ttt.configs.reading import read_config\n"
+        "from moshi_ttt.configs.settings import read_settings\n"
+        f"moshi_ttt.load_config({str(ROOT / 'configs' / 'tiny-ttt-mlp.yaml')!r})\n"
+        "read_config('tiny-ttt-mlp'), read_settings('train-cpu', [])\n"
+        "upper = ('training', 'evaluation', 'data', 'apps')\n"
+        "print([n for n in sys.modules if n.split('.')[:1] == ['moshi_ttt'] and n.split('.')[1:2] and"
+        " n.split('.')[1] in upper])"
+    )
+    assert found.strip() == "[]"
+
+
+def required_registries() -> list[str]:
+    """Public functions and methods of the package that cannot be called without a registry."""
+    found = []
+    for module in pkgutil.walk_packages(moshi_ttt.__path__, "moshi_ttt."):
+        if module.name.endswith("__main__") or ".moved" in module.name:
+            continue
+        names = vars(importlib.import_module(module.name))
+        for holder in (names, *(vars(each) for each in names.values() if isinstance(each, type))):
+            for name, each in holder.items():
+                function = getattr(each, "__func__", each)
+                if inspect.isfunction(function) and function.__module__ == module.name and name[0] != "_":
+                    parameter = inspect.signature(function).parameters.get("registry")
+                    if parameter is not None and parameter.default is inspect.Parameter.empty:
+                        found.append(f"{module.name}.{function.__qualname__}")
+    return sorted(set(found))
+
+
+def test_a_registry_is_optional_wherever_one_is_taken():
+    assert required_registries() == []
 
 
 def test_a_config_is_imported_without_torch_and_without_other_plugins():
@@ -214,7 +268,7 @@ def test_wrong_options_are_config_errors_that_name_what_is_allowed():
 @pytest.mark.parametrize(
     ("configs", "options", "error", "message"),
     [
-        ((), {}, ConfigError, r"block configurations.*or one TTTConfig; got none"),
+        ((), {}, ConfigError, r"block configurations.*or one TTTConfig .*; got none"),
         (({"variant": "ttt_mlp"},), {}, ConfigError, "got dict"),
         ((TTTMLPConfig(), TTTConfig(host=HostConfig(name="toy"))), {}, ConfigError, "got TTTMLPConfig, TTTConfig"),
         ((TTTConfig(host=HostConfig(name="toy")),), {"seed": 0}, ConfigError, "says host, precision and seed itself"),
@@ -344,3 +398,58 @@ def test_ridge_says_its_chunk():
 def test_updates_have_one_switch(ttt):
     with pytest.raises(ValueError, match=r"above 0, got 0.*host\.updates\(model, False\)"):
         ttt.set_inner_lr_factor(0)
+
+
+# ---- what a newcomer gets wrong
+
+
+MISTAKES = {
+    "no name": (lambda: TTTMLPConfig("last:3"), r"takes its options by name, and got 'last:3'.*allowed: .*layers"),
+    "gate": (lambda: TTTMLPConfig(gate=0.1), r"TTTMLPConfig: gate = 0\.1: Give its options as a mapping.*init, alpha"),
+    "layers": (lambda: TTTMLPConfig(layers=["1", "x"]), r"layers = \['1', 'x'\]: .*valid string, or a valid integer"),
+    "length": (lambda: GatingMLPConfig(chunk=0), r"^GatingMLPConfig: chunk = 0: [^\n]*$"),
+    "set": (lambda: setattr(TTTMLPConfig(), "chunk", 4), r"TTTMLPConfig\.chunk cannot be set to 4.*Make another"),
+    "class": (lambda: inject(toy_model(), TTTMLPConfig), r"layers='last:3'.*got the class TTTMLPConfig"),
+    "file": (lambda: inject(toy_model(), "a.yaml"), r"load_config reads one from a file\); got str"),
+    "config": (lambda: parse_config("a.yaml"), r"'host' and 'ttt', got 'a\.yaml'\. load_config reads"),
+    "absent": (lambda: moshi_ttt.load_config("absent.yaml"), r"Cannot read the config absent\.yaml.*Give the path"),
+    "dtype": (lambda: load_model("builtin:tiny", dtype="float32"), r"got 'float32'\. Give.*as torch\.bfloat16"),
+    "integers": (lambda: load_model("builtin:tiny", dtype=torch.int8), r"dtype: got torch\.int8\. Give a float"),
+    "device": (lambda: load_model("builtin:tiny", device="gpu"), r"device: got 'gpu'\. Give 'cpu', 'cuda'"),
+    "no path": (lambda: save_adapter("folder", toy_model()), r"path of a file.*got ToyModel\. Check the order"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_answered_with_what_is_allowed(mistake):
+    make, message = MISTAKES[mistake]
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_a_name_is_no_model(tmp_path):
+    with pytest.raises(HostError, match=r"torch module, got 'builtin:tiny'\. load_model"):
+        inject("builtin:tiny", TTTMLPConfig())
+    with pytest.raises(AdapterError, match=r"into a model, got 'builtin:tiny'\. load_model"):
+        load_adapter("builtin:tiny", tmp_path)
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "absent", tmp_path / "file"):
+        with pytest.raises(AdapterError, match=r"is not an adapter: it has no adapter\.json\. Give the folder that"):
+            load_adapter(toy_model(), place)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match=r"device: got 'cuda', and this machine has no CUDA device\. Give 'cpu'"):
+        load_model("builtin:tiny", device="cuda")
+
+
+@pytest.mark.parametrize(
+    "codes", [torch.zeros(1, 17, 5), torch.zeros(17, 5).long(), torch.zeros(1, 8, 5).long(), "codes"]
+)
+def test_codes_of_another_form_have_no_loss(codes):
+    model = load_model("builtin:tiny")
+    losses = host_of(model).losses()
+    for loss in (losses.total, losses.by_position):
+        with pytest.raises(HostError, match=r"codes \[B, 17, T\] int64, a row of text and 16 of audio, got"):
+            loss(model, codes)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from moshi_ttt import default_registry
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.hosts.moshi.losses import MoshiLosses
+from moshi_ttt.training import checkpoint
 from moshi_ttt.training import run as running
 from moshi_ttt.training.checkpoint import CheckpointError, find_checkpoints
 from moshi_ttt.training.step import TrainingError
@@ -50,6 +51,28 @@ def test_a_run_that_is_resumed_ends_bit_for_bit_where_one_that_was_not(train, tm
         assert (first / name).is_file() == (second / name).is_file()
         if (first / name).is_file():
             assert same(load_file(first / name), load_file(second / name))
+
+
+def test_a_checkpoint_from_before_a_state_had_all_its_entries_resumes(train, tmp_path, monkeypatch):
+    """An earlier version of in-place TTT did not save how many tokens of a chunk had updates enabled."""
+    changes = {"ttt": [{"variant": "gating_mlp", "layers": "3", "chunk": 5}], "carry_state": True, "max_steps": 3}
+    straight, parted = (str(tmp_path / name) for name in ("straight", "parted"))
+    train(run_dir=straight, **changes)
+    save = checkpoint.async_save
+
+    def earlier(tensors, **options):
+        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("/enabled")}
+        assert len(kept) < len(tensors)
+        return save(kept, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "async_save", earlier)
+        train(run_dir=parted, **changes, ckpt_freq=1, num_ckpt_keep=None)
+    for late in find_checkpoints(Path(parted))[1:]:
+        shutil.rmtree(late)
+    train(run_dir=parted, **changes, resume=True)
+    first, second = (find_checkpoints(Path(folder))[-1] for folder in (straight, parted))
+    assert same(adapter(first), adapter(second))
 
 
 def test_resuming_where_there_is_nothing_starts(train):

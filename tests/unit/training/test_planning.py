@@ -171,7 +171,7 @@ def test_carried_memory_is_what_a_model_carries():
     chosen = settings(carry_state=True, batch_size=3, num_microbatches=2)
     planned = planning.plan(chosen, default_registry(), ranks=1)
     with start("cpu", None) as runtime:
-        built = build(chosen, default_registry(), runtime.mesh, runtime.device)
+        built = build(chosen, runtime.mesh, runtime.device)
         codes = torch.zeros(3, 1 + built.model.n_q, 6, dtype=torch.int64)
         with MOSHI_HOST.carry(built.model) as carried:
             built.model.forward_text(codes)
