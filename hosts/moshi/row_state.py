@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -196,9 +197,19 @@ def require_fit(state: RowState, values: Mapping[str, StreamValue], origin: Orig
         problems += [f"it has {name}, which no row has" for name in sorted(state.tensors.keys() - names)]
         shared = {name: value for name, value in values.items() if name in state.tensors}
         problems += [p for name, value in shared.items() if (p := value.row_problem(state.tensors[name])) is not None]
+        if GENERATOR in state.tensors and not _is_generator(state.tensors[GENERATOR]):
+            problems.append(f"its {GENERATOR} is not the state of a generator")
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise HostError(
             f"This {state.kind} cannot be continued here: {shown}. Give the state of a row of the same model, adapter "
             "and options, or join without one."
         )
+
+
+def _is_generator(state: Tensor) -> bool:
+    try:
+        torch.Generator().set_state(state)
+    except (RuntimeError, TypeError):
+        return False
+    return True
