@@ -167,9 +167,13 @@ def put(value):
 
 
 WEIGHT = "lm/lm_model.transformer.layers.1.ttt/buffers.weight.0"
+RING = "lm/lm_model.transformer.layers.0.self_attn/kv_cache.cache"
 DAMAGE = {
-    "missing": (lambda s: replace(s, tensors={k: v for k, v in s.tensors.items() if k != WEIGHT}), "it lacks .*weight.0"),
-    "unexpected": (lambda s: replace(s, tensors={**s.tensors, "more": torch.zeros(2)}), "it has more, which no row has"),
+    "missing": (
+        lambda s: replace(s, tensors={k: v for k, v in s.tensors.items() if k != WEIGHT}),
+        "it lacks .*weight.0",
+    ),
+    "unexpected": (lambda s: replace(s, tensors={**s.tensors, "more": torch.ones(1)}), "it has more, which no row has"),
     "shape": (lambda s: changed(s, WEIGHT, lambda t: t[:, :-1]), "weight.0: expected"),
     "dtype": (lambda s: changed(s, WEIGHT, lambda t: t.bfloat16()), "weight.0: expected .*float32, got .*bfloat16"),
     "nan": (lambda s: changed(s, WEIGHT, put(float("nan"))), "weight.0: not all of it is finite"),
@@ -177,7 +181,7 @@ DAMAGE = {
     "offset": (lambda s: changed(s, "lm/offsets", lambda t: -t), "offsets: a number no stream has"),
     "generator": (lambda s: changed(s, "generator", lambda t: t[:-1]), "generator is not the state of a generator"),
     "ring": (
-        lambda s: changed(s, "lm/lm_model.transformer.layers.0.self_attn/kv_cache.cache", lambda t: t.repeat(1, 1, 9, 1)),
+        lambda s: changed(s, RING, lambda t: t.repeat(1, 1, 9, 1)),
         "kv_cache.cache: expected .*up to 8",
     ),
 }  # fmt: skip

@@ -410,7 +410,7 @@ def test_models_that_do_not_fit_are_refused():
     with pytest.raises(HostError, match="codec has 128 codes"):
         Slots(random_tiny_lm(), codec(), 2)
     speech_to_text = random_tiny_lm(n_q=8, dep_q=0, delays=[0] * 9, card=128)
-    with pytest.raises(HostError, match="hears one voice and predicts the other.*1 voice and predicts 0"):
+    with pytest.raises(HostError, match=r"hears one voice and predicts the other.*1 voice and predicts 0"):
         Slots(speech_to_text, codec(), 2)
     with pytest.raises(HostError, match="conditions"):
         Slots(random_tiny_lm(cross_attention=True, card=128), codec(), 2)
@@ -422,5 +422,5 @@ def test_a_volume_for_blocks_that_have_none_is_refused():
     with Slots(toy_lm(card=128), codec(), 2) as slots:
         slots.join(0, SlotSettings())
         for call in (lambda: slots.join(1, SlotSettings(volume=0.5)), lambda: slots.set_volume(0, 0.5)):
-            with pytest.raises(ContextError, match="no effect on layers.0.sequence"):
+            with pytest.raises(ContextError, match=r"no effect on layers\.0\.sequence"):
                 call()
