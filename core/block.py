@@ -47,7 +47,8 @@ __all__ = [
 ]
 
 GUARDS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    "step": streams, "statistics": unrounded, "inner_losses": unrounded, "drift": unrounded,
+    "step": streams, "statistics": unrounded, "inner_losses": unrounded,
+    "recent_losses": unrounded, "drift": unrounded,
 }  # fmt: skip
 """What a variant's own methods are wrapped in."""
 

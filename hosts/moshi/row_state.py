@@ -1,0 +1,217 @@
+"""The state of one row, to be continued in another row, process, or number of rows.
+
+A ``memory`` is what test-time updates wrote, and what belongs to it alone: the fast weights and the unfinished chunk of
+every block. A ``session`` is everything: the memory, the codec's and the language model's streams, the tokens that are
+pending, and the row's generator. Nothing beyond the end of the row's stream is in either.
+
+The file is a safetensors file. Its metadata has the format, and a header in JSON that says what the tensors belong to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moshi_ttt.core.atomic import atomic_file
+from moshi_ttt.core.base_weights import weight_digest
+from moshi_ttt.core.errors import HostError
+from moshi_ttt.core.paths import user_path
+from moshi_ttt.hosts.moshi.base_weights import lora_factors
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.hosts.moshi.slot_stats import RowCounts
+from moshi_ttt.hosts.moshi.stream_values import StreamValue
+from moshi_ttt.hosts.moshi.upstream import LMModel, MimiModel
+
+FORMAT = "moshi_ttt.row_state"
+VERSION = 1
+RowKind = Literal["memory", "session"]
+GENERATOR = "generator"
+"""The name of the generator's state in a session: uint8 ``[N]``."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a row's state belongs to. States of equal origin can be exchanged.
+
+    Attributes:
+        model: the fingerprint of the base model.
+        codec: digest of the codec's weights.
+        adapter: digest of the parameters of the blocks, and of a LoRA.
+        variants: the configuration of each site's block.
+    """
+
+    model: Mapping[str, Any]
+    codec: str | None
+    adapter: str | None
+    variants: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, model: LMModel, mimi: MimiModel) -> Origin:
+        blocks = {str(site): block for site, block in MOSHI_HOST.blocks(model).items()}
+        own: dict[str, Tensor] = {}
+        for site, block in blocks.items():
+            held = {**dict(block.named_parameters()), **block.persistent_buffers()}
+            own |= {f"{site}.{name}": tensor for name, tensor in held.items()}
+        variants = {
+            site: block.config.model_dump(mode="json", exclude={"layers", "distribution"})
+            for site, block in blocks.items()
+        }
+        # As JSON gives them back: a tuple is a list there.
+        fingerprint = json.loads(json.dumps(MOSHI_HOST.fingerprint(model)))
+        return cls(
+            model=fingerprint,
+            codec=weight_digest(dict(mimi.named_parameters())),
+            adapter=weight_digest({**own, **lora_factors(model)}),
+            variants=json.loads(json.dumps(variants)),
+        )
+
+    def problems(self, other: Origin, kind: RowKind) -> Iterator[str]:
+        """Why a state of ``other`` cannot be continued here."""
+        if dict(self.model) != dict(other.model):
+            names = sorted(self.model.keys() | other.model.keys())
+            differ = [name for name in names if self.model.get(name) != other.model.get(name)]
+            yield f"it is of another base model: {', '.join(differ)} differ"
+        if self.variants != other.variants:
+            sites = sorted(self.variants.keys() | other.variants.keys())
+            differ = [site for site in sites if self.variants.get(site) != other.variants.get(site)]
+            yield f"it was made with other blocks or options at {', '.join(differ)}"
+        elif self.adapter != other.adapter:
+            yield "it was made with another adapter: the parameters of the blocks, or the LoRA, differ"
+        if kind == "session" and self.codec != other.codec:
+            yield "it was made with another codec"
+
+
+@dataclass(frozen=True)
+class RowState:
+    """The state of one row. The tensors are on the CPU and the caller's own.
+
+    Attributes:
+        kind: ``memory`` or ``session``.
+        origin: what it belongs to.
+        tensors: by the name of the value in the stream; without a dimension of rows.
+        counts: frames, tokens and updates until then.
+        seed: of the row's generator.
+    """
+
+    kind: RowKind
+    origin: Origin
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    counts: RowCounts = field(default_factory=RowCounts)
+    seed: int = 0
+
+    @property
+    def frames(self) -> int:
+        """Of 80 ms, that the row heard."""
+        return self.counts.frames
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says beside its tensors."""
+        header = {"kind": self.kind, "seed": self.seed, **asdict(self.counts), **asdict(self.origin)}
+        return {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header)}
+
+    def to_bytes(self) -> bytes:
+        """The contents of a file."""
+        return safetensors.torch.save(dict(self.tensors), self.metadata())
+
+    def save(self, path: str | Path) -> Path:
+        """Write a file, whose folder must exist; a reader sees the old file or the whole new one. Returns its path."""
+        path = user_path(path)
+        with atomic_file(path) as temporary:
+            safetensors.torch.save_file(dict(self.tensors), temporary, metadata=self.metadata())
+        return path
+
+    @classmethod
+    def from_bytes(cls, contents: bytes) -> RowState:
+        """What ``to_bytes`` wrote. Raises HostError for anything else."""
+        try:
+            length = int.from_bytes(contents[:8], "little")
+            metadata = json.loads(contents[8 : 8 + length]).get("__metadata__", {})
+            tensors = safetensors.torch.load(contents)
+        except (SafetensorError, ValueError, AttributeError, KeyError) as error:
+            raise HostError(f"These bytes are not a row's state: {error}.") from None
+        return cls._read(metadata, tensors, "These bytes")
+
+    @classmethod
+    def load(cls, path: str | Path) -> RowState:
+        """A file that ``save`` wrote. Raises HostError for anything else."""
+        path = user_path(path)
+        try:
+            with safe_open(path, framework="pt") as handle:  # type: ignore[no-untyped-call]
+                metadata = handle.metadata() or {}
+                # Copies: the file may be replaced while they are in use.
+                tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise HostError(f"Cannot read the row's state {path}: {error}.") from None
+        return cls._read(metadata, tensors, str(path))
+
+    @classmethod
+    def _read(cls, metadata: Mapping[str, str], tensors: dict[str, Tensor], what: str) -> RowState:
+        if metadata.get("format") != FORMAT:
+            raise HostError(f"{what}: this is not the state of a row. Give what Slots.save_row made.")
+        if metadata.get("version") != str(VERSION):
+            raise HostError(
+                f"{what}: the state of a row in version {metadata.get('version')} of its format, and this package "
+                f"reads version {VERSION}. Read it with the version of moshi-ttt that wrote it."
+            )
+        try:
+            header = json.loads(metadata["header"])
+            if header["kind"] not in get_args(RowKind):
+                raise ValueError(f"there is no kind {header['kind']!r}")
+            return cls(
+                kind=header["kind"],
+                origin=Origin(*(header[each.name] for each in fields(Origin))),
+                tensors=tensors,
+                counts=RowCounts(
+                    frames=int(header["frames"]),
+                    tokens=int(header["tokens"]),
+                    updates={int(chunk): int(count) for chunk, count in header["updates"].items()},
+                    enabled={int(chunk): bool(value) for chunk, value in header["enabled"].items()},
+                ),
+                seed=int(header["seed"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise HostError(f"{what}: the header of this row's state is damaged: {error!r}.") from None
+
+
+def require_fit(state: RowState, values: Mapping[str, StreamValue], origin: Origin) -> None:
+    """Raise HostError unless ``state`` can be continued in a row with ``values``, of a model of ``origin``.
+
+    A file may be damaged, and what it holds would reach the other rows: a token without an embedding ends the step of
+    all. So values that no stream has are refused too.
+    """
+    problems = list(origin.problems(state.origin, state.kind))
+    if not problems:
+        names = set(values) | ({GENERATOR} if state.kind == "session" else set())
+        problems += [f"it lacks {name}" for name in sorted(names - state.tensors.keys())]
+        problems += [f"it has {name}, which no row has" for name in sorted(state.tensors.keys() - names)]
+        shared = {name: value for name, value in values.items() if name in state.tensors}
+        problems += [p for name, value in shared.items() if (p := value.row_problem(state.tensors[name])) is not None]
+        if GENERATOR in state.tensors and not _is_generator(state.tensors[GENERATOR]):
+            problems.append(f"its {GENERATOR} is not the state of a generator")
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise HostError(
+            f"This {state.kind} cannot be continued here: {shown}. Give the state of a row of the same model, adapter "
+            "and options, or join without one."
+        )
+
+
+def _is_generator(state: Tensor) -> bool:
+    try:
+        torch.Generator().set_state(state)
+    except (RuntimeError, TypeError):
+        return False
+    return True
