@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart recipes study test fuzz test-slow test-machines test-gpu gpu-check test-full-size lint format clean
+.PHONY: help quickstart recipes study test test-fast test-full coverage fuzz test-slow test-machines test-gpu gpu-check test-full-size lint format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -34,6 +34,15 @@ JOBS ?= auto
 
 test: $(VENV)/.installed-dev ## Run the default test suite, on all cores. ARGS='-k name' passes options to pytest.
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-fast: $(VENV)/.installed-dev ## Run the unit tests, about a minute on two cores.
+	$(BIN)/pytest tests/unit -n $(JOBS) --dist worksteal $(ARGS)
+
+test-full: $(VENV)/.installed-dev ## Run the default suite and every combination of the conformance kit, as CI does.
+	$(BIN)/pytest -m 'not slow and not gpu and not full_size' -n $(JOBS) --dist worksteal $(ARGS)
+
+coverage: $(VENV)/.installed-dev ## Run the default suite and report which lines it ran, in coverage/index.html too.
+	$(BIN)/pytest -n $(JOBS) --dist worksteal --cov --cov-report=term:skip-covered --cov-report=html:coverage $(ARGS)
 
 fuzz: $(VENV)/.installed-dev ## Compare random layers and streams with the definition, minutes; SEED=n repeats a run.
 	@seed=$(or $(SEED),$$($(BIN)/python -c 'import random; print(random.randrange(2**32))')); \

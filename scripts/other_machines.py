@@ -24,6 +24,8 @@ SUITES = (
     "-k", "not test_options_of",
 )  # fmt: skip
 """Options of the hybrid layers are left out: their arithmetic is that of the layers without them."""
+EVERY = "not slow and not gpu and not full_size"
+"""As `make test-full`: with the combinations that `make test` leaves out."""
 SWITCHES: dict[str, dict[str, str]] = {
     "PyTorch without AVX-512": {"ATEN_CPU_CAPABILITY": "avx2"},
     "MKL with AVX2": {"MKL_ENABLE_INSTRUCTIONS": "AVX2"},
@@ -114,7 +116,20 @@ def main() -> int:
     for name in useful:
         print(f"\n== {name}: {' '.join(f'{key}={value}' for key, value in SWITCHES[name].items())}", flush=True)
         environment = os.environ | SWITCHES[name] | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal", *SUITES, *options.options]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            "auto",
+            "--dist",
+            "worksteal",
+            "-m",
+            EVERY,
+            *SUITES,
+            *options.options,
+        ]
         if subprocess.run(command, cwd=ROOT, env=environment).returncode:
             failed.append(name)
     print(
