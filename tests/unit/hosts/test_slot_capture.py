@@ -170,8 +170,8 @@ def test_a_step_reads_no_value(variant):
         streams = RowStreams(generator, mimi, 2)
         try:
             generator.set_row(1, SlotSettings())
-            for step in range(4):
-                streams.clear(step % 2)
+            for step in range(2):
+                streams.clear(step)
                 for name, value in (("updates", False), ("volume", 0.5)):
                     streams.switch(1, name, value)
                 for module in (mimi, generator):

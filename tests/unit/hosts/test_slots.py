@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -85,6 +86,24 @@ def test_outputs_have_the_shapes_of_the_contract():
     assert (out.tokens.shape, out.tokens.dtype, out.tokens.device.type) == ((9,), torch.int64, "cpu")
     assert (out.pcm.shape, out.pcm.dtype, out.pcm.device.type) == ((1920,), torch.float32, "cpu")
     assert out.pcm.abs().max() <= 1
+
+
+def test_another_thread_can_own_the_slots():
+    """Where no gradient is recorded is said thread by thread."""
+    out = []
+
+    def own() -> None:
+        assert torch.is_grad_enabled()
+        with make_slots("ttt_linear") as slots:
+            slots.join(0, SlotSettings(seed=1))
+            out.extend(hear(slots, 1, 0, range(3)))
+            out.append(slots.save_row(0, "session"))
+
+    thread = threading.Thread(target=own)
+    thread.start()
+    thread.join()
+    assert_same(out, alone("ttt_linear", 1, 0, range(3)))
+    assert not out[1].pcm.requires_grad
 
 
 # --------------------------------------------------------------------------------------------------- faulty input
