@@ -238,3 +238,16 @@ def test_moshis_channel_by_name_or_number(value, side):
 def test_another_channel_raises(value):
     with pytest.raises(ConfigError, match="moshi_channel"):
         parse(data={"train_data": "a", "moshi_channel": value})
+
+
+def test_a_config_without_recordings_says_what_a_training_needs():
+    with pytest.raises(
+        ConfigError, match=r"'data' is required(.|\n)*Add `data: \{train_data: \.\.\.\}` and `run_dir: \.\.\.`"
+    ):
+        read_settings("tiny-ttt-mlp", [])
+
+
+def test_the_earlier_section_of_quickstart_is_named():
+    values = {"train": {"steps": 3}, "data": {"train_data": "x"}, "run_dir": "y", "ttt": [{"variant": "ttt_mlp"}]}
+    with pytest.raises(ConfigError, match=r"the section 'train' is of an earlier version.*quickstart --config"):
+        parse_settings(values)
