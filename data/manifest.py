@@ -31,6 +31,8 @@ SUFFIXES = ("*.jsonl", "*.jsonl.gz")
 """What manifests are called."""
 APPLE_DOUBLE = "._"
 """How the files begin that macOS lays beside others on a foreign disk: they have the names but not the contents."""
+RECORDINGS = (".flac", ".mp3", ".ogg", ".wav")
+"""How the names of recordings end, in small or capital letters."""
 LISTED = 10
 """Problems that an error message spells out."""
 DURATION_SECONDS, DURATION_SHARE = 0.1, 0.01
@@ -43,6 +45,15 @@ LONGEST = 1e7
 
 class DataError(MoshiTTTError, ValueError):
     """Training data that cannot be used."""
+
+
+def recordings_in(folder: Path) -> list[Path]:
+    """The recordings in a folder and in those below it, by their paths. Raises DataError when there are none."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in RECORDINGS and path.is_file())
+    files = sorted(path for path in found if not path.name.startswith(APPLE_DOUBLE))
+    if not files:
+        raise DataError(f"{folder} holds no recordings ({', '.join(RECORDINGS)}), no manifest and no shards.")
+    return files
 
 
 @dataclass(frozen=True)
