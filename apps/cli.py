@@ -15,6 +15,7 @@ from moshi_ttt.apps.commands import (
     encode,
     evaluate,
     explain,
+    generate,
     new_plugin,
     plugins,
     quickstart,
@@ -59,6 +60,7 @@ app.command()(quickstart.quickstart)
 app.command()(train.train)
 app.command()(encode.encode)
 app.add_typer(evaluate.app, name="evaluate")
+app.command()(generate.generate)
 app.command()(explain.explain)
 app.command()(doctor.doctor)
 app.command()(plugins.plugins)

@@ -10,12 +10,12 @@ import torch
 
 from moshi_ttt.configs.reading import read_config
 from moshi_ttt.core.adapter import find_adapter, load_adapter, read_manifest
-from moshi_ttt.core.errors import ConfigError, HostError
+from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.injection import Injection
 from moshi_ttt.core.paths import user_path
 from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.data.codec import SpeechCodec
-from moshi_ttt.hosts.moshi.fit import layout_of, require_audio, require_unconditioned
+from moshi_ttt.hosts.moshi.fit import require_talking
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 from moshi_ttt.hosts.moshi.tiny import memory_adapter
 
@@ -65,27 +65,14 @@ def load_talker(config: str, adapter: str | None, registry: Registry | None = No
     folder = None if adapter is None else _adapter_folder(adapter)
     manifest = None if folder is None else read_manifest(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    codec = SpeechCodec.load(host, device, require=require_conversation)
-    facts: dict[str, Any] = {"base model": host.described, "adapter": "none" if folder is None else str(adapter)}
+    codec = SpeechCodec.load(host, device, require=require_talking)
+    facts: dict[str, Any] = {"base_model": host.described, "adapter": None if folder is None else str(adapter)}
     if folder is None or manifest is None:
         return Talker(model=MOSHI_HOST.load(host, device=device), injection=None, codec=codec, facts=facts)
     model = MOSHI_HOST.load_for_adapter(host, folder, device=device)
     injection = load_adapter(model, folder, registry=registry)
-    facts["training step"] = manifest["training_step"]
+    facts["training_step"] = manifest["training_step"]
     return Talker(model=model, injection=injection, codec=codec, facts=facts)
-
-
-def require_conversation(model: Any, name: str) -> None:
-    """Raise HostError unless the model, which may be on the meta device, hears one voice and says the other."""
-    require_unconditioned(model, name)
-    require_audio(model, name, "a conversation")
-    layout = layout_of(model)
-    if (layout.voices, layout.predicted) != (2, 1):
-        predicted = ("nothing", "its own", "both")[layout.predicted]
-        raise HostError(
-            f"{name} reads {layout.voices} voice(s) and predicts {predicted}. A conversation needs a model that reads "
-            "two voices and predicts its own, such as Moshi."
-        )
 
 
 def _adapter_folder(adapter: str) -> Path:

@@ -78,11 +78,11 @@ class AnswerJob:
 
     @property
     def form(self) -> AnswerFormat:
-        settings = asdict(self.settings)
-        del settings["seed"]  # each answer's own
+        chosen = asdict(self.settings)
+        del chosen["seed"]  # each answer's own
         facts = {
-            **self.talker.facts, "sampling": settings, "slots": self.slots, "user channel": self.user_channel,
-            "memory": "the learned start" if self.memory is None else "a saved one",
+            **self.talker.facts, **chosen, "slots": self.slots, "user_channel": self.user_channel,
+            "memory_at_the_start": "learned" if self.memory is None else f"saved after {self.memory.tokens} tokens",
         }  # fmt: skip
         mimi = self.talker.mimi
         return AnswerFormat(
@@ -101,8 +101,11 @@ class AnswerJob:
         options = AnswerOptions(
             stats_every=round(STATS_SECONDS * rate) if self.inner_loss else None, keep_memory=bool(self.memory_places)
         )
-        slots = Slots(self.talker.model, mimi, self.slots)
-        with Screen(console, total=sum(self._frames(take) for take in self.takes), frame_rate=rate) as screen:
+        total = sum(self._frames(take) for take in self.takes)
+        with (
+            Slots(self.talker.model, mimi, self.slots) as slots,
+            Screen(console, total=total, frame_rate=rate) as screen,
+        ):
 
             def heard(caller: OfflineCaller, output: SlotOutput | None) -> None:
                 token = None if output is None else int(output.tokens[0])

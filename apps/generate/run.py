@@ -11,7 +11,7 @@ from rich.console import Console
 from moshi_ttt.apps.generate.inputs import USER_CHANNELS, Take, UserChannel, takes_of
 from moshi_ttt.apps.generate.job import AnswerJob
 from moshi_ttt.apps.talker import load_talker
-from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.errors import ConfigError, HostError
 from moshi_ttt.hosts.moshi.row_state import RowState
 from moshi_ttt.hosts.moshi.slots import SlotSettings
 from moshi_ttt.system.output_folder import OutputError, check_free, new_folder
@@ -55,7 +55,7 @@ def run(request: GenerateRequest, console: Console) -> str:
     takes = takes_of(request.recordings, request.seeds)
     check_free(request.out, made_by=MADE_BY, overwrite=request.overwrite)
     places = memory_places(request, takes)
-    memory = None if request.memory_in is None else RowState.load(request.memory_in)
+    memory = None if request.memory_in is None else read_memory(request.memory_in)
     talker = load_talker(request.config, request.adapter)
     with (
         computing(largest(talker.model, talker.mimi), request.threads),
@@ -73,6 +73,14 @@ def run(request: GenerateRequest, console: Console) -> str:
         raise ended_by
     lost = ", ".join(job.failed)
     return f"{len(job.failed)} recording(s) have no answer: {lost}. report.md says why." if lost else ""
+
+
+def read_memory(path: Path) -> RowState:
+    """A saved memory. Raises HostError for anything else, a whole session too: its seed would not be the one given."""
+    state = RowState.load(path)
+    if state.kind != "memory":
+        raise HostError(f"{path} holds a whole {state.kind}, and --memory-in takes a memory. Save the memory alone.")
+    return state
 
 
 def memory_places(request: GenerateRequest, takes: list[Take]) -> dict[str, Path]:
