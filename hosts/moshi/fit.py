@@ -73,6 +73,14 @@ def require_fit(model: Any, mimi: Any, tokenizer: Any) -> SpeechLayout:
     return layout
 
 
+def require_codec(model: Any, mimi: Any) -> SpeechLayout:
+    """The layout of ``model``; HostError unless the codec belongs to it: see ``require_fit``."""
+    layout = layout_of(model)
+    if problems := list(_codec_problems(model, layout, mimi)):
+        raise HostError("\n".join(problems))
+    return layout
+
+
 def _codec_problems(model: Any, layout: SpeechLayout, mimi: Any) -> Iterator[str]:
     remedy = "Give the codec that the model was trained with (host.mimi_weights, moshi_paths.mimi_path)."
     if mimi.num_codebooks != layout.codebooks:
@@ -119,3 +127,14 @@ def require_trainable(model: Any, name: str) -> None:
     """Raise HostError for a model, called ``name``, that training does not support."""
     require_unconditioned(model, name)
     require_audio(model, name, "training")
+
+
+def require_talking(model: Any, name: str) -> None:
+    """Raise HostError for a model that does not hear one voice and predict the other, which ``name`` needs."""
+    require_unconditioned(model, "This model")
+    layout = layout_of(model)
+    if (layout.voices, layout.predicted) != (2, 1):
+        raise HostError(
+            f"{name} need a model that hears one voice and predicts the other, such as Moshi; this one has "
+            f"{layout.voices} voice{'s' if layout.voices > 1 else ''} and predicts {layout.predicted}."
+        )

@@ -14,12 +14,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from moshi_ttt.core import state as states
 from moshi_ttt.core.atomic import atomic_file
@@ -27,25 +26,10 @@ from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.state import BlockState
-from moshi_ttt.hosts.moshi.upstream import (
-    AttentionState,
-    LMGen,
-    LMModel,
-    RingKVCache,
-    State,
-    StreamingModule,
-    StreamingMultiheadAttention,
-)
+from moshi_ttt.hosts.moshi.stream_values import StreamValue, stream_values
+from moshi_ttt.hosts.moshi.upstream import LMGen, LMModel, State
 
 FORMAT = {"format": "moshi_ttt.stream_state", "version": "1"}
-
-# Made anew by every stream, and the same in each: configuration, callbacks, captured graphs.
-_NOT_CARRIED = {
-    "batch_size", "device", "block", "graphed_main", "graphed_depth", "exit_stack", "reset_callback",
-    "set_exec_mask_callback", "_set_exec_mask_graphed", "skipped_before", "updates", "volume", "casts",
-}  # fmt: skip
-# Filled by the first step, None before: the keys and values of what cross-attention looks at.
-_FILLED_LATER = ("k_cross", "v_cross")
 
 
 @dataclass
@@ -78,20 +62,30 @@ class BlockStreamState(State):
             rows.fill_(value)
 
     @torch.no_grad()
-    def forget(self) -> None:
-        """Put every row's memory back to the learned initial one; caches that are not memory stay."""
-        with self._counting_skipped():
-            states.copy_(self.buffers, self.block.forget(self.buffers))
+    def set_row(self, name: str, row: int, value: float) -> None:
+        """Set ``updates`` or ``volume`` of one row, from the next step on."""
+        getattr(self, name)[row].fill_(value)
+
+    @torch.no_grad()
+    def forget(self, row: int | None = None) -> None:
+        """Put the memory of one row, or of all, back to the learned initial one; caches that are not memory stay."""
+        with self.counting_skipped():
+            if row is None:
+                states.copy_(self.buffers, self.block.forget(self.buffers))
+                return
+            fresh = self.block.init_state(1, self.device)
+            for name in self.block.memory_names():
+                self.buffers[name][row].copy_(fresh[name][0])
 
     @torch.no_grad()
     def exchange(self) -> None:
         """Move every row's memory to the next row."""
-        with self._counting_skipped():
+        with self.counting_skipped():
             for name in self.block.memory_names():
                 self.buffers[name].copy_(self.buffers[name].roll(1, 0))
 
     @contextmanager
-    def _counting_skipped(self) -> Iterator[None]:
+    def counting_skipped(self) -> Iterator[None]:
         """Keep each row's total of skipped updates where the memory inside is replaced: the count may be part of it."""
         before = self.block.skipped_updates(self.buffers).clone()
         yield
@@ -126,61 +120,17 @@ class BlockStreamState(State):
             )
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """One value that a stream carries, and where it is kept."""
-
-    name: str
-    owner: Any
-    key: str
-    module: nn.Module
-
-    @property
-    def value(self) -> Any:
-        return self.owner[self.key] if isinstance(self.owner, dict) else getattr(self.owner, self.key)
-
-    def snapshot(self) -> Tensor:
-        value = self.value
-        if isinstance(value, Tensor):
-            return value.detach().clone(memory_format=torch.contiguous_format)
-        return torch.tensor(value, dtype=torch.int64)
-
-    def problem(self, given: Tensor) -> str | None:
-        """Why ``given`` cannot be written here, or None."""
-        value = self.value
-        if value is None:
-            attention = cast(StreamingMultiheadAttention, self.module)
-            rows, heads = self.owner.batch_size, attention.num_heads
-            dtype = cast(Tensor, attention.in_projs[0].weight).dtype
-            shape: tuple[Any, ...] = (rows, heads, "any length", attention.embed_dim // heads)
-            fits = given.dim() == 4 and (*given.shape[:2], "any length", given.shape[3]) == shape
-        else:
-            shape, dtype = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else ((), torch.int64)
-            fits = tuple(given.shape) == shape
-        if fits and given.dtype == dtype:
-            return None
-        return f"{self.name}: expected {shape} {dtype}, got {tuple(given.shape)} {given.dtype}"
-
-    def write(self, given: Tensor) -> None:
-        value = self.value
-        if isinstance(value, Tensor):
-            value.copy_(given)
-        elif value is None:
-            setattr(self.owner, self.key, given.detach().to(self.owner.device, copy=True))
-        else:
-            setattr(self.owner, self.key, int(given))
-
-
 def stream_state(module: LMGen | LMModel) -> dict[str, Tensor]:
     """A copy of everything that a streaming ``module`` carries from step to step, under flat names.
 
     Moshi's own ``get_streaming_state`` of an LMGen leaves out the language model, which is detached from it; this has
     both: key-value caches, offsets, execution masks, pending tokens, cross-attention, and the blocks' fast weights.
+    Nothing from beyond the end of a row's stream is in it: not what a former stream left in a row that was reset.
 
     Raises:
         HostError: ``module`` is not streaming, or keeps something this version does not know how to save.
     """
-    return {slot.name: slot.snapshot() for slot in _slots(module) if slot.value is not None}
+    return {name: value.snapshot() for name, value in _values(module).items() if value.value is not None}
 
 
 @torch.no_grad()
@@ -193,20 +143,22 @@ def restore_stream_state(module: LMGen | LMModel, state: Mapping[str, Tensor]) -
     Raises:
         HostError: names, shapes or dtypes differ; every difference is listed and nothing has been written.
     """
-    slots = {slot.name: slot for slot in _slots(module)}
-    needed = {name for name, slot in slots.items() if slot.value is not None}
+    values = _values(module)
+    needed = {name for name, value in values.items() if value.value is not None}
     problems = [f"missing {name}" for name in sorted(needed - state.keys())]
-    problems += [f"unexpected {name}" for name in sorted(state.keys() - slots.keys())]
-    problems += [p for name in slots if name in state and (p := slots[name].problem(state[name])) is not None]
+    problems += [f"unexpected {name}" for name in sorted(state.keys() - values.keys())]
+    problems += [p for name in values if name in state and (p := values[name].problem(state[name])) is not None]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise HostError(
             f"The stream state does not fit this stream: {shown}. Nothing was restored. Stream the same model, with "
             "the same blocks, batch size and options as the stream that was saved."
         )
-    for name, slot in slots.items():
+    for name, value in values.items():
         if name in state:
-            slot.write(state[name])
+            value.write(state[name])
+    for value in values.values():
+        value.erase()  # what an earlier version saved may have more than the stream
 
 
 def save_stream_state(path: str | Path, module: LMGen | LMModel) -> Path:
@@ -232,39 +184,7 @@ def load_stream_state(path: str | Path, module: LMGen | LMModel) -> None:
     restore_stream_state(module, tensors)
 
 
-def _slots(root: LMGen | LMModel) -> list[_Slot]:
+def _values(root: LMGen | LMModel) -> dict[str, StreamValue]:
     if not isinstance(root, LMGen | LMModel):
         raise HostError(f"Only an LMGen or an LMModel has a stream state here, got {type(root).__name__}.")
-    if root._streaming_state is None:
-        raise HostError(
-            f"This {type(root).__name__} is not streaming. Enter `with module.streaming(batch_size):` first."
-        )
-    slots: list[_Slot] = []
-    for path, module in root.named_modules():
-        # The depth transformer streams inside a step only: between steps it has no state, and there is nothing to keep.
-        if isinstance(module, StreamingModule) and module._streaming_state is not None:
-            slots.extend(_slots_of(f"{path}/" if path else "", module._streaming_state, module))
-    return slots
-
-
-def _slots_of(prefix: str, state: State, module: nn.Module) -> Iterator[_Slot]:
-    for key, value in vars(state).items():
-        if key in _NOT_CARRIED:
-            continue
-        if isinstance(value, Tensor | int):
-            yield _Slot(prefix + key, state, key, module)
-        elif isinstance(value, RingKVCache):
-            yield _Slot(f"{prefix}{key}.cache", value, "cache", module)
-            yield _Slot(f"{prefix}{key}.end_offset", value, "end_offset", module)
-        elif isinstance(value, dict):
-            for name in value:
-                yield _Slot(f"{prefix}{key}.{name}", value, name, module)
-        elif value is None:
-            # None for good in a self-attention; in a cross-attention, only until the first step.
-            if key in _FILLED_LATER and isinstance(state, AttentionState) and module.cross_attention:
-                yield _Slot(prefix + key, state, key, module)
-        else:
-            raise HostError(
-                f"{prefix}{key} holds a {type(value).__name__}, which this version cannot save. "
-                "Use the version of Moshi that pyproject.toml asks for."
-            )
+    return {value.name: value for value in stream_values(root)}

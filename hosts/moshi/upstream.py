@@ -18,7 +18,9 @@ if not torch.cuda.is_available():
 
 from moshi.conditioners.base import ConditionFuser, ConditionType
 from moshi.models import loaders
+from moshi.models.compression import MimiModel
 from moshi.models.lm import LMGen, LMModel
+from moshi.models.lm import _LMGenState as GeneratorState
 from moshi.models.loaders import CheckpointInfo
 from moshi.modules import gating
 from moshi.modules.gating import ActivationGating
@@ -46,9 +48,11 @@ __all__ = [
     "CheckpointInfo",
     "ConditionFuser",
     "ConditionType",
+    "GeneratorState",
     "LMGen",
     "LMModel",
     "LoRALinear",
+    "MimiModel",
     "RMSNorm",
     "RingKVCache",
     "State",

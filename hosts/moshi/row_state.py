@@ -1,0 +1,181 @@
+"""The state of one row, to be continued in another row, process, or number of rows.
+
+A ``memory`` is what test-time updates wrote, and what belongs to it alone: the fast weights and the unfinished chunk of
+every block. A ``session`` is everything: the memory, the codec's and the language model's streams, the tokens that are
+pending, and the row's generator. Nothing beyond the end of the row's stream is in either.
+
+The file is a safetensors file. Its metadata has the format, and a header in JSON that says what the tensors belong to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moshi_ttt.core.atomic import atomic_file
+from moshi_ttt.core.base_weights import weight_digest
+from moshi_ttt.core.errors import HostError
+from moshi_ttt.core.paths import user_path
+from moshi_ttt.hosts.moshi.base_weights import lora_factors
+from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.hosts.moshi.upstream import LMModel, MimiModel
+
+FORMAT = "moshi_ttt.row_state"
+VERSION = 1
+RowKind = Literal["memory", "session"]
+GENERATOR = "generator"
+"""The name of the generator's state in a session: uint8 ``[N]``."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a row's state belongs to. States of equal origin can be exchanged.
+
+    Attributes:
+        model: the fingerprint of the base model.
+        codec: digest of the codec's weights.
+        adapter: digest of the parameters of the blocks, and of a LoRA.
+        variants: the configuration of each site's block.
+    """
+
+    model: Mapping[str, Any]
+    codec: str | None
+    adapter: str | None
+    variants: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, model: LMModel, mimi: MimiModel) -> Origin:
+        blocks = {str(site): block for site, block in MOSHI_HOST.blocks(model).items()}
+        own = {f"{site}.{name}": value for site, block in blocks.items() for name, value in block.named_parameters()}
+        own |= {f"{site}.{name}": v for site, block in blocks.items() for name, v in block.persistent_buffers().items()}
+        variants = {
+            site: block.config.model_dump(mode="json", exclude={"layers", "distribution"})
+            for site, block in blocks.items()
+        }
+        # As JSON gives them back: a tuple is a list there.
+        fingerprint = json.loads(json.dumps(MOSHI_HOST.fingerprint(model)))
+        return cls(
+            model=fingerprint,
+            codec=weight_digest(dict(mimi.named_parameters())),
+            adapter=weight_digest({**own, **lora_factors(model)}),
+            variants=json.loads(json.dumps(variants)),
+        )
+
+    def problems(self, other: Origin, kind: RowKind) -> Iterator[str]:
+        """Why a state of ``other`` cannot be continued here."""
+        if dict(self.model) != dict(other.model):
+            names = sorted(self.model.keys() | other.model.keys())
+            differ = [name for name in names if self.model.get(name) != other.model.get(name)]
+            yield f"it is of another base model: {', '.join(differ)} differ"
+        if self.variants != other.variants:
+            sites = sorted(self.variants.keys() | other.variants.keys())
+            differ = [site for site in sites if self.variants.get(site) != other.variants.get(site)]
+            yield f"it was made with other blocks or options at {', '.join(differ)}"
+        elif self.adapter != other.adapter:
+            yield "it was made with another adapter: the parameters of the blocks, or the LoRA, differ"
+        if kind == "session" and self.codec != other.codec:
+            yield "it was made with another codec"
+
+
+@dataclass(frozen=True)
+class RowState:
+    """The state of one row. The tensors are on the CPU and the caller's own.
+
+    Attributes:
+        kind: ``memory`` or ``session``.
+        origin: what it belongs to.
+        tensors: by the name of the value in the stream; without a dimension of rows.
+        frames: of 80 ms that the row heard since it was joined, with a session those before it included.
+        tokens: that the memory saw since its learned start.
+        updates: chunks since then that were learned, by chunk size in tokens.
+        enabled: by chunk size, whether updates were enabled for a token of the unfinished chunk.
+        seed: of the generator of the row's first stream.
+    """
+
+    kind: RowKind
+    origin: Origin
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    frames: int = 0
+    tokens: int = 0
+    updates: Mapping[int, int] = field(default_factory=dict)
+    enabled: Mapping[int, bool] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says beside its tensors."""
+        header = {
+            each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("tensors", "origin")
+        }
+        return {"format": FORMAT, "version": str(VERSION), "header": json.dumps({**header, **asdict(self.origin)})}
+
+    def to_bytes(self) -> bytes:
+        """The contents of a file."""
+        return cast(bytes, safetensors.torch.save(dict(self.tensors), self.metadata()))
+
+    def save(self, path: str | Path) -> Path:
+        """Write a file, whose folder must exist; a reader sees the old file or the whole new one. Returns its path."""
+        path = user_path(path)
+        with atomic_file(path) as temporary:
+            safetensors.torch.save_file(dict(self.tensors), temporary, metadata=self.metadata())
+        return path
+
+    @classmethod
+    def from_bytes(cls, contents: bytes) -> RowState:
+        """What ``to_bytes`` wrote. Raises HostError for anything else."""
+        try:
+            length = int.from_bytes(contents[:8], "little")
+            metadata = json.loads(contents[8 : 8 + length]).get("__metadata__", {})
+            tensors = safetensors.torch.load(contents)
+        except (SafetensorError, ValueError, AttributeError, KeyError) as error:
+            raise HostError(f"These bytes are not a row's state: {error}.") from None
+        return cls._read(metadata, tensors, "These bytes")
+
+    @classmethod
+    def load(cls, path: str | Path) -> RowState:
+        """A file that ``save`` wrote. Raises HostError for anything else."""
+        path = user_path(path)
+        try:
+            with safe_open(path, framework="pt") as handle:  # type: ignore[no-untyped-call]
+                metadata = handle.metadata() or {}
+                # Copies: the file may be replaced while they are in use.
+                tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise HostError(f"Cannot read the row's state {path}: {error}.") from None
+        return cls._read(metadata, tensors, str(path))
+
+    @classmethod
+    def _read(cls, metadata: Mapping[str, str], tensors: dict[str, Tensor], what: str) -> RowState:
+        if metadata.get("format") != FORMAT:
+            raise HostError(f"{what}: this is not the state of a row. Give what Slots.save_row made.")
+        if metadata.get("version") != str(VERSION):
+            raise HostError(
+                f"{what}: the state of a row in version {metadata.get('version')} of its format, and this package "
+                f"reads version {VERSION}. Read it with the version of moshi-ttt that wrote it."
+            )
+        try:
+            header = json.loads(metadata["header"])
+            if header["kind"] not in get_args(RowKind):
+                raise ValueError(f"there is no kind {header['kind']!r}")
+            return cls(
+                kind=header["kind"],
+                origin=Origin(*(header[each.name] for each in fields(Origin))),
+                tensors=tensors,
+                updates={int(chunk): int(count) for chunk, count in header["updates"].items()},
+                enabled={int(chunk): bool(value) for chunk, value in header["enabled"].items()},
+                **{name: int(header[name]) for name in ("frames", "tokens", "seed")},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise HostError(f"{what}: the header of this row's state is damaged: {error!r}.") from None
