@@ -18,6 +18,7 @@ from moshi_ttt.apps.commands import (
     new_plugin,
     plugins,
     quickstart,
+    serve,
     train,
     verify,
 )
@@ -58,6 +59,7 @@ def _options(
 app.command()(quickstart.quickstart)
 app.command()(train.train)
 app.command()(encode.encode)
+app.command()(serve.serve)
 app.add_typer(evaluate.app, name="evaluate")
 app.command()(explain.explain)
 app.command()(doctor.doctor)
