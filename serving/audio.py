@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import sphn
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch import Tensor
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.serving.metrics import ServerMetrics
 from moshi_ttt.serving.protocol import AudioFormat
+
+Samples = npt.NDArray[np.float32]
 
 PIECE = 1024
 """Bytes that are decoded at a time: a page of Opus can promise half a minute of sound in 500 bytes."""
@@ -33,7 +36,7 @@ class TooMuchAudioError(MoshiTTTError, ValueError):
 
 
 class AudioIn(Protocol):
-    def decode(self, payload: bytes) -> np.ndarray:
+    def decode(self, payload: bytes) -> Samples:
         """Float32 samples of a message's payload. Raises NotAudioError and TooMuchAudioError."""
 
 
@@ -50,7 +53,7 @@ class OpusIn:
         self._limit = int(MOST_SECONDS * rate)
         self._seconds = metrics.codec_seconds.labels(direction="decode")
 
-    def decode(self, payload: bytes) -> np.ndarray:
+    def decode(self, payload: bytes) -> Samples:
         begun = time.thread_time()
         samples = [np.zeros(0, np.float32)]
         for start in range(0, len(payload), PIECE):
@@ -82,7 +85,7 @@ class PcmIn:
     def __init__(self, rate: int) -> None:
         self._limit = int(MOST_SECONDS * rate)
 
-    def decode(self, payload: bytes) -> np.ndarray:
+    def decode(self, payload: bytes) -> Samples:
         if len(payload) % 2:
             raise NotAudioError(f"Samples of 16 bits have an even number of bytes, and these are {len(payload)}.")
         if len(payload) // 2 > self._limit:
@@ -108,7 +111,7 @@ class Framer:
         self._size = frame_size
         self._rest = np.zeros(0, np.float32)
 
-    def frames(self, samples: np.ndarray) -> Iterator[Tensor]:
+    def frames(self, samples: Samples) -> Iterator[Tensor]:
         waiting = np.concatenate([self._rest, samples])
         whole = len(waiting) // self._size * self._size
         self._rest = waiting[whole:].copy()

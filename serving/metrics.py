@@ -16,24 +16,33 @@ class ServerMetrics:
     """The figures of one server, in a registry of its own: two servers in one process do not mix."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        named = {"namespace": "moshi_ttt", "registry": self.registry}
-        self.tick_seconds = Histogram("tick_seconds", "Seconds of a tick of all rows", buckets=SECONDS, **named)
-        self.answer_seconds = Histogram(
-            "answer_seconds", "Seconds from a frame's arrival to its answer", buckets=SECONDS, **named
+        self.registry = own = CollectorRegistry()
+        self.tick_seconds = Histogram(
+            "moshi_ttt_tick_seconds", "Seconds of a tick of all rows", buckets=SECONDS, registry=own
         )
-        self.tick_rows = Histogram("tick_rows", "Rows that had a frame in a tick", buckets=ROWS, **named)
-        self.frames = Counter("frames", "Frames that were answered", **named)
-        self.dropped = Counter("dropped_frames", "Frames that were dropped because a queue was full", **named)
-        self.connections = Counter("connections", "WebSockets that were opened", **named)
-        self.closed = Counter("closed_connections", "WebSockets that were closed, by code", ["code"], **named)
-        self.sessions = Counter("sessions", "Sessions that began", **named)
-        self.resumed = Counter("resumed_sessions", "Sessions that went on after a lost connection", **named)
-        self.memories = Counter("memories", "Memories by what was done with them", ["action"], **named)
-        self.codec_seconds = Counter("opus_seconds", "Seconds of the CPU in Opus", ["direction"], **named)
-        self._rows = Gauge("rows", "Rows of the model by use", ["use"], **named)
-        self._waiting = Gauge("waiting", "Clients that wait for a row", **named)
-        self._open = Gauge("open_connections", "WebSockets that are open", **named)
+        self.answer_seconds = Histogram(
+            "moshi_ttt_answer_seconds", "Seconds from a frame's arrival to its answer", buckets=SECONDS, registry=own
+        )
+        self.tick_rows = Histogram("moshi_ttt_tick_rows", "Rows that had a frame in a tick", buckets=ROWS, registry=own)
+        self.frames = Counter("moshi_ttt_frames", "Frames that were answered", registry=own)
+        self.dropped = Counter(
+            "moshi_ttt_dropped_frames", "Frames that were dropped because a queue was full", registry=own
+        )
+        self.connections = Counter("moshi_ttt_connections", "WebSockets that were opened", registry=own)
+        self.closed = Counter(
+            "moshi_ttt_closed_connections", "WebSockets that were closed, by code", ["code"], registry=own
+        )
+        self.sessions = Counter("moshi_ttt_sessions", "Sessions that began", registry=own)
+        self.resumed = Counter(
+            "moshi_ttt_resumed_sessions", "Sessions that went on after a lost connection", registry=own
+        )
+        self.memories = Counter("moshi_ttt_memories", "Memories by what was done with them", ["action"], registry=own)
+        self.codec_seconds = Counter(
+            "moshi_ttt_opus_seconds", "Seconds of the CPU in Opus", ["direction"], registry=own
+        )
+        self._rows = Gauge("moshi_ttt_rows", "Rows of the model by use", ["use"], registry=own)
+        self._waiting = Gauge("moshi_ttt_waiting", "Clients that wait for a row", registry=own)
+        self._open = Gauge("moshi_ttt_open_connections", "WebSockets that are open", registry=own)
 
     def ticked(self, seconds: float, waits: Sequence[float]) -> None:
         self.tick_seconds.observe(seconds)

@@ -167,14 +167,15 @@ class Sessions:
             return self._free.popleft()
         if told is None or len(self._waiting) >= self.limits.waiting or self.closing:
             raise NoRowError("All places are taken. Try again later.")
-        entry = (asyncio.get_running_loop().create_future(), told)
+        granted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        entry = (granted, told)
         self._waiting.append(entry)
         told(len(self._waiting))
         try:
-            return await entry[0]
+            return await granted
         except asyncio.CancelledError:
-            if entry[0].done() and not entry[0].cancelled():  # the row came and the client went at the same time
-                self._give_back(entry[0].result())
+            if granted.done() and not granted.cancelled():  # the row came and the client went at the same time
+                self._give_back(granted.result())
             raise
         finally:
             if entry in self._waiting:
