@@ -19,6 +19,7 @@ from moshi_ttt.apps.commands import (
     new_plugin,
     plugins,
     quickstart,
+    serve,
     train,
     verify,
 )
@@ -59,6 +60,7 @@ def _options(
 app.command()(quickstart.quickstart)
 app.command()(train.train)
 app.command()(encode.encode)
+app.command()(serve.serve)
 app.add_typer(evaluate.app, name="evaluate")
 app.command()(generate.generate)
 app.command()(explain.explain)

@@ -15,12 +15,15 @@ from moshi_ttt.core.injection import Injection
 from moshi_ttt.core.paths import user_path
 from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.data.codec import SpeechCodec
-from moshi_ttt.hosts.moshi.fit import require_talking
+from moshi_ttt.hosts.moshi.fit import require_audio, require_talking, require_unconditioned
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
+from moshi_ttt.hosts.moshi.loading import BUILTIN_TINY
 from moshi_ttt.hosts.moshi.tiny import memory_adapter
 
 SHIPPED_MEMORY = "builtin:memory"
 """What the command line calls the adapter that ships with the tiny Moshi."""
+NO_ADAPTER = "none"
+"""What it calls the base model alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,7 @@ def load_talker(config: str, adapter: str | None, registry: Registry | None = No
     folder = None if adapter is None else _adapter_folder(adapter)
     manifest = None if folder is None else read_manifest(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    codec = SpeechCodec.load(host, device, require=require_talking)
+    codec = SpeechCodec.load(host, device, require=_require)
     facts: dict[str, Any] = {"base_model": host.described, "adapter": None if folder is None else str(adapter)}
     if folder is None or manifest is None:
         return Talker(model=MOSHI_HOST.load(host, device=device), injection=None, codec=codec, facts=facts)
@@ -73,6 +76,23 @@ def load_talker(config: str, adapter: str | None, registry: Registry | None = No
     injection = load_adapter(model, folder, registry=registry)
     facts["training_step"] = manifest["training_step"]
     return Talker(model=model, injection=injection, codec=codec, facts=facts)
+
+
+def chosen_adapter(config: str, given: str | None) -> str | None:
+    """The adapter for ``load_talker`` where the command line says ``given``.
+
+    None given is ``SHIPPED_MEMORY`` for the tiny Moshi, and no adapter for other models. Raises ConfigError.
+    """
+    if given is not None:
+        return None if given == NO_ADAPTER else given
+    host = read_config(config).host
+    return SHIPPED_MEMORY if isinstance(host, MoshiHostConfig) and host.hf_repo == BUILTIN_TINY else None
+
+
+def _require(model: Any, name: str) -> None:
+    require_unconditioned(model, name)
+    require_audio(model, name, "a conversation")
+    require_talking(model, "Conversations")
 
 
 def _adapter_folder(adapter: str) -> Path:

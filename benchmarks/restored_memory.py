@@ -39,7 +39,7 @@ from moshi_ttt.system.report.writer import numbers, versions, write_report
 
 MADE_BY = "benchmarks/restored_memory.py"
 CODES, FRESH, RESTORED = "codes.pt", "fresh.pt", "restored.pt"
-ROWS = 4
+ROWS = 8
 """Streams side by side."""
 
 

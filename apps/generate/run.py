@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moshi_ttt.apps.generate.inputs import USER_CHANNELS, Take, UserChannel, takes_of
 from moshi_ttt.apps.generate.job import AnswerJob
-from moshi_ttt.apps.talker import load_talker
+from moshi_ttt.apps.talker import chosen_adapter, load_talker
 from moshi_ttt.core.errors import ConfigError, HostError
 from moshi_ttt.hosts.moshi.row_state import RowState
 from moshi_ttt.hosts.moshi.slots import SlotSettings
@@ -56,7 +56,7 @@ def run(request: GenerateRequest, console: Console) -> str:
     check_free(request.out, made_by=MADE_BY, overwrite=request.overwrite)
     places = memory_places(request, takes)
     memory = None if request.memory_in is None else read_memory(request.memory_in)
-    talker = load_talker(request.config, request.adapter)
+    talker = load_talker(request.config, chosen_adapter(request.config, request.adapter))
     with (
         computing(largest(talker.model, talker.mimi), request.threads),
         new_folder(request.out, made_by=MADE_BY, overwrite=request.overwrite) as folder,

@@ -23,7 +23,7 @@ from moshi_ttt.hosts.moshi.tiny import memory_adapter, speech_files
 from tests.data.conftest import FRAME, RATE, write_audio
 
 FRAMES = 20
-MEMORY = ("--adapter", SHIPPED_MEMORY)
+MEMORY, BASE = ("--adapter", SHIPPED_MEMORY), ("--adapter", "none")
 
 
 def speech(number: int, frames: float = FRAMES) -> np.ndarray:
@@ -103,7 +103,7 @@ def test_an_answer_begins_with_the_memory_that_it_is_given(cli, talks, tmp_path)
 
 def test_every_seed_has_an_answer_and_options_reach_the_row(cli, talks, tmp_path):
     options = ("--seed", 1, "--seed", 2, "--top-k", 5, "--temp", 1.5, "--no-updates", "--volume", 0.5)
-    result = cli("generate", talks[0], "-o", "out", *MEMORY, *options)
+    result = cli("generate", talks[0], "-o", "out", *options)  # the tiny Moshi has its memory where nothing else is said
     assert result.exit_code == 0, result.said
     settings = {"top_k": 5, "temperature": 1.5, "updates": False, "volume": 0.5}
     for seed in (1, 2):
@@ -128,7 +128,7 @@ def test_figures_of_the_memory_on_request(cli, talks, tmp_path):
     report = (tmp_path / "out" / "report.md").read_text()
     assert report.count("layers.2.sequence (ttt_ridge)") == 1
     assert (tmp_path / "out" / "one.memory.png").stat().st_size > 1000
-    assert cli("generate", talks[0], "-o", "base", "--inner-loss").exit_code == 0
+    assert cli("generate", talks[0], "-o", "base", "--inner-loss", *BASE).exit_code == 0
     assert "memory_over_time" not in json.loads((tmp_path / "base" / "one.json").read_text())
 
 
@@ -225,7 +225,7 @@ def test_mistakes_are_messages_and_write_nothing(cli, talks, tmp_path, arguments
 
 
 def test_a_memory_of_another_adapter_is_refused(cli, talks, tmp_path):
-    assert cli("generate", talks[1], "-o", "base", "--memory-out", "base.safetensors").exit_code == 0
+    assert cli("generate", talks[1], "-o", "base", "--memory-out", "base.safetensors", *BASE).exit_code == 0
     result = cli("generate", talks[0], "-o", "out", *MEMORY, "--memory-in", "base.safetensors")
     assert result.exit_code == 2
     assert "This memory cannot be continued here" in result.said
