@@ -69,12 +69,12 @@ def load_talker(config: str, adapter: str | None, registry: Registry | None = No
     manifest = None if folder is None else read_manifest(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     codec = SpeechCodec.load(host, device, require=_require)
-    facts: dict[str, Any] = {"base_model": host.described, "adapter": None if folder is None else str(adapter)}
+    facts: dict[str, Any] = {"base model": host.described, "adapter": NO_ADAPTER if folder is None else str(adapter)}
     if folder is None or manifest is None:
         return Talker(model=MOSHI_HOST.load(host, device=device), injection=None, codec=codec, facts=facts)
     model = MOSHI_HOST.load_for_adapter(host, folder, device=device)
     injection = load_adapter(model, folder, registry=registry)
-    facts["training_step"] = manifest["training_step"]
+    facts["training step"] = manifest["training_step"]
     return Talker(model=model, injection=injection, codec=codec, facts=facts)
 
 

@@ -80,7 +80,7 @@ def write_all(
         for name, found in answers.items()
     ]
     lines = [
-        "# Answers", "", *(f"- {name.replace('_', ' ')}: {'none' if value is None else value}" for name, value in form.facts.items()),
+        "# Answers", "", *(f"- {name.replace('_', ' ')}: {value}" for name, value in form.facts.items()),
         f"- {spoken:.1f} s of speech in {seconds:.1f} s: {seconds / spoken:.2f} of real time", f"- {version_text()}", "",
         *table(("", "recording", "seed", "seconds", "words"), rows, "llrrr"), "",
     ]  # fmt: skip
