@@ -41,7 +41,9 @@ def recite(
     """
     model = slots.model
     if not len(codes) == len(memories) == slots.count:
-        raise ConfigError(f"{len(codes)} recordings, {len(memories)} memories, {slots.count} slots: give as many of each.")
+        raise ConfigError(
+            f"{len(codes)} recordings, {len(memories)} memories, {slots.count} slots: give as many of each."
+        )
     if model.device.type != "cpu":
         raise ConfigError(f"Reciting needs a model on the CPU, and this one is on {model.device}.")
     for row, memory in enumerate(memories):

@@ -32,10 +32,12 @@ import torch
 from torch import Tensor
 
 from moshi_ttt.data.audio import read_audio
+from moshi_ttt.hosts.moshi.slot_stats import RECENT
 from moshi_ttt.hosts.moshi.tiny import speech_files
 from moshi_ttt.serving.protocol import AUDIO, ERROR, EXTENSION, HANDSHAKE, METADATA
 from moshi_ttt.system.output_folder import check_free, new_folder
 from moshi_ttt.system.report.figures import BLUE, GREY, ORANGE, heading, legend_outside, panels, save
+from moshi_ttt.system.report.inner_losses import running_mean
 from moshi_ttt.system.report.tables import image, show, table
 from moshi_ttt.system.report.writer import number, versions, write_report
 
@@ -46,6 +48,8 @@ AHEAD = 2
 """Frames that may be on their way at a time: the server drops what waits too long."""
 SILENCE_SECONDS = 6.0
 """More than the tiny Moshi's attention reaches back."""
+SMOOTH = 4
+"""Reports that the figure averages: while it learns, the inner loss falls at the end of every chunk."""
 LOOKS: dict[str, dict[str, Any]] = {
     "first, learning": {"color": GREY, "linewidth": 3.0, "alpha": 0.5},
     "second": {"color": BLUE, "linewidth": 1.8},
@@ -119,11 +123,11 @@ async def call(http: aiohttp.ClientSession, server: str, parts: Sequence[Tensor]
 
 
 def between(caller: Caller, first: int, last: int, frame_seconds: float) -> Series:
-    """What was reported from frame ``first`` to ``last``, by the time since ``first``."""
+    """What was reported of frames ``first`` to ``last`` alone, by the time since ``first``."""
     found: Series = {}
     for frame, losses in caller.reports:
         for site, loss in losses.items():
-            if first < frame <= last:
+            if first + RECENT <= frame <= last:  # a report is of the last frames before it
                 found.setdefault(site, []).append(((frame - first) * frame_seconds, loss))
     return found
 
@@ -144,7 +148,6 @@ async def measure(server: str, recording: Path, other: Path, seconds: float) -> 
             call(http, server, [strange, pause, heard], info),
         )
     second, frame_seconds = frames + len(pause) // size, size / rate
-
     return {
         "first, learning": between(again, 0, frames, frame_seconds),
         "second": between(again, second, second + frames, frame_seconds),
@@ -190,10 +193,11 @@ def report(folder: Path, found: dict[str, Series], recording: Path, other: Path)
     figure, axes = panels(1, len(sites), width=4.2 * len(sites) + 2, height=4.0)
     for panel, site in zip(axes, sites, strict=True):
         for name, look in LOOKS.items():
-            panel.plot(*zip(*found[name].get(site, [(0.0, float("nan"))]), strict=True), label=name, **look)
+            points = torch.tensor(found[name].get(site, []), dtype=torch.float64).reshape(-1, 2)
+            panel.plot(points[:, 0], running_mean(points[:, 1], SMOOTH), label=name, **look)
         heading(panel, site)
         panel.set_xlabel("time in the recording (s)")
-    axes[0].set_ylabel("inner loss of the last frames")
+    axes[0].set_ylabel(f"inner loss, running mean of {SMOOTH} reports")
     legend_outside(figure)
     save(figure, folder / "hear_twice.png")
     means = {site: {name: mean(found[name].get(site, [])) for name in LOOKS} for site in sites}

@@ -22,8 +22,8 @@ Adapter = Annotated[
         "--adapter",
         "-a",
         metavar="FOLDER",
-        help="Folder of an adapter, or of a checkpoint that holds one; builtin:memory; or none. Default: builtin:memory "
-        "for the tiny Moshi, else none.",
+        help="Folder of an adapter, or of a checkpoint that holds one; builtin:memory; or none. "
+        "Default: builtin:memory for the tiny Moshi, else none.",
     ),
 ]
 Seeds = Annotated[

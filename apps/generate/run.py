@@ -95,7 +95,9 @@ def memory_places(request: GenerateRequest, takes: list[Take]) -> dict[str, Path
     else:
         places = {take.name: chosen / f"{take.name}{MEMORY_SUFFIX}" for take in takes}
         if chosen.is_file():
-            raise OutputError(f"{chosen} is a file, and {len(takes)} memories need a folder. Choose another --memory-out.")
+            raise OutputError(
+                f"{chosen} is a file, and {len(takes)} memories need a folder. Choose another --memory-out."
+            )
     for path in places.values():
         if path.exists() and not request.overwrite:
             raise OutputError(f"{path} exists. Choose another --memory-out, or add --overwrite to replace it.")

@@ -66,7 +66,11 @@ def remove_answer(folder: Path, name: str) -> None:
 
 
 def write_all(
-    folder: Path, form: AnswerFormat, answers: Mapping[str, Mapping[str, Any]], failed: Mapping[str, str], seconds: float
+    folder: Path,
+    form: AnswerFormat,
+    answers: Mapping[str, Mapping[str, Any]],
+    failed: Mapping[str, str],
+    seconds: float,
 ) -> None:
     """report.md and metrics.json: an answer a row, and why others are missing. ``seconds``: how long all took."""
     kept = ("input", "seed", "seconds", "frames", "text")

@@ -103,7 +103,9 @@ def test_an_answer_begins_with_the_memory_that_it_is_given(cli, talks, tmp_path)
 
 def test_every_seed_has_an_answer_and_options_reach_the_row(cli, talks, tmp_path):
     options = ("--seed", 1, "--seed", 2, "--top-k", 5, "--temp", 1.5, "--no-updates", "--volume", 0.5)
-    result = cli("generate", talks[0], "-o", "out", *options)  # the tiny Moshi has its memory where nothing else is said
+    result = cli(
+        "generate", talks[0], "-o", "out", *options
+    )  # the tiny Moshi has its memory where nothing else is said
     assert result.exit_code == 0, result.said
     settings = {"top_k": 5, "temperature": 1.5, "updates": False, "volume": 0.5}
     for seed in (1, 2):
