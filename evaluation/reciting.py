@@ -1,7 +1,7 @@
 """What Moshi loses on given tokens in the rows of ``Slots``: the streams of a server, nothing sampled.
 
-``teacher_forcing`` streams a model by itself. Here the tokens go through the slots' own generation loop, so a row begins
-with a saved memory and its memory is saved as a caller's is.
+``teacher_forcing`` streams a model by itself. Here the tokens go through the slots' own generation loop, so a row
+begins with a saved memory and its memory is saved as a caller's is.
 
 Shape legend: B rows, Q rows of the language model (text, Moshi's K codebooks, the user's), T frames, V vocabulary.
 """

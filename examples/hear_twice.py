@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """Play one recording twice to a server, and plot what its memory makes of it the first and the second time.
 
-    python examples/hear_twice.py --out hear-twice                              # starts a server of the tiny Moshi itself
-    python examples/hear_twice.py talk.wav --out hear-twice --server http://localhost:8998    # `moshi-ttt serve` runs there
+    python examples/hear_twice.py --out hear-twice       # starts a server of the tiny Moshi itself
+    python examples/hear_twice.py talk.wav --out hear-twice --server http://localhost:8998    # of `moshi-ttt serve`
 
 Two callers of the server, each with a memory of its own, in real time. One plays the recording, some silence, and the
-recording again. The other plays another recording instead the first time, as a control. Before the last presentation both
-switch learning off, so that only what was heard before can help. Plotted is what the server reports every second of each
-block: the inner loss of the last frames, at the fast weights as they are then. It says how well the memory predicts the
-stream, Moshi's own voice in it included. It is not Moshi's loss on the recording: Moshi hears the user, and does not
-predict what the user says. `benchmarks/restored_memory.py` measures the loss on speech in Moshi's own voice.
+recording again. The other plays another recording instead the first time, as a control. Before the last presentation
+both switch learning off, so that only what was heard before can help. Plotted is what the server reports every second
+of each block: the inner loss of the last frames, at the fast weights as they are then. It says how well the memory
+predicts the stream, Moshi's own voice in it included. It is not Moshi's loss on the recording: Moshi hears the user,
+and does not predict what the user says. `benchmarks/restored_memory.py` measures the loss on speech in Moshi's voice.
 """
 
 from __future__ import annotations

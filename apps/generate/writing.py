@@ -85,7 +85,8 @@ def write_all(
     ]
     lines = [
         "# Answers", "", *(f"- {name.replace('_', ' ')}: {value}" for name, value in form.facts.items()),
-        f"- {spoken:.1f} s of speech in {seconds:.1f} s: {seconds / spoken:.2f} of real time", f"- {version_text()}", "",
+        f"- {spoken:.1f} s of speech in {seconds:.1f} s: {seconds / spoken:.2f} of real time",
+        f"- {version_text()}", "",
         *table(("", "recording", "seed", "seconds", "words"), rows, "llrrr"), "",
     ]  # fmt: skip
     if failed:

@@ -88,9 +88,8 @@ def test_an_answer_begins_with_the_memory_that_it_is_given(cli, talks, tmp_path)
     common = ("--slots", 1, *MEMORY, "--temp", 0, "--temp-text", 0)
     assert cli("generate", talks[0], "-o", "day1", *common, "--memory-out", "me.safetensors").exit_code == 0
     after = RowState.load(tmp_path / "me.safetensors")
-    result = cli(
-        "generate", talks[1], "-o", "day2", *common, "--memory-in", "me.safetensors", "--memory-out", "day2/me.safetensors"
-    )  # fmt: skip
+    memories = ("--memory-in", "me.safetensors", "--memory-out", "day2/me.safetensors")
+    result = cli("generate", talks[1], "-o", "day2", *common, *memories)
     assert result.exit_code == 0, result.said
     again = RowState.load(tmp_path / "day2" / "me.safetensors")
     assert again.tokens == after.tokens + FRAMES - 4 + 1  # one more: a row's first step, which hears nothing
@@ -103,9 +102,7 @@ def test_an_answer_begins_with_the_memory_that_it_is_given(cli, talks, tmp_path)
 
 def test_every_seed_has_an_answer_and_options_reach_the_row(cli, talks, tmp_path):
     options = ("--seed", 1, "--seed", 2, "--top-k", 5, "--temp", 1.5, "--no-updates", "--volume", 0.5)
-    result = cli(
-        "generate", talks[0], "-o", "out", *options
-    )  # the tiny Moshi has its memory where nothing else is said
+    result = cli("generate", talks[0], "-o", "out", *options)  # with the shipped memory: the default
     assert result.exit_code == 0, result.said
     settings = {"top_k": 5, "temperature": 1.5, "updates": False, "volume": 0.5}
     for seed in (1, 2):

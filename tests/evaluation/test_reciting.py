@@ -1,4 +1,4 @@
-"""Given tokens through the slots' own loop: the losses of ``teacher_forcing``, and a memory that outlives its process."""
+"""Given tokens through the slots' own loop: ``teacher_forcing``'s losses, and a memory that outlives its process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.evaluation.reciting import recite
 from moshi_ttt.evaluation.teacher_forcing import stream_losses
 from moshi_ttt.hosts.moshi.loading import resolve_repo
-from moshi_ttt.hosts.moshi.row_state import RowState
 from moshi_ttt.hosts.moshi.slots import Slots
 from moshi_ttt.hosts.moshi.tiny import memory_adapter, speech_files
 
