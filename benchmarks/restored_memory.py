@@ -8,8 +8,8 @@
 The tiny Moshi with the memory that ships with it, on voices and languages that nothing was trained on. On the first day
 a stream of ``Slots`` hears the first ``--seconds`` of a recording, as Moshi's own voice while the user is silent (what
 the memory was trained for), and its memory is saved to a file. The next day, in another process, a stream that begins
-with that file hears the recording. Reported, in nats per audio token with 95 % intervals over recordings: how much lower
-its loss is than that of a stream that begins at the learned start, and the same for one that begins with another
+with that file hears the recording. Reported, in nats per audio token with 95 % intervals over recordings: how much
+lower its loss is than that of a stream that begins at the learned start, and the same for one that begins with another
 recording's memory. Attention restarts, so all of the gain is the memory's.
 """
 

@@ -82,7 +82,7 @@ class AnswerJob:
         del chosen["seed"]  # each answer's own
         facts = {
             **self.talker.facts, **chosen, "slots": self.slots, "user_channel": self.user_channel,
-            "memory_at_the_start": "learned" if self.memory is None else f"saved after {self.memory.tokens} tokens",
+            "memory_at_the_start": "learned" if self.memory is None else f"saved after {self.memory.counts.tokens} tokens",
         }  # fmt: skip
         mimi = self.talker.mimi
         return AnswerFormat(
