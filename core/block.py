@@ -216,7 +216,7 @@ class SequenceBlock(nn.Module, ABC):
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
         cls.step = streams(cls.step)  # type: ignore[method-assign]
-        for name in ("statistics", "inner_losses", "drift"):
+        for name in ("statistics", "inner_losses", "recent_losses", "drift"):
             method = getattr(cls, name)
             if (wrapped := _unrounded(method)) is not method:  # what it inherits is wrapped where it is defined
                 setattr(cls, name, wrapped)
@@ -325,7 +325,7 @@ class SequenceBlock(nn.Module, ABC):
         """Scalars on the device that show whether the block is healthy on ``x [B, T, D]``; no value is read on the CPU.
 
         From the learned initial state. What every block shares (drift, what is not finite) need not be here. An
-        autocast around it has no effect, whatever a variant does, as with ``inner_losses`` and ``drift``.
+        autocast around it has no effect, whatever a variant does, as with the other figures.
         """
         return {}
 
@@ -340,6 +340,15 @@ class SequenceBlock(nn.Module, ABC):
         - ``baseline``: of predicting the mean target of the row's T tokens, half the targets' variance.
         """
         return {}
+
+    def recent_losses(self, x: Tensor, state: BlockState, context: BlockContext) -> Tensor | None:
+        """The inner loss of tokens at the fast weights of ``state``, ``[B, H, T]``; None for a variant without.
+
+        ``x [B, T, D]`` are the latest tokens of a stream and ``state`` is the one after them, or the learned start for
+        comparison. They are taken as if they began a chunk of a new stream, so at the learned start this is ``initial``
+        of ``inner_losses``. NaN for a token whose target would need the tokens after it.
+        """
+        return None
 
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:
         """A sentence for each abnormal value of ``statistics``, as read, and what to do about it."""

@@ -89,6 +89,8 @@ class BlockSite(StreamingModule[BlockStreamState]):
         """``x [B, T, D]`` through the block: a plain call, a carried call or a streamed step."""
         streaming = self._streaming_state
         if streaming is not None:
+            if streaming.recent is not None:
+                streaming.recent.add(x, context.input_embeddings, streaming.exec_mask)
             token = BlockContext(
                 exec_mask=streaming.exec_mask,
                 input_embeddings=context.input_embeddings,

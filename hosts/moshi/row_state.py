@@ -26,6 +26,8 @@ from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.paths import user_path
 from moshi_ttt.hosts.moshi.base_weights import lora_factors
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.hosts.moshi.slot_stats import RowCounts
+from moshi_ttt.hosts.moshi.stream_values import StreamValue
 from moshi_ttt.hosts.moshi.upstream import LMModel, MimiModel
 
 FORMAT = "moshi_ttt.row_state"
@@ -93,21 +95,20 @@ class RowState:
         kind: ``memory`` or ``session``.
         origin: what it belongs to.
         tensors: by the name of the value in the stream; without a dimension of rows.
-        frames: of 80 ms that the row heard since it was joined, with a session those before it included.
-        tokens: that the memory saw since its learned start.
-        updates: chunks since then that were learned, by chunk size in tokens.
-        enabled: by chunk size, whether updates were enabled for a token of the unfinished chunk.
-        seed: of the generator of the row's first stream.
+        counts: frames, tokens and updates until then.
+        seed: of the row's generator.
     """
 
     kind: RowKind
     origin: Origin
     tensors: Mapping[str, Tensor] = field(repr=False)
-    frames: int = 0
-    tokens: int = 0
-    updates: Mapping[int, int] = field(default_factory=dict)
-    enabled: Mapping[int, bool] = field(default_factory=dict)
+    counts: RowCounts = field(default_factory=RowCounts)
     seed: int = 0
+
+    @property
+    def frames(self) -> int:
+        """Of 80 ms, that the row heard."""
+        return self.counts.frames
 
     @property
     def num_bytes(self) -> int:
@@ -116,10 +117,8 @@ class RowState:
 
     def metadata(self) -> dict[str, str]:
         """What the file says beside its tensors."""
-        header = {
-            each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("tensors", "origin")
-        }
-        return {"format": FORMAT, "version": str(VERSION), "header": json.dumps({**header, **asdict(self.origin)})}
+        header = {"kind": self.kind, "seed": self.seed, **asdict(self.counts), **asdict(self.origin)}
+        return {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header)}
 
     def to_bytes(self) -> bytes:
         """The contents of a file."""
@@ -173,9 +172,44 @@ class RowState:
                 kind=header["kind"],
                 origin=Origin(*(header[each.name] for each in fields(Origin))),
                 tensors=tensors,
-                updates={int(chunk): int(count) for chunk, count in header["updates"].items()},
-                enabled={int(chunk): bool(value) for chunk, value in header["enabled"].items()},
-                **{name: int(header[name]) for name in ("frames", "tokens", "seed")},
+                counts=RowCounts(
+                    frames=int(header["frames"]),
+                    tokens=int(header["tokens"]),
+                    updates={int(chunk): int(count) for chunk, count in header["updates"].items()},
+                    enabled={int(chunk): bool(value) for chunk, value in header["enabled"].items()},
+                ),
+                seed=int(header["seed"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise HostError(f"{what}: the header of this row's state is damaged: {error!r}.") from None
+
+
+def require_fit(state: RowState, values: Mapping[str, StreamValue], origin: Origin) -> None:
+    """Raise HostError unless ``state`` can be continued in a row with ``values``, of a model of ``origin``.
+
+    A file may be damaged, and what it holds would reach the other rows: a token without an embedding ends the step of
+    all. So values that no stream has are refused too.
+    """
+    problems = list(origin.problems(state.origin, state.kind))
+    if not problems:
+        names = set(values) | ({GENERATOR} if state.kind == "session" else set())
+        problems += [f"it lacks {name}" for name in sorted(names - state.tensors.keys())]
+        problems += [f"it has {name}, which no row has" for name in sorted(state.tensors.keys() - names)]
+        shared = {name: value for name, value in values.items() if name in state.tensors}
+        problems += [p for name, value in shared.items() if (p := value.row_problem(state.tensors[name])) is not None]
+        if GENERATOR in state.tensors and not _is_generator(state.tensors[GENERATOR]):
+            problems.append(f"its {GENERATOR} is not the state of a generator")
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise HostError(
+            f"This {state.kind} cannot be continued here: {shown}. Give the state of a row of the same model, adapter "
+            "and options, or join without one."
+        )
+
+
+def _is_generator(state: Tensor) -> bool:
+    try:
+        torch.Generator().set_state(state)
+    except (RuntimeError, TypeError):
+        return False
+    return True

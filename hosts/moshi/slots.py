@@ -9,23 +9,21 @@ Shape legend: B rows, Q codebooks of a voice, S samples a frame.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.volume import volume_switch
 from moshi_ttt.hosts.moshi.fit import require_codec, require_talking
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
-from moshi_ttt.hosts.moshi.layers import BlockSite
-from moshi_ttt.hosts.moshi.row_state import GENERATOR, Origin, RowKind, RowState
+from moshi_ttt.hosts.moshi.layers import SWITCHES
+from moshi_ttt.hosts.moshi.row_state import GENERATOR, Origin, RowKind, RowState, require_fit
+from moshi_ttt.hosts.moshi.row_streams import RowStreams
 from moshi_ttt.hosts.moshi.sampling import TEXT_TOP_K, TOP_K, SlotGenerator, SlotSettings
-from moshi_ttt.hosts.moshi.stream_values import StreamValue, stream_values
-from moshi_ttt.hosts.moshi.streaming import BlockStreamState
+from moshi_ttt.hosts.moshi.slot_stats import RowCounts, SiteStats, site_stats
 from moshi_ttt.hosts.moshi.upstream import LMModel, MimiModel
 
 __all__ = ["RowKind", "RowState", "SiteStats", "SlotOutput", "SlotSettings", "Slots"]
@@ -44,54 +42,38 @@ class SlotOutput:
     pcm: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class SiteStats:
-    """What the memory of one row at one site has done since its learned start.
-
-    Attributes:
-        site, variant: which block.
-        moved: how far the fast weights are from where they started, over the norm of the start (``block.drift``).
-        inner_loss: of the latest frames at the present fast weights; None for a variant without, and before a frame.
-        start_loss: of the same frames at the learned start.
-        updates: finished chunks that were learned, skipped ones included; None where a block declares no chunk.
-        skipped: updates that were skipped because they were not finite.
-    """
-
-    site: str
-    variant: str
-    moved: float
-    inner_loss: float | None
-    start_loss: float | None
-    updates: int | None
-    skipped: int
-
-
 @dataclass
 class _Row:
     """The Python side of a row that somebody has joined.
 
     Attributes:
-        steps: of the language model, the first of which ignores its input.
-        frames, tokens, updates, enabled: as in ``RowState``.
+        seed: of the generator, which a session brings along.
+        steps: of the language model since the stream's start, the first of which ignores its input.
+        recent: steps since the row was joined, or its session continued.
     """
 
     settings: SlotSettings
     generator: torch.Generator
+    seed: int
+    counts: RowCounts = field(default_factory=RowCounts)
     steps: int = 0
-    frames: int = 0
-    tokens: int = 0
-    updates: dict[int, int] = field(default_factory=dict)
-    enabled: dict[int, bool] = field(default_factory=dict)
+    recent: int = 0
 
-    def count(self, chunks: Iterable[int]) -> None:
-        """Count one step."""
+    def continue_from(self, state: RowState) -> None:
+        """Count and draw as the row did that ``state`` was saved of."""
+        self.counts = state.counts.copy()
+        if state.kind == "memory":
+            self.counts.frames = 0
+            return
+        self.generator.set_state(state.tensors[GENERATOR])
+        self.seed = state.seed
+        self.steps = int(state.tensors["lm/offsets"])
+
+    def step(self, chunks: Iterable[int]) -> None:
+        """Count a step of the language model."""
         self.steps += 1
-        self.tokens += 1
-        for chunk in chunks:
-            enabled = self.enabled.get(chunk, False) or self.settings.updates
-            done = self.tokens % chunk == 0
-            self.updates[chunk] = self.updates.get(chunk, 0) + (done and enabled)
-            self.enabled[chunk] = enabled and not done
+        self.recent += 1
+        self.counts.step(chunks, self.settings.updates)
 
 
 class Slots:
@@ -135,14 +117,10 @@ class Slots:
         self._pcm = torch.zeros(count, 1, self.frame_size)
         self._rows: dict[int, _Row] = {}
         self._origin: Origin | None = None
-        self._streams = ExitStack()
-        self._start()
-        lm = {f"lm/{value.name}": value for value in stream_values(self._generator)}
-        codec = {f"mimi/{value.name}": value for value in stream_values(mimi)}
-        self._values = {name: value for name, value in (lm | codec).items() if value.is_of_a_row}
-        self._sites = {str(site.site): site for site in model.modules() if isinstance(site, BlockSite)}
-        self._memory = {name: value for name, value in self._values.items() if self._is_memory(value)}
-        self._chunks = sorted({c for site in self._sites.values() if (c := site.block.chunk_tokens) is not None})
+        self._closed = False
+        self._streams = RowStreams(self._generator, mimi, count)
+        chunks = {state.block.chunk_tokens for state in self._streams.blocks}
+        self._chunks = sorted(chunk for chunk in chunks if chunk is not None)
 
     def __enter__(self) -> Slots:
         return self
@@ -155,6 +133,7 @@ class Slots:
 
         Calling it again does nothing.
         """
+        self._closed = True
         self._rows.clear()
         self._streams.close()
 
@@ -173,21 +152,22 @@ class Slots:
         self._check_row(row)
         self._check_settings(settings)
         if state is not None:
-            self._check_state(state)
+            require_fit(state, self._streams.of_kind(state.kind), self.origin)
         self._generator.set_row(row, settings)
-        self._clear(row)
-        joined = _Row(settings, torch.Generator().manual_seed(settings.seed))
+        self._streams.clear(row)
+        joined = _Row(settings, torch.Generator().manual_seed(settings.seed), settings.seed)
         if state is not None:
-            self._restore(row, joined, state)
+            self._streams.restore(row, state.kind, state.tensors)
+            joined.continue_from(state)
         self._rows[row] = joined
-        for name in ("updates", "volume"):
-            self._switch(row, name, getattr(settings, name))
+        for name in SWITCHES:
+            self._streams.switch(row, name, getattr(settings, name))
 
     def leave(self, row: int) -> None:
         """End the stream in ``row`` and erase all it has left there. Raises HostError where there is none."""
         self._joined(row)
         del self._rows[row]
-        self._clear(row)
+        self._streams.clear(row)
 
     @torch.no_grad()
     def tick(self, frames: Mapping[int, Tensor]) -> dict[int, SlotOutput | None]:
@@ -214,7 +194,7 @@ class Slots:
         codes = self.mimi.encode(self._sanitized(frames))[:, : self._user_codebooks]  # [B, 1, S] -> [B, Q, 1]
         tokens = self._step(codes, frames)[..., 0]  # [B, 1 + Q, 1] -> [B, 1 + Q]
         for row in frames:
-            self._rows[row].frames += 1
+            self._rows[row].counts.frames += 1
         ready = [row for row in frames if self._rows[row].steps > self._generator.max_delay]
         out: dict[int, SlotOutput | None] = dict.fromkeys(frames)
         if ready:
@@ -229,7 +209,7 @@ class Slots:
         """Enable or disable what test-time updates write into the memory of ``row``, from the next tick on."""
         joined = self._joined(row)
         joined.settings = replace(joined.settings, updates=enabled)
-        self._switch(row, "updates", enabled)
+        self._streams.switch(row, "updates", enabled)
 
     def set_volume(self, row: int, volume: float) -> None:
         """Set the volume of ``row`` from the next tick on: 0 is the base model. Raises HostError."""
@@ -237,15 +217,14 @@ class Slots:
         settings = replace(joined.settings, volume=volume)
         self._check_settings(settings)
         joined.settings = settings
-        self._switch(row, "volume", volume)
+        self._streams.switch(row, "volume", volume)
 
     @torch.no_grad()
     def forget(self, row: int) -> None:
         """Put the memory of ``row`` back to its learned start. The conversation goes on."""
         joined = self._joined(row)
-        for state in self._states():
-            state.forget(row)
-        joined.tokens, joined.updates, joined.enabled = 0, {}, {}
+        self._streams.forget(row)
+        joined.counts.forget()
 
     def restart(self, row: int) -> None:
         """Start a new conversation in ``row`` with the memory that it has: as joining again with ``save_row``'s."""
@@ -256,14 +235,10 @@ class Slots:
     def save_row(self, row: int, kind: RowKind) -> RowState:
         """A copy of the state of ``row`` on the CPU: its memory, or the whole session. The row goes on unchanged."""
         joined = self._joined(row)
-        values = self._memory if kind == "memory" else self._values
-        tensors = {name: value.row_snapshot(row) for name, value in values.items()}
+        tensors = self._streams.save(row, kind)
         if kind == "session":
             tensors[GENERATOR] = joined.generator.get_state()
-        return RowState(
-            kind=kind, origin=self.origin, tensors=tensors, frames=joined.frames, tokens=joined.tokens,
-            updates=dict(joined.updates), enabled=dict(joined.enabled), seed=joined.settings.seed,
-        )  # fmt: skip
+        return RowState(kind, self.origin, tensors, counts=joined.counts.copy(), seed=joined.seed)
 
     @property
     def origin(self) -> Origin:
@@ -275,20 +250,13 @@ class Slots:
     @torch.no_grad()
     def learned_start(self) -> RowState:
         """The memory of a row that has heard nothing."""
-        tensors: dict[str, Tensor] = {}
-        for site in self._sites.values():
-            fresh = site.block.init_state(1)
-            names = {id(self._state(site).buffers[key]): key for key in fresh}
-            for name, value in self._memory.items():
-                if (key := names.get(id(value.value))) is not None:
-                    tensors[name] = fresh[key][0].detach().to("cpu", copy=True).contiguous()
-        return RowState(kind="memory", origin=self.origin, tensors=tensors)
+        return RowState("memory", self.origin, self._streams.learned_start())
 
     @torch.no_grad()
     def stats(self, row: int) -> list[SiteStats]:
         """What the memory of ``row`` has done, by site. Reads values from the device: not for every tick."""
         joined = self._joined(row)
-        return [self._site_stats(name, site, row, joined) for name, site in self._sites.items()]
+        return [site_stats(state, row, joined.counts, joined.recent) for state in self._streams.blocks]
 
     def warm_up(self, frames: int = 4) -> None:
         """Run ``frames`` of silence, so that a device compiles and captures what the first callers would wait for.
@@ -302,16 +270,7 @@ class Slots:
             self.tick({0: torch.zeros(self.frame_size)})
         self.leave(0)
 
-    # ---- streams
-
-    def _start(self) -> None:
-        for module in (self.mimi, self._generator, self.model):
-            if module._streaming_state is not None:
-                raise HostError(f"This {type(module).__name__} is streaming already: end that stream first.")
-        with ExitStack() as stack, MOSHI_HOST.frozen(self.model), MOSHI_HOST.updates(self.model, True):
-            stack.enter_context(self.mimi.streaming(self.count))
-            stack.enter_context(self._generator.streaming(self.count))
-            self._streams = stack.pop_all()
+    # ---- steps
 
     def _step(self, codes: Tensor, rows: Iterable[int]) -> Tensor:
         """One step of the language model for ``rows``: ``codes [B, Q, 1]`` to ``[B, 1 + Q, 1]``, -2 where none."""
@@ -322,7 +281,7 @@ class Slots:
         tokens = self._generator.step(codes)
         assert tokens is not None
         for row in rows:
-            self._rows[row].count(self._chunks)
+            self._rows[row].step(self._chunks)
         return tokens
 
     def _mask(self, rows: Iterable[int]) -> Tensor:
@@ -338,63 +297,11 @@ class Slots:
             self._pcm[row, 0] = frame.detach().float().nan_to_num(nan=0.0, posinf=1.0, neginf=-1.0).clamp(-1, 1)
         return self._pcm.to(self.model.device)
 
-    @torch.no_grad()
-    def _clear(self, row: int) -> None:
-        """Put ``row`` at the start of a stream, with nothing left of the one before."""
-        mask = self._mask([row])
-        self.mimi.reset_streaming(mask)
-        self._generator.reset_streaming(mask)
-        for value in self._values.values():
-            value.row_clear(row)
-
-    def _restore(self, row: int, joined: _Row, state: RowState) -> None:
-        with self._counting_skipped():
-            for name, value in (self._values if state.kind == "session" else self._memory).items():
-                value.row_write(row, state.tensors[name])
-        joined.tokens, joined.updates, joined.enabled = state.tokens, dict(state.updates), dict(state.enabled)
-        if state.kind == "session":
-            joined.generator.set_state(state.tensors[GENERATOR])
-            joined.frames = state.frames
-            joined.steps = int(state.tensors["lm/offsets"])
-
-    @contextmanager
-    def _counting_skipped(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for state in self._states():
-                stack.enter_context(state.counting_skipped())
-            yield
-
-    # ---- blocks
-
-    def _state(self, site: BlockSite) -> BlockStreamState:
-        state = site._streaming_state
-        if state is None:
-            raise HostError("These slots are closed. Make new ones.")
-        return state
-
-    def _states(self) -> list[BlockStreamState]:
-        return [self._state(site) for site in self._sites.values()]
-
-    def _is_memory(self, value: StreamValue) -> bool:
-        return any(value.owner is state.buffers and value.key in state.block.memory_names() for state in self._states())
-
-    def _switch(self, row: int, name: str, value: float) -> None:
-        for state in self._states():
-            state.set_row(name, row, value)
-
-    def _site_stats(self, name: str, site: BlockSite, row: int, joined: _Row) -> SiteStats:
-        block, state = site.block, self._state(site)
-        own = {key: tensor[row : row + 1] for key, tensor in state.buffers.items()}
-        chunk = block.chunk_tokens
-        return SiteStats(
-            site=name, variant=str(block.config.variant), moved=float(block.drift(own)[0]), inner_loss=None,
-            start_loss=None, updates=None if chunk is None else joined.updates.get(chunk, 0),
-            skipped=int(block.skipped_updates(own)[0]),
-        )  # fmt: skip
-
     # ---- refusals
 
     def _check_row(self, row: int) -> None:
+        if self._closed:
+            raise HostError("These slots are closed. Make new ones.")
         if not 0 <= row < self.count:
             raise HostError(f"There is no row {row}: these slots have rows 0 to {self.count - 1}.")
 
@@ -414,22 +321,4 @@ class Slots:
     def _check_settings(self, settings: SlotSettings) -> None:
         self._generator.check_settings(settings)
         if settings.volume != 1:
-            blocks: dict[object, SequenceBlock] = {site.site: site.block for site in self._sites.values()}
-            volume_switch(settings.volume, blocks)  # type: ignore[arg-type]
-
-    def _check_state(self, state: RowState) -> None:
-        expected = self._memory if state.kind == "memory" else self._values
-        problems = list(self.origin.problems(state.origin, state.kind))
-        if not problems:
-            names = set(expected) | ({GENERATOR} if state.kind == "session" else set())
-            problems += [f"it lacks {name}" for name in sorted(names - state.tensors.keys())]
-            problems += [f"it has {name}, which no row has" for name in sorted(state.tensors.keys() - names)]
-            for name, value in expected.items():
-                if name in state.tensors and (problem := value.row_problem(state.tensors[name])) is not None:
-                    problems.append(problem)
-        if problems:
-            shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-            raise HostError(
-                f"This {state.kind} cannot be continued here: {shown}. Give the state of a row of the same model, "
-                "adapter and options, or join without one."
-            )
+            volume_switch(settings.volume, MOSHI_HOST.blocks(self.model))

@@ -136,9 +136,12 @@ class StreamValue:
             shape = (*shape[:2], f"up to {shape[2]}", shape[3])
             fits = given.dim() == 4 and given.shape[2] <= like.shape[2]
             fits = fits and (*given.shape[:2], given.shape[3]) == (*like.shape[:2], like.shape[3])
-        if fits and given.dtype == like.dtype:
-            return None
-        return f"{self.name}: expected {shape} {like.dtype}, got {tuple(given.shape)} {given.dtype}"
+        if not fits or given.dtype != like.dtype:
+            return f"{self.name}: expected {shape} {like.dtype}, got {tuple(given.shape)} {given.dtype}"
+        if given.is_floating_point():
+            return None if bool(given.isfinite().all()) else f"{self.name}: not all of it is finite"
+        least, most = (_ungenerated(self.module), _largest_tokens(self.module)) if self.form == "tokens" else (0, given)
+        return None if bool(((given >= least) & (given <= most)).all()) else f"{self.name}: a number no stream has"
 
     def row_write(self, row: int, given: Tensor) -> None:
         """Write ``given``, as ``row_snapshot`` returned it, into one row, in place; the rest of a ring is cleared."""
@@ -204,6 +207,12 @@ def _values_of(prefix: str, state: State, module: nn.Module) -> Iterator[StreamV
                 f"{prefix}{key} holds a {type(value).__name__}, which this version cannot save. "
                 "Use the version of Moshi that pyproject.toml asks for."
             )
+
+
+def _largest_tokens(module: nn.Module) -> Tensor:
+    """``[Q, 1]``: the largest token of each row of the language model that has an embedding."""
+    model = cast(LMGen, module).lm_model
+    return torch.tensor([[model.text_card], *[[model.card]] * model.n_q])
 
 
 def _ungenerated(module: nn.Module) -> int:

@@ -25,11 +25,37 @@ from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.errors import HostError
-from moshi_ttt.core.state import BlockState
+from moshi_ttt.core.state import BlockState, row_mask
 from moshi_ttt.hosts.moshi.stream_values import StreamValue, stream_values
 from moshi_ttt.hosts.moshi.upstream import LMGen, LMModel, State
 
 FORMAT = {"format": "moshi_ttt.stream_state", "version": "1"}
+
+
+class RecentTokens:
+    """The inputs of each row's latest steps, in buffers that stay where they are: what figures are computed from.
+
+    Attributes:
+        x: ``[B, n, D]``, the latest last; zero where a row has made fewer steps.
+        embeddings: ``[B, n, D]``, the input embeddings of the same tokens.
+    """
+
+    def __init__(self, rows: int, tokens: int, block: SequenceBlock, device: torch.device) -> None:
+        shape = (rows, tokens, block.info.dim)
+        self.x = torch.zeros(shape, dtype=block.info.dtype, device=device)
+        self.embeddings = torch.zeros(shape, dtype=block.info.dtype, device=device)
+
+    def add(self, x: Tensor, embeddings: Tensor | None, mask: Tensor) -> None:
+        """Append a step, ``[B, T, D]`` each, in the rows where ``mask [B]`` is true."""
+        for kept, new in ((self.x, x), (self.embeddings, embeddings)):
+            if new is not None:
+                shifted = torch.cat([kept, new.to(kept)], dim=1)[:, -kept.shape[1] :]
+                kept.copy_(torch.where(row_mask(mask, kept), shifted, kept))
+
+    def reset(self, mask: Tensor) -> None:
+        """Clear the rows where ``mask [B]`` is true."""
+        for kept in (self.x, self.embeddings):
+            kept.masked_fill_(row_mask(mask, kept), 0)
 
 
 @dataclass
@@ -40,6 +66,7 @@ class BlockStreamState(State):
         updates: ``[B]`` bool, the rows whose test-time updates are enabled; a tensor, so that a captured graph follows.
         casts: the block's parameters as this stream's steps multiply them.
         volume: ``[B]``, of what the block adds, in the dtype of the role ``output``; a tensor for the same reason.
+        recent: the latest inputs, where ``keep_recent`` was called.
     """
 
     block: SequenceBlock
@@ -51,6 +78,11 @@ class BlockStreamState(State):
         self.updates = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
         self.casts = ParameterCasts(self.block)
         self.volume = torch.ones(self.batch_size, dtype=self.block.roles.output, device=self.device)
+        self.recent: RecentTokens | None = None
+
+    def keep_recent(self, tokens: int) -> None:
+        """Keep each row's latest ``tokens`` inputs from now on. To be called before a step is captured in a graph."""
+        self.recent = RecentTokens(self.batch_size, tokens, self.block, self.device)
 
     @torch.no_grad()
     def set_switch(self, name: str, value: float | Tensor) -> None:
@@ -97,6 +129,8 @@ class BlockStreamState(State):
         skipped = self.block.skipped_updates(self.buffers)
         self.skipped_before.add_(torch.where(reset_mask.to(skipped.device), skipped, 0))
         self.block.reset_state(self.buffers, reset_mask)
+        if self.recent is not None:
+            self.recent.reset(reset_mask.to(skipped.device))
 
     def __exit__(self, *exception: object) -> None:
         """At the end of streaming, warn about the updates that were skipped in each row.

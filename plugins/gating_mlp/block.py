@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo, SiteKind
 from moshi_ttt.core.casts import copy_bytes
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.gated_mlp import hidden as hidden_of
 from moshi_ttt.core.gated_mlp import hidden_width, input_projections, output_projection, require_gated_mlp
 from moshi_ttt.core.precision import DtypeRoles
@@ -30,11 +31,11 @@ from moshi_ttt.plugins.common.finite import below, finite_tokens
 from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate, directions
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.checks import check_options
-from moshi_ttt.plugins.gating_mlp.chunk import ChunkForm
+from moshi_ttt.plugins.gating_mlp.chunk import CallTokens, ChunkForm
 from moshi_ttt.plugins.gating_mlp.compiled import CompiledStepper
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.corrections import RIDGE, ridge_of
-from moshi_ttt.plugins.gating_mlp.diagnostics import inner_loss_curves
+from moshi_ttt.plugins.gating_mlp.diagnostics import inner_loss_curves, losses_at
 from moshi_ttt.plugins.gating_mlp.memory import Memory
 from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
 
@@ -306,10 +307,17 @@ class GatingMLP(SequenceBlock):
     @torch.no_grad()
     def inner_losses(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         """1/2 || D h_t - v_t ||^2 per token, one head: see ``diagnostics.inner_loss_curves``."""
+        return inner_loss_curves(*self._from_start(x, context), self.memory, self.projection)
+
+    @torch.no_grad()
+    def recent_losses(self, x: Tensor, state: BlockState, context: BlockContext) -> Tensor:
+        return losses_at(*self._from_start(x, context), self.memory, self.projection, self.memory.update(state))
+
+    def _from_start(self, x: Tensor, context: BlockContext) -> tuple[CallTokens, ChunkLayout]:
+        """The tokens ``x [B, T, d]`` of a sequence from its beginning, and how they lie in chunks."""
         context = replace(context, want_state=True)
         layout = self.info.format.chunks(x, self.chunk)
-        tokens = self._form().tokens(*self._token(self._hidden(x), x, context), layout, None, context, None)
-        return inner_loss_curves(tokens, layout, self.memory, self.projection)
+        return self._form().tokens(*self._token(self._hidden(x), x, context), layout, None, context, None), layout
 
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:
         if figures["nonfinite_tokens"] > 0:

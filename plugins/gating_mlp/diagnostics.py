@@ -28,14 +28,8 @@ def inner_loss_curves(tokens: CallTokens, layout: ChunkLayout, memory: Memory, p
         memory: of the block.
         projection: ``[d, d]``.
     """
-    size, length = memory.schedule.chunk, layout.length
-    queries, chunks = tokens.queries[:, :length], tokens.chunks
-    projection = projection.to(queries)
-    target = layout.merge(chunks.conv_tail[:, :, :size, :-1])  # [B, N, C, d] -> [B, T, d]
-    if tokens.answers is not None:  # what was subtracted is added again
-        projection = torch.eye(memory.width, dtype=queries.dtype, device=queries.device)
-        target = target + tokens.answers[:, :length]
-    target = target @ projection
+    size, chunks = memory.schedule.chunk, tokens.chunks
+    queries, target, projection = _queries_and_targets(tokens, layout, memory, projection)
     start = delta = queries.new_zeros(queries.shape[0], queries.shape[-1], memory.width)  # [B, h, d]
     found: dict[str, list[Tensor]] = {"initial": [], "before": [], "after": []}
     for n, query in enumerate(queries.split(size, 1)):  # [B, C, h]
@@ -51,3 +45,28 @@ def inner_loss_curves(tokens: CallTokens, layout: ChunkLayout, memory: Memory, p
     # One head: [B, C, d] -> [B, 1, C, d], and [B, T, d] -> [B, 1, T, d]
     by_head = {name: [chunk[:, None] for chunk in chunks] for name, chunks in found.items()}
     return curves(target[:, None], by_head)  # [B, T, d] -> [B, 1, T, d]
+
+
+def losses_at(tokens: CallTokens, layout: ChunkLayout, memory: Memory, projection: Tensor, update: Tensor) -> Tensor:
+    """The loss of ``inner_loss_curves`` at the accumulated ``update [B or 1, h, d]``, ``[B, 1, T]``.
+
+    NaN for the last tokens, which the filter would need the tokens after them for.
+    """
+    queries, target, projection = _queries_and_targets(tokens, layout, memory, projection)
+    found = curves(target[:, None], {"now": [(queries @ update @ projection)[:, None]]})["now"]
+    known = torch.arange(layout.length, device=found.device) < layout.length - memory.schedule.look_ahead
+    return found.masked_fill(~known, torch.nan)  # [T] over [B, 1, T]
+
+
+def _queries_and_targets(
+    tokens: CallTokens, layout: ChunkLayout, memory: Memory, projection: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``[B, T, h]``, ``[B, T, d]``, and ``[d, d]``: what the memory is asked, what it should give, and through what."""
+    size, length = memory.schedule.chunk, layout.length
+    queries, chunks = tokens.queries[:, :length], tokens.chunks
+    projection = projection.to(queries)
+    target = layout.merge(chunks.conv_tail[:, :, :size, :-1])  # [B, N, C, d] -> [B, T, d]
+    if tokens.answers is not None:  # what was subtracted is added again
+        projection = torch.eye(memory.width, dtype=queries.dtype, device=queries.device)
+        target = target + tokens.answers[:, :length]
+    return queries, target @ projection, projection

@@ -257,6 +257,12 @@ class HybridBlock(HybridParameters):
         state = self.init_state(x.shape[0], x.device)
         return diagnostics.inner_loss_curves(tokens, state, objective(layer), scale, self.update_rule())
 
+    @torch.no_grad()
+    def recent_losses(self, x: Tensor, state: BlockState, context: BlockContext) -> Tensor:
+        """As the base class says; of a bidirectional block, in the forward direction."""
+        layer, tokens = self._from_start(x, context)
+        return diagnostics.losses_at(tokens, state, objective(layer))
+
     def red_flags(self, figures: Mapping[str, float]) -> list[str]:
         return diagnostics.red_flags(figures)
 

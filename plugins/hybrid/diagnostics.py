@@ -127,6 +127,15 @@ def inner_loss_curves(
     return {name: loss.masked_fill(~finite[:, None], torch.nan) for name, loss in losses.items()}  # [B, 1, T]
 
 
+def losses_at(tokens: Tokens, state: BlockState, norm: Objective) -> Tensor:
+    """The loss of ``inner_loss_curves`` at the fast weights of ``state``, ``[B, H, T]``. NaN as there."""
+    fast, _ = inner_loop.unpack(state)
+    tokens, finite = inner_loop.only_finite(tokens)
+    keys, values = (part.transpose(1, 2) for part in (tokens.k, tokens.v))  # [B, T, H, Dh] -> [B, H, T, Dh]
+    losses = curves(norm.target(values, keys), {"now": [norm(fast_network.forward(keys, fast))]})
+    return losses["now"].masked_fill(~finite[:, None], torch.nan)  # [B, 1, T] over [B, H, T]
+
+
 def red_flags(figures: Mapping[str, float]) -> list[str]:
     """A sentence for each figure beyond its threshold."""
     flags = []

@@ -310,6 +310,12 @@ class TTTRidge(SequenceBlock):
         # [B, T, H, d] -> [B, H, T]
         return {name: (0.5 * (tokens.v - value).square().sum(-1)).mT for name, value in read.items()}
 
+    @torch.no_grad()
+    def recent_losses(self, x: Tensor, state: BlockState, context: BlockContext) -> Tensor:
+        tokens, _, _ = self._tokens(x, self.init_state(x.shape[0], x.device), context)
+        read = torch.einsum("bthm,bhmd->bthd", tokens.k, state["solution"])
+        return (0.5 * (tokens.v - read).square().sum(-1)).mT  # [B, T, H, d] -> [B, H, T]
+
     def cast_bytes(self) -> int:
         cast = [self.value_weight, *self.wqk.parameters(), *self.wo.parameters()]
         return copy_bytes(cast, self.roles.matmul)
