@@ -61,11 +61,11 @@ class HttpService:
     def app(self) -> web.Application:
         app = web.Application(middlewares=[_answer_safely], client_max_size=REQUEST_BYTES)
         app.router.add_get("/", self._index)
-        app.router.add_get("/static/{name}", self._static)
         app.router.add_get("/api/health", self._health)
         app.router.add_get("/api/info", self._known(self._info))
         app.router.add_get("/metrics", self._known(self._metrics))
         app.router.add_get("/api/chat", self._chat)
+        app.router.add_get("/{name}", self._static)  # beside the page, as where Moshi's own server shows a page
         return app
 
     def _known(
