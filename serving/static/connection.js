@@ -1,7 +1,7 @@
 // Moshi's WebSocket protocol, with the messages of this server where it has them. A stock server sends none of those.
 
 export const EXTENSION = "moshi-ttt.1";
-const HANDSHAKE = 0, AUDIO = 1, TEXT = 2, METADATA = 4, ERROR = 5;
+const HANDSHAKE = 0, AUDIO = 1, TEXT = 2, CONTROL = 3, METADATA = 4, ERROR = 5;
 const RETRIES = 5;
 
 /** The token in the page's address, behind the #: browsers do not send that part anywhere. */
@@ -80,6 +80,11 @@ export class Connection {
 
   audio(bytes) {
     this.#send(AUDIO, bytes);
+  }
+
+  /** A new conversation. A stock server knows this message too. */
+  restart() {
+    this.#send(CONTROL, [3]);
   }
 
   ask(type, fields = {}) {

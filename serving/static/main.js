@@ -178,7 +178,7 @@ function showVolume(value) {
 element("talk").onclick = () => (connection ? end() : begin());
 element("restart").onclick = () => {
   element("transcript").textContent = "";
-  connection?.ask("restart");
+  connection?.restart();
 };
 element("learning").onchange = (event) => connection?.ask("learning", { enabled: event.target.checked });
 element("volume").oninput = (event) => showVolume(event.target.value);

@@ -116,7 +116,12 @@ def test_garbage_instead_of_http():
         async with site(FakeSlots()) as here:
 
             async def fault():
-                for start in (b"\x16\x03\x01\x02\0", b"GET /api/chat HTTP/9.9\r\n\r\n", b"\0" * 9000, b"GET / HTTP/1.1\r\nA"):
+                for start in (
+                    b"\x16\x03\x01\x02\0",
+                    b"GET /api/chat HTTP/9.9\r\n\r\n",
+                    b"\0" * 9000,
+                    b"GET / HTTP/1.1\r\nA",
+                ):
                     reader, writer = await asyncio.open_connection("127.0.0.1", here.server.port)
                     writer.write(start)
                     await writer.drain()

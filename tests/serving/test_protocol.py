@@ -82,7 +82,7 @@ def test_reason_fits_a_close_frame():
 
 def test_opus_of_any_cut_is_the_same():
     opus = Opus()
-    data = b"".join(opus.page(0.1 * np.sin(np.arange(FRAME) / 20)) [1:] for _ in range(12))
+    data = b"".join(opus.page(0.1 * np.sin(np.arange(FRAME) / 20))[1:] for _ in range(12))
     whole = OpusIn(RATE, ServerMetrics()).decode(data)
     reader = OpusIn(RATE, ServerMetrics())
     pieces = np.concatenate([reader.decode(data[start : start + 37]) for start in range(0, len(data), 37)])
