@@ -21,8 +21,8 @@ from moshi_ttt.serving.protocol import AudioFormat
 
 Samples = npt.NDArray[np.float32]
 
-PIECE = 1024
-"""Bytes that are decoded at a time: a page of Opus can promise half a minute of sound in 500 bytes."""
+PIECE = 256
+"""Bytes that are decoded at a time: packets of three bytes can promise 40 ms each."""
 MOST_SECONDS = 4.0
 """Sound that one message may hold. Moshi's clients send 40 ms, and a browser that was asleep a little more."""
 

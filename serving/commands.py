@@ -76,9 +76,9 @@ async def _owner(session: CallerSession, values: Mapping[str, Any]) -> Reply:
 
 
 async def _save(session: CallerSession, values: Mapping[str, Any]) -> Reply:
-    kind: RowKind = values.get("kind", "memory")
+    kind: RowKind = values.get("what", "memory")
     if kind not in get_args(RowKind):
-        raise ProtocolError('A "kind" is memory or session.')
+        raise ProtocolError('Say "what": memory or session.')
     stored, loss = await session.save(kind)
     return {"kind": "saved", "memory": stored, "loss": loss}
 

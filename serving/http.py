@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import mimetypes
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from aiohttp import hdrs, web
@@ -27,6 +27,10 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
+TYPES = {
+    ".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml",
+}  # fmt: skip
+"""Of the page's files. A system's own table may call a script plain text, and browsers would not run it."""
 REQUEST_BYTES = 4096
 """The largest body of a request: none has one."""
 SEND_BUFFER = 64 * 1024
@@ -61,11 +65,11 @@ class HttpService:
     def app(self) -> web.Application:
         app = web.Application(middlewares=[_answer_safely], client_max_size=REQUEST_BYTES)
         app.router.add_get("/", self._index)
-        app.router.add_get("/static/{name}", self._static)
         app.router.add_get("/api/health", self._health)
         app.router.add_get("/api/info", self._known(self._info))
         app.router.add_get("/metrics", self._known(self._metrics))
         app.router.add_get("/api/chat", self._chat)
+        app.router.add_get("/{name}", self._static)  # beside the page, as where Moshi's own server shows a page
         return app
 
     def _known(
@@ -92,9 +96,7 @@ class HttpService:
         """A file of the page, from memory: nothing that is asked for becomes a path."""
         if name not in self._page:
             raise web.HTTPNotFound(text="There is no such file.")
-        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        charset = "utf-8" if kind.startswith("text/") else None
-        return web.Response(body=self._page[name], content_type=kind, charset=charset)
+        return web.Response(body=self._page[name], content_type=TYPES[Path(name).suffix], charset="utf-8")
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
         alive = self._service.engine.alive and not self._service.sessions.closing
@@ -166,7 +168,7 @@ class HttpService:
 def static_files() -> dict[str, bytes]:
     """The files of the page, by name."""
     folder = resources.files("moshi_ttt.serving") / "static"
-    return {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.is_file()}
+    return {entry.name: entry.read_bytes() for entry in folder.iterdir() if Path(entry.name).suffix in TYPES}
 
 
 def _limit_send_buffer(request: web.Request) -> None:
