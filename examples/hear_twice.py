@@ -47,7 +47,7 @@ PATIENCE = 120.0
 AHEAD = 2
 """Frames that may be on their way at a time: the server drops what waits too long."""
 SILENCE_SECONDS = 6.0
-"""More than the tiny Moshi's attention reaches back."""
+"""Between the presentations: more than the tiny Moshi's attention reaches back."""
 SMOOTH = 4
 """Reports that the figure averages: while it learns, the inner loss falls at the end of every chunk."""
 LOOKS: dict[str, dict[str, Any]] = {
@@ -132,8 +132,8 @@ def between(caller: Caller, first: int, last: int, frame_seconds: float) -> Seri
     return found
 
 
-async def measure(server: str, recording: Path, other: Path, seconds: float) -> dict[str, Series]:
-    """The inner losses of each presentation, by the names of ``LOOKS``."""
+async def measure(server: str, recording: Path, other: Path, seconds: float, silence: float) -> dict[str, Series]:
+    """The inner losses of each presentation, by the names of ``LOOKS``, of ``seconds`` and ``silence`` between."""
     async with aiohttp.ClientSession(raise_for_status=True) as http:
         async with http.get(f"{server}/api/info") as answer:
             info = await answer.json()
@@ -142,7 +142,7 @@ async def measure(server: str, recording: Path, other: Path, seconds: float) -> 
         heard, strange = (read_audio(path, rate)[: frames * size] for path in (recording, other))
         frames = min(len(heard), len(strange)) // size
         heard, strange = heard[: frames * size], strange[: frames * size]
-        pause = torch.zeros(round(SILENCE_SECONDS * rate) // size * size)
+        pause = torch.zeros(round(silence * rate) // size * size)
         again, control = await asyncio.gather(
             call(http, server, [heard, pause, heard.clone()], info),
             call(http, server, [strange, pause, heard], info),
@@ -214,7 +214,7 @@ def report(folder: Path, found: dict[str, Series], recording: Path, other: Path)
 
 
 async def run(arguments: argparse.Namespace) -> dict[str, Series]:
-    given = arguments.recording, arguments.other, arguments.seconds
+    given = arguments.recording, arguments.other, arguments.seconds, arguments.silence
     if arguments.server is not None:
         return await measure(arguments.server.rstrip("/"), *given)
     async with own_server() as address:
@@ -228,6 +228,7 @@ def main() -> None:
     parser.add_argument("--other", type=Path, default=shipped[1], help="what the control hears first")
     parser.add_argument("--server", help="address of a running server; default: one is started")
     parser.add_argument("--seconds", type=float, default=10.0, help="of the recording, at most (default: 10)")
+    parser.add_argument("--silence", type=float, default=SILENCE_SECONDS, help="seconds between (default: 6)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; it must be new, or empty")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if this program made it")
     arguments = parser.parse_args()

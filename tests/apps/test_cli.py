@@ -62,6 +62,11 @@ def test_the_surface_is_frozen():
         "encode": ["--eval", "--out", "-o", "config", "overrides"],
         "doctor": ["--adapter", "--batches", "--json", "--length", "--seed", "--threads", "config"],
         "explain": ["--json", "config"],
+        "generate": [
+            "--adapter", "--config", "--inner-loss", "--memory-in", "--memory-out", "--no-updates", "--out",
+            "--overwrite", "--seed", "--slots", "--stereo", "--temp", "--temp-text", "--threads", "--top-k",
+            "--top-k-text", "--updates", "--user-channel", "--volume", "-a", "-c", "-o", "recordings",
+        ],
         "new-plugin": ["--out", "-o", "name"],
         "plugins": ["--check"],
         "verify": ["--all", "paths"],
