@@ -33,7 +33,7 @@ def fine_tuned(tmp_path) -> dict[str, tuple[str, ...]]:
     generator = torch.Generator().manual_seed(1)
     for name, factor in lora_factors(model).items():
         if name.endswith("lora_B.weight"):
-            factor.data.normal_(0, 0.05, generator=generator)
+            factor.data.normal_(0, 0.3, generator=generator)
     adapter = save_adapter(inject(model, config), tmp_path / "adapter")
     with_lora, merged = (copy_of_the_tiny_moshi(tmp_path / name) for name in ("with_lora", "merged"))
     factors = {name: factor.detach() for name, factor in lora_factors(model).items()}
@@ -71,7 +71,7 @@ def test_a_lora_answers_the_same_in_every_form(cli, fine_tuned, tmp_path):
     answers = {}
     for form, options in fine_tuned.items():
         out = tmp_path / f"out {form}"
-        result = cli("generate", talk, "-o", out, *options, "--temp", 0, "--temp-text", 0)
+        result = cli("generate", talk, "-o", out, *options)
         assert result.exit_code == 0, result.said
         answers[form] = (out / "talk.wav").read_bytes()
     assert answers["adapter"] == answers["with its model"] == answers["merged"] != answers["base"]
