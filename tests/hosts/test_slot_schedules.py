@@ -1,4 +1,4 @@
-"""Slots equal the same caller alone, bit for bit, whatever the other callers do; and what would break that is noticed."""
+"""Slots equal the same caller alone, bit for bit, whatever others do; and what would break that is noticed."""
 
 from __future__ import annotations
 
@@ -135,5 +135,3 @@ def test_a_mutation_is_noticed(mutation):
             except AssertionError:
                 return
     pytest.fail(f"{mutation.__name__} went unnoticed")
-
-
