@@ -62,6 +62,11 @@ def test_the_surface_is_frozen():
         "encode": ["--eval", "--out", "-o", "config", "overrides"],
         "doctor": ["--adapter", "--batches", "--json", "--length", "--seed", "--threads", "config"],
         "explain": ["--json", "config"],
+        "serve": [
+            "--adapter", "--allow-origin", "--host", "--idle-sec", "--insecure", "--memories", "--memories-days",
+            "--memories-gib", "--memories-per-owner", "--memory-precision", "--port", "--resume-sec", "--seed",
+            "--slots", "--threads", "--tls-cert", "--tls-key", "--token-file", "--waiting", "-a", "config",
+        ],
         "new-plugin": ["--out", "-o", "name"],
         "plugins": ["--check"],
         "verify": ["--all", "paths"],

@@ -135,5 +135,3 @@ def test_a_mutation_is_noticed(mutation):
             except AssertionError:
                 return
     pytest.fail(f"{mutation.__name__} went unnoticed")
-
-
