@@ -17,8 +17,8 @@ LiveAdapter = Annotated[
     typer.Option(
         "--adapter",
         "-a",
-        help="Folder of an adapter, or of a checkpoint that holds one; builtin:memory; or none. Default: builtin:memory "
-        "for the tiny Moshi, else none.",
+        help="Folder of an adapter, or of a checkpoint that holds one; builtin:memory; or none. Default: "
+        "builtin:memory for the tiny Moshi, else none.",
     ),
 ]
 LiveSlots = Annotated[int, typer.Option("--slots", min=1, help="Callers at once, each with a memory of its own.")]

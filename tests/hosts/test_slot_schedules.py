@@ -1,4 +1,4 @@
-"""Slots equal the same caller alone, bit for bit, whatever the other callers do; and what would break that is noticed."""
+"""Slots equal the same caller alone, bit for bit, whatever others do; and what would break that is noticed."""
 
 from __future__ import annotations
 

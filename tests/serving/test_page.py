@@ -128,7 +128,8 @@ def test_ogg_of_the_page_is_read_by_the_server_and_back(tmp_path):
         "const bytes = new Uint8Array(readFileSync('in')), reader = new OggReader(), writer = new OggWriter(24000);\n"
         "const out = [...writer.headers()]; let position = 0;\n"
         "for (let at = 0; at < bytes.length; at += 61)\n"
-        "  for (const packet of reader.push(bytes.subarray(at, at + 61))) out.push(writer.page(packet, position += 1920));\n"
+        "  for (const packet of reader.push(bytes.subarray(at, at + 61)))\n"
+        "    out.push(writer.page(packet, position += 1920));\n"
         "writeFileSync('out', Buffer.concat(out));\n"
     )
     subprocess.run(["node", "run.mjs"], cwd=tmp_path, check=True)
