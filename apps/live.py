@@ -14,7 +14,7 @@ import typer
 
 from moshi_ttt.apps.talker import Talker, chosen_adapter, load_talker
 from moshi_ttt.hosts.moshi.slots import Slots
-from moshi_ttt.serving.access import AccessRules
+from moshi_ttt.serving.access import AccessRules, is_loopback
 from moshi_ttt.serving.logs import log_as_json
 from moshi_ttt.serving.memory_store import MemoryStore, StoreLimits
 from moshi_ttt.serving.precision import Precision
@@ -68,6 +68,13 @@ def listen(
             return serve(slots, text_of(talker), listening, options, lambda port: ready(talker, port))
     finally:
         logging.getLogger("moshi_ttt.serving").removeHandler(handler)
+
+
+def page_address(host: str, port: int, *, tls: bool, token_file: Path | None) -> str:
+    """Where the page is; how to give a token, but not the token."""
+    name = "localhost" if is_loopback(host) else f"[{host}]" if ":" in host else host
+    address = f"http{'s' if tls else ''}://{name}:{port}/"
+    return address if token_file is None else f"{address}#token=TOKEN, with the token in {token_file}"
 
 
 def text_of(talker: Talker) -> Callable[[int], str | None]:

@@ -90,7 +90,8 @@ class PcmIn:
             raise NotAudioError(f"Samples of 16 bits have an even number of bytes, and these are {len(payload)}.")
         if len(payload) // 2 > self._limit:
             raise TooMuchAudioError(f"One message may hold {MOST_SECONDS:g} s of sound. Send it as it is recorded.")
-        return np.frombuffer(payload, "<i2").astype(np.float32) / 32768
+        samples: Samples = np.frombuffer(payload, "<i2").astype(np.float32)
+        return samples / np.float32(32768)
 
 
 class PcmOut:
@@ -109,7 +110,7 @@ class Framer:
 
     def __init__(self, frame_size: int) -> None:
         self._size = frame_size
-        self._rest = np.zeros(0, np.float32)
+        self._rest: Samples = np.zeros(0, np.float32)
 
     def frames(self, samples: Samples) -> Iterator[Tensor]:
         waiting = np.concatenate([self._rest, samples])

@@ -122,7 +122,7 @@ def test_garbage_instead_of_http():
                     b"\0" * 9000,
                     b"GET / HTTP/1.1\r\nA",
                 ):
-                    reader, writer = await asyncio.open_connection("127.0.0.1", here.server.port)
+                    _, writer = await asyncio.open_connection("127.0.0.1", here.server.port)
                     writer.write(start)
                     await writer.drain()
                     writer.close()
@@ -185,10 +185,13 @@ def test_a_client_that_does_not_read_is_closed():
             raw.connect(("127.0.0.1", here.server.port))
             raw.setblocking(False)
             loop = asyncio.get_running_loop()
-            request = (
-                "GET /api/chat?protocol=moshi-ttt.1&format=pcm_s16 HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
-                "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
-            )
+            headers = {
+                "Host": "localhost", "Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+                "Sec-WebSocket-Key": "A" * 22 + "==",
+            }  # fmt: skip
+            lines = ["GET /api/chat?protocol=moshi-ttt.1&format=pcm_s16 HTTP/1.1"]
+            lines += [f"{name}: {value}" for name, value in headers.items()]
+            request = "\r\n".join([*lines, "", ""])
             await loop.sock_sendall(raw, request.encode())
             await here.counts(taken=1)
 

@@ -98,7 +98,7 @@ def test_bad_pages_are_refused():
 
 
 def ogg_page(packets, sequence, flags=0):
-    """A page of small packets: its checksum is of no interest to the reader of the client's bytes, so it is set right."""
+    """A page of small packets, with its checksum."""
     body = b"".join(packets)
     head = b"OggS\0" + bytes([flags]) + (0).to_bytes(8, "little") + (7).to_bytes(4, "little")
     head += sequence.to_bytes(4, "little") + b"\0\0\0\0" + bytes([len(packets)]) + bytes(map(len, packets))
