@@ -92,7 +92,8 @@ def test_an_answer_begins_with_the_memory_that_it_is_given(cli, talks, tmp_path)
     result = cli("generate", talks[1], "-o", "day2", *common, *memories)
     assert result.exit_code == 0, result.said
     again = RowState.load(tmp_path / "day2" / "me.safetensors")
-    assert again.counts.tokens == after.counts.tokens + FRAMES - 4 + 1  # one more: a row's first step, which hears nothing
+    heard = FRAMES - 4 + 1  # one more: a row's first step, which hears nothing
+    assert again.counts.tokens == after.counts.tokens + heard
     assert "memory at the start: saved after" in (tmp_path / "day2" / "report.md").read_text()
     fresh = cli("generate", talks[1], "-o", "fresh", *common, "--memory-out", "fresh.safetensors")
     assert fresh.exit_code == 0
