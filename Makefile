@@ -8,13 +8,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart recipes study test test-fast test-full coverage fuzz test-slow test-machines test-gpu gpu-check test-full-size lint format clean
+.PHONY: help quickstart talk recipes study test test-fast test-full coverage fuzz test-slow test-machines test-gpu gpu-check test-full-size lint format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
 
 quickstart: $(VENV)/.installed-run ## Train a small Moshi with a memory on real speech, on the CPU, and write a report.
 	$(BIN)/moshi-ttt quickstart --out $(OUT) --overwrite
+
+talk: $(VENV)/.installed-run ## Talk to the small Moshi with a memory: start its server and open its page; ARGS='--port 9000'.
+	$(BIN)/python scripts/talk.py $(ARGS)
 
 recipes: $(VENV)/.installed-run ## Fetch real dialogue, fine-tune the small Moshi on it in eight ways, print a table.
 	test -d speech || $(BIN)/python scripts/fetch_speech.py speech

@@ -15,9 +15,11 @@ from moshi_ttt.apps.commands import (
     encode,
     evaluate,
     explain,
+    generate,
     new_plugin,
     plugins,
     quickstart,
+    serve,
     train,
     verify,
 )
@@ -58,7 +60,9 @@ def _options(
 app.command()(quickstart.quickstart)
 app.command()(train.train)
 app.command()(encode.encode)
+app.command()(serve.serve)
 app.add_typer(evaluate.app, name="evaluate")
+app.command()(generate.generate)
 app.command()(explain.explain)
 app.command()(doctor.doctor)
 app.command()(plugins.plugins)

@@ -89,10 +89,11 @@ def decode(mimi: Any, codes: Tensor) -> Tensor:
 
 
 def write_wav(path: Path, samples: Tensor, sample_rate: int) -> None:
-    """16-bit mono wav of ``samples [S]``; what exceeds [-1, 1] is clipped."""
-    values = (samples.clamp(-1, 1) * 32767).round().to(torch.int16).numpy()
+    """16-bit wav of ``samples``: ``[S]``, or ``[C, S]`` of C channels; what exceeds [-1, 1] is clipped."""
+    channels = samples[None] if samples.dim() == 1 else samples
+    values = (channels.clamp(-1, 1) * 32767).round().to(torch.int16).T.contiguous().numpy()  # [S, C]: interleaved
     with wave.open(str(path), "wb") as handle:
-        handle.setnchannels(1)
+        handle.setnchannels(channels.shape[0])
         handle.setsampwidth(2)
         handle.setframerate(sample_rate)
         handle.writeframes(values.astype("<i2").tobytes())

@@ -13,11 +13,22 @@ from moshi_ttt.data.problems import DataError
 from moshi_ttt.hosts.moshi.tiny import SPEECH, speech_manifest
 
 SHARD_INDEX = "index.json"
-"""The file by which a folder of pre-encoded shards is recognised."""
+"""The file by which a folder of pre-encoded shards is recognized."""
 SUFFIXES = ("*.jsonl", "*.jsonl.gz")
 """What manifests are called."""
 APPLE_DOUBLE = "._"
 """How the files begin that macOS lays beside others on a foreign disk: they have the names but not the contents."""
+RECORDINGS = (".flac", ".mp3", ".ogg", ".wav")
+"""How the names of recordings end, in small or capital letters."""
+
+
+def recordings_in(folder: Path) -> list[Path]:
+    """The recordings in a folder and in those below it, by their paths. Raises DataError if there are none."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in RECORDINGS and path.is_file())
+    files = sorted(path for path in found if not path.name.startswith(APPLE_DOUBLE))
+    if not files:
+        raise DataError(f"{folder} holds no recordings ({', '.join(RECORDINGS)}), no manifest and no shards.")
+    return files
 
 
 @dataclass(frozen=True)

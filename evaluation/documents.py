@@ -19,9 +19,8 @@ from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.data.corpus import open_corpus
 from moshi_ttt.data.manifest import Transcripts, read_header
 from moshi_ttt.data.problems import DataError
-from moshi_ttt.data.sources import APPLE_DOUBLE, SourceSpec
+from moshi_ttt.data.sources import SourceSpec, recordings_in
 
-SUFFIXES = (".flac", ".mp3", ".ogg", ".wav")
 SEGMENT_FRAMES = 250
 """Mimi starts afresh so often (20 s): what it needs does not grow with a recording."""
 Layout = Literal["files", "librilight"]
@@ -92,10 +91,7 @@ def batches(documents: Sequence[Document], size: int, padding: int) -> Iterator[
 
 
 def _groups(folder: Path, layout: Layout) -> dict[str, list[Path]]:
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    files = sorted(path for path in found if not path.name.startswith(APPLE_DOUBLE))
-    if not files:
-        raise DataError(f"{folder} holds no recordings ({', '.join(SUFFIXES)}), no manifest and no shards.")
+    files = recordings_in(folder)
     if layout == "files":
         return {str(path.relative_to(folder)): [path] for path in files}
     groups: dict[str, list[Path]] = {}

@@ -53,6 +53,13 @@ def test_the_readmes_program_runs(tmp_path, monkeypatch):
     assert (tmp_path / "my-adapter" / "adapter.safetensors").is_file()
 
 
+def test_the_program_that_answers_recordings_runs(capsys):
+    (program,) = programs((ROOT / "docs" / "generate.md").read_text())
+    exec(compile(program, "docs/generate.md", "exec", dont_inherit=True), {"__name__": "answers"})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" torch")[0] for line in lines] == ["noise 0", "noise 1", "noise 2"]
+
+
 def test_the_readme_is_short_and_in_order():
     assert len(README.splitlines()) < 150
     assert re.findall(r"^## (.+)$", README, flags=re.MULTILINE) == [
@@ -66,7 +73,7 @@ def test_the_readmes_commands_exist():
     from moshi_ttt.apps.cli import app
 
     named = re.findall(r"^\| `moshi-ttt ([a-z-]+)", README, flags=re.MULTILINE)
-    assert len(named) == 5
+    assert len(named) == 7
     (others,) = re.findall(r"lists the others: (.+)\.$", README, flags=re.MULTILINE)
     listed = {name for name, command in get_command(app).commands.items() if not command.hidden}
     assert {*named, *re.findall(r"`([a-z-]+)`", others)} == listed

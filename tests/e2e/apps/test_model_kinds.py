@@ -54,6 +54,8 @@ def command(cli, tmp_path, talks):
         if name in EVALUATIONS:
             data = [] if name == "zero-shot" else ["--data", talks]
             return cli("evaluate", name, "plain.yaml", *data, *EVALUATIONS[name], "--out", f"out-{name}", *more)
+        if name == "generate":
+            return cli("generate", tmp_path / "talk0.wav", "--config", "plain.yaml", "--out", "out-generate", *more)
         if name == "quickstart":
             (tmp_path / "quick.yaml").write_text(json.dumps({"host": host, "ttt": TTT, "train": {}, "stream": {}}))
             return cli("quickstart", "--config", "quick.yaml", "--out", "out-quick")
@@ -67,7 +69,7 @@ def command(cli, tmp_path, talks):
     return run
 
 
-ALL = ["train", "plan", "encode", "doctor", "quickstart", *EVALUATIONS]
+ALL = ["train", "plan", "encode", "doctor", "quickstart", "generate", *EVALUATIONS]
 
 
 @pytest.mark.parametrize("kind", ["sum condition", "cross-attention"])
@@ -83,7 +85,7 @@ def test_conditional_models_are_explained_and_otherwise_refused_in_the_same_word
 
 def test_speech_to_text_has_a_text_loss_and_no_other(command, tmp_path):
     repository = make_repository(tmp_path / "model", "speech to text")
-    for name in ("train", "plan", "encode", "recall", "zero-shot"):
+    for name in ("train", "plan", "encode", "recall", "zero-shot", "generate"):
         result = command(name, repository)
         assert (result.exit_code, TEXT_ALONE in result.said) == (2, True), (name, result.said)
     assert "predicts text alone" in command("quickstart", repository).said
@@ -118,6 +120,8 @@ def test_a_moshi_that_predicts_both_voices_is_trained_and_evaluated(command, tmp
         assert result.exit_code == 0, (name, result.said)
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert record["kind"] == "train"
+    refused = command("generate", repository)
+    assert (refused.exit_code, "need a model that hears one voice and predicts the other" in refused.said) == (2, True)
     refused = command("quickstart", repository)
     assert refused.exit_code == 2
     assert "reads 2 voice(s) and predicts both voices" in refused.said

@@ -1,0 +1,1 @@
+"""``moshi-ttt generate``: recordings in, what Moshi answers out."""
