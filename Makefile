@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart talk recipes study test test-fast test-full coverage fuzz test-slow test-machines test-gpu gpu-check test-full-size lint format clean
+.PHONY: help quickstart talk recipes study test test-fast test-full coverage fuzz test-slow test-machines test-browser test-gpu gpu-check test-full-size lint format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -42,7 +42,7 @@ test-fast: $(VENV)/.installed-dev ## Run the unit tests, about a minute on two c
 	$(BIN)/pytest tests/unit -n $(JOBS) --dist worksteal $(ARGS)
 
 test-full: $(VENV)/.installed-dev ## Run the default suite and every combination of the conformance kit, as CI does.
-	$(BIN)/pytest -m 'not slow and not gpu and not full_size' -n $(JOBS) --dist worksteal $(ARGS)
+	$(BIN)/pytest -m 'not slow and not gpu and not full_size and not browser' -n $(JOBS) --dist worksteal $(ARGS)
 
 coverage: $(VENV)/.installed-dev ## Run the default suite and report which lines it ran, in coverage/index.html too.
 	$(BIN)/pytest -n $(JOBS) --dist worksteal --cov --cov-report=term:skip-covered --cov-report=html:coverage $(ARGS)
@@ -57,6 +57,9 @@ test-slow: $(VENV)/.installed-dev ## Run the tests that take minutes.
 
 test-machines: $(VENV)/.installed-dev ## Run the conformance suites with the instruction sets of other CPUs.
 	$(BIN)/python scripts/other_machines.py
+
+test-browser: $(VENV)/.installed-dev ## Run the tests of the server's page, which need Chromium.
+	$(BIN)/pytest -m browser $(ARGS)
 
 test-gpu: $(VENV)/.installed-dev ## Run the tests that need a CUDA device.
 	$(BIN)/pytest -m gpu $(ARGS)

@@ -24,7 +24,7 @@ SUITES = (
     "-k", "not test_options_of",
 )  # fmt: skip
 """Options of the hybrid layers are left out: their arithmetic is that of the layers without them."""
-EVERY = "not slow and not gpu and not full_size"
+EVERY = "not slow and not gpu and not full_size and not browser"
 """As `make test-full`: with the combinations that `make test` leaves out."""
 SWITCHES: dict[str, dict[str, str]] = {
     "PyTorch without AVX-512": {"ATEN_CPU_CAPABILITY": "avx2"},
