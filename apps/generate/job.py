@@ -80,9 +80,10 @@ class AnswerJob:
     def form(self) -> AnswerFormat:
         chosen = asdict(self.settings)
         del chosen["seed"]  # each answer's own
+        begins = "learned" if self.memory is None else f"saved after {self.memory.counts.tokens} tokens"
         facts = {
             **self.talker.facts, **chosen, "slots": self.slots, "user_channel": self.user_channel,
-            "memory_at_the_start": "learned" if self.memory is None else f"saved after {self.memory.counts.tokens} tokens",
+            "memory_at_the_start": begins,
         }  # fmt: skip
         mimi = self.talker.mimi
         return AnswerFormat(
