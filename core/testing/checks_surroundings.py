@@ -44,7 +44,7 @@ def check_other_modes(case: BlockCase) -> None:
 
 
 def check_figures_under_autocast(case: BlockCase) -> None:
-    """``statistics``, ``inner_losses`` and ``drift`` are bit-equal under an autocast."""
+    """``statistics``, ``inner_losses``, ``recent_losses`` and ``drift`` are bit-equal under an autocast."""
     block, x = case.block(), case.inputs(2 * case.chunk + 1)
     if block.kind is SiteKind.FEED_FORWARD and block.roles.param is not torch.bfloat16:
         return  # refused: it would round the host's own MLP
@@ -52,7 +52,9 @@ def check_figures_under_autocast(case: BlockCase) -> None:
     def figures() -> dict[str, Tensor]:
         measured = {f"statistic {name!r}": tensor for name, tensor in block.statistics(x, case.context(x)).items()}
         losses = block.inner_losses(x, case.context(x))
-        return measured | {f"inner loss {name!r}": t for name, t in losses.items()} | {"drift": block.drift(state)}
+        measured |= {f"inner loss {name!r}": t for name, t in losses.items()} | {"drift": block.drift(state)}
+        recent = block.recent_losses(x, state, case.context(x))
+        return measured if recent is None else measured | {"recent losses": recent}
 
     with torch.no_grad():
         _, state = case.call(block, x)

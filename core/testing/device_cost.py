@@ -83,6 +83,7 @@ def check_device(case: BlockCase) -> None:
             "several tokens streamed": lambda: case.step(block, x.detach(), buffers),
             "a reset": lambda: block.reset_state(buffers, mask),
             "forgetting": lambda: block.forget(buffers),
+            "recent losses": lambda: block.recent_losses(x.detach(), buffers, case.context(x.detach())),
             "skipped updates": lambda: block.skipped_updates(buffers),
         }
     for name, run in runs.items():

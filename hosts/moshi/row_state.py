@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import safetensors.torch
 import torch
@@ -56,8 +56,10 @@ class Origin:
     @classmethod
     def of(cls, model: LMModel, mimi: MimiModel) -> Origin:
         blocks = {str(site): block for site, block in MOSHI_HOST.blocks(model).items()}
-        own = {f"{site}.{name}": value for site, block in blocks.items() for name, value in block.named_parameters()}
-        own |= {f"{site}.{name}": v for site, block in blocks.items() for name, v in block.persistent_buffers().items()}
+        own: dict[str, Tensor] = {}
+        for site, block in blocks.items():
+            held = {**dict(block.named_parameters()), **block.persistent_buffers()}
+            own |= {f"{site}.{name}": tensor for name, tensor in held.items()}
         variants = {
             site: block.config.model_dump(mode="json", exclude={"layers", "distribution"})
             for site, block in blocks.items()
@@ -122,7 +124,7 @@ class RowState:
 
     def to_bytes(self) -> bytes:
         """The contents of a file."""
-        return cast(bytes, safetensors.torch.save(dict(self.tensors), self.metadata()))
+        return safetensors.torch.save(dict(self.tensors), self.metadata())
 
     def save(self, path: str | Path) -> Path:
         """Write a file, whose folder must exist; a reader sees the old file or the whole new one. Returns its path."""

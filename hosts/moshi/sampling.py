@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -170,4 +169,4 @@ class SlotGenerator(LMGen):
                 logits = model.forward_depformer(codebook, previous[:, None, None], transformer_out)  # [B, 1, 1, V]
                 previous = self.audio.sample(logits[:, 0, 0].float(), codebook)
                 tokens.append(previous)
-        return cast(Tensor, torch.stack(tokens, dim=1))
+        return torch.stack(tokens, dim=1)

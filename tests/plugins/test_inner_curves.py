@@ -23,6 +23,8 @@ from moshi_ttt.plugins.ttt_mlp.block import TTTMLP
 from moshi_ttt.plugins.ttt_mlp.config import TTTMLPConfig
 from moshi_ttt.plugins.ttt_multilayer.block import TTTMultilayer
 from moshi_ttt.plugins.ttt_multilayer.config import TTTMultilayerConfig
+from moshi_ttt.plugins.ttt_ridge.block import TTTRidge
+from moshi_ttt.plugins.ttt_ridge.config import TTTRidgeConfig
 
 DIM, HEADS, CHUNK = 16, 2, 4
 HYBRIDS = [
@@ -227,3 +229,53 @@ def test_measuring_changes_nothing_and_keeps_no_gradient():
     losses = made.inner_losses(x, BlockContext())
     assert not any(loss.requires_grad for loss in losses.values())
     assert all(torch.equal(before[name], parameter) for name, parameter in made.named_parameters())
+
+
+def ridge(**options):
+    made = TTTRidge(
+        TTTRidgeConfig(**{"chunk": CHUNK, **options}),
+        SiteInfo(
+            site=Site(0, SiteKind.SEQUENCE), dim=DIM, num_heads=HEADS, device=torch.device("cpu"), dtype=torch.float64,
+            format=SequenceFormat(),
+        ),
+        FP32_STATE.roles(torch.float64),
+    )  # fmt: skip
+    made.reset_parameters(torch.Generator().manual_seed(0))
+    return made
+
+
+# Block, tokens whose target needs later ones, and tokens that a filter computes from earlier ones.
+RECENT = {
+    "ttt_linear": (lambda: hybrid(), 0, 0),
+    "ttt_mlp": (lambda: hybrid(TTTMLP, TTTMLPConfig), 0, 0),
+    "ttt_mlp conv": (lambda: hybrid(TTTMLP, TTTMLPConfig, conv_kernel=3), 0, 2),
+    "ttt_multilayer": (lambda: hybrid(TTTMultilayer, TTTMultilayerConfig), 0, 0),
+    "ttt_ridge": (lambda: ridge(), 0, 3),
+    "gating_mlp": (lambda: gating.build(lr=0.2), 2, 0),
+    "gating_mlp causal": (lambda: gating.build(lr=0.2, padding="causal"), 0, 0),
+    "gating_mlp ridge": (lambda: gating.build(update="ridge", keys="unit", lr=0.5), 2, 0),
+}
+
+
+@pytest.mark.parametrize("case", RECENT)
+def test_recent_losses_are_those_before_the_chunk_at_a_streams_weights(case):
+    make, ahead, filtered_from = RECENT[case]
+    block, width = make(), gating.DIM if case.startswith("gating") else DIM
+    x, source = gating.draw(2, 12, width), gating.draw(2, 12, width, seed=2)
+    whole = block.inner_losses(x, BlockContext(input_embeddings=source))
+    state = block.allocate_state(2)
+    with torch.no_grad():
+        for t in range(8):
+            block.step(x[:, t : t + 1], state, BlockContext(input_embeddings=source[:, t : t + 1]))
+    late = BlockContext(input_embeddings=source[:, 8:])
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    found = block.recent_losses(x[:, 8:], state, late)
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+    assert found.shape == whole["before"][..., 8:].shape
+    known = slice(filtered_from, 4 - ahead)
+    assert error(found[..., known], whole["before"][..., 8:][..., known]) < 1e-10
+    assert bool(found[..., 4 - ahead :].isnan().all())
+    start = block.recent_losses(x[:, 8:], block.init_state(1), late)
+    fresh = block.inner_losses(x[:, 8:], late)["initial"]
+    assert error(start[..., : 4 - ahead], fresh[..., : 4 - ahead]) < 1e-10
+    assert not torch.equal(found[..., known], start[..., known])
