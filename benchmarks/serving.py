@@ -3,7 +3,7 @@
     python benchmarks/serving.py [--slots 8 16 32] [--seconds 60] [--threads 1] [--json FILE]
 
 The tiny Moshi with the memory that ships with it, real WebSockets on loopback, Opus both ways, every caller with speech
-of their own. The callers are a process of their own. Reported: tick (one step of all rows; by the clock, and in seconds of
+of their own. The callers are a process of their own. Reported: tick (one step of all rows; by the clock, and in time of
 the CPU, which other work on the machine does not change), answer (from the arrival of a frame to its answer), frames
 dropped, and Opus's share of one core.
 
