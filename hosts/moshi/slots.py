@@ -43,8 +43,8 @@ class SlotOutput:
 
 
 @dataclass
-class _Row:
-    """The Python side of a row that somebody has joined.
+class _Caller:
+    """What Python keeps of whoever has joined a row.
 
     Attributes:
         seed: of the generator, which a session brings along.
@@ -115,7 +115,7 @@ class Slots:
         self._generator = SlotGenerator(model, count, top_k=largest_top_k, text_top_k=largest_text_top_k)
         self._user_codebooks = model.num_codebooks - model.dep_q - 1
         self._pcm = torch.zeros(count, 1, self.frame_size)
-        self._rows: dict[int, _Row] = {}
+        self._rows: dict[int, _Caller] = {}
         self._origin: Origin | None = None
         self._closed = False
         self._streams = RowStreams(self._generator, mimi, count)
@@ -155,7 +155,7 @@ class Slots:
             require_fit(state, self._streams.of_kind(state.kind), self.origin)
         self._generator.set_row(row, settings)
         self._streams.clear(row)
-        joined = _Row(settings, torch.Generator().manual_seed(settings.seed), settings.seed)
+        joined = _Caller(settings, torch.Generator().manual_seed(settings.seed), settings.seed)
         if state is not None:
             self._streams.restore(row, state.kind, state.tensors)
             joined.continue_from(state)
@@ -305,7 +305,7 @@ class Slots:
         if not 0 <= row < self.count:
             raise HostError(f"There is no row {row}: these slots have rows 0 to {self.count - 1}.")
 
-    def _joined(self, row: int) -> _Row:
+    def _joined(self, row: int) -> _Caller:
         self._check_row(row)
         if row not in self._rows:
             raise HostError(f"Nobody is in row {row}: call join({row}, settings) first.")
