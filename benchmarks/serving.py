@@ -2,9 +2,10 @@
 
     python benchmarks/serving.py [--slots 8 16 32] [--seconds 60] [--threads 1] [--json FILE]
 
-The tiny Moshi with the memory that ships with it, real WebSockets on loopback, Opus both ways, every caller with speech of
-their own. The callers are a process of their own. Reported: tick (one step of all rows), answer (from the arrival of a
-frame to its answer), frames dropped, and Opus's share of one core.
+The tiny Moshi with the memory that ships with it, real WebSockets on loopback, Opus both ways, every caller with speech
+of their own. The callers are a process of their own. Reported: tick (one step of all rows; by the clock, and in time of
+the CPU, which other work on the machine does not change), answer (from the arrival of a frame to its answer), frames
+dropped, and Opus's share of one core.
 
 The gate: tokens and samples of every caller must be bit-equal to those of the same frames alone in as many slots.
 Without that, no figure is printed.
@@ -41,10 +42,10 @@ GATE_FRAMES = 60
 
 
 class Watched:
-    """Slots that keep the first frames of every caller, and the seconds of every tick."""
+    """Slots that keep the first frames of every caller, and the seconds of every tick, of the clock and of the CPU."""
 
     def __init__(self, slots: Slots) -> None:
-        self.slots, self.seconds = slots, list[float]()
+        self.slots, self.seconds, self.cpu = slots, list[float](), list[float]()
         self.heard: dict[int, tuple[SlotSettings, list[Tensor], list[SlotOutput]]] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -55,8 +56,9 @@ class Watched:
         self.heard[row] = settings, [], []
 
     def tick(self, frames: Mapping[int, Tensor]) -> dict[int, SlotOutput | None]:
-        begun = time.perf_counter()
+        begun, computed = time.perf_counter(), time.thread_time()
         outputs = self.slots.tick(frames)
+        self.cpu.append(time.thread_time() - computed)
         self.seconds.append(time.perf_counter() - begun)
         for row, frame in frames.items():
             _, heard, said = self.heard[row]
@@ -130,26 +132,33 @@ def quantile(figures: Mapping[str, float], name: str, share: float) -> str:
     return "more" if bound == "+Inf" else f"<{1000 * float(bound):.0f}"
 
 
+def middle(seconds: list[float], share: float) -> float:
+    """A quantile, in ms."""
+    return 1000 * sorted(seconds)[int(share * len(seconds))]
+
+
 def measure(talker: Talker, count: int, seconds: float) -> dict[str, Any]:
     with Slots(talker.model, talker.mimi, count) as slots:
         slots.warm_up()
         watched = Watched(slots)
-        before = peak_memory()
+        before = peak_memory() or 0
         figures = asyncio.run(serve(watched, text_of(talker), count, seconds))
-        growth = peak_memory() - before
+        growth = (peak_memory() or 0) - before
         if differing := watched.differing():
             raise SystemExit(
                 f"{count} slots: the callers of rows {differing} got something else than alone. No figures."
             )
     opus = sum(value for key, value in figures.items() if key.startswith("moshi_ttt_opus_seconds_total"))
     frames, dropped = figures["moshi_ttt_frames_total"], figures["moshi_ttt_dropped_frames_total"]
-    ticks = sorted(watched.seconds)
+    ticks = len(watched.seconds)
     return {
-        "slots": count, "compared": sum(len(heard) for _, heard, _ in watched.heard.values()),
-        "tick_ms_p50": 1000 * ticks[len(ticks) // 2], "tick_ms_p95": 1000 * ticks[int(0.95 * len(ticks))],
-        "answer_ms_p50": quantile(figures, "answer_seconds", 0.5), "answer_ms_p95": quantile(figures, "answer_seconds", 0.95),
-        "rows_per_tick": frames / len(ticks), "dropped": dropped / (frames + dropped), "opus_of_a_core": opus / seconds,
-        "peak_growth_mib": growth / 2**20,
+        "slots": count, "compared": sum(len(heard) for _, heard, _ in watched.heard.values()), "ticks": ticks,
+        "tick_ms_p50": middle(watched.seconds, 0.5), "tick_ms_p95": middle(watched.seconds, 0.95),
+        "tick_cpu_ms_p50": middle(watched.cpu, 0.5), "tick_cpu_ms_p95": middle(watched.cpu, 0.95),
+        "answer_ms_p50": quantile(figures, "answer_seconds", 0.5),
+        "answer_ms_p95": quantile(figures, "answer_seconds", 0.95), "rows_per_tick": frames / ticks,
+        "dropped": dropped / (frames + dropped), "opus_of_a_core": opus / seconds,
+        "opus_cpu_ms_per_frame": 1000 * opus / frames, "peak_growth_mib": growth / 2**20,
     }  # fmt: skip
 
 

@@ -146,16 +146,16 @@ class HttpService:
             if request.transport is not None:
                 request.transport.abort()
 
-        words = self._access.refusal(request)
+        words, kind = self._access.refusal(request), "access"
         if words is None:
             try:
                 greeting = read_query(request.query, seed=self._service.new_seed())
             except ProtocolError as error:
-                words = str(error)
+                words, kind = str(error), "query"
             else:
                 await Connection(ws, greeting, self._service, abort).run()
         if words is not None:
-            _log.info("connection refused", extra={"fields": {"code": protocol.REFUSED, "words": words}})
+            _log.info("connection refused", extra={"fields": {"code": protocol.REFUSED, "because_of": kind}})
             try:
                 await ws.send_bytes(message(protocol.ERROR, words.encode()))
                 await ws.close(code=protocol.REFUSED, message=reason(words))

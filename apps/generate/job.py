@@ -19,6 +19,7 @@ from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.data.audio_files import AudioError, read_header
 from moshi_ttt.data.spoken import SpokenText
 from moshi_ttt.hosts.moshi.row_state import RowState
+from moshi_ttt.hosts.moshi.sampling import TEXT_TOP_K, TOP_K
 from moshi_ttt.hosts.moshi.slots import SlotOutput, Slots, SlotSettings
 from moshi_ttt.serving.offline import Answer, AnswerOptions, OfflineCaller, Unanswered, answer
 
@@ -80,9 +81,10 @@ class AnswerJob:
     def form(self) -> AnswerFormat:
         chosen = asdict(self.settings)
         del chosen["seed"]  # each answer's own
+        begins = "learned" if self.memory is None else f"saved after {self.memory.counts.tokens} tokens"
         facts = {
             **self.talker.facts, **chosen, "slots": self.slots, "user_channel": self.user_channel,
-            "memory_at_the_start": "learned" if self.memory is None else f"saved after {self.memory.counts.tokens} tokens",
+            "memory_at_the_start": begins,
         }  # fmt: skip
         mimi = self.talker.mimi
         return AnswerFormat(
@@ -103,7 +105,7 @@ class AnswerJob:
         )
         total = sum(self._frames(take) for take in self.takes)
         with (
-            Slots(self.talker.model, mimi, self.slots) as slots,
+            self._slots() as slots,
             Screen(console, total=total, frame_rate=rate) as screen,
         ):
 
@@ -122,6 +124,13 @@ class AnswerJob:
                     errors.append(error)
                     self.failed[take.name] = " ".join(str(error).split())
                     screen.ended(take.name, f"no answer. {error}")
+
+    def _slots(self) -> Slots:
+        """As many as are asked for; for more candidates than Moshi's own only where they are asked for."""
+        return Slots(
+            self.talker.model, self.talker.mimi, self.slots, largest_top_k=max(TOP_K, self.settings.top_k),
+            largest_text_top_k=max(TEXT_TOP_K, self.settings.text_top_k),
+        )  # fmt: skip
 
     def _caller(self, take: Take) -> OfflineCaller:
         rate = int(self.talker.mimi.sample_rate)

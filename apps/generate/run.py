@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 from rich.console import Console
 
-from moshi_ttt.apps.generate.inputs import USER_CHANNELS, Take, UserChannel, takes_of
+from moshi_ttt.apps.generate.inputs import USER_CHANNELS, Take, takes_of
 from moshi_ttt.apps.generate.job import AnswerJob
 from moshi_ttt.apps.talker import chosen_adapter, load_talker
 from moshi_ttt.core.errors import ConfigError, HostError
@@ -64,7 +63,7 @@ def run(request: GenerateRequest, console: Console) -> str:
         job = AnswerJob(
             talker=talker, takes=takes, settings=request.settings, memory=memory, folder=folder,
             memory_places={name: _inside(request.out, folder, path) for name, path in places.items()},
-            stereo=request.stereo, user_channel=cast(UserChannel, request.user_channel),
+            stereo=request.stereo, user_channel=request.user_channel,
             inner_loss=request.inner_loss, slots=request.slots or min(AT_ONCE, len(takes)), made_by=MADE_BY,
         )  # fmt: skip
         ended_by = job.run(console)

@@ -20,7 +20,7 @@ from moshi_ttt.core.volume import volume_switch
 from moshi_ttt.hosts.moshi.compatibility import require_codec, require_talking
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.layers import SWITCHES
-from moshi_ttt.hosts.moshi.row_state import GENERATOR, Origin, RowKind, RowState, require_fit
+from moshi_ttt.hosts.moshi.row_state import GENERATOR, Origin, RowKind, RowState, require_continuable
 from moshi_ttt.hosts.moshi.row_streams import RowStreams
 from moshi_ttt.hosts.moshi.sampling import TEXT_TOP_K, TOP_K, SlotGenerator, SlotSettings
 from moshi_ttt.hosts.moshi.slot_stats import RowCounts, SiteStats, site_stats
@@ -43,8 +43,8 @@ class SlotOutput:
 
 
 @dataclass
-class _Row:
-    """The Python side of a row that somebody has joined.
+class _Caller:
+    """What Python keeps of whoever has joined a row.
 
     Attributes:
         seed: of the generator, which a session brings along.
@@ -115,7 +115,7 @@ class Slots:
         self._generator = SlotGenerator(model, count, top_k=largest_top_k, text_top_k=largest_text_top_k)
         self._user_codebooks = model.num_codebooks - model.dep_q - 1
         self._pcm = torch.zeros(count, 1, self.frame_size)
-        self._rows: dict[int, _Row] = {}
+        self._rows: dict[int, _Caller] = {}
         self._origin: Origin | None = None
         self._closed = False
         self._streams = RowStreams(self._generator, mimi, count)
@@ -152,10 +152,10 @@ class Slots:
         self._check_row(row)
         self._check_settings(settings)
         if state is not None:
-            require_fit(state, self._streams.of_kind(state.kind), self.origin)
+            require_continuable(state, self._streams.of_kind(state.kind), self.origin)
         self._generator.set_row(row, settings)
         self._streams.clear(row)
-        joined = _Row(settings, torch.Generator().manual_seed(settings.seed), settings.seed)
+        joined = _Caller(settings, torch.Generator().manual_seed(settings.seed), settings.seed)
         if state is not None:
             self._streams.restore(row, state.kind, state.tensors)
             joined.continue_from(state)
@@ -305,7 +305,7 @@ class Slots:
         if not 0 <= row < self.count:
             raise HostError(f"There is no row {row}: these slots have rows 0 to {self.count - 1}.")
 
-    def _joined(self, row: int) -> _Row:
+    def _joined(self, row: int) -> _Caller:
         self._check_row(row)
         if row not in self._rows:
             raise HostError(f"Nobody is in row {row}: call join({row}, settings) first.")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
+import logging
 import os
 import random
 import socket
 import ssl
 import subprocess
+from pathlib import Path
 
 import aiohttp
 import numpy as np
@@ -18,6 +21,7 @@ import pytest
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.serving.access import TOKEN_PREFIX, AccessRules, read_token, rules_for
 from moshi_ttt.serving.http import HttpOptions
+from moshi_ttt.serving.logs import LOGGER, log_as_json
 from moshi_ttt.serving.memory_store import MemoryStore
 from moshi_ttt.serving.server import ServeError, ServerOptions, bound_socket, serve, tls_context
 from moshi_ttt.serving.sessions import SessionLimits
@@ -37,7 +41,7 @@ def run(work, patience=60):
 
 
 def descriptors():
-    return len(os.listdir("/proc/self/fd"))
+    return len(os.listdir("/dev/fd"))
 
 
 async def undisturbed(here, fault):
@@ -254,6 +258,35 @@ def test_nothing_leaks():
             assert slots.settings == {}
 
     run(work())
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_an_hour_of_frames():
+    async def work():
+        async with site(FakeSlots(count=4)) as here:
+            callers = [await (await here.extended()).started() for _ in range(4)]
+
+            async def talk(frames):
+                for _ in range(frames // 4 // 50):
+                    await asyncio.gather(*(caller.say_slowly(tone(50)) for caller in callers))
+                    for caller in callers:
+                        for kept in (caller.audio, caller.texts, caller.json, caller.tags):
+                            del kept[:-1]
+
+            await talk(4_000)
+            before, tasks, files = resident(), len(asyncio.all_tasks()), descriptors()
+            await talk(45_000)
+            grown = resident() - before
+            print(f"45,000 frames: {grown / 2**20:.2f} MiB more than after the first 4,000")
+            assert grown < 4 * 2**20
+            assert (len(asyncio.all_tasks()), descriptors()) == (tasks, files)
+
+    run(work(), 3600)
+
+
+def resident():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 # ---- who may connect
@@ -473,6 +506,34 @@ def certificate(tmp_path_factory):
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     subprocess.run([*command, "-out", files[0], "-keyout", files[1]], check=True, capture_output=True)
     return files
+
+
+def test_logs_are_json_without_what_was_said(tmp_path):
+    stream = io.StringIO()
+    handler = log_as_json(stream=stream)
+    try:
+
+        async def work():
+            async with site(FakeSlots(), ServerOptions(store=MemoryStore(tmp_path))) as here:
+                client = await (await here.extended("format=pcm_s16&seed=31415926")).started()
+                await client.say_slowly(tone(5))
+                saved = await client.ask("save")
+                await client.ws.close()
+                refused = await here.connect("temp=secret-words")
+                assert await refused.closed() == 1008
+                await here.counts(taken=0)
+                session = client.of("session")[0]
+                return [session["owner"], session["resume"], saved["memory"]["name"], *client.texts]
+
+        said = asyncio.run(asyncio.wait_for(work(), 60))
+    finally:
+        logging.getLogger(LOGGER).removeHandler(handler)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    events = [line["event"] for line in lines]
+    assert {"session began", "session ended", "connection refused"} <= set(events)
+    assert next(line for line in lines if line["event"] == "session ended")["frames"] == 5
+    for secret in (*said, "31415926", "secret-words", "127.0.0.1"):
+        assert secret not in stream.getvalue()
 
 
 def test_tls(certificate):

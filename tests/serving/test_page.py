@@ -144,3 +144,14 @@ def test_scripts_parse(tmp_path):
         path = tmp_path / name.replace(".js", ".mjs")
         path.write_text(script)
         subprocess.run(["node", "--check", str(path)], check=True)
+
+
+@needs_node
+@pytest.mark.parametrize("how", ["secure", "plain"])
+def test_the_page_in_a_stand_in_for_a_browser(tmp_path, how):
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    shutil.copy(Path(__file__).with_name("page_harness.mjs"), tmp_path)
+    done = subprocess.run(["node", "page_harness.mjs", how], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "ok", done.stdout + done.stderr

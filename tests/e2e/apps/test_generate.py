@@ -54,7 +54,7 @@ def by_hand(samples: np.ndarray, *, slots: int, seed: int = 0, **settings) -> tu
     model, mimi = files.load_lm(dtype=torch.float32), files.load_mimi()
     load_adapter(model, memory_adapter())
     row, said = slots - 1, []
-    with Slots(model, mimi, slots) as made:
+    with Slots(model, mimi, slots, largest_text_top_k=max(25, settings.get("text_top_k", 0))) as made:
         made.join(row, SlotSettings(seed=seed, **settings))
         for frame in torch.from_numpy(np.pad(samples, (0, -len(samples) % FRAME))).split(FRAME):
             said.append(made.tick({row: frame})[row].pcm)
@@ -102,10 +102,24 @@ def test_an_answer_begins_with_the_memory_that_it_is_given(cli, talks, tmp_path)
 
 
 def test_every_seed_has_an_answer_and_options_reach_the_row(cli, talks, tmp_path):
-    options = ("--seed", 1, "--seed", 2, "--top-k", 5, "--temp", 1.5, "--no-updates", "--volume", 0.5)
+    options = (
+        "--seed",
+        1,
+        "--seed",
+        2,
+        "--top-k",
+        5,
+        "--top-k-text",
+        90,
+        "--temp",
+        1.5,
+        "--no-updates",
+        "--volume",
+        0.5,
+    )
     result = cli("generate", talks[0], "-o", "out", *options)  # with the shipped memory: the default
     assert result.exit_code == 0, result.said
-    settings = {"top_k": 5, "temperature": 1.5, "updates": False, "volume": 0.5}
+    settings = {"top_k": 5, "text_top_k": 90, "temperature": 1.5, "updates": False, "volume": 0.5}
     for seed in (1, 2):
         (moshi,) = read_wav(tmp_path / "out" / f"one-seed{seed}.wav")
         assert np.array_equal(moshi, by_hand(speech(0), slots=2, seed=seed, **settings)[0])
