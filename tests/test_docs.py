@@ -66,7 +66,7 @@ def test_the_readmes_commands_exist():
     from moshi_ttt.apps.cli import app
 
     named = re.findall(r"^\| `moshi-ttt ([a-z-]+)", README, flags=re.MULTILINE)
-    assert len(named) == 5
+    assert len(named) == 6
     (others,) = re.findall(r"lists the others: (.+)\.$", README, flags=re.MULTILINE)
     listed = {name for name, command in get_command(app).commands.items() if not command.hidden}
     assert {*named, *re.findall(r"`([a-z-]+)`", others)} == listed
