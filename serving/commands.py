@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from moshi_ttt.serving.connection import Connection
 
 COMMANDS_WAITING = 8
-"""Commands that wait for their turn; more are refused."""
+"""ClientCommands that wait for their turn; more are refused."""
 Reply = dict[str, Any]
 
 
-class Commands:
+class ClientCommands:
     """The commands of one connection."""
 
     def __init__(self, connection: Connection) -> None:

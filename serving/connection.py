@@ -21,7 +21,7 @@ from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.hosts.moshi.slots import SlotOutput
 from moshi_ttt.serving import protocol
 from moshi_ttt.serving.audio import Framer, NotAudioError, TooMuchAudioError, codecs
-from moshi_ttt.serving.commands import Commands
+from moshi_ttt.serving.commands import ClientCommands
 from moshi_ttt.serving.engine import Engine, EngineStoppedError
 from moshi_ttt.serving.metrics import ServerMetrics
 from moshi_ttt.serving.protocol import Greeting, ProtocolError, message, metadata, reason
@@ -68,7 +68,7 @@ class Connection:
         self._in, self._out = codecs(greeting.audio, service.rate, service.metrics)
         self._framer = Framer(service.frame_size)
         self._queue: asyncio.Queue[bytes | SlotOutput] = asyncio.Queue(OUT_QUEUE)
-        self._commands = Commands(self)
+        self._commands = ClientCommands(self)
         self._tasks: list[asyncio.Task[None]] = []
         self._ending: asyncio.Task[None] | None = None
         self._may_come_back = True
