@@ -19,7 +19,7 @@ from .client import FRAME, RATE, Opus
 
 FILES = static_files()
 SCRIPTS = {name: text.decode() for name, text in FILES.items() if name.endswith(".js")}
-STATIC = Path(__file__).parents[2] / "serving" / "static"
+STATIC = Path(__file__).parents[3] / "serving" / "static"
 
 
 class Page(HTMLParser):
