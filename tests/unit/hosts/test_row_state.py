@@ -59,7 +59,7 @@ def test_another_process_continues_a_row(tmp_path, kind, row, rows):
             slots.restart(1)
         out = [slots.tick({1: frame_of(1, n)})[1] for n in range(7, 20)]
         after = slots.save_row(1, kind)
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     command = [sys.executable, "-c", CHILD, str(root), str(tmp_path), kind, str(row), str(rows)]
     subprocess.run(command, check=True, env={**os.environ}, timeout=300)
     found, out = load_file(tmp_path / "out.safetensors"), [each for each in out if each is not None]
