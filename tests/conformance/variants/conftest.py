@@ -1,29 +1,26 @@
-"""Which combinations of the kit's grid run in ``make test``, and which in ``make test-full`` alone."""
+"""Marks the combinations that ``make test`` leaves to ``make test-full``: see ``grid``."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from moshi_ttt.core.testing import BlockCase
+from tests.conformance.variants.grid import runs_by_default
 
-EVERYWHERE = torch.float64
-"""The dtype that every option set runs in.
-
-Of the 84 pairs of a mutation and a check in ``test_kit_mutations.py``, it finds 81. The three others are found in
-float32 or bfloat16: ``check_volume`` (BlendsAtEveryVolume), ``check_figures_under_autocast`` and ``check_long_stream``.
-They depend on the variant, not on its options, so the first option set of each test runs in all three dtypes.
-"""
+HERE = Path(__file__).parent
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     first: dict[Any, Any] = {}
     for item in items:
-        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-        if isinstance(case, BlockCase):
+        parameters = item.callspec.params if hasattr(item, "callspec") and HERE in item.path.parents else {}
+        case, check = parameters.get("case"), parameters.get("check")
+        if isinstance(case, BlockCase) and check is not None:
             test = (item.path, item.originalname)  # type: ignore[attr-defined]
-            if case.dtype != EVERYWHERE and case.config != first.setdefault(test, case.config):
+            is_first = case.config == first.setdefault(test, case.config)
+            if not runs_by_default(check, case.dtype, first=is_first):
                 item.add_marker(pytest.mark.exhaustive)

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from moshi_ttt.core import testing as kit
 from moshi_ttt.core.block import BlockContext
+from moshi_ttt.core.errors import PrecisionError
 from moshi_ttt.core.testing import BlockCase, default_cases
 from moshi_ttt.plugins.common import short_conv
 from moshi_ttt.plugins.common.success_gate import SuccessGate
@@ -22,6 +23,7 @@ from moshi_ttt.plugins.gating_mlp.corrections import ChunkwiseMemory, ParallelMe
 from moshi_ttt.plugins.hybrid import block as hybrid_block
 from moshi_ttt.plugins.hybrid import fast_network
 from moshi_ttt.plugins.hybrid.block import HybridBlock
+from tests.conformance.variants.grid import runs_by_default
 from tests.unit.plugins.stepper_mutations import (
     a_chunk_that_goes_on_forgets_its_factor,
     a_stream_folds_without_decay,
@@ -172,6 +174,28 @@ def a_call_drops_its_velocity(patch: Patch) -> None:
     patch.setattr(fast_network, "_velocity_after", mutated)
 
 
+def the_velocity_is_kept_in_the_hosts_dtype(patch: Patch) -> None:
+    init_state = HybridBlock.init_state
+
+    def mutated(self, *arguments):
+        state = init_state(self, *arguments)
+        return {n: t.to(self.info.dtype) if n.startswith("velocity") else t for n, t in state.items()}
+
+    patch.setattr(HybridBlock, "init_state", mutated)
+
+
+def a_third_head_has_no_velocity(patch: Patch) -> None:
+    after = fast_network._velocity_after
+
+    def mutated(*arguments):
+        kept = [velocity.clone() for velocity in after(*arguments)]  # [B, H, in, out]
+        for velocity in kept:
+            velocity[:, 2:] = 0
+        return tuple(kept)
+
+    patch.setattr(fast_network, "_velocity_after", mutated)
+
+
 def the_velocity_is_no_memory(patch: Patch) -> None:
     names = HybridBlock.memory_names
     patch.setattr(
@@ -213,8 +237,13 @@ MUTATIONS: list[tuple[Callable[[Patch], None], str, dict[str, Any], Check]] = [
     (a_streams_later_steps_see_half_the_keys, "ttt_mlp", {"chunk": 4, "inner_steps": 2}, kit.check_splits),
     (a_call_drops_its_velocity, "ttt_mlp", MOMENTUM, kit.check_splits),
     (the_velocity_is_no_memory, "ttt_linear", MOMENTUM, kit.check_memory),
+    (the_velocity_is_kept_in_the_hosts_dtype, "ttt_linear", MOMENTUM, kit.check_state_is_float32),
+    (a_third_head_has_no_velocity, "ttt_linear", MOMENTUM, kit.check_splits),
 ]
-RAISED: dict[Callable[[Patch], None], type[Exception]] = {the_ridge_is_read_on_the_host: DataDependentOutputException}
+RAISED: dict[Callable[[Patch], None], type[Exception]] = {
+    the_ridge_is_read_on_the_host: DataDependentOutputException,
+    the_velocity_is_kept_in_the_hosts_dtype: PrecisionError,
+}
 
 
 @pytest.mark.parametrize(
@@ -223,10 +252,11 @@ RAISED: dict[Callable[[Patch], None], type[Exception]] = {the_ridge_is_read_on_t
     ids=[f"{mutate.__name__}-{options.get('update', variant)}" for mutate, variant, options, _ in MUTATIONS],
 )
 def test_the_check_fails(monkeypatch, mutate, variant, options, check):
-    for case in default_cases(variant, [options]):
+    cases = [case for case in default_cases(variant, [options]) if runs_by_default(check, case.dtype, first=False)]
+    for case in cases:
         check(case)
     caught = 0
-    for case in default_cases(variant, [options]):
+    for case in cases:
         with monkeypatch.context() as patch:
             mutate(patch)
             try:

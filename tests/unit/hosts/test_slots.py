@@ -15,8 +15,7 @@ from moshi_ttt.hosts.moshi.stream_values import StreamValue
 from moshi_ttt.hosts.moshi.streaming import save_stream_state
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 from moshi_ttt.hosts.moshi.upstream import LMGen
-
-from .slot_schedules import (
+from tests.conformance.moshi.slot_schedules import (
     DELAYS,
     LM_CONTEXT,
     VARIANTS,
@@ -27,6 +26,7 @@ from .slot_schedules import (
     make_slots,
     model_with,
 )
+
 from .toy import toy_lm
 
 

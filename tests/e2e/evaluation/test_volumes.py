@@ -12,8 +12,7 @@ from moshi_ttt.evaluation.models import evaluate_codes
 from moshi_ttt.evaluation.recall import evaluate
 from moshi_ttt.evaluation.reporting import write_recall
 from moshi_ttt.evaluation.volumes import read_volumes
-
-from .conftest import CONTEXT, document, model_with
+from tests.unit.evaluation.conftest import CONTEXT, document, model_with
 
 FRAMES = 3 * CONTEXT
 VOLUMES = (0.0, 0.5, 1.0)

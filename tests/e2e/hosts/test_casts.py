@@ -22,9 +22,8 @@ from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.layers import block_sites
 from moshi_ttt.hosts.moshi.streaming import restore_stream_state, stream_state
 from tests.project import ROOT
-
-from .toy import generator_of, random_codes, run, user_codes
-from .trained import tiny_with_trained
+from tests.unit.hosts.toy import generator_of, random_codes, run, user_codes
+from tests.unit.hosts.trained import tiny_with_trained
 
 VARIANTS = {
     "ttt_linear": {}, "ttt_mlp": {}, "ttt_multilayer": {}, "gating_mlp": {"train_w_down": True, "clip": 0.5},

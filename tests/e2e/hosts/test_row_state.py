@@ -17,9 +17,8 @@ from moshi_ttt.core.errors import HostError
 from moshi_ttt.hosts.moshi.row_state import RowState
 from moshi_ttt.hosts.moshi.slots import Slots, SlotSettings
 from moshi_ttt.hosts.moshi.streaming import load_stream_state, save_stream_state, stream_state
-
-from .slot_schedules import assert_same_state, codec, frame_of, make_slots, model_with
-from .toy import generator_of, run, toy_lm, user_codes
+from tests.conformance.moshi.slot_schedules import assert_same_state, codec, frame_of, make_slots, model_with
+from tests.unit.hosts.toy import generator_of, run, toy_lm, user_codes
 
 CHILD = """
 import sys
@@ -27,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 sys.path.insert(0, sys.argv[1])
-from tests.unit.hosts.slot_schedules import frame_of, make_slots
+from tests.conformance.moshi.slot_schedules import frame_of, make_slots
 from moshi_ttt.hosts.moshi.row_state import RowState
 from moshi_ttt.hosts.moshi.slots import SlotSettings
 torch.set_num_threads(1)

@@ -16,8 +16,7 @@ from moshi_ttt.evaluation import long_context, zero_shot
 from moshi_ttt.evaluation.models import CONDITIONS, ModelUnderTest, evaluate_codes, load_models
 from moshi_ttt.hosts.moshi import lora
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHost, MoshiHostConfig
-
-from .conftest import document
+from tests.unit.evaluation.conftest import document
 
 HOST = MoshiHostConfig(hf_repo="builtin:tiny", dtype="float32")
 ADAPTERS = {

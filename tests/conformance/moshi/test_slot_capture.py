@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_map_only
 from moshi_ttt.hosts.moshi.row_streams import RowStreams
 from moshi_ttt.hosts.moshi.sampling import SlotGenerator, SlotSettings
 from moshi_ttt.hosts.moshi.slots import Slots
-
-from .slot_schedules import (
+from tests.conformance.moshi.slot_schedules import (
     VARIANTS,
     assert_same,
     callers,
@@ -32,7 +31,7 @@ from .slot_schedules import (
     model_with,
     perform,
 )
-from .test_streaming import Recorder
+from tests.unit.hosts.test_streaming import Recorder
 
 WITH_BLOCKS = [name for name in VARIANTS if name != "base"]
 

@@ -10,8 +10,15 @@ import torch
 from moshi_ttt.hosts.moshi.sampling import SlotGenerator
 from moshi_ttt.hosts.moshi.slots import Slots
 from moshi_ttt.hosts.moshi.stream_values import StreamValue
-
-from .slot_schedules import VARIANTS, assert_same, callers, codec, draw_schedule, make_slots, perform
+from tests.conformance.moshi.slot_schedules import (
+    VARIANTS,
+    assert_same,
+    callers,
+    codec,
+    draw_schedule,
+    make_slots,
+    perform,
+)
 
 SLOW_SCHEDULES = 36  # of each of six variants
 

@@ -13,8 +13,7 @@ from moshi_ttt.evaluation.models import CONDITIONS, evaluate_codes
 from moshi_ttt.evaluation.recall import evaluate
 from moshi_ttt.evaluation.reporting import write_recall
 from moshi_ttt.evaluation.teacher_forcing import stream_losses
-
-from .conftest import CONTEXT, document, model_with
+from tests.unit.evaluation.conftest import CONTEXT, document, model_with
 
 FRAMES = 5 * CONTEXT
 

@@ -1,0 +1,28 @@
+"""Which combinations of the kit's grid run in ``make test``. ``make test-full`` and CI run all of them.
+
+The first option set of each test runs in all dtypes, each with its shape. A further option set runs
+
+- every check in float64, which finds 81 of the 84 pairs of a mutation and a check in ``test_kit_mutations.py``; the
+  three others (``check_volume`` with BlendsAtEveryVolume, ``check_figures_under_autocast``, ``check_long_stream``)
+  depend on the variant and not on its options;
+- ``MORE`` besides: rows and splits with three heads (float32), the dtype of the state in a bfloat16 host.
+
+``test_option_mutations.py`` has mistakes in options, and holds that these combinations find each.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moshi_ttt.core import testing as kit
+from moshi_ttt.core.testing import Check
+
+EVERYWHERE = torch.float64
+MORE: dict[torch.dtype, tuple[Check, ...]] = {
+    torch.float32: (kit.check_splits, kit.check_every_prefix, kit.check_exec_mask, kit.check_rows),
+    torch.bfloat16: (kit.check_state_is_float32,),
+}
+
+
+def runs_by_default(check: Check, dtype: torch.dtype, *, first: bool) -> bool:
+    return first or dtype == EVERYWHERE or check in MORE[dtype]
