@@ -35,5 +35,6 @@ def test_step_0_is_the_base_as_it_computes_where_moshi_compiles():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+@pytest.mark.exhaustive
 def test_step_0_is_the_base_as_it_computes_with_the_compiler():
     assert "done" in run("starts_at_the_base")

@@ -36,6 +36,7 @@ def run(folder, *options):
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.exhaustive
 def test_every_section_passes_on_a_cpu(tmp_path):
     result = run(tmp_path, "--budget", "3000")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

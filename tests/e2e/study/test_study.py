@@ -57,6 +57,7 @@ def study(speech: Path, out: Path, **changes: Any) -> tuple[Path, list[str]]:
     return make(out, **{**options, **changes}), said
 
 
+@pytest.mark.exhaustive
 def test_a_study_goes_on_where_it_was_and_reports(speech, tmp_path):
     out = tmp_path / "study"
     report, said = study(speech, out)
