@@ -186,7 +186,7 @@ class RowState:
             raise HostError(f"{what}: the header of this row's state is damaged: {error!r}.") from None
 
 
-def require_fit(state: RowState, values: Mapping[str, StreamValue], origin: Origin) -> None:
+def require_continuable(state: RowState, values: Mapping[str, StreamValue], origin: Origin) -> None:
     """Raise HostError unless ``state`` can be continued in a row with ``values``, of a model of ``origin``.
 
     A file may be damaged, and what it holds would reach the other rows: a token without an embedding ends the step of

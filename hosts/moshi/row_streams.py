@@ -76,7 +76,7 @@ class RowStreams:
 
     @torch.no_grad()
     def restore(self, row: int, kind: RowKind, tensors: Mapping[str, Tensor]) -> None:
-        """Write what ``save`` returned, and ``require_fit`` accepted, into ``row``, in place."""
+        """Write what ``save`` returned, and ``require_continuable`` accepted, into ``row``, in place."""
         with self._counting_skipped():
             for name, value in self.of_kind(kind).items():
                 value.row_write(row, tensors[name])

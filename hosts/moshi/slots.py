@@ -20,7 +20,7 @@ from moshi_ttt.core.volume import volume_switch
 from moshi_ttt.hosts.moshi.fit import require_codec, require_talking
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.layers import SWITCHES
-from moshi_ttt.hosts.moshi.row_state import GENERATOR, Origin, RowKind, RowState, require_fit
+from moshi_ttt.hosts.moshi.row_state import GENERATOR, Origin, RowKind, RowState, require_continuable
 from moshi_ttt.hosts.moshi.row_streams import RowStreams
 from moshi_ttt.hosts.moshi.sampling import TEXT_TOP_K, TOP_K, SlotGenerator, SlotSettings
 from moshi_ttt.hosts.moshi.slot_stats import RowCounts, SiteStats, site_stats
@@ -152,7 +152,7 @@ class Slots:
         self._check_row(row)
         self._check_settings(settings)
         if state is not None:
-            require_fit(state, self._streams.of_kind(state.kind), self.origin)
+            require_continuable(state, self._streams.of_kind(state.kind), self.origin)
         self._generator.set_row(row, settings)
         self._streams.clear(row)
         joined = _Caller(settings, torch.Generator().manual_seed(settings.seed), settings.seed)
