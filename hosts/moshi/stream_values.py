@@ -139,7 +139,8 @@ class StreamValue:
         if not fits or given.dtype != like.dtype:
             return f"{self.name}: expected {shape} {like.dtype}, got {tuple(given.shape)} {given.dtype}"
         if given.is_floating_point():
-            return None if bool(given.isfinite().all()) else f"{self.name}: not all of it is finite"
+            all_finite = bool(given.isfinite().all())
+            return None if all_finite else f"{self.name}: not all of it is finite"
         least, most = (_ungenerated(self.module), _largest_tokens(self.module)) if self.form == "tokens" else (0, given)
         return None if bool(((given >= least) & (given <= most)).all()) else f"{self.name}: a number no stream has"
 
