@@ -26,8 +26,7 @@ from tests.conformance.moshi.slot_schedules import (
     make_slots,
     model_with,
 )
-
-from .toy import toy_lm
+from tests.unit.hosts.toy import toy_lm
 
 
 def hear(slots: Slots, caller: int, row: int, frames: range, others: dict[int, int] | None = None) -> list:
