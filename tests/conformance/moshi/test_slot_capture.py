@@ -31,7 +31,7 @@ from tests.conformance.moshi.slot_schedules import (
     model_with,
     perform,
 )
-from tests.unit.hosts.test_streaming import Recorder
+from tests.conformance.moshi.test_streaming import Recorder
 
 WITH_BLOCKS = [name for name in VARIANTS if name != "base"]
 

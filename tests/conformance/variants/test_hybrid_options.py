@@ -19,7 +19,7 @@ from moshi_ttt.plugins.ttt_mlp.block import TTTMLP
 from moshi_ttt.plugins.ttt_mlp.config import TTTMLPConfig
 from moshi_ttt.plugins.ttt_multilayer.block import TTTMultilayer
 from moshi_ttt.plugins.ttt_multilayer.config import TTTMultilayerConfig
-from tests.unit.plugins.test_hybrid import build
+from tests.conformance.variants.test_hybrid import build
 
 VARIANTS = {
     "ttt_linear": (TTTLinear, TTTLinearConfig, {}),

@@ -22,7 +22,7 @@ from moshi_ttt.plugins.hybrid.naive import naive_inner_loop, naive_output
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 from moshi_ttt.plugins.ttt_mlp.block import TTTMLP
 from moshi_ttt.plugins.ttt_mlp.config import TTTMLPConfig
-from tests.unit.plugins.test_hybrid import build
+from tests.conformance.variants.test_hybrid import build
 
 DIM, HEADS, GRID = 32, 2, (2, 3, 4)
 WIDTH, TOKENS = DIM // HEADS, 2 * 3 * 4

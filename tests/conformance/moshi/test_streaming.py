@@ -12,8 +12,7 @@ from moshi_ttt.core.errors import ContextError
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.streaming import stream_state
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
-
-from .toy import (
+from tests.unit.hosts.toy import (
     EmbeddingToyBlock,
     ToyBlock,
     buffers,

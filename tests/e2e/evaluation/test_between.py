@@ -14,8 +14,7 @@ from moshi_ttt.evaluation.between import BetweenOptions, evaluate, read_counts
 from moshi_ttt.evaluation.between_report import write_between
 from moshi_ttt.evaluation.documents import Document
 from moshi_ttt.evaluation.models import evaluate_codes
-
-from .conftest import CONTEXT, document, model_with
+from tests.unit.evaluation.conftest import CONTEXT, document, model_with
 
 FRAMES = 3 * CONTEXT
 COUNTS = (1, 2, 4)

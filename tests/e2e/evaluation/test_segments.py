@@ -13,8 +13,7 @@ from moshi_ttt.evaluation.long_context import Options, evaluate
 from moshi_ttt.evaluation.models import CONDITIONS, evaluate_codes
 from moshi_ttt.evaluation.reporting import write_long_context
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
-
-from .conftest import CONTEXT, document, model_with
+from tests.unit.evaluation.conftest import CONTEXT, document, model_with
 
 VARIANTS = ("ttt_linear", "ttt_mlp", "gating_mlp")
 

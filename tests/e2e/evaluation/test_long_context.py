@@ -14,8 +14,7 @@ from moshi_ttt.evaluation.long_context import Options, evaluate, read_spans
 from moshi_ttt.evaluation.models import CONDITIONS, evaluate_codes
 from moshi_ttt.evaluation.reporting import look, write_long_context
 from moshi_ttt.evaluation.teacher_forcing import stream_losses
-
-from .conftest import CONTEXT, document, model_with
+from tests.unit.evaluation.conftest import CONTEXT, document, model_with
 
 VARIANTS = ("ttt_linear", "ttt_mlp", "gating_mlp")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +20,18 @@ from moshi_ttt.hosts.moshi.streaming import (
 )
 from moshi_ttt.hosts.moshi.tiny import CROSS_CONDITION
 from moshi_ttt.hosts.moshi.upstream import ConditionType, LMGen
-
-from .toy import EmbeddingToyBlock, ToyBlock, buffers, generator_of, random_codes, run, stream, toy_lm, user_codes
+from tests.unit.hosts import toy
+from tests.unit.hosts.toy import (
+    EmbeddingToyBlock,
+    ToyBlock,
+    buffers,
+    generator_of,
+    random_codes,
+    run,
+    stream,
+    toy_lm,
+    user_codes,
+)
 
 
 def with_source(model) -> LMGen:
@@ -120,7 +129,7 @@ def test_another_process_continues_mid_chunk(tmp_path):
         expected = torch.stack(run(lm_gen, codes[..., 7:]))
     save_file({"codes": codes[..., 7:].contiguous()}, tmp_path / "codes.safetensors")
     subprocess.run(
-        [sys.executable, "-c", CHILD, str(Path(__file__)), str(tmp_path)], check=True, env={**os.environ}, timeout=120
+        [sys.executable, "-c", CHILD, toy.__file__, str(tmp_path)], check=True, env={**os.environ}, timeout=120
     )
     assert torch.equal(load_file(tmp_path / "out.safetensors")["out"], expected)
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
