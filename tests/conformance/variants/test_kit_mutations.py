@@ -804,7 +804,7 @@ class MutantConfig(TTTLinearConfig):
 
 @pytest.mark.parametrize(
     ("mutation", "check"),
-    [(mutation, check) for mutation, checks in MUTATIONS.items() for check in checks],
+    [(mutation, check) for mutation, checks in MUTATIONS.items() for check in sorted(checks, key=lambda c: c.__name__)],
     ids=lambda value: value.__name__,
 )
 def test_mutation_fails_the_kit(mutation: type[TTTLinear], check: Callable[[BlockCase], None]) -> None:
