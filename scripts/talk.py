@@ -38,7 +38,7 @@ def main() -> int:
         if not wait_until_healthy(server, arguments.port):
             print("The server ended, or did not answer in time. What it printed says why.")
             return server.poll() or 1
-        if arguments.no_browser or not webbrowser.open(page):
+        if arguments.no_browser or not webbrowser.open_new_tab(page):
             print(f"Open {page} in a browser.")
         return server.wait()
     except KeyboardInterrupt:  # the server has been interrupted too: it belongs to the same terminal

@@ -117,9 +117,9 @@ def test_values_that_come_from_a_file_are_not_drawn_first(settings, train, first
     drawn: list[int] = []
     real = running.build
 
-    def counted(chosen, registry, *args, **options):
+    def counted(chosen, *args, registry, **options):
         with Draws() as draws:
-            built = real(chosen, registry, *args, **options)
+            built = real(chosen, *args, registry=registry, **options)
         with Draws() as of_moshi:  # which draws for some of its layers even on the meta device
             skeleton(chosen, registry)
         drawn.append(draws.count - of_moshi.count)
