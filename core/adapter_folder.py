@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moshi_ttt.core import tensor_files
 from moshi_ttt.core.atomic import atomic_folder
 from moshi_ttt.core.errors import AdapterError
 from moshi_ttt.core.paths import user_path
@@ -113,8 +114,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of ``adapter.safetensors``, on the CPU. Raises AdapterError."""
     try:
-        with safe_open(path, framework="pt") as handle:  # type: ignore[no-untyped-call]
-            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (a handle is no mapping)
+        return tensor_files.read_tensors(path)[0]
     except FileNotFoundError:
         raise AdapterError(f"{path} is missing. The adapter is incomplete; save it again.") from None
     except (SafetensorError, OSError) as error:

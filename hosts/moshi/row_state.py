@@ -17,13 +17,14 @@ from typing import Any, Literal, get_args
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.base_weights import weight_digest
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.paths import user_path
+from moshi_ttt.core.tensor_files import read_tensors
 from moshi_ttt.hosts.moshi.base_weights import lora_factors
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.slot_stats import RowCounts
@@ -149,13 +150,11 @@ class RowState:
         """A file that ``save`` wrote. Raises HostError for anything else."""
         path = user_path(path)
         try:
-            with safe_open(path, framework="pt") as handle:  # type: ignore[no-untyped-call]
-                metadata = handle.metadata() or {}
-                # Copies: the file may be replaced while they are in use.
-                tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
+            mapped, metadata = read_tensors(path)
         except (OSError, SafetensorError) as error:
             raise HostError(f"Cannot read the row's state {path}: {error}.") from None
-        return cls._read(metadata, tensors, str(path))
+        # Copies: the file may be replaced while they are in use.
+        return cls._read(metadata, {name: tensor.clone() for name, tensor in mapped.items()}, str(path))
 
     @classmethod
     def _read(cls, metadata: Mapping[str, str], tensors: dict[str, Tensor], what: str) -> RowState:
