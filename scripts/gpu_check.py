@@ -30,11 +30,13 @@ SECTIONS = {
     "blocks": ("blocks", "against_float64", 50, ()),
     "captured step": ("blocks", "captured_step", 40, ()),
     "generation": ("generation", "with_and_without_graphs", 90, ()),
+    "slots": ("slots", "alone_and_together", 60, ()),
     "step 0": ("generation", "step_zero", 40, ()),
     "training": ("training", "training_and_resume", 100, ()),
     "ceilings": ("speed", "ceilings", 15, ()),
     "speed of blocks": ("speed", "training_of_a_block", 60, ("blocks", "ceilings")),
     "speed of decoding": ("speed", "decoding", 80, ("captured step", "generation", "ceilings")),
+    "speed of slots": ("slots", "speed_of_slots", 60, ("slots", "ceilings")),
     "speed of training": ("speed", "training_of_moshi", 90, ("blocks", "ceilings")),
 }
 

@@ -67,8 +67,7 @@ class _Noise:
     """
 
     def __init__(self, rows: int, tokens: int, limit: int, device: torch.device) -> None:
-        pinned = device.type == "cuda"
-        self.drawn = torch.ones(rows, tokens, limit, pin_memory=pinned)
+        self.drawn = torch.ones(rows, tokens, limit, pin_memory=device.type == "cuda")
         self.noise = torch.ones(rows, tokens, limit, device=device)
         self.temperature = torch.zeros(rows, device=device)
         self.top_k = torch.ones(rows, dtype=torch.int64, device=device)
@@ -88,7 +87,8 @@ class _Noise:
             self.drawn[row, token, :top_k].exponential_(1, generator=generator)
 
     def upload(self) -> None:
-        self.noise.copy_(self.drawn, non_blocking=True)
+        # Waits for the copy: the next step of the same tick draws into the buffer that it reads.
+        self.noise.copy_(self.drawn)
 
     def sample(self, logits: Tensor, token: int) -> Tensor:
         """``[B]`` int64 of ``logits [B, V]``: the likeliest where the temperature is 0. No value is read on the CPU.

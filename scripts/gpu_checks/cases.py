@@ -84,10 +84,13 @@ def activations(batch: int, length: int, dim: int, count: int, seed: int = 0) ->
 
 
 def tiny_model(
-    entry: Mapping[str, Any] | None, device: torch.device, dtype: torch.dtype, *, moved: float = 0.1
+    entry: Mapping[str, Any] | None, device: torch.device, dtype: torch.dtype, *, moved: float = 0.1, **sizes: Any
 ) -> tuple[Any, Injection | None]:
-    """A random tiny Moshi, with blocks in two of its layers whose parameters are ``moved`` from their start."""
-    model = random_tiny_lm(device=device, dtype=dtype)
+    """A random tiny Moshi, with blocks in two of its layers whose parameters are ``moved`` from their start.
+
+    ``sizes`` are those of ``random_tiny_lm``.
+    """
+    model = random_tiny_lm(device=device, dtype=dtype, **sizes)
     if entry is None:
         return model, None
     config = parse_config(

@@ -163,7 +163,7 @@ def _kernels(call: Any) -> dict[str, Any]:
     return {"launches": len(kernels), "busy ms": sum(event.time_range.elapsed_us() for event in kernels) / 1e3}
 
 
-def _fill(model: nn.Module, device: torch.device) -> None:
+def fill(model: nn.Module, device: torch.device) -> None:
     """Random weights for a model made on the meta device, sharded or not."""
     generator = torch.Generator(device=device).manual_seed(0)
     with torch.no_grad():
@@ -195,7 +195,7 @@ def training_of_moshi(report: Report) -> None:
             built = skeleton(settings, default_registry())
             shard(MOSHI_HOST, built.model, built.roles, runtime.mesh)
             built.model.to_empty(device=runtime.device)
-            _fill(built.model, runtime.device)
+            fill(built.model, runtime.device)
             lora.initialize_lora(built.model, 0)
             built.injection.initialize()
             built.model.train()
@@ -243,7 +243,7 @@ def decoding(report: Report) -> None:
     registry = default_registry()
     model = MOSHI_HOST.skeleton(MOSHI_HOST.config_class.model_validate(host))
     model.to_empty(device=report.device)
-    _fill(model, report.device)
+    fill(model, report.device)
     model.eval()
     for label, entries in cases.items():
         config = parse_config({"host": host, "ttt": entries}, registry=registry) if entries else None
