@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import BlockState
+from moshi_ttt.plugins.hybrid.chunk_gradient import is_written_out, written_out_inner_loop
 from moshi_ttt.plugins.hybrid.fast_network import (
     ChunkMemory,
     FastNetwork,
@@ -26,7 +27,7 @@ from moshi_ttt.plugins.hybrid.fast_network import (
     query_pass,
 )
 from moshi_ttt.plugins.hybrid.inner_loop import Tokens, only_finite, pack, unpack
-from moshi_ttt.plugins.hybrid.objective import Objective
+from moshi_ttt.plugins.hybrid.objective import InnerNorm, Objective
 
 
 def chunk_inner_loop(
@@ -67,6 +68,13 @@ def chunk_inner_loop(
     # [B, T, 1] -> [B, N]: such tokens of each chunk, the first chunk's earlier ones among them
     num_nonfinite = layout.split(nonfinite[..., None]).sum((2, 3))
     num_nonfinite = torch.cat([num_nonfinite[:, :1] + state["spoiled"][:, None], num_nonfinite[:, 1:]], dim=1)  # [B, N]
+    if isinstance(norm, InnerNorm) and is_written_out(norm, rule, token_scale.dtype):
+        y, fast, earlier = written_out_inner_loop(
+            tokens, fast, earlier, norm, token_scale, layout=layout, causal=causal,
+            checkpoint_chunks=checkpoint_chunks, position=position, applied=num_nonfinite == 0,
+        )  # fmt: skip
+        counters = (after % size, *_counted(num_nonfinite, state["skipped"], after // size))
+        return y, pack(counters, fast, earlier)
     # q, k, v [B, T, H, D] and lr [B, T, H] -> [B, T, H any] -> [B, H, N, C, any] -> N times [B, H, C, any]
     chunks = list(zip(*(layout.split(part.flatten(2), heads).unbind(2) for part in tokens), strict=True))
     call = _Call(layout, causal, norm, token_scale, rule, position, after, num_nonfinite, earlier, updated)
