@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ from moshi_ttt.core.device_log import DeviceLog
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.testing import Shape, default_cases
-from moshi_ttt.plugins.hybrid import chunk
+from moshi_ttt.plugins.hybrid import chunk, chunk_groups
 
 CASES = [
     ("ttt_linear", {"chunk": 4}),
@@ -83,9 +84,9 @@ def bytes_of(case, length, start=None, want_state=False):
 def test_what_is_kept_is_tokens_and_the_fast_weights_between_groups(variant, layers, carried):
     """Bounds from the definition: a group's chunks leave nothing but what the next group starts from.
 
-    Without groups every chunk keeps its fast weights. So N chunks in groups of G keep at least N - N/G sets of fast
-    weights less, and what is kept grows with the number of groups by a set of fast weights (and, in a call that
-    continues a state, by nothing else).
+    Without groups N chunks keep about sqrt(N) sets of fast weights, and what each chunk computed. So groups of G keep
+    at least sqrt(N) - N/G sets less, and what is kept grows with the number of groups by a set of fast weights (and, in
+    a call that continues a state, by nothing else).
     """
     chunk, count, dim, heads, batch = 4, 12, 32, 2, 2
     width = dim // heads
@@ -102,10 +103,11 @@ def test_what_is_kept_is_tokens_and_the_fast_weights_between_groups(variant, lay
         kept[chunks], peak[chunks] = bytes_of(case, chunk * count, start)
     groups = {chunks: -(-(count + carried) // chunks) for chunks in kept if chunks}
     for chunks, number in groups.items():
-        assert kept[None] - kept[chunks] >= (count - number) * weights
+        assert kept[None] - kept[chunks] >= (math.isqrt(count) - number) * weights
         assert abs(kept[chunks] - kept[12] - (number - groups[12]) * weights) <= 0.02 * weights * count
+    assert kept[12] < kept[None] - weights
     # A backward pass holds what is kept, one group's chunks as if they were not grouped, and gradients beside.
-    within = (kept[None] - kept[12]) / count
+    within = (kept[None] - kept[12]) / count + weights
     rest = peak[None] - kept[None] + weights
     for chunks in (1, 2, 3, 4, 6):
         assert peak[chunks] <= kept[chunks] + (chunks + 1) * within + rest
@@ -138,6 +140,7 @@ def test_without_gradients_there_is_nothing_to_keep_and_nothing_is_wrapped(monke
         raise AssertionError("checkpointed without need")
 
     monkeypatch.setattr(chunk, "checkpoint", refuse)
+    monkeypatch.setattr(chunk_groups.Kept, "tensors", refuse)
     case = case_of("ttt_mlp", {"chunk": 4, "checkpoint_chunks": 2})
     block = case.block()
     with torch.no_grad():
@@ -146,8 +149,10 @@ def test_without_gradients_there_is_nothing_to_keep_and_nothing_is_wrapped(monke
         for t in range(9):
             case.step(block, case.inputs(9)[:, t : t + 1], streamed)
     case.call(block.requires_grad_(False), case.inputs(11))
-    with pytest.raises(AssertionError, match="without need"):
-        case.call(block.requires_grad_(True), case.inputs(11))
+    plain = case_of("ttt_mlp", {"chunk": 4, "checkpoint_chunks": 2, "momentum": 0.5})
+    for other, options in ((plain, {}), (case_of("ttt_mlp", {"chunk": 4}), {})):
+        with pytest.raises(AssertionError, match="without need"):
+            other.call(other.block(), other.inputs(11), **options)
 
 
 @pytest.mark.parametrize("chunks", [0, -1, 1.5, True, "all"])

@@ -29,14 +29,12 @@ class NoCausalMask(TTTLinear):
     """Every query of a chunk uses all keys of the chunk, as in the published video form."""
 
     def compute(self, x, state, context):
-        query_pass = chunk.query_pass
-        chunk.query_pass = lambda q, fast, memory, norm, scale, mask, *more: query_pass(
-            q, fast, memory, norm, scale, None, *more
-        )
+        inner_loop = chunk.written_out_inner_loop
+        chunk.written_out_inner_loop = lambda *given, causal, **options: inner_loop(*given, causal=False, **options)
         try:
             return super().compute(x, state, context)
         finally:
-            chunk.query_pass = query_pass
+            chunk.written_out_inner_loop = inner_loop
 
 
 class SharedRows(TTTLinear):
