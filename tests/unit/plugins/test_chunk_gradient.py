@@ -84,7 +84,7 @@ def test_the_second_derivative_of_gelu():
     x = torch.linspace(-6, 6, 241, dtype=torch.float64).requires_grad_()
     (first,) = torch.autograd.grad(chunk_passes.gelu(x).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
-    assert error(chunk_passes.gelu_second(x.detach()), second) < 1e-14
+    assert error(chunk_passes.gelu_second(x.detach()), second) < 1e-13
 
 
 def test_which_options_are_written_out():
@@ -112,6 +112,7 @@ def test_a_call_without_gradients_computes_the_same_bits():
         y, after = call()
     tokens.q.requires_grad_()
     again, after_again = call()
-    assert again.requires_grad and not y.requires_grad
+    assert again.requires_grad
+    assert not y.requires_grad
     assert torch.equal(y, again)
     assert all(torch.equal(after[name], after_again[name]) for name in after)
