@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moshi_ttt.core.format import ChunkLayout
-from moshi_ttt.plugins.hybrid.chunk_groups import Arguments, GroupPlan, in_groups
+from moshi_ttt.plugins.hybrid.chunk_groups import Arguments, ChunkGroup, in_groups
 from moshi_ttt.plugins.hybrid.fast_network import ChunkMemory, FastNetwork, UpdateRule
 from moshi_ttt.plugins.hybrid.inner_loop import Tokens
 from moshi_ttt.plugins.hybrid.objective import InnerNorm, Objective
@@ -63,7 +63,7 @@ def written_out_inner_loop(
     mask = -token_scale[:, None].expand(-1, layout.chunk_size)  # [C, C]: query, key
     mask = mask.tril() if causal else mask
     after = position + layout.length
-    plan = GroupPlan(
+    plan = ChunkGroup(
         norm.eps, 0, 0, _applied(layout, after, applied, rows, q.dtype), _stops(layout, after, rows), begun,
         len(fast.weights),
     )  # fmt: skip

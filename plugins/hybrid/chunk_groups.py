@@ -32,7 +32,7 @@ Tensors = tuple[Tensor, ...]
 
 
 @dataclass
-class GroupPlan:
+class ChunkGroup:
     """What a group of chunks shares that has no gradient.
 
     Attributes:
@@ -143,7 +143,7 @@ class Kept:
         return cls(values, [tuple(rest[i : i + layers]) for i in range(0, len(rest), layers)])
 
 
-def _forward(plan: GroupPlan, given: Arguments, keep: bool) -> tuple[Tensor, Tensors, Kept]:
+def _forward(plan: ChunkGroup, given: Arguments, keep: bool) -> tuple[Tensor, Tensors, Kept]:
     """u_{L-1} of all chunks ``[N, R, C, D]``; the fast weights and the unfinished chunk after them; what is kept."""
     chunks = given.chunks()
     shared = Shared(given.gamma[0], given.mask[0], plan.eps)
@@ -173,7 +173,7 @@ def _forward(plan: GroupPlan, given: Arguments, keep: bool) -> tuple[Tensor, Ten
 
 
 def _weights_again(
-    plan: GroupPlan, given: Arguments, chunks: list[ChunkTokens], kept: Kept
+    plan: ChunkGroup, given: Arguments, chunks: list[ChunkTokens], kept: Kept
 ) -> Iterator[tuple[int, Tensors]]:
     """Each chunk of the group and its fast weights, the last chunk first."""
     count = plan.last - plan.first
@@ -191,7 +191,7 @@ def _weights_again(
             yield plan.first + at, found[at - begin]
 
 
-def _normalized(plan: GroupPlan, given: Arguments, output: Tensor) -> Tensor:
+def _normalized(plan: ChunkGroup, given: Arguments, output: Tensor) -> Tensor:
     """gamma LN(u_{L-1}) + beta, ``[N, R, C, D]``."""
     normal = torch.nn.functional.layer_norm(output, output.shape[-1:], eps=plan.eps)
     return torch.addcmul(given.beta, normal, given.gamma)
@@ -201,7 +201,7 @@ class _Group(torch.autograd.Function):
     """Chunks ``plan.first`` to ``plan.last - 1``: LN(f(q; W_n)) ``[N, R, C, D]``, and what they leave."""
 
     @staticmethod
-    def forward(ctx: Any, plan: GroupPlan, *tensors: Tensor) -> Tensors:
+    def forward(ctx: Any, plan: ChunkGroup, *tensors: Tensor) -> Tensors:
         given = Arguments.of(tensors, plan.layers)
         output, after, kept = _forward(plan, given, keep=not plan.recompute)
         ctx.plan, ctx.arguments = plan, len(tensors)
@@ -214,7 +214,7 @@ class _Group(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan: GroupPlan = ctx.plan
+        plan: ChunkGroup = ctx.plan
         count: int = ctx.arguments
         if all(each is None for each in upstream):
             return (None,) * (1 + count)
@@ -234,7 +234,7 @@ class _Group(torch.autograd.Function):
 
 
 def _norm_backward(
-    plan: GroupPlan, given: Arguments, output: Tensor, upstream: Tensor
+    plan: ChunkGroup, given: Arguments, output: Tensor, upstream: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of u_{L-1} ``[N, R, C, D]``, gamma and beta ``[N, R, 1, D]`` through gamma LN(u_{L-1}) + beta."""
     width = output.shape[-1:]
@@ -247,7 +247,7 @@ def _norm_backward(
 
 
 def _backward(
-    plan: GroupPlan, given: Arguments, output: Tensor, kept: Kept, of_output: Tensor, of_after: Sequence[Tensor]
+    plan: ChunkGroup, given: Arguments, output: Tensor, kept: Kept, of_output: Tensor, of_after: Sequence[Tensor]
 ) -> Arguments:
     """The gradients of ``given``."""
     shared, layers, chunks = Shared(given.gamma[0], given.mask[0], plan.eps), plan.layers, given.chunks()
@@ -301,7 +301,7 @@ def _backward(
     )  # fmt: skip
 
 
-def in_groups(plan: GroupPlan, given: Arguments, together: int | None) -> tuple[Tensor, tuple[Tensors, ...]]:
+def in_groups(plan: ChunkGroup, given: Arguments, together: int | None) -> tuple[Tensor, tuple[Tensors, ...]]:
     """LN(f(q; W_n)) ``[N, R, C, D]``, and the weights, biases, inputs and gradients after the last chunk."""
     count, layers = given.both.shape[0], plan.layers
     recompute = together is not None
@@ -311,7 +311,7 @@ def in_groups(plan: GroupPlan, given: Arguments, together: int | None) -> tuple[
     outputs = []
     for first, tokens in zip(range(0, count, together or count), zip(*parts, strict=True), strict=True):
         last = first + tokens[0].shape[0]
-        group = GroupPlan(plan.eps, first, last, plan.applied, plan.stops, plan.slots, layers, recompute)
+        group = ChunkGroup(plan.eps, first, last, plan.applied, plan.stops, plan.slots, layers, recompute)
         arguments = (*tokens, *now, *given.earlier_inputs, *given.earlier_gradients)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments):
             output, *after = _Group.apply(group, *arguments)  # type: ignore[no-untyped-call]
