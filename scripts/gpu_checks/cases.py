@@ -35,8 +35,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gating_mlp causal": {
         "variant": "gating_mlp", "chunk": CHUNK, "target": "hidden_states", "learned_lr": True, "padding": "causal",
     },
+    "gating_mlp gradient": {
+        "variant": "gating_mlp", "chunk": CHUNK, "update": "gradient", "keys": "unit", "decay": 0.1,
+    },
+    "gating_mlp ridge": {
+        "variant": "gating_mlp", "chunk": CHUNK, "update": "ridge", "lr": 1.0, "learned_lr": True, "keys": "unit",
+        "target_norm": True, "start": "next_frame", "success_gate": True,
+    },
+    "ttt_mlp momentum": {
+        "variant": "ttt_mlp", "chunk": CHUNK, "momentum": 0.5, "inner_steps": 2, "conv_kernel": 3, "value": "embedding",
+    },
 }  # fmt: skip
-"""Every variant, in-place TTT with several sets of options."""
+"""Every variant, some of them with several sets of options."""
 
 
 class GatedMLP(nn.Module):
