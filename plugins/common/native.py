@@ -1,0 +1,97 @@
+"""C++ sources of a plugin, built on the machine that runs them and kept in the user's cache folder.
+
+A library's folder is named after its sources, its flags, torch, and the processor. A build appears whole or not at all,
+so processes that build at once do not disturb each other, and nothing is locked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moshi_ttt.core.errors import ConfigError
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """Operations of torch's in C++.
+
+    Attributes:
+        name: of the library, and of the namespace in ``torch.ops``.
+        what: the start of a sentence that says what it is, for messages.
+        source: the file to compile. headers: files it includes, from its own folder.
+        flags: for the compiler, beside what every library gets.
+        otherwise: a sentence that says how to go on without it.
+    """
+
+    name: str
+    what: str
+    source: Path
+    headers: tuple[Path, ...] = ()
+    flags: tuple[str, ...] = ()
+    otherwise: str = ""
+
+    def load(self) -> None:
+        """Load it, from the cache folder or built now (10 to 40 s).
+
+        Raises:
+            ConfigError: it cannot be built or kept here.
+        """
+        library = _cache() / self.version() / f"{self.name}.so"
+        try:
+            if not library.exists():
+                self._build(library)
+            torch.ops.load_library(library)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.what} cannot be built: {error}. It needs a C++ compiler, g++ or the one that CXX names, and a "
+                f"folder to keep it, {library.parent} (XDG_CACHE_HOME moves it). {self.otherwise}"
+            ) from error
+
+    def version(self) -> str:
+        """Another one for each source, set of flags, torch and kind of processor."""
+        sources = [path.read_text(encoding="utf-8") for path in (self.source, *self.headers)]
+        what = [*sources, *self.flags, torch.__version__, platform.machine()]
+        if "-march=native" in self.flags:
+            what.append(_instructions())
+        return f"{self.name}-{hashlib.sha256(' '.join(what).encode()).hexdigest()[:16]}"
+
+    def _build(self, library: Path) -> None:
+        """Raises OSError: no compiler, it fails, or the folder cannot be written."""
+        torch_folder = Path(torch.__file__).parent
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            built = Path(scratch, library.name)
+            command = [
+                os.environ.get("CXX", "g++"), "-O3", "-std=c++17", "-shared", "-fPIC", *self.flags,
+                f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+                f"-I{torch_folder / 'include'}", f"-I{self.source.parent}", str(self.source), "-o", str(built),
+                f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10",
+            ]  # fmt: skip
+            result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+            if result.returncode != 0:
+                lines = result.stderr.strip().splitlines()
+                said = next((line for line in lines if "error" in line), "it said nothing")
+                raise OSError(f"{command[0]} ended with {result.returncode}: {said}")
+            built.replace(library)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moshi-ttt"
+
+
+def _instructions() -> str:
+    """What tells processors apart whose instructions differ: a home folder may be shared by several."""
+    if CPUINFO.exists():
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+        return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return platform.processor()
