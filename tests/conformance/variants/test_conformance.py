@@ -22,6 +22,13 @@ test_ttt_multilayer = conformance_tests(
     {"chunk": 5, "hidden_dims": (6, 10, 4)},
     {"chunk": 4, "depth": 4, "expansion": 1, "causal": False},
 )
+test_ttt_linear_compiled = conformance_tests(
+    "ttt_linear", {"chunk": 4}, {"chunk": 5, "conv_kernel": 3, "value": "embedding"}, compiled_step=True
+)
+test_ttt_mlp_compiled = conformance_tests("ttt_mlp", {"chunk": 4}, compiled_step=True)
+test_ttt_multilayer_compiled = conformance_tests(
+    "ttt_multilayer", {"chunk": 5, "hidden_dims": (6, 10, 4)}, compiled_step=True
+)
 test_options_of_ttt_linear = conformance_tests(
     "ttt_linear",
     {"chunk": 4, "conv_kernel": 4},
