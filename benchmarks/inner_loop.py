@@ -3,8 +3,9 @@
     python benchmarks/inner_loop.py [--threads 2] [--json FILE]
 
 Training: forward and backward of the chunked form, beside the same arithmetic token by token (what a scan over tokens
-costs) in the same run. Streaming: one step beside one read of each row's fast weights (a ``bmm`` with one row), the
-least a step can cost. Ratios are medians within this run; a red gate prints no time.
+costs) in the same run. Streaming: one step, by tensor operations and compiled, beside one read of each row's fast
+weights (a ``bmm`` with one row), the least a step can cost. Ratios are medians within this run; a red gate prints no
+time.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import clone, num_bytes
 from moshi_ttt.plugins.hybrid import inner_loop
 from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
+from moshi_ttt.plugins.hybrid.compiled import compiled_inner_loop
 from moshi_ttt.plugins.hybrid.fast_network import FastNetwork, key_pass
 from moshi_ttt.plugins.hybrid.inner_loop import Tokens
 from moshi_ttt.plugins.hybrid.naive import naive_inner_loop
@@ -102,16 +104,21 @@ def gate(kind: str) -> float:
     )  # fmt: skip
     expected = expected.transpose(1, 2).flatten(2)
     state = clone(inner_loop.initial_state(problem.weights, problem.biases, 8, 2))
-    tokens = problem.tokens
-    streamed = [
-        recurrent_inner_loop(Tokens(*(part[:, t : t + 1] for part in tokens)), state, problem.norm, problem.scale)
-        for t in range(24)
-    ]
-    forms = (problem.run(), problem.by_token(), torch.cat(streamed, dim=1))
+    streams = []
+    for form in (recurrent_inner_loop, compiled_inner_loop):
+        now = clone(state)
+        tokens = [Tokens(*(part[:, t : t + 1].detach() for part in problem.tokens)) for t in range(24)]
+        streams.append(torch.cat([form(token, now, problem.norm, problem.scale) for token in tokens], dim=1))
+    forms = (problem.run(), problem.by_token(), *streams)
     return max(float((form - expected).detach().abs().max()) for form in forms)
 
 
 def median_ms(function: Callable[[], object], seconds: float = 2.0, least: int = 5) -> float:
+    return times_ms(function, seconds, least)[0]
+
+
+def times_ms(function: Callable[[], object], seconds: float = 2.0, least: int = 5) -> tuple[float, float]:
+    """Median and 99th percentile."""
     function()
     times: list[float] = []
     while len(times) < least or sum(times) < seconds:
@@ -120,7 +127,8 @@ def median_ms(function: Callable[[], object], seconds: float = 2.0, least: int =
         times.append(time.perf_counter() - start)
         if len(times) >= 400:
             break
-    return 1_000 * statistics.median(times)
+    times.sort()
+    return 1_000 * statistics.median(times), 1_000 * times[int(0.99 * (len(times) - 1))]
 
 
 def train_row(kind: str, batch: int, heads: int, length: int, chunk: int, dim: int) -> dict[str, object]:
@@ -152,14 +160,19 @@ def stream_row(kind: str, batch: int, heads: int, dim: int, chunk: int = 16) -> 
         for x, weight in zip(rows, fast.weights, strict=True):
             torch.bmm(x, weight.flatten(0, 1))
 
-    step = median_ms(lambda: recurrent_inner_loop(problem.tokens, state, problem.norm, problem.scale))
-    once = median_ms(read)
+    with torch.no_grad():
+        step = median_ms(lambda: recurrent_inner_loop(problem.tokens, state, problem.norm, problem.scale))
+        fast_step, slowest = times_ms(lambda: compiled_inner_loop(problem.tokens, state, problem.norm, problem.scale))
+        once = median_ms(read)
     return {
         "shape": f"{kind} B{batch} H{heads} D{dim}",
         "state MiB": round(num_bytes(state) / 2**20, 1),
         "step_ms": round(step, 2),
+        "compiled_ms": round(fast_step, 2),
+        "compiled p99_ms": round(slowest, 2),
         "one_read_ms": round(once, 2),
         "step / one read": round(step / once, 1),
+        "compiled / one read": round(fast_step / once, 1),
     }
 
 
