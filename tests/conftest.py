@@ -27,6 +27,19 @@ from typer.testing import CliRunner
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test with the mark ``first_by_default``, every combination but the first is ``exhaustive``."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("first_by_default") is None:
+            continue
+        function = item.nodeid.split("[")[0]
+        if function in seen:
+            item.add_marker(pytest.mark.exhaustive)
+        seen.add(function)
+
+
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
     """Runs a command line in an empty folder; whitespace in what it prints is single blanks."""

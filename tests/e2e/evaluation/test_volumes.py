@@ -18,9 +18,13 @@ FRAMES = 3 * CONTEXT
 VOLUMES = (0.0, 0.5, 1.0)
 
 
-def run(models, volumes=VOLUMES, **changes):
+SHORT = {"frames": 2 * CONTEXT, "conditions": ("updates on",), "clips": 1, "talks": 2}
+"""For what does not depend on how much is evaluated."""
+
+
+def run(models, volumes=VOLUMES, *, talks=3, **changes):
     chosen = {"frames": FRAMES, "conditions": ("updates on", "updates off"), "batch_size": 2, "clips": 2, **changes}
-    documents = [document(2 * FRAMES, n) for n in range(3)]
+    documents = [document(2 * FRAMES, n) for n in range(talks)]
     return evaluate(models, documents, volumes=volumes, **chosen)
 
 
@@ -103,12 +107,12 @@ def test_a_report_has_the_curve(base, loud, tmp_path):
 
 def test_a_report_says_what_the_volume_multiplies(base, loud, tmp_path):
     quiet = model_with("ttt_mlp", name="quiet", output_scale=0.25)
-    first, _ = run([base, quiet, loud], (0.5,)).by_volume
+    first, _ = run([base, quiet, loud], (0.5,), **SHORT).by_volume
     assert first.output_scales == (0.25,)
     two = model_with("ttt_mlp", name="two", layers="0,1", output_scale=0.5)
     block = next(iter(two.injection.blocks.values()))
     block.config = block.config.model_copy(update={"output_scale": 2.0})
-    result = run([base, quiet, loud, two], (0.5,))
+    result = run([base, quiet, loud, two], (0.5,), **SHORT)
     write_recall(tmp_path, result, made_by="test")
     points = json.loads((tmp_path / "metrics.json").read_text())["by_volume"]
     assert [each["output_scales"] for each in points] == [[0.25], [1.0], [0.5, 2.0]]
@@ -120,7 +124,7 @@ def test_what_is_not_at_the_volume_shows(base, loud, tmp_path):
     # As with an adapter's LoRA: the model differs from the base outside its blocks.
     with torch.no_grad():
         loud.model.text_emb.weight.mul_(1.5)
-    result = run([base, loud], (0.0,))
+    result = run([base, loud], (0.0,), **SHORT)
     assert result.by_volume[0].apart > 0
     write_recall(tmp_path, result, made_by="test")
     assert (
@@ -174,4 +178,4 @@ def test_blocks_that_do_not_follow_are_refused_before_any_evaluation(base, loud,
     with pytest.raises(ContextError, match="does not declare scales_output"):
         run([base, loud], on_batch=lambda: losses_of.append(None))
     assert losses_of == []
-    assert run([base, loud], (1.0,)).by_volume[0].volume == 1
+    assert run([base, loud], (1.0,), **SHORT).by_volume[0].volume == 1
