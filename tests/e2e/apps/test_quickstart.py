@@ -41,11 +41,14 @@ FILES = {
 
 
 def test_quickstart_writes_the_whole_folder(cli, tmp_path):
-    result = cli("quickstart", "--steps", 2, "--out", "run", "--config", "tiny-ttt-linear")
+    # 8 s of a stream reach beyond the attention's context, as the 30 s of the default do.
+    config = tmp_path / "short.yaml"
+    config.write_text(find_config("tiny-ttt-linear").read_text() + "stream: {seconds: 8}\n")
+    result = cli("quickstart", "--steps", 2, "--out", "run", "--config", config)
     assert result.exit_code == 0, result.said
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == FILES
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "short.yaml"}
     for name in FILES - {"adapter", ".made_by.json"}:
         assert (folder / name).stat().st_size > 1_000, name
     metrics = json.loads((folder / "metrics.json").read_text())

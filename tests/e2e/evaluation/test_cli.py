@@ -92,7 +92,7 @@ def test_long_context_in_segments(cli, talks, adapter, tmp_path):
 
 def test_recall(cli, talks, adapter, tmp_path):
     result = cli(
-        "evaluate", "recall", "train-cpu", "--data", talks, "--layout", "librilight", "--frames", 80,
+        "evaluate", "recall", "train-cpu", "--data", talks, "--layout", "librilight", "--frames", 66,
         "--clips", 2, "-a", f"mine={adapter}", "--out", tmp_path / "recall",
     )  # fmt: skip
     assert result.exit_code == 0, result.said
@@ -103,7 +103,7 @@ def test_recall(cli, talks, adapter, tmp_path):
 
 
 def test_earlier_names_of_options_work_with_a_warning(cli, talks, tmp_path):
-    given = ("recall", "train-cpu", "--data", talks, "--layout", "librilight", "--frames", 80, "--out", tmp_path / "r")
+    given = ("recall", "train-cpu", "--data", talks, "--layout", "librilight", "--frames", 66, "--out", tmp_path / "r")
     result = cli("evaluate", *given, "--pieces", 2)
     assert result.exit_code == 0, result.said
     assert "Warning: --pieces is now --clips" in result.said
@@ -122,7 +122,7 @@ def test_earlier_names_of_options_work_with_a_warning(cli, talks, tmp_path):
 
 def test_recall_by_volume(cli, talks, adapter, tmp_path):
     command = [
-        "evaluate", "recall", "train-cpu", "--data", talks, "--layout", "librilight", "--frames", 80, "--out",
+        "evaluate", "recall", "train-cpu", "--data", talks, "--layout", "librilight", "--frames", 66, "--out",
         tmp_path / "recall",
     ]  # fmt: skip
     for given, message in ((["0,0.5,0.5"], "are one volume"), ([""], "'' is no volume"), (["0,loud"], "'loud' is no")):
