@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moshi_ttt.core.block import BlockContext
+from moshi_ttt.core.state_ranges import LARGEST_COUNT
 from moshi_ttt.hosts.moshi.streaming import BlockStreamState
 
 RECENT = 12
@@ -63,6 +64,18 @@ class RowCounts:
             done = self.tokens % chunk == 0
             self.updates[chunk] = self.updates.get(chunk, 0) + (done and any_enabled)
             self.enabled[chunk] = any_enabled and not done
+
+    def problems(self) -> Iterator[str]:
+        """Why no row has counted this."""
+        for name, count in (("frames", self.frames), ("tokens", self.tokens)):
+            if not 0 <= count <= LARGEST_COUNT:
+                yield f"it counts {count} {name}, and 0 to {LARGEST_COUNT} are allowed"
+        for chunk in sorted(self.updates.keys() | self.enabled.keys()):
+            if chunk < 1:
+                yield f"it counts updates in chunks of {chunk} tokens, and 1 or more are allowed"
+            elif not 0 <= (updates := self.updates.get(chunk, 0)) <= max(0, self.tokens) // chunk:
+                most = max(0, self.tokens) // chunk
+                yield f"it counts {updates} updates, and its {self.tokens} tokens are {most} chunks of {chunk}"
 
     def copy(self) -> RowCounts:
         return RowCounts(self.frames, self.tokens, dict(self.updates), dict(self.enabled))
