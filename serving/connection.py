@@ -78,6 +78,11 @@ class Connection:
     def extension(self) -> bool:
         return self._greeting.extension
 
+    @property
+    def closing(self) -> bool:
+        """Whether it is closed, or about to be."""
+        return self._ending is not None or self._ws.closed
+
     async def run(self) -> None:
         """Until the client goes away, or ``end`` is called."""
         for work in (self._send(), self._admit()):
