@@ -94,9 +94,13 @@ def site_stats(state: BlockStreamState, row: int, counts: RowCounts, steps: int)
     if state.recent is not None and steps:
         tokens = min(steps, state.recent.x.shape[1])
         x, embeddings = (kept[row : row + 1, -tokens:] for kept in (state.recent.x, state.recent.embeddings))
-        context = BlockContext(input_embeddings=embeddings)
-        now = _mean(block.recent_losses(x, own, context))
-        start = _mean(block.recent_losses(x, block.init_state(1, x.device), context))
+        # Both in one call, as two rows: at these sizes a call costs more than what it computes.
+        first = block.init_state(1, x.device)
+        both = {name: torch.cat([tensor, first[name]]) for name, tensor in own.items()}  # [1, ...] twice -> [2, ...]
+        context = BlockContext(input_embeddings=embeddings.expand(2, -1, -1))
+        losses = block.recent_losses(x.expand(2, -1, -1), both, context)
+        if losses is not None:
+            now, start = _mean(losses[:1]), _mean(losses[1:])
     chunk = block.chunk_tokens
     return SiteStats(
         site=str(block.info.site), variant=str(block.config.variant), moved=float(block.drift(own)[0]), inner_loss=now,
@@ -105,8 +109,8 @@ def site_stats(state: BlockStreamState, row: int, counts: RowCounts, steps: int)
     )  # fmt: skip
 
 
-def _mean(losses: Tensor | None) -> float | None:
+def _mean(losses: Tensor) -> float | None:
     """Over ``[1, H, T]``, without NaN; None where nothing is left."""
-    if losses is None or bool(losses.isnan().all()):
+    if bool(losses.isnan().all()):
         return None
     return float(losses.nanmean())
