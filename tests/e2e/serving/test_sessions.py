@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 
+from moshi_ttt.serving.audio import OpusOut
 from moshi_ttt.serving.engine import QUEUE_FRAMES
 from moshi_ttt.serving.memory_store import MemoryStore
 from moshi_ttt.serving.server import ServerOptions
@@ -370,5 +371,35 @@ def test_a_client_that_goes_away_has_its_memory_kept_if_it_asked(tmp_path):
             await client.ws.close()
             await here.counts(free=2)
             assert len(store.listed(client.of("session")[0]["owner"])) == 1
+
+    run(work())
+
+
+def test_the_loop_does_other_work_between_the_frames_that_are_encoded(monkeypatch):
+    """Opus holds the interpreter: the answers of a tick, which come at once, are encoded one in a turn of the loop."""
+    turn, encoded = [0], []
+
+    def count():
+        turn[0] += 1
+        asyncio.get_running_loop().call_soon(count)
+
+    original = OpusOut.encode
+
+    def encode(self, pcm):
+        encoded.append(turn[0])
+        return original(self, pcm)
+
+    async def work():
+        monkeypatch.setattr(OpusOut, "encode", encode)
+        async with site(FakeSlots(count=8)) as here:
+            callers = [(await (await here.connect()).started(), Opus()) for _ in range(8)]
+            count()
+            for _ in range(12):
+                for client, opus in callers:
+                    await client.ws.send_bytes(opus.page(tone(1)))
+            for client, _ in callers:
+                await client.until(lambda client=client: len(client.audio) >= 2)
+        assert len(encoded) >= 16
+        assert len(set(encoded)) == len(encoded), "two frames in one turn"
 
     run(work())
