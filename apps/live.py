@@ -15,6 +15,7 @@ import typer
 from moshi_ttt.apps.talker import Talker, chosen_adapter, load_talker
 from moshi_ttt.hosts.moshi.slots import Slots
 from moshi_ttt.serving.access import AccessRules, is_loopback
+from moshi_ttt.serving.http import HttpOptions
 from moshi_ttt.serving.logs import log_as_json
 from moshi_ttt.serving.memory_store import MemoryStore, StoreLimits
 from moshi_ttt.serving.precision import Precision
@@ -35,6 +36,7 @@ class LiveRequest:
     precision: str
     store: StoreLimits
     sessions: SessionLimits
+    http: HttpOptions
     access: AccessRules
     tls: ssl.SSLContext | None
 
@@ -62,7 +64,8 @@ def listen(
                 precision = cast(Precision, request.precision)
                 store = MemoryStore(request.memories, request.store, precision=precision, start=start)
             options = ServerOptions(
-                access=request.access, sessions=request.sessions, store=store, tls=request.tls, seed=request.seed,
+                access=request.access, sessions=request.sessions, http=request.http, store=store, tls=request.tls,
+                seed=request.seed,
                 facts={"model": talker.facts, "memories": store is not None, "blocks": _blocks(talker)},
             )  # fmt: skip
             return serve(slots, text_of(talker), listening, options, lambda port: ready(talker, port))

@@ -20,6 +20,7 @@ from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.site import SiteInfo, SiteKind
 from moshi_ttt.core.state import BlockState
+from moshi_ttt.core.state_ranges import StateRange, counters
 
 
 class BlockContract(nn.Module, ABC):
@@ -199,6 +200,14 @@ class BlockContract(nn.Module, ABC):
         the restore then reports what is missing. ``state`` itself stays.
         """
         return dict(state)
+
+    def state_ranges(self) -> Mapping[str, StateRange]:
+        """The whole numbers that entries of the state can hold, by name: a state from a file is refused outside them.
+
+        By default every entry of whole numbers counts from 0. A block whose steps use one as an index (a position in
+        the chunk) declares its bounds: a number beyond them would raise in a step, for all rows.
+        """
+        return counters(self.init_state(1))
 
     def skipped_updates(self, state: BlockState) -> Tensor:
         """``[B]`` int64: updates, of tokens or chunks, that each stream skipped: see ``skips_nonfinite``.

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -45,6 +45,7 @@ class Service:
     Attributes:
         text_of: what a text token says; None for one that says nothing.
         new_seed: the seed of a client that names none.
+        encoding: whose turn it is. Opus holds the interpreter for a millisecond a frame, in any thread.
     """
 
     engine: Engine
@@ -54,6 +55,7 @@ class Service:
     new_seed: Callable[[], int]
     rate: int
     frame_size: int
+    encoding: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Connection:
@@ -77,6 +79,11 @@ class Connection:
     @property
     def extension(self) -> bool:
         return self._greeting.extension
+
+    @property
+    def closing(self) -> bool:
+        """Whether it is closed, or about to be."""
+        return self._ending is not None or self._ws.closed
 
     async def run(self) -> None:
         """Until the client goes away, or ``end`` is called."""
@@ -197,7 +204,10 @@ class Connection:
                 if isinstance(data, bytes):
                     await self._ws.send_bytes(data)
                     continue
-                if encoded := self._out.encode(data.pcm):
+                async with self._service.encoding:
+                    encoded = self._out.encode(data.pcm)
+                    await asyncio.sleep(0)  # a tick's answers come at once: the loop does others' work between them
+                if encoded:
                     await self._ws.send_bytes(message(protocol.AUDIO, encoded))
                 if text := self._service.text_of(int(data.tokens[0])):
                     await self._ws.send_bytes(message(protocol.TEXT, text.encode()))

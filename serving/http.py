@@ -15,6 +15,7 @@ from aiohttp import hdrs, web
 from moshi_ttt.serving import protocol
 from moshi_ttt.serving.access import AccessRules, subprotocols
 from moshi_ttt.serving.connection import CLOSE_SEC, Connection, Service
+from moshi_ttt.serving.idle import IdleConnections
 from moshi_ttt.serving.protocol import EXTENSION, MESSAGE_BYTES, ProtocolError, message, read_query, reason
 
 _log = logging.getLogger("moshi_ttt.serving")
@@ -44,10 +45,14 @@ class HttpOptions:
     Attributes:
         connections: WebSockets at a time, those that wait or are refused included.
         heartbeat_sec: between two WebSocket pings. A client has half of it to answer.
+        request_sec: for a TLS handshake, for a request to come whole, and between an answer and the next request.
+        idle: connections without a whole request, at a time; a further one closes the one that has waited longest.
     """
 
     connections: int = 256
     heartbeat_sec: float = 60.0
+    request_sec: float = 10.0
+    idle: int = 256
 
 
 class HttpService:
@@ -59,11 +64,12 @@ class HttpService:
         self._service, self._access, self._facts = service, access, facts
         self._options = options or HttpOptions()
         self._open = 0
+        self.idle = IdleConnections(self._options.request_sec, self._options.idle, service.metrics)
         self._page = static_files()
         service.metrics.watch("open", lambda: self._open)
 
     def app(self) -> web.Application:
-        app = web.Application(middlewares=[_answer_safely], client_max_size=REQUEST_BYTES)
+        app = web.Application(middlewares=[self._answer, _answer_safely], client_max_size=REQUEST_BYTES)
         app.router.add_get("/", self._index)
         app.router.add_get("/api/health", self._health)
         app.router.add_get("/api/info", self._known(self._info))
@@ -71,6 +77,13 @@ class HttpService:
         app.router.add_get("/api/chat", self._chat)
         app.router.add_get("/{name}", self._static)  # beside the page, as where Moshi's own server shows a page
         return app
+
+    @web.middleware
+    async def _answer(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        with self.idle.answering(request.protocol):
+            return await handler(request)
 
     def _known(
         self, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]

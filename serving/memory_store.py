@@ -19,7 +19,7 @@ from threading import Lock
 
 from safetensors import SafetensorError
 
-from moshi_ttt.core.errors import MoshiTTTError
+from moshi_ttt.core.errors import HostError, MoshiTTTError
 from moshi_ttt.hosts.moshi.row_state import RowKind, RowState
 from moshi_ttt.serving.precision import Precision, pack, unpack
 from moshi_ttt.system.folder_lock import hold
@@ -105,6 +105,10 @@ class MemoryStore:
         Raises MemoryStoreError where a limit is reached, or where the disk does not take it.
         """
         packed, loss = pack(state, self._precision, self._start)
+        with _told("take it"):
+            return self._save(owner, packed), loss
+
+    def _save(self, owner: str, packed: RowState) -> StoredMemory:
         self.expire()
         with self._lock:
             kept = self._files(owner)
@@ -117,28 +121,30 @@ class MemoryStore:
                 raise MemoryStoreError("This server keeps as much as it may. Ask whoever runs it for more room.")
             folder = self._folder(owner)
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{state.kind}-{secrets.token_hex(16)}{SUFFIX}"
-            try:
-                packed.save(path)
-            except (OSError, SafetensorError) as error:
-                raise MemoryStoreError(f"The server's disk did not take it: {error}.") from error
-            return _described(path), loss
+            path = folder / f"{packed.kind}-{secrets.token_hex(16)}{SUFFIX}"
+            packed.save(path)
+            return _described(path)
 
     def listed(self, owner: str) -> list[StoredMemory]:
-        """What an owner keeps, the newest first."""
-        self.expire()
-        with self._lock:
-            return sorted((_described(path) for path in self._files(owner)), key=lambda each: -each.saved)
+        """What an owner keeps, the newest first. Raises MemoryStoreError where the disk does not say."""
+        with _told("list it"):
+            self.expire()
+            with self._lock:
+                return sorted((_described(path) for path in self._files(owner)), key=lambda each: -each.saved)
 
     def load(self, owner: str, name: str) -> RowState:
         """Raises MemoryStoreError where the owner keeps nothing of that name, HostError where the file is damaged."""
-        return unpack(RowState.load(self._path(owner, name)), self._start)
+        path = self._path(owner, name)
+        try:
+            state = RowState.load(path)
+        except HostError as error:
+            raise HostError(str(error).replace(str(path), name)) from None  # a client is not told where it lies
+        return unpack(state, self._start)
 
     def delete(self, owner: str, name: str) -> None:
-        """Raises MemoryStoreError where the owner keeps nothing of that name."""
-        path = self._path(owner, name)
-        with self._lock:
-            path.unlink(missing_ok=True)
+        """Raises MemoryStoreError where the owner keeps nothing of that name, or the disk does not delete it."""
+        with _told("delete it"), self._lock:
+            self._path(owner, name).unlink(missing_ok=True)
 
     def expire(self) -> int:
         """Remove what is too old. Returns how many files that were."""
@@ -166,6 +172,17 @@ class MemoryStore:
         if not found:
             raise MemoryStoreError("You keep no memory of that name.")
         return found[0]
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """What the disk refuses, as an error in words for the client, without the server's paths."""
+    try:
+        yield
+    except OSError as error:
+        raise MemoryStoreError(f"The server's disk did not {what}: {error.strerror}.") from error
+    except SafetensorError as error:
+        raise MemoryStoreError(f"The server's disk did not {what}: {error}.") from error
 
 
 def _described(path: Path) -> StoredMemory:

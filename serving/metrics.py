@@ -43,6 +43,11 @@ class ServerMetrics:
         self._rows = Gauge("moshi_ttt_rows", "Rows of the model by use", ["use"], registry=own)
         self._waiting = Gauge("moshi_ttt_waiting", "Clients that wait for a row", registry=own)
         self._open = Gauge("moshi_ttt_open_connections", "WebSockets that are open", registry=own)
+        self._idle = Gauge("moshi_ttt_idle_connections", "Connections without a whole request", registry=own)
+        self.idle_closed = Counter(
+            "moshi_ttt_closed_idle_connections", "Connections that were closed because no whole request came",
+            registry=own,
+        )  # fmt: skip
 
     def ticked(self, seconds: float, waits: Sequence[float]) -> None:
         self.tick_seconds.observe(seconds)
@@ -51,14 +56,11 @@ class ServerMetrics:
         for wait in waits:
             self.answer_seconds.observe(wait)
 
-    def watch(self, use: Literal["taken", "free", "waiting", "open"], value: Callable[[], float]) -> None:
+    def watch(self, use: Literal["taken", "free", "waiting", "open", "idle"], value: Callable[[], float]) -> None:
         """Read a gauge whenever somebody asks for the figures."""
-        if use == "waiting":
-            self._waiting.set_function(value)
-        elif use == "open":
-            self._open.set_function(value)
-        else:
-            self._rows.labels(use=use).set_function(value)
+        gauges = {"waiting": self._waiting, "open": self._open, "idle": self._idle}
+        gauge = gauges[use] if use in gauges else self._rows.labels(use=use)
+        gauge.set_function(value)
 
     def exposition(self) -> bytes:
         """The figures in Prometheus's text format."""

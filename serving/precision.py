@@ -58,11 +58,21 @@ def unpack(state: RowState, start: RowState | None = None) -> RowState:
         dtype, _, name = written.removeprefix(form).partition(":")
         if dtype not in _DTYPES:
             raise HostError(f"This memory holds {written!r}, a form that this version does not read.")
+        if tensor.dtype != torch.bfloat16 or name in tensors or name in state.tensors:
+            raise HostError(
+                f"This memory is damaged: {written!r} is {tensor.dtype}, or is there twice. Give another one."
+            )
         value = tensor.to(_DTYPES[dtype])
         if form == DIFFERENCE:
             if start is None:
                 raise HostError("This memory is a difference from the learned start, which this store was not given.")
-            value = value + start.tensors.get(name, torch.zeros_like(value))
+            first = start.tensors.get(name, value)
+            if first.shape != value.shape:
+                raise HostError(
+                    f"This memory is damaged: {written!r} is {tuple(value.shape)}, and {tuple(first.shape)} is needed. "
+                    "Give the memory of a row of the same model, adapter and options."
+                )
+            value = value + (first if name in start.tensors else 0)
         tensors[name] = value
     return replace(state, tensors=tensors)
 

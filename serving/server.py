@@ -142,8 +142,15 @@ async def running(
     house = loop.create_task(sessions.keep_house())
     try:
         engine.start()
-        await web.SockSite(runner, listening, ssl_context=options.tls, backlog=BACKLOG).start()
-        yield server
+        assert runner.server is not None
+        accepting = await loop.create_server(
+            http.idle.watched(runner.server), sock=listening, ssl=options.tls, backlog=BACKLOG,
+            ssl_handshake_timeout=None if options.tls is None else options.http.request_sec,
+        )  # fmt: skip
+        try:
+            yield server
+        finally:
+            accepting.close()
     finally:
         await server.close()
         house.cancel()

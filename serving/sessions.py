@@ -29,8 +29,16 @@ _log = logging.getLogger("moshi_ttt.serving")
 HOUSEKEEPING_SEC = 1.0
 
 
+NO_ROW = "All places are taken. Try again later."
+
+
 class NoRowError(MoshiTTTError, RuntimeError):
     """No row is free, and the client does not wait, or too many do."""
+
+
+def _refuse(granted: asyncio.Future[int], words: str = NO_ROW) -> None:
+    if not granted.done():
+        granted.set_exception(NoRowError(words))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +47,14 @@ class SessionLimits:
 
     Attributes:
         waiting: clients that wait for a row.
+        leaving_sec: how long a client that cannot be told its place waits for a row that is being given back.
         resume_sec: how long the row of a lost connection is kept for it.
         idle_sec: how long a client may have a row without sending sound.
         session_sec: how long a session lasts. Beyond a day, positions are no longer exact in float32.
     """
 
     waiting: int = 32
+    leaving_sec: float = 2.0
     resume_sec: float = 30.0
     idle_sec: float = 300.0
     session_sec: float = 24 * 3600.0
@@ -70,6 +80,11 @@ class CallerSession:
         self.ended = False
         self._engine, self._store = engine, store
         self.line = Line(row=row, answered=self._answered, last_frame=time.perf_counter())
+
+    @property
+    def leaves(self) -> bool:
+        """Whether its row is being given back, or its connection is closing."""
+        return self.ended or (self.connection is not None and self.connection.closing)
 
     def _answered(self, output: SlotOutput) -> None:
         if self.connection is not None:
@@ -135,7 +150,7 @@ class Sessions:
         self._engine, self._metrics, self._store = engine, metrics, store
         self._free = deque(range(rows))
         self._sessions: dict[str, CallerSession] = {}
-        self._waiting: deque[tuple[asyncio.Future[int], Callable[[int], None]]] = deque()
+        self._waiting: deque[tuple[asyncio.Future[int], Callable[[int], None] | None]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
         metrics.watch("free", lambda: len(self._free))
         metrics.watch("taken", lambda: len(self._sessions))
@@ -148,7 +163,8 @@ class Sessions:
     async def begin(self, settings: SlotSettings, told: Callable[[int], None] | None) -> CallerSession:
         """A session in a free row. Where there is none, wait for one if ``told`` can tell the place in the line.
 
-        Raises NoRowError, and EngineStoppedError.
+        A client that cannot be told waits only for a row that is being given back, and for ``leaving_sec`` at most: who
+        leaves and comes again at once finds its place. Raises NoRowError, and EngineStoppedError.
         """
         row = await self._row(told)
         session = CallerSession(self._engine, row, settings, self._store)
@@ -165,12 +181,18 @@ class Sessions:
     async def _row(self, told: Callable[[int], None] | None) -> int:
         if self._free and not self._waiting:
             return self._free.popleft()
-        if told is None or len(self._waiting) >= self.limits.waiting or self.closing:
-            raise NoRowError("All places are taken. Try again later.")
-        granted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        comes = told is not None or self._leaving > len(self._waiting)
+        if not comes or len(self._waiting) >= self.limits.waiting or self.closing:
+            raise NoRowError(NO_ROW)
+        loop = asyncio.get_running_loop()
+        granted: asyncio.Future[int] = loop.create_future()
         entry = (granted, told)
         self._waiting.append(entry)
-        told(len(self._waiting))
+        deadline = None
+        if told is not None:
+            told(len(self._waiting))
+        else:
+            deadline = loop.call_later(self.limits.leaving_sec, _refuse, granted)
         try:
             return await granted
         except asyncio.CancelledError:
@@ -178,9 +200,16 @@ class Sessions:
                 self._give_back(granted.result())
             raise
         finally:
+            if deadline is not None:
+                deadline.cancel()
             if entry in self._waiting:
                 self._waiting.remove(entry)
                 self._tell_places()
+
+    @property
+    def _leaving(self) -> int:
+        """Rows whose callers are going away, so that they are soon free."""
+        return sum(1 for session in self._sessions.values() if session.leaves)
 
     def _give_back(self, row: int) -> None:
         self._free.append(row)
@@ -192,7 +221,8 @@ class Sessions:
 
     def _tell_places(self) -> None:
         for place, (_, told) in enumerate(self._waiting, start=1):
-            told(place)
+            if told is not None:
+                told(place)
 
     def resume(self, secret: str, connection: Connection) -> CallerSession | None:
         """The session of ``secret`` with a new connection, which takes the place of one that is still there."""
@@ -276,7 +306,7 @@ class Sessions:
         """End all sessions: save what was asked for, say goodbye, and wait until the rows are free."""
         self.closing = True
         while self._waiting:
-            self._waiting.popleft()[0].set_exception(NoRowError(words))
+            _refuse(self._waiting.popleft()[0], words)
         await asyncio.gather(*(self._goodbye(session, code, words) for session in list(self._sessions.values())))
         while self._tasks:
             await asyncio.gather(*list(self._tasks), return_exceptions=True)

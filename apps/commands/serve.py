@@ -25,6 +25,7 @@ def serve(
     waiting: given.Waiting = 32,
     resume: given.Resume = 30.0,
     idle: given.Idle = 300.0,
+    request_sec: given.RequestSec = 10.0,
     token_file: given.TokenFile = None,
     allow_origin: given.AllowOrigin = None,
     tls_cert: given.Certificate = None,
@@ -42,6 +43,7 @@ def serve(
     from moshi_ttt.apps.live import LiveRequest, listen, page_address
     from moshi_ttt.apps.talker import Talker
     from moshi_ttt.serving.access import read_token, rules_for
+    from moshi_ttt.serving.http import HttpOptions
     from moshi_ttt.serving.memory_store import DAY, MIB, StoreLimits
     from moshi_ttt.serving.precision import Precision
     from moshi_ttt.serving.server import bound_socket, tls_context
@@ -57,6 +59,7 @@ def serve(
             per_owner=per_owner, total_bytes=int(max_gib * 1024 * MIB), max_age_sec=max_days * DAY or None
         ),
         sessions=SessionLimits(waiting=waiting, resume_sec=resume, idle_sec=idle),
+        http=HttpOptions(request_sec=request_sec),
         access=rules_for(host, token=token, insecure=insecure, origins=allow_origin or []), tls=tls,
     )  # fmt: skip
 

@@ -58,6 +58,13 @@ Idle = Annotated[
     float,
     typer.Option("--idle-sec", min=1, help="Seconds that a slot is kept without sound.", rich_help_panel=LIMITS),
 ]
+RequestSec = Annotated[
+    float,
+    typer.Option(
+        "--request-sec", min=0.1, help="Seconds for a TLS handshake, and for a request to come whole.",
+        rich_help_panel=LIMITS,
+    ),
+]  # fmt: skip
 TokenFile = Annotated[
     Path | None,
     typer.Option("--token-file", **PATH, help="File with a token that clients must send.", rich_help_panel=ACCESS),

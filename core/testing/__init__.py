@@ -63,7 +63,12 @@ from moshi_ttt.core.testing.checks_training import (
     check_trainable_set,
     check_two_forwards,
 )
-from moshi_ttt.core.testing.checks_updates import check_inner_lr_factor, check_memory, check_updates_off
+from moshi_ttt.core.testing.checks_updates import (
+    check_inner_lr_factor,
+    check_memory,
+    check_state_ranges,
+    check_updates_off,
+)
 from moshi_ttt.core.testing.checks_volume import check_volume, check_volume_gradient, check_volume_streamed
 from moshi_ttt.core.testing.device_cost import DeviceCost, check_device, device_cost
 from moshi_ttt.core.testing.host_checks import (
@@ -97,6 +102,7 @@ CHECKS: tuple[Check, ...] = (
     check_volume_streamed,
     check_volume_gradient,
     check_memory,
+    check_state_ranges,
     check_inner_lr_factor,
     check_no_host_read,
     check_device,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from moshi_ttt.core import state as states
+from moshi_ttt.core.state_ranges import is_whole, range_problems
 from moshi_ttt.core.testing.case import BlockCase, assert_close, assert_equal
 
 
@@ -80,3 +81,37 @@ def check_inner_lr_factor(case: BlockCase) -> None:
     else:
         for factor in (1e-3, 0.0):
             assert_equal(outputs[factor], outputs[1.0], "inner_lr_factor has an effect: declare scales_inner_lr")
+
+
+def check_state_ranges(case: BlockCase) -> None:
+    """The declared ranges hold along every stream, and a step from each bound works: nothing else may be restored."""
+    if not case.causal:
+        return
+    block, x = case.block(), case.inputs(2 * case.chunk + 1)
+    ranges = block.state_ranges()
+    state = block.allocate_state(x.shape[0])
+    whole = {name for name, tensor in state.items() if is_whole(tensor)}
+    assert set(ranges) == whole, f"ranges are declared for {sorted(ranges)}, and whole numbers are {sorted(whole)}"
+    for t in range(x.shape[1]):
+        token = x[:, t : t + 1].clone()
+        if t % 3 == 1:
+            token[0] = float("nan")
+        case.step(block, token, state, updates=torch.arange(x.shape[0]) != t % 2)
+        problems = list(range_problems(ranges, state))
+        assert not problems, f"after {t + 1} tokens: {problems}"
+    for name, allowed in ranges.items():
+        for value in (allowed.least, allowed.most):
+            at_bound = states.clone(state)
+            at_bound[name].fill_(value)
+            if allowed.up_to is not None:
+                at_bound[allowed.up_to].fill_(value)
+            for other, theirs in ranges.items():
+                if theirs.up_to is not None:
+                    at_bound[other].copy_(torch.minimum(at_bound[other], at_bound[theirs.up_to]))
+            assert not list(range_problems(ranges, at_bound)), f"{name} = {value}"
+            try:
+                case.step(block, x[:, :1], states.clone(at_bound))
+                with torch.no_grad():
+                    case.call(block, x[:, :1], at_bound)
+            except (IndexError, RuntimeError) as error:
+                raise AssertionError(f"{name} = {value} is declared as allowed, and a step raises: {error}") from error

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from moshi_ttt.core.paths import user_path
 from moshi_ttt.core.tensor_files import read_tensors
 from moshi_ttt.hosts.moshi.base_weights import lora_factors
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.hosts.moshi.row_checks import generator_problem, value_problems
 from moshi_ttt.hosts.moshi.slot_stats import RowCounts
 from moshi_ttt.hosts.moshi.stream_values import StreamValue
 from moshi_ttt.hosts.moshi.upstream import LMModel, MimiModel
@@ -34,6 +34,7 @@ from moshi_ttt.hosts.moshi.upstream import LMModel, MimiModel
 FORMAT = "moshi_ttt.row_state"
 VERSION = 1
 RowKind = Literal["memory", "session"]
+Value = TypeVar("Value")
 GENERATOR = "generator"
 """The name of the generator's state in a session: uint8 ``[N]``."""
 
@@ -73,6 +74,15 @@ class Origin:
             adapter=weight_digest({**own, **lora_factors(model)}),
             variants=json.loads(json.dumps(variants)),
         )
+
+    @classmethod
+    def read(cls, header: Mapping[str, Any]) -> Origin:
+        """What the header of a file says. Raises TypeError and KeyError."""
+        variants = _typed(header, "variants", dict)
+        for site in variants:
+            _typed(variants, site, dict)
+        codec, adapter = (None if header[name] is None else _typed(header, name, str) for name in ("codec", "adapter"))
+        return cls(_typed(header, "model", dict), codec, adapter, variants)
 
     def problems(self, other: Origin, kind: RowKind) -> Iterator[str]:
         """Why a state of ``other`` cannot be continued here."""
@@ -138,9 +148,9 @@ class RowState:
     def from_bytes(cls, contents: bytes) -> RowState:
         """What ``to_bytes`` wrote. Raises HostError for anything else."""
         try:
-            length = int.from_bytes(contents[:8], "little")
-            metadata = json.loads(contents[8 : 8 + length]).get("__metadata__", {})
             tensors = safetensors.torch.load(contents)
+            length = int.from_bytes(contents[:8], "little")
+            metadata = json.loads(contents[8 : 8 + length]).get("__metadata__") or {}
         except (SafetensorError, ValueError, AttributeError, KeyError) as error:
             raise HostError(f"These bytes are not a row's state: {error}.") from None
         return cls._read(metadata, tensors, "These bytes")
@@ -171,17 +181,17 @@ class RowState:
                 raise ValueError(f"there is no kind {header['kind']!r}")
             return cls(
                 kind=header["kind"],
-                origin=Origin(*(header[each.name] for each in fields(Origin))),
+                origin=Origin.read(header),
                 tensors=tensors,
                 counts=RowCounts(
-                    frames=int(header["frames"]),
-                    tokens=int(header["tokens"]),
-                    updates={int(chunk): int(count) for chunk, count in header["updates"].items()},
-                    enabled={int(chunk): bool(value) for chunk, value in header["enabled"].items()},
+                    frames=_typed(header, "frames", int),
+                    tokens=_typed(header, "tokens", int),
+                    updates=_by_chunk(header, "updates", int),
+                    enabled=_by_chunk(header, "enabled", bool),
                 ),
-                seed=int(header["seed"]),
+                seed=_typed(header, "seed", int),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise HostError(f"{what}: the header of this row's state is damaged: {error!r}.") from None
 
 
@@ -198,8 +208,13 @@ def require_continuable(state: RowState, values: Mapping[str, StreamValue], orig
         problems += [f"it has {name}, which no row has" for name in sorted(state.tensors.keys() - names)]
         shared = {name: value for name, value in values.items() if name in state.tensors}
         problems += [p for name, value in shared.items() if (p := value.row_problem(state.tensors[name])) is not None]
-        if GENERATOR in state.tensors and not _is_generator(state.tensors[GENERATOR]):
-            problems.append(f"its {GENERATOR} is not the state of a generator")
+        if GENERATOR in names & state.tensors.keys() and (problem := generator_problem(state.tensors[GENERATOR])):
+            problems.append(f"{GENERATOR}: {problem}")
+        problems += state.counts.problems()
+        if not 0 <= state.seed < 2**63:
+            problems.append(f"its seed is {state.seed}, and 0 to 2**63 - 1 are allowed")
+    if not problems:
+        problems += value_problems(values, state.tensors)
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise HostError(
@@ -208,9 +223,14 @@ def require_continuable(state: RowState, values: Mapping[str, StreamValue], orig
         )
 
 
-def _is_generator(state: Tensor) -> bool:
-    try:
-        torch.Generator().set_state(state)
-    except (RuntimeError, TypeError):
-        return False
-    return True
+def _typed(header: Mapping[str, Any], name: str, kind: type[Value]) -> Value:
+    """``header[name]`` of exactly this type: true is no number, and 2.0 no whole one. Raises TypeError and KeyError."""
+    if type(value := header[name]) is not kind:
+        raise TypeError(f"{name} is {str(value)[:40]!r}, and {kind.__name__} is expected")
+    return value
+
+
+def _by_chunk(header: Mapping[str, Any], name: str, kind: type[Value]) -> dict[int, Value]:
+    """``header[name]``, whose names are the chunks' sizes. Raises TypeError, KeyError and ValueError."""
+    found = _typed(header, name, dict)
+    return {int(chunk): _typed(found, chunk, kind) for chunk in found}

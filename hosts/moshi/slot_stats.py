@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moshi_ttt.core.block import BlockContext
+from moshi_ttt.core.state_ranges import LARGEST_COUNT
 from moshi_ttt.hosts.moshi.streaming import BlockStreamState
 
 RECENT = 12
@@ -64,6 +65,18 @@ class RowCounts:
             self.updates[chunk] = self.updates.get(chunk, 0) + (done and any_enabled)
             self.enabled[chunk] = any_enabled and not done
 
+    def problems(self) -> Iterator[str]:
+        """Why no row has counted this."""
+        for name, count in (("frames", self.frames), ("tokens", self.tokens)):
+            if not 0 <= count <= LARGEST_COUNT:
+                yield f"it counts {count} {name}, and 0 to {LARGEST_COUNT} are allowed"
+        for chunk in sorted(self.updates.keys() | self.enabled.keys()):
+            if chunk < 1:
+                yield f"it counts updates in chunks of {chunk} tokens, and 1 or more are allowed"
+            elif not 0 <= (updates := self.updates.get(chunk, 0)) <= max(0, self.tokens) // chunk:
+                most = max(0, self.tokens) // chunk
+                yield f"it counts {updates} updates, and its {self.tokens} tokens are {most} chunks of {chunk}"
+
     def copy(self) -> RowCounts:
         return RowCounts(self.frames, self.tokens, dict(self.updates), dict(self.enabled))
 
@@ -81,9 +94,13 @@ def site_stats(state: BlockStreamState, row: int, counts: RowCounts, steps: int)
     if state.recent is not None and steps:
         tokens = min(steps, state.recent.x.shape[1])
         x, embeddings = (kept[row : row + 1, -tokens:] for kept in (state.recent.x, state.recent.embeddings))
-        context = BlockContext(input_embeddings=embeddings)
-        now = _mean(block.recent_losses(x, own, context))
-        start = _mean(block.recent_losses(x, block.init_state(1, x.device), context))
+        # Both in one call, as two rows: at these sizes a call costs more than what it computes.
+        first = block.init_state(1, x.device)
+        both = {name: torch.cat([tensor, first[name]]) for name, tensor in own.items()}  # [1, ...] twice -> [2, ...]
+        context = BlockContext(input_embeddings=embeddings.expand(2, -1, -1))
+        losses = block.recent_losses(x.expand(2, -1, -1), both, context)
+        if losses is not None:
+            now, start = _mean(losses[:1]), _mean(losses[1:])
     chunk = block.chunk_tokens
     return SiteStats(
         site=str(block.info.site), variant=str(block.config.variant), moved=float(block.drift(own)[0]), inner_loss=now,
@@ -92,8 +109,8 @@ def site_stats(state: BlockStreamState, row: int, counts: RowCounts, steps: int)
     )  # fmt: skip
 
 
-def _mean(losses: Tensor | None) -> float | None:
+def _mean(losses: Tensor) -> float | None:
     """Over ``[1, H, T]``, without NaN; None where nothing is left."""
-    if losses is None or bool(losses.isnan().all()):
+    if bool(losses.isnan().all()):
         return None
     return float(losses.nanmean())

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moshi_ttt.core.errors import HostError
+from moshi_ttt.core.state_ranges import LARGEST_COUNT
 from moshi_ttt.hosts.moshi.upstream import (
     AttentionState,
     GeneratorState,
@@ -89,7 +90,7 @@ class StreamValue:
             shape, dtype = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else ((), torch.int64)
             fits = tuple(given.shape) == shape
         if fits and given.dtype == dtype:
-            return None
+            return None if given.is_floating_point() else self._number_problem(given)
         return f"{self.name}: expected {shape} {dtype}, got {tuple(given.shape)} {given.dtype}"
 
     def write(self, given: Tensor) -> None:
@@ -124,7 +125,8 @@ class StreamValue:
         if self.form == "ring":
             kept = kept[:, :, : min(int(self.owner.end_offset[row]), self.owner.capacity)]
         elif self.form == "tokens":
-            kept = torch.where(_held_tokens(self.owner, self.module)[row], kept, _ungenerated(self.module))
+            held = _held_tokens(self.owner.offsets, self.owner, self.module)[row]
+            kept = torch.where(held, kept, _ungenerated(self.module))
         return kept.to("cpu", copy=True).contiguous()
 
     def row_problem(self, given: Tensor) -> str | None:
@@ -141,8 +143,28 @@ class StreamValue:
         if given.is_floating_point():
             all_finite = bool(given.isfinite().all())
             return None if all_finite else f"{self.name}: not all of it is finite"
-        least, most = (_ungenerated(self.module), _largest_tokens(self.module)) if self.form == "tokens" else (0, given)
-        return None if bool(((given >= least) & (given <= most)).all()) else f"{self.name}: a number no stream has"
+        return self._number_problem(given)
+
+    def holds(self, tokens: Tensor, offset: Tensor) -> bool:
+        """Whether ``tokens [Q, C]`` has a token in each slot that a stream at the frame ``offset []`` has written, and
+        in no other. What stands for no token at a stream's beginning is never written, and the codec cannot decode it.
+        """
+        held = _held_tokens(offset[None].to(self.value.device), self.owner, self.module)[0].cpu()
+        written = (tokens >= 0) & (tokens < _largest_tokens(self.module).to(tokens))
+        return torch.equal(written, held) and bool((tokens[~held] == _ungenerated(self.module)).all())
+
+    def _number_problem(self, given: Tensor) -> str | None:
+        """Why whole numbers or truth values are none that a stream has, whatever else the stream holds, or None."""
+        if given.dtype == torch.bool:
+            known = bool((given.view(torch.uint8) <= 1).all())
+            return None if known else f"{self.name}: it holds bytes that are neither true nor false"
+        if self.form == "tokens":
+            wrong = (given < _ungenerated(self.module)) | (given > _largest_tokens(self.module).to(given))
+            allowed = f"a token of this model, or {_ungenerated(self.module)} where there is none"
+        else:
+            wrong = (given < 0) | (given > LARGEST_COUNT)
+            allowed = f"0 to {LARGEST_COUNT}"
+        return f"{self.name} holds {int(given[wrong][0])}: allowed is {allowed}" if bool(wrong.any()) else None
 
     def row_write(self, row: int, given: Tensor) -> None:
         """Write ``given``, as ``row_snapshot`` returned it, into one row, in place; the rest of a ring is cleared."""
@@ -165,7 +187,8 @@ class StreamValue:
             used = torch.arange(value.shape[3], device=value.device) < self.owner.end_offset[:, None]
             return torch.where(used[:, None, :, None], value, 0)
         if self.form == "tokens":
-            return torch.where(_held_tokens(self.owner, self.module), value, _ungenerated(self.module))
+            held = _held_tokens(self.owner.offsets, self.owner, self.module)
+            return torch.where(held, value, _ungenerated(self.module))
         return value
 
 
@@ -220,8 +243,8 @@ def _ungenerated(module: nn.Module) -> int:
     return cast(LMGen, module).lm_model.ungenerated_token_id
 
 
-def _held_tokens(state: GeneratorState, module: nn.Module) -> Tensor:
-    """``[B, Q, C]`` bool: the slots of the token cache that this stream has written.
+def _held_tokens(offsets: Tensor, state: GeneratorState, module: nn.Module) -> Tensor:
+    """``[B, Q, C]`` bool: the slots of the token cache that streams at the frames ``offsets [B]`` have written.
 
     A frame writes the tokens of the user's rows at the frame's number plus the row's delay, and those of the model's
     own rows at the number of the next frame.
@@ -231,7 +254,7 @@ def _held_tokens(state: GeneratorState, module: nn.Module) -> Tensor:
     size = state.cache.shape[2]
     first = generator.delays_cuda.clone()  # [Q]
     first[:own] = 1
-    last = state.offsets[:, None] + first - 1  # [B, 1] + [Q] -> [B, Q]
+    last = offsets[:, None] + first - 1  # [B, 1] + [Q] -> [B, Q]
     slot = torch.arange(size, device=last.device)
     latest = last[..., None] - (last[..., None] - slot) % size  # [B, Q, C]: the last position that went to each slot
     return latest >= first[:, None]  # [Q, 1] over [B, Q, C]

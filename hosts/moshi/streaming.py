@@ -26,6 +26,7 @@ from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.state import BlockState, row_mask
+from moshi_ttt.core.state_ranges import range_problems
 from moshi_ttt.core.tensor_files import read_tensors
 from moshi_ttt.hosts.moshi.stream_values import StreamValue, stream_values
 from moshi_ttt.hosts.moshi.upstream import LMGen, LMModel, State
@@ -176,7 +177,8 @@ def restore_stream_state(module: LMGen | LMModel, state: Mapping[str, Tensor]) -
     batch size, the configuration and the dtypes must be the same.
 
     Raises:
-        HostError: names, shapes or dtypes differ; every difference is listed and nothing has been written.
+        HostError: names, shapes or dtypes differ, or a number is one that no stream has; every difference is listed and
+            nothing has been written.
     """
     values = _values(module)
     state = _upgraded(module, state)
@@ -184,6 +186,8 @@ def restore_stream_state(module: LMGen | LMModel, state: Mapping[str, Tensor]) -
     problems = [f"missing {name}" for name in sorted(needed - state.keys())]
     problems += [f"unexpected {name}" for name in sorted(state.keys() - values.keys())]
     problems += [p for name in values if name in state and (p := values[name].problem(state[name])) is not None]
+    if not problems:
+        problems += _block_problems(module, state)
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise HostError(
@@ -197,17 +201,31 @@ def restore_stream_state(module: LMGen | LMModel, state: Mapping[str, Tensor]) -
         value.erase()  # what an earlier version saved may have more than the stream
 
 
-def _upgraded(root: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` with each block's buffers as this version of the block has them."""
-    found = dict(state)
+def _block_states(
+    root: nn.Module, state: Mapping[str, Tensor]
+) -> Iterator[tuple[str, SequenceBlock, dict[str, Tensor]]]:
+    """What begins the names of each block's buffers, the block, and its part of ``state`` by its own names."""
     for path, module in root.named_modules():
         stream = getattr(module, "_streaming_state", None)
         if isinstance(stream, BlockStreamState):
             prefix = f"{path}/buffers."
-            saved = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
-            upgraded = stream.block.upgrade_state(saved)
-            found = {name: tensor for name, tensor in found.items() if not name.startswith(prefix)}
-            found |= {prefix + name: tensor for name, tensor in upgraded.items()}
+            own = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+            yield prefix, stream.block, own
+
+
+def _block_problems(root: nn.Module, state: Mapping[str, Tensor]) -> Iterator[str]:
+    """Numbers that no stream has, as each block declares them."""
+    for prefix, block, own in _block_states(root, state):
+        yield from (prefix + problem for problem in range_problems(block.state_ranges(), own))
+
+
+def _upgraded(root: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with each block's buffers as this version of the block has them."""
+    found = dict(state)
+    for prefix, block, saved in _block_states(root, state):
+        upgraded = block.upgrade_state(saved)
+        found = {name: tensor for name, tensor in found.items() if not name.startswith(prefix)}
+        found |= {prefix + name: tensor for name, tensor in upgraded.items()}
     return found
 
 

@@ -27,6 +27,7 @@ from moshi_ttt.core.gated_mlp import hidden_width, output_projection, require_ga
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState, outlives_modes
+from moshi_ttt.core.state_ranges import StateRange
 from moshi_ttt.plugins.common.finite import below
 from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate, directions
 from moshi_ttt.plugins.gating_mlp import diagnostics, ops
@@ -320,6 +321,9 @@ class GatingMLP(SequenceBlock):
         if self.config.clip is not None and self.projection.dtype == self.roles.state:
             total += copy_bytes([self.projection], torch.float64)
         return total + (copy_bytes([self.w_down_change], self.info.dtype) if self.config.train_w_down else 0)
+
+    def state_ranges(self) -> Mapping[str, StateRange]:
+        return self.memory.ranges()
 
     def skipped_updates(self, state: BlockState) -> Tensor:
         return state["skipped"]

@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.core.state import BlockState, row_mask
+from moshi_ttt.core.state_ranges import StateRange
 from moshi_ttt.plugins.common.success_gate import TAPS
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.config import Update
@@ -157,6 +158,12 @@ class Memory:
         if self.gated:
             state |= {"answer": zeros(1, self.width), "scores": zeros(1, TAPS - 1)}
         return state if self.clip is None else {**state, "norm": zeros(ops.num_parts(dtype))}
+
+    def ranges(self) -> dict[str, StateRange]:
+        """Of the state's whole numbers."""
+        last = self.schedule.chunk - 1
+        tokens = {name: StateRange(most=last, up_to="position") for name in ("spoiled", "enabled")}
+        return {"position": StateRange(most=last), **tokens, "skipped": StateRange()}
 
     def update(self, state: BlockState) -> Tensor:
         """``[B, h, d]``: the accumulated update of all finished chunks, transposed, before the projection."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moshi_ttt.core.block import BlockContext
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.state import BlockState
+from moshi_ttt.core.state_ranges import StateRange
 from moshi_ttt.plugins.common.finite import below, largest_factor
 from moshi_ttt.plugins.common.normalization import rms_normalize
 from moshi_ttt.plugins.common.short_conv import Convolutions, empty_cache
@@ -63,6 +64,13 @@ class HybridBlock(HybridParameters):
 
     def memory_names(self) -> frozenset[str]:
         return super().memory_names() - set(CACHES)
+
+    def state_ranges(self) -> Mapping[str, StateRange]:
+        return {
+            "position": StateRange(most=self.config.chunk - 1),
+            "spoiled": StateRange(most=self.config.chunk - 1, up_to="position"),
+            "skipped": StateRange(),
+        }
 
     def skipped_updates(self, state: BlockState) -> Tensor:
         return state["skipped"]

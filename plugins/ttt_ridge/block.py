@@ -14,6 +14,7 @@ from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState
+from moshi_ttt.core.state_ranges import StateRange
 from moshi_ttt.plugins.common import short_conv
 from moshi_ttt.plugins.common.finite import check_state_dtype
 from moshi_ttt.plugins.common.projection import INIT_STD, Projection
@@ -146,6 +147,9 @@ class TTTRidge(SequenceBlock):
 
     def memory_names(self) -> frozenset[str]:
         return frozenset(self.init_state(1)) - {"cache"}
+
+    def state_ranges(self) -> Mapping[str, StateRange]:
+        return memory.state_ranges(self.chunk, self.key_width, decays=self.keep != 1)
 
     @torch.no_grad()
     def drift(self, state: BlockState) -> Tensor:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from moshi_ttt.core.state import BlockState
+from moshi_ttt.core.state_ranges import StateRange
 from moshi_ttt.plugins.common.success_gate import similarity
 
 
@@ -101,3 +102,9 @@ def initial_state(
     state: BlockState = {name: torch.zeros(batch, dtype=torch.int64, device=like.device) for name in counters}
     state |= {"solution": zeros, "pending": zeros, "covariance": identity}
     return {**state, "covariance_read": identity} if variance else state
+
+
+def state_ranges(chunk: int, key: int, *, decays: bool) -> dict[str, StateRange]:
+    """The whole numbers of a state, for chunks of ``chunk`` tokens and keys of width ``key``."""
+    ranges = {"position": StateRange(most=chunk - 1), "skipped": StateRange()}
+    return {**ranges, "coordinate": StateRange(most=key - 1)} if decays else ranges

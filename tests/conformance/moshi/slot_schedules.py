@@ -30,6 +30,12 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "ttt_ridge": {"variant": "ttt_ridge", "layers": "last:2", "chunk": 3},
     "gating_mlp": {"variant": "gating_mlp", "layers": "0,2", "chunk": 3, "lr": 0.1, "clip": 0.5, "decay": 0.2},
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ttt_mlp, momentum": {**VARIANTS["ttt_mlp"], "momentum": 0.5, "inner_steps": 2, "conv_kernel": 2},
+    "ttt_ridge, decay": {**VARIANTS["ttt_ridge"], "decay": 0.1, "variance_gate": True},
+    "gating_mlp, ridge": {**VARIANTS["gating_mlp"], "update": "ridge", "success_gate": True},
+}
+"""Options that keep more in the state."""
 ROWS = 3
 LM_CONTEXT, CODEC_CONTEXT = 8, 6
 """Of attention, in tokens: so short that the rings wrap within a schedule."""
@@ -50,7 +56,7 @@ def codec():
 def model_with(variant: str):
     """A small random Moshi with blocks whose parameters are disturbed, so that every term counts."""
     model = random_tiny_lm(card=codec().cardinality, context=LM_CONTEXT, delays=DELAYS)
-    if (entry := VARIANTS[variant]) is not None:
+    if (entry := (VARIANTS | OPTIONS)[variant]) is not None:
         host = {"name": "moshi", "hf_repo": "builtin:tiny"}
         injection = inject(model, parse_config({"host": host, "ttt": [entry]}, registry=default_registry()))
         generator = torch.Generator().manual_seed(0)

@@ -17,6 +17,7 @@ from moshi_ttt.core.block import BlockContext
 from moshi_ttt.core.errors import PrecisionError
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.state import map_state
+from moshi_ttt.core.state_ranges import StateRange, counters
 from moshi_ttt.core.testing import BlockCase, Shape, conformance_tests
 from moshi_ttt.core.testing.checks_layouts import layouts
 from moshi_ttt.plugins.common.projection import Linear
@@ -698,6 +699,25 @@ class CutsStreams(TTTLinear):
 CutsStreams.step = torch.no_grad()(TTTLinear.step)
 
 
+class DeclaresNoBound(TTTLinear):
+    """A position beyond the chunk is let in from a file."""
+
+    def state_ranges(self):
+        return counters(self.init_state(1))
+
+
+class DeclaresTooLittle(TTTLinear):
+    """The last position of a chunk is refused."""
+
+    def state_ranges(self):
+        return {**super().state_ranges(), "position": StateRange(most=self.config.chunk - 2)}
+
+
+class ForgetsACounter(TTTLinear):
+    def state_ranges(self):
+        return {name: allowed for name, allowed in super().state_ranges().items() if name != "skipped"}
+
+
 MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     NoCausalMask: {kit.check_causality, kit.check_splits},
     SharedRows: {kit.check_rows},
@@ -708,6 +728,9 @@ MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     ResetsToZero: {kit.check_reset},
     ReadsOnHost: {kit.check_no_host_read},
     NamesNothing: {kit.check_memory},
+    DeclaresNoBound: {kit.check_state_ranges},
+    DeclaresTooLittle: {kit.check_state_ranges},
+    ForgetsACounter: {kit.check_state_ranges},
     CallsMemoryACache: {kit.check_memory},
     DeafToTheSchedule: {kit.check_inner_lr_factor},
     UndeclaredSchedule: {kit.check_inner_lr_factor},

@@ -69,8 +69,8 @@ def test_the_surface_is_frozen():
         ],
         "serve": [
             "--adapter", "--allow-origin", "--host", "--idle-sec", "--insecure", "--memories", "--memories-days",
-            "--memories-gib", "--memories-per-owner", "--memory-precision", "--port", "--resume-sec", "--seed",
-            "--slots", "--threads", "--tls-cert", "--tls-key", "--token-file", "--waiting", "-a", "config",
+            "--memories-gib", "--memories-per-owner", "--memory-precision", "--port", "--request-sec", "--resume-sec",
+            "--seed", "--slots", "--threads", "--tls-cert", "--tls-key", "--token-file", "--waiting", "-a", "config",
         ],
         "new-plugin": ["--out", "-o", "name"],
         "plugins": ["--check"],

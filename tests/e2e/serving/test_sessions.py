@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import numpy as np
 import pytest
 
+from moshi_ttt.serving.audio import OpusOut
 from moshi_ttt.serving.engine import QUEUE_FRAMES
 from moshi_ttt.serving.memory_store import MemoryStore
 from moshi_ttt.serving.server import ServerOptions
@@ -99,6 +101,68 @@ def test_a_full_server_refuses_stock_clients_in_words():
             await first.ws.close()
             await here.counts(free=1)
             await (await here.connect()).started()
+
+    run(work())
+
+
+class SlowToLeave(FakeSlots):
+    """A row is given back only once ``gone`` is set."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.gone = threading.Event()
+
+    def leave(self, row):
+        assert self.gone.wait(20)
+        super().leave(row)
+
+
+def test_a_stock_client_that_comes_back_at_once_gets_the_row_that_is_given_back():
+    async def work():
+        slots = SlowToLeave(count=1)
+        async with site(slots) as here:
+            first = await (await here.connect()).started()
+            await first.ws.close()
+            second = await here.connect()
+            await here.counts(waiting=1)
+            third = await here.connect()
+            assert await third.closed() == 1013, "one row is given back, and it is promised"
+            assert second.tags == []
+            slots.gone.set()
+            await second.started()
+            assert second.tags == [0]
+            await second.ws.close()
+            await here.counts(free=1, taken=0, waiting=0)
+
+    run(work())
+
+
+def test_a_stock_client_is_refused_when_the_row_is_not_given_back_in_time():
+    async def work():
+        slots = SlowToLeave(count=1)
+        async with site(slots, ServerOptions(sessions=SessionLimits(leaving_sec=0.2))) as here:
+            await (await (await here.connect()).started()).ws.close()
+            second = await here.connect()
+            assert await second.closed() == 1013
+            assert "taken" in second.errors[0]
+            await here.counts(waiting=0)
+            gone = await here.connect()  # and one that goes away while it waits
+            await here.counts(waiting=1)
+            await gone.ws.close()
+            await here.counts(waiting=0)
+            slots.gone.set()
+            await here.counts(free=1, taken=0)
+            await (await here.connect()).started()
+
+    run(work())
+
+
+def test_clients_that_come_and_go_at_once_always_find_the_row():
+    async def work():
+        async with site(FakeSlots(count=1)) as here:
+            for _ in range(40):
+                await (await (await here.connect()).started()).ws.close()
+            await here.counts(free=1, taken=0, waiting=0)
 
     run(work())
 
@@ -307,5 +371,35 @@ def test_a_client_that_goes_away_has_its_memory_kept_if_it_asked(tmp_path):
             await client.ws.close()
             await here.counts(free=2)
             assert len(store.listed(client.of("session")[0]["owner"])) == 1
+
+    run(work())
+
+
+def test_the_loop_does_other_work_between_the_frames_that_are_encoded(monkeypatch):
+    """Opus holds the interpreter: the answers of a tick, which come at once, are encoded one in a turn of the loop."""
+    turn, encoded = [0], []
+
+    def count():
+        turn[0] += 1
+        asyncio.get_running_loop().call_soon(count)
+
+    original = OpusOut.encode
+
+    def encode(self, pcm):
+        encoded.append(turn[0])
+        return original(self, pcm)
+
+    async def work():
+        monkeypatch.setattr(OpusOut, "encode", encode)
+        async with site(FakeSlots(count=8)) as here:
+            callers = [(await (await here.connect()).started(), Opus()) for _ in range(8)]
+            count()
+            for _ in range(12):
+                for client, opus in callers:
+                    await client.ws.send_bytes(opus.page(tone(1)))
+            for client, _ in callers:
+                await client.until(lambda client=client: len(client.audio) >= 2)
+        assert len(encoded) >= 16
+        assert len(set(encoded)) == len(encoded), "two frames in one turn"
 
     run(work())
