@@ -6,15 +6,16 @@ fails or is seen here, and a tensor that lies on the CPU is seen as such.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 WITHOUT_KERNEL = {
@@ -58,16 +59,14 @@ class DeviceLog(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = [*_tensors(args), *_tensors((kwargs or {}).values())]
         makes = not _is_view(func) and func not in WITHOUT_KERNEL
         if makes and func.namespace in ("aten", "prims"):
             self._look(func, given)
             self.launches[str(func)] += 1
         # A view, or an argument that was written to, may be of a tensor that was there before.
         there = {leaf.untyped_storage()._cdata for leaf in given if self._has_storage(leaf)}
-        for leaf in tree_leaves(out):
-            if not isinstance(leaf, Tensor):
-                continue
+        for leaf in _tensors((out,)):
             if self._has_storage(leaf):
                 if leaf.untyped_storage()._cdata not in there:
                     self._count(leaf.untyped_storage())
@@ -100,6 +99,16 @@ class DeviceLog(TorchDispatchMode):
         self.bytes -= size
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments or results of an operation, also of those in a list."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+@functools.cache
 def _is_view(func: Any) -> bool:
     """Whether an operation gives other views of its arguments: their memory, not written to."""
     aliases = [value.alias_info for value in func._schema.returns]

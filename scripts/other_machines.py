@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SUITES = (
     "tests/conformance/variants/test_conformance.py", "tests/conformance/variants/test_kit_mutations.py",
     "tests/conformance/moshi/test_conformance_on_moshi.py", "tests/conformance/moshi/test_stream_state.py",
-    "tests/conformance/moshi/test_updates.py",
+    "tests/conformance/moshi/test_switches.py",
     "-k", "not test_options_of",
 )  # fmt: skip
 """Options of the hybrid layers are left out: their arithmetic is that of the layers without them."""

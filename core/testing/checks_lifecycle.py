@@ -135,14 +135,15 @@ def check_config_keys(case: BlockCase) -> None:
         return
     options = {key: value for key, value in values.items() if key not in ("variant", "layers")}
     outcome = dict.fromkeys(_paths(options), "no other value that the kit tried is accepted")
+    behaviour: dict[frozenset[str], dict[str, torch.Tensor] | None] = {}
     for path, changed in _changes(values, case.config):
         if outcome[path] == "changes":
             continue
         for left_out in _left_out(path.partition(".")[0], values):
-            before, after = (
-                _behaviour_of(case, {k: v for k, v in each.items() if k not in left_out}) for each in (values, changed)
-            )
-            if before is None or after is None:
+            after = _behaviour_of(case, changed, left_out)
+            if after is not None and left_out not in behaviour:
+                behaviour[left_out] = _behaviour_of(case, values, left_out)
+            if after is None or (before := behaviour[left_out]) is None:
                 continue  # not a legal value, one that does not fit this host, or one that excludes another option
             differs = before.keys() != after.keys() or any(
                 before[n].shape != after[n].shape or not torch.equal(before[n], after[n]) for n in before
@@ -162,29 +163,27 @@ def _paths(values: dict[str, Any]) -> Iterator[str]:
             yield key
 
 
-def _left_out(key: str, values: dict[str, Any]) -> Iterator[set[str]]:
+def _left_out(key: str, values: dict[str, Any]) -> Iterator[frozenset[str]]:
     """Options to leave at their defaults while ``key`` changes: none; each other, which it may exclude; all others."""
     others = set(values) - {"variant", "layers", key}
-    yield set()
-    yield from ({other} for other in sorted(others))
-    yield others
+    yield frozenset()
+    yield from (frozenset((other,)) for other in sorted(others))
+    yield frozenset(others)
 
 
-def _behaviour_of(case: BlockCase, values: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+def _behaviour_of(case: BlockCase, values: dict[str, Any], left_out: frozenset[str]) -> dict[str, torch.Tensor] | None:
     """None where the values are refused."""
     try:
-        return _behaviour(case, parse_block(values, registry=case.registry))
+        kept = {key: value for key, value in values.items() if key not in left_out}
+        return _behaviour(case, parse_block(kept, registry=case.registry))
     except (MoshiTTTError, ValidationError):
         return None
 
 
 def _behaviour(case: BlockCase, config: BlockConfig) -> dict[str, torch.Tensor]:
     """Initial values, outputs over three chunks after a fixed disturbance of the parameters, what backward needs."""
-    case = case.at(compiled_step=False)  # which has no part in a call, and may be refused for an option
-    block: SequenceBlock = case.at(config=config).block()
-    generator = torch.Generator().manual_seed(0)
-    block.reset_parameters(generator)
-    initial = {f"initial {name}": parameter.detach().clone() for name, parameter in block.named_parameters()}
+    case = case.at(compiled_step=False, config=config)  # a step has no part in a call, and an option may refuse it
+    block: SequenceBlock = case.block()
     kept = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -192,7 +191,9 @@ def _behaviour(case: BlockCase, config: BlockConfig) -> dict[str, torch.Tensor]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y, _ = case.call(case.at(config=config).block(), case.inputs(3 * case.chunk))
+        y, _ = case.call(block, case.inputs(3 * case.chunk))
+    block.reset_parameters(torch.Generator().manual_seed(0))
+    initial = {f"initial {name}": parameter.detach() for name, parameter in block.named_parameters()}
     return {"y": y.detach(), "kept for backward": torch.tensor(kept), **initial}
 
 

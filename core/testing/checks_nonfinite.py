@@ -14,15 +14,17 @@ ROW = 1
 
 def check_nonfinite_rows(case: BlockCase) -> None:
     """A token that is not finite, or huge, leaves the other rows bit-equal: outputs and state."""
-    block = case.block()
-    for name, x in _spoiled(case).items():
-        with torch.no_grad():
-            sane, expected = case.call(block, case.inputs(x.shape[1]))
-            y, after = case.call(block, x)
-        for row in (row for row in range(len(x)) if row != ROW):
-            assert_equal(y[row], sane[row], f"{name} in row {ROW}, outputs of row {row}")
-            for part, tensor in expected.items():
-                assert_equal(after[part][row], tensor[row], f"{name} in row {ROW}, state {part!r} of row {row}")
+    block, x = case.block(), case.inputs(_length(case))
+    with torch.no_grad():
+        sane, expected = case.call(block, x)
+        for name, token in _bad_tokens(case).items():
+            spoiled = x.clone()
+            spoiled[ROW, _place(case)] = token
+            y, after = case.call(block, spoiled)
+            for row in (row for row in range(len(x)) if row != ROW):
+                assert_equal(y[row], sane[row], f"{name} in row {ROW}, outputs of row {row}")
+                for part, tensor in expected.items():
+                    assert_equal(after[part][row], tensor[row], f"{name} in row {ROW}, state {part!r} of row {row}")
 
 
 def check_nonfinite_recovery(case: BlockCase) -> None:
@@ -30,39 +32,42 @@ def check_nonfinite_recovery(case: BlockCase) -> None:
 
     Earlier outputs are bit-equal, the row is finite again from the next chunk on, the skipped update is counted, any
     cut of the sequence agrees, and no parameter's gradient becomes nan by a token whose output is not used. Where the
-    row's updates are disabled none is left out, and none counted.
+    row's updates are disabled none is left out, and none counted. Each kind of bad token has a row of one batch, whose
+    row 0 has none.
     """
     block = case.block()
     if not block.skips_nonfinite:
         return
-    size = case.chunk
-    bad = _place(case)
+    size, bad, tokens = case.chunk, _place(case), _bad_tokens(case)
     ended = (bad // size + 1) * size
-    for name, x in _spoiled(case).items():
-        with torch.no_grad():
-            sane, _ = case.call(block, case.inputs(x.shape[1]))
-        y, after = case.call(block, x)
-        first = bad if case.causal else bad - bad % size
+    sound = case.inputs(_length(case), batch=1 + len(tokens))
+    x = sound.clone()
+    x[1:, bad] = torch.stack(list(tokens.values()))
+    with torch.no_grad():
+        sane, _ = case.call(block, sound)
+    y, after = case.call(block, x)
+    first = bad if case.causal else bad - bad % size
+    others = torch.arange(x.shape[1]) != bad
+    for row, name in enumerate(("no bad token", *tokens)):
         if block.causal or not getattr(block.config, "bidirectional", False):
-            assert_equal(y[ROW, :first], sane[ROW, :first], f"{name} at token {bad}, outputs before it")
-        others = torch.arange(x.shape[1]) != bad
-        assert y[ROW, others].isfinite().all(), f"{name} at token {bad}: other outputs of its row are not finite"
+            assert_equal(y[row, :first], sane[row, :first], f"{name} at token {bad}, outputs before it")
+        assert y[row, others].isfinite().all(), f"{name} at token {bad}: other outputs of its row are not finite"
         for part, tensor in after.items():
-            assert tensor.isfinite().all(), f"{name} at token {bad}: state {part!r} is not finite afterwards"
-        if after:
-            counts = block.skipped_updates(after)
-            expected = torch.zeros_like(counts)
-            expected[ROW] = 1
-            assert_equal(counts, expected, f"{name} at token {bad}: skipped updates")
-        _check_gradients(block, y, others, f"{name} at token {bad}")
-        _check_disabled(case, block, x, f"{name} at token {bad}, updates disabled")
-        if case.causal:
-            _check_cuts(case, block, x, bad, ended)
+            assert tensor[row].isfinite().all(), f"{name} at token {bad}: state {part!r} is not finite afterwards"
+    if after:
+        counts = block.skipped_updates(after)
+        expected = torch.ones_like(counts)
+        expected[0] = 0
+        assert_equal(counts, expected, f"no bad token, {', '.join(tokens)} at token {bad}: skipped updates")
+    _check_gradients(block, y, others, f"{', '.join(tokens)} at token {bad}")
+    _check_disabled(case, block, x, f"{', '.join(tokens)} at token {bad}, updates disabled")
+    if case.causal:
+        _check_cuts(case, block, x, bad, ended)
 
 
 @torch.no_grad()
 def _check_disabled(case: BlockCase, block: SequenceBlock, x: Tensor, what: str) -> None:
-    for updates in (False, torch.arange(len(x)) != ROW):
+    for updates in (False, torch.arange(len(x)) == 0):
         _, state = case.call(block, x, updates=updates)
         if state:
             counts = block.skipped_updates(state)
@@ -113,15 +118,15 @@ def _place(case: BlockCase) -> int:
     return case.chunk + case.chunk // 2
 
 
-def _spoiled(case: BlockCase) -> dict[str, Tensor]:
-    """Activations ``[B, T, D]`` with one bad token in row ``ROW``, by what is bad about it."""
-    huge = torch.finfo(case.dtype).max / 4
-    found = {}
-    for name, value in (("nan", torch.nan), ("inf", torch.inf), ("a huge number", huge)):
-        x = case.inputs(4 * case.chunk + 1)
-        x[ROW, _place(case)] = value
-        found[name] = x
-    x = case.inputs(4 * case.chunk + 1)
-    x[ROW, _place(case), 0] = torch.nan
-    found["nan in one channel"] = x
+def _length(case: BlockCase) -> int:
+    return 4 * case.chunk + 1
+
+
+def _bad_tokens(case: BlockCase) -> dict[str, Tensor]:
+    """Activations ``[D]`` of a bad token, by what is bad about it."""
+    sound = case.inputs(1, batch=1)[0, 0]
+    values = {"nan": torch.nan, "inf": torch.inf, "a huge number": torch.finfo(case.dtype).max / 4}
+    found = {name: torch.full_like(sound, value) for name, value in values.items()}
+    found["nan in one channel"] = sound.clone()
+    found["nan in one channel"][0] = torch.nan
     return found

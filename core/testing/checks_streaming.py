@@ -249,6 +249,7 @@ def check_state_is_float32(case: BlockCase) -> None:
     assert changed, "every state value is a bfloat16 number: the state was rounded on its way"
 
 
+@torch.inference_mode()
 def check_long_stream(case: BlockCase, steps: int = LONG_STREAM_STEPS) -> None:
     """After thousands of steps the state is finite, and a step still runs the same operations on the same storage."""
     if not case.causal or case.dtype != torch.float32:  # one dtype: this is about cost and growth, and takes seconds

@@ -24,7 +24,7 @@ def check_other_modes(case: BlockCase) -> None:
 
     Whatever it keeps between calls is not of that mode.
     """
-    x = case.inputs(2 * case.chunk + 1)
+    x = case.inputs(case.chunk + 1)
     used, fresh, causal = case.block(), case.block(), case.causal
     valued = states.clone(used.init_state(len(x)))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():

@@ -59,21 +59,22 @@ def check_device(case: BlockCase) -> None:
     """
     block, rows = case.block(device="meta"), case.shape.batch
     x = torch.empty(rows, 2 * case.chunk + 1, case.shape.dim, dtype=case.dtype, device="meta", requires_grad=True)
+    short = x.detach()[:, : case.chunk + 1]  # [B, chunk + 1, D]: a chunk that ends, and one that goes on from it
     mask = torch.empty(rows, dtype=torch.bool, device="meta")
     volume = torch.empty(rows, dtype=block.roles.output, device="meta") if block.scales_output else 1.0
     runs: dict[str, Callable[[], object]] = {
         "a training call and its backward pass": lambda: case.call(block, x, want_state=False)[0].sum().backward(),
         "a call that gives its state, row by row": lambda: (
-            case.call(block, x, updates=mask, volume=volume)[0].sum().backward()
+            case.call(block, x[:, : case.chunk + 1], updates=mask, volume=volume)[0].sum().backward()
         ),
-        "statistics": lambda: block.statistics(x.detach(), case.context(x.detach())),
-        "inner losses": lambda: block.inner_losses(x.detach(), case.context(x.detach())),
+        "statistics": lambda: block.statistics(short, case.context(short)),
+        "inner losses": lambda: block.inner_losses(short, case.context(short)),
     }
     if case.causal:
         buffers = block.allocate_state(rows)
-        token = x.detach()[:, :1]
+        token = short[:, :1]
         runs |= {
-            "a call that continues a state": lambda: case.call(block, x, buffers, reset=mask, exec_mask=mask),
+            "a call that continues a state": lambda: case.call(block, short, buffers, reset=mask, exec_mask=mask),
             "a step": lambda: case.step(block, token, buffers),
             "a step with masks": lambda: case.step(block, token, buffers, exec_mask=mask, updates=mask, volume=volume),
             "a step of a token that is masked or a start": lambda: case.step(
@@ -84,10 +85,10 @@ def check_device(case: BlockCase) -> None:
                 starts=mask[:, None],  # [B] -> [B, 1]
             ),
             "a step with a reset": lambda: case.step(block, token, buffers, reset=mask),
-            "several tokens streamed": lambda: case.step(block, x.detach(), buffers),
+            "several tokens streamed": lambda: case.step(block, short, buffers),
             "a reset": lambda: block.reset_state(buffers, mask),
             "forgetting": lambda: block.forget(buffers),
-            "recent losses": lambda: block.recent_losses(x.detach(), buffers, case.context(x.detach())),
+            "recent losses": lambda: block.recent_losses(short, buffers, case.context(short)),
             "skipped updates": lambda: block.skipped_updates(buffers),
         }
     for name, run in runs.items():

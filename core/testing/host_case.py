@@ -18,7 +18,7 @@ from moshi_ttt.core.precision import FP32_STATE
 from moshi_ttt.core.registry import Registry, default_registry
 from moshi_ttt.core.testing.case import assert_close, assert_equal
 
-LENGTH = 21
+LENGTH = 17
 """Tokens of a row."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}

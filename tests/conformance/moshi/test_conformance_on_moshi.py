@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
+import torch
+
 from moshi_ttt.core.testing import host_conformance_tests
 from moshi_ttt.hosts.moshi.loading import resolve_repo
 from moshi_ttt.hosts.moshi.testing import moshi_case
+from moshi_ttt.hosts.moshi.upstream import LMModel
+
+
+@functools.cache
+def loaded(dtype: torch.dtype) -> LMModel:
+    return resolve_repo("builtin:tiny").load_lm(dtype=dtype)
+
 
 RANDOM = moshi_case("random")
-BUNDLE = moshi_case("bundle", lambda dtype: resolve_repo("builtin:tiny").load_lm(dtype=dtype))
+BUNDLE = moshi_case("bundle", lambda dtype: copy.deepcopy(loaded(dtype)))
 OFF = {"gate": {"init": 0.0}}
 
 test_ttt_linear = host_conformance_tests(RANDOM, "ttt_linear", {"chunk": 4}, identity=OFF)

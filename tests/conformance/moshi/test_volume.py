@@ -1,4 +1,4 @@
-"""``host.volume``: how much of what blocks add is heard, in forward passes, in training and in streams, row by row."""
+"""``host.volume``: how much of what blocks add is heard. What it has in common with ``updates``: test_switches.py."""
 
 from __future__ import annotations
 
@@ -13,37 +13,21 @@ from moshi_ttt.core.errors import ContextError
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.hosts.audio.host import AUDIO_HOST
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
-from moshi_ttt.hosts.moshi.layers import BlockSite, TTTStreamingTransformer
+from moshi_ttt.hosts.moshi.layers import TTTStreamingTransformer
 from moshi_ttt.hosts.moshi.streaming import restore_stream_state, stream_state
-from moshi_ttt.hosts.moshi.upstream import StreamingModule
+from tests.conformance.moshi.switches import HOST, VOLUME, codes, load, logits, sites, streamed
 from tests.unit.hosts.toy import random_codes, toy_lm
-from tests.unit.hosts.trained import tiny_with_trained
-
-BLOCKS = [
-    {"variant": "ttt_linear", "layers": "1", "chunk": 4, "gate": {"init": 0.5}},
-    {"variant": "gating_mlp", "layers": "2", "chunk": 4, "lr": 0.3, "train_w_down": True},
-]
-HOST = {"name": "moshi", "hf_repo": "builtin:tiny", "dtype": "float32"}
-FRAMES = 14
-
-
-def config_of(**options):
-    entries = [{**block, **options} for block in BLOCKS]
-    return parse_config({"host": HOST, "ttt": entries}, registry=default_registry())
-
-
-def load(**options):
-    return tiny_with_trained([{**block, **options} for block in BLOCKS])
 
 
 @pytest.fixture(params=[False, True], ids=["tensor operations", "compiled"])
 def model(request):
-    model, injection = load()
-    if request.param:
-        for site, block in injection.blocks.items():
-            if site.kind == "feed_forward":
-                block.compile_step()
-    return model
+    return load(compiled=request.param)
+
+
+@pytest.fixture
+def uncompiled():
+    """For calls of several tokens, in which a compiled step has no part."""
+    return load()
 
 
 @pytest.fixture(scope="module")
@@ -51,43 +35,12 @@ def base():
     return MOSHI_HOST.load(MOSHI_HOST.config_class(**HOST))
 
 
-def codes(rows: int = 3) -> torch.Tensor:
-    return torch.randint(0, 100, (rows, 17, FRAMES), generator=torch.Generator().manual_seed(0))
-
-
-def sites(model) -> list[BlockSite]:
-    return [module for module in model.modules() if isinstance(module, BlockSite)]
-
-
-def logits(model):
-    return model(codes()).text_logits.nan_to_num()
-
-
-@torch.no_grad()
-def streamed(model, volume=1.0, *, at: int = 0, rows: int = 3):
-    """Text logits ``[B, 1, T, card]`` at a volume from frame ``at`` on, and the states after them."""
-    out = []
-    with model.streaming(rows):
-        for frame in codes(rows)[:, :, :at].unbind(-1):
-            out.append(model.forward_text(frame[..., None])[1])
-        addresses = [site._streaming_state.volume.data_ptr() for site in sites(model)]
-        with MOSHI_HOST.volume(model, volume):
-            for frame in codes(rows)[:, :, at:].unbind(-1):
-                out.append(model.forward_text(frame[..., None])[1])
-            final = [{n: t.clone() for n, t in site._streaming_state.buffers.items()} for site in sites(model)]
-        assert addresses == [site._streaming_state.volume.data_ptr() for site in sites(model)], (
-            "a graph would not follow"
-        )
-        assert all(bool((site._streaming_state.volume == 1).all()) for site in sites(model))
-    return torch.cat(out, dim=2), final
-
-
-def test_a_stream_follows_row_by_row(model, base):
+def test_a_stream_at_0_is_that_of_the_base_model_row_by_row(model, base):
     loud, _ = streamed(model)
-    mixed, _ = streamed(model, torch.tensor([1.0, 0.0, 0.5]))
-    half, _ = streamed(model, 0.5)
+    mixed, _ = streamed(model, VOLUME, torch.tensor([1.0, 0.0, 0.5]))
+    half, _ = streamed(model, VOLUME, 0.5)
     plain, _ = streamed(base)
-    assert torch.equal(streamed(model, 0)[0], plain)
+    assert torch.equal(streamed(model, VOLUME, 0)[0], plain)
     assert torch.equal(mixed[0], loud[0])
     assert torch.equal(mixed[1], plain[1])
     assert torch.equal(mixed[2], half[2])
@@ -98,31 +51,9 @@ def test_a_stream_follows_row_by_row(model, base):
 def test_memory_learns_at_volume_0_as_far_as_it_hears_the_same(model):
     # The first block hears the same at every volume; the second what the first gives.
     first, *_ = streamed(model)[1]
-    silent, *_ = streamed(model, 0)[1]
+    silent, *_ = streamed(model, VOLUME, 0)[1]
     for name, tensor in first.items():
         assert torch.equal(silent[name], tensor), name
-
-
-def test_it_can_be_turned_while_a_stream_runs(model, base):
-    late, _ = streamed(model, 0, at=9)
-    loud, _ = streamed(model)
-    plain, _ = streamed(base)
-    assert torch.equal(late[:, :, :9], loud[:, :, :9])
-    assert not torch.equal(late[:, :, 9:], plain[:, :, 9:]), "attention still has what the blocks added before"
-    up = torch.zeros(3)
-    with torch.no_grad(), model.streaming(3), MOSHI_HOST.volume(model, up):
-        quiet = torch.cat([model.forward_text(frame)[1] for frame in codes()[:, :, :9].split(1, -1)], dim=2)
-        assert torch.equal(quiet, plain[:, :, :9])
-        with MOSHI_HOST.volume(model, torch.tensor([0.0, 1.0, 0.0])):
-            after = torch.cat([model.forward_text(frame)[1] for frame in codes()[:, :, 9:].split(1, -1)], dim=2)
-    assert torch.equal(after[[0, 2]], plain[[0, 2], :, 9:])
-    assert not torch.equal(after[1], plain[1, :, 9:])
-
-
-def test_a_stream_that_starts_inside_starts_at_it(model, base):
-    with torch.no_grad(), MOSHI_HOST.volume(model, 0), model.streaming(3):
-        inside = torch.cat([model.forward_text(frame)[1] for frame in codes().split(1, -1)], dim=2)
-    assert torch.equal(inside, streamed(base)[0])
 
 
 def test_it_reaches_blocks_through_the_generation_loop(model, base):
@@ -142,59 +73,43 @@ def test_it_reaches_blocks_through_the_generation_loop(model, base):
     assert torch.equal(spoken["rows"][1], spoken["loud"][1])
 
 
-def test_output_scale_and_volume_multiply(model, base):
-    quiet, _ = load(output_scale=0.25)
+def test_output_scale_and_volume_multiply(uncompiled, base):
+    quiet = load(output_scale=0.25)
     with torch.no_grad():
-        with MOSHI_HOST.volume(model, 0.5):
-            half = logits(model)
+        with MOSHI_HOST.volume(uncompiled, 0.5):
+            half = logits(uncompiled)
         with MOSHI_HOST.volume(quiet, 2):
             assert torch.equal(logits(quiet), half)
         with MOSHI_HOST.volume(quiet, torch.tensor([2.0, 0.0, 2.0])):
             rows = logits(quiet)
         assert torch.equal(rows[[0, 2]], half[[0, 2]])
         assert torch.equal(rows[1], logits(base)[1])
-        assert torch.equal(logits(load(output_scale=0)[0]), logits(base))
+        assert torch.equal(logits(load(output_scale=0)), logits(base))
 
 
-def test_gradients_with_checkpointing_are_those_of_the_forward_pass(model):
-    # Backward runs layers again, after the context was left: they see what the forward pass saw.
-    gradients = []
-    for checkpointing in (False, True):
-        model.transformer.checkpointing = checkpointing
-        model.zero_grad()
-        with MOSHI_HOST.volume(model, torch.tensor([1.0, 0.0, 0.3])):
-            loss = model(codes()).logits.nan_to_num().square().mean()
-        loss.backward()
-        gradients.append(
-            [p.grad.clone() for site in sites(model) for p in site.block.parameters() if p.grad is not None]
-        )
-    assert len(gradients[0]) == len(gradients[1])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_at_volume_0_no_parameter_of_a_block_has_a_gradient_but_zero(model):
-    with MOSHI_HOST.volume(model, 0):
-        model(codes()).logits.nan_to_num().square().mean().backward()
-    for site in sites(model):
+def test_at_volume_0_no_parameter_of_a_block_has_a_gradient_but_zero(uncompiled):
+    with MOSHI_HOST.volume(uncompiled, 0):
+        uncompiled(codes()).logits.nan_to_num().square().mean().backward()
+    for site in sites(uncompiled):
         for name, parameter in site.block.named_parameters():
             assert parameter.grad is None or not parameter.grad.any(), name
 
 
-def test_it_nests_beside_updates_and_an_error_restores(model, base):
+def test_it_nests_beside_updates_and_an_error_restores(uncompiled, base):
     with torch.no_grad():
-        loud, plain = logits(model), logits(base)
-        with MOSHI_HOST.volume(model, 0), MOSHI_HOST.updates(model, False):
-            assert torch.equal(logits(model), plain)
-            with MOSHI_HOST.volume(model, 1):
-                frozen = logits(model)
-                with MOSHI_HOST.updates(model, True):
-                    assert torch.equal(logits(model), loud)
-                assert torch.equal(logits(model), frozen)
-            assert torch.equal(logits(model), plain)
+        loud, plain = logits(uncompiled), logits(base)
+        with MOSHI_HOST.volume(uncompiled, 0), MOSHI_HOST.updates(uncompiled, False):
+            assert torch.equal(logits(uncompiled), plain)
+            with MOSHI_HOST.volume(uncompiled, 1):
+                frozen = logits(uncompiled)
+                with MOSHI_HOST.updates(uncompiled, True):
+                    assert torch.equal(logits(uncompiled), loud)
+                assert torch.equal(logits(uncompiled), frozen)
+            assert torch.equal(logits(uncompiled), plain)
         assert not torch.equal(frozen, loud)
-        with pytest.raises(RuntimeError, match="inside"), MOSHI_HOST.volume(model, 0):
+        with pytest.raises(RuntimeError, match="inside"), MOSHI_HOST.volume(uncompiled, 0):
             raise RuntimeError("inside")
-        assert torch.equal(logits(model), loud)
+        assert torch.equal(logits(uncompiled), loud)
 
 
 def test_a_stream_goes_on_from_a_saved_one_at_its_own_volume(model):
@@ -211,44 +126,6 @@ def test_a_stream_goes_on_from_a_saved_one_at_its_own_volume(model):
             assert torch.equal(model.forward_text(codes()[:, :, 5:6])[1], quiet)
     assert not torch.equal(loud, quiet)
     assert not any("volume" in name for name in saved)
-
-
-@pytest.mark.parametrize("value", [-0.1, float("nan"), 11, True, "half", torch.tensor([1, 0, 1]), torch.ones(3, 1)])
-def test_what_is_no_volume_is_refused(model, value):
-    with pytest.raises(ContextError, match="volume: "), MOSHI_HOST.volume(model, value):
-        pass
-    assert all(site.volume == 1 for site in sites(model))
-
-
-def test_another_number_of_rows_is_refused_and_changes_nothing(model):
-    two = torch.zeros(2)
-    with torch.no_grad(), model.streaming(3):
-        with (
-            pytest.raises(ContextError, match="volume has 2 rows, and the stream has 3"),
-            MOSHI_HOST.volume(model, two),
-        ):
-            pass
-        assert all(bool((site._streaming_state.volume == 1).all()) for site in sites(model))
-    with MOSHI_HOST.volume(model, two):
-        with pytest.raises(ContextError, match="volume has 2 rows, and the stream has 3"), model.streaming(3):
-            pass
-        assert not any(module.is_streaming for module in model.modules() if isinstance(module, StreamingModule))
-        with pytest.raises(ContextError, match="volume of shape"):
-            model(codes())
-    streamed(model)
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-def test_a_stream_of_another_number_of_rows_is_refused_on_leaving_too(model, rows):
-    with (
-        torch.no_grad(),
-        ExitStack() as stream,
-        pytest.raises(ContextError, match=f"volume has {rows} rows, and the stream has 3"),
-        MOSHI_HOST.volume(model, torch.zeros(rows)),
-        MOSHI_HOST.volume(model, 1),
-    ):
-        stream.enter_context(model.streaming(3))
-    assert all(site.volume == 1 for site in sites(model))
 
 
 def test_blocks_without_a_volume_are_named_and_stream_as_before():
@@ -303,27 +180,15 @@ def test_both_passes_of_a_bidirectional_block_are_at_the_volume(options):
     assert torch.equal(mixed[2], half[2])
 
 
-def test_a_model_that_was_built_on_meta_has_a_volume_row_by_row():
-    config = config_of()
-    model = MOSHI_HOST.skeleton(config.host)
-    injection = inject(model, config)
-    model.to_empty(device="cpu")
-    MOSHI_HOST.load_base(model, MOSHI_HOST.base_state_dict(MOSHI_HOST.load(config.host)))
-    injection.initialize()
-    with torch.no_grad(), MOSHI_HOST.volume(model, torch.tensor([1.0, 0.0, 1.0])):
-        logits(model)
-    streamed(model, torch.tensor([1.0, 0.0, 1.0]))
-
-
-def test_blocks_that_are_attached_inside_are_at_volume_1():
-    model, injection = load()
+def test_blocks_that_are_attached_inside_are_at_volume_1(uncompiled):
+    before = MOSHI_HOST.blocks(uncompiled)
     with torch.no_grad():
-        loud = logits(model)
-        with MOSHI_HOST.volume(model, 0):
-            blocks = MOSHI_HOST.detach(model)
-            MOSHI_HOST.attach(model, blocks)
-            assert torch.equal(logits(model), loud)
-        assert torch.equal(logits(model), loud)
-    assert set(injection.blocks) == set(blocks)
-    MOSHI_HOST.detach(model)
-    assert "_volume" not in vars(model.transformer)
+        loud = logits(uncompiled)
+        with MOSHI_HOST.volume(uncompiled, 0):
+            blocks = MOSHI_HOST.detach(uncompiled)
+            MOSHI_HOST.attach(uncompiled, blocks)
+            assert torch.equal(logits(uncompiled), loud)
+        assert torch.equal(logits(uncompiled), loud)
+    assert set(before) == set(blocks)
+    MOSHI_HOST.detach(uncompiled)
+    assert "_volume" not in vars(uncompiled.transformer)

@@ -1,13 +1,24 @@
 """Which combinations of the kit's grid run in ``make test``. ``make test-full`` and CI run all of them.
 
-The first option set of each test runs in all dtypes, each with its shape. A further option set runs
+The first option set of each test runs in all dtypes, each with its shape, but for the checks on which no number has an
+effect (``WITHOUT_VALUES``): a float32 host runs the operations of a float64 one, neither with a cast, so they run in
+float64 and, where there are casts, in bfloat16.
 
-- every check in float64, which finds 81 of the 84 pairs of a mutation and a check in ``test_kit_mutations.py``; the
-  three others (``check_volume`` with BlendsAtEveryVolume, ``check_figures_under_autocast``, ``check_long_stream``)
-  depend on the variant and not on its options;
+A further option set, and each one of the tests of options (``test_options_of_...``: of variants whose first set runs in
+another test), runs
+
+- every check in float64, which finds all but three pairs of a mutation and a check in ``test_kit_mutations.py``; those
+  (``check_volume`` with BlendsAtEveryVolume, ``check_figures_under_autocast``, ``check_long_stream``) depend on the
+  variant and not on its options;
+- but not ``check_no_host_read``: what reads a value on the CPU is found by ``check_device`` too, which runs all that
+  the other runs, and more (``test_kit_mutations.py`` and ``test_option_mutations.py`` hold that it is);
 - ``MORE`` besides: rows and splits with three heads (float32), the dtype of the state in a bfloat16 host.
 
-``test_option_mutations.py`` has mistakes in options, and holds that these combinations find each.
+A compiled step has no part in a call of several tokens, nor on the meta device, so the cases that stream by it leave
+out ``WITHOUT_STEPS``: ``test_gating_mlp`` and ``test_gating_mlp_corrections`` run those on the same option sets.
+
+``test_option_mutations.py`` has mistakes in options, and holds that these combinations find each;
+``test_kit_mutations.py`` holds that the combinations of a first option set find every mistake there.
 """
 
 from __future__ import annotations
@@ -22,7 +33,22 @@ MORE: dict[torch.dtype, tuple[Check, ...]] = {
     torch.float32: (kit.check_splits, kit.check_every_prefix, kit.check_exec_mask, kit.check_rows),
     torch.bfloat16: (kit.check_state_is_float32,),
 }
+WITHOUT_STEPS: tuple[Check, ...] = (
+    kit.check_causality, kit.check_unwanted_state, kit.check_rows, kit.check_token_mask, kit.check_token_mask_gradient,
+    kit.check_nonfinite_rows, kit.check_volume, kit.check_volume_gradient, kit.check_inner_lr_factor, kit.check_device,
+    kit.check_figures_under_autocast, kit.check_parameter_dimensions, kit.check_checkpointing, kit.check_two_forwards,
+    kit.check_detached_state, kit.check_trainable_set, kit.check_gradients_numerically, kit.check_second_derivatives,
+    kit.check_adapter_round_trip, kit.check_buffers, kit.check_config_keys, kit.check_dtypes,
+    kit.check_state_is_float32, kit.check_layouts,
+)  # fmt: skip
+WITHOUT_VALUES: tuple[Check, ...] = (kit.check_device, kit.check_no_host_read, kit.check_other_modes)
 
 
-def runs_by_default(check: Check, dtype: torch.dtype, *, first: bool) -> bool:
-    return first or dtype == EVERYWHERE or check in MORE[dtype]
+def runs_by_default(check: Check, dtype: torch.dtype, *, first: bool, compiled: bool = False) -> bool:
+    if compiled and check in WITHOUT_STEPS:
+        return False
+    if first:
+        return dtype != torch.float32 or check not in WITHOUT_VALUES
+    if dtype == EVERYWHERE:
+        return check is not kit.check_no_host_read or compiled
+    return check in MORE[dtype]

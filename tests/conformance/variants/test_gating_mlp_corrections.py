@@ -170,8 +170,13 @@ def chunk_like(kind):
     return x, target
 
 
-@pytest.mark.parametrize("strength", [0.0, 1e-30, 1e-6, 1.0])
-@pytest.mark.parametrize("ridge", [0.0, RIDGE_BOUNDS[0], 0.3, RIDGE_BOUNDS[1], 1e30])
+def exhaustive(*values):
+    return [pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
+
+
+# By default a ridge beyond each bound, which is taken as the bound, and no strength that is nearly as good as zero.
+@pytest.mark.parametrize("strength", [0.0, *exhaustive(1e-30), 1e-6, 1.0])
+@pytest.mark.parametrize("ridge", [0.0, *exhaustive(RIDGE_BOUNDS[0]), 0.3, *exhaustive(RIDGE_BOUNDS[1]), 1e30])
 @pytest.mark.parametrize("keys", ["raw", "unit"])
 @pytest.mark.parametrize("kind", ["equal keys", "zero keys", "nearly equal keys", "a few zero keys"])
 def test_ill_conditioned_chunks_are_finite_and_right(kind, keys, ridge, strength, compiled):

@@ -109,7 +109,8 @@ def test_each_changes_what_the_block_computes(options):
     assert (plain - other).abs().max() > 1e-9
 
 
-@pytest.mark.parametrize("chunk", [16, 32, 64, 128])
+# Between the shortest and the longest nothing is computed otherwise.
+@pytest.mark.parametrize("chunk", [16, *(pytest.param(chunk, marks=pytest.mark.exhaustive) for chunk in (32, 64)), 128])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_streaming_is_training_at_chunks_that_are_used(variant, chunk, dtype, bound):
@@ -279,7 +280,7 @@ def test_derivatives_of_the_embeddings(variant):
 
 @pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("size", [pytest.param(1e2, marks=pytest.mark.exhaustive), 1e4, 1e6])  # 1e2 runs away later
 def test_a_plain_loss_that_runs_away_leaves_the_state_finite(variant, size, graph):
     """Without the guard TTT-MLP at 1e4 and rate 1 had nan in its state within 100 chunks."""
     block = excited(variant, chunk=4, inner_norm=False, base_lr=1.0, momentum=0.9, inner_steps=2, dtype=torch.float32)

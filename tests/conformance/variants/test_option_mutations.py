@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from moshi_ttt.core import testing as kit
 from moshi_ttt.core.block import BlockContext
@@ -220,7 +219,7 @@ MUTATIONS: list[tuple[Callable[[Patch], None], str, dict[str, Any], Check]] = [
     (strengths_ignore_the_schedule, "gating_mlp", GRADIENT, kit.check_inner_lr_factor),
     (rows_cannot_switch_updates_off, "gating_mlp", RIDGE, kit.check_updates_off),
     (rows_cannot_switch_updates_off, "gating_mlp", GRADIENT, kit.check_updates_off),
-    (the_ridge_is_read_on_the_host, "gating_mlp", RIDGE, kit.check_no_host_read),
+    (the_ridge_is_read_on_the_host, "gating_mlp", RIDGE, kit.check_device),
     (the_ridge_has_no_gradient, "gating_mlp", RIDGE, kit.check_trainable_set),
     (keys_share_one_norm, "gating_mlp", RIDGE, kit.check_rows),
     (keys_are_normalized_over_time, "gating_mlp", GRADIENT, kit.check_causality),
@@ -241,7 +240,6 @@ MUTATIONS: list[tuple[Callable[[Patch], None], str, dict[str, Any], Check]] = [
     (a_third_head_has_no_velocity, "ttt_linear", MOMENTUM, kit.check_splits),
 ]
 RAISED: dict[Callable[[Patch], None], type[Exception]] = {
-    the_ridge_is_read_on_the_host: DataDependentOutputException,
     the_velocity_is_kept_in_the_hosts_dtype: PrecisionError,
 }
 
@@ -255,15 +253,14 @@ def test_the_check_fails(monkeypatch, mutate, variant, options, check):
     cases = [case for case in default_cases(variant, [options]) if runs_by_default(check, case.dtype, first=False)]
     for case in cases:
         check(case)
-    caught = 0
     for case in cases:
         with monkeypatch.context() as patch:
             mutate(patch)
             try:
                 check(case)
             except RAISED.get(mutate, AssertionError):
-                caught += 1
-    assert caught, f"{check.__name__} does not notice"
+                return
+    pytest.fail(f"{check.__name__} does not notice")
 
 
 # ---- the compiled step: a line of its source, and what is there instead

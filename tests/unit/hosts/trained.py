@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import torch
+from torch import nn
 
 from moshi_ttt import inject, parse_config
 from moshi_ttt.core.injection import Injection
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+
+
+@functools.cache
+def _tiny(dtype: str) -> nn.Module:
+    """Read once; who changes it takes a copy."""
+    return MOSHI_HOST.load(MOSHI_HOST.config_class(name="moshi", hf_repo="builtin:tiny", dtype=dtype))
 
 
 def tiny_with_trained(blocks: list[dict[str, Any]], dtype: str = "float32") -> tuple[Any, Injection]:
@@ -18,7 +27,7 @@ def tiny_with_trained(blocks: list[dict[str, Any]], dtype: str = "float32") -> t
         {"host": {"name": "moshi", "hf_repo": "builtin:tiny", "dtype": dtype}, "ttt": blocks},
         registry=default_registry(),
     )
-    model = MOSHI_HOST.load(config.host)
+    model = copy.deepcopy(_tiny(dtype))
     injection = inject(model, config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
