@@ -35,7 +35,6 @@ CLOSE_SEC = 2.0
 """How long a client may take to answer the closing of its connection."""
 MESSAGES_PER_SEC = 400.0
 """Messages a client may send, with a burst of two seconds: ten times what Moshi's clients do at ten times the speed."""
-STATS_SEC = 1.0
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,7 @@ class Connection:
 
     async def _tell_stats(self) -> None:
         while (session := self.session) is not None:
-            await asyncio.sleep(STATS_SEC)
+            await asyncio.sleep(self._service.engine.stats_every_sec)
             try:
                 sites = await session.stats()
             except EngineStoppedError:

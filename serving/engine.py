@@ -35,6 +35,8 @@ QUEUE_FRAMES = 4
 """Frames that wait for a tick at most: 320 ms. A longer queue is a delay that nobody can get rid of."""
 QUIET_SEC = 0.5
 """A line that has sent nothing for so long is not waited for."""
+STATS_SEC, STATS_SHARE = 1.0, 0.05
+"""Seconds between two looks at a row's figures, at least, and the share of time that the looks at all rows may take."""
 
 
 class RowSlots(Protocol):
@@ -92,6 +94,7 @@ class Engine:
     Attributes:
         failure: the exception that ended the engine.
         tick_sec: seconds of the latest tick.
+        stats_sec: seconds that the latest look at a row's figures took.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Engine:
         self.slots = slots
         self.failure: BaseException | None = None
         self.tick_sec = 0.0
+        self.stats_sec = 0.0
         self._post, self._failed, self._metrics = post, failed, metrics
         self._gather_sec, self._queue_frames = gather_sec, queue_frames
         self._changed = threading.Condition()
@@ -183,6 +187,25 @@ class Engine:
                 slots.leave(line.row)
 
         return self.submit(work)
+
+    def stats(self, line: Line) -> Future[list[SiteStats]]:
+        """What the memory of the line's row has done."""
+
+        def work(slots: RowSlots) -> list[SiteStats]:
+            begun = time.perf_counter()
+            found = slots.stats(line.row)
+            self.stats_sec = time.perf_counter() - begun
+            return found
+
+        return self.submit(work)
+
+    @property
+    def stats_every_sec(self) -> float:
+        """Seconds between two looks at a row's figures, so that the looks at all rows leave time for ticks.
+
+        On a GPU one look can take as long as half a frame.
+        """
+        return max(STATS_SEC, len(self._lines) * self.stats_sec / STATS_SHARE)
 
     # ---- the thread
 

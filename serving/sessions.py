@@ -132,7 +132,7 @@ class CallerSession:
         self.keep = enabled
 
     async def stats(self) -> list[SiteStats]:
-        return await asyncio.wrap_future(self._engine.submit(lambda slots: slots.stats(self.line.row)))
+        return await asyncio.wrap_future(self._engine.stats(self.line))
 
     def _required_store(self) -> MemoryStore:
         if self._store is None:
