@@ -346,6 +346,7 @@ def test_a_path_without_vectors_is_an_error(cli, path):
     assert "no such file, or a folder without" in result.said
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path, stop):
     command = [sys.executable, "-m", "moshi_ttt.apps.cli", "quickstart", "--out", str(tmp_path / "run")]
@@ -361,6 +362,7 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path, stop):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM"])
 def test_a_run_that_is_stopped_inside_an_exec_ends_with_the_code_of_an_interruption(tmp_path, stop):
     (tmp_path / "stopped.py").write_text(

@@ -56,6 +56,7 @@ def launches(injection: Injection, length: int, monitor: HealthMonitor | None) -
     return made.count
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("variant", CHUNKS)
 def test_a_sample_costs_the_same_for_every_length_and_is_taken_once_under_checkpointing(variant):
     injection = injected(variant, chunk=CHUNKS[variant])

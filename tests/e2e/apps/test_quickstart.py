@@ -302,6 +302,7 @@ def test_a_file_in_the_way_is_not_replaced(cli, tmp_path):
     assert (tmp_path / "run").read_text() == "a file"
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")], ids=["Ctrl-C", "failure"])
 def test_a_run_that_ends_early_leaves_nothing(cli, tmp_path, monkeypatch, error):
     def fail(*_, **__):

@@ -162,6 +162,7 @@ def test_memory_of_another_has_processed_others_only_where_they_can_be_kept_apar
 
 
 # Of the row before row 0, one back, and so on: what changes row 0's second and third presentation when it is another.
+@pytest.mark.first_by_default
 @pytest.mark.parametrize(
     ("back", "changed", "changes"),
     [(1, [0], "second"), (1, [2], "third"), (2, [1], "third"), (3, [0], "third"), (2, [2], ""), (3, [1, 2], ""),

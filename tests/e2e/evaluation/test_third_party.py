@@ -27,6 +27,7 @@ def codes() -> torch.Tensor:
     return torch.randint(0, 100, (2, 17, FRAMES), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("segments", [None, 8])
 @pytest.mark.parametrize("block", [Unscaled, Convolved])
 def test_every_condition_changes_what_a_third_partys_block_does(block, segments):

@@ -54,6 +54,7 @@ def measured(trained: Any, carried: bool) -> tuple[int, int]:
     return kept, log.peak
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("carried", [False, True], ids=["", "carried"])
 @pytest.mark.parametrize(
     ("variant", "run", "checkpointing"),

@@ -15,6 +15,7 @@ from .conftest import FRAMES, LORA, adapter, records, same, values
 BLOCKS = [{"variant": "ttt_mlp", "layers": "1", "chunk": 4}, {"variant": "gating_mlp", "layers": "2", "chunk": 4}]
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("changes", [{}, {"carry_state": True, "num_microbatches": 2, "gradient_checkpointing": True}])
 def test_inner_losses_are_logged_by_position_and_change_nothing(train, tmp_path, changes):
     plain = train(run_dir=str(tmp_path / "plain"), ttt=BLOCKS, max_steps=4, **changes)
@@ -39,6 +40,7 @@ def test_inner_losses_are_logged_by_position_and_change_nothing(train, tmp_path,
     assert not (tmp_path / "run" / "inner_losses").exists()
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("folder", [None, "plots"])
 def test_plots_are_drawn_where_they_are_asked_for(train, tmp_path, folder):
     where = {"plot_dir": str(tmp_path / folder)} if folder else {}

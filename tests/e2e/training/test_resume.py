@@ -28,6 +28,7 @@ from .conftest import LORA, TTT, adapter, records, same
 # ---- going on
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize(
     "changes",
     [
@@ -211,6 +212,7 @@ def test_going_on_from_another_run_in_a_folder_in_use_is_refused(train, tmp_path
     assert len(records(Path(other))) == 3
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("pct_start", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_any_rise_of_the_rate_ends_well(train, pct_start, steps):
@@ -220,6 +222,7 @@ def test_any_rise_of_the_rate_ends_well(train, pct_start, steps):
 # ---- stopping
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_ends(train, tmp_path, monkeypatch, request, number):
     real = Trainer.make_step

@@ -104,6 +104,7 @@ def test_health_is_logged_for_every_block(train, tmp_path):
         assert isinstance(block["red_flags"], list)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize(
     ("every", "last", "wanted"), [(3, 7, [1, 2, 3, 6, 7]), (1, 3, [1, 2, 3]), (100, 5, [1, 2, 4, 5])]
 )
@@ -194,6 +195,7 @@ def test_measuring_changes_nothing(train, tmp_path):
     assert first == second
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("carry", [False, True])
 def test_evaluating_changes_nothing(train, encoded, tmp_path, carry):
     data = {"train_data": str(encoded), "eval_data": str(encoded)}
@@ -203,6 +205,7 @@ def test_evaluating_changes_nothing(train, encoded, tmp_path, carry):
     assert len(records(tmp_path / "run1", "eval")) == 4
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp", "ttt_multilayer", "gating_mlp"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_segment_shorter_than_a_chunk_carries_its_state(train, tmp_path, variant, checkpointing):
@@ -261,6 +264,7 @@ def test_an_adapter_gives_the_trained_model(train):
     torch.testing.assert_close(model(codes()).text_logits, stock(codes()).text_logits, rtol=0, atol=2e-6)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("changes", [{"lora": LORA, "save_adapters": False}, {"full_finetuning": True}])
 def test_merged_weights_are_a_moshi_and_the_blocks_belong_to_it(train, settings, changes):
     outcome = train(max_steps=2, **changes)
@@ -276,6 +280,7 @@ def test_merged_weights_are_a_moshi_and_the_blocks_belong_to_it(train, settings,
         load_adapter(base, outcome.checkpoint / "adapter")
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize(
     ("changes", "lacking"),
     [({"lora": LORA}, True), ({"full_finetuning": True}, True), ({"lora": LORA, "ttt": []}, False), ({}, False)],

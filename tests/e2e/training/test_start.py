@@ -31,6 +31,7 @@ def first(train, tmp_path):
     return make
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("place", ["", "adapter"])
 @pytest.mark.parametrize("named", [True, False], ids=["ttt given", "ttt left out"])
 def test_a_run_starts_from_an_adapters_values(train, first, place, named):

@@ -63,6 +63,7 @@ def test_blocks_are_trained_on_a_merged_lora_and_evaluated_on_it(train, tuned):
         )  # fmt: skip
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("kind", ["plain", "embedded"])
 def test_a_lora_is_trained_further(train, tuned, kind):
     """What is exported is a LoRA of the original base model: stock Moshi adds it to that."""

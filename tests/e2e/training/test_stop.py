@@ -51,6 +51,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize(("changes", "call"), [*zip(CHANGES.values(), (7, 8, 9), strict=True)], ids=CHANGES)
 def test_a_step_is_given_up_and_made_again_bit_for_bit(train, tmp_path, monkeypatch, changes, call):
     changes = {**changes, "num_microbatches": 3, "batch_size": 1, "max_steps": 4}

@@ -55,6 +55,7 @@ def what_is_read(site) -> torch.Tensor:
     return site.block.drift(state).cpu()
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("variant", BLOCKS)
 def test_a_trained_block_learns_once_a_chunk_while_it_streams(encoded, tmp_path, device, variant):
     dtype = "bfloat16" if device == "cuda" else "float32"
