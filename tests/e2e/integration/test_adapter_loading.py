@@ -76,6 +76,7 @@ def trained(*entries: dict, with_lora: bool = False) -> Injection:
     return injection
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("with_lora", [False, True])
 @pytest.mark.parametrize("variant", BLOCKS)
 def test_loading_draws_nothing_and_leaves_nothing_without_a_value(tmp_path, variant, with_lora):

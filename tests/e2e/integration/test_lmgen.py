@@ -45,6 +45,7 @@ def generate(model, codes, **options):
     return torch.cat(inputs, dim=-1), torch.cat(logits, dim=1)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_generation_sees_the_logits_that_training_would(variant, dtype):
     model, _ = tiny_with({"variant": variant, "layers": "1,3", "chunk": 4}, dtype=dtype)
@@ -64,6 +65,8 @@ def compiled_gating(dtype=torch.float32):
     return model
 
 
+@pytest.mark.first_by_default
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_steps_generate_what_training_would(dtype):
     model = compiled_gating(dtype)

@@ -37,6 +37,7 @@ def ranks(tmp_path_factory) -> list[dict]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize(("run", "config"), [("all", fsdp_worker.CONFIG), ("ridge", fsdp_worker.RIDGE)])
 def test_two_ranks_train_with_the_losses_of_one_process(ranks, run, config):
     ranks = [rank[run] for rank in ranks]
@@ -117,6 +118,7 @@ def test_gradients_are_bit_equal_under_the_hosts_checkpointing(variant):
         assert torch.equal(gradient, plain[name]), name
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp", "ttt_multilayer", "ttt_ridge"])
 def test_groups_of_chunks_change_no_gradient_alone_and_inside_the_hosts_checkpointing(variant):
     entry = {"variant": variant, "layers": "1,3", "chunk": 3}

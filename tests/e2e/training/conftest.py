@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,30 @@ def train(settings) -> Callable[..., Outcome]:
         return run(settings(**changes), default_registry(), Console(quiet=True))
 
     return go
+
+
+@pytest.fixture(scope="session")
+def kept_runs() -> dict[str, Path]:
+    """The checkpoints that ``trained`` has made, by their settings."""
+    return {}
+
+
+@pytest.fixture
+def trained(encoded, kept_runs, tmp_path, tmp_path_factory) -> Callable[..., Path]:
+    """The last checkpoint of a small run, in a copy of its folder; runs of the same settings are made once."""
+
+    def make(place: str = "run", **changes: Any) -> Path:
+        key = repr(sorted(changes.items()))
+        if key not in kept_runs:
+            folder = tmp_path_factory.mktemp("kept") / "run"
+            chosen = parse_settings({**values(encoded, folder), **changes}, registry=default_registry(), where="test")
+            kept_runs[key] = run(chosen, default_registry(), Console(quiet=True)).checkpoint
+        checkpoint = kept_runs[key]
+        shutil.rmtree(tmp_path / place, ignore_errors=True)
+        shutil.copytree(checkpoint.parent.parent, tmp_path / place, symlinks=True)
+        return tmp_path / place / "checkpoints" / checkpoint.name
+
+    return make
 
 
 def values(encoded: Path, run_dir: Path) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def alone(tmp_path_factory) -> Callable[[str], dict[str, Any]]:
     return cache(lambda host: run(host, tmp_path_factory.mktemp(host), 1))
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("host", ["toy", "audio"])
 def test_a_host_trains_and_resumes_bit_for_bit_without_moshi(alone, host):
     found = alone(host)
@@ -66,6 +67,7 @@ def test_a_host_trains_and_resumes_bit_for_bit_without_moshi(alone, host):
     assert found["carried"] == [host == "toy"] * 2
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("host", ["toy", "audio"])
 def test_two_ranks_train_a_host_as_one_does(alone, tmp_path, host):
     one, two = alone(host), run(host, tmp_path, 2)

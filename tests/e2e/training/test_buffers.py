@@ -80,6 +80,7 @@ def test_a_run_starts_from_an_adapters_buffer(counting, tmp_path):
     assert int(adapter(second.checkpoint)[SEEN]) == 3 * 12
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("changes", [{"distribution": "other-ttt"}, {"version": "2.0"}])
 def test_a_run_is_not_resumed_with_another_distribution_or_major_version(counting, tmp_path, changes):
     counting(tmp_path / "run", max_steps=1)

@@ -81,6 +81,7 @@ def test_cuda_that_has_started_without_a_workspace_is_refused(monkeypatch):
         assert WORKSPACE not in os.environ
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_run_takes_the_option_and_leaves_nothing_of_it(train, tmp_path, monkeypatch, asked):
     seen = []

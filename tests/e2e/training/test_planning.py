@@ -82,7 +82,8 @@ def said(plan: TrainingPlan) -> str:
     return " ".join(shown.getvalue().replace("│", " ").split())
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+@pytest.mark.first_by_default
+@pytest.mark.parametrize("ranks", [3, 1, 2, 7])
 @pytest.mark.parametrize("run", RUNS)
 def test_a_rank_holds_what_fsdp_gives_it(run, ranks):
     chosen = settings(**RUNS[run])
@@ -196,7 +197,8 @@ def test_inputs_of_the_layers_that_gradients_reach(changes, layers):
     assert planned.layer_input_bytes == layers * 2 * math.ceil(12.5) * 256 * 4
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.first_by_default
+@pytest.mark.parametrize("ranks", [2, 1])
 def test_activations_are_counted_beside_gradients(ranks):
     chosen = settings(duration_sec=1.0, batch_size=2, full_finetuning=True)
     planned = planning.plan(chosen, default_registry(), ranks=ranks, activations=True)

@@ -109,8 +109,8 @@ def test_going_on_from_a_checkpoint_by_its_path(train, tmp_path):
         ({"data": "another weight"}, "data was"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(train, encoded, changes, message):
-    train(max_steps=1)
+def test_a_checkpoint_of_another_run_is_refused(train, trained, encoded, changes, message):
+    trained(max_steps=1)
     if "data" in changes:
         changes = {"data": {"train_data": f"{encoded}:2"}}
     with pytest.raises(CheckpointError, match=message):
@@ -118,16 +118,17 @@ def test_a_checkpoint_of_another_run_is_refused(train, encoded, changes, message
 
 
 @pytest.mark.parametrize("wrong", ["state.json", "resume/.metadata", "resume/__0_0.distcp"])
-def test_a_damaged_checkpoint_is_refused(train, tmp_path, wrong):
-    folder = train(max_steps=1).checkpoint
+def test_a_damaged_checkpoint_is_refused(train, trained, tmp_path, wrong):
+    folder = trained(max_steps=1)
     (folder / wrong).write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="checkpoint_000001"):
         train(max_steps=2, resume=True)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("wrong", ["state.json", "resume/.metadata", "resume/__0_0.distcp"])
-def test_a_damaged_checkpoint_names_the_newest_older_one_that_is_whole(train, tmp_path, wrong):
-    train(max_steps=4, ckpt_freq=1, num_ckpt_keep=None)
+def test_a_damaged_checkpoint_names_the_newest_older_one_that_is_whole(train, trained, tmp_path, wrong):
+    trained(max_steps=4, ckpt_freq=1, num_ckpt_keep=None)
     folder = tmp_path / "run" / "checkpoints"
     (folder / "checkpoint_000004" / wrong).write_bytes(b"nonsense")
     (folder / "checkpoint_000003" / "resume" / "__0_0.distcp").write_bytes(b"cut")
@@ -138,28 +139,28 @@ def test_a_damaged_checkpoint_names_the_newest_older_one_that_is_whole(train, tm
     assert train(max_steps=5, resume=str(folder / "checkpoint_000002")).step == 5
 
 
-def test_a_damaged_checkpoint_without_an_older_one_says_so(train):
-    (train(max_steps=1).checkpoint / "state.json").write_bytes(b"nonsense")
+def test_a_damaged_checkpoint_without_an_older_one_says_so(train, trained):
+    (trained(max_steps=1) / "state.json").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match=r"is damaged: state.json .* There is no older checkpoint"):
         train(max_steps=2, resume=True)
 
 
-def test_what_a_killed_save_left_is_swept_away(train, tmp_path):
-    train(max_steps=1)
+def test_what_a_killed_save_left_is_swept_away(train, trained, tmp_path):
+    trained(max_steps=1)
     left = tmp_path / "run" / "checkpoints" / ".checkpoint_000002"
     (left / "resume").mkdir(parents=True)
     assert train(max_steps=2, resume=True).step == 2
     assert not list(left.parent.glob(".*"))
 
 
-def test_a_smaller_max_steps_is_refused(train):
-    train(max_steps=3)
+def test_a_smaller_max_steps_is_refused(train, trained):
+    trained(max_steps=3)
     with pytest.raises(CheckpointError, match="at step 3, and max_steps is 2"):
         train(max_steps=2, resume=True)
 
 
-def test_every_other_option_is_pointed_out(train, settings, capsys, monkeypatch):
-    train(max_steps=1)
+def test_every_other_option_is_pointed_out(trained, settings, capsys, monkeypatch):
+    trained(max_steps=1)
     changed = settings(
         max_steps=2, resume=True, max_norm=0.5, gradient_checkpointing=True, optim={"lr": 1e-4, "eps": 1e-6},
         log_freq=3, num_ckpt_keep=None,
@@ -176,8 +177,8 @@ def test_every_other_option_is_pointed_out(train, settings, capsys, monkeypatch)
     assert "resume from" not in shown
 
 
-def test_options_that_the_version_before_did_not_have_are_no_changes(train, settings, capsys):
-    state = train(max_steps=1).checkpoint / "state.json"
+def test_options_that_the_version_before_did_not_have_are_no_changes(trained, settings, capsys):
+    state = trained(max_steps=1) / "state.json"
     values = json.loads(state.read_text())
     del values["training"]["text_weight"], values["training"]["optim"]["schedule"]
     state.write_text(json.dumps(values))

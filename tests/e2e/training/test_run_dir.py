@@ -49,8 +49,8 @@ def test_a_run_of_moshi_finetune_is_neither_resumed_nor_replaced(train, theirs, 
 
 
 @pytest.mark.parametrize("changes", [{"resume": True}, {"overwrite_run_dir": True}], ids=str)
-def test_a_run_from_before_the_marker_is_left_alone_and_can_be_started_from(train, tmp_path, changes):
-    train(max_steps=2)
+def test_a_run_from_before_the_marker_is_left_alone_and_can_be_started_from(train, trained, tmp_path, changes):
+    trained(max_steps=2)
     (tmp_path / "run" / "run.json").unlink()
     before = files(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"an unreleased moshi-ttt made it.*adapter: .*checkpoint_000002 starts"):
@@ -71,8 +71,8 @@ def test_a_run_json_that_does_not_say_so_is_no_marker(train, tmp_path, marker):
     assert files(tmp_path / "run") == {"run.json": marker.encode()}
 
 
-def test_a_marker_of_another_version_is_refused(train, tmp_path):
-    train(max_steps=1)
+def test_a_marker_of_another_version_is_refused(train, trained, tmp_path):
+    trained(max_steps=1)
     path = tmp_path / "run" / "run.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 7, "moshi_ttt": "9.0"}))
     with pytest.raises(ConfigError, match=r"of format 7.*made it \(9.0\)"):
@@ -80,8 +80,8 @@ def test_a_marker_of_another_version_is_refused(train, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"resume": True}, {"overwrite_run_dir": True}], ids=str)
-def test_a_checkpoint_of_another_program_in_our_folder_is_not_replaced(train, tmp_path, changes):
-    train(max_steps=1)
+def test_a_checkpoint_of_another_program_in_our_folder_is_not_replaced(train, trained, tmp_path, changes):
+    trained(max_steps=1)
     other = tmp_path / "run" / "checkpoints" / "checkpoint_000002" / "consolidated"
     other.mkdir(parents=True)
     (other / "lora.safetensors").write_bytes(b"days of work")
@@ -115,8 +115,8 @@ def test_replacing_deletes_what_runs_made_and_nothing_else(train, tmp_path):
     assert json.loads(after["run.json"])["run_id"] != first
 
 
-def test_a_name_that_a_marker_invents_is_not_deleted(train, tmp_path):
-    train(max_steps=1)
+def test_a_name_that_a_marker_invents_is_not_deleted(train, trained, tmp_path):
+    trained(max_steps=1)
     (tmp_path / "mine.txt").write_text("thesis")
     path = tmp_path / "run" / "run.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "made": ["../mine.txt", "args.yaml"]}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -22,13 +23,9 @@ STILL = {"lr": 0.0, "lr_groups": {"ttt": 0.0, "gates": 0.0}}
 
 
 @pytest.fixture
-def first(train, tmp_path):
+def first(trained):
     """A trained adapter of blocks and LoRA, and one of blocks alone."""
-
-    def make(**changes):
-        return train(run_dir=str(tmp_path / "first"), overwrite_run_dir=True, max_steps=2, **changes).checkpoint
-
-    return make
+    return partial(trained, "first", max_steps=2)
 
 
 @pytest.mark.first_by_default
@@ -110,6 +107,7 @@ def test_an_adapter_of_another_base_model_is_refused(train, first, tmp_path):
     assert all(torch.equal(tensor, end[name]) for name, tensor in adapter(checkpoint).items())
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("start", ["adapter", "checkpoint"])
 def test_values_that_come_from_a_file_are_not_drawn_first(settings, train, first, monkeypatch, start):
     """A run that starts from an adapter, or is resumed, fills blocks and LoRA from it, and draws no value for them."""
