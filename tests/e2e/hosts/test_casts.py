@@ -161,12 +161,6 @@ def by_moving(injection):
     in_place(injection)
 
 
-@pytest.mark.first_by_default
-@pytest.mark.first_by_default
-@pytest.mark.first_by_default
-@pytest.mark.first_by_default
-@pytest.mark.first_by_default
-@pytest.mark.first_by_default
 @pytest.mark.parametrize("change", [in_place, by_data, by_an_optimizer, by_moving], ids=lambda f: f.__name__)
 def test_a_change_takes_effect_at_the_next_step(variant, change):
     results = []
@@ -177,6 +171,7 @@ def test_a_change_takes_effect_at_the_next_step(variant, change):
     assert not torch.equal(results[0][0], streamed(model_with(variant)[0])[0])
 
 
+@pytest.mark.first_by_default
 def test_an_adapter_that_is_loaded_in_mid_stream_takes_effect_at_the_next_step(variant, tmp_path):
     model, injection = model_with(variant)
     with torch.no_grad():
@@ -190,6 +185,7 @@ def test_an_adapter_that_is_loaded_in_mid_stream_takes_effect_at_the_next_step(v
     assert not torch.equal(results[0][0], streamed(model_with(variant)[0])[0])
 
 
+@pytest.mark.first_by_default
 def test_a_stream_is_restored_with_its_state_and_without_casts(variant):
     model, _ = model_with(variant)
     codes = random_codes(model, ROWS, 6)
@@ -204,6 +200,7 @@ def test_a_stream_is_restored_with_its_state_and_without_casts(variant):
         assert torch.equal(model.forward_text(codes[..., 3:4])[1], wanted)
 
 
+@pytest.mark.first_by_default
 def test_a_copy_of_a_streaming_model_follows_its_own_parameters(variant):
     model, _ = model_with(variant)
     codes = random_codes(model, ROWS, 3)
@@ -221,6 +218,7 @@ def test_a_copy_of_a_streaming_model_follows_its_own_parameters(variant):
         assert not torch.equal(wanted, model.forward_text(codes[..., 1:2])[1])
 
 
+@pytest.mark.first_by_default
 def test_casts_end_with_the_stream(variant):
     model, _ = model_with(variant)
     before = set(model.state_dict())
@@ -231,6 +229,7 @@ def test_casts_end_with_the_stream(variant):
     assert [casts.bytes for casts in kept] == [0, 0]
 
 
+@pytest.mark.first_by_default
 def test_generation_gives_the_same_tokens(variant):
     tokens = []
     for kept in (True, False):
@@ -253,6 +252,7 @@ def test_a_frozen_stream_is_bit_equal_and_refuses_a_change_at_the_next_step(vari
     assert not any(site.is_streaming or site.frozen for site in sites_of(model))
 
 
+@pytest.mark.first_by_default
 def test_a_frozen_stream_refuses_a_change_that_no_step_saw(variant):
     model, injection = model_with(variant)
     codes = random_codes(model, ROWS, 1)

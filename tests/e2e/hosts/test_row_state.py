@@ -47,6 +47,7 @@ with make_slots("ttt_mlp", rows) as slots:
 
 
 @pytest.mark.parametrize(("kind", "row", "rows"), [("session", 1, 3), ("session", 4, 5), ("memory", 1, 3)])
+@pytest.mark.first_by_default
 def test_another_process_continues_a_row(tmp_path, kind, row, rows):
     with make_slots("ttt_mlp") as slots:
         slots.join(1, SlotSettings(seed=4))

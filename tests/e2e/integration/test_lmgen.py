@@ -65,8 +65,6 @@ def compiled_gating(dtype=torch.float32):
     return model
 
 
-@pytest.mark.first_by_default
-@pytest.mark.first_by_default
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_steps_generate_what_training_would(dtype):
     model = compiled_gating(dtype)
@@ -113,6 +111,7 @@ def test_guidance_gives_every_row_of_the_doubled_batch_its_own_state(variant):
         assert not torch.equal(first, masked_first), "the row without text has a state of its own"
 
 
+@pytest.mark.first_by_default
 def test_a_step_reads_no_value_on_the_host(variant):
     model, _ = tiny_with({"variant": variant, "layers": "all", "chunk": 2})
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -124,6 +123,7 @@ def test_a_step_reads_no_value_on_the_host(variant):
         generator.reset_streaming(torch.ones(2, dtype=torch.bool))
 
 
+@pytest.mark.first_by_default
 def test_a_stream_saved_mid_chunk_goes_on_bit_equal(variant, tmp_path):
     model, _ = tiny_with({"variant": variant, "layers": "last:2", "chunk": 4})
     codes = user_codes(2)

@@ -164,7 +164,6 @@ def test_lora_and_blocks_in_either_order(variant, order):
     injection.check_precision("after .to(bfloat16)")
 
 
-@pytest.mark.first_by_default
 @pytest.mark.parametrize("order", ["LoRA first", "blocks first"])
 def test_gating_mlp_learns_on_top_of_the_loras_down_projection(order):
     """W_0 is the frozen matrix plus the LoRA, whichever came first."""
