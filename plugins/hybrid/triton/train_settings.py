@@ -1,0 +1,32 @@
+"""How a training kernel is to run: what is no tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Products = Literal["ieee", "tf32x3", "bf16x3", "tf32", "bf16"]
+"""How matrices are multiplied: in float32, as three products of tf32 or bfloat16 parts, or in tf32 or bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """What a chain of training kernels needs beside its tensors.
+
+    Attributes:
+        chunk: C, tokens a chunk.
+        eps: of the inner LayerNorm.
+        causal: False lets every query of a chunk use all of the chunk's keys.
+        precision: of products of matrices.
+        every: chunks a group. The fast weights at the start of each group are kept for the backward pass.
+        slice_width: hidden units of TTT-MLP that one program has.
+        warps: warps a program, of kernels with a whole fast weight matrix or a slice of one.
+    """
+
+    chunk: int
+    eps: float
+    causal: bool = True
+    precision: Products = "ieee"
+    every: int = 4
+    slice_width: int = 64
+    warps: int = 8
