@@ -35,6 +35,7 @@ SECTIONS = {
     "training": ("training", "training_and_resume", 100, ()),
     "ceilings": ("speed", "ceilings", 15, ()),
     "speed of blocks": ("speed", "training_of_a_block", 60, ("blocks", "ceilings")),
+    "training kernels": ("kernels", "training_kernels", 120, ()),
     "speed of decoding": ("speed", "decoding", 80, ("captured step", "generation", "ceilings")),
     "speed of slots": ("slots", "speed_of_slots", 60, ("slots", "ceilings")),
     "speed of training": ("speed", "training_of_moshi", 90, ("blocks", "ceilings")),
@@ -62,6 +63,8 @@ def main(given: list[str] | None = None) -> int:
     # Before Moshi is imported: it decides then. On a CPU its compile takes longer than all of this.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the runs are deterministic; before CUDA starts
+    if options.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     if options.no_moshi_compile or options.device == "cpu":
         os.environ["NO_TORCH_COMPILE"] = "1"
     make_importable()

@@ -1,0 +1,192 @@
+"""TTT-MLP over a whole call by Triton kernels, differentiable.
+
+``mlp_forward`` and ``mlp_backward`` have the kernels. Between the passes, the tokens are kept, z2 at the keys and at
+the queries, and the fast weights at the start of each group of chunks.
+
+Shape legend: B rows, H heads, T tokens, N chunks of C tokens, D head width, F hidden width, P slices of F.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moshi_ttt.plugins.hybrid.triton import mlp_backward, mlp_forward
+from moshi_ttt.plugins.hybrid.triton.train_settings import TrainSettings
+
+
+def mlp_chunks(
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor],
+    norm_weight: Tensor, norm_bias: Tensor, token_scale: Tensor, scale: Tensor, settings: TrainSettings,
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:  # fmt: skip
+    """TTT-MLP over T tokens that begin at a chunk's start, with the inner LayerNorm.
+
+    Args:
+        q, k, v: ``[B, T, H, D]``; the target is v - k.
+        lr: ``[B, T, H]``.
+        weights, biases: where to start, ``[B, H, D, F]`` and ``[B, H, F, D]``, ``[B, H, 1, F]`` and ``[B, H, 1, D]``.
+        norm_weight, norm_bias: ``[H, D]``.
+        token_scale: ``[C]``, per query position.
+        scale: ``[B, N]``, of each chunk's update; 0 where there is none.
+
+    Returns:
+        ``y [B, T, H, D]``, and weights and biases after the last update, in the dtype of ``q``. Sums are float32.
+    """
+    (w1, w2), (b1, b2) = weights, biases
+    given = (q, k, v, lr, w1, b1, w2, b2, norm_weight, norm_bias, token_scale, scale)
+    y, w1, b1, w2, b2 = _FusedMLP.apply(*given, settings)  # type: ignore[no-untyped-call]
+    return y, (w1, w2), (b1, b2)
+
+
+class _MLPLaunches:
+    """What the launches of one call share: numbers and constants, by the names of the kernels' arguments.
+
+    Raises ValueError where slices do not fill the hidden width.
+    """
+
+    def __init__(self, q: Tensor, hidden: int, settings: TrainSettings) -> None:
+        batch, self.length, self.heads, self.width = q.shape
+        self.programs = batch * self.heads
+        slices, remainder = divmod(hidden, settings.slice_width)
+        if remainder:
+            raise ValueError(
+                f"A hidden width of {hidden} is no whole number of slices of {settings.slice_width}; choose a "
+                "slice_width that divides it."
+            )
+        self.grid, self.parts = (self.programs, slices), (batch, self.heads, slices, settings.chunk, self.width)
+        self.whole = {"C": settings.chunk, "D": self.width}
+        self.summed = {**self.whole, "SLICES": slices}
+        self.sliced = {**self.summed, "S": settings.slice_width, "PRECISION": settings.precision}
+        self.causal = {"CAUSAL": settings.causal}
+        self.launch = {"num_warps": settings.warps, "num_stages": 1}
+
+
+class _FusedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
+        norm_weight: Tensor, norm_bias: Tensor, token_scale: Tensor, scale: Tensor, settings: TrainSettings,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        chunks, every, given = scale.shape[1], settings.every, (norm_weight, norm_bias, token_scale, scale)
+        tokens = tuple(part.contiguous() for part in (q, k, v, lr))
+        small = tuple(part.float().contiguous() for part in given)
+        now = tuple(part.float().contiguous() for part in (w1, b1, w2, b2))
+        sizes = _MLPLaunches(q, w1.shape[-1], settings)
+        z2, zq = (torch.empty(q.shape, device=q.device, dtype=torch.float32) for _ in range(2))
+        y = torch.empty_like(tokens[0])
+        kept: list[Tensor] = []
+        part, next_part = z2.new_empty(sizes.parts), z2.new_empty(sizes.parts)
+        query_parts = z2.new_empty(min(every, chunks), *sizes.parts)
+        numbers = (sizes.length, sizes.heads)
+        mlp_forward.mlp_first_keys[sizes.grid](tokens[1], *now[:3], part, *numbers, **sizes.sliced, **sizes.launch)
+        for chunk in range(chunks):
+            if chunk % every == 0:
+                kept += now[:3]
+            after = tuple(torch.empty_like(each) for each in now)
+            mlp_forward.mlp_chunk[sizes.grid](
+                *tokens, *small, part, *now, z2, next_part, *after, query_parts[chunk % every], *numbers, chunks, chunk,
+                settings.eps, **sizes.sliced, **sizes.causal, **sizes.launch,
+            )  # fmt: skip
+            now, part, next_part = after, next_part, part
+            if (chunk + 1) % every == 0 or chunk + 1 == chunks:
+                first = chunk - chunk % every
+                mlp_forward.mlp_outputs[(sizes.programs, chunk + 1 - first)](
+                    tokens[0], *small[:2], query_parts, zq, y, *numbers, sizes.programs, first, settings.eps,
+                    **sizes.summed, **sizes.launch,
+                )  # fmt: skip
+        ctx.save_for_backward(*tokens, *small, z2, zq, *kept)
+        ctx.settings, ctx.sizes = settings, sizes
+        ctx.dtypes = [each.dtype for each in (q, k, v, lr, w1, b1, w2, b2, *given)]
+        return y, *(each.to(w1.dtype) for each in now)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, *d_end: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, lr, *small, z2, zq = ctx.saved_tensors[:10]
+        settings, sizes, kept = ctx.settings, ctx.sizes, ctx.saved_tensors[10:]
+        batch, _, heads, width = q.shape
+        chunks, every, dy = small[3].shape[1], settings.every, dy.contiguous()
+        numbers = (sizes.length, heads)
+        dq, dk, dv, d_lr = (torch.empty_like(each) for each in (q, k, v, lr))
+        dzq = torch.empty_like(zq)
+        # of the queries' norm, then of the keys'
+        d_norm = [[z2.new_empty(batch, heads, chunks, width) for _ in range(2)] for _ in range(2)]
+        mlp_backward.mlp_output_gradients[(sizes.programs, chunks)](
+            dy, zq, small[0], dzq, *d_norm[0], *numbers, chunks, settings.eps, **sizes.whole, **sizes.launch
+        )
+        fast = tuple(each.float().clone(memory_format=torch.contiguous_format) for each in d_end)
+        chain = _GradientChain(ctx, (q, k, v, lr), small, z2, dzq, fast, (dv, d_lr), d_norm[1])
+        for first in reversed(range(0, chunks, every)):
+            start = kept[3 * (first // every) : 3 * (first // every) + 3]
+            dq_parts, dk_parts = chain.group(first, min(first + every, chunks), start)
+            mlp_backward.mlp_token_gradients[(sizes.programs, min(every, chunks - first))](
+                dy, dq_parts, dk_parts, dq, dk, *numbers, sizes.programs, first, **sizes.summed, **sizes.launch
+            )
+        norms = [a.sum((0, 2)) + b.sum((0, 2)) for a, b in zip(*d_norm, strict=True)]  # [B, H, N, D] -> [H, D]
+        # [B, H, N, P, C] -> [C], and [B, H, N, P] -> [B, N]
+        found = (dq, dk, dv, d_lr, *fast, *norms, chain.d_token_scale.sum((0, 1, 2, 3)), chain.d_scale.sum((1, 3)))
+        return *(each.to(dtype) for each, dtype in zip(found, ctx.dtypes, strict=True)), None
+
+
+class _GradientChain:
+    """The backward pass from chunk to chunk.
+
+    Args:
+        fast: the gradients of W1, b1, W2 and b2 after the last chunk; when all groups are done, before the first.
+        written: the gradients of values and rates, which it writes.
+        d_norm: the keys' part of the norm's gradients ``[B, H, N, D]``, which it writes.
+    """
+
+    def __init__(
+        self, ctx: Any, tokens: tuple[Tensor, ...], small: list[Tensor], z2: Tensor, dzq: Tensor,
+        fast: tuple[Tensor, ...], written: tuple[Tensor, Tensor], d_norm: list[Tensor],
+    ) -> None:  # fmt: skip
+        self.settings, self.sizes = ctx.settings, ctx.sizes
+        self.tokens, self.small, self.z2, self.dzq = tokens, small, z2, dzq
+        self.fast, self.written, self.d_norm = fast, written, d_norm
+        sizes, chunks = self.sizes, small[3].shape[1]
+        batch, heads, slices, size, _ = sizes.parts
+        hidden = fast[1].shape[-1]
+        self.d_token_scale = z2.new_empty(batch, heads, chunks, slices, size)
+        self.d_scale = z2.new_empty(batch, heads, chunks, slices)
+        # of one chunk: the hidden units' gradients, and the slices' parts of g2's
+        self.units = [z2.new_empty(batch, heads, size, hidden) for _ in range(3)]
+        self.part = z2.new_empty(sizes.parts)
+
+    def group(self, first: int, last: int, start: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Chunks ``last - 1`` to ``first``: the slices' parts of dq and dk, both ``[chunks, B, H, P, C, D]``.
+
+        ``start``: W1, b1 and W2 before the first.
+        """
+        sizes, settings, count = self.sizes, self.settings, last - first
+        states = [start]
+        if count > 1:
+            again = [each.new_empty(count - 1, *each.shape) for each in start]
+            mlp_forward.mlp_states[sizes.grid](
+                *self.tokens[1:], *self.small[:2], self.small[3], self.z2, *start, *again, sizes.length, sizes.heads,
+                sizes.programs, self.small[3].shape[1], first, last - 1, settings.eps, **sizes.sliced, **sizes.launch,
+            )  # fmt: skip
+            states += list(zip(*again, strict=True))
+        parts = [self.z2.new_empty(count, *sizes.parts) for _ in range(2)]
+        for chunk in reversed(range(first, last)):
+            self._chunk(chunk, states[chunk - first], parts[0][chunk - first], parts[1][chunk - first])
+        return parts[0], parts[1]
+
+    def _chunk(self, chunk: int, now: tuple[Tensor, ...], dq_part: Tensor, dk_part: Tensor) -> None:
+        sizes, small = self.sizes, self.small
+        numbers = (sizes.length, sizes.heads, small[3].shape[1], chunk, self.settings.eps)
+        tokens, (dw1, db1, dw2, db2), (dx2, dz1, dzq1) = self.tokens, self.fast, self.units
+        mlp_backward.mlp_second_layer_gradients[sizes.grid](
+            *tokens, *small, self.z2, self.dzq, *now, dw2, db2, dx2, dzq1, self.part, self.d_token_scale, self.d_scale,
+            *numbers, **sizes.sliced, **sizes.causal, **sizes.launch,
+        )  # fmt: skip
+        mlp_backward.mlp_first_layer_gradients[sizes.grid](
+            *tokens, *small, self.z2, *now, dw1, db1, dw2, dzq1, dz1, self.part, dq_part, dk_part, self.d_token_scale,
+            self.d_scale, *numbers, **sizes.sliced, **sizes.causal, **sizes.launch,
+        )  # fmt: skip
+        mlp_backward.mlp_key_gradients[sizes.grid](
+            *tokens[1:], *small[:2], self.z2, self.dzq, self.part, *now, *self.fast, dx2, dz1, dk_part,
+            *self.written, *self.d_norm, *numbers, **sizes.sliced, **sizes.launch,
+        )  # fmt: skip
