@@ -1,1 +1,1 @@
-"""Triton kernels of the hybrid layer. They are tested in Triton's interpreter; no block uses them yet."""
+"""Triton kernels of the hybrid layer's training; no block uses them yet. docs/gpu.md has what was measured."""
