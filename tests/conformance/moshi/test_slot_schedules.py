@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moshi_ttt.hosts.moshi.sampling import SlotGenerator
+from moshi_ttt.core.errors import HostError
 from moshi_ttt.hosts.moshi.slots import Slots
 from moshi_ttt.hosts.moshi.stream_values import StreamValue
 from tests.conformance.moshi.slot_schedules import (
@@ -134,7 +135,10 @@ def test_a_mutation_is_noticed(mutation):
         schedule = draw_schedule(seed, ticks=10)
         with pytest.MonkeyPatch.context() as patch:
             mutation(patch)
-            together = perform(make_slots("ttt_linear"), schedule)
+            try:
+                together = perform(make_slots("ttt_linear"), schedule)
+            except HostError:  # a session that no stream has, such as a whole ring, is refused
+                return
         for caller, heard in together.items():
             alone = perform(make_slots("ttt_linear"), schedule, only=caller)
             try:
