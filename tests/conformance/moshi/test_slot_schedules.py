@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from moshi_ttt.hosts.moshi.sampling import SlotGenerator
 from moshi_ttt.core.errors import HostError
+from moshi_ttt.hosts.moshi.sampling import SlotGenerator
 from moshi_ttt.hosts.moshi.slots import Slots
 from moshi_ttt.hosts.moshi.stream_values import StreamValue
 from tests.conformance.moshi.slot_schedules import (
