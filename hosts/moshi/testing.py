@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from moshi_ttt.core.testing.host_checks import HostCase, HostStream
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
-from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
+from moshi_ttt.hosts.moshi.tiny import FEW_CODEBOOKS, random_tiny_lm
 from moshi_ttt.hosts.moshi.upstream import LMModel
 
 
 def _tiny_skeleton(dtype: torch.dtype) -> LMModel:
-    return random_tiny_lm(dtype=dtype, device="meta")
+    return random_tiny_lm(dtype=dtype, device="meta", **FEW_CODEBOOKS)
 
 
 def moshi_case(
@@ -24,11 +24,11 @@ def moshi_case(
     model: Callable[[torch.dtype], LMModel] | None = None,
     skeleton: Callable[[torch.dtype], LMModel] | None = None,
 ) -> HostCase:
-    """Moshi's own training and streaming, on ``model`` or a small random one; tokens are legal for that one.
+    """Moshi's own training and streaming, on ``model`` or a small random one with few codebooks; its tokens are legal.
 
     ``skeleton`` gives the architecture of ``model`` on the meta device.
     """
-    build = model or (lambda dtype: random_tiny_lm(dtype=dtype))
+    build = model or (lambda dtype: random_tiny_lm(dtype=dtype, **FEW_CODEBOOKS))
     if model is None:
         skeleton = _tiny_skeleton
     sizes = build(torch.float32)

@@ -31,6 +31,9 @@ RANDOM_TINY_CONFIG: dict[str, Any] = {
     "depformer_num_layers": 1,
 }
 
+FEW_CODEBOOKS: dict[str, Any] = {"n_q": 4, "dep_q": 2, "delays": [0, 0, 1, 0, 1]}
+"""Options of a Moshi with two codebooks for each voice instead of eight: a frame costs about a third."""
+
 
 def bundle_folder() -> Path:
     """The folder of the tiny Moshi, laid out like a hub repository. Raises HostError when it was not installed."""

@@ -93,6 +93,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return python, packages
 
 
+@pytest.mark.exhaustive  # what plugins do: tests/conformance/outside, and the registry in tests/unit/core
 def test_two_wheels_train_and_stream(clean, tmp_path):
     python, packages = clean
     listed = run(python, "-m", "moshi_ttt.apps.cli", "plugins", cwd=tmp_path)
@@ -108,6 +109,7 @@ def test_two_wheels_train_and_stream(clean, tmp_path):
     assert "streamed 24 frames" in said
 
 
+@pytest.mark.exhaustive  # what plugins do: tests/conformance/outside, and the registry in tests/unit/core
 def test_the_templates_own_tests_pass(clean, tmp_path):
     shutil.copytree(TEMPLATE / "tests", tmp_path / "tests")
     said = run(clean[0], "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=tmp_path)
@@ -115,6 +117,7 @@ def test_the_templates_own_tests_pass(clean, tmp_path):
     assert "passed" in said
 
 
+@pytest.mark.exhaustive  # each fault in one process: tests/unit/core
 def test_faulty_plugins_beside_them_are_reported_and_harmless_until_asked_for(clean, tmp_path):
     python, packages = clean
     for name, source in FAULTY.items():

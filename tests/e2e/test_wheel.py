@@ -92,6 +92,7 @@ def test_wheel_says_it_is_typed_and_carries_the_licence(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@pytest.mark.exhaustive  # CI builds a wheel and loads what is in it
 def test_clone_without_symlinks_builds_the_same_wheel(wheel, tmp_path):
     copy_repository(tmp_path)
     for link in [path for path in (tmp_path / "src" / "moshi_ttt").iterdir() if path.is_symlink()]:
@@ -101,6 +102,7 @@ def test_clone_without_symlinks_builds_the_same_wheel(wheel, tmp_path):
     assert set(ZipFile(build(tmp_path, tmp_path / "dist")).namelist()) == set(ZipFile(wheel).namelist())
 
 
+@pytest.mark.exhaustive  # CI builds a wheel and loads what is in it
 def test_discovery_from_the_wheel_loads_everything(installed, tmp_path):
     found = json.loads(
         run(sys.executable, "-c", DISCOVER, *root_folders(), cwd=tmp_path, env=run_environment(installed))
@@ -115,6 +117,7 @@ def test_discovery_from_the_wheel_loads_everything(installed, tmp_path):
         assert name in found["names"]
 
 
+@pytest.mark.exhaustive  # CI builds a wheel and loads what is in it
 def test_command_line_of_the_wheel_runs(installed, tmp_path):
     command = installed / "bin" / "moshi-ttt"
     version = run(sys.executable, str(command), "--version", cwd=tmp_path, env=run_environment(installed))

@@ -19,7 +19,7 @@ from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.hosts.moshi.loading import resolve_repo
 from moshi_ttt.hosts.moshi.row_state import RowState
 from moshi_ttt.hosts.moshi.slots import Slots, SlotSettings
-from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
+from moshi_ttt.hosts.moshi.tiny import FEW_CODEBOOKS, random_tiny_lm
 from moshi_ttt.hosts.moshi.upstream import StreamingMultiheadAttention
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -39,13 +39,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 ROWS = 3
 LM_CONTEXT, CODEC_CONTEXT = 8, 6
 """Of attention, in tokens: so short that the rings wrap within a schedule."""
-DELAYS = [0, 0, *[2] * 7, 0, *[2] * 7]
-"""A frame longer than Moshi's, so that a row's first frame brings no tokens."""
+LM_OPTIONS: dict[str, Any] = {**FEW_CODEBOOKS, "delays": [0, 0, 2, 0, 2], "context": LM_CONTEXT}
+"""Delays of a frame longer than Moshi's, so that a row's first frame brings no tokens."""
 
 
 @cache
 def codec():
     mimi = resolve_repo("builtin:tiny").load_mimi()
+    mimi.set_num_codebooks(FEW_CODEBOOKS["dep_q"])
     for module in mimi.modules():
         if isinstance(module, StreamingMultiheadAttention):
             module.context = CODEC_CONTEXT
@@ -55,7 +56,7 @@ def codec():
 @cache
 def model_with(variant: str):
     """A small random Moshi with blocks whose parameters are disturbed, so that every term counts."""
-    model = random_tiny_lm(card=codec().cardinality, context=LM_CONTEXT, delays=DELAYS)
+    model = random_tiny_lm(card=codec().cardinality, **LM_OPTIONS)
     if (entry := (VARIANTS | OPTIONS)[variant]) is not None:
         host = {"name": "moshi", "hf_repo": "builtin:tiny"}
         injection = inject(model, parse_config({"host": host, "ttt": [entry]}, registry=default_registry()))

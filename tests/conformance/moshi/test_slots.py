@@ -14,11 +14,10 @@ from moshi_ttt.core.errors import ContextError, HostError
 from moshi_ttt.hosts.moshi.slots import Slots, SlotSettings
 from moshi_ttt.hosts.moshi.stream_values import StreamValue
 from moshi_ttt.hosts.moshi.streaming import save_stream_state
-from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
+from moshi_ttt.hosts.moshi.tiny import FEW_CODEBOOKS, random_tiny_lm
 from moshi_ttt.hosts.moshi.upstream import LMGen
 from tests.conformance.moshi.slot_schedules import (
-    DELAYS,
-    LM_CONTEXT,
+    LM_OPTIONS,
     VARIANTS,
     assert_same,
     assert_same_state,
@@ -85,7 +84,8 @@ def test_outputs_have_the_shapes_of_the_contract():
         out = hear(slots, 1, 0, range(2))[1]
         assert (slots.count, slots.frame_size, slots.sample_rate, slots.frame_rate) == (3, 1920, 24000, 12.5)
         assert slots.tick({}) == {}
-    assert (out.tokens.shape, out.tokens.dtype, out.tokens.device.type) == ((9,), torch.int64, "cpu")
+    queues = 1 + FEW_CODEBOOKS["dep_q"]
+    assert (out.tokens.shape, out.tokens.dtype, out.tokens.device.type) == ((queues,), torch.int64, "cpu")
     assert (out.pcm.shape, out.pcm.dtype, out.pcm.device.type) == ((1920,), torch.float32, "cpu")
     assert out.pcm.abs().max() <= 1
 
@@ -200,9 +200,9 @@ def test_nothing_of_a_former_caller_is_in_a_saved_row(variant, left):
 @torch.no_grad()
 def test_nothing_of_a_former_stream_is_in_a_saved_stream(tmp_path):
     """A stream of all rows too: after a reset, which masks keys and tokens and erases none."""
-    model = random_tiny_lm(context=LM_CONTEXT, delays=DELAYS)
+    model = random_tiny_lm(**LM_OPTIONS)
     generator = LMGen(model, use_sampling=False, support_out_of_sync=True)
-    codes = torch.randint(0, 32, (2, 8, 9), generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(0, 32, (2, FEW_CODEBOOKS["dep_q"], 9), generator=torch.Generator().manual_seed(0))
     with generator.streaming(2):
         for t in range(7):
             generator.step(codes[..., t : t + 1])
@@ -430,18 +430,18 @@ def test_models_that_do_not_fit_are_refused():
     with pytest.raises(HostError, match="0 rows"):
         make_slots("base", rows=0)
     with pytest.raises(HostError, match="codec has 128 codes"):
-        Slots(random_tiny_lm(), codec(), 2)
+        Slots(random_tiny_lm(**FEW_CODEBOOKS), codec(), 2)
     speech_to_text = random_tiny_lm(n_q=8, dep_q=0, delays=[0] * 9, card=128)
     with pytest.raises(HostError, match=r"hears one voice and predicts the other.*1 voice and predicts 0"):
         Slots(speech_to_text, codec(), 2)
     with pytest.raises(HostError, match="conditions"):
-        Slots(random_tiny_lm(cross_attention=True, card=128), codec(), 2)
+        Slots(random_tiny_lm(cross_attention=True, card=128, **FEW_CODEBOOKS), codec(), 2)
     with pytest.raises(HostError, match="eval mode"):
-        Slots(random_tiny_lm(card=128).train(), codec(), 2)
+        Slots(random_tiny_lm(card=128, **FEW_CODEBOOKS).train(), codec(), 2)
 
 
 def test_a_volume_for_blocks_that_have_none_is_refused():
-    with Slots(toy_lm(card=128), codec(), 2) as slots:
+    with Slots(toy_lm(card=128, **FEW_CODEBOOKS), codec(), 2) as slots:
         slots.join(0, SlotSettings())
         for call in (lambda: slots.join(1, SlotSettings(volume=0.5)), lambda: slots.set_volume(0, 0.5)):
             with pytest.raises(ContextError, match=r"no effect on layers\.0\.sequence"):

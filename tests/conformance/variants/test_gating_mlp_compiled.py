@@ -258,6 +258,7 @@ print(compiled.operation())
 """
 
 
+@pytest.mark.exhaustive  # the processes of the suite itself build it once and find it
 def test_it_is_built_once_and_then_found(tmp_path):
     """Two processes with one cache: the second takes what the first built, and builds nothing (it has no compiler)."""
     environment = {"XDG_CACHE_HOME": str(tmp_path)}

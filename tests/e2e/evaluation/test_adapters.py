@@ -16,9 +16,10 @@ from moshi_ttt.evaluation import long_context, zero_shot
 from moshi_ttt.evaluation.models import CONDITIONS, ModelUnderTest, evaluate_codes, load_models
 from moshi_ttt.hosts.moshi import lora
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHost, MoshiHostConfig
+from tests.small_moshi import QUEUES, small_moshi
 from tests.unit.evaluation.conftest import document
 
-HOST = MoshiHostConfig(hf_repo="builtin:tiny", dtype="float32")
+HOST = MoshiHostConfig(hf_repo=small_moshi(), dtype="float32")
 ADAPTERS = {
     "with a LoRA": ("fp32_state", True, [{"variant": "ttt_mlp", "layers": "1", "chunk": 4}]),
     "in place": ("uniform", False, [{"variant": "gating_mlp", "layers": "2", "chunk": 4, "train_w_down": True}]),
@@ -28,7 +29,7 @@ ADAPTERS = {
     ),
     "a LoRA alone": ("fp32_state", True, []),
 }  # fmt: skip
-CODES = torch.randint(0, 32, (2, 17, 20), generator=torch.Generator().manual_seed(5))
+CODES = torch.randint(0, 32, (2, QUEUES, 20), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from moshi_ttt.evaluation.long_context import Options, evaluate
 from moshi_ttt.evaluation.models import CONDITIONS, evaluate_codes
 from moshi_ttt.evaluation.reporting import write_long_context
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
+from moshi_ttt.hosts.moshi.tiny import FEW_CODEBOOKS
 from tests.unit.evaluation.conftest import CONTEXT, document, model_with
 
 VARIANTS = ("ttt_linear", "ttt_mlp", "gating_mlp")
@@ -50,7 +51,7 @@ def test_updates_off_in_one_segment_is_one_forward_without_learning(variant):
     losses_of = evaluate_codes(tested, codes, "updates off", every=20, segments=20).audio
     with torch.no_grad(), MOSHI_HOST.updates(tested.model, False), MOSHI_HOST.carry(tested.model):
         out = tested.model(codes)
-    wanted = torch.where(out.mask, codes[:, 1:9], 0)
+    wanted = torch.where(out.mask, codes[:, 1 : 1 + FEW_CODEBOOKS["dep_q"]], 0)
     losses = F.cross_entropy(out.logits.movedim(-1, 1), wanted, reduction="none").masked_fill(~out.mask, torch.nan)
     close(losses_of, losses.double().nanmean(1))
     on = evaluate_codes(tested, codes, "updates on", every=20, segments=20).audio

@@ -23,7 +23,7 @@ SHORT = {"frames": 2 * CONTEXT, "conditions": ("updates on",), "clips": 1, "talk
 
 
 def run(models, volumes=VOLUMES, *, talks=3, **changes):
-    chosen = {"frames": FRAMES, "conditions": ("updates on", "updates off"), "batch_size": 2, "clips": 2, **changes}
+    chosen = {"frames": FRAMES, "conditions": ("updates on", "updates off"), "batch_size": 6, "clips": 2, **changes}
     documents = [document(2 * FRAMES, n) for n in range(talks)]
     return evaluate(models, documents, volumes=volumes, **chosen)
 
@@ -71,7 +71,7 @@ def test_a_point_is_what_is_measured_at_that_volume(base, loud):
 
 def test_the_base_model_and_volume_1_are_evaluated_once(base, loud):
     losses_of = []
-    run([base, loud], on_batch=lambda: losses_of.append(None))
+    run([base, loud], batch_size=2, on_batch=lambda: losses_of.append(None))
     assert len(losses_of) == 3 * (1 + 2 + 2)  # three batches: the base; updates on and off; volumes 0 and 0.5
 
 
@@ -176,6 +176,6 @@ def test_blocks_that_do_not_follow_are_refused_before_any_evaluation(base, loud,
     (block,) = loud.injection.blocks.values()
     monkeypatch.setattr(type(block), "scales_output", False)
     with pytest.raises(ContextError, match="does not declare scales_output"):
-        run([base, loud], on_batch=lambda: losses_of.append(None))
+        run([base, loud], batch_size=2, on_batch=lambda: losses_of.append(None))
     assert losses_of == []
     assert run([base, loud], (1.0,), **SHORT).by_volume[0].volume == 1

@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.project import ROOT
 
 SCRIPT = ROOT / "scripts" / "other_machines.py"
 
 
+@pytest.mark.exhaustive  # `make test-machines`, which CI runs too, tries the same
 def test_the_switches_are_listed_with_what_they_change():
     result = subprocess.run([sys.executable, str(SCRIPT), "--list"], capture_output=True, text=True)
     lines = result.stdout.splitlines()

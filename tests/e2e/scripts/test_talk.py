@@ -68,6 +68,7 @@ def test_a_server_that_ends_is_not_waited_for(talk):
     server.wait()
 
 
+@pytest.mark.exhaustive  # its parts: test_callers.py, test_reciting.py
 def test_hear_twice_plays_to_a_server_of_its_own_and_draws_every_presentation(tmp_path):
     command = [sys.executable, str(HEAR_TWICE), "--seconds", "2.4", "--silence", "0.4", "--out", "twice"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)

@@ -1,4 +1,4 @@
-"""A training run small enough for a test: the tiny Moshi, three recordings of real speech, encoded once."""
+"""A training run small enough for a test: a small Moshi, three recordings of real speech, encoded once."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from moshi_ttt.data.shards import write_shards
 from moshi_ttt.hosts.moshi.loading import load_skeleton, resolve_repo
 from moshi_ttt.hosts.moshi.tiny import speech_files
 from moshi_ttt.training.run import Outcome, run
+from tests.small_moshi import small_moshi
 from tests.unit.data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript
 
 FRAMES = 12
@@ -45,8 +46,8 @@ def encoded(tmp_path_factory) -> Path:
         write_transcript(folder / f"talk{number}.json", words_every(0.5, seconds))
         entries.append({"path": f"talk{number}.wav", "duration": seconds})
     manifest = write_manifest(folder / "train.jsonl", entries)
-    bundle = resolve_repo("builtin:tiny")
-    codec = SpeechCodec.of(load_skeleton("builtin:tiny"), bundle.load_mimi(), bundle.tokenizer())
+    bundle = resolve_repo(small_moshi())
+    codec = SpeechCodec.of(load_skeleton(small_moshi()), bundle.load_mimi(), bundle.tokenizer())
     write_shards(str(manifest), folder / "shards", codec, frames=FRAMES)
     return folder / "shards"
 
@@ -100,7 +101,7 @@ def values(encoded: Path, run_dir: Path) -> dict[str, Any]:
     """A small run as its YAML file would say it."""
     return {
         "data": {"train_data": str(encoded), "shuffle": True},
-        "moshi_paths": {"hf_repo_id": "builtin:tiny"},
+        "moshi_paths": {"hf_repo_id": small_moshi()},
         "run_dir": str(run_dir),
         "param_dtype": "float32",
         "gradient_checkpointing": False,

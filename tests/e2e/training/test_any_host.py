@@ -67,6 +67,7 @@ def test_a_host_trains_and_resumes_bit_for_bit_without_moshi(alone, host):
     assert found["carried"] == [host == "toy"] * 2
 
 
+@pytest.mark.exhaustive  # this host on one rank above; two ranks of Moshi in test_ranks.py
 @pytest.mark.first_by_default
 @pytest.mark.parametrize("host", ["toy", "audio"])
 def test_two_ranks_train_a_host_as_one_does(alone, tmp_path, host):

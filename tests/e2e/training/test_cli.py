@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.small_moshi import small_moshi
 from tests.unit.data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript
 
 from .conftest import FRAMES, records, values
@@ -26,7 +27,7 @@ def test_train_says_what_it_trains_and_where_it_saved(cli, config, tmp_path):
     result = cli("train", config, "max_steps=2", "ttt.0.layers=1")
     assert result.exit_code == 0, result.said
     for part in (
-        "builtin:tiny; blocks: layers.1.sequence (ttt_linear); 1 rank(s) on cpu", "│ ttt", "│ gates", "│ frozen",
+        f"{small_moshi()}; blocks: layers.1.sequence (ttt_linear); 1 rank(s) on cpu", "│ ttt", "│ gates", "│ frozen",
         "3 recordings", "11 segments", "step 2/2: text", "Done: 2 steps; checkpoint:", "checkpoint_000002",
     ):  # fmt: skip
         assert part in result.said

@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
+from moshi_ttt import default_registry
+from moshi_ttt.configs.settings import parse_settings
 from moshi_ttt.training.checkpoint import find_checkpoints
+from moshi_ttt.training.run import run
 
 from .conftest import records, values
 
@@ -58,7 +62,7 @@ def write(folder: Path, encoded: Path, name: str, case: dict[str, Any], split: t
 
 
 def launch(ranks: int, configs: list[Path], timeout: int = 500) -> None:
-    """One process, or ``ranks`` under torchrun, for all configs."""
+    """``ranks`` processes under torchrun, for all configs."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *torchrun, str(WORKER), *map(str, configs)]
     done = subprocess.run(
@@ -94,7 +98,11 @@ def apart(first: Path, second: Path) -> tuple[float, float]:
 
 def test_two_ranks_make_the_same_run_as_one_process(encoded, tmp_path):
     case = CASES["multilayer, checkpointing, carried, LoRA"]
-    launch(1, [write(tmp_path, encoded, "one", case, (4, 1), max_steps=3)])
+    alone = parse_settings(
+        yaml.safe_load(write(tmp_path, encoded, "one", case, (4, 1), max_steps=3).read_text()),
+        registry=default_registry(), where="one",
+    )  # fmt: skip
+    run(alone, default_registry(), Console(quiet=True))
     launch(2, [write(tmp_path, encoded, "two", case, (1, 2), max_steps=3, log_health=True)])  # of the first rank alone
     assert all(record["blocks"] for record in records(tmp_path / "two"))
     losses, parameters = apart(tmp_path / "one", tmp_path / "two")

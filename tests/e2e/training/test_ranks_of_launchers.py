@@ -156,6 +156,7 @@ def launched(config: Path, environments: list[dict[str, str]]) -> list[subproces
     return ended
 
 
+@pytest.mark.exhaustive  # where ranks come from is tested above; two ranks that train, in test_ranks.py
 def test_a_run_under_srun(encoded, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({**values(encoded, tmp_path / "run"), "max_steps": 2, "batch_size": 1}))

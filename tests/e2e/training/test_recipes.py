@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 
 from tests.project import ROOT
+from tests.small_moshi import small_moshi
 
 from .conftest import SECONDS
 
@@ -23,7 +24,7 @@ def recipes() -> ModuleType:
 
 
 def test_a_row_has_the_losses_of_the_held_out_recordings(recipes, encoded, tmp_path):
-    recipes.ROWS["base"] += [f"duration_sec={SECONDS}", "batch_size=1"]
+    recipes.ROWS["base"] += [f"moshi_paths.hf_repo_id={small_moshi()}", f"duration_sec={SECONDS}", "batch_size=1"]
     shards = dict.fromkeys(recipes.SPLITS, encoded)
     row = recipes.train("base", 0, 1, shards, tmp_path, "test")
     assert (row["steps"], row["parameters"]) == (1, 0)

@@ -27,17 +27,18 @@ from moshi_ttt.training import model as module
 from moshi_ttt.training import run as running
 from moshi_ttt.training.checkpoint import find_checkpoints
 from moshi_ttt.training.step import TrainingError
+from tests.small_moshi import QUEUES, small_moshi
 from tests.unit.plugins.test_convolution_cache import Unscaled, registry_of
 
 from .conftest import FRAMES, LORA, adapter, records, same, values
 
 
 def base_model():
-    return resolve_repo("builtin:tiny").load_lm(dtype=torch.float32)
+    return resolve_repo(small_moshi()).load_lm(dtype=torch.float32)
 
 
 def codes(seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 100, (1, 17, 20), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, 100, (1, QUEUES, 20), generator=torch.Generator().manual_seed(seed))
 
 
 # ---- what a run does
@@ -72,7 +73,7 @@ def test_the_first_loss_is_that_of_the_model_and_the_data(train, settings, tmp_p
     from moshi_ttt.data.dataset import TrainingData
     from moshi_ttt.hosts.moshi.losses import MoshiLosses
 
-    bundle = resolve_repo("builtin:tiny")
+    bundle = resolve_repo(small_moshi())
     codec = SpeechCodec.of(model, bundle.load_mimi(), bundle.tokenizer())
     corpus = open_corpus(setup.run.data.train_data, codec, frames=FRAMES)
     data = TrainingData(
@@ -253,7 +254,7 @@ def test_an_adapter_gives_the_trained_model(train):
     load_adapter(model, outcome.checkpoint / "adapter")
     assert not same({"x": model(codes()).text_logits}, {"x": base_model()(codes()).text_logits})
     stock = loaders.get_moshi_lm(
-        resolve_repo("builtin:tiny").info.moshi_weights,
+        resolve_repo(small_moshi()).info.moshi_weights,
         lm_kwargs=own_config(outcome.checkpoint),
         lora_weights=outcome.checkpoint / "consolidated" / "lora.safetensors",
         dtype=torch.float32,

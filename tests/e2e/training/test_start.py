@@ -15,6 +15,7 @@ from moshi_ttt.training import run as running
 from moshi_ttt.training.checkpoint import find_checkpoints
 from moshi_ttt.training.model import skeleton
 from tests.e2e.integration.test_adapter_loading import Draws, poisoned_memory
+from tests.small_moshi import small_moshi
 
 from .conftest import LORA, TTT, adapter
 
@@ -101,7 +102,7 @@ def test_an_adapter_of_another_base_model_is_refused(train, first, tmp_path):
         train(adapter=str(checkpoint), max_steps=1)
     merged = {"moshi_path": str(checkpoint / "consolidated" / "consolidated.safetensors")}
     outcome = train(
-        adapter=str(checkpoint), max_steps=1, optim=STILL, moshi_paths={"hf_repo_id": "builtin:tiny", **merged}
+        adapter=str(checkpoint), max_steps=1, optim=STILL, moshi_paths={"hf_repo_id": small_moshi(), **merged}
     )
     end = adapter(outcome.checkpoint)
     assert all(torch.equal(tensor, end[name]) for name, tensor in adapter(checkpoint).items())

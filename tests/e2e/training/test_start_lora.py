@@ -15,6 +15,7 @@ from moshi_ttt.evaluation.models import load_models
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST, MoshiHostConfig
 from moshi_ttt.hosts.moshi.tiny import bundle_folder
 from moshi_ttt.training.checkpoint import find_checkpoints
+from tests.small_moshi import small_moshi
 
 from .conftest import LORA, TTT, adapter, values
 
@@ -42,11 +43,11 @@ def tuned(encoded, tmp_path_factory):
 
 
 def paths(consolidated):
-    return {"hf_repo_id": "builtin:tiny", "config_path": str(consolidated / "config.json")}
+    return {"hf_repo_id": small_moshi(), "config_path": str(consolidated / "config.json")}
 
 
 def host_of(consolidated) -> MoshiHostConfig:
-    return MoshiHostConfig(hf_repo="builtin:tiny", dtype="float32", config_path=str(consolidated / "config.json"))
+    return MoshiHostConfig(hf_repo=small_moshi(), dtype="float32", config_path=str(consolidated / "config.json"))
 
 
 def test_blocks_are_trained_on_a_merged_lora_and_evaluated_on_it(train, tuned):
@@ -58,7 +59,7 @@ def test_blocks_are_trained_on_a_merged_lora_and_evaluated_on_it(train, tuned):
     assert mine.injection is not None
     with pytest.raises(AdapterError, match="The architecture is the same"):
         load_models(
-            MoshiHostConfig(hf_repo="builtin:tiny", dtype="float32"), [("mine", outcome.checkpoint)],
+            MoshiHostConfig(hf_repo=small_moshi(), dtype="float32"), [("mine", outcome.checkpoint)],
             default_registry(), "cpu",
         )  # fmt: skip
 
@@ -81,7 +82,7 @@ def test_a_lora_is_trained_further(train, tuned, kind):
 def test_an_adapter_that_continues_a_lora_loads_where_it_was_trained_and_on_the_base(train, tuned):
     outcome = train(moshi_paths=paths(tuned["plain"]), lora=LORA, max_steps=1)
     assert any(name.startswith("extra.") or "lora_A" in name for name in adapter(outcome.checkpoint))
-    for host in (host_of(tuned["plain"]), MoshiHostConfig(hf_repo="builtin:tiny", dtype="float32")):
+    for host in (host_of(tuned["plain"]), MoshiHostConfig(hf_repo=small_moshi(), dtype="float32")):
         _, mine = load_models(host, [("mine", outcome.checkpoint)], default_registry(), "cpu")
         with mine.present():
             assert MOSHI_HOST.describe_extra(mine.model) == {"lora": {"rank": 2, "scaling": 2.0}}

@@ -371,6 +371,7 @@ def small(encoded: Path, **changes: object) -> dict[str, object]:
     return {**values(encoded, Path("unused")), "batch_size": 1, "max_steps": 100_000, **changes}
 
 
+@pytest.mark.exhaustive  # a stop of one process, and two ranks that go on to the end, are tested apart
 def test_two_ranks_that_are_signalled_twice_while_they_save_lose_nothing(encoded, tmp_path):
     runs = Runs(tmp_path, small(encoded, num_microbatches=2, ckpt_freq=1, num_ckpt_keep=2, carry_state=True))
     check(stop_once(runs, "everyone twice", "saving", random.Random(0)))

@@ -15,7 +15,9 @@ from moshi.models import LMGen
 from moshi_ttt import load_adapter
 from moshi_ttt.hosts.moshi.layers import block_sites
 from moshi_ttt.hosts.moshi.loading import resolve_repo
+from moshi_ttt.hosts.moshi.tiny import FEW_CODEBOOKS
 from moshi_ttt.training.checkpoint import find_checkpoints
+from tests.small_moshi import small_moshi
 
 from .conftest import values
 
@@ -64,11 +66,12 @@ def test_a_trained_block_learns_once_a_chunk_while_it_streams(encoded, tmp_path,
     config.write_text(yaml.safe_dump({**small, "ttt": [BLOCKS[variant]], "log_health": True}))
     train(device, config)
 
-    model = resolve_repo("builtin:tiny").load_lm(device=device, dtype=getattr(torch, dtype))
+    model = resolve_repo(small_moshi()).load_lm(device=device, dtype=getattr(torch, dtype))
     load_adapter(model, find_checkpoints(tmp_path / "run")[-1] / "adapter")
     sites = [site for layer in model.transformer.layers for site in block_sites(layer)]
     generator = LMGen(model, use_sampling=False)  # on CUDA it captures its step in a graph
-    heard = torch.randint(0, 100, (2, 8, STEPS), generator=torch.Generator().manual_seed(0)).to(device)
+    shape = (2, FEW_CODEBOOKS["dep_q"], STEPS)  # [B, K, T]
+    heard = torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(0)).to(device)
     changed = torch.zeros(len(sites), 2, dtype=torch.int64)
     with generator.streaming(2):
         before = [what_is_read(site) for site in sites]

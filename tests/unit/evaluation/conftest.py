@@ -10,7 +10,7 @@ import torch
 from moshi_ttt import default_registry, inject, parse_config
 from moshi_ttt.evaluation.documents import Document
 from moshi_ttt.evaluation.models import ModelUnderTest
-from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
+from moshi_ttt.hosts.moshi.tiny import FEW_CODEBOOKS, random_tiny_lm
 
 CONTEXT = 8
 
@@ -19,7 +19,7 @@ def model_with(
     variant: str | None, *, name: str | None = None, noise: float = 0.05, context: int = CONTEXT, **options: Any
 ) -> ModelUnderTest:
     """A random Moshi with a short attention, and a block of random weights where a variant is given."""
-    model = random_tiny_lm(context=context)
+    model = random_tiny_lm(context=context, **FEW_CODEBOOKS)
     injection = None
     if variant:
         host = {"name": "moshi", "hf_repo": "builtin:tiny"}
@@ -39,7 +39,7 @@ def base() -> ModelUnderTest:
 def document(frames: int, seed: int, *, text: bool = True) -> Document:
     """Random tokens."""
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 32, (17, frames), generator=generator)
+    codes = torch.randint(0, 32, (1 + FEW_CODEBOOKS["n_q"], frames), generator=generator)
     if not text:
         codes[0] = -1
     return Document(f"talk{seed}", codes)
