@@ -6,16 +6,19 @@ Nothing heavy is imported until a command runs: ``--help`` and ``--version`` mus
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from moshi_ttt.apps.commands import (
+    completion,
     doctor,
     encode,
     evaluate,
     explain,
     generate,
+    info,
     new_plugin,
     plugins,
     quickstart,
@@ -23,10 +26,12 @@ from moshi_ttt.apps.commands import (
     train,
     verify,
 )
+from moshi_ttt.apps.commands.manuals import MANUALS, PROGRAM
 from moshi_ttt.apps.console import Commands, run, show_warning
+from moshi_ttt.apps.manual import command_with, group_with
 
 app = typer.Typer(
-    cls=Commands,
+    cls=group_with(PROGRAM, Commands),
     name="moshi-ttt",
     no_args_is_help=True,
     add_completion=False,
@@ -57,17 +62,23 @@ def _options(
     warnings.showwarning = show_warning
 
 
-app.command()(quickstart.quickstart)
-app.command()(train.train)
-app.command()(encode.encode)
-app.command()(serve.serve)
+def _add(name: str, command: Callable[..., None]) -> None:
+    app.command(name, cls=command_with(MANUALS[name]))(command)
+
+
+_add("quickstart", quickstart.quickstart)
+_add("train", train.train)
+_add("encode", encode.encode)
+_add("serve", serve.serve)
 app.add_typer(evaluate.app, name="evaluate")
-app.command()(generate.generate)
-app.command()(explain.explain)
-app.command()(doctor.doctor)
-app.command()(plugins.plugins)
-app.command()(new_plugin.new_plugin)
-app.command()(verify.verify)
+_add("generate", generate.generate)
+_add("explain", explain.explain)
+_add("doctor", doctor.doctor)
+_add("plugins", plugins.plugins)
+_add("info", info.info)
+_add("new-plugin", new_plugin.new_plugin)
+_add("verify", verify.verify)
+_add("completion", completion.completion)
 
 
 def main() -> None:
