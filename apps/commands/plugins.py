@@ -6,7 +6,6 @@ import warnings
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from moshi_ttt.apps.console import EXIT_FAILED, console
 
@@ -22,6 +21,8 @@ def plugins(
     accelerations. A plugin that could not be loaded is listed with the reason; it is harmless until a config asks for
     it.
     """
+    from rich.text import Text
+
     from moshi_ttt.apps import plugins as listing
     from moshi_ttt.core.plugin_check import plugin_problems
     from moshi_ttt.core.registry import default_registry

@@ -70,10 +70,8 @@ def test_every_option_says_what_it_is_and_what_its_default_is(words):
         if parameter.hidden or parameter.name in ("help", "version"):
             continue
         told = parameter.help or ""
-        given = parameter.default not in (None, ())
-        if not told or not (
-            parameter.required or given or "Default: " in told or parameter.param_type_name == "argument"
-        ):
+        shown = parameter.required or parameter.default not in (None, ()) or "Default: " in told
+        if not told or not (shown or parameter.param_type_name == "argument"):
             silent.append(parameter.name)
     assert silent == [], "add a help text, and `Default: ...` where the default is no value"
 

@@ -12,10 +12,6 @@ from moshi_ttt.core.registry import Registry, default_registry
 FAST = Acceleration(name="fast", purpose="Everything.", missing="There is no device. Buy one.")
 
 
-def fast() -> tuple[Acceleration, ...]:
-    return (FAST,)
-
-
 def test_a_form_without_a_reason_is_available():
     assert not FAST.available
     assert Acceleration(name="fast", purpose="Everything.").available
