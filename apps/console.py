@@ -109,7 +109,7 @@ def run(app: typer.Typer) -> None:
     # A termination is an interruption: what is half-written is cleared away on the way out.
     handle(stop_signals(), interruption)
     try:
-        command()
+        command(complete_var=COMPLETION_VARIABLE)
     finally:
         # The exit code is decided. Another signal of the stop that ended this would replace it.
         handle(stop_signals(), signal.SIG_IGN)

@@ -165,13 +165,13 @@ def _processor() -> str:
 
 
 def _torch_facts(problems: list[str]) -> dict[str, str]:
-    """Threads, instruction set and CUDA devices; nothing, and a problem, where torch cannot be imported."""
+    """Build, instruction set and CUDA devices; nothing, and a problem, where torch cannot be imported."""
     try:
         import torch
     except Exception as error:  # a broken installation fails in any way, and this command is to say how
         problems.append(f"torch cannot be imported: {type(error).__name__}: {error}. Install it again.")
         return {}
-    facts = {"instruction set of PyTorch": torch.backends.cpu.get_cpu_capability()}
+    facts = {"PyTorch": f"{torch.__version__}, instruction set {torch.backends.cpu.get_cpu_capability()}"}
     built = torch.version.cuda or torch.version.hip
     if built is None:
         return facts | {"CUDA": "This PyTorch was built without CUDA."}

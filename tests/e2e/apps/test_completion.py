@@ -39,7 +39,11 @@ def test_another_shell_is_refused(cli):
 
 def test_commands_and_options_are_completed():
     bash = {COMPLETION_VARIABLE: "complete_bash"}
-    assert answers(**bash, COMP_WORDS="moshi-ttt e", COMP_CWORD="1").split() == ["encode", "evaluate", "explain"]
+    assert sorted(answers(**bash, COMP_WORDS="moshi-ttt e", COMP_CWORD="1").split()) == [
+        "encode",
+        "evaluate",
+        "explain",
+    ]
     assert answers(**bash, COMP_WORDS="moshi-ttt evaluate re", COMP_CWORD="2").split() == ["recall"]
     assert "--json" in answers(**bash, COMP_WORDS="moshi-ttt info --", COMP_CWORD="2").split()
     zsh = answers(**{COMPLETION_VARIABLE: "complete_zsh", "_TYPER_COMPLETE_ARGS": "moshi-ttt ex"})
