@@ -60,12 +60,12 @@ SIZES = {
     "small": Size(
         heads=8, width=64, tokens=256, chunk=16, rows=(1, 8), dim=512, hidden=1408,
         scaling={"T": (256, 512, 1024, 2048), "B": (1, 2, 4, 8), "C": (16, 32, 64), "heads": (8, 16, 32)},
-        model_dim=128, layers=4, frames=125,
+        model_dim=128, layers=4, frames=300,
     ),
     "smoke": Size(
         heads=2, width=8, tokens=16, chunk=4, rows=(1, 2), dim=16, hidden=24,
         scaling={"T": (8, 16), "B": (1, 2), "C": (4, 8), "heads": (2, 4)},
-        model_dim=32, layers=2, frames=8,
+        model_dim=64, layers=2, frames=140,
     ),
 }  # fmt: skip
 
