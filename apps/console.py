@@ -102,7 +102,7 @@ def run(app: typer.Typer) -> None:
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter shows a question mark for it
             stream.reconfigure(errors="replace")
     if COMPLETION_VARIABLE in os.environ:
-        from typer.completion import completion_init
+        from typer.completion import completion_init  # type: ignore[attr-defined]
 
         completion_init()  # the answers that the scripts of `moshi-ttt completion` read
     command = typer.main.get_command(app)  # until now a signal ends the process by itself

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from zipfile import ZipFile
 
-SMALL = 100_000
+SMALL = 500_000
 """Folders of fewer bytes are one row together."""
 OTHERS = "everything else"
 

@@ -17,7 +17,7 @@ def completion(shell: Annotated[str, typer.Argument(help="bash, zsh or fish.")])
 
     Nothing is installed or changed: evaluate the script, or write it to a file that the shell reads.
     """
-    from typer.completion import get_completion_script
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]
 
     if shell not in SHELLS:
         raise ConfigError(f"There is no completion for the shell {shell!r}. {nearest(shell, SHELLS)}")
