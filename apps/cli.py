@@ -6,7 +6,6 @@ Nothing heavy is imported until a command runs: ``--help`` and ``--version`` mus
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -28,7 +27,7 @@ from moshi_ttt.apps.commands import (
 )
 from moshi_ttt.apps.commands.manuals import MANUALS, PROGRAM
 from moshi_ttt.apps.console import Commands, run, show_warning
-from moshi_ttt.apps.manual import command_with, group_with
+from moshi_ttt.apps.manual import documented, group_with
 
 app = typer.Typer(
     cls=group_with(PROGRAM, Commands),
@@ -62,23 +61,19 @@ def _options(
     warnings.showwarning = show_warning
 
 
-def _add(name: str, command: Callable[..., None]) -> None:
-    app.command(name, cls=command_with(MANUALS[name]))(command)
-
-
-_add("quickstart", quickstart.quickstart)
-_add("train", train.train)
-_add("encode", encode.encode)
-_add("serve", serve.serve)
+documented(app, "quickstart", MANUALS["quickstart"])(quickstart.quickstart)
+documented(app, "train", MANUALS["train"])(train.train)
+documented(app, "encode", MANUALS["encode"])(encode.encode)
+documented(app, "serve", MANUALS["serve"])(serve.serve)
 app.add_typer(evaluate.app, name="evaluate")
-_add("generate", generate.generate)
-_add("explain", explain.explain)
-_add("doctor", doctor.doctor)
-_add("plugins", plugins.plugins)
-_add("info", info.info)
-_add("new-plugin", new_plugin.new_plugin)
-_add("verify", verify.verify)
-_add("completion", completion.completion)
+documented(app, "generate", MANUALS["generate"])(generate.generate)
+documented(app, "explain", MANUALS["explain"])(explain.explain)
+documented(app, "doctor", MANUALS["doctor"])(doctor.doctor)
+documented(app, "plugins", MANUALS["plugins"])(plugins.plugins)
+documented(app, "info", MANUALS["info"])(info.info)
+documented(app, "new-plugin", MANUALS["new-plugin"])(new_plugin.new_plugin)
+documented(app, "verify", MANUALS["verify"])(verify.verify)
+documented(app, "completion", MANUALS["completion"])(completion.completion)
 
 
 def main() -> None:

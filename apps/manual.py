@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from typer import Typer
 from typer.core import TyperCommand, TyperGroup
 
 USAGE_ERROR = 2
@@ -69,6 +71,20 @@ def group_with(text: Manual, base: type[TyperGroup] = TyperGroup) -> type[TyperG
             _show(text)
 
     return DocumentedGroup
+
+
+def documented(app: Typer, name: str, text: Manual) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds a function to ``app`` as the command ``name``, with its docstring and a manual as the help."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        return app.command(name, cls=command_with(text), help=flowing(function.__doc__ or ""))(function)
+
+    return add
+
+
+def flowing(docstring: str) -> str:
+    """A docstring with a line for each paragraph: a terminal breaks lines by its own width."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(docstring).split("\n\n"))
 
 
 def _show(text: Manual) -> None:

@@ -21,7 +21,7 @@ from moshi_ttt.apps.commands.evaluation_inputs import (
 )
 from moshi_ttt.apps.commands.manuals import MANUALS
 from moshi_ttt.apps.commands.recall import run_recall
-from moshi_ttt.apps.manual import command_with, group_with
+from moshi_ttt.apps.manual import documented, group_with
 from moshi_ttt.apps.shared_options import renamed_option, with_shared_options
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.system.platforms import check_file_names
@@ -35,7 +35,7 @@ app = typer.Typer(
 )
 
 
-@app.command("long-context", cls=command_with(MANUALS["evaluate long-context"]))
+@documented(app, "long-context", MANUALS["evaluate long-context"])
 @with_shared_options
 def long_context(
     ctx: typer.Context,
@@ -98,7 +98,7 @@ def long_context(
         write_long_context(folder, result, made_by=made_by, frame_seconds=1 / given.frame_rate)
 
 
-@app.command(cls=command_with(MANUALS["evaluate recall"]))
+@documented(app, "recall", MANUALS["evaluate recall"])
 @with_shared_options
 def recall(
     ctx: typer.Context,
@@ -156,7 +156,7 @@ def recall(
     )
 
 
-@app.command("inner-loop", cls=command_with(MANUALS["evaluate inner-loop"]))
+@documented(app, "inner-loop", MANUALS["evaluate inner-loop"])
 @with_shared_options
 def inner_loop(
     ctx: typer.Context,
@@ -190,7 +190,7 @@ def inner_loop(
             write_metrics(folder, {"made_by": made_by, "subjects": [tested.name for tested in with_blocks]})
 
 
-@app.command("zero-shot", cls=command_with(MANUALS["evaluate zero-shot"]))
+@documented(app, "zero-shot", MANUALS["evaluate zero-shot"])
 @with_shared_options
 def zero_shot(
     ctx: typer.Context,
@@ -237,7 +237,7 @@ def zero_shot(
         write_zero_shot(folder, results, facts, made_by=made_by)
 
 
-@app.command(cls=command_with(MANUALS["evaluate compare"]))
+@documented(app, "compare", MANUALS["evaluate compare"])
 @with_shared_options
 def compare(
     shared: OutputOptions,

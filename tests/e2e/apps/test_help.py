@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from moshi_ttt.apps.cli import app
 from moshi_ttt.apps.commands.manuals import MANUALS
-from moshi_ttt.apps.manual import command_with, manual
+from moshi_ttt.apps.manual import command_with, flowing, manual
 
 LONGEST_SUMMARY = 77
 """Letters of a summary: it is one line of a terminal with 80 columns."""
@@ -109,3 +109,15 @@ def test_a_command_may_change_the_meaning_of_a_shared_exit_code():
     assert dict(text.exit_codes) == {0: "All is well.", 2: text.exit_codes[2], 7: "Seven.", 130: text.exit_codes[130]}
     assert text.lines()[-4:][0] == "  0    All is well."
     assert command_with(text).manual is text
+
+
+def test_a_paragraph_of_a_docstring_is_one_line():
+    assert (
+        flowing("""First line.
+
+    A second
+    paragraph.
+    """)
+        == "First line.\n\nA second paragraph."
+    )
+    assert "\n" not in COMMANDS["train",].help.split("\n\n")[1]
