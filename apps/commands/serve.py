@@ -36,8 +36,7 @@ def serve(
 ) -> None:
     """Talk to Moshi live, several people at once.
 
-    The server has a page at http://localhost:8998, and speaks the WebSocket protocol of Moshi's own clients. Ctrl-C and
-    SIGTERM save what callers asked to keep, and end the server.
+    The server has a page, and speaks the protocol of Moshi's own clients. Ctrl-C saves what callers asked to keep.
     """
     from typing import get_args
 
