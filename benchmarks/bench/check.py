@@ -94,7 +94,7 @@ def problems(
             found.append(
                 f"{name}: {spread.median:.3f} ({spread.low:.3f} to {spread.high:.3f}), and the baseline is "
                 f"{stored.median:.3f}: {_change(spread, stored)}, and {tolerance:+.0%} is allowed. Look for the change "
-                f"that made it slower; if it is intended, make a new baseline: {UPDATE}"
+                f"that made it slower, or its reference faster; if it is intended, make a new baseline: {UPDATE}"
             )
     if complete:
         found += [

@@ -122,7 +122,7 @@ def inner_loop_comparisons(size: Size) -> list[Comparison]:
         forms = {"written out": training(*made), "autograd": training(*made, autograd=True)}
         found.append(Comparison(name=f"inner loop, training, {kind}", forms=forms, reference="autograd"))
         for rows in size.rows:
-            found.append(steps(kind, rows, size))
+            found += steps(kind, rows, size)
     return found
 
 
@@ -147,7 +147,8 @@ def streamed(kind: str, rows: int, heads: int, chunk: int, width: int, form: Cal
     return call
 
 
-def steps(kind: str, rows: int, size: Size) -> Comparison:
+def steps(kind: str, rows: int, size: Size) -> list[Comparison]:
+    """The compiled step beside the step, and the step beside one read of each row's fast weights."""
     made = (kind, rows, size.heads, size.chunk, size.width)
     problem = inner_loop.Problem(kind, rows, size.heads, 1, size.chunk, size.width, torch.float32)
     state = clone(initial_state(problem.weights, problem.biases, size.chunk, rows))
@@ -160,12 +161,12 @@ def steps(kind: str, rows: int, size: Size) -> Comparison:
             for x, weight in zip(vectors, weights, strict=True):
                 torch.bmm(x, weight.flatten(0, 1))
 
-    forms = {
-        "step": streamed(*made, recurrent_inner_loop),
-        "compiled step": streamed(*made, compiled_inner_loop),
-        "one read": reads,
-    }
-    return Comparison(name=f"inner loop, streaming, {kind}, B {rows}", forms=forms, reference="step")
+    step, compiled = (streamed(*made, form) for form in (recurrent_inner_loop, compiled_inner_loop))
+    name = f"inner loop, streaming, {kind}, B {rows}"
+    return [
+        Comparison(name=name, forms={"step": step, "compiled step": compiled}, reference="step"),
+        Comparison(name=f"{name}, reads", forms={"one read": reads, "step": step}, reference="one read"),
+    ]
 
 
 # ---- in-place TTT
