@@ -68,8 +68,8 @@ class NativeLibrary:
         if shutil.which(compiler) is None:
             return f"The C++ compiler {compiler} was not found. Install g++, or name another compiler in CXX."
         parent = next(each for each in folder.parents if each.exists())
-        if not os.access(parent, os.W_OK):
-            return f"The folder {parent} cannot be written. Name another one in XDG_CACHE_HOME."
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            return f"{parent} is not a folder that can be written. Name another one in XDG_CACHE_HOME."
         return ""
 
     def version(self) -> str:

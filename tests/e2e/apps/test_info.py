@@ -77,12 +77,11 @@ def test_a_library_that_is_built_needs_no_compiler(cli, monkeypatch, tmp_path):
     assert form(found, "gating_mlp", "compiled step")["available"] is False
 
 
-@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root can write everywhere")
 def test_a_cache_that_cannot_be_written_is_a_reason(cli, monkeypatch, tmp_path):
-    folder = tmp_path / "cache"
-    folder.mkdir(mode=0o500)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    assert "cannot be written" in form(printed(cli), "ttt_mlp", "compiled step")["missing"]
+    (tmp_path / "cache").write_text("a file, where a folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    said = form(printed(cli), "ttt_mlp", "compiled step")["missing"]
+    assert said == f"{tmp_path / 'cache'} is not a folder that can be written. Name another one in XDG_CACHE_HOME."
 
 
 def test_another_compiler_is_named(cli, monkeypatch, tmp_path):
