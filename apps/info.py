@@ -42,7 +42,7 @@ class Information:
 
     Attributes:
         system: label -> value: Python, operating system, processor, devices.
-        packages: distribution -> version; None where it is not installed.
+        packages: distribution -> version, those with plugins too; None where it is not installed.
         compilers: purpose -> path and version, or why there is none.
         environment: variables of ``VARIABLES`` that are set.
         backends: variant -> its faster forms, or one sentence that says why they are not known.
@@ -69,12 +69,14 @@ def gather(registry: Registry | None = None) -> Information:
         "processor": f"{_processor()}, {available_cores()} cores for this process",
         **_torch_facts(problems),
     }
+    found = _discovered(registry, problems)
+    plugins = {record.provenance.distribution: record.provenance.version for record in found.plugins()} if found else {}
     return Information(
         system=system,
-        packages={name: _installed(name) for name in (DISTRIBUTION, *required(), *OPTIONAL)},
+        packages={name: _installed(name) for name in (DISTRIBUTION, *required(), *OPTIONAL)} | plugins,
         compilers={"C++ (compiled steps, torch.compile)": compiler()},
         environment={name: _without_home(os.environ[name]) for name in VARIABLES if name in os.environ},
-        backends=_backends(registry, problems),
+        backends=_backends(found) if found else {},
         problems=tuple(problems),
     )
 
@@ -185,11 +187,10 @@ def _torch_facts(problems: list[str]) -> dict[str, str]:
     return facts
 
 
-def _backends(registry: Registry | None, problems: list[str]) -> dict[str, tuple[Acceleration, ...] | str]:
-    """The faster forms of each registered variant, or why they are not known."""
-    if any(problem.startswith("torch ") for problem in problems):
-        return {}
-    from moshi_ttt.core.accelerations import accelerations_of
+def _discovered(registry: Registry | None, problems: list[str]) -> Registry | None:
+    """The registry, and a problem for each plugin that is not loaded; None where torch cannot be imported."""
+    if problems:
+        return None
     from moshi_ttt.core.registry import default_registry
 
     registry = registry or default_registry()
@@ -198,6 +199,13 @@ def _backends(registry: Registry | None, problems: list[str]) -> dict[str, tuple
         for record in registry.plugins()
         if record.status not in ("loaded", "disabled")
     ]
+    return registry
+
+
+def _backends(registry: Registry) -> dict[str, tuple[Acceleration, ...] | str]:
+    """The faster forms of each registered variant, or why they are not known."""
+    from moshi_ttt.core.accelerations import accelerations_of
+
     found: dict[str, tuple[Acceleration, ...] | str] = {}
     for name in registry.names("block"):
         try:

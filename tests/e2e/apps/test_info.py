@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from moshi_ttt.apps import info
 from moshi_ttt.core.accelerations import Acceleration
+from moshi_ttt.core.hooks import hookimpl
 from moshi_ttt.core.registry import Registry
 from tests.project import pyproject
 
@@ -150,6 +151,26 @@ def test_a_broken_plugin_is_a_problem(cli, monkeypatch):
     result = cli("info")
     assert result.exit_code == 1
     assert "Problem: Plugin (unknown) 0 (plugin 'broken') is failed: ImportError" in result.said
+
+
+def test_distributions_with_plugins_are_listed():
+    class Theirs:
+        name, dist = "theirs", SimpleNamespace(name="their-ttt", version="2.3")
+
+        def load(self):
+            module = ModuleType("their_ttt")
+            module.MOSHI_TTT_API = 1
+            module.moshi_ttt_accelerations = moshi_ttt_accelerations
+            return module
+
+    registry = Registry()
+    registry.discover([Theirs()])
+    assert info.gather(registry).packages["their-ttt"] == "2.3"
+
+
+@hookimpl
+def moshi_ttt_accelerations(registrar) -> None:
+    registrar.add("theirs", failing_report)
 
 
 def failing_report() -> tuple[Acceleration, ...]:
