@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart talk recipes study test test-fast test-full coverage fuzz test-slow test-machines test-browser test-gpu gpu-check test-full-size lint format clean
+.PHONY: help quickstart talk recipes study test test-fast test-full coverage fuzz bench bench-check bench-baseline test-slow test-machines test-browser test-gpu gpu-check test-full-size lint release format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -52,6 +52,15 @@ fuzz: $(VENV)/.installed-dev ## Compare random layers and streams with the defin
 	echo "The same run again: make fuzz SEED=$$seed"; \
 	$(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz --hypothesis-seed=$$seed $(ARGS)
 
+bench: $(VENV)/.installed-run ## Run every benchmark at small sizes, and write bench-run/report.md; ARGS='--only scaling'.
+	$(BIN)/python benchmarks/run.py --out bench-run --overwrite $(ARGS)
+
+bench-check: $(VENV)/.installed-run ## Run them, and fail where a ratio is 20 % larger than in benchmarks/baseline.json.
+	$(BIN)/python benchmarks/run.py --out bench-run --overwrite --check $(ARGS)
+
+bench-baseline: $(VENV)/.installed-run ## Measure benchmarks/baseline.json again; the machine must be quiet.
+	$(BIN)/python benchmarks/run.py --out bench-run --overwrite --write-baseline $(ARGS)
+
 test-slow: $(VENV)/.installed-dev ## Run the tests that take minutes.
 	$(BIN)/pytest -m slow $(ARGS)
 
@@ -76,12 +85,15 @@ lint: $(VENV)/.installed-dev ## Check style, types and who imports whom.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+release: $(VENV)/.installed-dev ## Check everything a release needs, and tag it: RELEASING.md; ARGS='--dry-run'.
+	$(BIN)/python scripts/release.py $(ARGS)
+
 format: $(VENV)/.installed-dev ## Rewrite the code as `make lint` wants it.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## Remove the environment and everything that was built.
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv build dist bench-run *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 # A stamp is written after everything is installed, so an installation that was interrupted is taken up again.
 # The environment of `test` can run the quickstart too; that of `quickstart` is smaller.

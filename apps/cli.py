@@ -11,11 +11,13 @@ from typing import Annotated
 import typer
 
 from moshi_ttt.apps.commands import (
+    completion,
     doctor,
     encode,
     evaluate,
     explain,
     generate,
+    info,
     new_plugin,
     plugins,
     quickstart,
@@ -23,10 +25,12 @@ from moshi_ttt.apps.commands import (
     train,
     verify,
 )
+from moshi_ttt.apps.commands.manuals import MANUALS, PROGRAM
 from moshi_ttt.apps.console import Commands, run, show_warning
+from moshi_ttt.apps.manual import documented, group_with
 
 app = typer.Typer(
-    cls=Commands,
+    cls=group_with(PROGRAM, Commands),
     name="moshi-ttt",
     no_args_is_help=True,
     add_completion=False,
@@ -57,17 +61,19 @@ def _options(
     warnings.showwarning = show_warning
 
 
-app.command()(quickstart.quickstart)
-app.command()(train.train)
-app.command()(encode.encode)
-app.command()(serve.serve)
+documented(app, "quickstart", MANUALS["quickstart"])(quickstart.quickstart)
+documented(app, "train", MANUALS["train"])(train.train)
+documented(app, "encode", MANUALS["encode"])(encode.encode)
+documented(app, "serve", MANUALS["serve"])(serve.serve)
 app.add_typer(evaluate.app, name="evaluate")
-app.command()(generate.generate)
-app.command()(explain.explain)
-app.command()(doctor.doctor)
-app.command()(plugins.plugins)
-app.command()(new_plugin.new_plugin)
-app.command()(verify.verify)
+documented(app, "generate", MANUALS["generate"])(generate.generate)
+documented(app, "explain", MANUALS["explain"])(explain.explain)
+documented(app, "doctor", MANUALS["doctor"])(doctor.doctor)
+documented(app, "plugins", MANUALS["plugins"])(plugins.plugins)
+documented(app, "info", MANUALS["info"])(info.info)
+documented(app, "new-plugin", MANUALS["new-plugin"])(new_plugin.new_plugin)
+documented(app, "verify", MANUALS["verify"])(verify.verify)
+documented(app, "completion", MANUALS["completion"])(completion.completion)
 
 
 def main() -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+COMPLETION_VARIABLE = "_MOSHI_TTT_COMPLETE"
+"""The variable with which a completion script asks this program for completions."""
 
 interruption = Interruption()
 """What a signal does in a process of the command line, until a training takes it over."""
@@ -99,11 +101,15 @@ def run(app: typer.Typer) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter shows a question mark for it
             stream.reconfigure(errors="replace")
+    if COMPLETION_VARIABLE in os.environ:
+        from typer.completion import completion_init  # type: ignore[attr-defined]
+
+        completion_init()  # the answers that the scripts of `moshi-ttt completion` read
     command = typer.main.get_command(app)  # until now a signal ends the process by itself
     # A termination is an interruption: what is half-written is cleared away on the way out.
     handle(stop_signals(), interruption)
     try:
-        command()
+        command(complete_var=COMPLETION_VARIABLE)
     finally:
         # The exit code is decided. Another signal of the stop that ended this would replace it.
         handle(stop_signals(), signal.SIG_IGN)

@@ -16,12 +16,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from itertools import accumulate
 from typing import Any
 
 import torch
+from bench.measure import allocated_peak
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
 from moshi_ttt.core.format import SequenceFormat
@@ -101,11 +100,7 @@ def peak_bytes(forward: Callable[[], Tensor], leaves: Iterable[Tensor]) -> int:
     """The most that forward and backward have allocated at any moment, from the allocator's own events."""
     for leaf in leaves:
         leaf.grad = None
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        forward().backward()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(accumulate(sizes))
+    return allocated_peak(lambda: forward().backward())
 
 
 def main() -> None:

@@ -16,12 +16,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from bench.measure import allocated_peak
 
 from moshi_ttt import default_registry, make_plan
 from moshi_ttt.configs.settings import parse_settings
@@ -47,10 +45,12 @@ CASES: dict[str, dict[str, Any] | None] = {
 }
 
 
-def trainer(block: dict[str, Any] | None, checkpointing: bool, runtime: Runtime) -> Trainer:
+def trainer(
+    block: dict[str, Any] | None, checkpointing: bool, runtime: Runtime, *, dim: int = 512, layers: int = LAYERS
+) -> Trainer:
     """A new trainer of the case, its gates closed."""
     registry = default_registry()
-    entries = [] if block is None else [{**block, "layers": str(LAYERS - 1)}]
+    entries = [] if block is None else [{**block, "layers": str(layers - 1)}]
     settings = parse_settings(
         {
             "data": {"train_data": "none"}, "run_dir": "none", "moshi_paths": {"hf_repo_id": "builtin:tiny"},
@@ -60,7 +60,7 @@ def trainer(block: dict[str, Any] | None, checkpointing: bool, runtime: Runtime)
         registry=registry, where="benchmark",
     )  # fmt: skip
     model: Any = random_tiny_lm(
-        dim=512, num_layers=LAYERS, num_heads=8, card=128, text_card=512, depformer_dim=128, context=250,
+        dim=dim, num_layers=layers, num_heads=8, card=128, text_card=512, depformer_dim=128, context=250,
         gradient_checkpointing=checkpointing,
     )  # fmt: skip
     add_lora(model, rank=8, scaling=2.0)
@@ -82,18 +82,9 @@ def open_gates(made: Trainer) -> None:
                 gate.fill_(0.05)
 
 
-def batch() -> CodesBatch:
-    codes = torch.randint(0, 128, (ROWS, 17, FRAMES), generator=torch.Generator().manual_seed(0))
+def batch(frames: int = FRAMES) -> CodesBatch:
+    codes = torch.randint(0, 128, (ROWS, 17, frames), generator=torch.Generator().manual_seed(0))
     return CodesBatch(codes, torch.arange(ROWS), ())
-
-
-def peak_bytes(step: Callable[[], object]) -> int:
-    """The most that ``step`` has allocated at any moment beyond what was there, from the allocator's own events."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(accumulate(sizes))
 
 
 def main() -> None:
@@ -118,7 +109,7 @@ def main() -> None:
                     times[key].append(time.perf_counter() - began)
         rows = []
         plain = {ckpt: times["LoRA", ckpt] for ckpt in (False, True)}
-        memory = {key: peak_bytes(lambda each=each: each.make_step([batch()])) for key, each in made.items()}
+        memory = {key: allocated_peak(lambda each=each: each.make_step([batch()])) for key, each in made.items()}
         for (name, ckpt), taken in times.items():
             ratio = statistics.median(mine / other for mine, other in zip(taken, plain[ckpt], strict=True))
             rows.append({

@@ -63,3 +63,10 @@ class HookSpecs:
 
         A hook, because the other implementation's names belong to the variant, and callers know both by name alone.
         """
+
+    @hookspec
+    def moshi_ttt_accelerations(self, registrar: Registrar) -> None:
+        """Register reports on faster forms: ``registrar.add(variant, target)``, target ``() -> (Acceleration, ...)``.
+
+        A hook, because ``moshi-ttt info`` imports no variant, and reports on a third party's too.
+        """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moshi_ttt.core.accelerations import accelerations_of
 from moshi_ttt.core.registrar import RUNTIME, Entry, Kind
 from moshi_ttt.core.registry import Registry, default_registry
 
@@ -46,5 +47,7 @@ def _use(registry: Registry, entry: Entry) -> None:
         registry.format_adapter(name)
     elif kind == "weight_map":
         registry.weight_map(name)
+    elif kind == "acceleration":
+        accelerations_of(name, registry)
     else:
         registry.verifier(name)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from moshi_ttt.core.block import BlockFactory
     from moshi_ttt.core.config import BlockConfig
 
-Kind = Literal["block", "format_adapter", "precision_policy", "host", "verifier", "weight_map"]
+Kind = Literal["block", "format_adapter", "precision_policy", "host", "verifier", "weight_map", "acceleration"]
 """What can be registered: the extension points."""
 
 

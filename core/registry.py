@@ -48,6 +48,7 @@ HOOKS: dict[Kind, str] = {
     "host": "moshi_ttt_hosts",
     "verifier": "moshi_ttt_verifiers",
     "weight_map": "moshi_ttt_weight_maps",
+    "acceleration": "moshi_ttt_accelerations",
 }
 __all__ = ["ENVIRONMENT", "HOOKS", "PluginRecord", "Registry", "Variant", "default_registry"]
 

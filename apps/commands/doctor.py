@@ -25,9 +25,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     threads: Threads = None,
 ) -> None:
-    """Run a few training passes on random tokens and report problems of each block. Nothing is changed.
+    """Run a few training passes on random tokens and report problems of each block.
 
-    Exit code 0 when every block is healthy, 1 when one has a red flag, 2 when the config cannot be used.
+    The config and the adapter are read, and nothing is changed.
     """
     from moshi_ttt.apps import doctor as examining
     from moshi_ttt.core.registry import default_registry

@@ -17,9 +17,10 @@ def encode(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options to change.")] = None,
     held_out: Annotated[bool, typer.Option("--eval", help="Encode data.eval_data instead of data.train_data.")] = False,
 ) -> None:
-    """Encode the recordings of a training config into shards, which training reads with data.train_data=OUT.
+    """Encode the recordings of a training config into shards.
 
-    A run that reads recordings encodes them again in every epoch. Shards hold the same tokens.
+    Training reads them with data.train_data=OUT. A run that reads recordings encodes them again in every epoch. Shards
+    hold the same tokens.
     """
     from moshi_ttt.configs import settings as reading
     from moshi_ttt.core.registry import default_registry

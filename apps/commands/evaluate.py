@@ -19,18 +19,23 @@ from moshi_ttt.apps.commands.evaluation_inputs import (
     named_adapter,
     prepare,
 )
+from moshi_ttt.apps.commands.manuals import MANUALS
 from moshi_ttt.apps.commands.recall import run_recall
+from moshi_ttt.apps.manual import documented, group_with
 from moshi_ttt.apps.shared_options import renamed_option, with_shared_options
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.system.platforms import check_file_names
 
 app = typer.Typer(
+    cls=group_with(MANUALS["evaluate"]),
     no_args_is_help=True,
-    help="Compare adapters with the base model: the same code, the same recordings, 95 % intervals.",
+    help="Compare adapters with the base model on recordings.\n\n"
+    "All models run the same code on the same recordings, and intervals are 95 %. Each subcommand writes a "
+    "folder with report.md, figures, and every number in metrics.json.",
 )
 
 
-@app.command("long-context")
+@documented(app, "long-context", MANUALS["evaluate long-context"])
 @with_shared_options
 def long_context(
     ctx: typer.Context,
@@ -60,14 +65,16 @@ def long_context(
         typer.Option(
             "--spans",
             metavar="LIST",
-            help="Also report by position in the recordings: frames at which spans begin, such as 48,192,480,960.",
+            help="Also report by position in the recordings: frames at which spans begin, such as "
+            "48,192,480,960. Default: no spans.",
         ),
     ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Report the loss by position in long recordings, with updates on and off and with the memory reset or exchanged.
+    """Report the loss by position in long recordings.
 
-    A memory is exchanged when each recording of a batch gets the memory of another one.
+    It is reported with updates on and off, and with the memory reset or exchanged. A memory is exchanged when each
+    recording of a batch gets the memory of another one.
     """
     from moshi_ttt.evaluation import long_context as evaluation
     from moshi_ttt.evaluation.models import CONDITIONS, refuse_uneven
@@ -91,7 +98,7 @@ def long_context(
         write_long_context(folder, result, made_by=made_by, frame_seconds=1 / given.frame_rate)
 
 
-@app.command()
+@documented(app, "recall", MANUALS["evaluate recall"])
 @with_shared_options
 def recall(
     ctx: typer.Context,
@@ -109,7 +116,8 @@ def recall(
         typer.Option(
             "--volume",
             metavar="LIST",
-            help="Also report recall and its cost at these volumes, such as 0,0.25,0.5,1 (0 is the base model).",
+            help="Also report recall and its cost at these volumes, such as 0,0.25,0.5,1 (0 is the base model). "
+            "Default: 1 alone.",
         ),
     ] = None,
     between: Annotated[
@@ -117,13 +125,15 @@ def recall(
         typer.Option(
             "--between",
             metavar="LIST",
-            help="Report recall after other clips instead: their number, or several numbers, such as 1,6,47.",
+            help="Report recall after other clips instead: their number, or several numbers, such as 1,6,47. "
+            "Default: no other clips.",
         ),
     ] = None,
     interludes: Annotated[
         str | None,
         typer.Option(
-            "--interludes", help="With --between: recordings of the other clips, as for --data, but none of those."
+            "--interludes",
+            help="With --between: recordings of the other clips, as for --data, but none of those. Default: none.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -146,7 +156,7 @@ def recall(
     )
 
 
-@app.command("inner-loop")
+@documented(app, "inner-loop", MANUALS["evaluate inner-loop"])
 @with_shared_options
 def inner_loop(
     ctx: typer.Context,
@@ -180,7 +190,7 @@ def inner_loop(
             write_metrics(folder, {"made_by": made_by, "subjects": [tested.name for tested in with_blocks]})
 
 
-@app.command("zero-shot")
+@documented(app, "zero-shot", MANUALS["evaluate zero-shot"])
 @with_shared_options
 def zero_shot(
     ctx: typer.Context,
@@ -196,7 +206,7 @@ def zero_shot(
     ] = "all",
     seed: Seed = 0,
 ) -> None:
-    """Report the share of pairs in which the right recording is the more likely one.
+    """Report how often the right recording of a pair is the more likely one.
 
     Pairs are of spoken words, of sentences, or of endings of stories.
     """
@@ -227,7 +237,7 @@ def zero_shot(
         write_zero_shot(folder, results, facts, made_by=made_by)
 
 
-@app.command()
+@documented(app, "compare", MANUALS["evaluate compare"])
 @with_shared_options
 def compare(
     shared: OutputOptions,
@@ -235,7 +245,10 @@ def compare(
         list[Path], typer.Argument(**PATH, help="Folders that long-context, recall or zero-shot wrote.")
     ],
 ) -> None:
-    """Put several evaluations of one base model into one table and one figure."""
+    """Put several evaluations of one base model into one table and one figure.
+
+    All of them have to be results of long-context, of recall, or of zero-shot.
+    """
     from moshi_ttt.evaluation.compare import read_results, write_comparison
 
     made_by = "moshi-ttt evaluate compare"

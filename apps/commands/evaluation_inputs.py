@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from moshi_ttt.evaluation.models import Condition, ModelUnderTest
 
 Seconds = Annotated[
-    float | None, typer.Option("--max-seconds", min=0.1, help="Use only the first seconds of each recording.")
+    float | None,
+    typer.Option("--max-seconds", min=0.1, help="Use only the first seconds of each recording. Default: all."),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the bootstrap.")]
 
@@ -58,7 +59,9 @@ class ModelOptions(OutputOptions):
     adapter: Annotated[
         list[str] | None,
         typer.Option(
-            "--adapter", "-a", help="NAME=FOLDER of an adapter, or of a checkpoint that holds one; repeatable."
+            "--adapter",
+            "-a",
+            help="NAME=FOLDER of an adapter, or of a checkpoint that holds one; repeatable. Default: none.",
         ),
     ] = None
     threads: Threads = None

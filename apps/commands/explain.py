@@ -13,9 +13,10 @@ def explain(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged config such as tiny-ttt-mlp.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON with exact numbers instead of tables.")] = False,
 ) -> None:
-    """Show what a config would add to its model: sites, parameters, state, compute, and the dtype of each role.
+    """Show what a config would add to its model, without reading weights.
 
-    The model is built without storage and no weights are read, so this takes seconds for a model of any size.
+    This is the sites, parameters, state, compute, and the dtype of each role. The model is built
+    without storage, so this takes seconds for a model of any size.
     """
     from moshi_ttt.apps import explain as explaining
 

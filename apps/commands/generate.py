@@ -30,10 +30,10 @@ def generate(
     overwrite: given.OverwriteAnswers = False,
     threads: Threads = None,
 ) -> None:
-    """Play recordings to Moshi, and write its answers: sound beside the recording, sample by sample, and text.
+    """Play recordings to Moshi, and write its answers as sound and text.
 
-    Each recording is a stream of its own. The same recording, options and number of slots give the same answer,
-    whatever is answered at the same time.
+    The sound has the recording's length, sample by sample. Each recording is a stream of its own. The same recording,
+    options and number of slots give the same answer, whatever is answered at the same time.
     """
     from moshi_ttt.apps.generate.run import GenerateRequest, run
     from moshi_ttt.hosts.moshi.slots import SlotSettings

@@ -39,14 +39,16 @@ Volume = Annotated[
     float, typer.Option("--volume", min=0.0, help="Factor on what the blocks add; 0 is the base model, 10 the most.")
 ]
 MemoryIn = Annotated[
-    Path | None, typer.Option("--memory-in", **PATH, help="File of a saved memory, with which every answer begins.")
+    Path | None,
+    typer.Option("--memory-in", **PATH, help="File of a saved memory, with which every answer begins. Default: none."),
 ]
 MemoryOut = Annotated[
     Path | None,
     typer.Option(
         "--memory-out",
         **PATH,
-        help="File for the memory at the end of the recording; for several answers, a folder with a file for each.",
+        help="File for the memory at the end of the recording; for several answers, a folder with a file for "
+        "each. Default: nothing is kept.",
     ),
 ]
 Stereo = Annotated[

@@ -6,7 +6,6 @@ import warnings
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from moshi_ttt.apps.console import EXIT_FAILED, console
 
@@ -16,13 +15,14 @@ def plugins(
         bool, typer.Option("--check", help="Also import every target; exit with code 1 and the reasons if one fails.")
     ] = False,
 ) -> None:
-    """List every variant, host, precision policy, format adapter and verifier, and who provides it.
+    """List every registered name, its kind, and who provides it.
 
-    A plugin that could not be loaded is listed with the reason; it is harmless until a config asks for it.
-
-    With --check, exit code 1 means: a plugin is not loaded, two plugins claim a name, or a target cannot be imported or
-    is of another kind.
+    Kinds are variants, hosts, precision policies, format adapters, verifiers, weight maps, and reports on
+    accelerations. A plugin that could not be loaded is listed with the reason; it is harmless until a config asks for
+    it.
     """
+    from rich.text import Text
+
     from moshi_ttt.apps import plugins as listing
     from moshi_ttt.core.plugin_check import plugin_problems
     from moshi_ttt.core.registry import default_registry

@@ -43,10 +43,11 @@ def quickstart(
     ] = False,
     threads: Threads = None,
 ) -> None:
-    """Train test-time-training layers inside a small Moshi on real speech, stream a recording, write a report.
+    """Train TTT layers inside a small Moshi on real speech, and write a report.
 
-    Takes about two minutes on a CPU. Everything it needs ships with the package. The folder it writes
-    has the trained adapter, report.md, plots, the generated audio, and every number in metrics.json.
+    It also streams a recording through the model. Takes about two minutes on a CPU. Everything it needs ships with the
+    package. The folder it writes has the trained adapter, report.md, plots, the generated audio, and every number in
+    metrics.json.
     """
     from moshi_ttt.apps.quickstart.run import run
     from moshi_ttt.apps.quickstart.setup import Request

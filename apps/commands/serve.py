@@ -34,9 +34,9 @@ def serve(
     seed: given.LiveSeed = None,
     threads: Threads = None,
 ) -> None:
-    """Talk to Moshi live: a page at http://localhost:8998, and the WebSocket protocol of Moshi's own clients.
+    """Talk to Moshi live, several people at once.
 
-    Ctrl-C and SIGTERM save what callers asked to keep. Exit code 0 after that, 1 where the model failed.
+    The server has a page, and speaks the protocol of Moshi's own clients. Ctrl-C saves what callers asked to keep.
     """
     from typing import get_args
 

@@ -67,16 +67,29 @@ RequestSec = Annotated[
 ]  # fmt: skip
 TokenFile = Annotated[
     Path | None,
-    typer.Option("--token-file", **PATH, help="File with a token that clients must send.", rich_help_panel=ACCESS),
+    typer.Option(
+        "--token-file",
+        **PATH,
+        help="File with a token that clients must send. Default: no token.",
+        rich_help_panel=ACCESS,
+    ),
 ]
 AllowOrigin = Annotated[
     list[str] | None,
-    typer.Option("--allow-origin", help="Another server whose pages may connect; repeatable.", rich_help_panel=ACCESS),
+    typer.Option(
+        "--allow-origin",
+        help="Another server whose pages may connect; repeatable. Default: none.",
+        rich_help_panel=ACCESS,
+    ),
 ]
 Certificate = Annotated[
-    Path | None, typer.Option("--tls-cert", **PATH, help="Certificate, in PEM.", rich_help_panel=ACCESS)
+    Path | None,
+    typer.Option("--tls-cert", **PATH, help="Certificate, in PEM. Default: no TLS.", rich_help_panel=ACCESS),
 ]
-CertificateKey = Annotated[Path | None, typer.Option("--tls-key", **PATH, help="Its key.", rich_help_panel=ACCESS)]
+CertificateKey = Annotated[
+    Path | None,
+    typer.Option("--tls-key", **PATH, help="Key of the certificate, in PEM. Default: no TLS.", rich_help_panel=ACCESS),
+]
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Let everybody connect who reaches --host.", rich_help_panel=ACCESS)
 ]

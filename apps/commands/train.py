@@ -32,10 +32,6 @@ def train(
 
     Several processes: torchrun --nproc-per-node 8 -m moshi_ttt train CONFIG. Ctrl-C or a termination signal saves a
     checkpoint and ends the run; resume=true continues from it.
-
-    Exit code 0 when the run is done, 75 when it was stopped on request and can be resumed (with do_ckpt: false nothing
-    was saved), 2 for an error, 130 when a second Ctrl-C ended it without saving. torchrun returns 1 for the last three;
-    "status" in RUN_DIR/run.json tells them apart.
     """
     with StopRequest(final=(interruption,)) as stop:
         try:

@@ -25,10 +25,10 @@ def verify(
         bool, typer.Option("--all", help="Show every output and gradient, not only the worst.")
     ] = False,
 ) -> None:
-    """Check the installed code against reference vectors (safetensors files), outputs and gradients.
+    """Check the installed code against reference vectors.
 
-    Exit code 0 when every file is within tolerance, 1 when one is not or when no installed plugin computes it,
-    2 when a file cannot be read.
+    The files are safetensors, and hold inputs, outputs and gradients. Every installed variant that computes a file is
+    compared with it, in each of its forms.
     """
     from moshi_ttt.apps import verify as verifying
     from moshi_ttt.core.registry import default_registry

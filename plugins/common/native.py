@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from moshi_ttt.core.accelerations import Acceleration
 from moshi_ttt.core.errors import ConfigError
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -57,6 +59,19 @@ class NativeLibrary:
                 f"folder to keep it, {library.parent} (XDG_CACHE_HOME moves it). {self.otherwise}"
             ) from error
 
+    def missing(self) -> str:
+        """Why it can be neither loaded nor built on this machine, as a sentence; empty where it can. Builds nothing."""
+        folder = _cache() / self.version()
+        if (folder / f"{self.name}.so").exists():
+            return ""
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            return f"The C++ compiler {compiler} was not found. Install g++, or name another compiler in CXX."
+        parent = next(each for each in folder.parents if each.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            return f"{parent} is not a folder that can be written. Name another one in XDG_CACHE_HOME."
+        return ""
+
     def version(self) -> str:
         """Another one for each source, set of flags, torch and kind of processor."""
         sources = [path.read_text(encoding="utf-8") for path in (self.source, *self.headers)]
@@ -83,6 +98,12 @@ class NativeLibrary:
                 said = next((line for line in lines if "error" in line), "it said nothing")
                 raise OSError(f"{command[0]} ended with {result.returncode}: {said}")
             built.replace(library)
+
+
+def compiled_step(library: NativeLibrary) -> Acceleration:
+    """The compiled step of ``library``, for a report on faster forms."""
+    purpose = "A streamed step on a CPU, in float32 and float64; chosen by compile_step."
+    return Acceleration(name="compiled step", purpose=purpose, missing=library.missing())
 
 
 def _cache() -> Path:

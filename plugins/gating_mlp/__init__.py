@@ -27,3 +27,8 @@ def moshi_ttt_verifiers(registrar: Registrar) -> None:
         registrar.add(f"gating_mlp-{form}", f"{__name__}.verifiers:{form.upper()}")
     for form in ("options_naive", "options_chunk", "options_recurrent"):
         registrar.add(f"gating_mlp-{form}", f"{__name__}.option_verifiers:{form.upper()}")
+
+
+@hookimpl
+def moshi_ttt_accelerations(registrar: Registrar) -> None:
+    registrar.add("gating_mlp", f"{__name__}.compiled:accelerations")

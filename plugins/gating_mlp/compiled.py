@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moshi_ttt.core.accelerations import Acceleration
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common.finite import largest_factor
-from moshi_ttt.plugins.common.native import NativeLibrary
+from moshi_ttt.plugins.common.native import NativeLibrary, compiled_step
 from moshi_ttt.plugins.common.success_gate import SuccessGate
 from moshi_ttt.plugins.gating_mlp.memory import Memory
 
@@ -66,6 +67,11 @@ class CompiledStepper:
             conv, projection, active, updated, ridge, gate, self.plan, self.decay, self.limit, self.clip, self.corrects,
         )  # fmt: skip
         return added
+
+
+def accelerations() -> tuple[Acceleration, ...]:
+    """The faster forms of gating_mlp on this machine."""
+    return (compiled_step(LIBRARY),)
 
 
 @functools.cache

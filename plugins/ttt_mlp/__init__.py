@@ -26,3 +26,8 @@ def moshi_ttt_verifiers(registrar: Registrar) -> None:
 @hookimpl
 def moshi_ttt_weight_maps(registrar: Registrar) -> None:
     add_weight_maps(registrar, "ttt_mlp", __name__)
+
+
+@hookimpl
+def moshi_ttt_accelerations(registrar: Registrar) -> None:
+    registrar.add("ttt_mlp", "moshi_ttt.plugins.hybrid.accelerations:trained_by_kernels")

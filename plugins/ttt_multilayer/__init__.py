@@ -23,3 +23,8 @@ def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
 @hookimpl
 def moshi_ttt_verifiers(registrar: Registrar) -> None:
     add_verifiers(registrar, "ttt_multilayer", __name__)
+
+
+@hookimpl
+def moshi_ttt_accelerations(registrar: Registrar) -> None:
+    registrar.add("ttt_multilayer", "moshi_ttt.plugins.hybrid.accelerations:multilayer")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,10 @@ from tests.project import (
     root_folders,
     run_environment,
 )
+
+_spec = importlib.util.spec_from_file_location("wheel_sizes", ROOT / "scripts" / "wheel_sizes.py")
+wheel_sizes = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(wheel_sizes)
 
 DISCOVER = """
 import json, sys, moshi_ttt
@@ -90,6 +96,37 @@ def test_wheel_says_it_is_typed_and_carries_the_licence(wheel):
     names = ZipFile(wheel).namelist()
     assert "moshi_ttt/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+LARGEST = 20_000_000
+"""Bytes of a wheel: it has fewer."""
+
+
+def sizes_in_the_guide() -> dict[str, float]:
+    """Folder -> MB, of the table in docs/maintainers.md, whose rows all have a reason."""
+    section = (
+        (ROOT / "docs" / "maintainers.md").read_text(encoding="utf-8").split("## The wheel\n")[1].split("\n## ")[0]
+    )
+    rows = re.findall(r"^\| `?([^`|]+?)/?`? \| ([\d.]+) \| (.+) \|$", section, flags=re.MULTILINE)
+    assert all(len(reason) > 15 for _, _, reason in rows), rows
+    return {name: float(size) for name, size, _ in rows}
+
+
+def test_every_megabyte_of_the_wheel_has_a_reason(wheel):
+    assert wheel.stat().st_size < LARGEST
+    found, told = wheel_sizes.folder_sizes(wheel), sizes_in_the_guide()
+    assert told.keys() == found.keys(), "run `python scripts/wheel_sizes.py WHEEL` and give each row a reason"
+    for name, size in found.items():
+        assert abs(size / 1e6 - told[name]) < max(0.1, 0.1 * told[name]), f"{name} has {size / 1e6:.2f} MB"
+    assert sum(found.values()) > 0.95 * wheel.stat().st_size
+
+
+def test_small_folders_are_one_row(tmp_path):
+    with ZipFile(tmp_path / "a.whl", "w") as archive:
+        archive.writestr("p/large.bin", bytes(600_000))
+        archive.writestr("p/q/small.bin", bytes(99_999))
+        archive.writestr("r/small.bin", bytes(1))
+    assert wheel_sizes.folder_sizes(tmp_path / "a.whl") == {"p": 600_000, "everything else": 100_000}
 
 
 @pytest.mark.exhaustive  # CI builds a wheel and loads what is in it

@@ -36,6 +36,7 @@ def test_a_target_that_cannot_be_imported_is_a_problem(site_folder, blocks):
         ("format_adapters", "'math:pi'", "expected FormatAdapter"),
         ("verifiers", "'math:pi'", "expected Verifier"),
         ("weight_maps", "'math:pi'", "expected WeightMap"),
+        ("accelerations", "'math:pi'", "Register a function"),
         ("blocks", "config='math:pi', block='tests.unit.core.toy:ToyBlock'", "not a BlockConfig subclass"),
         ("blocks", "config='tests.unit.core.toy:ToyConfig', block='math:pi'", "register a block class"),
     ],
