@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart talk recipes study test test-fast test-full coverage fuzz test-slow test-machines test-browser test-gpu gpu-check test-full-size lint format clean
+.PHONY: help quickstart talk recipes study test test-fast test-full coverage fuzz test-slow test-machines test-browser test-gpu gpu-check test-full-size docs docs-serve figures lint format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -70,9 +70,22 @@ gpu-check: $(VENV)/.installed-run ## Check and time everything on one NVIDIA GPU
 test-full-size: $(VENV)/.installed-dev ## Run the 7B shapes on the CPU; needs about 20 GiB of memory.
 	$(BIN)/pytest -m full_size $(ARGS)
 
-lint: $(VENV)/.installed-dev ## Check style, types and who imports whom.
+SITE ?= build/site
+
+docs: $(VENV)/.installed-dev ## Build the documentation site into build/site; a warning is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(abspath $(SITE))
+	$(BIN)/python scripts/docs_site/check.py $(SITE)
+
+docs-serve: $(VENV)/.installed-dev ## Show the site at http://localhost:8000, built again when a page changes.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+figures: $(VENV)/.installed-dev ## Draw the figures of the documentation; ARGS=--measure measures first.
+	$(BIN)/python scripts/draw_figures.py docs/figures $(ARGS)
+
+lint: $(VENV)/.installed-dev ## Check style, spelling, types and who imports whom.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
