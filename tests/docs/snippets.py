@@ -27,7 +27,6 @@ REASONS = (
     "needs a GPU",
     "needs several processes or machines",
     "needs the network",
-    "needs the weights of Moshi 7B",
     "takes minutes or hours",
 )
 """Why a block may not run here. Or ``tests/... runs it``, a file that is there."""
@@ -55,8 +54,8 @@ class Snippet:
 
 
 def documents() -> list[Path]:
-    """Every document that a reader is sent to, the plugin template's own among them."""
-    folders = ("docs", "plugins", "examples")
+    """Every document that a reader is sent to. (`new-plugin` writes another; its own tests run what it says.)"""
+    folders = ("docs", "plugins")
     return sorted([*ROOT.glob("*.md"), *(path for folder in folders for path in (ROOT / folder).rglob("*.md"))])
 
 
