@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from figure_ink import FAINT, INK, figure, label, legend, plain
+from figure_ink import FAINT, INK, TEXT, figure, label, legend, plain
 from matplotlib.figure import Figure
 
 from moshi_ttt.system.report.figures import BLUE, GREY, ORANGE
@@ -85,7 +85,7 @@ def draw_inner_loop(measured: Mapping[str, Any]) -> Figure:
     for axes, site in zip(panels, sites, strict=True):
         for name, (color, line, said) in curves.items():
             axes.plot(measured["seconds"], site[name], line, color=color, label=said, linewidth=1.6)
-        axes.set_title(site["site"], loc="left")
+        axes.set_title(site["site"], loc="left", color=INK, fontsize=TEXT)
         axes.set_xlabel("position in the recording, s")
         plain(axes)
     panels[0].set_ylabel("inner loss")

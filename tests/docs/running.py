@@ -30,6 +30,7 @@ from tests.project import ROOT, tomllib
 
 INSTALLERS = ("pip", "git", "cd", "source", "export", "python3")
 """Programs that change the environment of a shell: nothing is left to check of them here."""
+CHECKPOINT = re.compile(r"([\w./-]+/checkpoints)/checkpoint_\d{6}")
 SHELL = re.compile(r"[$|;&<>]")
 
 
@@ -75,7 +76,7 @@ def run_command(words: list[str]) -> None:
     """Run one command at a small size; anything but a zero exit code is an error that has its output."""
     if any(SHELL.search(word) for word in words) or "=" in words[0]:
         raise ValueError(f"a command of the shell that cannot be run here: {' '.join(words)}")
-    words = at_small_size(words)
+    words = [CHECKPOINT.sub(_newest, word) for word in at_small_size(words)]
     if words[0] == "moshi-ttt":
         result = CliRunner().invoke(app, words[1:], catch_exceptions=False)
         if result.exit_code != 0:
@@ -87,6 +88,12 @@ def run_command(words: list[str]) -> None:
         result = subprocess.run(words, capture_output=True, text=True)
         if result.returncode != 0:
             raise ValueError(f"{' '.join(words)}: exit code {result.returncode}\n{result.stdout}\n{result.stderr}")
+
+
+def _newest(named: re.Match[str]) -> str:
+    """The checkpoint that a document names or, where a run had fewer steps here, the newest one of that run."""
+    found = sorted(Path(named[1]).glob("checkpoint_*"))
+    return named[0] if Path(named[0]).exists() or not found else str(found[-1])
 
 
 def run_program(words: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sphn
 import torch
@@ -16,17 +17,17 @@ from moshi_ttt.hosts.moshi import bundle
 RATE = 24_000
 SPEECH = Path(bundle.__file__).parent / "speech"
 WORDS = ("and", "then", "we", "go")
-RECORDING = "demo-instruct"
-"""The recording of the package that all others are cut from, one after the other."""
 SPLITS = ("train", "train", "valid", "valid", "test", "test")
-SECONDS = 9.0
-CHECKPOINT = Path("runs/train-cpu/checkpoints/checkpoint_000150")
-"""The checkpoint that the guides evaluate and serve."""
+SECONDS = 16.0
+"""Of each recording: three times what the tiny Moshi's attention sees."""
+RUN = Path("runs/train-cpu")
+"""The run whose checkpoint the guides evaluate and serve."""
 
 
 def make_world(folder: Path) -> None:
     """``speech/`` as ``scripts/fetch_speech.py`` writes it, recordings, and a checkpoint of ``train-cpu``."""
-    sound, _ = sphn.read(SPEECH / f"{RECORDING}.wav", sample_rate=RATE)
+    read = [sphn.read(path, sample_rate=RATE)[0][:1] for path in sorted(SPEECH.glob("*.wav"))]  # each [1, samples]
+    sound = np.concatenate(read, axis=1)
     for part, split in enumerate(SPLITS):
         start = int(part * SECONDS * RATE)
         cut = torch.from_numpy(sound[:1, start : start + int(SECONDS * RATE)])  # [1, samples]
@@ -50,12 +51,11 @@ def save_recording(path: Path, samples: torch.Tensor) -> None:
 
 
 def train_checkpoint(folder: Path) -> None:
-    """Put a checkpoint of two steps where the documents have one of 150."""
+    """A run of two steps where the documents have one of 150."""
     from tests.docs.running import inside, run_command
 
     with inside(folder):
         run_command(["moshi-ttt", "train", "train-cpu"])
-        shutil.move(CHECKPOINT.with_name("checkpoint_000002"), CHECKPOINT)
 
 
 @pytest.fixture(scope="session")
