@@ -68,7 +68,15 @@ def draw_position(measured: Mapping[str, Any]) -> Figure:
     for axes in (above, below):
         axes.axvline(measured["context_seconds"], color=FAINT, linewidth=1.4)
         plain(axes)
-    label(above, measured["context_seconds"] + 0.5, above.get_ylim()[1], "attention window", ha="left", va="top", fontsize=8)
+    label(
+        above,
+        measured["context_seconds"] + 0.5,
+        above.get_ylim()[1],
+        "attention window",
+        ha="left",
+        va="top",
+        fontsize=8,
+    )
     above.set_ylabel("audio loss, nats/token")
     below.set(ylabel="saved", xlabel="position in the recording, s")
     legend(above, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)

@@ -13,7 +13,9 @@ LIGHT = 0.18
 """How much of its color a box is filled with: text on it stays readable on light and on dark paper."""
 
 
-def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, color: str, *, dashed: bool = False) -> None:
+def box(
+    axes: Axes, x: float, y: float, width: float, height: float, text: str, color: str, *, dashed: bool = False
+) -> None:
     """A box with its lower left corner at (x, y)."""
     shape = {"boxstyle": "round,pad=0,rounding_size=0.12", "linewidth": 1.4, "linestyle": "--" if dashed else "-"}
     for fill, alpha, edge in ((color, LIGHT, "none"), ("none", None, color)):
@@ -36,7 +38,7 @@ def draw_architecture() -> Figure:
         arrow(axes, (x + 2.9, 3.1), (x + 2.9, line + 0.28))
         axes.plot(x + 2.9, line, "o", markersize=11, markeredgecolor=INK, markerfacecolor="none")
         label(axes, x + 2.9, line, "+", fontsize=TEXT + 1)
-    label(axes, 9.6, 2.35, "× gate", ha="left")
+    label(axes, 9.6, 2.35, "times gate", ha="left")
     box(axes, 6.1, 5.9, 3.6, 1.4, "fast weights W", BLUE, dashed=True)
     arrow(axes, (7.2, 5.9), (7.2, 4.6), color=BLUE)
     arrow(axes, (8.6, 4.6), (8.6, 5.9), color=BLUE)

@@ -14,6 +14,7 @@ import numpy as np
 FRAME_SECONDS = 0.08
 WINDOW = 64
 """Frames of the running mean of the inner losses, and of a window of the loss by position."""
+CURVES = ("initial", "before", "after")
 POINTS = 5
 """Every so many frames there is a point of a curve."""
 
@@ -35,9 +36,9 @@ def _inner_loop(folder: Path) -> dict[str, Any]:
          "--out", str(out))  # fmt: skip
     found = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     sites = [
-        {"site": site["site"], **{name: _smooth(site["mean_of_heads_by_position"][name]) for name in ("initial", "before", "after")}}
+        {"site": site["site"], **{name: _smooth(site["mean_of_heads_by_position"][name]) for name in CURVES}}
         for site in found["sites"]
-    ]  # fmt: skip
+    ]
     commands = [
         "moshi-ttt quickstart",
         "moshi-ttt evaluate inner-loop quickstart --data builtin:held-out -a ttt=quickstart-run/adapter",

@@ -3,7 +3,8 @@
 
     python scripts/docs_site/check.py build/site
 
-Links to other sites are allowed; what a browser would fetch by itself is not. Exit code 1, with a line for each problem.
+Links to other sites are allowed; what a browser would fetch by itself is not. Exit code 1, with a line for each
+problem.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def problems(site: Path) -> list[str]:
 def main() -> int:
     site = Path(sys.argv[1])
     found = problems(site)
-    print("\n".join(found) or f"{len(list(site.rglob('*.html')))} pages: every link leads somewhere, nothing is fetched.")
+    print(
+        "\n".join(found) or f"{len(list(site.rglob('*.html')))} pages: every link leads somewhere, nothing is fetched."
+    )
     return 1 if found else 0
 
 

@@ -90,9 +90,7 @@ def _section(title: str, model: type[BaseModel]) -> str:
     summary, _, _ = inspect.cleandoc(model.__doc__ or "").partition("\nAttributes:")
     lines = [f"## {title}", "", summary.strip(), "", "| key | value | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in model.model_fields.items():
-        lines.append(
-            f"| `{name}` | {_kind(field)} | {_default(field)} | {_cell(said.get(name, ''))} |"
-        )
+        lines.append(f"| `{name}` | {_kind(field)} | {_default(field)} | {_cell(said.get(name, ''))} |")
     return "\n".join([*lines, ""])
 
 
@@ -117,7 +115,7 @@ def _type(annotation: Any) -> str:
         return "mapping"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "mapping"
-    inner = [each for each in get_args(annotation)]
+    inner = list(get_args(annotation))
     if get_origin(annotation) is Union or type(annotation).__name__ == "UnionType":
         return " or ".join(dict.fromkeys(_type(each) for each in inner))
     if inner:  # Annotated

@@ -150,7 +150,9 @@ def hooks() -> str:
         signature = str(inspect.signature(function)).replace("self, ", "").replace("'", "")
         lines += [f"## {hook}", "", "```python", f"def {hook}{signature}: ...", "```", ""]
         lines += [inspect.getdoc(function) or "", ""]
-    return "\n".join(lines) + _directives(["moshi_ttt.core.registrar.Registrar", "moshi_ttt.core.registrar.BlockRegistrar"])
+    return "\n".join(lines) + _directives(
+        ["moshi_ttt.core.registrar.Registrar", "moshi_ttt.core.registrar.BlockRegistrar"]
+    )
 
 
 def _cell(text: str | None) -> str:

@@ -88,9 +88,7 @@ def snippets(path: Path) -> list[Snippet]:
                 while index + 1 < len(lines) and lines[index + 1].startswith("    "):
                     index += 1
                 code = "\n".join(each[4:] for each in lines[start : index + 1]) + "\n"
-                found.append(
-                    Snippet(page=page, line=start + 1, language="bash", title=None, not_run=marker, code=code)
-                )
+                found.append(Snippet(page=page, line=start + 1, language="bash", title=None, not_run=marker, code=code))
             marker = None
         index += 1
     return found

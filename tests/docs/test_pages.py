@@ -1,4 +1,4 @@
-"""The pages: links lead to a heading that is there, tables of figures name their command, markdown reads the same twice."""
+"""The pages: links lead to a heading that is there, tables of figures name their command, lists read the same twice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from tests.project import ROOT
 PAGES = [path for path in documents() if "study" not in path.parts]
 HEADING = re.compile(r"^(#{1,6}) (.+?)\s*$")
 FIGURE = re.compile(r"^\W{0,3}\d[\d.,]*(?:e-?\d+)?\b")
-COMMAND = re.compile(r"`(?:make|moshi-ttt|python|pytest) |^ {0,4}(?:OMP\S+ )?(?:make|moshi-ttt|python|pytest) ", re.MULTILINE)
+COMMAND = re.compile(
+    r"`(?:make|moshi-ttt|python|pytest) |^ {0,4}(?:OMP\S+ )?(?:make|moshi-ttt|python|pytest) ", re.MULTILINE
+)
 MACHINE = re.compile(r"\bcores?\b|\bCPU|H100|H200|\bGPU|\bmachine\b|counted|\bparameters\b")
 
 

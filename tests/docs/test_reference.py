@@ -59,7 +59,10 @@ def test_every_key_of_every_config_has_a_meaning(reference):
         models.keys()
     )
     lacking = [
-        f"{model.__name__}.{key}" for model in models.values() for key in model.model_fields if key not in descriptions(model)
+        f"{model.__name__}.{key}"
+        for model in models.values()
+        for key in model.model_fields
+        if key not in descriptions(model)
     ]
     assert lacking == []
     text = "\n" + reference.make("configuration")

@@ -86,7 +86,8 @@ def write(folder: Path, text: str) -> list[Snippet]:
 def test_blocks_are_found_with_title_and_reason(tmp_path):
     text = (
         'Text\n\n```yaml title="a.yaml"\nx: 1\n```\n\n<!-- not run: needs a GPU -->\n\n- item\n\n'
-        "<!-- not run: needs a GPU -->\n\n  ```bash\n  moshi-ttt plugins \\\n    --check  # all\n  ```\n\n    make test\n"
+        "<!-- not run: needs a GPU -->\n\n  ```bash\n  moshi-ttt plugins \\\n    --check  # all\n  ```\n\n"
+        "    make test\n"
     )
     first, second, third = write(tmp_path, text)
     assert (first.title, first.not_run, first.line, first.code) == ("a.yaml", None, 3, "x: 1\n")
@@ -124,7 +125,9 @@ def test_a_titled_block_is_a_file_for_what_follows(tmp_path, monkeypatch):
         run_snippet(command, {})
 
 
-@pytest.mark.parametrize("words", [["explain", "--json", "x"], ["evaluate", "recall", "--frames", "3"], ["COMMAND", "-x"]])
+@pytest.mark.parametrize(
+    "words", [["explain", "--json", "x"], ["evaluate", "recall", "--frames", "3"], ["COMMAND", "-x"]]
+)
 def test_options_that_exist_are_accepted(words):
     check_options(words)
 

@@ -42,7 +42,8 @@ def test_the_readmes_program_is_short_and_needs_no_network():
 def test_the_readme_is_short_and_in_order():
     assert len(README.splitlines()) < 150
     assert re.findall(r"^## (.+)$", README, flags=re.MULTILINE) == [
-        "The headline result", "Status", "Install", "A program", "The commands", "What it has", "Documentation", "Citation",
+        "The headline result", "Status", "Install", "A program", "The commands", "What it has", "Documentation",
+        "Citation",
     ]  # fmt: skip
 
 
