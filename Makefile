@@ -16,7 +16,7 @@ help: ## Show this list.
 quickstart: $(VENV)/.installed-run ## Train a small Moshi with a memory on real speech, on the CPU, and write a report.
 	$(BIN)/moshi-ttt quickstart --out $(OUT) --overwrite
 
-talk: $(VENV)/.installed-run ## Talk to the small Moshi with a memory: start its server and open its page; ARGS='--port 9000'.
+talk: $(VENV)/.installed-run ## Talk to the small Moshi with a memory: start its server and open its page; ARGS='--memories kept'.
 	$(BIN)/python scripts/talk.py $(ARGS)
 
 recipes: $(VENV)/.installed-run ## Fetch real dialogue, fine-tune the small Moshi on it in eight ways, print a table.
