@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart talk recipes study test test-fast test-full coverage fuzz bench bench-check bench-baseline test-slow test-machines test-browser test-gpu gpu-check test-full-size lint release format clean
+.PHONY: help quickstart talk recipes study test test-fast test-full coverage fuzz bench bench-check bench-baseline test-slow test-machines test-browser test-gpu gpu-check test-full-size docs docs-serve figures lint release format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -16,7 +16,7 @@ help: ## Show this list.
 quickstart: $(VENV)/.installed-run ## Train a small Moshi with a memory on real speech, on the CPU, and write a report.
 	$(BIN)/moshi-ttt quickstart --out $(OUT) --overwrite
 
-talk: $(VENV)/.installed-run ## Talk to the small Moshi with a memory: start its server and open its page; ARGS='--port 9000'.
+talk: $(VENV)/.installed-run ## Talk to the small Moshi with a memory: start its server and open its page; ARGS='--memories kept'.
 	$(BIN)/python scripts/talk.py $(ARGS)
 
 recipes: $(VENV)/.installed-run ## Fetch real dialogue, fine-tune the small Moshi on it in eight ways, print a table.
@@ -79,9 +79,22 @@ gpu-check: $(VENV)/.installed-run ## Check and time everything on one NVIDIA GPU
 test-full-size: $(VENV)/.installed-dev ## Run the 7B shapes on the CPU; needs about 20 GiB of memory.
 	$(BIN)/pytest -m full_size $(ARGS)
 
-lint: $(VENV)/.installed-dev ## Check style, types and who imports whom.
+SITE ?= build/site
+
+docs: $(VENV)/.installed-dev ## Build the documentation site into build/site; a warning is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(abspath $(SITE))
+	$(BIN)/python scripts/docs_site/check.py $(SITE)
+
+docs-serve: $(VENV)/.installed-dev ## Show the site at http://localhost:8000, built again when a page changes.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+figures: $(VENV)/.installed-dev ## Draw the figures of the documentation; ARGS=--measure measures first.
+	$(BIN)/python scripts/draw_figures.py docs/figures $(ARGS)
+
+lint: $(VENV)/.installed-dev ## Check style, spelling, types and who imports whom.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

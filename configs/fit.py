@@ -14,6 +14,12 @@ class GroupRates(FrozenConfig):
 
     A group without one has ``optim.lr``; the blocks (``ttt``) at least 3e-4 and their gates at least 3e-3, because they
     start at random values.
+
+    Attributes:
+        ttt: of the blocks, without their gates.
+        gates: of the blocks' gates.
+        lora: of the LoRA.
+        base: of the base model, with ``full_finetuning``.
     """
 
     ttt: float | None = Field(default=None, ge=0.0)
@@ -49,6 +55,7 @@ class FitConfig(FrozenConfig):
     Attributes:
         seed: of the data's order, and of initial values that are drawn.
         batch_size: rows of a forward pass on one rank; one step sees batch_size x num_microbatches x ranks.
+        num_microbatches: forward passes of one step, whose gradients are added.
         max_steps: optimizer steps.
         max_norm: the largest gradient norm; larger gradients are scaled down.
         optim: optimizer and schedule.

@@ -55,6 +55,10 @@ class MoshiPaths(FrozenConfig):
 
     ``hf_repo_id: null`` is a model of local files alone: the folder of ``config_path`` or of ``moshi_path``, and the
     other paths for what does not lie there.
+
+    Attributes:
+        hf_repo_id: a hub repository, a local folder laid out like one, or ``builtin:tiny``.
+        moshi_path, mimi_path, tokenizer_path, config_path: files used instead of the repository's own.
     """
 
     hf_repo_id: str | None = DEFAULT_REPO
@@ -65,7 +69,14 @@ class MoshiPaths(FrozenConfig):
 
 
 class LoRAConfig(FrozenConfig):
-    """Moshi's own LoRA, on every linear layer; ``ft_embed`` trains the embeddings beside it."""
+    """Moshi's own LoRA, on every linear layer.
+
+    Attributes:
+        enable: train a LoRA.
+        rank: width of its factors.
+        scaling: what it adds is multiplied by this.
+        ft_embed: train the embeddings beside it.
+    """
 
     enable: bool = False
     rank: int = Field(default=64, ge=1)
@@ -74,7 +85,14 @@ class LoRAConfig(FrozenConfig):
 
 
 class WandbConfig(FrozenConfig):
-    """Weights & Biases; used where ``project`` is set, and installed apart."""
+    """Weights & Biases; used where ``project`` is set, and installed apart.
+
+    Attributes:
+        project: the project to log to; null does not log there.
+        offline: write the logs into ``run_dir``, and send nothing.
+        key: the API key; it is never written to ``args.yaml``.
+        run_name: the name of the run there.
+    """
 
     project: str | None = None
     offline: bool = False
@@ -107,15 +125,18 @@ class RunConfig(FitConfig):
     """A training run. Everything but ``data`` and ``run_dir`` has a default; ``FitConfig`` has the loop's options.
 
     Attributes:
+        data: the recordings.
         run_dir: the folder of logs and checkpoints.
         overwrite_run_dir: delete what an earlier run left in ``run_dir``.
         resume: true goes on from the newest checkpoint in ``run_dir`` (and starts where there is none); or the path of
             a checkpoint.
+        moshi_paths: which Moshi, with moshi-finetune's keys; ``host`` may say it instead.
         adapter: start from the values of this adapter, or of the one in this checkpoint: blocks, and LoRA where it has
             one. Its blocks are those of ``ttt``, or ``ttt`` is left out. A run that is resumed does not read it again.
         duration_sec: length of a segment. With ``carry_state`` recordings are read segment by segment to their end.
         first_codebook_weight_multiplier, text_padding_weight: weights of tokens in the loss.
         text_weight: weight of the text loss beside the audio loss.
+        lora: train a LoRA, alone or beside blocks.
         full_finetuning: train the base model too, without LoRA.
         param_dtype: dtype in which the base model computes, and is stored where it is not trained.
         gradient_checkpointing: compute each layer again in backward instead of keeping its activations.
@@ -124,6 +145,7 @@ class RunConfig(FitConfig):
         device: what to compute on; CUDA where there is one when left out.
         deterministic: take deterministic algorithms alone: on CUDA a run then repeats and resumes bit for bit, slower.
         threads: processor threads of each rank; when left out, one for a small model (``system/threads.py``).
+        do_ckpt: save checkpoints.
         ckpt_freq: steps between checkpoints; 0 or less saves at the end alone.
         num_ckpt_keep: checkpoints to keep; null keeps all.
         save_adapters: export blocks and LoRA as they are; false merges LoRA into full weights.
@@ -131,11 +153,13 @@ class RunConfig(FitConfig):
         stop_grace_sec: seconds from a signal that asks the run to stop (SIGTERM, Ctrl-C) to the moment when its
             launcher or scheduler kills it; torchrun does after 30. A step that is running is finished where that and
             saving fit in; else it is given up.
+        log_freq: steps between two lines of the log.
         log_health: log the blocks' health, at some steps.
         health_freq: steps between two measurements of health; each of the first steps that is a power of two is
             measured as well, and the last.
         inner_losses: measure the blocks' inner losses by position at some steps.
         tensorboard: write TensorBoard files too.
+        wandb: log to Weights & Biases too.
         stream: how `moshi-ttt quickstart` streams a recording after it has trained; `moshi-ttt train` does not.
     """
 

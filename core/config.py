@@ -126,7 +126,11 @@ class BlockConfig(_Qualified):
 
 
 class HostConfig(_Qualified):
-    """The options of every host. A host adds its own options in a subclass."""
+    """The options of every host. A host adds its own options in a subclass.
+
+    Attributes:
+        name: the registered name of the host.
+    """
 
     name: str
 

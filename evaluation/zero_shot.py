@@ -39,7 +39,7 @@ from moshi_ttt.hosts.moshi.losses import targets_of, token_losses
 
 Normalization = Literal["token", "sum"]
 Codebooks = Literal["all", "semantic"]
-__getattr__ = moved_names(__name__, __name__, {"Normalisation": "Normalization"})
+__getattr__ = moved_names(__name__, None, {"Normalisation": f"{__name__}:Normalization"})
 
 
 @dataclass(frozen=True)

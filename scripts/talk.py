@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Talk to the small Moshi with a memory: start its server, and open its page when the server answers.
 
-    python scripts/talk.py [--port 8998] [--no-browser]
+    python scripts/talk.py [--port 8998] [--memories FOLDER] [--no-browser]
 
 Nothing is downloaded, and a CPU is enough. Ctrl-C ends the server.
 """
@@ -26,13 +26,13 @@ POLL = 0.2
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8998, help="where the server listens (default: 8998)")
+    parser.add_argument("--memories", help="folder where memories are kept (default: nothing is kept)")
     parser.add_argument("--no-browser", action="store_true", help="print the page's address instead of opening it")
     arguments = parser.parse_args()
     if listening(arguments.port):
         print(f"Port {arguments.port} is in use: a server may be running already. Give another with --port.")
         return 2
-    command = [sys.executable, "-m", "moshi_ttt", "serve", "quickstart", "--port", str(arguments.port)]
-    server = subprocess.Popen(command)
+    server = subprocess.Popen(server_command(arguments.port, arguments.memories))
     try:
         page = f"http://localhost:{arguments.port}/"
         if not wait_until_healthy(server, arguments.port):
@@ -47,6 +47,12 @@ def main() -> int:
         if server.poll() is None:
             server.terminate()
             server.wait()
+
+
+def server_command(port: int, memories: str | None) -> list[str]:
+    """What starts the server."""
+    kept = [] if memories is None else ["--memories", memories]
+    return [sys.executable, "-m", "moshi_ttt", "serve", "quickstart", "--port", str(port), *kept]
 
 
 def listening(port: int) -> bool:

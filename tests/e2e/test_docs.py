@@ -1,4 +1,4 @@
-"""The documents say what is true: their programs run, the hooks have the signatures they give, names exist."""
+"""The documents say what is true: hooks have the signatures they give, names exist. ``tests/docs`` runs their code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from moshi_ttt.core.hooks import HookSpecs
 from moshi_ttt.core.precision import FP32, FP32_STATE, UNIFORM
-from moshi_ttt.core.registry import HOOKS, default_registry
+from moshi_ttt.core.registry import HOOKS
 from tests.project import ROOT, root_folders
 
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
@@ -27,43 +27,23 @@ def test_every_hook_is_documented_with_its_signature():
         assert f"`{name}{signature}`" in EXTENDING, f"docs/extending.md lacks `{name}{signature}`"
 
 
-def test_the_programs_of_the_guide_run_in_order():
-    names: dict = {"__name__": "guide"}
-    registry = default_registry()
-    try:
-        for program in programs(EXTENDING):
-            exec(compile(program, "docs/extending.md", "exec", dont_inherit=True), names)
-        assert callable(names["test_mean"])
-    finally:
-        registry.unregister("block", "mean")
-
-
 def test_the_role_table_is_the_policies_own():
     for role in ("master", "param", "state", "compute", "rope", "matmul", "reduce", "output"):
         (row,) = re.findall(rf"^\| `{role}` \| [^|]+\| (\w+) \| (\w+) \| (\w+) \|$", EXTENDING, flags=re.MULTILINE)
         assert row == tuple(getattr(policy, role) for policy in (FP32_STATE, UNIFORM, FP32)), role
 
 
-def test_the_readmes_program_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_readmes_program_is_short_and_needs_no_network():
     (program,) = programs(README)
-    assert '"builtin:tiny"' in program, "the program must run without the network"
+    assert '"builtin:tiny"' in program
     assert len([line for line in program.splitlines() if line.strip()]) <= 18
-    exec(compile(program, "README.md", "exec", dont_inherit=True), {"__name__": "readme"})
-    assert (tmp_path / "my-adapter" / "adapter.safetensors").is_file()
-
-
-def test_the_program_that_answers_recordings_runs(capsys):
-    (program,) = programs((ROOT / "docs" / "generate.md").read_text())
-    exec(compile(program, "docs/generate.md", "exec", dont_inherit=True), {"__name__": "answers"})
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" torch")[0] for line in lines] == ["noise 0", "noise 1", "noise 2"]
 
 
 def test_the_readme_is_short_and_in_order():
     assert len(README.splitlines()) < 150
     assert re.findall(r"^## (.+)$", README, flags=re.MULTILINE) == [
-        "What it is for", "The headline result", "Status", "Install", "A program", "The commands", "Links", "Citation",
+        "The headline result", "Status", "Install", "A program", "The commands", "What it has", "Documentation",
+        "Citation",
     ]  # fmt: skip
 
 

@@ -62,6 +62,11 @@ def test_a_port_in_use_is_said(tmp_path):
     assert (done.returncode, f"Port {port} is in use" in done.stdout) == (2, True)
 
 
+def test_memories_are_kept_where_they_are_asked_for(talk):
+    assert "--memories" not in talk.server_command(8998, None)
+    assert talk.server_command(8998, "kept")[-2:] == ["--memories", "kept"]
+
+
 def test_a_server_that_ends_is_not_waited_for(talk):
     server = subprocess.Popen([sys.executable, "-c", ""])
     assert not talk.wait_until_healthy(server, free_port())

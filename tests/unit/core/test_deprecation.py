@@ -42,6 +42,15 @@ def test_a_module_of_which_some_names_have_moved():
         find("user_path")
 
 
+def test_a_name_that_no_evaluation_has_is_an_error():
+    from moshi_ttt.evaluation import zero_shot
+
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = zero_shot.nothing
+    with pytest.warns(DeprecationWarning, match="is now"):
+        assert zero_shot.Normalisation is zero_shot.Normalization
+
+
 @renamed_arguments(pieces="clips")
 def count(model, clips=1):
     return model, clips
