@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,16 @@ from study.stages import Study
 from tests.unit.data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript
 
 FRAMES = {"train": 130, "valid": 60, "test": 110}
-ARMS = tuple(arm for arm in plan.ARMS if arm.name in ("LoRA", "in-place TTT"))
+ARMS = tuple(arm for arm in plan.ARMS if arm.name in (plan.LORA, "ridge layer + LoRA", "in place, ridge"))
 
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory) -> Path:
-    """A folder for known and one for unseen voices, two recordings in each split."""
+    """Folders for known voices and for unseen ones, two recordings in each split."""
     folder = tmp_path_factory.mktemp("speech")
     losses_of = torch.cat([read_audio(path, RATE) for path in speech_files()]).numpy()
     start = 0
-    for voices in ("known", "unseen"):
+    for voices in ("known", "unseen_valid", "unseen"):
         for split, frames in FRAMES.items():
             entries = []
             for number in range(2):
@@ -51,8 +52,8 @@ def speech(tmp_path_factory) -> Path:
 def study(speech: Path, out: Path, **changes: Any) -> tuple[Path, list[str]]:
     said: list[str] = []
     options: dict[str, Any] = {
-        "known": [speech / "known"], "unseen": [speech / "unseen"], "arms": ARMS,
-        "scale": replace(plan.SMOKE, seeds=(0, 1)), "ablations": plan.ABLATIONS[:1], "at_once": 2, "say": said.append,
+        "known": [speech / "known"], "unseen_valid": [speech / "unseen_valid"], "unseen": [speech / "unseen"],
+        "arms": ARMS, "scale": replace(plan.SMOKE, seeds=(0, 1)), "at_once": 2, "say": said.append,
     }  # fmt: skip
     return make(out, **{**options, **changes}), said
 
@@ -60,38 +61,43 @@ def study(speech: Path, out: Path, **changes: Any) -> tuple[Path, list[str]]:
 @pytest.mark.exhaustive
 def test_a_study_goes_on_where_it_was_and_reports(speech, tmp_path):
     out = tmp_path / "study"
+    with pytest.raises(StudyError, match="no volume was chosen yet"):
+        study(speech, out, stages=("train", "test"))
+    assert not (out / "seed_0" / "measured").exists(), "no recording is evaluated before a choice"
     report, said = study(speech, out)
-    assert len([line for line in said if line.startswith("train base")]) == 2
+    assert not [line for line in said if line.startswith("train")], "everything was trained"
+    measured = [line for line in said if line.startswith("measure")]
+    assert len([line for line in measured if ", valid, seed 0" in line]) == 1 + len(ARMS)
+    assert not [line for line in measured if ", valid" in line and "seed 1" in line]
     text = (report / "report.md").read_text()
     for expected in (
-        "Voices of the training recordings: known.",
-        "Voices that are in no training recording: unseen.",
-        "voices of the training recordings (2 recordings)",
-        "## Recall, voices that are in no training recording",
-        "in-place TTT",
-        "Ablations",
-    ):
+        "Known voices: known.", "Unseen, test: unseen.", "# Known voices (2 recordings)", "# Unseen voices",
+        "## Chosen on the validation recordings", "in place, ridge", "## Clips held at once", "# One stream",
+    ):  # fmt: skip
         assert expected in text
-    for name in ("recall.png", "context.png"):
+    for name in ("answer.png", "curves.png", "volumes.png"):
         assert (report / name).read_bytes().startswith(b"\x89PNG")
     numbers = json.loads((report / "metrics.json").read_text())
-    assert set(numbers["groups"]) == {"recall, test", "recall, unseen", "context, test", "context, unseen", "ablations"}
-    figures = numbers["groups"]["recall, test"]["figures"]
-    assert {(figure["subject"], figure["condition"]) for figure in figures} >= {
-        ("base", "updates on"), ("LoRA", "updates on"), ("in-place TTT", "memory of another"),
-    }  # fmt: skip
-    assert all(len(figure["by_seed"]) == 2 for figure in figures)
-    bases = {json.loads(path.read_text())["base model"] for path in out.glob("seed_*/recall_test/metrics.json")}
-    assert len(bases) == 2, "the evaluations say which seed's base model they are of"
-    chosen = numbers["choices"]["validation_loss"]["LoRA"]
-    assert len(chosen) == 2
-    assert chosen[numbers["choices"]["chosen"]["LoRA"]] == min(chosen)
+    assert numbers["seeds"] == [0, 1]
+    assert {row["group"] for row in numbers["figures"]} == {"valid", "valid_unseen", "test", "test_unseen"}
+    test = [row for row in numbers["figures"] if row["group"] == "test"]
+    assert {row["condition"] for row in test} == {"updates on", "updates off", "memory reset", "memory of another"}
+    assert all(len(row["by_seed"]) == 2 and len(row["by_recording"]) == 2 for row in test)
+    kinds = {arm.name: arm.kind for arm in ARMS}
+    for label, arm in numbers["choices"]["arms"].items():
+        assert label.startswith(kinds[arm])
+    assert len(numbers["one_stream"]) > len(numbers["choices"]["arms"])
 
     again, said = study(speech, out)
     assert said == ["cost, report"], "everything was there"
-    figures = {name: group["figures"] for name, group in numbers["groups"].items()}
     later = json.loads((again / "metrics.json").read_text())
-    assert {name: group["figures"] for name, group in later["groups"].items()} == figures
+    assert later["figures"] == numbers["figures"]
+
+    (tmp_path / "kept").mkdir()
+    shutil.copy(out / "results" / "seed_0.json", tmp_path / "kept")
+    _, said = study(speech, tmp_path / "other", results=tmp_path / "kept", scale=replace(plan.SMOKE, seeds=(0, 1)))
+    assert not [line for line in said if "seed 0" in line or ", valid" in line], "the first seed is not run again"
+    assert json.loads((tmp_path / "other" / "choices.json").read_text()) == numbers["choices"]
 
 
 def test_recordings_that_are_not_there_raise_before_anything_runs(tmp_path):
