@@ -38,7 +38,7 @@ class Task:
         settings: pairs of a condition and a volume, for ``once`` and ``recall``.
         kinds: of ``once``, ``recall``, ``held`` and ``hour``.
         longer: volumes at which ``held`` and ``hour`` are measured.
-        frames, clips, window, buckets, held, hour: see ``plan.Scale``; ``frames`` is its clip.
+        frames, clips, least, buckets, held, hour: see ``plan.Scale``; ``frames`` is its clip.
         out: the file to write.
     """
 
@@ -51,7 +51,7 @@ class Task:
     longer: Sequence[float]
     frames: int
     clips: int
-    window: int
+    least: int
     buckets: Sequence[int]
     held: Sequence[int]
     hour: Sequence[int]
@@ -66,13 +66,13 @@ def measure(task: Task, tested: ModelUnderTest, documents: Sequence[Document]) -
     """Everything that ``task`` names, of a loaded model and recordings; see ``measures``."""
     found: dict[str, Any] = {}
     settings = [(cast("Condition", condition), float(volume)) for condition, volume in task.settings]
-    long_enough = [document for document in documents if document.frames >= 2 * task.window]
+    long_enough = [document for document in documents if document.frames >= task.buckets[0] + task.least]
     if "once" in task.kinds:
         found["played_once"] = [document.name for document in long_enough]
         found["once"] = [
             {"condition": condition, "volume": volume, "buckets": plain(measures.once(
-                tested, long_enough, condition=condition, volume=volume, segment=2 * task.frames, window=task.window,
-                buckets=task.buckets, batch_size=BATCH,
+                tested, long_enough, condition=condition, volume=volume, segment=2 * task.frames, buckets=task.buckets,
+                least=task.least, batch_size=BATCH,
             ))}
             for condition, volume in settings if condition in tested.conditions
         ]  # fmt: skip

@@ -3,13 +3,14 @@
 Every forward pass is a plain one. The state of the blocks is carried to the next pass, and attention starts afresh in
 each, so it sees nothing of an earlier presentation.
 
-Shape legend: R recordings, W windows, K buckets, B rows, Q rows of the language model, T frames, N counts, P parts.
+Shape legend: R recordings, K buckets, B rows, Q rows of the language model, T frames, N counts, P parts.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from study.jobs import StudyError
 
 def once(
     tested: ModelUnderTest, documents: Sequence[Document], *, condition: Condition, volume: float, segment: int,
-    window: int, buckets: Sequence[int], batch_size: int,
+    buckets: Sequence[int], least: int, batch_size: int,
 ) -> Tensor:  # fmt: skip
     """``[R, 1 + K]``: the audio loss of recordings played once, from the first bucket on and in each of ``buckets``.
 
@@ -36,24 +37,22 @@ def once(
     found: dict[int, Tensor] = {}
     for chosen, codes in batches(documents, batch_size, tested.padding):
         losses = evaluate_codes(tested, codes, condition, every=segment, segments=segment, volume=volume).audio
-        windows = window_means(losses, window)
-        means = torch.cat([bucket_means(windows, window, each) for each in (buckets[:1], buckets)], dim=1)
+        means = torch.cat([bucket_means(losses, each, least) for each in (buckets[:1], buckets)], dim=1)
         found |= {id(document): row for document, row in zip(chosen, means, strict=True)}
     return torch.stack([found[id(document)] for document in documents])
 
 
-def bucket_means(windows: Tensor, window: int, buckets: Sequence[int]) -> Tensor:
-    """``[R, K]``: means of the windows that begin in each bucket, of ``windows [R, W]``; NaN without any.
+def bucket_means(losses: Tensor, buckets: Sequence[int], least: int) -> Tensor:
+    """``[R, K]``: means over the frames of each bucket, of ``losses [R, T]``; NaN where it has fewer than ``least``.
 
-    A bucket begins at its frame in ``buckets`` and ends where the next begins; the last has no end.
-
-    Raises StudyError where a bucket begins inside a window.
+    A bucket begins at its frame in ``buckets`` and ends where the next begins; the last has no end. NaN in ``losses``
+    does not count.
     """
-    if uneven := [first for first in buckets if first % window]:
-        raise StudyError(f"A bucket begins at frame {uneven[0]}, inside a window of {window}: give a multiple of it.")
-    ends = [*buckets[1:], windows.shape[1] * window]
-    columns = [windows[:, first // window : end // window] for first, end in zip(buckets, ends, strict=True)]
-    return torch.stack([column.nanmean(1) for column in columns], dim=1)
+    columns = []
+    for first, end in pairwise((*buckets, None)):
+        part = losses[:, first:end]  # [R, T']
+        columns.append(torch.where((~part.isnan()).sum(1) >= least, part.nanmean(1), math.nan))
+    return torch.stack(columns, dim=1)
 
 
 def recall(

@@ -24,9 +24,9 @@ class Scale:
         base_steps: steps of preparing the base model, all of it trained.
         steps: steps of each arm.
         clips: clips of each recording in recall.
-        window: frames of a window in loss by position.
         buckets: first frames of the four ranges of positions in which speech played once is judged; the last has no
             end.
+        least: frames of a bucket that a recording must have to count in it.
         volumes: of what blocks add, on validation recordings.
         between: how many other clips lie between two presentations of a clip.
         held: how many clips are presented before they are presented again.
@@ -40,8 +40,8 @@ class Scale:
     base_steps: int = 400
     steps: int = 400
     clips: int = 2
-    window: int = 48
     buckets: tuple[int, ...] = (48, 192, 480, 960)
+    least: int = 48
     volumes: tuple[float, ...] = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)
     between: tuple[int, ...] = (1, 4, 8, 39, 156, 469)
     held: tuple[int, ...] = (1, 3, 10, 30)
@@ -80,7 +80,7 @@ class Arm:
 
 FULL = Scale()
 SMOKE = Scale(
-    clip=24, context=8, batch=2, base_steps=2, steps=2, clips=1, window=8, buckets=(8, 24, 48, 96), volumes=(0.5, 1.0),
+    clip=24, context=8, batch=2, base_steps=2, steps=2, clips=1, buckets=(8, 24, 48, 96), least=8, volumes=(0.5, 1.0),
     between=(1, 2), held=(1, 2), hour=(96, 48), seeds=(0, 1),
 )  # fmt: skip
 """Shows that everything runs; its figures mean nothing."""

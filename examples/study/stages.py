@@ -242,7 +242,7 @@ class Study:
             data=",".join(str(self.encoded(name)) for name in names),
             name="base" if arm is None else arm.name,
             adapter=None if arm is None else str(self.checkpoint(self.run_dir(arm, seed), scale.steps)),
-            settings=settings, kinds=kinds, longer=longer, frames=scale.clip, clips=scale.clips, window=scale.window,
+            settings=settings, kinds=kinds, longer=longer, frames=scale.clip, clips=scale.clips, least=scale.least,
             buckets=scale.buckets, held=scale.held, hour=scale.hour, out=str(out),
         )  # fmt: skip
         return Job(

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moshi_ttt.core.host import CarriedState
 from moshi_ttt.evaluation.documents import Document
@@ -41,40 +42,38 @@ def passes(tested: ModelUnderTest, clips: list[Tensor], volume: float = 1.0) -> 
     return found
 
 
-def test_bucket_means_are_of_the_windows_that_begin_in_them():
-    windows = torch.tensor([[9.0, 1.0, 2.0, 4.0, 8.0, 16.0], [9.0, 1.0, math.nan, math.nan, math.nan, math.nan]])
-    means = measures.bucket_means(windows, 10, (10, 20, 40))
-    assert torch.equal(means[0], torch.tensor([1.0, 3.0, 12.0]))
+def test_bucket_means_are_of_the_frames_in_them():
+    losses = torch.tensor([[9.0, 1.0, 2.0, 4.0, 9.0, 16.0], [9.0, 1.0, math.nan, math.nan, math.nan, math.nan]])
+    means = measures.bucket_means(losses, (1, 2, 4), 1)
+    assert torch.equal(means[0], torch.tensor([1.0, 3.0, 12.5]))
     assert means[1, 0] == 1.0
     assert means[1, 1:].isnan().all()
 
 
-def test_a_bucket_inside_a_window_is_refused():
-    with pytest.raises(StudyError, match="begins at frame 15, inside a window of 10"):
-        measures.bucket_means(torch.zeros(1, 4), 10, (10, 15))
+def test_a_bucket_with_too_few_frames_does_not_count():
+    losses = torch.tensor([[1.0, 2.0, 3.0, math.nan]])
+    assert measures.bucket_means(losses, (0, 2), 2).isnan().tolist() == [[False, True]]
+    assert measures.bucket_means(losses, (0, 2), 1).tolist() == [[1.5, 3.0]]
 
 
 def test_a_bucket_beyond_all_recordings_is_empty():
-    assert measures.bucket_means(torch.ones(1, 2), 10, (10, 20, 40)).isnan().tolist() == [[False, True, True]]
+    assert measures.bucket_means(torch.ones(1, 2), (1, 2, 4), 1).isnan().tolist() == [[False, True, True]]
 
 
 @pytest.mark.parametrize("volume", [1.0, 0.5])
 def test_once_is_each_recording_alone_in_segments(memory, recordings, volume):
     found = measures.once(
-        memory, recordings, condition="updates on", volume=volume, segment=2 * CLIP, window=6, buckets=(6, 24),
+        memory, recordings, condition="updates on", volume=volume, segment=2 * CLIP, buckets=(6, 24), least=3,
         batch_size=2,
     )  # fmt: skip
     for row, recording in zip(found, recordings, strict=True):
-        losses = torch.cat(passes(memory, list(recording.codes.split(2 * CLIP, dim=1)), volume))
-        windows = [part.nanmean() for part in losses.split(6) if 2 * len(part) >= 6]
-        expected = [
-            torch.stack(windows[1:]),
-            torch.stack(windows[1:4]),
-            torch.stack(windows[4:] or [losses.new_tensor(math.nan)]),
-        ]
-        torch.testing.assert_close(
-            row, torch.stack([part.mean() for part in expected]), atol=1e-5, rtol=0, equal_nan=True
-        )
+        padded = F.pad(recording.codes, (0, 50 - recording.frames), value=memory.padding)  # as in a batch of all
+        losses = torch.cat(passes(memory, list(padded.split(2 * CLIP, dim=1)), volume))[: recording.frames]
+        parts = [losses[6:], losses[6:24], losses[24:]]
+        expected = torch.stack([part.nanmean() for part in parts])
+        expected[2] = expected[2] if len(parts[2]) >= 3 else math.nan
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=0, equal_nan=True)
+    assert found[0, 2].isnan(), "26 frames: two in the last bucket"
 
 
 def test_recall_is_of_each_presentation_beyond_the_context(memory, recordings):
