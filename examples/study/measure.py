@@ -15,6 +15,7 @@ from moshi_ttt.core.registry import default_registry
 from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.evaluation.documents import Document, read_documents
 from moshi_ttt.evaluation.models import Condition, ModelUnderTest, load_models
+from moshi_ttt.hosts.moshi.compatibility import require_audio
 from moshi_ttt.hosts.moshi.host import MoshiHostConfig
 from moshi_ttt.system.report.writer import to_json, versions
 from study import measures
@@ -106,13 +107,17 @@ def measure(task: Task, tested: ModelUnderTest, documents: Sequence[Document]) -
     return found
 
 
+def _require(model: Any, name: str) -> None:
+    require_audio(model, name, "the study")
+
+
 def run(task: Task) -> None:
     """Load, measure, and write ``task.out``."""
     began = time.process_time()
     registry = default_registry()
     host = read_config(task.config, registry=registry).host
     assert isinstance(host, MoshiHostConfig), host
-    codec = SpeechCodec.load(host, "cpu")
+    codec = SpeechCodec.load(host, "cpu", require=_require)
     documents = read_documents(task.data, codec, layout="files", transcripts="optional", limit=None)
     adapters = [] if task.adapter is None else [(task.name, Path(task.adapter))]
     tested = load_models(host, adapters, registry, "cpu")[-1]

@@ -89,7 +89,7 @@ LORA = "LoRA"
 # A block's gates learn faster than the rest.
 RATES = ("optim.lr=3e-3", "optim.lr_groups.gates=3e-2")
 SITES = 'layers: "1,2,3", chunk: 16'
-CORRECTING = "lr: 1.0, learned_lr: true, keys: unit, target_norm: true, start: next_frame, read_scale: 8"
+CORRECTING = "learned_lr: true, keys: unit, target_norm: true, start: next_frame, read_scale: 8"
 
 
 def _ridge(name: str, options: str = "", rank: int = 0) -> Arm:
@@ -110,14 +110,14 @@ def _lora(rank: int) -> tuple[str, ...]:
 
 ARMS = (
     _ridge("ridge layer"),
-    _in_place("in place, ridge", f"update: ridge, {CORRECTING}, success_gate: true"),
+    _in_place("in place, ridge", f"update: ridge, lr: 1.0, {CORRECTING}, success_gate: true"),
     Arm(name=LORA, changes=("optim.lr=3e-3", "ttt=[]", *_lora(17))),
     _ridge("ridge layer + LoRA", rank=4),
-    _in_place("in place, ridge + LoRA", f"update: ridge, {CORRECTING}, success_gate: true", rank=13),
+    _in_place("in place, ridge + LoRA", f"update: ridge, lr: 1.0, {CORRECTING}, success_gate: true", rank=13),
     _ridge("ridge layer, wide keys", ", features: relu2, key_width: 256"),
     _in_place("in place, published", "lr: 1, train_w_down: true"),
     _ridge("ridge layer, no success gate", ", success_gate: false"),
-    _in_place("in place, gradient", f"update: gradient, {CORRECTING}, success_gate: true"),
+    _in_place("in place, gradient", f"update: gradient, lr: 0.3, {CORRECTING}, success_gate: true"),
     Arm(
         name="TTT-MLP",
         changes=(

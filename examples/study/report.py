@@ -15,8 +15,8 @@ from moshi_ttt.system.report.writer import numbers, versions, write_report
 from study.cost import Cost
 from study.curves import held_after, lasting_after, stream_parts
 from study.pictures import plot_answer, plot_curves, plot_volumes
-from study.plan import FRAME_RATE
-from study.results import BASE, LORA, ON, WHOLE, Measured, Results
+from study.plan import FRAME_RATE, LORA
+from study.results import BASE, ON, WHOLE, Measured, Results
 from study.stages import TEST, VALIDATION
 
 TITLES = {
