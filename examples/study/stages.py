@@ -1,7 +1,7 @@
 """The study, stage by stage, each by commands that users have: what is there already is not made again.
 
 OUT/encoded/{train,valid,valid_unseen,test,test_unseen}   tokens of the recordings; nothing is trained on unseen voices
-OUT/twice, OUT/shuffled/{train,valid}   clips presented twice, in order and in random order
+OUT/twice/train, OUT/shuffled/train     clips presented twice, in order and in random order
 OUT/seed_0/base                         a small Moshi with a short attention, trained on the same recordings
 OUT/seed_0/NAME                         the training run of each arm
 OUT/seed_0/measured/GROUP/NAME.json     what was measured of it; GROUP is a name in encoded
@@ -89,13 +89,11 @@ class Study:
             )
             for name, paths in sources.items() if paths
         )  # fmt: skip
-        for split in SPLITS[:2]:
-            step = self.scale.clip // 2 if split == "train" else self.scale.clip
-            shape = {"frames": self.scale.clip, "step": step}
-            if not (place := self.out / "twice" / split).exists():
-                presented_twice(self.encoded(split), place, **shape)
-            if not (place := self.out / "shuffled" / split).exists():
-                shuffled_twice(self.encoded(split), place, **shape, seed=0)
+        shape = {"frames": self.scale.clip, "step": self.scale.clip // 2}
+        if not (place := self.out / "twice" / "train").exists():
+            presented_twice(self.encoded("train"), place, **shape)
+        if not (place := self.out / "shuffled" / "train").exists():
+            shuffled_twice(self.encoded("train"), place, **shape, seed=0)
 
     def encoded(self, name: str) -> Path:
         return self.out / "encoded" / name
@@ -104,10 +102,6 @@ class Study:
         """Clips presented twice, two thirds of them shuffled; and whole recordings, about half of all segments."""
         weights = {"shuffled": 0.4, "twice": 0.2, "encoded": 0.1}
         return ",".join(f"{self.out / kind / 'train'}:{weight}" for kind, weight in weights.items())
-
-    def validation_material(self) -> str:
-        """Clips presented twice, and as many shuffled ones."""
-        return ",".join(str(self.out / kind / "valid") for kind in ("shuffled", "twice"))
 
     # ---- what is trained
 
@@ -143,7 +137,6 @@ class Study:
                     config, f"moshi_paths.moshi_path={self.random_weights(seed)}", "ttt=[]", "full_finetuning=true",
                     "save_adapters=false", "carry_state=false", "optim.lr=3e-3",
                     f"data.train_data={self.encoded('train')}",
-                    f"data.eval_data={self.encoded('valid')}",
                 ),
             )
             for seed in self.scale.seeds
@@ -168,19 +161,18 @@ class Study:
         changes = (
             f"moshi_paths.config_path={files / 'config.json'}",
             f"moshi_paths.moshi_path={files / 'consolidated.safetensors'}", "carry_state=true",
-            f"data.train_data={self.training_material()}", f"data.eval_data={self.validation_material()}",
-            *arm.changes,
+            f"data.train_data={self.training_material()}", *arm.changes,
         )  # fmt: skip
         name = f"{arm.name}, seed {seed}"
         return self._training(name, self.run_dir(arm, seed), seed, self.scale.steps, changes)
 
     def _training(self, name: str, run_dir: Path, seed: int, steps: int, changes: Sequence[str]) -> Job:
         common = (
-            f"run_dir={run_dir}", "resume=true", f"seed={seed}", f"max_steps={steps}", "eval_freq=0",
+            f"run_dir={run_dir}", "resume=true", f"seed={seed}", f"max_steps={steps}", "do_eval=false",
             f"ckpt_freq={max(1, steps // 3)}", "num_ckpt_keep=1", f"batch_size={self.scale.batch}",
             f"duration_sec={self.scale.segment_seconds}", "data.transcripts=optional", "device=cpu",
         )  # fmt: skip
-        # The last thing a training does is to evaluate and to write its last checkpoint, which is then whole.
+        # The last thing a training does is to write its last checkpoint, which is then whole.
         return Job(
             name=f"train {name}", arguments=("train", CONFIG, *common, *changes), result=self.checkpoint(run_dir, steps)
         )
