@@ -19,6 +19,7 @@ from moshi_ttt.hosts.moshi.compatibility import require_audio
 from moshi_ttt.hosts.moshi.host import MoshiHostConfig
 from moshi_ttt.system.report.writer import to_json, versions
 from study import measures
+from study.jobs import StudyError
 from study.measures import plain
 
 BATCH = 16
@@ -67,16 +68,8 @@ def measure(task: Task, tested: ModelUnderTest, documents: Sequence[Document]) -
     """Everything that ``task`` names, of a loaded model and recordings; see ``measures``."""
     found: dict[str, Any] = {}
     settings = [(cast("Condition", condition), float(volume)) for condition, volume in task.settings]
-    long_enough = [document for document in documents if document.frames >= task.buckets[0] + task.least]
     if "once" in task.kinds:
-        found["played_once"] = [document.name for document in long_enough]
-        found["once"] = [
-            {"condition": condition, "volume": volume, "buckets": plain(measures.once(
-                tested, long_enough, condition=condition, volume=volume, segment=2 * task.frames, buckets=task.buckets,
-                least=task.least, batch_size=BATCH,
-            ))}
-            for condition, volume in settings if condition in tested.conditions
-        ]  # fmt: skip
+        found |= _once(task, tested, documents, settings)
     if "recall" in task.kinds:
         found["presented"] = [document.name for document in documents if document.frames >= task.frames]
         found["recall"] = [
@@ -105,6 +98,34 @@ def measure(task: Task, tested: ModelUnderTest, documents: Sequence[Document]) -
             for volume in volumes
         ]  # fmt: skip
     return found
+
+
+def _once(
+    task: Task, tested: ModelUnderTest, documents: Sequence[Document], settings: Sequence[tuple[Condition, float]]
+) -> dict[str, Any]:
+    """Speech played once: recordings by bucket, and joined ones in the last bucket."""
+    recordings = [document for document in documents if document.frames >= task.buckets[0] + task.least]
+    joined = measures.joined(documents, task.buckets[-1] + 5 * task.least)
+    if len(joined) < 2:
+        raise StudyError(
+            f"The recordings in {task.data} make {len(joined)} of {task.buckets[-1] + 5 * task.least} frames or more, "
+            "and two are needed for the last bucket. Give more speech."
+        )
+    rows = []
+    for condition, volume in (each for each in settings if each[0] in tested.conditions):
+        alone, together = (
+            measures.once(
+                tested, each, condition=condition, volume=volume, segment=2 * task.frames, buckets=task.buckets,
+                least=task.least, batch_size=BATCH,
+            )
+            for each in (recordings, joined)
+        )  # fmt: skip
+        rows.append({"condition": condition, "volume": volume, "buckets": plain(alone), "last": plain(together[:, -1])})
+    return {
+        "played_once": [document.name for document in recordings],
+        "joined": [document.name for document in joined],
+        "once": rows,
+    }
 
 
 def _require(model: Any, name: str) -> None:

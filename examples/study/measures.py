@@ -42,6 +42,22 @@ def once(
     return torch.stack([found[id(document)] for document in documents])
 
 
+def joined(documents: Sequence[Document], frames: int) -> list[Document]:
+    """Recordings one after the other, as many as it takes for each to have ``frames`` frames; what is left is dropped.
+
+    Recordings of a minute do not reach the last bucket, and these do.
+    """
+    found: list[Document] = []
+    open_ones: list[Document] = []
+    for document in documents:
+        open_ones.append(document)
+        if sum(each.frames for each in open_ones) >= frames:
+            codes = torch.cat([each.codes for each in open_ones], dim=1)  # [Q, T]
+            found.append(Document(" + ".join(each.name for each in open_ones), codes))
+            open_ones = []
+    return found
+
+
 def bucket_means(losses: Tensor, buckets: Sequence[int], least: int) -> Tensor:
     """``[R, K]``: means over the frames of each bucket, of ``losses [R, T]``; NaN where it has fewer than ``least``.
 

@@ -37,7 +37,7 @@ class Scale:
     context: int = 16
     clip: int = 96
     batch: int = 16
-    base_steps: int = 400
+    base_steps: int = 300
     steps: int = 400
     clips: int = 2
     buckets: tuple[int, ...] = (48, 192, 480, 960)
@@ -80,7 +80,7 @@ class Arm:
 
 FULL = Scale()
 SMOKE = Scale(
-    clip=24, context=8, batch=2, base_steps=2, steps=2, clips=1, buckets=(8, 24, 48, 96), least=8, volumes=(0.5, 1.0),
+    clip=24, context=8, batch=2, base_steps=2, steps=2, clips=1, buckets=(8, 16, 24, 32), least=2, volumes=(0.5, 1.0),
     between=(1, 2), held=(1, 2), hour=(96, 48), seeds=(0, 1),
 )  # fmt: skip
 """Shows that everything runs; its figures mean nothing."""

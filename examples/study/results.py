@@ -159,7 +159,9 @@ class Results:
         return [name for name, about in self._found[0]["arms"].items() if about["kind"] is not None]
 
     def once(self, group: str, arm: str, column: int, condition: str = ON, volume: float = 1.0) -> Measured:
-        """The audio loss of recordings played once, in a column of ``measures.once``."""
+        """The audio loss of recordings played once, in a column of ``measures.once``; the last of joined ones."""
+        if column == len(self.scale["buckets"]):
+            return self._column(group, arm, "once", "last", None, condition, volume)
         return self._column(group, arm, "once", "buckets", column, condition, volume)
 
     def effect(
@@ -191,14 +193,15 @@ class Results:
         ]  # fmt: skip
 
     def _column(
-        self, group: str, arm: str, kind: str, name: str, column: int, condition: str, volume: float
+        self, group: str, arm: str, kind: str, name: str, column: int | None, condition: str, volume: float
     ) -> Measured:
         """Raises KeyError where it was not measured."""
         seeds = []
         for values in self._found:
             for row in values["groups"][group][arm][kind]:
                 if row["condition"] == condition and row["volume"] == volume:
-                    seeds.append(tensor(row[name])[:, column])
+                    numbers = tensor(row[name])
+                    seeds.append(numbers if column is None else numbers[:, column])
                     break
             else:
                 raise KeyError((group, arm, kind, condition, volume))

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from study.jobs import StudyError
 from study.measure import Task, measure
 from tests.unit.evaluation.conftest import document, model_with
 
@@ -23,7 +24,7 @@ def task(**changes) -> Task:
 
 @pytest.fixture(scope="module")
 def recordings():
-    return [document(frames, seed) for seed, frames in enumerate((40, 50, 11, 12))]
+    return [document(frames, seed) for seed, frames in enumerate((40, 50, 11, 40))]
 
 
 def test_a_memory_is_measured_under_every_setting(recordings):
@@ -31,8 +32,10 @@ def test_a_memory_is_measured_under_every_setting(recordings):
     for kind, name in (("once", "buckets"), ("recall", "losses")):
         assert [(row["condition"], row["volume"]) for row in found[kind]] == list(SETTINGS)
         assert len({json.dumps(row[name]) for row in found[kind]}) == len(SETTINGS), "each setting changes something"
-    assert found["played_once"] == ["talk0", "talk1", "talk3"], "12 frames: the first bucket has four of them"
+    assert found["played_once"] == ["talk0", "talk1", "talk3"], "11 frames: the first bucket has three of them"
     assert found["presented"] == ["talk0", "talk1", "talk3"]
+    assert found["joined"] == ["talk0 + talk1", "talk2 + talk3"], "44 frames and more"
+    assert [len(row["last"]) for row in found["once"]] == [2] * 4
     assert [len(row["buckets"]) for row in found["once"]] == [3] * 4
     assert [len(row["losses"]) for row in found["recall"]] == [3] * 4
 
@@ -42,6 +45,11 @@ def test_the_base_model_is_measured_once(recordings):
     assert {(row["condition"], row["volume"]) for row in found["recall"]} == {("updates on", 0.5), ("updates on", 1.0)}
     assert [row["volume"] for row in found["held"]] == [1.0]
     assert [row["volume"] for row in found["hour"]] == [1.0]
+
+
+def test_too_little_speech_for_the_last_bucket_is_refused(recordings):
+    with pytest.raises(StudyError, match="make 1 of 44 frames or more, and two are needed"):
+        measure(task(), model_with(None), recordings[:2])
 
 
 def test_longer_measurements_are_made_at_their_volumes(recordings):

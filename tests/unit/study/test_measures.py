@@ -60,6 +60,13 @@ def test_a_bucket_beyond_all_recordings_is_empty():
     assert measures.bucket_means(torch.ones(1, 2), (1, 2, 4), 1).isnan().tolist() == [[False, True, True]]
 
 
+def test_recordings_are_joined_until_they_are_long_enough(recordings):
+    found = measures.joined([*recordings, document(20, 9)], 60)
+    assert [each.name for each in found] == ["talk0 + talk1"], "what is left has 50 frames"
+    assert torch.equal(found[0].codes, torch.cat([recordings[0].codes, recordings[1].codes], dim=1))
+    assert [each.name for each in measures.joined(recordings, 26)] == ["talk0", "talk1", "talk2"]
+
+
 @pytest.mark.parametrize("volume", [1.0, 0.5])
 def test_once_is_each_recording_alone_in_segments(memory, recordings, volume):
     found = measures.once(

@@ -31,7 +31,7 @@ def model(
     return {
         "parameters": 7, "presented": ["a", "b"], "played_once": ["a", "b"],
         "recall": [{**each, "losses": losses} for each in settings],
-        "once": [{**each, "buckets": buckets} for each in settings], **more,
+        "once": [{**each, "buckets": buckets, "last": [row[2] for row in buckets]} for each in settings], **more,
     }  # fmt: skip
 
 
@@ -62,6 +62,16 @@ def test_effects_are_what_is_saved_and_leave_out_recordings_without_the_bucket()
     last = results.effect("test", "ridge", BASE, 2)
     assert last.interval.value == pytest.approx(0.5)
     assert math.isnan(last.interval.low), "one recording reaches it: there is no interval"
+
+
+def test_the_last_bucket_is_of_joined_recordings():
+    values = seed(0)
+    for arm, losses in ((BASE, [2.0, 3.0, 4.0]), ("ridge", [1.0, 1.0, 1.0])):
+        for row in values["groups"]["test"][arm]["once"]:
+            row["last"] = losses
+    results = Results([values])
+    assert results.effect("test", "ridge", BASE, 2).values.tolist() == [[1.0, 2.0, 3.0]]
+    assert results.effect("test", "ridge", BASE, 1).values.shape == (1, 2)
 
 
 def test_an_arm_beside_lora_is_compared_with_the_lora():
