@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -103,8 +103,11 @@ def measure(task: Task, tested: ModelUnderTest, documents: Sequence[Document]) -
 def _once(
     task: Task, tested: ModelUnderTest, documents: Sequence[Document], settings: Sequence[tuple[Condition, float]]
 ) -> dict[str, Any]:
-    """Speech played once: recordings by bucket, and joined ones in the last bucket."""
-    recordings = [document for document in documents if document.frames >= task.buckets[0] + task.least]
+    """Speech played once: recordings up to the last bucket, and joined ones in the last bucket."""
+    recordings = [
+        replace(document, codes=document.codes[:, : task.buckets[-1]])
+        for document in documents if document.frames >= task.buckets[0] + task.least
+    ]  # fmt: skip
     joined = measures.joined(documents, task.buckets[-1] + 5 * task.least)
     if len(joined) < 2:
         raise StudyError(
@@ -116,9 +119,9 @@ def _once(
         alone, together = (
             measures.once(
                 tested, each, condition=condition, volume=volume, segment=2 * task.frames, buckets=task.buckets,
-                least=task.least, batch_size=BATCH,
+                least=task.least, batch_size=size,
             )
-            for each in (recordings, joined)
+            for each, size in ((recordings, 2 * BATCH), (joined, BATCH // 2))
         )  # fmt: skip
         rows.append({"condition": condition, "volume": volume, "buckets": plain(alone), "last": plain(together[:, -1])})
     return {

@@ -30,7 +30,7 @@ def once(
     tested: ModelUnderTest, documents: Sequence[Document], *, condition: Condition, volume: float, segment: int,
     buckets: Sequence[int], least: int, batch_size: int,
 ) -> Tensor:  # fmt: skip
-    """``[R, 1 + K]``: the audio loss of recordings played once, from the first bucket on and in each of ``buckets``.
+    """``[R, 1 + K]``: the audio loss of recordings played once, from the first bucket on, and in each bucket.
 
     See ``bucket_means``.
     """

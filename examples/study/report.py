@@ -140,7 +140,7 @@ def buckets(results: Results) -> list[str]:
     """The names of the columns of ``measures.once``."""
     firsts = results.scale["buckets"]
     ends = [f"{first} to {end - 1}" for first, end in pairwise(firsts)]
-    return [f"from {firsts[0]} on", *ends, f"{firsts[-1]} and more"]
+    return [f"{firsts[0]} to {firsts[-1] - 1}", *ends, f"{firsts[-1]} and more"]
 
 
 def settings_of(results: Results, arm: str) -> list[float]:
@@ -225,8 +225,15 @@ def controls_table(results: Results, group: str) -> list[str]:
     for arm in results.with_memory():
         other = results.reference(arm)
         for volume in settings_of(results, arm):
-            gains = [_short(results.gain(group, arm, other, "second", each, volume)) for each in CONTROLS]
-            effects = [_short(results.effect(group, arm, other, WHOLE, each, volume)) for each in CONTROLS]
+            there = [(each, (each, volume) in results.settings(group, arm)) for each in CONTROLS]
+            gains = [
+                _short(results.gain(group, arm, other, "second", each, volume)) if measured else ""
+                for each, measured in there
+            ]
+            effects = [
+                _short(results.effect(group, arm, other, WHOLE, each, volume)) if measured else ""
+                for each, measured in there
+            ]
             rows.append((arm, f"{volume:g}", *gains, *effects))
     names = [*(f"second, {each}" for each in CONTROLS), *(f"once, {each}" for each in CONTROLS)]
     return table(("", "volume", *names), rows)

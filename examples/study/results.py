@@ -30,7 +30,7 @@ BASE, ON = "base", "updates on"
 PRESENTATIONS = {"first": 0, "second": 1, "third": 3}
 """The place of each presentation of A in A, A, B, A."""
 WHOLE = 0
-"""The column of ``once`` with all positions; the buckets follow."""
+"""The column of ``once`` with all buckets but the last; the buckets follow."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,11 @@ def gather(study: Study, seed: int, choices: Mapping[str, Any] | None = None) ->
         groups[group] = {name: read_json(study.measured(seed, arm, group)) for name, arm in arms.items()}
         for name, arm in longer.items():
             assert arm is not None  # the base model is not chosen
+            if arm.beside_lora:
+                continue
             groups[group][name]["lasting"] = _lasting(study.lasting(seed, arm, group, (1.0,)).result)
     if choices is not None:
-        named = {BASE: None, **longer, **{name: arms[name] for name in (LORA,) if name in arms}}
+        named = {BASE: None, **longer, **{arm.name: arm for arm in study.arms if arm.kind is None}}
         groups[HOUR] = {name: read_json(study.measured(seed, arm, HOUR)) for name, arm in named.items()}
     return {
         "seed": seed,

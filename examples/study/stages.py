@@ -25,7 +25,7 @@ from moshi_ttt.hosts.moshi.tiny import random_tiny_lm, tiny_config
 from study.jobs import Job, StudyError, run_jobs
 from study.material import presented_twice, shuffled_twice
 from study.measure import Task
-from study.plan import LORA, MODEL, Arm, Scale
+from study.plan import MODEL, Arm, Scale
 
 CONFIG = "train-cpu"
 SPLITS = ("train", "valid", "test")
@@ -194,25 +194,30 @@ class Study:
         )  # fmt: skip
 
     def test(self, choices: Mapping[str, Any]) -> None:
-        """Every seed on the test recordings: each arm at its volume and at 1, and the chosen arms for longer."""
-        longer = set(choices["arms"].values())
-        jobs = []
+        """Every seed on the test recordings: each arm at its volume and at 1, then the chosen arms for longer."""
+        chosen = set(choices["arms"].values())
+        jobs, later = [], []
         for seed in self.scale.seeds:
             for arm in (None, *self.arms):
-                volumes = (float(choices["volumes"][arm.name]), 1.0) if arm is not None and arm.kind else (1.0,)
-                settings = [(condition, volume) for volume in dict.fromkeys(volumes) for condition in CONDITIONS]
-                chosen = arm is not None and arm.name in longer
-                if chosen:
-                    settings += [("updates on", each) for each in self.scale.volumes if each not in volumes]
-                for group in self.groups(TEST):
-                    kinds = ("once", "recall", "held") if chosen or arm is None else ("once", "recall")
-                    given = settings if arm is not None and arm.kind else [ALONE]
-                    jobs.append(self.measuring(seed, arm, group, given, kinds, sorted(set(volumes))))
-                    if chosen and arm is not None:
-                        jobs.append(self.lasting(seed, arm, group, sorted(set(volumes))))
-                if chosen or arm is None or arm.name == LORA:
-                    jobs.append(self.measuring(seed, arm, HOUR, [], ("hour",), sorted(set(volumes))))
-        self._run(jobs)
+                memory = arm is not None and arm.kind is not None
+                volume = float(choices["volumes"][arm.name]) if arm is not None and memory else 1.0
+                longer = arm is None or arm.name in chosen
+                settings = self._test_settings(volume, every=longer) if memory else [ALONE]
+                kinds = ("once", "recall", "held") if longer else ("once", "recall")
+                volumes = (volume,) if arm is None or arm.beside_lora else tuple(sorted({volume, 1.0}))
+                jobs += [self.measuring(seed, arm, group, settings, kinds, volumes) for group in self.groups(TEST)]
+                if longer or (arm is not None and not memory):
+                    later.append(self.measuring(seed, arm, HOUR, [], ("hour",), volumes))
+                if arm is not None and longer and not arm.beside_lora:
+                    later += [self.lasting(seed, arm, group, (volume,)) for group in self.groups(TEST)]
+        self._run([*jobs, *later])
+
+    def _test_settings(self, volume: float, *, every: bool) -> list[tuple[str, float]]:
+        """All conditions at a volume, the controls at 1 as well; where ``every``, updates enabled at every volume."""
+        settings = [(condition, volume) for condition in CONDITIONS]
+        settings += [(condition, 1.0) for condition in CONDITIONS if condition != "memory reset"]
+        settings += [(CONDITIONS[0], each) for each in (self.scale.volumes if every else ())]
+        return list(dict.fromkeys(settings))
 
     def measured(self, seed: int, arm: Arm | None, group: str) -> Path:
         """The file of ``measuring``; the base model is no arm."""
