@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,24 @@ def study(
         list[Path] | None,
         typer.Option("--unseen", **PATH, help="The same, of voices for testing alone; may be repeated."),
     ] = None,
+    unseen_valid: Annotated[
+        list[Path] | None,
+        typer.Option("--unseen-valid", **PATH, help="The same, of voices for validation alone; may be repeated."),
+    ] = None,
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option("--seed", min=0, help="A seed; may be repeated. The first is for validation. Default: 0, 1, 2."),
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--results", **PATH, help="Folder of the results of seeds; a seed that is there is not run. OUT/results."
+        ),
+    ] = None,
+    stages: Annotated[
+        list[str] | None,
+        typer.Option("--stage", help="train, validate, test, report; may be repeated. Default: all."),
+    ] = None,
     at_once: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time.")] = 1,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Processor threads of each run; one if left out.")
@@ -47,13 +66,17 @@ def study(
     """
     warnings.showwarning = show_warning
     from study import plan
-    from study.command import make
+    from study.command import STAGES, make
 
+    scale = plan.SMOKE if smoke else plan.FULL
+    chosen = tuple(stages or STAGES)
     report = make(
-        out, known=known, unseen=unseen or [], scale=plan.SMOKE if smoke else plan.FULL, arms=plan.ARMS,
-        ablations=plan.ABLATIONS, at_once=at_once, threads=threads, say=lambda text: typer.echo(text),
+        out, known=known, unseen_valid=unseen_valid or [], unseen=unseen or [],
+        scale=replace(scale, seeds=tuple(seeds)) if seeds else scale, arms=plan.ARMS, at_once=at_once,
+        threads=threads, say=lambda text: typer.echo(text), results=results, stages=chosen,
     )  # fmt: skip
-    typer.echo((report / "report.md").read_text(encoding="utf-8"))
+    if "report" in chosen:
+        typer.echo((report / "report.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The whole study: every stage in order; what is done stays done."""
+"""The whole study, or some of its stages; what is done stays done."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from moshi_ttt.configs.reading import read_config
@@ -14,32 +14,48 @@ from moshi_ttt.evaluation.models import ModelUnderTest, load_models
 from moshi_ttt.hosts.moshi.host import MoshiHostConfig
 from moshi_ttt.system.folder_lock import LOCK, hold
 from moshi_ttt.system.output_folder import LITTER, OutputError, check_free, new_folder
+from moshi_ttt.system.report.writer import to_json
 from moshi_ttt.system.threads import computing, largest
 from study import cost
+from study.choice import CHOICES, read_choices, record
+from study.jobs import StudyError
 from study.plan import Arm, Scale
 from study.report import Report
-from study.results import read_group
-from study.stages import GROUPS, Study
+from study.results import Results, candidates, gather, read_json, write_seed
+from study.stages import Study
 
 MADE_BY = "moshi-ttt study"
 """What folders of a study say made them, those too that were made when the study was a command of that name."""
 MARKER = "study.json"
+STAGES = ("train", "validate", "test", "report")
+COSTS = "costs.json"
+TRAINED = ("context", "clip", "batch", "base_steps", "steps")
+"""What trained models depend on, of ``Scale``."""
 
 
 def make(
-    out: Path, *, known: Sequence[Path], unseen: Sequence[Path], scale: Scale, arms: Sequence[Arm],
-    ablations: Sequence[Arm], at_once: int, say: Callable[[str], None], threads: int | None = None,
+    out: Path, *, known: Sequence[Path], unseen_valid: Sequence[Path], unseen: Sequence[Path], scale: Scale,
+    arms: Sequence[Arm], at_once: int, say: Callable[[str], None], threads: int | None = None,
+    results: Path | None = None, stages: Sequence[str] = STAGES,
 ) -> Path:  # fmt: skip
-    """Run whatever is not done yet in ``out``, and write ``out/report``; that folder. Raises a MoshiTTTError."""
+    """Run whatever is not done yet in ``out``, and write ``out/report``; that folder. Raises a MoshiTTTError.
+
+    Args:
+        results: where the results of seeds are, a file each; ``out/results`` if left out. A seed whose file is there is
+            not run again.
+        stages: some of ``STAGES``.
+    """
     study = Study(
-        out=out, known=tuple(known), unseen=tuple(unseen), scale=scale, arms=tuple(arms),
-        ablations=tuple(ablations), at_once=at_once, say=say, threads=threads,
+        out=out, known=tuple(known), unseen_valid=tuple(unseen_valid), unseen=tuple(unseen), scale=scale,
+        arms=tuple(arms), at_once=at_once, say=say, threads=threads,
     )  # fmt: skip
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        raise StudyError(f"There is no stage {unknown[0]!r}. Stages: {', '.join(STAGES)}.")
     study.manifests()
     with hold(out):
         _claim(study)
         check_free(out / "report", made_by=MADE_BY, overwrite=True)
-        return _make(study)
+        return _make(study, results or out / "results", stages)
 
 
 def _claim(study: Study) -> None:
@@ -47,9 +63,12 @@ def _claim(study: Study) -> None:
 
     Raises OutputError when the folder holds something, and that is not this study's.
     """
-    known, unseen = ([folder.name for folder in folders] for folders in (study.known, study.unseen))
-    scale = {name: value for name, value in asdict(study.scale).items() if name != "seeds"}  # others may be added
-    claim = {"made_by": MADE_BY, "known": known, "unseen": unseen, "scale": scale}
+    folders = {"known": study.known, "unseen_valid": study.unseen_valid, "unseen": study.unseen}
+    claim = {
+        "made_by": MADE_BY,
+        **{name: [folder.name for folder in each] for name, each in folders.items()},
+        "scale": {name: value for name, value in asdict(study.scale).items() if name in TRAINED},
+    }
     path = study.out / MARKER
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -70,43 +89,74 @@ def _claim(study: Study) -> None:
         )
 
 
-def _make(study: Study) -> Path:
-    out, scale = study.out, study.scale
-    study.encode()
-    study.train_bases()
-    study.tune()
-    study.train_arms()
-    study.evaluate()
-    study.train_ablations()
-    study.evaluate_ablations()
+def _make(study: Study, results: Path, stages: Sequence[str]) -> Path:
+    """The stages in their order."""
+    path, first = study.out / CHOICES, study.scale.seeds[0]
+    finished = _finished(results)
+    if finished and not path.exists():  # other seeds use the choices of the first
+        with atomic_file(path) as temporary:
+            found = read_json(next(iter(finished.values())))["choices"]
+            temporary.write_text(to_json(found) + "\n", encoding="utf-8")
+    left = replace(study, scale=replace(study.scale, seeds=tuple(s for s in study.scale.seeds if s not in finished)))
+    if "train" in stages and left.scale.seeds:
+        left.encode()
+        left.train_bases()
+        left.train_arms()
+    if "validate" in stages and not path.exists():
+        study.validate()
+        record(path, candidates(Results([gather(study, first)])), study.arms, first)
+    if "test" in stages and left.scale.seeds:
+        choices = read_choices(path)
+        left.test(choices)
+        for seed in left.scale.seeds:
+            write_seed(results, gather(left, seed, choices))
+    if "report" in stages:
+        _report(study, results)
+    return study.out / "report"
+
+
+def _finished(results: Path) -> dict[int, Path]:
+    """The file of each seed that has results, by seed."""
+    files = results.glob("seed_*.json")
+    return dict(sorted((int(file.stem.removeprefix("seed_")), file) for file in files))
+
+
+def _report(study: Study, results: Path) -> None:
+    """Write ``OUT/report``, of all seeds that are finished. Raises StudyError where none is."""
+    finished = _finished(results)
+    if not finished:
+        raise StudyError(f"No seed has results in {results}. Run the stages 'train', 'validate' and 'test' first.")
     study.say("cost, report")
-    seeds, groups = scale.seeds, [group for group in GROUPS if study.encoded(group).exists()]
-    compared = _models(study)
-    with computing(largest(compared[0].model), study.threads):
-        costs = cost.measure(compared)
+    folders = {"known voices": study.known, "unseen, validation": study.unseen_valid, "unseen, test": study.unseen}
     report = Report(
-        scale=scale,
-        speech={
-            group: [folder.name for folder in folders]
-            for group, folders in zip(GROUPS, (study.known, study.unseen), strict=True)
-            if folders
-        },
-        recall={group: read_group([out / f"seed_{seed}" / f"recall_{group}" for seed in seeds]) for group in groups},
-        context={group: read_group([out / f"seed_{seed}" / f"context_{group}" for seed in seeds]) for group in groups},
-        ablations=read_group([out / "ablations"]) if study.ablations else None,
-        costs=costs,
-        choices=json.loads((out / "choices.json").read_text(encoding="utf-8")),
+        results=Results.read(finished.values()),
+        speech={name: [folder.name for folder in each] for name, each in folders.items() if each},
+        costs=_costs(study),
         made_by=MADE_BY,
     )
-    with new_folder(out / "report", made_by=MADE_BY, overwrite=True) as folder:
+    with new_folder(study.out / "report", made_by=MADE_BY, overwrite=True) as folder:
         report.write(folder)
-    return out / "report"
 
 
-def _models(study: Study) -> list[ModelUnderTest]:
-    """The base model of the first seed, and with each chosen adapter."""
-    registry, seed = default_registry(), study.scale.seeds[0]
-    folders = [(arm.name, study.run_dir(arm, seed, study.chosen(arm))) for arm in study.arms]
+def _costs(study: Study) -> dict[str, cost.Cost]:
+    """What a streamed frame costs with each arm, measured once; nothing where no arm was trained here."""
+    path = study.out / COSTS
+    if not path.exists():
+        seeds = [seed for seed in study.scale.seeds if all(study.arm_job(arm, seed).done for arm in study.arms)]
+        if not seeds:
+            return {}
+        compared = _models(study, seeds[0])
+        with computing(largest(compared[0].model), study.threads):
+            measured = cost.measure(compared)
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps({name: asdict(each) for name, each in measured.items()}), encoding="utf-8")
+    return {name: cost.Cost(**each) for name, each in read_json(path).items()}
+
+
+def _models(study: Study, seed: int) -> list[ModelUnderTest]:
+    """The base model of a seed, and with each adapter."""
+    registry = default_registry()
+    folders = [(arm.name, study.run_dir(arm, seed)) for arm in study.arms]
     host = read_config(str(folders[0][1] / "args.yaml"), registry=registry).host
     assert isinstance(host, MoshiHostConfig), host
     adapters = [(name, study.checkpoint(folder, study.scale.steps)) for name, folder in folders]

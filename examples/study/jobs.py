@@ -1,4 +1,4 @@
-"""Commands of ``moshi-ttt`` in processes of their own, some at a time; one that is done is not run again."""
+"""Commands in processes of their own, some at a time; one that is done is not run again."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ class Job:
 
     Attributes:
         name: for messages, and of the log's file.
-        arguments: of ``moshi-ttt``.
+        arguments: of the program.
         result: the file or folder that is there once the command has succeeded; commands make it whole or not at all.
+        program: what Python runs: ``moshi-ttt``, or a file.
     """
 
     name: str
     arguments: tuple[str, ...]
     result: Path
+    program: tuple[str, ...] = ("-m", "moshi_ttt")
 
     @property
     def done(self) -> bool:
@@ -63,7 +65,7 @@ def run_jobs(
         path = logs / f"{job.name.replace('/', '_').replace(' ', '_')}.log"
         environment = {**os.environ, "OMP_NUM_THREADS": str(each)}
         with path.open("ab") as log:
-            command = [sys.executable, "-m", "moshi_ttt", *job.arguments]
+            command = [sys.executable, *job.program, *job.arguments]
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
             running.add(process)
             code = process.wait()

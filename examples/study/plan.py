@@ -24,17 +24,28 @@ class Scale:
         base_steps: steps of preparing the base model, all of it trained.
         steps: steps of each arm.
         clips: clips of each recording in recall.
-        window: frames of a window in loss by position.
+        buckets: first frames of the four ranges of positions in which speech played once is judged; the last has no
+            end.
+        least: frames of a bucket that a recording must have to count in it.
+        volumes: of what blocks add, on validation recordings.
+        between: how many other clips lie between two presentations of a clip.
+        held: how many clips are presented before they are presented again.
+        hour: frames of one long stream, and of a part of it that is reported.
         seeds: of everything random: initial values, order of the recordings.
     """
 
     context: int = 16
     clip: int = 96
     batch: int = 16
-    base_steps: int = 400
+    base_steps: int = 300
     steps: int = 400
     clips: int = 2
-    window: int = 48
+    buckets: tuple[int, ...] = (48, 192, 480, 960)
+    least: int = 48
+    volumes: tuple[float, ...] = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)
+    between: tuple[int, ...] = (1, 4, 8, 39, 156, 469)
+    held: tuple[int, ...] = (1, 3, 10, 30)
+    hour: tuple[int, int] = (45_000, 7_500)
     seeds: tuple[int, ...] = (0, 1, 2)
 
     @property
@@ -52,12 +63,14 @@ class Arm:
     """Something that is trained on the frozen base model, by changes to the run's config.
 
     Attributes:
-        candidates: what is tried on the validation recordings with the first seed, the best being kept.
+        kind: of the sites of its blocks, ``sequence`` or ``feed_forward``; None without blocks.
+        beside_lora: it trains a LoRA as well, and is compared with the LoRA alone.
     """
 
     name: str
     changes: tuple[str, ...]
-    candidates: tuple[tuple[str, ...], ...] = ((),)
+    kind: str | None = None
+    beside_lora: bool = False
 
     @property
     def folder(self) -> str:
@@ -67,80 +80,51 @@ class Arm:
 
 FULL = Scale()
 SMOKE = Scale(
-    clip=24, context=8, batch=2, base_steps=2, steps=2, clips=1, window=16, seeds=(0, 1),
+    clip=24, context=8, batch=2, base_steps=2, steps=2, clips=1, buckets=(8, 16, 24, 32), least=2, volumes=(0.5, 1.0),
+    between=(1, 2), held=(1, 2), hour=(96, 48), seeds=(0, 1),
 )  # fmt: skip
 """Shows that everything runs; its figures mean nothing."""
 
-# All have about 200,000 trained parameters. A block's gates learn faster than the rest.
-TTT = ("optim.lr=3e-3", "optim.lr_groups.gates=3e-2")
+LORA = "LoRA"
+# A block's gates learn faster than the rest.
+RATES = ("optim.lr=3e-3", "optim.lr_groups.gates=3e-2")
+SITES = 'layers: "1,2,3", chunk: 16'
+CORRECTING = "learned_lr: true, keys: unit, target_norm: true, start: next_frame, read_scale: 8"
+
+
+def _ridge(name: str, options: str = "", rank: int = 0) -> Arm:
+    """A ridge-regression memory after attention in layers 1 to 3, beside a LoRA of ``rank`` where it is above 0."""
+    entry = f"ttt=[{{variant: ttt_ridge, {SITES}{options}}}]"
+    return Arm(name=name, changes=(*RATES, entry, *_lora(rank)), kind="sequence", beside_lora=rank > 0)
+
+
+def _in_place(name: str, options: str, rank: int = 0) -> Arm:
+    """In-place TTT in the gated MLPs of layers 1 to 3, beside a LoRA of ``rank`` where it is above 0."""
+    entry = f"ttt=[{{variant: gating_mlp, {SITES}, {options}}}]"
+    return Arm(name=name, changes=(*RATES, entry, *_lora(rank)), kind="feed_forward", beside_lora=rank > 0)
+
+
+def _lora(rank: int) -> tuple[str, ...]:
+    return ("lora.enable=true", f"lora.rank={rank}") if rank else ()
+
+
 ARMS = (
-    Arm(
-        name="LoRA",
-        changes=("ttt=[]", "lora.enable=true", "lora.rank=17"),
-        candidates=(("optim.lr=1e-3",), ("optim.lr=3e-3",)),
-    ),
-    Arm(
-        name="TTT-Linear",
-        changes=TTT,
-        candidates=(
-            ('ttt=[{variant: ttt_linear, layers: "1,2,3", chunk: 16}]',),
-            ('ttt=[{variant: ttt_linear, layers: "1,2,3", chunk: 16, base_lr: 4}]',),
-        ),
-    ),
+    _ridge("ridge layer"),
+    _in_place("in place, ridge", f"update: ridge, lr: 1.0, {CORRECTING}, success_gate: true"),
+    Arm(name=LORA, changes=("optim.lr=3e-3", "ttt=[]", *_lora(17))),
+    _ridge("ridge layer + LoRA", rank=4),
+    _in_place("in place, ridge + LoRA", f"update: ridge, lr: 1.0, {CORRECTING}, success_gate: true", rank=13),
+    _ridge("ridge layer, wide keys", ", features: relu2, key_width: 256"),
+    _in_place("in place, published", "lr: 1, train_w_down: true"),
+    _ridge("ridge layer, no success gate", ", success_gate: false"),
+    _in_place("in place, gradient", f"update: gradient, lr: 0.3, {CORRECTING}, success_gate: true"),
     Arm(
         name="TTT-MLP",
-        changes=TTT,
-        candidates=(('ttt=[{variant: ttt_mlp, layers: "1,3", chunk: 16}]',),),
-    ),
-    Arm(
-        name="TTT multi-layer (3)",
-        changes=TTT,
-        candidates=(('ttt=[{variant: ttt_multilayer, layers: "1,3", chunk: 16, depth: 3, expansion: 2}]',),),
-    ),
-    Arm(
-        name="in-place TTT",
-        changes=("optim.lr=3e-3",),
-        candidates=(
-            ('ttt=[{variant: gating_mlp, layers: "1,2,3", chunk: 16, lr: 1, train_w_down: true}]',),
-            ('ttt=[{variant: gating_mlp, layers: "1,2,3", chunk: 16, lr: 1, decay: 0.05, train_w_down: true}]',),
+        changes=(
+            *RATES, 'ttt=[{variant: ttt_mlp, layers: "1,3", chunk: 16, conv_kernel: 4, value: embedding, '
+            "inner_norm: false, init_std: 0.3, base_lr: 4}]",
         ),
+        kind="sequence",
     ),
-    Arm(
-        name="in-place TTT + LoRA",
-        changes=("lora.enable=true", "lora.rank=13"),
-        candidates=(
-            ("optim.lr=3e-3", 'ttt=[{variant: gating_mlp, layers: "1,2,3", chunk: 16, lr: 1}]'),
-            ("optim.lr=3e-3", 'ttt=[{variant: gating_mlp, layers: "1,2,3", chunk: 16, lr: 1, decay: 0.05}]'),
-        ),
-    ),
-)
-
-
-IN_PLACE, LINEAR = ARMS[4], ARMS[1]
-
-
-def _in_place(name: str, options: str, *changes: str) -> Arm:
-    """In-place TTT's first candidate, with one thing changed."""
-    entry = f'ttt=[{{variant: gating_mlp, layers: "1,2,3", lr: 1, train_w_down: true, {options}}}]'
-    return Arm(name=f"{IN_PLACE.name}, {name}", changes=(*IN_PLACE.changes, entry, *changes))
-
-
-def _linear(name: str, options: str) -> Arm:
-    """TTT-Linear's first candidate, with one thing changed."""
-    entry = f'ttt=[{{variant: ttt_linear, layers: "1,2,3", {options}}}]'
-    return Arm(name=f"{LINEAR.name}, {name}", changes=(*LINEAR.changes, entry))
-
-
-REFERENCES = (IN_PLACE, LINEAR)
-"""What ablations change; compared with them are their first candidates."""
-ABLATIONS = (
-    _in_place("no look-ahead", "chunk: 16, padding: causal"),
-    _in_place("chunk 32", "chunk: 32"),
-    _in_place("chunk 64", "chunk: 64"),
-    _in_place("chunk 128", "chunk: 128"),
-    _in_place("inner rate rising", "chunk: 16", "inner_lr_warmup=true"),
-    _linear("gate per layer", "chunk: 16, gate: {alpha: layer}"),
-    _linear("gate fixed", "chunk: 16, gate: {alpha: fixed}"),
-    _linear("chunk 64", "chunk: 64"),
-)
-"""Open questions, with the first seed, on validation recordings."""
+)  # fmt: skip
+"""In the order in which they are trained: what answers the question comes first. At most 215,000 parameters each."""

@@ -1,33 +1,30 @@
-"""report.md, its figures, and metrics.json with every number of the study."""
+"""report.md, its figures, and metrics.json with every figure of the study."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from moshi_ttt.evaluation.models import CONDITIONS
 from moshi_ttt.evaluation.statistics import as_json
-from moshi_ttt.system.report.figures import (
-    GREY,
-    colors,
-    heading,
-    interval_bar,
-    legend_outside,
-    name_rows,
-    panels,
-    rule,
-    save,
-)
 from moshi_ttt.system.report.tables import image, table, version_text
 from moshi_ttt.system.report.writer import numbers, versions, write_report
 from study.cost import Cost
-from study.plan import FRAME_RATE, Scale
-from study.results import BASE, ON, Group, Measured
+from study.curves import held_after, lasting_after, stream_parts
+from study.pictures import plot_answer, plot_curves, plot_volumes
+from study.plan import FRAME_RATE, LORA
+from study.results import BASE, ON, WHOLE, Measured, Results
+from study.stages import TEST, VALIDATION
 
-LORA = "LoRA"
-TITLES = {"test": "voices of the training recordings", "unseen": "voices that are in no training recording"}
-CONTROLS = ("updates off", "memory of another")
+TITLES = {
+    "valid": "validation recordings, known voices", "valid_unseen": "validation recordings, unseen voices",
+    "test": "known voices", "test_unseen": "unseen voices",
+}  # fmt: skip
+LASTING = ("gain", "saved", "once")
+CONTROLS = tuple(condition for condition in CONDITIONS if condition != ON)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,207 +32,264 @@ class Report:
     """Everything that is written.
 
     Attributes:
-        speech: names of the folders of recordings, by group.
-        recall, context: by group of recordings.
-        ablations: recall on the validation recordings, or None.
-        choices: which candidate each arm was given, and the validation losses of all.
+        speech: names of the folders of recordings, by what they are for.
     """
 
-    scale: Scale
+    results: Results
     speech: Mapping[str, Sequence[str]]
-    recall: Mapping[str, Group]
-    context: Mapping[str, Group]
-    ablations: Group | None
     costs: Mapping[str, Cost]
-    choices: Mapping[str, Any]
     made_by: str
 
     def write(self, folder: Path) -> None:
-        """report.md, metrics.json, recall.png and context.png."""
+        """report.md, metrics.json and the figures."""
         write_report(folder, self._metrics(), self._lines())
-        _plot_recall(folder / "recall.png", self.recall)
-        _plot_context(folder / "context.png", self.context, self.scale.window)
+        groups = {group: TITLES[group] for group in self.results.groups(TEST)}
+        plot_answer(folder / "answer.png", self.results, groups)
+        plot_volumes(folder / "volumes.png", self.results, groups)
+        plot_curves(folder / "curves.png", self.results, groups)
 
     def _lines(self) -> list[str]:
-        scale = self.scale
+        results, scale = self.results, self.results.scale
         lines = [
-            "# Does memory help?", "",
-            f"Attention sees {scale.context} frames ({scale.context / FRAME_RATE:.1f} s). Seeds: "
-            f"{', '.join(map(str, scale.seeds))}; {scale.base_steps} steps of the base model, {scale.steps} of each "
-            f"arm, {scale.batch} segments of {scale.segment_seconds:.1f} s a step. {version_text()}.",
-            *(f"{TITLES[name].capitalize()}: {', '.join(folders)}." for name, folders in self.speech.items()),
-            "Means over seeds and recordings; in brackets 95 % percentile bootstrap intervals over recordings.", "",
+            "# Does memory help, and what does it cost?", "",
+            f"Attention sees {scale['context']} frames ({scale['context'] / FRAME_RATE:.1f} s). Seeds: "
+            f"{', '.join(map(str, results.seeds))}; {scale['base_steps']} steps of the base model, {scale['steps']} of "
+            f"each arm, {scale['batch']} segments of {2 * scale['clip'] / FRAME_RATE:.1f} s a step. {version_text()}.",
+            *(f"{name.capitalize()}: {', '.join(folders)}." for name, folders in self.speech.items()),
+            "Nats per audio token. Means over seeds and recordings; in brackets 95 % percentile bootstrap intervals "
+            "over recordings. Arms with a LoRA beside their blocks are compared with the LoRA alone, all others with "
+            "the base model.", "",
+            "## Chosen on the validation recordings", "", *choice_table(results), "",
         ]  # fmt: skip
-        for name, group in self.recall.items():
-            lines += [f"## Recall, {TITLES[name]} ({len(group.recordings)} recordings)", "", *recall_table(group), ""]
-            lines += [*presentations_table(group), ""]
-        lines += image("recall", "recall.png")
-        for name, group in self.context.items():
-            title = f"## Audio loss beyond the attention context, {TITLES[name]} ({len(group.recordings)} recordings)"
-            lines += [title, "", *context_table(group), ""]
-        lines += [*image("loss by position", "context.png"), "## Cost", "", *self._cost_table(), ""]
-        if self.ablations is not None:
-            lines += ["## Ablations (recall, validation recordings, first seed)", "", *recall_table(self.ablations), ""]
-        lines += ["## Chosen on the validation recordings", "", *self._choices(), ""]
-        return lines
+        for group in results.groups(TEST):
+            lines += [f"# {TITLES[group].capitalize()} ({len(results.recordings(group))} recordings)", ""]
+            lines += ["## Recall", "", *recall_table(results, group), ""]
+            lines += ["## Speech played once", "", *once_table(results, group), ""]
+            lines += ["## Against the base model", "", *beside_lora_table(results, group), ""]
+            lines += ["## Controls", "", *controls_table(results, group), ""]
+            lines += ["## By volume", "", *volume_table(results, group), ""]
+            lines += ["## After other clips", "", *lasting_table(results, group), ""]
+            lines += ["## Clips held at once", "", *held_table(results, group), ""]
+        lines += ["# One stream", "", *hour_table(results), ""]
+        lines += [*image("recall and cost", "answer.png"), *image("recall and cost by volume", "volumes.png")]
+        lines += image("how long, and how many", "curves.png")
+        return [*lines, "# Cost", "", *self._cost_table(), ""]
 
     def _cost_table(self) -> list[str]:
         header = ("", "trained parameters", "streamed frame / base model's", "memory of a stream (KiB)")
-        parameters = next(iter(self.recall.values())).parameters
         rows = [
-            (name, f"{parameters[name]:,}", f"{cost.step_ratio:.2f}", f"{cost.state_bytes / 1024:,.0f}")
+            (name, f"{self.results.parameters(name):,}", f"{cost.step_ratio:.2f}", f"{cost.state_bytes / 1024:,.0f}")
             for name, cost in self.costs.items()
         ]
         return table(header, rows)
 
-    def _choices(self) -> list[str]:
-        rows = [
-            (name, ", ".join(f"{loss:.4f}" for loss in losses), str(self.choices["chosen"][name]))
-            for name, losses in self.choices["validation_loss"].items()
-        ]
-        return table(("", "audio loss of each candidate", "chosen"), rows, "llr")
-
     def _metrics(self) -> dict[str, Any]:
-        groups = {f"recall, {name}": group for name, group in self.recall.items()}
-        groups |= {f"context, {name}": group for name, group in self.context.items()}
-        groups |= {"ablations": self.ablations} if self.ablations is not None else {}
+        results = self.results
         return {
-            "made_by": self.made_by, "versions": versions(), "scale": vars(self.scale), "speech": self.speech,
-            "choices": self.choices,
+            "made_by": self.made_by, "versions": versions(), "seeds": results.seeds, "scale": results.scale,
+            "speech": self.speech, "choices": results.choices,
             "costs": {name: vars(cost) for name, cost in self.costs.items()},
-            "groups": {name: _group_metrics(group) for name, group in groups.items()},
+            "figures": [row for group in results.groups((*VALIDATION, *TEST)) for row in figure_rows(results, group)],
+            "longer": [row for group in results.groups(TEST) for row in longer_rows(results, group)],
+            "one_stream": stream_parts(results),
         }  # fmt: skip
 
 
-def recall_table(group: Group) -> list[str]:
-    """The gain of the second presentation beyond the base model's; and what is left of it under the controls."""
-    header = ("", "trained parameters", "second", "seeds", "beyond LoRA's", "updates off", "another's memory", "third")
+# ---- every figure, for metrics.json
+
+
+def figure_rows(results: Results, group: str) -> list[dict[str, Any]]:
+    """Of every arm under every setting that was measured: the gain and the effects, with intervals."""
     rows = []
-    for arm in group.arms():
-        second, third = (
-            group.of(each, arm) if arm == BASE else _gained(group, each, arm) for each in ("second", "third")
-        )  # of the base model its own gain
-        lora = str(second.minus(_gained(group, "second", LORA)).interval) if _beside_lora(group, arm) else ""
-        controls = [
-            _short(_gained(group, "second", arm, each)) if ("second", arm, each) in group.figures else ""
-            for each in CONTROLS
-        ]
-        row = [f"{group.parameters[arm]:,}", str(second.interval), _seeds(second), lora, *controls, _short(third)]
-        rows.append((arm, *row))
-    return [
-        "Gain (loss of the first presentation minus loss of this one, nats per audio token) beyond the base model's. "
-        "The third presentation follows a clip of another recording.", "",
-        *table(header, rows, "lrrlrrrr"),
-    ]  # fmt: skip
+    for arm in results.with_memory():
+        other = results.reference(arm)
+        for condition, volume in results.settings(group, arm):
+            figures = {
+                f"gain, {each}": results.gain(group, arm, other, each, condition, volume)
+                for each in ("second", "third")
+            }
+            figures["saved, second"] = _saved(results, group, arm, other, condition, volume)
+            for column, name in enumerate(buckets(results)):
+                figures[f"played once, {name}"] = results.effect(group, arm, other, column, condition, volume)
+            rows += [
+                {
+                    "group": group, "arm": arm, "against": other, "condition": condition, "volume": volume,
+                    "what": what, "by_seed": numbers(measured.by_seed), **as_json(measured.interval),
+                    "by_recording": numbers(measured.values.nanmean(0)),
+                }
+                for what, measured in figures.items() if measured.values.isfinite().any()
+            ]  # fmt: skip
+    return rows
 
 
-def presentations_table(group: Group) -> list[str]:
-    """The losses of the presentations themselves: a gain could also come of a first presentation that is worse."""
-    presentations = ("first", "second", "third")
+def longer_rows(results: Results, group: str) -> list[dict[str, Any]]:
+    """Of the chosen arms: after other clips, and with so many clips held at once."""
+    found = []
+    for arm, volume in chosen_settings(results):
+        for row in (*lasting_after(results, group, arm, volume), *held_after(results, group, arm, volume)):
+            intervals = {name: as_json(each.interval) for name, each in row.items() if isinstance(each, Measured)}
+            plain = {name: each for name, each in row.items() if not isinstance(each, Measured)}
+            found.append({"group": group, "arm": arm, "volume": volume, **plain, **intervals})
+    return found
+
+
+# ---- tables
+
+
+def buckets(results: Results) -> list[str]:
+    """The names of the columns of ``measures.once``."""
+    firsts = results.scale["buckets"]
+    ends = [f"{first} to {end - 1}" for first, end in pairwise(firsts)]
+    return [f"{firsts[0]} to {firsts[-1] - 1}", *ends, f"{firsts[-1]} and more"]
+
+
+def settings_of(results: Results, arm: str) -> list[float]:
+    """The volume that was chosen, and 1."""
+    return list(dict.fromkeys((float(results.choices["volumes"][arm]), 1.0)))
+
+
+def chosen_settings(results: Results) -> list[tuple[str, float]]:
+    """The arms that were chosen, each at its volumes."""
+    arms = dict.fromkeys(results.choices["arms"].values())
+    return [(arm, volume) for arm in arms for volume in settings_of(results, arm)]
+
+
+def choice_table(results: Results) -> list[str]:
+    """What decided: the recall and the worst bucket of every arm at the volume that it was given."""
+    header = ("", "compared with", "volume", "harmless", "recall, known", "recall, unseen", "worst bucket", "chosen as")
+    rows = []
+    for arm in results.with_memory():
+        volume = results.choices["volumes"][arm]
+        (tried,) = [each for each in results.choices["candidates"][arm] if each["volume"] == volume]
+        recalls = [f"{value:+.3f}" for value in tried["recalls"]]
+        worst = min(min(group) for group in tried["effects"])
+        named = [label for label, name in results.choices["arms"].items() if name == arm]
+        rows.append((
+            arm, results.reference(arm), f"{volume:g}", "yes" if results.choices["harmless"][arm] else "no",
+            *[*recalls, ""][:2], f"{worst:+.4f}", ", ".join(named),
+        ))  # fmt: skip
+    return table(header, rows, "llrlrrrl")
+
+
+def recall_table(results: Results, group: str) -> list[str]:
+    """The gains of the later presentations, and the second presentation itself."""
+    header = ("", "trained parameters", "volume", "second", "seeds", "third", "the second itself")
+    rows = []
+    for arm in results.with_memory():
+        other = results.reference(arm)
+        for volume in settings_of(results, arm):
+            second, third = (results.gain(group, arm, other, each, volume=volume) for each in ("second", "third"))
+            saved = _saved(results, group, arm, other, ON, volume)
+            rows.append((
+                arm, f"{results.parameters(arm):,}", f"{volume:g}", str(second.interval), _seeds(second),
+                _short(third), _short(saved),
+            ))  # fmt: skip
+    return table(header, rows, "lrrrlrr")
+
+
+def once_table(results: Results, group: str) -> list[str]:
+    """What is saved on speech played once, by bucket."""
     rows = [
-        (arm, *(str(_saved(group, f"loss, {each}", arm).interval) for each in presentations))
-        for arm in group.arms() if arm != BASE
+        (arm, f"{volume:g}", *(
+            _short(results.effect(group, arm, results.reference(arm), column, volume=volume), 4)
+            for column in range(len(buckets(results)))
+        ))
+        for arm in results.with_memory() for volume in settings_of(results, arm)
     ]  # fmt: skip
-    return [
-        "Nats per audio token saved in each presentation, against the base model in the same presentation.", "",
-        *table(("", *presentations), rows),
-    ]  # fmt: skip
+    return table(("", "volume", *buckets(results)), rows)
 
 
-def context_table(group: Group, stream: str = "audio") -> list[str]:
-    """Losses beyond the attention context, what is saved against the base model and against LoRA, and the controls."""
-    header = (
-        "", "loss (nats/token)", "saved against base", "seeds", "saved against LoRA", "with updates off",
-        "with another's memory",
-    )  # fmt: skip
+def beside_lora_table(results: Results, group: str) -> list[str]:
+    """The LoRA, and the arms with a LoRA, compared with the base model."""
+    if LORA not in results.arms(group):
+        return []
+    arms = [(LORA, 1.0)]
+    arms += [
+        (arm, volume) for arm in results.with_memory() if results.reference(arm) == LORA
+        for volume in settings_of(results, arm)
+    ]  # fmt: skip
+    columns = range(len(buckets(results)))
+    rows = [
+        (
+            arm, f"{volume:g}", _short(results.gain(group, arm, BASE, volume=volume)),
+            *(_short(results.effect(group, arm, BASE, column, volume=volume)) for column in columns),
+        )
+        for arm, volume in arms
+    ]  # fmt: skip
+    return table(("", "volume", "second", *(f"once, {each}" for each in buckets(results))), rows)
+
+
+def controls_table(results: Results, group: str) -> list[str]:
+    """What is left of the gain, and of the effect on speech played once, under each control."""
     rows = []
-    for arm in group.arms():
-        own, saved = group.of(stream, arm), _saved(group, stream, arm)
-        against = ("", "") if arm == BASE else (str(saved.interval), _seeds(saved))
-        lora = str(group.of(stream, LORA).minus(own).interval) if _beside_lora(group, arm) else ""
-        controls = [
-            _short(_saved(group, stream, arm, each)) if (stream, arm, each) in group.figures else ""
-            for each in CONTROLS
-        ]
-        rows.append((arm, f"{own.interval.value:.4f}", *against, lora, *controls))
-    return table(header, rows, "lrrlrrr")
+    for arm in results.with_memory():
+        other = results.reference(arm)
+        for volume in settings_of(results, arm):
+            there = [(each, (each, volume) in results.settings(group, arm)) for each in CONTROLS]
+            gains = [
+                _short(results.gain(group, arm, other, "second", each, volume)) if measured else ""
+                for each, measured in there
+            ]
+            effects = [
+                _short(results.effect(group, arm, other, WHOLE, each, volume)) if measured else ""
+                for each, measured in there
+            ]
+            rows.append((arm, f"{volume:g}", *gains, *effects))
+    names = [*(f"second, {each}" for each in CONTROLS), *(f"once, {each}" for each in CONTROLS)]
+    return table(("", "volume", *names), rows)
 
 
-def _gained(group: Group, presentation: str, arm: str, condition: str = ON) -> Measured:
-    """The gain beyond the base model's."""
-    return group.of(presentation, arm, condition).minus(group.of(presentation, BASE))
+def volume_table(results: Results, group: str) -> list[str]:
+    """The chosen arms at every volume."""
+    rows = []
+    for arm in dict.fromkeys(results.choices["arms"].values()):
+        other = results.reference(arm)
+        for volume in results.volumes(group, arm):
+            columns = range(len(buckets(results)))
+            effects = [_short(results.effect(group, arm, other, column, volume=volume)) for column in columns]
+            rows.append((arm, f"{volume:g}", _short(results.gain(group, arm, other, volume=volume)), *effects))
+    return table(("", "volume", "second", *(f"once, {each}" for each in buckets(results))), rows)
 
 
-def _saved(group: Group, what: str, arm: str, condition: str = ON) -> Measured:
-    """How much lower the loss is than the base model's."""
-    return group.of(what, BASE).minus(group.of(what, arm, condition))
+def lasting_table(results: Results, group: str) -> list[str]:
+    """The chosen arms after other clips."""
+    rows = [
+        (arm, f"{volume:g}", str(row["count"]), f"{row['minutes']:.1f}", *(_short(row[each]) for each in LASTING))
+        for arm, volume in chosen_settings(results) for row in lasting_after(results, group, arm, volume)
+    ]  # fmt: skip
+    return table(("", "volume", "clips between", "minutes", "gain", "the clip itself", "clips between, once"), rows)
 
 
-def _beside_lora(group: Group, arm: str) -> bool:
-    return arm not in (BASE, LORA) and LORA in group.arms()
+def held_table(results: Results, group: str) -> list[str]:
+    """The chosen arms with so many clips held at once."""
+    rows = [
+        (arm, f"{volume:g}", str(row["held"]), _short(row["gain"]))
+        for arm, volume in chosen_settings(results) for row in held_after(results, group, arm, volume)
+    ]  # fmt: skip
+    return table(("", "volume", "clips", "gain"), rows)
 
 
-def _short(measured: Measured) -> str:
-    return measured.interval.show(3, sign=True)
+def hour_table(results: Results) -> list[str]:
+    """What the chosen arms save in each part of one long stream."""
+    rows = [
+        (row["arm"], f"{row['volume']:g}", *(f"{value:+.4f}" for value in row["saved"]))
+        for row in stream_parts(results)
+    ]
+    minutes = results.scale["hour"][1] / FRAME_RATE / 60
+    most = max((len(row) for row in rows), default=2) - 2
+    header = ("", "volume", *(f"{part * minutes:.0f} to {(part + 1) * minutes:.0f} min" for part in range(most)))
+    return table(header, [(*row, *[""] * (most + 2 - len(row))) for row in rows])
+
+
+def _saved(results: Results, group: str, arm: str, other: str, condition: str, volume: float) -> Measured:
+    """How much lower the loss of the second presentation is."""
+    own = results.presentation(group, arm, "second", condition, volume)
+    return results.presentation(group, other, "second").minus(own)
+
+
+def _short(measured: Measured, digits: int = 3) -> str:
+    return measured.interval.show(digits, sign=True)
 
 
 def _seeds(measured: Measured) -> str:
     return ", ".join(f"{value:+.3f}" for value in measured.by_seed)
-
-
-def _group_metrics(group: Group) -> dict[str, Any]:
-    return {
-        "recordings": group.recordings, "parameters": group.parameters,
-        "figures": [
-            {
-                "what": what, "subject": arm, "condition": condition, "by_seed": numbers(measured.by_seed),
-                **as_json(measured.interval),
-                "by_recording": [numbers(row) for row in measured.values.nanmean(2)],
-            }
-            for (what, arm, condition), measured in group.figures.items()
-            if measured.values.isfinite().any()
-        ],
-    }  # fmt: skip
-
-
-def _plot_recall(path: Path, groups: Mapping[str, Group]) -> None:
-    """A panel for each group: the gain of each arm, its interval, its seeds as dots, its controls as crosses."""
-    arms = [name for name in next(iter(groups.values())).arms() if name != BASE]
-    figure, axes_of = panels(len(groups), width=9.5, height=1.2 + len(groups) * (0.7 + 0.34 * len(arms)), sharex=True)
-    for axes, (name, group) in zip(axes_of, groups.items(), strict=True):
-        rule(axes, x=0)
-        for place, arm in enumerate(arms):
-            gain, color = _gained(group, "second", arm), colors(place + 1)["color"]
-            interval_bar(axes, gain.interval.low, gain.interval.high, place, color, linewidth=3)
-            axes.plot(gain.interval.value, place, "o", color=color, markersize=7)
-            axes.plot(gain.by_seed, [place - 0.22] * len(gain.by_seed), ".", color=color, markersize=4)
-            for condition, mark in zip(CONTROLS, ("|", "x"), strict=True):
-                if ("second", arm, condition) in group.figures:
-                    control = _gained(group, "second", arm, condition).interval.value
-                    label = condition if place == len(arms) - 1 else None
-                    axes.plot(control, place + 0.22, mark, color=GREY, markersize=6, label=label)
-        name_rows(axes, arms)
-        heading(axes, TITLES[name])
-    legend_outside(figure)
-    axes_of[-1].set_xlabel("gain of the second presentation beyond the base model's (nats/token; higher is better)")
-    save(figure, path, grid="x")
-
-
-def _plot_context(path: Path, groups: Mapping[str, Group], window: int) -> None:
-    """A panel for each group: what each arm saves against the base model, window by window."""
-    figure, axes_of = panels(len(groups), width=9.5, height=0.8 + 2.6 * len(groups))
-    for axes, (name, group) in zip(axes_of, groups.items(), strict=True):
-        base = group.windows["audio", BASE, ON]
-        rule(axes, y=0)
-        for place, arm in enumerate([arm for arm in group.arms() if arm != BASE], start=1):
-            for condition, dashes in ((ON, "-"), ("updates off", "--")):
-                if ("audio", arm, condition) in group.windows:
-                    saved = (base - group.windows["audio", arm, condition]).nanmean((0, 1))
-                    seconds = [(index + 0.5) * window / FRAME_RATE for index in range(len(saved))]
-                    label = arm if condition == ON else None
-                    axes.plot(seconds, saved, dashes, color=colors(place)["color"], label=label, linewidth=1.6)
-        heading(axes, f"{TITLES[name]}; dashed: updates off")
-        axes.set_ylabel("saved against base (nats/token)")
-    legend_outside(figure)
-    axes_of[-1].set_xlabel("position in the recording (s)")
-    save(figure, path)

@@ -1,112 +1,248 @@
-"""What the evaluations of all seeds say together. Intervals are over recordings, of means over seeds.
+"""What was measured, of all seeds together. Intervals are over recordings, of means over seeds.
 
-Shape legend: S seeds, R recordings, W windows.
+A seed's results are one file, ``seed_N.json``, with the losses of every arm, recording by recording.
+
+Shape legend: S seeds, R recordings.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.evaluation.statistics import Interval, bootstrap, mean_of_recordings
 from moshi_ttt.system.output_folder import METRICS
+from moshi_ttt.system.report.writer import to_json
+from study.choice import Candidate
 from study.jobs import StudyError
+from study.plan import LORA
+from study.stages import HOUR, TEST, VALIDATION, Study
 
 BASE, ON = "base", "updates on"
+PRESENTATIONS = {"first": 0, "second": 1, "third": 3}
+"""The place of each presentation of A in A, A, B, A."""
+WHOLE = 0
+"""The column of ``once`` with all buckets but the last; the buckets follow."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One figure of an arm under a condition: ``values [S, R, W]``, NaN where a recording has no such window."""
+    """One figure: ``values [S, R]``, NaN where a recording has none."""
 
     values: Tensor
 
     @property
     def interval(self) -> Interval:
-        """The mean over seeds, recordings and windows."""
-        return bootstrap(self.values.nanmean(0), mean_of_recordings)
+        """The mean over seeds and recordings; recordings without the figure are left out."""
+        means = self.values.nanmean(0)  # [R]
+        return bootstrap(means[~means.isnan()][:, None], mean_of_recordings)
 
     @property
     def by_seed(self) -> list[float]:
-        return [float(mean_of_recordings(values[None])[0]) for values in self.values]
+        return [float(values.nanmean()) for values in self.values]
 
     def minus(self, other: Measured) -> Measured:
         """The difference, recording by recording and seed by seed."""
         return Measured(self.values - other.values)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """One evaluation of every seed, on one group of recordings.
+def gather(study: Study, seed: int, choices: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The results of one seed: everything that its measurements wrote. Raises StudyError where one is missing.
+
+    Without ``choices``, those on validation recordings alone.
+    """
+    arms = {BASE: None, **{arm.name: arm for arm in study.arms}}
+    longer = {} if choices is None else {name: arms[name] for name in choices["arms"].values()}
+    groups: dict[str, Any] = {}
+    for group in study.groups(VALIDATION) if choices is None or seed == choices["seed"] else ():
+        groups[group] = {name: read_json(study.measured(seed, arm, group)) for name, arm in arms.items()}
+    for group in study.groups(TEST) if choices is not None else ():
+        groups[group] = {name: read_json(study.measured(seed, arm, group)) for name, arm in arms.items()}
+        for name, arm in longer.items():
+            assert arm is not None  # the base model is not chosen
+            if arm.beside_lora:
+                continue
+            groups[group][name]["lasting"] = _lasting(study.lasting(seed, arm, group, (1.0,)).result)
+    if choices is not None:
+        named = {BASE: None, **longer, **{arm.name: arm for arm in study.arms if arm.kind is None}}
+        groups[HOUR] = {name: read_json(study.measured(seed, arm, HOUR)) for name, arm in named.items()}
+    return {
+        "seed": seed,
+        "scale": {name: value for name, value in asdict(study.scale).items() if name != "seeds"},
+        "arms": {arm.name: {"kind": arm.kind, "beside_lora": arm.beside_lora} for arm in study.arms},
+        "choices": choices,
+        "groups": groups,
+    }
+
+
+def _lasting(folder: Path) -> list[dict[str, Any]]:
+    """What ``moshi-ttt evaluate recall --between`` wrote, without what the report does not need."""
+    names = ("volume", "clips_between", "seconds_between", "gain_by_recording", "saved_by_recording")
+    return [
+        {name: row[name] for name in (*names, "interludes_saved_by_recording")}
+        for row in read_json(folder / METRICS)["between"]
+    ]
+
+
+def write_seed(folder: Path, values: Mapping[str, Any]) -> Path:
+    """``folder/seed_N.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"seed_{values['seed']}.json"
+    with atomic_file(path) as temporary:
+        temporary.write_text(to_json(values) + "\n", encoding="utf-8")
+    return path
+
+
+class Results:
+    """The results of some seeds.
 
     Attributes:
-        figures: by (what, arm, condition); what is ``second`` or ``third``, for gains; ``loss, first`` and so on,
-            for the presentations themselves; or a stream's name.
-        parameters: of each arm.
-        windows: the same keys for streams, with all windows ``[S, R, W]``, those within attention's context too.
-        recordings: their names.
+        seeds: their numbers.
+        scale: its size, as in ``plan.Scale``.
+        choices: what was chosen, the same for all of them; empty before.
     """
 
-    figures: dict[tuple[str, str, str], Measured]
-    windows: dict[tuple[str, str, str], Tensor]
-    parameters: dict[str, int]
-    recordings: list[str]
+    def __init__(self, found: Sequence[Mapping[str, Any]]) -> None:
+        """Raises StudyError where seeds differ in what they measured, or in what was chosen."""
+        self._found = list(found)
+        self.seeds = [int(values["seed"]) for values in found]
+        self.scale: Mapping[str, Any] = found[0]["scale"]
+        self.choices: Mapping[str, Any] = found[0]["choices"] or {}
+        for values in found[1:]:
+            for name in ("choices", "scale", "arms"):
+                if values[name] != found[0][name]:
+                    raise StudyError(
+                        f"The results of seeds {self.seeds[0]} and {values['seed']} differ in their {name}: they are "
+                        "of two studies. Read results of one."
+                    )
 
-    def of(self, what: str, arm: str, condition: str = ON) -> Measured:
-        """Raises KeyError."""
-        return self.figures[what, arm, condition]
+    @classmethod
+    def read(cls, paths: Iterable[Path]) -> Results:
+        """Of files that ``write_seed`` wrote. Raises StudyError."""
+        return cls([read_json(path) for path in paths])
 
-    def arms(self) -> list[str]:
-        return list(dict.fromkeys(arm for _, arm, _ in self.figures))
+    def groups(self, names: Iterable[str]) -> list[str]:
+        """Those of ``names`` that were measured."""
+        return [name for name in names if name in self._found[0]["groups"]]
+
+    def arms(self, group: str) -> list[str]:
+        """In the order of the study, the base model first."""
+        return list(self._found[0]["groups"][group])
+
+    def recordings(self, group: str) -> list[str]:
+        return list(self._found[0]["groups"][group][BASE]["presented"])
+
+    def parameters(self, arm: str) -> int:
+        return next(int(each[arm]["parameters"]) for each in self._found[0]["groups"].values() if arm in each)
+
+    def volumes(self, group: str, arm: str, kind: str = "once") -> list[float]:
+        """At which an arm was measured with updates enabled, ascending."""
+        rows = self._found[0]["groups"][group].get(arm, {}).get(kind, [])
+        return sorted({float(row["volume"]) for row in rows if row.get("condition", ON) == ON})
+
+    def settings(self, group: str, arm: str) -> list[tuple[str, float]]:
+        """The conditions and volumes under which an arm was measured."""
+        return [(row["condition"], float(row["volume"])) for row in self._found[0]["groups"][group][arm]["once"]]
+
+    def reference(self, arm: str) -> str:
+        """What an arm is compared with: the LoRA alone where it has one beside its blocks, else the base model."""
+        return LORA if self._found[0]["arms"][arm]["beside_lora"] else BASE
+
+    def with_memory(self) -> list[str]:
+        """The arms that have blocks."""
+        return [name for name, about in self._found[0]["arms"].items() if about["kind"] is not None]
+
+    def once(self, group: str, arm: str, column: int, condition: str = ON, volume: float = 1.0) -> Measured:
+        """The audio loss of recordings played once, in a column of ``measures.once``; the last of joined ones."""
+        if column == len(self.scale["buckets"]):
+            return self._column(group, arm, "once", "last", None, condition, volume)
+        return self._column(group, arm, "once", "buckets", column, condition, volume)
+
+    def effect(
+        self, group: str, arm: str, other: str, column: int, condition: str = ON, volume: float = 1.0
+    ) -> Measured:
+        """What is saved against ``other`` on speech played once; below zero it is a cost."""
+        return self.once(group, other, column).minus(self.once(group, arm, column, condition, volume))
+
+    def presentation(self, group: str, arm: str, name: str, condition: str = ON, volume: float = 1.0) -> Measured:
+        """The audio loss of the ``first``, ``second`` or ``third`` presentation."""
+        return self._column(group, arm, "recall", "losses", PRESENTATIONS[name], condition, volume)
+
+    def gain(
+        self, group: str, arm: str, other: str, name: str = "second", condition: str = ON, volume: float = 1.0
+    ) -> Measured:
+        """What a later presentation saves against the first, beyond what it saves ``other``."""
+
+        def own(each: str, *setting: Any) -> Measured:
+            first, later = (self.presentation(group, each, which, *setting) for which in ("first", name))
+            return first.minus(later)
+
+        return own(arm, condition, volume).minus(own(other))
+
+    def longer(self, group: str, arm: str, kind: str, volume: float) -> list[dict[str, Any]]:
+        """The rows of ``held``, ``hour`` or ``lasting`` at a volume, those of the first seed first."""
+        return [
+            row for values in self._found for row in values["groups"][group][arm].get(kind, ())
+            if row["volume"] == volume
+        ]  # fmt: skip
+
+    def _column(
+        self, group: str, arm: str, kind: str, name: str, column: int | None, condition: str, volume: float
+    ) -> Measured:
+        """Raises KeyError where it was not measured."""
+        seeds = []
+        for values in self._found:
+            for row in values["groups"][group][arm][kind]:
+                if row["condition"] == condition and row["volume"] == volume:
+                    numbers = tensor(row[name])
+                    seeds.append(numbers if column is None else numbers[:, column])
+                    break
+            else:
+                raise KeyError((group, arm, kind, condition, volume))
+        return Measured(torch.stack(seeds))
 
 
-def read_group(folders: Sequence[Path]) -> Group:
-    """The evaluations of one kind on one group of recordings, a folder for each seed. Raises StudyError."""
-    found = [_read(folder) for folder in folders]
-    recordings = found[0]["recordings"]
-    for folder, values in zip(folders, found, strict=True):
-        if values["recordings"] != recordings:
-            raise StudyError(f"{folder} is about other recordings than {folders[0]}: delete both, and go on.")
-    figures: dict[tuple[str, str, str], list[Tensor]] = {}
-    windows: dict[tuple[str, str, str], list[Tensor]] = {}
-    for values in found:
-        for gain in values.get("gains", []):
-            key = (gain["hearing"], gain["subject"], gain["condition"])
-            figures.setdefault(key, []).append(gained := _tensor(gain["by_recording"])[:, None])
-            loss = _tensor(gain["loss_by_recording"])[:, None]
-            figures.setdefault((f"loss, {gain['hearing']}", *key[1:]), []).append(loss)
-            if gain["hearing"] == "second":
-                figures.setdefault(("loss, first", *key[1:]), []).append(loss + gained)
-        for curve in values.get("curves", []):
-            key = (curve["stream"], curve["subject"], curve["condition"])
-            by_window = _tensor(curve["by_recording"])
-            windows.setdefault(key, []).append(by_window)
-            first = values["figures_from_frame"] // values["window_frames"]
-            figures.setdefault(key, []).append(by_window[:, first:])
-    return Group(
-        figures={key: Measured(torch.stack(parts)) for key, parts in figures.items()},
-        windows={key: torch.stack(parts) for key, parts in windows.items()},
-        parameters={name: int(about["parameters"]) for name, about in found[0]["subjects"].items()},
-        recordings=recordings,
-    )  # fmt: skip
+def candidates(results: Results) -> dict[str, list[Candidate]]:
+    """Every arm that has blocks, at every volume, on the validation recordings."""
+    groups = results.groups(VALIDATION)
+    buckets = range(1, 1 + len(results.scale["buckets"]))
+    found: dict[str, list[Candidate]] = {}
+    for arm in results.with_memory():
+        other = results.reference(arm)
+        found[arm] = [
+            Candidate(
+                volume=volume,
+                recalls=tuple(
+                    results.gain(group, arm, other, volume=volume).interval.value for group in groups
+                ),
+                effects=tuple(
+                    tuple(results.effect(group, arm, other, each, volume=volume).interval.value for each in buckets)
+                    for group in groups
+                ),
+            )
+            for volume in results.volumes(groups[0], arm)
+        ]  # fmt: skip
+    return found
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StudyError(f"{folder} holds no evaluation ({error}). Delete it, and go on.") from None
-    return values
-
-
-def _tensor(rows: list[Any]) -> Tensor:
+def tensor(rows: Sequence[Any]) -> Tensor:
+    """Numbers in lists as float64; NaN for None."""
     if rows and isinstance(rows[0], list):
-        return torch.stack([_tensor(row) for row in rows])
+        return torch.stack([tensor(row) for row in rows])
     return torch.tensor([math.nan if value is None else value for value in rows], dtype=torch.float64)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path} holds no results ({error}). Delete it, and run the same command again.") from None
+    return values

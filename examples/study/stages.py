@@ -1,11 +1,12 @@
 """The study, stage by stage, each by commands that users have: what is there already is not made again.
 
-OUT/encoded/{train,valid,test,unseen}   tokens of the recordings; unseen: voices that nothing is trained on
-OUT/twice, OUT/shuffled/{train,valid}   clips presented twice, in order and in random order
+OUT/encoded/{train,valid,valid_unseen,test,test_unseen}   tokens of the recordings; nothing is trained on unseen voices
+OUT/twice/train, OUT/shuffled/train     clips presented twice, in order and in random order
 OUT/seed_0/base                         a small Moshi with a short attention, trained on the same recordings
-OUT/seed_0/NAME/0, 1, ...               each arm's candidates; those of the first seed decide
-OUT/choices.json                        which candidate was best on the validation recordings
-OUT/seed_0/{recall,context}_{test,unseen}, OUT/ablations   evaluations
+OUT/seed_0/NAME                         the training run of each arm
+OUT/seed_0/measured/GROUP/NAME.json     what was measured of it; GROUP is a name in encoded
+OUT/seed_0/lasting/GROUP/NAME           how long it lasts
+OUT/choices.json                        the volume of each arm, by the validation recordings of the first seed
 """
 
 from __future__ import annotations
@@ -14,20 +15,28 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
 from moshi_ttt.core.atomic import atomic_file
+from moshi_ttt.evaluation.models import CONDITIONS
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm, tiny_config
-from moshi_ttt.training.logs import METRICS
 from study.jobs import Job, StudyError, run_jobs
 from study.material import presented_twice, shuffled_twice
-from study.plan import MODEL, REFERENCES, Arm, Scale
+from study.measure import Task
+from study.plan import MODEL, Arm, Scale
 
 CONFIG = "train-cpu"
 SPLITS = ("train", "valid", "test")
-GROUPS = ("test", "unseen")
-"""What is reported on: other recordings of the voices that were trained on; and voices that were not."""
+VALIDATION = ("valid", "valid_unseen")
+TEST = ("test", "test_unseen")
+"""Groups of recordings: voices that were trained on, other recordings of them; and voices that were not."""
+HOUR = "hour"
+"""All of them, for one long stream."""
+ALONE = ("updates on", 1.0)
+"""The one setting of a model without a memory."""
+MEASURE = (str(Path(__file__).with_name("run_measure.py")),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +44,19 @@ class Study:
     """Where everything is, and how large.
 
     Attributes:
-        known, unseen: folders with train.jsonl, valid.jsonl and test.jsonl; of the unseen all are for testing.
+        known: folders with train.jsonl, valid.jsonl and test.jsonl.
+        unseen_valid, unseen: the same, of voices that nothing is trained on; all of them are for validation, and for
+            testing.
         at_once: commands run at a time.
         threads: processor threads of each; see ``run_jobs``.
     """
 
     out: Path
     known: tuple[Path, ...]
+    unseen_valid: tuple[Path, ...]
     unseen: tuple[Path, ...]
     scale: Scale
     arms: tuple[Arm, ...]
-    ablations: tuple[Arm, ...]
     at_once: int
     say: Callable[[str], None]
     threads: int | None = None
@@ -55,7 +66,8 @@ class Study:
     def manifests(self) -> dict[str, list[Path]]:
         """What each split is made of. Raises StudyError when some of it is not there."""
         sources = {split: [folder / f"{split}.jsonl" for folder in self.known] for split in SPLITS}
-        sources["unseen"] = [folder / f"{split}.jsonl" for folder in self.unseen for split in SPLITS]
+        for name, folders in zip(("valid_unseen", "test_unseen"), (self.unseen_valid, self.unseen), strict=True):
+            sources[name] = [folder / f"{split}.jsonl" for folder in folders for split in SPLITS]
         if missing := [str(path) for paths in sources.values() for path in paths if not path.is_file()]:
             raise StudyError(
                 f"There is no {', '.join(missing)}. scripts/fetch_speech.py makes such folders; `make study` calls it."
@@ -77,25 +89,19 @@ class Study:
             )
             for name, paths in sources.items() if paths
         )  # fmt: skip
-        for split in SPLITS[:2]:
-            step = self.scale.clip // 2 if split == "train" else self.scale.clip
-            shape = {"frames": self.scale.clip, "step": step}
-            if not (place := self.out / "twice" / split).exists():
-                presented_twice(self.encoded(split), place, **shape)
-            if not (place := self.out / "shuffled" / split).exists():
-                shuffled_twice(self.encoded(split), place, **shape, seed=0)
+        shape = {"frames": self.scale.clip, "step": self.scale.clip // 2}
+        if not (place := self.out / "twice" / "train").exists():
+            presented_twice(self.encoded("train"), place, **shape)
+        if not (place := self.out / "shuffled" / "train").exists():
+            shuffled_twice(self.encoded("train"), place, **shape, seed=0)
 
     def encoded(self, name: str) -> Path:
         return self.out / "encoded" / name
 
     def training_material(self) -> str:
-        """Clips presented twice, shuffled ones twice as often as others, and a recording to every fifty of them."""
-        weights = {"shuffled": 0.6, "twice": 0.3, "encoded": 0.02}
+        """Clips presented twice, two thirds of them shuffled; and whole recordings, about half of all segments."""
+        weights = {"shuffled": 0.4, "twice": 0.2, "encoded": 0.1}
         return ",".join(f"{self.out / kind / 'train'}:{weight}" for kind, weight in weights.items())
-
-    def validation_material(self) -> str:
-        """Clips presented twice, and as many shuffled ones."""
-        return ",".join(str(self.out / kind / "valid") for kind in ("shuffled", "twice"))
 
     # ---- what is trained
 
@@ -131,119 +137,126 @@ class Study:
                     config, f"moshi_paths.moshi_path={self.random_weights(seed)}", "ttt=[]", "full_finetuning=true",
                     "save_adapters=false", "carry_state=false", "optim.lr=3e-3",
                     f"data.train_data={self.encoded('train')}",
-                    f"data.eval_data={self.encoded('valid')}",
                 ),
             )
             for seed in self.scale.seeds
         )  # fmt: skip
 
-    def tune(self) -> None:
-        """Every candidate of every arm, with the first seed; the choices are kept."""
-        first = self.scale.seeds[0]
-        self._run(
-            self.arm_job(arm, first, number)
-            for arm in self.arms for number in range(len(arm.candidates))
-        )  # fmt: skip
-        losses = {
-            arm.name: [self.validation_loss(arm, first, number) for number in range(len(arm.candidates))]
-            for arm in self.arms
-        }
-        chosen = {name: tried.index(min(tried)) for name, tried in losses.items()}
-        with atomic_file(self.out / "choices.json") as temporary:
-            temporary.write_text(json.dumps({"chosen": chosen, "validation_loss": losses}, indent=1), encoding="utf-8")
-
     def train_arms(self) -> None:
-        """The chosen candidates with every seed."""
-        self._run(
-            self.arm_job(arm, seed, self.chosen(arm))
-            for seed in self.scale.seeds for arm in self.arms
-        )  # fmt: skip
-
-    def train_ablations(self) -> None:
-        """Each with the first seed."""
-        self._run(self.arm_job(arm, self.scale.seeds[0], 0) for arm in self.ablations)
-
-    def chosen(self, arm: Arm) -> int:
-        """The number of an arm's candidate; an ablation has one."""
-        if len(arm.candidates) == 1:
-            return 0
-        choices = json.loads((self.out / "choices.json").read_text(encoding="utf-8"))
-        return int(choices["chosen"][arm.name])
+        """Every arm with every seed, a seed after the other."""
+        self._run(self.arm_job(arm, seed) for seed in self.scale.seeds for arm in self.arms)
 
     def base(self, seed: int) -> Path:
         return self.out / f"seed_{seed}" / "base"
 
-    def run_dir(self, arm: Arm, seed: int, number: int) -> Path:
-        return self.out / f"seed_{seed}" / arm.folder / str(number)
+    def run_dir(self, arm: Arm, seed: int) -> Path:
+        return self.out / f"seed_{seed}" / arm.folder
 
     def checkpoint(self, run_dir: Path, steps: int) -> Path:
         return run_dir / "checkpoints" / f"checkpoint_{steps:06d}"
 
-    def arm_job(self, arm: Arm, seed: int, number: int) -> Job:
+    def arm_job(self, arm: Arm, seed: int) -> Job:
         """Training of an arm on the base model of its seed."""
         files = self.checkpoint(self.base(seed), self.scale.base_steps) / "consolidated"
         changes = (
             f"moshi_paths.config_path={files / 'config.json'}",
             f"moshi_paths.moshi_path={files / 'consolidated.safetensors'}", "carry_state=true",
-            f"data.train_data={self.training_material()}", f"data.eval_data={self.validation_material()}",
-            *arm.changes, *arm.candidates[number],
+            f"data.train_data={self.training_material()}", *arm.changes,
         )  # fmt: skip
-        name = f"{arm.name}, seed {seed}, candidate {number}"
-        return self._training(name, self.run_dir(arm, seed, number), seed, self.scale.steps, changes)
+        name = f"{arm.name}, seed {seed}"
+        return self._training(name, self.run_dir(arm, seed), seed, self.scale.steps, changes)
 
     def _training(self, name: str, run_dir: Path, seed: int, steps: int, changes: Sequence[str]) -> Job:
         common = (
-            f"run_dir={run_dir}", "resume=true", f"seed={seed}", f"max_steps={steps}", "eval_freq=0",
+            f"run_dir={run_dir}", "resume=true", f"seed={seed}", f"max_steps={steps}", "do_eval=false",
             f"ckpt_freq={max(1, steps // 3)}", "num_ckpt_keep=1", f"batch_size={self.scale.batch}",
             f"duration_sec={self.scale.segment_seconds}", "data.transcripts=optional", "device=cpu",
         )  # fmt: skip
-        # The last thing a training does is to evaluate and to write its last checkpoint, which is then whole.
+        # The last thing a training does is to write its last checkpoint, which is then whole.
         return Job(
             name=f"train {name}", arguments=("train", CONFIG, *common, *changes), result=self.checkpoint(run_dir, steps)
         )
 
-    def validation_loss(self, arm: Arm, seed: int, number: int) -> float:
-        """Nats per audio token of the validation material, after the last step."""
-        lines = (self.run_dir(arm, seed, number) / METRICS).read_text(encoding="utf-8").splitlines()
-        losses = [record["nats_audio"] for line in lines if (record := json.loads(line))["kind"] == "eval"]
-        return float(losses[-1])
+    # ---- what is measured
 
-    # ---- what comes of it
+    def groups(self, names: Sequence[str]) -> list[str]:
+        """Those of ``names`` that there are recordings of."""
+        return [name for name in names if self.encoded(name).exists()]
 
-    def evaluate(self) -> None:
-        """Recall and loss by position of the chosen arms of each seed, once, on recordings not used so far."""
-        groups = [group for group in GROUPS if self.encoded(group).exists()]
+    def validate(self) -> None:
+        """The first seed on the validation recordings, at every volume."""
+        controls = [("updates off", 1.0), ("memory of another", 1.0)]
+        settings = [("updates on", volume) for volume in self.scale.volumes]
+        seed = self.scale.seeds[0]
         self._run(
-            self._evaluation(
-                kind, seed, {each: self.chosen(each) for each in self.arms}, group,
-                self.out / f"seed_{seed}" / f"{kind}_{group}",
-            )
-            for seed in self.scale.seeds for group in groups for kind in ("recall", "context")
+            self.measuring(seed, arm, group, [*settings, *controls] if arm is not None and arm.kind else [ALONE])
+            for arm in (None, *self.arms) for group in self.groups(VALIDATION)
         )  # fmt: skip
 
-    def evaluate_ablations(self) -> None:
-        """Recall on the validation recordings, of the ablations and of what they change, with the first seed."""
-        if self.ablations:
-            references = [arm for arm in REFERENCES if arm in self.arms]
-            compared = dict.fromkeys([*references, *self.ablations], 0)
-            self._run([self._evaluation("recall", self.scale.seeds[0], compared, "valid", self.out / "ablations")])
+    def test(self, choices: Mapping[str, Any]) -> None:
+        """Every seed on the test recordings: each arm at its volume and at 1, then the chosen arms for longer."""
+        chosen = set(choices["arms"].values())
+        jobs, later = [], []
+        for seed in self.scale.seeds:
+            for arm in (None, *self.arms):
+                memory = arm is not None and arm.kind is not None
+                volume = float(choices["volumes"][arm.name]) if arm is not None and memory else 1.0
+                longer = arm is None or arm.name in chosen
+                settings = self._test_settings(volume, every=longer) if memory else [ALONE]
+                kinds = ("once", "recall", "held") if longer else ("once", "recall")
+                volumes = (volume,) if arm is None or arm.beside_lora else tuple(sorted({volume, 1.0}))
+                jobs += [self.measuring(seed, arm, group, settings, kinds, volumes) for group in self.groups(TEST)]
+                if longer or (arm is not None and not memory):
+                    later.append(self.measuring(seed, arm, HOUR, [], ("hour",), volumes))
+                if arm is not None and longer and not arm.beside_lora:
+                    later += [self.lasting(seed, arm, group, (volume,)) for group in self.groups(TEST)]
+        self._run([*jobs, *later])
 
-    def _evaluation(self, kind: str, seed: int, compared: Mapping[Arm, int], group: str, place: Path) -> Job:
-        """Of arms and the number of a candidate of each."""
-        run_dirs = {arm: self.run_dir(arm, seed, number) for arm, number in compared.items()}
-        adapters: list[str] = []
-        for arm, run_dir in run_dirs.items():
-            adapters += ["-a", f"{arm.name}={self.checkpoint(run_dir, self.scale.steps)}"]
-        config = next(reversed(run_dirs.values())) / "args.yaml"  # of any of them: they share the base model
-        options = {
-            "recall": ("recall", "--frames", str(self.scale.clip), "--clips", str(self.scale.clips)),
-            "context": ("long-context", "--segments", str(self.scale.segment), "--window", str(self.scale.window)),
-        }  # fmt: skip
+    def _test_settings(self, volume: float, *, every: bool) -> list[tuple[str, float]]:
+        """All conditions at a volume, the controls at 1 as well; where ``every``, updates enabled at every volume."""
+        settings = [(condition, volume) for condition in CONDITIONS]
+        settings += [(condition, 1.0) for condition in CONDITIONS if condition != "memory reset"]
+        settings += [(CONDITIONS[0], each) for each in (self.scale.volumes if every else ())]
+        return list(dict.fromkeys(settings))
+
+    def measured(self, seed: int, arm: Arm | None, group: str) -> Path:
+        """The file of ``measuring``; the base model is no arm."""
+        name = "base" if arm is None else arm.folder
+        return self.out / f"seed_{seed}" / "measured" / group / f"{name}.json"
+
+    def measuring(
+        self, seed: int, arm: Arm | None, group: str, settings: Sequence[tuple[str, float]],
+        kinds: Sequence[str] = ("once", "recall"), longer: Sequence[float] = (),
+    ) -> Job:  # fmt: skip
+        """Of one arm, or of the base model, on one group; ``measure.Task`` says what the arguments are.
+
+        The long stream is made of the test recordings and of the validation recordings.
+        """
+        scale, out = self.scale, self.measured(seed, arm, group)
+        names = self.groups((*TEST, *VALIDATION)) if group == HOUR else [group]
+        task = Task(
+            config=str(self.run_dir(arm or self.arms[0], seed) / "args.yaml"),
+            data=",".join(str(self.encoded(name)) for name in names),
+            name="base" if arm is None else arm.name,
+            adapter=None if arm is None else str(self.checkpoint(self.run_dir(arm, seed), scale.steps)),
+            settings=settings, kinds=kinds, longer=longer, frames=scale.clip, clips=scale.clips, least=scale.least,
+            buckets=scale.buckets, held=scale.held, hour=scale.hour, out=str(out),
+        )  # fmt: skip
         return Job(
-            name=f"evaluate {kind} {group}, seed {seed}",
+            name=f"measure {task.name}, {group}, seed {seed}", arguments=(task.text,), result=out, program=MEASURE
+        )
+
+    def lasting(self, seed: int, arm: Arm, group: str, volumes: Sequence[float]) -> Job:
+        """How long an arm's memory of a clip lasts while clips of training recordings are played."""
+        place = self.out / f"seed_{seed}" / "lasting" / group / arm.folder
+        run_dir = self.run_dir(arm, seed)
+        return Job(
+            name=f"lasting {arm.name}, {group}, seed {seed}",
             arguments=(
-                "evaluate", *options[kind], str(config), "--data", str(self.encoded(group)), *adapters,
-                "--batch-size", "64", "--out", str(place),
+                "evaluate", "recall", str(run_dir / "args.yaml"), "--data", str(self.encoded(group)),
+                "-a", f"{arm.name}={self.checkpoint(run_dir, self.scale.steps)}", "--frames", str(self.scale.clip),
+                "--between", ",".join(map(str, self.scale.between)), "--interludes", str(self.encoded("train")),
+                "--volume", ",".join(f"{volume:g}" for volume in volumes), "--batch-size", "64", "--out", str(place),
             ),
             result=place,
         )  # fmt: skip

@@ -21,7 +21,18 @@ def program(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_its_help_lists_its_options(tmp_path):
     done = program(tmp_path, "--help")
     assert done.returncode == 0, done.stderr
-    for option in ("--jobs", "--known", "--out", "--smoke", "--threads", "--unseen"):
+    for option in (
+        "--jobs",
+        "--known",
+        "--out",
+        "--results",
+        "--seed",
+        "--smoke",
+        "--stage",
+        "--threads",
+        "--unseen",
+        "--unseen-valid",
+    ):
         assert option in done.stdout
 
 

@@ -23,6 +23,13 @@ def test_jobs_run_and_leave_their_logs(tmp_path, said):
     assert "moshi-ttt" in (tmp_path / "logs" / "a.log").read_text()
 
 
+def test_a_job_may_run_another_program(tmp_path, said):
+    result = tmp_path / "written"
+    program = ("-c", f"import pathlib, sys; pathlib.Path({str(result)!r}).write_text(sys.argv[1])")
+    run_jobs([Job(name="a", arguments=("text",), result=result, program=program)], tmp_path, at_once=1, say=said.append)
+    assert result.read_text() == "text"
+
+
 def test_a_job_that_is_done_is_not_run(tmp_path, said):
     done = Job(name="done", arguments=("no-such-command",), result=tmp_path)
     run_jobs([done], tmp_path / "logs", at_once=1, say=said.append)
