@@ -29,6 +29,7 @@ from moshi_ttt.plugins.hybrid.layer import HybridLayer, gated_output, inner_inpu
 from moshi_ttt.plugins.hybrid.objective import InnerNorm
 from moshi_ttt.plugins.hybrid.parameters import HybridParameters
 from moshi_ttt.plugins.hybrid.recurrent import recurrent_inner_loop
+from moshi_ttt.plugins.hybrid.triton.step import triton_inner_loop, triton_step
 
 CACHES = ("query_cache", "key_cache")
 """State of the short convolutions."""
@@ -42,6 +43,7 @@ class HybridBlock(HybridParameters):
     """
 
     _compiled_step = False
+    _triton_step = False
 
     scales_inner_lr = True
     scales_output = True
@@ -166,6 +168,9 @@ class HybridBlock(HybridParameters):
             return super().step(x, state, context)
         self._check_call(tokens, state, context)
         with self._without_autocast(tokens):
+            if self._triton_step and self.config.conv_kernel is None:
+                y = self._fused_step(tokens, state, context)
+                return self.info.format.from_tokens(y, x)
             layer = self.layer(context=context)
             caches = [state[name] for name in CACHES if name in state]
             position = state["position"][:, None]  # [B] -> [B, 1]
@@ -174,10 +179,21 @@ class HybridBlock(HybridParameters):
             masks = context.exec_mask, context.updates_mask(tokens)
             if self._compiled_step and isinstance(norm, InnerNorm):
                 y = compiled_inner_loop(given, state, norm, scale, *masks)
+            elif self._triton_step and isinstance(norm, InnerNorm):
+                y = triton_inner_loop(given, state, norm, scale, *masks)
             else:
                 y = recurrent_inner_loop(given, state, norm, scale, masks[0], self.update_rule(), masks[1])
             y = gated_output(tokens, y, layer, self.volume_in(context))
         return self.info.format.from_tokens(y, x)
+
+    def _fused_step(self, x: Tensor, state: BlockState, context: BlockContext) -> Tensor:
+        """The step of ``x [B, 1, D]`` by Triton kernels."""
+        if not self.needs_input_embeddings:
+            return triton_step(self, x, x, None, state, context)
+        source = context.input_embeddings
+        assert source is not None
+        finite = self._finite(x) & self._finite(source)  # [B, 1]
+        return triton_step(self, x, self._value_source(source), finite, state, context)
 
     def compile_step(self) -> None:
         if (reason := compiled.why_not(self.config, self.info.device, self.roles.state)) is not None:

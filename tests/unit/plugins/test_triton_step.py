@@ -1,0 +1,132 @@
+"""The Triton kernels of a streamed step, in Triton's interpreter: outputs and state are those of tensor operations."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from moshi_ttt.core.errors import ContextError
+from moshi_ttt.core.precision import FP32, FP32_STATE, UNIFORM
+from moshi_ttt.core.testing.case import default_cases
+from moshi_ttt.plugins.hybrid.triton import step
+from tests.project import ROOT
+
+CASES = {
+    "linear": 1e-6, "mlp": 1e-6, "mlp, odd sizes": 1e-6, "mlp, embeddings, one gate, bfloat16": 5e-2,
+    "mlp, convolution": 1e-6, "three layers": 1e-6,
+}  # fmt: skip
+"""Case of the worker -> the largest error. A product of the host's dtype may round by an ulp of bfloat16 otherwise."""
+SLOW = ("linear, chunk 16", "mlp, chunk 16", "four layers, odd sizes")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="torch came without Triton here")
+
+
+def run_worker(*cases: str) -> dict[str, dict[str, float]]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.unit.plugins.triton_step_worker", *cases]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found():
+    return run_worker(*CASES)
+
+
+def check(errors: dict[str, float], limit: float, skipped: float) -> None:
+    exact = ("masked rows that changed", "buffers that moved", "what a stranger changed")
+    assert {name: errors.pop(name, 0.0) for name in exact} == dict.fromkeys(exact, 0.0)
+    assert errors.pop("updates that were skipped") == skipped
+    assert len(errors) >= 8 and max(errors.values()) <= limit, errors
+
+
+@needs_triton
+@pytest.mark.parametrize("case", CASES)
+def test_every_step_is_that_of_tensor_operations(found, case):
+    """Rows out of step, masks, updates that are disabled, volumes, tokens that are not finite, a reset, poison."""
+    check(found[case], CASES[case], 2.0)
+
+
+@needs_triton
+@pytest.mark.exhaustive  # a longer chunk and a fourth layer run the kernels of the cases above
+@pytest.mark.parametrize("case", SLOW)
+def test_longer_chunks_and_more_layers(case):
+    check(run_worker(case)[case], 1e-6, 1.0 if "chunk" in case else 2.0)
+
+
+@needs_triton
+@pytest.mark.parametrize(("case", "kernels"), [("linear", 6), ("mlp", 6), ("three layers", 9)])
+def test_launches_of_a_step(found, case, kernels):
+    """With frozen parameters: the kernels, and the four projections by torch."""
+    assert found[f"launches of {case}"] == {"kernels": kernels, "of torch": 4}
+
+
+@needs_triton
+@pytest.mark.parametrize("case", ["linear", "mlp"])
+def test_the_inner_loop_alone(found, case):
+    assert found[f"given tokens, {case}"]["error"] <= 1e-6
+
+
+def reason(options=None, device="cuda", policy=FP32_STATE, dtype=torch.bfloat16, widths=(128, 512, 128)):
+    config = default_cases("ttt_mlp", [options or {}])[0].config
+    return step.why_not(config, torch.device(device), policy.roles(dtype), widths)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"device": "cpu"}, "it is on the CPU"),
+        ({"device": "meta"}, "it is on meta"),
+        ({"policy": UNIFORM}, r"policy 'uniform' computes in state torch\.bfloat16, compute torch\.bfloat16"),
+        ({"policy": FP32, "dtype": torch.float64}, r"computes in state torch\.float64"),
+        ({"options": {"momentum": 0.9}}, r"it has momentum: 0\.9"),
+        ({"options": {"inner_steps": 2}}, "it has inner_steps: 2"),
+        ({"options": {"inner_norm": False}}, "it has inner_norm: False"),
+        ({"options": {"causal": False}}, "it has causal: False"),
+        ({"options": {"chunk": 2048}}, "its chunk is 2048; the kernels take chunks up to 1024"),
+        ({"widths": (512, 512)}, "widths 512, 512; the kernels take heads up to 256"),
+        ({"widths": (128, 8192, 128)}, "hidden layers up to 4096"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_do_not_compute_is_refused_with_the_reason(given, said, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(AssertionError, match=said):
+        raise AssertionError(reason(**given))
+
+
+@needs_triton
+def test_what_they_compute_is_not_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert reason() is None
+    assert reason(policy=FP32, dtype=torch.float16) is None
+
+
+@needs_triton
+def test_an_old_card_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    assert "a card is older than" in reason()
+
+
+def test_without_triton_the_reason_says_so(monkeypatch):
+    monkeypatch.setattr(step, "find_spec", lambda name: None)
+    assert "Triton is not installed" in reason()
+
+
+def test_a_state_of_another_shape_is_refused():
+    case = default_cases("ttt_mlp", [{"chunk": 4}])[1]
+    state = case.block().allocate_state(2)
+    q = torch.zeros(2, 1, case.shape.heads, case.shape.dim // case.shape.heads)
+    step.check_parts(state, q, 4)
+    state["gradient.0"] = state["gradient.0"][:, :, :3].contiguous()
+    with pytest.raises(ContextError, match=r"'gradient\.0' has shape .*Take the state from the block's allocate_state"):
+        step.check_parts(state, q, 4)
