@@ -85,7 +85,7 @@ def add_next_parts(
 @triton.jit
 def back_through(g, G, W, unit, F: tl.constexpr, OUT: tl.constexpr, BO: tl.constexpr, GIVEN: tl.constexpr):
     """Elements ``unit [S]`` of W g, for ``W [F, OUT]`` and g in ``G [OUT]``; ``GIVEN``: it is ``g [BO]``."""
-    total = tl.zeros_like(unit).to(tl.float32)
+    total = unit.to(tl.float32) * 0
     for start in range(0, OUT, BO):
         out = start + tl.arange(0, BO)
         inside = (unit < F)[:, None] & (out < OUT)[None, :]  # [S, BO]
@@ -135,8 +135,9 @@ def descend_columns(
     w, total = tl.load(W + place, mask=inside, other=0.0), g
     w -= (scale * vector(INPUT + (C - 1) * D, column, D))[:, None] * g[None, :]
     for t in tl.range(0, C - 1, loop_unroll_factor=4):
-        now = vector(G + t * F, unit, F)
-        w -= (scale * vector(INPUT + t * D, column, D))[:, None] * now[None, :]
+        x = tl.load(INPUT + t * D + column, mask=column < D, other=0.0)
+        now = tl.load(G + t * F + unit, mask=unit < F, other=0.0)
+        w -= (scale * x)[:, None] * now[None, :]
         total += now
     tl.store(W + place, w, mask=inside)
     tl.store(B + unit, vector(B, unit, F) - scale * total, mask=unit < F)
@@ -145,9 +146,9 @@ def descend_columns(
 @triton.jit
 def descend_bias(B, G, scale, unit, F: tl.constexpr, C: tl.constexpr):
     """Elements ``unit [S]`` of ``B [F]`` after a chunk with gradients ``G [C, F]``, in place."""
-    total = tl.zeros_like(unit).to(tl.float32)
+    total = unit.to(tl.float32) * 0
     for t in tl.range(0, C, loop_unroll_factor=4):
-        total += vector(G + t * F, unit, F)
+        total += tl.load(G + t * F + unit, mask=unit < F, other=0.0)
     tl.store(B + unit, vector(B, unit, F) - scale * total, mask=unit < F)
 
 
@@ -171,13 +172,15 @@ def descend_rows(
             now = vector(G + (C - 1) * OUT, out, OUT)
         w -= (scale * vector(INPUT + (C - 1) * F, unit, F))[:, None] * now[None, :]
         for t in tl.range(0, C - 1, loop_unroll_factor=4):
-            x = scale * vector(INPUT + t * F, unit, F)
-            w -= x[:, None] * vector(G + t * OUT, out, OUT)[None, :]
+            x = tl.load(INPUT + t * F + unit, mask=unit < F, other=0.0)
+            gradient = tl.load(G + t * OUT + out, mask=out < OUT, other=0.0)
+            w -= (scale * x)[:, None] * gradient[None, :]
         tl.store(W + place, w, mask=inside)
 
 
 @triton.jit
 def clear(POINTER, index, SIZE: tl.constexpr, C: tl.constexpr):
     """Zero at ``index [n]`` of every slot of ``POINTER [C, SIZE]``."""
+    zero = index.to(tl.float32) * 0
     for t in range(C):
-        tl.store(POINTER + t * SIZE + index, tl.zeros_like(index).to(tl.float32), mask=index < SIZE)
+        tl.store(POINTER + t * SIZE + index, zero, mask=index < SIZE)

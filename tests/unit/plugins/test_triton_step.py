@@ -17,12 +17,8 @@ from moshi_ttt.core.testing.case import default_cases
 from moshi_ttt.plugins.hybrid.triton import step
 from tests.project import ROOT
 
-CASES = {
-    "linear": 1e-6, "mlp": 1e-6, "mlp, odd sizes": 1e-6, "mlp, embeddings, one gate, bfloat16": 5e-2,
-    "mlp, convolution": 1e-6, "three layers": 1e-6,
-}  # fmt: skip
-"""Case of the worker -> the largest error. A product of the host's dtype may round by an ulp of bfloat16 otherwise."""
-SLOW = ("linear, chunk 16", "mlp, chunk 16", "four layers, odd sizes")
+CASES = ("linear", "mlp", "mlp, odd sizes", "mlp, embeddings, one gate, bfloat16", "linear, convolution", "three layers")
+SLOW = ("linear, chunk 16", "mlp, chunk 16", "mlp, chunk 40", "four layers, odd sizes")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="torch came without Triton here")
 
 
@@ -39,7 +35,7 @@ def found():
     return run_worker(*CASES)
 
 
-def check(errors: dict[str, float], limit: float, skipped: float) -> None:
+def check(errors: dict[str, float], skipped: float, limit: float = 1e-5) -> None:
     exact = ("masked rows that changed", "buffers that moved", "what a stranger changed")
     assert {name: errors.pop(name, 0.0) for name in exact} == dict.fromkeys(exact, 0.0)
     assert errors.pop("updates that were skipped") == skipped
@@ -50,14 +46,15 @@ def check(errors: dict[str, float], limit: float, skipped: float) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_every_step_is_that_of_tensor_operations(found, case):
     """Rows out of step, masks, updates that are disabled, volumes, tokens that are not finite, a reset, poison."""
-    check(found[case], CASES[case], 2.0)
+    limit = 2e-2 if "bfloat16" in case else 1e-5  # a projection may round to another number of the host's dtype
+    check(found[case], 1.0 if case == "mlp, odd sizes" else 2.0, limit)
 
 
 @needs_triton
 @pytest.mark.exhaustive  # a longer chunk and a fourth layer run the kernels of the cases above
 @pytest.mark.parametrize("case", SLOW)
 def test_longer_chunks_and_more_layers(case):
-    check(run_worker(case)[case], 1e-6, 1.0 if "chunk" in case else 2.0)
+    check(run_worker(case)[case], 1.0 if case in ("linear, chunk 16", "mlp, chunk 40") else 2.0)
 
 
 @needs_triton
@@ -68,9 +65,8 @@ def test_launches_of_a_step(found, case, kernels):
 
 
 @needs_triton
-@pytest.mark.parametrize("case", ["linear", "mlp"])
-def test_the_inner_loop_alone(found, case):
-    assert found[f"given tokens, {case}"]["error"] <= 1e-6
+def test_the_inner_loop_alone(found):
+    assert found["given tokens, mlp"]["error"] <= 1e-5
 
 
 def reason(options=None, device="cuda", policy=FP32_STATE, dtype=torch.bfloat16, widths=(128, 512, 128)):
