@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.errors import BackendError
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -44,7 +44,7 @@ class NativeLibrary:
         """Load it, from the cache folder or built now (10 to 40 s).
 
         Raises:
-            ConfigError: it cannot be built or kept here.
+            BackendError: it cannot be built or kept here.
         """
         library = _cache() / self.version() / f"{self.name}.so"
         try:
@@ -52,7 +52,7 @@ class NativeLibrary:
                 self._build(library)
             torch.ops.load_library(library)
         except OSError as error:
-            raise ConfigError(
+            raise BackendError(
                 f"{self.what} cannot be built: {error}. It needs a C++ compiler, g++ or the one that CXX names, and a "
                 f"folder to keep it, {library.parent} (XDG_CACHE_HOME moves it). {self.otherwise}"
             ) from error

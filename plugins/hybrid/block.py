@@ -15,35 +15,28 @@ import torch
 from torch import Tensor, nn
 
 from moshi_ttt.core.block import BlockContext
-from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.core.state_ranges import StateRange
 from moshi_ttt.plugins.common.finite import below, largest_factor
 from moshi_ttt.plugins.common.normalization import rms_normalize
 from moshi_ttt.plugins.common.short_conv import Convolutions, empty_cache
-from moshi_ttt.plugins.hybrid import compiled, diagnostics, inner_loop
+from moshi_ttt.plugins.hybrid import diagnostics, inner_loop
 from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
-from moshi_ttt.plugins.hybrid.compiled import compiled_inner_loop
 from moshi_ttt.plugins.hybrid.derivatives import differentiable_again
 from moshi_ttt.plugins.hybrid.layer import HybridLayer, gated_output, inner_inputs, objective
-from moshi_ttt.plugins.hybrid.objective import InnerNorm
-from moshi_ttt.plugins.hybrid.parameters import HybridParameters
-from moshi_ttt.plugins.hybrid.recurrent import recurrent_inner_loop
-from moshi_ttt.plugins.hybrid.triton.step import triton_inner_loop, triton_step
+from moshi_ttt.plugins.hybrid.triton.step import TritonStep
+from moshi_ttt.plugins.hybrid.with_backends import BlockWithBackends
 
 CACHES = ("query_cache", "key_cache")
 """State of the short convolutions."""
 
 
-class HybridBlock(HybridParameters):
+class HybridBlock(BlockWithBackends):
     """The hybrid layer as a block: its state, a call of any length, a streamed step, and its diagnostics.
 
     A subclass gives the widths of the fast network's layers (``widths``). A token that is not finite, or too large, is
     left out with the update of its whole chunk.
     """
-
-    _compiled_step = False
-    _triton_step = False
 
     scales_inner_lr = True
     scales_output = True
@@ -143,7 +136,8 @@ class HybridBlock(HybridParameters):
         else:
             position = context.coordinates[None]  # [T, A] -> [1, T, A]
         caches = [state[name] for name in CACHES if name in state]
-        y, after = chunk_inner_loop(
+        run = chunk_inner_loop if exact else self._train_run(x.device)
+        y, after = run(
             self._tokens(x, position, layer, context, exact, caches),
             state,
             objective(layer, exact),
@@ -168,41 +162,32 @@ class HybridBlock(HybridParameters):
             return super().step(x, state, context)
         self._check_call(tokens, state, context)
         with self._without_autocast(tokens):
-            if self._triton_step and self.config.conv_kernel is None:
-                y = self._fused_step(tokens, state, context)
+            run = self._step_run(tokens.device)
+            if isinstance(run, TritonStep) and run.takes_layer(self):
+                y = self._layer_step(run, tokens, state, context)
                 return self.info.format.from_tokens(y, x)
             layer = self.layer(context=context)
             caches = [state[name] for name in CACHES if name in state]
             position = state["position"][:, None]  # [B] -> [B, 1]
             given = self._tokens(tokens, position, layer, context, caches=caches, in_place=True)
             norm, scale = objective(layer), layer.token_scale.to(self.roles.state)
-            masks = context.exec_mask, context.updates_mask(tokens)
-            if self._compiled_step and isinstance(norm, InnerNorm):
-                y = compiled_inner_loop(given, state, norm, scale, *masks)
-            elif self._triton_step and isinstance(norm, InnerNorm):
-                y = triton_inner_loop(given, state, norm, scale, *masks)
-            else:
-                y = recurrent_inner_loop(given, state, norm, scale, masks[0], self.update_rule(), masks[1])
+            updated = context.updates_mask(tokens)
+            y = run(given, state, norm, scale, context.exec_mask, self.update_rule(), updated)
             y = gated_output(tokens, y, layer, self.volume_in(context))
         return self.info.format.from_tokens(y, x)
 
-    def _fused_step(self, x: Tensor, state: BlockState, context: BlockContext) -> Tensor:
-        """The step of ``x [B, 1, D]`` by Triton kernels."""
+    def _layer_step(self, run: TritonStep, x: Tensor, state: BlockState, context: BlockContext) -> Tensor:
+        """The whole layer of ``x [B, 1, D]`` by kernels."""
         if not self.needs_input_embeddings:
-            return triton_step(self, x, x, None, state, context)
+            return run.layer(self, x, x, None, state, context)
         source = context.input_embeddings
         assert source is not None
         finite = self._finite(x) & self._finite(source)  # [B, 1]
-        return triton_step(self, x, self._value_source(source), finite, state, context)
+        return run.layer(self, x, self._value_source(source), finite, state, context)
 
     def compile_step(self) -> None:
-        if (reason := compiled.why_not(self.config, self.info.device, self.roles.state)) is not None:
-            raise ConfigError(
-                f"{self.info.site} has no compiled step: {reason}. Stream without compile_step: the results are the "
-                "same."
-            )
-        compiled.operation()
-        self._compiled_step = True
+        """The backend ``cpp`` for the step of this block, whatever its options name."""
+        self.use_backend("step", "cpp")
 
     # ---- from activations to the inner loop
 

@@ -27,6 +27,24 @@ def inside_chunk(POSITION, row, C: tl.constexpr):
 
 
 @triton.jit
+def cos_and_sin(angle):
+    """Of an ``angle`` up to some thousands, to the last digits: by the series around the nearest quarter of a turn."""
+    wide = angle.to(tl.float64)
+    quarter = tl.floor(wide * 0.6366197723675814 + 0.5)
+    x = (wide - quarter * 1.5707963267948966).to(tl.float32)
+    s = x * x
+    cos = 1 - s * (1 / 2 - s * (1 / 24 - s * (1 / 720 - s * (1 / 40320 - s / 3628800))))
+    sin = x * (1 - s * (1 / 6 - s * (1 / 120 - s * (1 / 5040 - s / 362880))))
+    turned = quarter.to(tl.int32) & 3
+    other_cos = tl.where(turned % 2 == 0, cos, sin)
+    other_sin = tl.where(turned % 2 == 0, sin, cos)
+    return (
+        tl.where((turned == 1) | (turned == 2), -other_cos, other_cos),
+        tl.where(turned >= 2, -other_sin, other_sin),
+    )
+
+
+@triton.jit
 def rotated(POINTER, position, log2_theta, pair, inside, D: tl.constexpr):
     """The vector ``[D]`` over its length, rotated: its even and its odd elements, ``[D / 2]`` each."""
     even = tl.load(POINTER + 2 * pair, mask=inside, other=0.0).to(tl.float32)
@@ -37,7 +55,7 @@ def rotated(POINTER, position, log2_theta, pair, inside, D: tl.constexpr):
     # theta^(-2 i / D) in float64: an error of the frequency is multiplied by the position
     frequency = tl.exp2(-(2 * pair).to(tl.float64) / D * log2_theta).to(tl.float32)
     angle = position.to(tl.float32) * frequency
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    cos, sin = cos_and_sin(angle)
     return even * cos - odd * sin, even * sin + odd * cos
 
 

@@ -96,7 +96,9 @@ def test_threads_change_no_bit(count):
     ids=str,
 )
 def test_options_that_it_does_not_have_are_refused(options, said):
-    with pytest.raises(ConfigError, match=f"has no compiled step: it has {said}.*Stream without compile_step"):
+    with pytest.raises(
+        ConfigError, match=f"backend: cpp was asked for a streamed step.*it has {said}.*Here, it can be auto, torch"
+    ):
         case_of("ttt_mlp", options).block().compile_step()
 
 

@@ -24,6 +24,7 @@ from moshi_ttt.core.device_log import DeviceLog
 from moshi_ttt.core.state import BlockState, clone
 from moshi_ttt.core.testing import Shape
 from moshi_ttt.core.testing.case import BlockCase, default_cases
+from moshi_ttt.plugins.hybrid.block import HybridBlock
 from moshi_ttt.plugins.hybrid.triton import step, step_operations
 
 CASES: dict[str, tuple[str, dict[str, object], int, Shape, str]] = {
@@ -53,9 +54,14 @@ def blocks_of(name: str) -> tuple[BlockCase, SequenceBlock, SequenceBlock]:
     variant, options, _, shape, dtype = CASES[name]
     found = default_cases(variant, [options])
     case = replace(next(each for each in found if each.dtype == getattr(torch, dtype)), shape=shape)
-    plain, fused = case.block(), case.block()
-    fused._triton_step = True  # type: ignore[assignment]
-    return case, plain, fused
+    return case, case.block(), with_kernels(case)
+
+
+def with_kernels(case: BlockCase) -> SequenceBlock:
+    block = case.block()
+    assert isinstance(block, HybridBlock)
+    block.use_backend("step", "triton")
+    return block
 
 
 def poisoned(state: BlockState, active: Tensor) -> BlockState:
@@ -136,10 +142,8 @@ def launches(name: str) -> dict[str, float]:
     """How many kernels one step of a host with masks launches: those of Triton, and operations of torch's."""
     from triton.runtime.interpreter import GridExecutor
 
-    case, _, fused = blocks_of(name)
-    case = case.at(dtype=torch.bfloat16)
-    block = case.block()
-    block._triton_step = True  # type: ignore[assignment]
+    case = blocks_of(name)[0].at(dtype=torch.bfloat16)
+    block = with_kernels(case)
     count, of_interpreter, rows = 0, 0, case.shape.batch
     run, log = GridExecutor.__call__, DeviceLog(device="cpu")
 
@@ -194,7 +198,7 @@ def given_tokens(name: str) -> dict[str, float]:
         tokens.k[rows - 1, 0, heads - 1, 0] = math.nan if t == 1 else 1.0
         mask = torch.rand(rows, generator=generator) < 0.8
         expected = recurrent_inner_loop(tokens, states[0], norm, layer.token_scale, mask)
-        actual = step.triton_inner_loop(tokens, states[1], norm, layer.token_scale, mask)
+        actual = step.TritonStep()(tokens, states[1], norm, layer.token_scale, mask)
         kept = mask.clone()
         kept[rows - 1] &= t != 1
         worst = max([worst, relative(actual[kept], expected[kept]), float(actual[~mask].abs().sum())])
