@@ -39,8 +39,8 @@ def not_these_shapes(widths: tuple[int, ...], chunk: int) -> str | None:
     """Why the kernels do not take a fast network of these layer widths or such a chunk; None where they do."""
     if widths[0] > WIDEST_HEAD or max(widths) > WIDEST_LAYER:
         return (
-            f"its fast network has widths {', '.join(map(str, widths))}; the kernels take heads up to {WIDEST_HEAD} and "
-            f"hidden layers up to {WIDEST_LAYER}"
+            f"its fast network has widths {', '.join(map(str, widths))}; the kernels take heads up to {WIDEST_HEAD} "
+            f"and hidden layers up to {WIDEST_LAYER}"
         )
     if chunk > LONGEST_CHUNK:
         return f"chunk: {chunk}; the kernels take chunks up to {LONGEST_CHUNK}"
@@ -161,7 +161,7 @@ def check_parts(state: BlockState, q: Tensor, chunk: int) -> None:
     batch, _, heads, width = q.shape
     fast, _ = unpack(state)
     head_width = width
-    expected: dict[str, tuple[int, ...]] = {name: (batch,) for name in COUNTERS}
+    expected: dict[str, tuple[int, ...]] = dict.fromkeys(COUNTERS, (batch,))
     for i, weight in enumerate(fast.weights):
         out = head_width if i + 1 == len(fast.weights) else weight.shape[3]
         expected[f"weight.{i}"], expected[f"bias.{i}"] = (batch, heads, width, out), (batch, heads, 1, out)

@@ -91,7 +91,7 @@ def more_keys(
     H: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, F: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr,
     BEFORE: tl.constexpr, BP: tl.constexpr, OUT: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """``Z [B, H, F]``, a layer after the first at the key, from ``PART [B, H, BEFORE, F]``, and its part of the next."""
+    """``Z [B, H, F]``, a further layer at the key, from ``PART [B, H, BEFORE, F]``, and a slice's part of the next."""
     bh, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = bh // H
     if ACTIVE is not None:

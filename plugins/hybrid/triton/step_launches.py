@@ -115,8 +115,8 @@ class InnerStep:
     """The launches of one step of the inner loop: their tensors, and room for what passes between them."""
 
     def __init__(
-        self, tokens: Sequence[Tensor], ok: Tensor, now: Tensor, scale: Tensor, state: InnerState, norm: Sequence[Tensor],
-        active: Tensor | None, updated: Tensor | None, eps: float,
+        self, tokens: Sequence[Tensor], ok: Tensor, now: Tensor, scale: Tensor, state: InnerState,
+        norm: Sequence[Tensor], active: Tensor | None, updated: Tensor | None, eps: float,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.lr = tokens
         self.state, self.norm, self.scale, self.eps = state, tuple(norm), scale, eps

@@ -105,8 +105,8 @@ def subtract_chunk(
 ):  # fmt: skip
     """``u [S]`` minus the sum over t of the affinity of slot t times its gradient, ``G [C, F]`` at ``unit [S]``.
 
-    Slots from ``position`` on are not read, and that at ``position`` has ``g [S]``. Affinities, scale * (x a_t + 1), are
-    ``AFFINITY [C]``, or where that is None, of x a_t in ``PARTS [P, C]``.
+    Slots from ``position`` on are not read, and that at ``position`` has ``g [S]``. Affinities, scale * (x a_t + 1),
+    are ``AFFINITY [C]``, or where that is None, of x a_t in ``PARTS [P, C]``.
     """
     for start in range(0, C, BC):
         slot = start + tl.arange(0, BC)

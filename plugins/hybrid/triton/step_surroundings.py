@@ -1,4 +1,4 @@
-"""What surrounds the inner loop of one streamed token: kernels from projections to its tokens, and from y to the output.
+"""What is around the inner loop of one streamed token: from projections to its tokens, and from y to the output.
 
     prepare   projections q, k, v of x -> q, k, v' and lr (L2 norm, rotary embedding, target, rate), the token scale
     look      what ``prepare`` finds out about tokens, of those that are given

@@ -11,13 +11,20 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from moshi_ttt.core.errors import ContextError
-from moshi_ttt.core.precision import FP32, FP32_STATE, UNIFORM
+from moshi_ttt.core.errors import BackendError, ContextError
 from moshi_ttt.core.testing.case import default_cases
+from moshi_ttt.plugins.hybrid.backends import STEP, HybridUse
 from moshi_ttt.plugins.hybrid.triton import step
 from tests.project import ROOT
 
-CASES = ("linear", "mlp", "mlp, odd sizes", "mlp, embeddings, one gate, bfloat16", "linear, convolution", "three layers")
+CASES = (
+    "linear",
+    "mlp",
+    "mlp, odd sizes",
+    "mlp, embeddings, one gate, bfloat16",
+    "linear, convolution",
+    "three layers",
+)
 SLOW = ("linear, chunk 16", "mlp, chunk 16", "mlp, chunk 40", "four layers, odd sizes")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="torch came without Triton here")
 
@@ -39,7 +46,8 @@ def check(errors: dict[str, float], skipped: float, limit: float = 1e-5) -> None
     exact = ("masked rows that changed", "buffers that moved", "what a stranger changed")
     assert {name: errors.pop(name, 0.0) for name in exact} == dict.fromkeys(exact, 0.0)
     assert errors.pop("updates that were skipped") == skipped
-    assert len(errors) >= 8 and max(errors.values()) <= limit, errors
+    assert len(errors) >= 8
+    assert max(errors.values()) <= limit, errors
 
 
 @needs_triton
@@ -69,53 +77,67 @@ def test_the_inner_loop_alone(found):
     assert found["given tokens, mlp"]["error"] <= 1e-5
 
 
-def reason(options=None, device="cuda", policy=FP32_STATE, dtype=torch.bfloat16, widths=(128, 512, 128)):
-    config = default_cases("ttt_mlp", [options or {}])[0].config
-    return step.why_not(config, torch.device(device), policy.roles(dtype), widths)
+def use_of(options=None, device="cuda", dtype=torch.float32, widths=(128, 512, 128)):
+    config = default_cases("ttt_mlp", [{"chunk": 32, **(options or {})}])[0].config
+    return HybridUse(config, widths, torch.device(device), dtype)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """As if there were a GPU of compute capability 9.0."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
 
 
 @needs_triton
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"device": "cpu"}, "it is on the CPU"),
-        ({"device": "meta"}, "it is on meta"),
-        ({"policy": UNIFORM}, r"policy 'uniform' computes in state torch\.bfloat16, compute torch\.bfloat16"),
-        ({"policy": FP32, "dtype": torch.float64}, r"computes in state torch\.float64"),
+        ({"device": "cpu"}, "its device is cpu"),
+        ({"dtype": torch.bfloat16}, r"its state is torch\.bfloat16; the kernels of a step are for float32"),
         ({"options": {"momentum": 0.9}}, r"it has momentum: 0\.9"),
         ({"options": {"inner_steps": 2}}, "it has inner_steps: 2"),
         ({"options": {"inner_norm": False}}, "it has inner_norm: False"),
-        ({"options": {"causal": False}}, "it has causal: False"),
-        ({"options": {"chunk": 2048}}, "its chunk is 2048; the kernels take chunks up to 1024"),
+        ({"options": {"chunk": 2048}}, "chunk: 2048; the kernels take chunks up to 1024"),
         ({"widths": (512, 512)}, "widths 512, 512; the kernels take heads up to 256"),
         ({"widths": (128, 8192, 128)}, "hidden layers up to 4096"),
     ],
     ids=str,
 )
-def test_what_the_kernels_do_not_compute_is_refused_with_the_reason(given, said, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with pytest.raises(AssertionError, match=said):
-        raise AssertionError(reason(**given))
+def test_what_the_kernels_do_not_compute_is_refused_with_the_reason(given, said, card):
+    with pytest.raises(BackendError, match=f"backend: triton was asked for a streamed step.*{said}"):
+        STEP.choose("triton", use_of(**given), "layers.0")
 
 
 @needs_triton
-def test_what_they_compute_is_not_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert reason() is None
-    assert reason(policy=FP32, dtype=torch.float16) is None
+@pytest.mark.parametrize("widths", [(128, 128), (128, 512, 128), (64, 256, 256, 64)])
+def test_auto_takes_what_is_recorded_to_fit(widths, card):
+    assert STEP.choose("auto", use_of(widths=widths), "layers.0").name == "triton"
 
 
 @needs_triton
-def test_an_old_card_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    assert "a card is older than" in reason()
+@pytest.mark.parametrize(
+    "given",
+    [{"widths": (96, 96)}, {"widths": (128, 256, 128)}, {"options": {"chunk": 64}}, {"widths": (64, *(256,) * 3, 64)}],
+    ids=str,
+)
+def test_auto_passes_by_what_is_not_recorded(given, card):
+    assert STEP.choose("auto", use_of(**given), "layers.0").name == "torch"
+    assert STEP.choose("triton", use_of(**given), "layers.0").name == "triton"
 
 
-def test_without_triton_the_reason_says_so(monkeypatch):
-    monkeypatch.setattr(step, "find_spec", lambda name: None)
-    assert "Triton is not installed" in reason()
+@needs_triton
+def test_auto_leaves_the_interpreter_to_tests(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert STEP.choose("auto", use_of(device="cpu"), "layers.0").name == "torch"
+
+
+@needs_triton
+def test_kernels_that_were_imported_to_be_compiled_are_not_run_on_a_cpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(BackendError, match="Triton was imported before TRITON_INTERPRET=1 was set"):
+        STEP.choose("triton", use_of(device="cpu"), "layers.0")
 
 
 def test_a_state_of_another_shape_is_refused():

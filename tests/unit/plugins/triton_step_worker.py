@@ -35,7 +35,9 @@ CASES: dict[str, tuple[str, dict[str, object], int, Shape, str]] = {
         "ttt_mlp", {"chunk": 3, "value": "embedding", "gate": {"alpha": "layer"}}, 7, Shape(dim=16, heads=1, batch=2),
         "bfloat16",
     ),
-    "linear, convolution": ("ttt_linear", {"chunk": 3, "conv_kernel": 3}, 7, Shape(dim=16, heads=1, batch=2), "float32"),
+    "linear, convolution": (
+        "ttt_linear", {"chunk": 3, "conv_kernel": 3}, 7, Shape(dim=16, heads=1, batch=2), "float32",
+    ),
     "three layers": ("ttt_multilayer", {"chunk": 3}, 7, Shape(dim=16, heads=1, batch=2), "float32"),
     "linear, chunk 16": ("ttt_linear", {"chunk": 16}, 35, Shape(dim=16, heads=1, batch=1), "float32"),
     "mlp, chunk 16": ("ttt_mlp", {"chunk": 16}, 37, Shape(dim=32, heads=2, batch=3), "float32"),
