@@ -23,6 +23,7 @@ from moshi_ttt.plugins.hybrid.naive_call import naive_call, naive_step
 from moshi_ttt.plugins.hybrid.objective import Objective
 from moshi_ttt.plugins.hybrid.recurrent import recurrent_inner_loop
 from moshi_ttt.plugins.hybrid.triton import backend as kernels
+from moshi_ttt.plugins.hybrid.triton import step
 from moshi_ttt.plugins.hybrid.triton.train_settings import Products
 
 
@@ -90,6 +91,16 @@ def _not_triton(use: HybridUse) -> str | None:
     return kernels.not_these_shapes(use.widths, use.config.chunk)
 
 
+def _no_triton_step(use: HybridUse) -> str | None:
+    if (reason := kernels.not_here(use.device)) is not None:
+        return reason
+    if use.dtype != torch.float32:
+        return f"its state is {use.dtype}; the kernels of a step are for float32"
+    if (changed := unpublished(use.config)) is not None:
+        return f"it has {changed}; the kernels are for the published form of these options"
+    return step.not_these_shapes(use.widths, use.config.chunk)
+
+
 def _products(use: HybridUse) -> Products:
     return kernels.products_of(use.device, use.dtype, use.matmul_precision)
 
@@ -142,6 +153,12 @@ STEP: Operation[HybridUse, StepRun] = Operation(
     "step",
     "a streamed step",
     (
+        Backend(
+            name="triton",
+            why_not=_no_triton_step,
+            why_not_auto=lambda use: step.not_by_auto(use.device, use.widths, use.config.chunk),
+            load=lambda use: step.load(use.device),
+        ),
         Backend(
             name="cpp",
             why_not=lambda use: compiled.why_not(use.config, use.device, use.dtype),

@@ -24,6 +24,7 @@ from moshi_ttt.plugins.hybrid import diagnostics, inner_loop
 from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
 from moshi_ttt.plugins.hybrid.derivatives import differentiable_again
 from moshi_ttt.plugins.hybrid.layer import HybridLayer, gated_output, inner_inputs, objective
+from moshi_ttt.plugins.hybrid.triton.step import TritonStep
 from moshi_ttt.plugins.hybrid.with_backends import BlockWithBackends
 
 CACHES = ("query_cache", "key_cache")
@@ -161,15 +162,28 @@ class HybridBlock(BlockWithBackends):
             return super().step(x, state, context)
         self._check_call(tokens, state, context)
         with self._without_autocast(tokens):
+            run = self._step_run(tokens.device)
+            if isinstance(run, TritonStep) and run.takes_layer(self):
+                y = self._layer_step(run, tokens, state, context)
+                return self.info.format.from_tokens(y, x)
             layer = self.layer(context=context)
             caches = [state[name] for name in CACHES if name in state]
             position = state["position"][:, None]  # [B] -> [B, 1]
             given = self._tokens(tokens, position, layer, context, caches=caches, in_place=True)
             norm, scale = objective(layer), layer.token_scale.to(self.roles.state)
-            run, updated = self._step_run(tokens.device), context.updates_mask(tokens)
+            updated = context.updates_mask(tokens)
             y = run(given, state, norm, scale, context.exec_mask, self.update_rule(), updated)
             y = gated_output(tokens, y, layer, self.volume_in(context))
         return self.info.format.from_tokens(y, x)
+
+    def _layer_step(self, run: TritonStep, x: Tensor, state: BlockState, context: BlockContext) -> Tensor:
+        """The whole layer of ``x [B, 1, D]`` by kernels."""
+        if not self.needs_input_embeddings:
+            return run.layer(self, x, x, None, state, context)
+        source = context.input_embeddings
+        assert source is not None
+        finite = self._finite(x) & self._finite(source)  # [B, 1]
+        return run.layer(self, x, self._value_source(source), finite, state, context)
 
     def compile_step(self) -> None:
         """The backend ``cpp`` for the step of this block, whatever its options name."""

@@ -24,7 +24,7 @@ class HybridBackends(FrozenConfig):
     """
 
     train: Literal["auto", "naive", "torch", "compile", "triton"] = "auto"
-    step: Literal["auto", "naive", "torch", "cpp"] = "auto"
+    step: Literal["auto", "naive", "torch", "cpp", "triton"] = "auto"
 
 
 def _by_operation(value: Any) -> Any:

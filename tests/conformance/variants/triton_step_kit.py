@@ -1,0 +1,48 @@
+"""The conformance kit with ``backend: {step: triton}``, for a process with TRITON_INTERPRET=1.
+
+``test_hybrid_triton_step.py`` runs this module; pytest does not collect it.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from moshi_ttt.core.testing import CHECKS, Shape
+from moshi_ttt.core.testing.case import default_cases
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "Triton reads it when it is imported"
+
+SHAPES = (Shape(dim=16, heads=2, batch=2),)
+OPTIONS = {
+    "ttt_mlp": {"chunk": 2, "expansion": 1, "backend": {"step": "triton"}},
+    "ttt_linear": {"chunk": 3, "gate": {"alpha": "layer"}, "backend": {"step": "triton"}},
+    "ttt_multilayer": {"chunk": 2, "hidden_dims": [6, 10], "backend": {"step": "triton"}},
+}
+CASES = [
+    case
+    for variant, options in OPTIONS.items()
+    for case in default_cases(variant, [options], shapes=SHAPES)
+    if case.dtype != torch.float64  # which the kernels refuse
+]
+THIN = {"no_host_read", "reset", "exec_mask", "volume"}
+"""Checks of the default suite, of the first case. The worker's cases have the others' substance."""
+LONG = {"long_stream"}
+"""3,000 steps are an hour in the interpreter."""
+
+
+def name_of(check) -> str:
+    return check.__name__.removeprefix("check_")
+
+
+@pytest.mark.parametrize("check", [check for check in CHECKS if name_of(check) not in LONG], ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kit(case, check):
+    check(case)
+
+
+@pytest.mark.parametrize("check", [check for check in CHECKS if name_of(check) in THIN], ids=name_of)
+def test_kit_thin(check):
+    check(CASES[0])
