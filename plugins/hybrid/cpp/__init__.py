@@ -1,1 +1,4 @@
-"""The chunk form of the TTT layer's inner loop in C++, for CPUs."""
+"""The TTT layer's inner loop in C++, for CPUs."""
+
+PARTS = ("matrix", "products", "activations", "norm", "parallel")
+"""Headers of the chunk form that the step includes too."""

@@ -4,12 +4,12 @@
 
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include "head_backward.h"
+#include "parallel.h"
 
 namespace hybrid {
 
@@ -65,7 +65,7 @@ class Call {
 
   // Into y [B, T, H, D], the state after the call, and what is kept.
   void forward(const Tensor& y, const Layers& after, const Kept& kept) const {
-    at::parallel_for(0, given_.rows(), 1, [&](int64_t begin, int64_t end) {
+    in_parallel(given_.rows(), [&](int64_t begin, int64_t end) {
       Store<T> store;
       Head<T> head(sizes_, given_.causal, given_.eps);
       const Network<T> net(sizes_, store.numbers(Network<T>::numbers(sizes_)));
@@ -76,7 +76,7 @@ class Call {
 
   // Of the upstream gradients of y [B, T, H, D] and of the state.
   void backward(const Kept& kept, const Tensor& of_y, const Layers& upstream, const Gradients& found) const {
-    at::parallel_for(0, given_.rows(), 1, [&](int64_t begin, int64_t end) {
+    in_parallel(given_.rows(), [&](int64_t begin, int64_t end) {
       Store<T> store;
       BackwardHead<T> head(sizes_, given_.causal, given_.eps);
       std::vector<Network<T>> nets;

@@ -9,6 +9,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <optional>
 
 #include "call.h"
@@ -131,6 +132,13 @@ Tensors forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
   return found;
 }
 
+// Into how many parts work is shared out.
+int64_t parts(int64_t count) {
+  std::atomic<int64_t> found{0};
+  hybrid::in_parallel(count, [&](int64_t, int64_t) { ++found; });
+  return found;
+}
+
 // The gradients of the tensors that `forward` takes, in its order, `upstream` those of its results but for what is kept.
 Tensors backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr,
                  const std::optional<Tensor>& offset, const Tensor& finite, const Tensor& applied, const Tensor& gamma, const Tensor& beta,
@@ -179,7 +187,7 @@ Tensor finite_tokens(const Tensor& q, const Tensor& k, const Tensor& v, const Te
   const Tensor found = at::empty({q.size(0), length}, q.options().dtype(at::kBool));
   const Tensor tokens[] = {in_lines(q), in_lines(k), in_lines(v), in_lines(lr).unsqueeze(2)};
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "hybrid_chunk_finite", [&] {
-    at::parallel_for(0, found.numel(), 16, [&](int64_t begin, int64_t end) {
+    hybrid::in_parallel(found.numel(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         bool all = true;
         for (const Tensor& each : tokens)
@@ -203,6 +211,7 @@ Tensor finite_tokens(const Tensor& q, const Tensor& k, const Tensor& v, const Te
 
 TORCH_LIBRARY(moshi_ttt_hybrid_chunk, library) {
   library.def("numbers(int[] widths, int chunk, bool wide) -> int", &numbers);
+  library.def("parts(int count) -> int", &parts);
   library.def("finite(Tensor q, Tensor k, Tensor v, Tensor lr, float limit) -> Tensor");
   library.def("forward" GIVEN "int stride) -> Tensor[]");
   library.def("backward" GIVEN "Tensor states, int stride, Tensor[] upstream) -> Tensor[]");

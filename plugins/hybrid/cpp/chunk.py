@@ -24,6 +24,7 @@ from moshi_ttt.plugins.common.finite import largest_factor
 from moshi_ttt.plugins.common.native import NativeLibrary
 from moshi_ttt.plugins.hybrid.chunk import counted, nonfinite_tokens
 from moshi_ttt.plugins.hybrid.chunk_gradient import is_written_out
+from moshi_ttt.plugins.hybrid.cpp import PARTS
 from moshi_ttt.plugins.hybrid.fast_network import ChunkMemory, FastNetwork, UpdateRule
 from moshi_ttt.plugins.hybrid.inner_loop import Tokens, pack, unpack
 from moshi_ttt.plugins.hybrid.objective import InnerNorm, Objective
@@ -33,9 +34,7 @@ LIBRARY = NativeLibrary(
     name="moshi_ttt_hybrid_chunk",
     what="The compiled inner loop of the hybrid layer",
     source=_FOLDER / "chunk.cpp",
-    headers=tuple(
-        _FOLDER / f"{name}.h" for name in ("matrix", "products", "activations", "norm", "head", "head_backward", "call")
-    ),
+    headers=tuple(_FOLDER / f"{name}.h" for name in (*PARTS, "head", "head_backward", "call")),
     flags=("-march=native", "-ffp-contract=fast"),
     otherwise="Tensor operations give the same results.",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import copy
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.testing import error
 from moshi_ttt.plugins.common import native
-from moshi_ttt.plugins.hybrid import chunk
+from moshi_ttt.plugins.hybrid import chunk, compiled
 from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
 from moshi_ttt.plugins.hybrid.cpp import chunk as cpp
 from moshi_ttt.plugins.hybrid.cpp.chunk import cpp_inner_loop
@@ -145,6 +146,16 @@ def test_how_many_chunks_are_kept_changes_no_bit(widths):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_rows_and_heads_are_shared_out_over_threads():
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert cpp.operations().parts(64) == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_call_without_gradients_computes_the_same_bits():
@@ -306,8 +317,13 @@ def test_without_a_compiler_the_message_says_what_is_needed(monkeypatch, tmp_pat
 
 def test_every_header_is_in_the_version(monkeypatch, tmp_path):
     """A header that is forgotten would leave an old build in use."""
-    folder = cpp.LIBRARY.source.parent
-    assert {path.name for path in cpp.LIBRARY.headers} == {path.name for path in folder.glob("*.h")}
+    folder, listed = cpp.LIBRARY.source.parent, {*cpp.LIBRARY.headers, *compiled.LIBRARY.headers}
+    assert {path.name for path in listed} == {path.name for path in folder.glob("*.h")}
+    for library in (cpp.LIBRARY, compiled.LIBRARY):
+        names = [path.name for path in library.headers]
+        for path in (library.source, *library.headers):
+            included = re.findall(r'#include "(?:cpp/)?(\w+\.h)"', path.read_text(encoding="utf-8"))
+            assert set(included) <= set(names)
     before = cpp.LIBRARY.version()
     monkeypatch.setattr(native, "CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("processor: 0\nflags\t\t: fpu sse2 other\n", encoding="utf-8")
