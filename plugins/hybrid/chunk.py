@@ -66,16 +66,13 @@ def chunk_inner_loop(
     fast, earlier = unpack(state)
     after = position + layout.length
     tokens, finite = only_finite(tokens)
-    nonfinite = ~finite if updated is None else updated[:, None] & ~finite  # [B, 1] over [B, T]
-    # [B, T, 1] -> [B, N]: such tokens of each chunk, the first chunk's earlier ones among them
-    num_nonfinite = layout.split(nonfinite[..., None]).sum((2, 3))
-    num_nonfinite = torch.cat([num_nonfinite[:, :1] + state["spoiled"][:, None], num_nonfinite[:, 1:]], dim=1)  # [B, N]
+    num_nonfinite = nonfinite_tokens(finite, state, layout, updated)
     if isinstance(norm, InnerNorm) and is_written_out(norm, rule, token_scale.dtype):
         y, fast, earlier = written_out_inner_loop(
             tokens, fast, earlier, norm, token_scale, layout=layout, causal=causal,
             checkpoint_chunks=checkpoint_chunks, position=position, applied=num_nonfinite == 0, whole=whole,
         )  # fmt: skip
-        counters = (after % size, *_counted(num_nonfinite, state["skipped"], after // size))
+        counters = (after % size, *counted(num_nonfinite, state["skipped"], after // size))
         return y, pack(counters, fast, earlier)
     # q, k, v [B, T, H, D] and lr [B, T, H] -> [B, T, H any] -> [B, H, N, C, any] -> N times [B, H, C, any]
     chunks = list(zip(*(layout.split(part.flatten(2), heads).unbind(2) for part in tokens), strict=True))
@@ -87,7 +84,7 @@ def chunk_inner_loop(
     found, end = _in_groups(call.group, chunks, now, checkpoint_chunks)
     if not norm.bounded:
         num_nonfinite = torch.stack(found[1::2], dim=1)  # N times [B] -> [B, N]
-    counters = (after % size, *_counted(num_nonfinite, state["skipped"], after // size))
+    counters = (after % size, *counted(num_nonfinite, state["skipped"], after // size))
     y = layout.merge(torch.stack(found[::2], dim=2))  # N times [B, H, C, D] -> [B, H, N, C, D] -> [B, T, H D]
     return y, pack(counters, *call.unflattened(end))
 
@@ -195,7 +192,14 @@ class _Call:
         return FastNetwork(weights, biases, velocity), ChunkMemory(inputs, gradients, tokens)
 
 
-def _counted(num_nonfinite: Tensor, skipped: Tensor, finished: Tensor) -> tuple[Tensor, Tensor]:
+def nonfinite_tokens(finite: Tensor, state: BlockState, layout: ChunkLayout, updated: Tensor | None) -> Tensor:
+    """``[B, N]``, how many tokens of each chunk are not ``finite [B, T]``, the first one's earlier ones included."""
+    nonfinite = ~finite if updated is None else updated[:, None] & ~finite  # [B, 1] over [B, T]
+    found = layout.split(nonfinite[..., None]).sum((2, 3))  # [B, T, 1] -> [B, N]
+    return torch.cat([found[:, :1] + state["spoiled"][:, None], found[:, 1:]], dim=1)
+
+
+def counted(num_nonfinite: Tensor, skipped: Tensor, finished: Tensor) -> tuple[Tensor, Tensor]:
     """The counters ``[B]`` after a call: nonfinite tokens of the unfinished chunk, and skipped updates.
 
     ``num_nonfinite [B, N]`` of each chunk of the call, ``skipped [B]`` before it, ``finished [B]`` chunks that ended in

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 
@@ -14,51 +12,9 @@ from moshi_ttt.plugins.hybrid.chunk_gradient import is_written_out
 from moshi_ttt.plugins.hybrid.fast_network import UpdateRule
 from moshi_ttt.plugins.hybrid.inner_loop import Tokens, initial_state
 from moshi_ttt.plugins.hybrid.objective import InnerNorm, PlainLoss
+from tests.unit.plugins.inner_calls import by_torch, results
 
-ROWS, HEADS, CHUNK = 3, 2, 4
 DEPTHS = [(4, 4), (4, 16, 4), (4, 8, 12, 4)]
-
-
-def results(widths, length, *, begun=False, causal=True, together=None):
-    """The output and the state of a call, and gradients of all it depends on, for random cotangents of all of it."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape, scale=1.0):
-        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).requires_grad_()
-
-    width = widths[0]
-    tokens = Tokens(*(random(ROWS, length, HEADS, width) for _ in range(3)), random(ROWS, length, HEADS, scale=0.3))
-    norm = InnerNorm(random(HEADS, width), random(HEADS, width), 1e-6)
-    scale = random(CHUNK)
-    weights = tuple(random(HEADS, a, b, scale=0.4) for a, b in pairwise(widths))
-    biases = tuple(random(HEADS, 1, b, scale=0.3) for b in widths[1:])
-    leaves = [*tokens, *norm.learned, scale, *weights, *biases]
-    state = initial_state(weights, biases, CHUNK, ROWS)
-    offset = None
-    if begun:
-        offset = torch.tensor([3, 0, CHUNK - 1])
-        held = (torch.arange(CHUNK) < offset[:, None])[:, None, :, None]  # [B, 1, C, 1]
-        for i, (a, b) in enumerate(pairwise(widths)):
-            for name, size in ((f"input.{i}", a), (f"gradient.{i}", b)):
-                leaves.append(random(ROWS, HEADS, CHUNK, size, scale=0.3))
-                state[name] = torch.where(held, leaves[-1], 0)
-        state["position"] = offset
-        state["spoiled"] = torch.tensor([1, 0, 0])  # the first row's first chunk is not applied
-    layout = ChunkLayout(length, CHUNK, offset=offset)
-    y, after = chunk.chunk_inner_loop(
-        tokens, state, norm, scale, layout=layout, causal=causal, checkpoint_chunks=together
-    )  # fmt: skip
-    found = [y, *(after[name] for name in sorted(after) if after[name].is_floating_point())]
-    loss = sum((tensor * random(*tensor.shape).detach()).sum() for tensor in found)
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    zeros = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)]
-    return [tensor.detach() for tensor in found], zeros
-
-
-def by_torch(monkeypatch, *given, **options):
-    with monkeypatch.context() as patch:
-        patch.setattr(chunk, "is_written_out", lambda *_: False)
-        return results(*given, **options)
 
 
 @pytest.mark.parametrize("together", [None, 2])

@@ -1,0 +1,4 @@
+"""The TTT layer's inner loop in C++, for CPUs."""
+
+PARTS = ("matrix", "products", "activations", "norm", "parallel")
+"""Headers of the chunk form that the step includes too."""
