@@ -4,6 +4,7 @@ if (location.protocol === "file:") {
   window.Worker = class extends EventTarget {
     constructor(address) {
       super()
+      const base = new URL(address, document.baseURI)
       const frame = document.createElement("iframe")
       frame.hidden = true
       document.body.appendChild(frame)
@@ -11,7 +12,7 @@ if (location.protocol === "file:") {
       const load = url =>
         new Promise((resolve, reject) => {
           const script = inside.document.createElement("script")
-          script.src = new URL(url, address).href
+          script.src = new URL(url, base).href
           script.onload = () => resolve()
           script.onerror = () => reject(new Error(`${script.src} cannot be loaded`))
           inside.document.head.appendChild(script)
@@ -22,7 +23,7 @@ if (location.protocol === "file:") {
         this.dispatchEvent(event)
         if (this.onmessage) this.onmessage(event)
       }
-      this.ready = load(address)
+      this.ready = load(base)
       this.inside = inside
     }
 

@@ -14,12 +14,15 @@ SMALL: tuple[tuple[tuple[str, ...], list[str]], ...] = (
     (("moshi-ttt", "doctor"), ["--batches", "1"]),
 )
 """The first words of a command, and what is added at its end. The last value of an option counts."""
+SHORTER = {"0,0.25,0.5,1": "0.5"}
+"""Values that are replaced: each volume streams every clip again."""
 WHOLE = ("--plan",)
 """Options of commands that take no time: nothing is added."""
 
 
 def at_small_size(words: list[str]) -> list[str]:
     """A command with what ``SMALL`` adds to it."""
+    words = [SHORTER.get(word, word) for word in words]
     if any(option in words for option in WHOLE):
         return words
     for start, added in SMALL:

@@ -20,6 +20,8 @@ WORDS = ("and", "then", "we", "go")
 SPLITS = ("train", "train", "valid", "valid", "test", "test")
 SECONDS = 16.0
 """Of each recording: three times what the tiny Moshi's attention sees."""
+SHORT = 2.0
+"""Seconds of what is played to Moshi."""
 RUN = Path("runs/train-cpu")
 """The run whose checkpoint the guides evaluate and serve."""
 
@@ -36,9 +38,12 @@ def make_world(folder: Path) -> None:
         line = {"path": f"stereo/{path.name}", "duration": cut.shape[1] / RATE}
         with (folder / "speech" / f"{split}.jsonl").open("a", encoding="utf-8") as manifest:
             manifest.write(json.dumps(line) + "\n")
-    for name in ("monday.wav", "tuesday.wav", "talk.wav", "calls/one.wav", "calls/two.wav"):
-        (folder / name).parent.mkdir(exist_ok=True)
+    for name in ("calls/one.wav", "calls/two.wav"):
+        (folder / "calls").mkdir(exist_ok=True)
         shutil.copy(folder / "speech" / "stereo" / "test-4.wav", folder / name)
+    for name in ("monday.wav", "tuesday.wav", "talk.wav", "talks/one.wav", "talks/two.wav"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_wav(folder / name, torch.from_numpy(sound[0, : int(SHORT * RATE)]), RATE)
 
 
 def save_recording(path: Path, samples: torch.Tensor) -> None:
