@@ -139,7 +139,10 @@ def _report(study: Study, results: Path) -> None:
 
 
 def _costs(study: Study) -> dict[str, cost.Cost]:
-    """What a streamed frame costs with each arm, measured once; nothing where no arm was trained here."""
+    """What a streamed frame costs with each arm that was trained on the base model itself, measured once.
+
+    Nothing where no seed was trained here.
+    """
     path = study.out / COSTS
     if not path.exists():
         seeds = [seed for seed in study.scale.seeds if all(study.arm_job(arm, seed).done for arm in study.arms)]
@@ -156,7 +159,7 @@ def _costs(study: Study) -> dict[str, cost.Cost]:
 def _models(study: Study, seed: int) -> list[ModelUnderTest]:
     """The base model of a seed, and with each adapter."""
     registry = default_registry()
-    folders = [(arm.name, study.run_dir(arm, seed)) for arm in study.arms]
+    folders = [(arm.name, study.run_dir(arm, seed)) for arm in study.arms if not arm.on_lora]
     host = read_config(str(folders[0][1] / "args.yaml"), registry=registry).host
     assert isinstance(host, MoshiHostConfig), host
     adapters = [(name, study.checkpoint(folder, study.scale.steps)) for name, folder in folders]

@@ -64,13 +64,16 @@ class Arm:
 
     Attributes:
         kind: of the sites of its blocks, ``sequence`` or ``feed_forward``; None without blocks.
-        beside_lora: it trains a LoRA as well, and is compared with the LoRA alone.
+        beside_lora: it has a LoRA as well, and is compared with the LoRA alone.
+        on_lora: it is trained on the base model with the LoRA of the arm ``LORA`` merged into it, all of which is
+            frozen. Otherwise a LoRA beside blocks is trained together with them.
     """
 
     name: str
     changes: tuple[str, ...]
     kind: str | None = None
     beside_lora: bool = False
+    on_lora: bool = False
 
     @property
     def folder(self) -> str:
@@ -92,31 +95,39 @@ SITES = 'layers: "1,2,3", chunk: 16'
 CORRECTING = "learned_lr: true, keys: unit, target_norm: true, start: next_frame, read_scale: 8"
 
 
-def _ridge(name: str, options: str = "", rank: int = 0) -> Arm:
+def _ridge(name: str, options: str = "", rank: int = 0, *, on_lora: bool = False) -> Arm:
     """A ridge-regression memory after attention in layers 1 to 3, beside a LoRA of ``rank`` where it is above 0."""
     entry = f"ttt=[{{variant: ttt_ridge, {SITES}{options}}}]"
-    return Arm(name=name, changes=(*RATES, entry, *_lora(rank)), kind="sequence", beside_lora=rank > 0)
+    return _memory(name, entry, "sequence", rank, on_lora)
 
 
-def _in_place(name: str, options: str, rank: int = 0) -> Arm:
+def _in_place(name: str, options: str, rank: int = 0, *, on_lora: bool = False) -> Arm:
     """In-place TTT in the gated MLPs of layers 1 to 3, beside a LoRA of ``rank`` where it is above 0."""
     entry = f"ttt=[{{variant: gating_mlp, {SITES}, {options}}}]"
-    return Arm(name=name, changes=(*RATES, entry, *_lora(rank)), kind="feed_forward", beside_lora=rank > 0)
+    return _memory(name, entry, "feed_forward", rank, on_lora)
+
+
+def _memory(name: str, entry: str, kind: str, rank: int, on_lora: bool) -> Arm:
+    changes = (*RATES, entry, *_lora(rank))
+    return Arm(name=name, changes=changes, kind=kind, beside_lora=rank > 0 or on_lora, on_lora=on_lora)
 
 
 def _lora(rank: int) -> tuple[str, ...]:
     return ("lora.enable=true", f"lora.rank={rank}") if rank else ()
 
 
+IN_PLACE_RIDGE = f"update: ridge, lr: 1.0, {CORRECTING}, success_gate: true"
 ARMS = (
     _ridge("ridge layer"),
-    _in_place("in place, ridge", f"update: ridge, lr: 1.0, {CORRECTING}, success_gate: true"),
+    _in_place("in place, ridge", IN_PLACE_RIDGE),
     Arm(name=LORA, changes=("optim.lr=3e-3", "ttt=[]", *_lora(17))),
     _ridge("ridge layer + LoRA", rank=4),
-    _in_place("in place, ridge + LoRA", f"update: ridge, lr: 1.0, {CORRECTING}, success_gate: true", rank=13),
+    _in_place("in place, ridge + LoRA", IN_PLACE_RIDGE, rank=13),
     _ridge("ridge layer, wide keys", ", features: relu2, key_width: 256"),
-    _in_place("in place, published", "lr: 1, train_w_down: true"),
+    _ridge("ridge layer on LoRA", on_lora=True),
     _ridge("ridge layer, no success gate", ", success_gate: false"),
+    _in_place("in place, published", "lr: 1, train_w_down: true"),
+    _in_place("in place, ridge on LoRA", IN_PLACE_RIDGE, on_lora=True),
     _in_place("in place, gradient", f"update: gradient, lr: 0.3, {CORRECTING}, success_gate: true"),
     Arm(
         name="TTT-MLP",

@@ -25,7 +25,7 @@ from moshi_ttt.hosts.moshi.tiny import random_tiny_lm, tiny_config
 from study.jobs import Job, StudyError, run_jobs
 from study.material import presented_twice, shuffled_twice
 from study.measure import Task
-from study.plan import MODEL, Arm, Scale
+from study.plan import LORA, MODEL, Arm, Scale
 
 CONFIG = "train-cpu"
 SPLITS = ("train", "valid", "test")
@@ -143,8 +143,10 @@ class Study:
         )  # fmt: skip
 
     def train_arms(self) -> None:
-        """Every arm with every seed, a seed after the other."""
-        self._run(self.arm_job(arm, seed) for seed in self.scale.seeds for arm in self.arms)
+        """Every arm with every seed, a seed after the other; those that need the LoRA after the others."""
+        for seed in self.scale.seeds:
+            for on_lora in (False, True):
+                self._run(self.arm_job(arm, seed) for arm in self.arms if arm.on_lora == on_lora)
 
     def base(self, seed: int) -> Path:
         return self.out / f"seed_{seed}" / "base"
@@ -156,10 +158,14 @@ class Study:
         return run_dir / "checkpoints" / f"checkpoint_{steps:06d}"
 
     def arm_job(self, arm: Arm, seed: int) -> Job:
-        """Training of an arm on the base model of its seed."""
+        """Training of an arm on the base model of its seed, or on that with a LoRA merged into it."""
         files = self.checkpoint(self.base(seed), self.scale.base_steps) / "consolidated"
+        config = files / "config.json"
+        if arm.on_lora:  # the LoRA lies beside its config, and is merged where the model is loaded
+            (lora,) = (each for each in self.arms if each.name == LORA)
+            config = self.checkpoint(self.run_dir(lora, seed), self.scale.steps) / "consolidated" / "config.json"
         changes = (
-            f"moshi_paths.config_path={files / 'config.json'}",
+            f"moshi_paths.config_path={config}",
             f"moshi_paths.moshi_path={files / 'consolidated.safetensors'}", "carry_state=true",
             f"data.train_data={self.training_material()}", *arm.changes,
         )  # fmt: skip

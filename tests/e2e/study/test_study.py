@@ -25,7 +25,7 @@ from study.stages import Study
 from tests.unit.data.conftest import FRAME, RATE, words_every, write_audio, write_manifest, write_transcript
 
 FRAMES = {"train": 130, "valid": 60, "test": 110}
-ARMS = tuple(arm for arm in plan.ARMS if arm.name in (plan.LORA, "ridge layer + LoRA", "in place, ridge"))
+ARMS = tuple(arm for arm in plan.ARMS if arm.name in (plan.LORA, "ridge layer on LoRA", "in place, ridge"))
 
 
 @pytest.fixture(scope="module")
