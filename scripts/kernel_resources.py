@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).resolve().parent.parent / "src"
-POINTERS_OF_INTEGERS = {"POSITION"}
+ARCHITECTURES = (80, 90, 100)
+SHAPES = {"linear": ((16, 64), (16, 128), (32, 64), (32, 128)), "mlp": ((16, 64), (16, 128))}
+"""Chunk sizes and head widths, of each chain of kernels: those that ``auto`` may take."""
 NUMBERS = {"T", "H", "N", "BH", "CHUNK", "FIRST", "LAST"}
 
 
@@ -48,3 +50,63 @@ def compiled(kernel: Any, constants: dict[str, Any], arch: int, warps: int) -> d
     if numbers is None:
         raise RuntimeError(f"cuobjdump says no registers: {said.stdout[:300]}")
     return {"registers": int(numbers[1]), "spilled": int(numbers[2]), "shared": int(found.metadata.shared)}
+
+
+def rows(only: str = "") -> Iterator[tuple[str, dict[str, int]]]:
+    """The rows of the record whose name has ``only``, compiled now."""
+    from moshi_ttt.plugins.hybrid.triton import linear_kernels, mlp_backward, mlp_forward
+    from moshi_ttt.plugins.hybrid.triton.backend import GROUP, SLICE, settings_of
+    from moshi_ttt.plugins.hybrid.triton.resources import KERNELS, row_name
+
+    for arch in ARCHITECTURES:
+        for kind, kernels in KERNELS.items():
+            for chunk, width in SHAPES[kind]:
+                for kernel in kernels:
+                    name = row_name(arch, kernel, chunk, width, "tf32x3")
+                    if only not in name:
+                        continue
+                    settings = settings_of(chunk, 1e-6, "tf32x3")
+                    constants = {"C": chunk, "D": width, "S": SLICE, "EVERY": GROUP, "CAUSAL": True}
+                    constants |= {"PRECISION": settings.precision, "SLICES": 4 * width // SLICE}
+                    module = next(m for m in (linear_kernels, mlp_forward, mlp_backward) if hasattr(m, kernel))
+                    warps = settings.launch(kernel)["num_warps"]
+                    yield name, compiled(getattr(module, kernel), constants, arch, warps) | {"warps": warps}
+
+
+def differences(found: dict[str, dict[str, int]], recorded: dict[str, dict[str, int]]) -> list[str]:
+    """A line for each row that is not as recorded."""
+    return [
+        f"{name}: {taken}, recorded: {recorded.get(name)}"
+        for name, taken in found.items()
+        if taken != recorded.get(name)
+    ]
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="record what is found")
+    parser.add_argument("--only", default="", help="compile the rows whose name has this")
+    options = parser.parse_args(given)
+    sys.path.insert(0, str(SOURCE))
+    import triton
+
+    from moshi_ttt.plugins.hybrid.triton.resources import RECORD
+
+    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {"kernels": {}}
+    found: dict[str, dict[str, int]] = {}
+    for name, taken in rows(options.only):
+        found[name] = taken
+        print(f"{name}: {taken}", flush=True)
+    if options.write:
+        record = {"triton": triton.__version__, "kernels": dict(sorted((record["kernels"] | found).items()))}
+        lines = [f"    {json.dumps(name)}: {json.dumps(taken)}" for name, taken in record["kernels"].items()]
+        text = f'{{\n  "triton": {json.dumps(record["triton"])},\n  "kernels": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
+        RECORD.write_text(text, encoding="utf-8")
+        return 0
+    wrong = differences(found, record["kernels"])
+    print("\n".join(wrong) or f"{len(found)} rows are as recorded")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -32,6 +33,8 @@ CHUNKS, HEAD_WIDTHS = (16, 32, 64), (16, 32, 64, 128)
 BY_AUTO = {"linear": (16, 32), "mlp": (16,)}
 """Chunk sizes with which ``auto`` may take the kernels, at head widths of ``AUTO_HEAD_WIDTHS``."""
 AUTO_HEAD_WIDTHS = (64, 128)
+SLICE = 32
+"""Rows of W in one product of TTT-Linear, and the most hidden units of TTT-MLP that one program has."""
 GROUP = 4
 """Chunks between two of which the fast weights are kept for the backward pass, without ``checkpoint_chunks``."""
 
@@ -114,6 +117,15 @@ def not_by_auto(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...
     return too_large(kind, chunk, widths[0], products, torch.cuda.get_device_capability(device))
 
 
+def settings_of(
+    chunk: int, eps: float, products: Products, causal: bool = True, together: int | None = None
+) -> TrainSettings:
+    """How the kernels run, here and in the record of what they take."""
+    return TrainSettings(
+        chunk=chunk, eps=eps, causal=causal, precision=products, every=together or GROUP, slice_width=SLICE
+    )
+
+
 def load(device: torch.device, products: Products) -> Callable[..., Any]:
     """``chunk_inner_loop`` with the kernels for whole chunks. Raises BackendError where Triton does not interpret."""
     from moshi_ttt.plugins.hybrid.triton import linear_kernels
@@ -134,14 +146,14 @@ def whole_by_kernels(
     from moshi_ttt.plugins.hybrid.triton.linear_chunk import linear_chunks
     from moshi_ttt.plugins.hybrid.triton.mlp_chunk import mlp_chunks
 
-    settings = TrainSettings(
-        chunk=token_scale.shape[0], eps=norm.eps, causal=causal, precision=products, every=together or GROUP
-    )
+    settings = settings_of(token_scale.shape[0], norm.eps, products, causal, together)
     if len(fast.weights) == 1:
         y, weight, bias = linear_chunks(
             *tokens, fast.weights[0], fast.biases[0], norm.weight, norm.bias, token_scale, scale, settings
         )
         return y, FastNetwork((weight,), (bias,))
     (w1, w2), (b1, b2) = fast.weights, fast.biases
+    hidden = w1.shape[-1]
+    settings = replace(settings, slice_width=min(settings.slice_width, hidden & -hidden))  # a power of two in it
     y, weights, biases = mlp_chunks(*tokens, (w1, w2), (b1, b2), norm.weight, norm.bias, token_scale, scale, settings)
     return y, FastNetwork(weights, biases)

@@ -18,7 +18,8 @@ from moshi_ttt.plugins.hybrid.triton.train_settings import Products
 RECORD = Path(__file__).with_name("resources.json")
 KERNELS: Mapping[str, tuple[str, ...]] = {
     "linear": (
-        "linear_states", "linear_outputs", "linear_output_gradients", "linear_state_gradients", "linear_key_gradients",
+        "linear_states", "linear_weights", "linear_outputs", "linear_output_gradients", "linear_state_gradients",
+        "linear_key_gradients",
     ),
     "mlp": (
         "mlp_first_keys", "mlp_chunk", "mlp_outputs", "mlp_states", "mlp_output_gradients",
