@@ -27,6 +27,11 @@ LIMITS = {"float32": 1e-5, "bfloat16": 4e-2}
 """Of outputs and state; a bfloat16 model rounds what a projection gives to 2^-8, and the next bit may differ."""
 
 
+def _chosen(report: Report) -> dict[str, dict[str, Any]]:
+    """All variants; of small shapes, which the interpreter computes, one."""
+    return {"mlp": VARIANTS["mlp"]} if report.small else VARIANTS
+
+
 def decode_kernels(report: Report) -> None:
     """The step by kernels: against tensor operations, captured and replayed, and its time beside theirs."""
     import torch
@@ -35,7 +40,7 @@ def decode_kernels(report: Report) -> None:
     from .cases import block_of
 
     size = {"dim": 32, "heads": 2} if report.small else {"dim": 512, "heads": 4}
-    for name, entry in VARIANTS.items():
+    for name, entry in _chosen(report).items():
         for chunk in (2,) if report.small else (16, 32):
             for dtype in ("float32",) if report.small else tuple(LIMITS):
                 if report.out_of_time(f"{name} C{chunk} and what follows"):
@@ -96,7 +101,7 @@ def _speed(report: Report) -> None:
 
     size = {"dim": 32, "heads": 2, "hidden": 96} if report.small else {"dim": 4096, "heads": 32, "hidden": 8}
     chunk = 2 if report.small else 32
-    for name, entry in VARIANTS.items():
+    for name, entry in _chosen(report).items():
         block: Any = block_of({**entry, "chunk": chunk}, report.device, torch.bfloat16, **size)
         for rows in (1,) if report.small else (1, 8, 24):
             if report.out_of_time(f"speed of {name} B{rows} and what follows"):
@@ -111,14 +116,14 @@ def _speed(report: Report) -> None:
                 casts = ParameterCasts(block, frozen=True)
                 context = BlockContext(exec_mask=mask, updates=mask, volume=volume, casts=casts)
 
-                def step(state: Any = state, context: Any = context, token: Any = token) -> object:
+                def step(block: Any = block, state: Any = state, context: Any = context, token: Any = token) -> object:
                     with torch.no_grad():
                         return block.step(token, state, context)
 
                 # As many steps as a chunk has, so that one of them ends it.
                 replay = graph_of(report, step, state)
                 taken[backend] = report.milliseconds(
-                    lambda: [replay() for _ in range(chunk)], 1 if report.small else 10
+                    lambda replay=replay: [replay() for _ in range(chunk)], 1 if report.small else 10
                 )
                 del state
             layers = [parameter.shape[1] for parameter in block.fast_weight] + [size["dim"] // size["heads"]]

@@ -1,6 +1,6 @@
 """What the kernels of a streamed step take of a GPU, as they were compiled: see ``resources``, whose rows these are.
 
-``step_resources.json`` is the record, written by ``scripts/step_resources.py``; a test compiles them again and compares.
+``step_resources.json`` is the record, written by ``scripts/step_resources.py``; a test compiles them again.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def too_large(layers: int, chunk: int, width: int, capability: tuple[int, int]) 
             return f"what {launch} takes at chunk {chunk} and head width {width} on sm_{arch} is not recorded"
         if taken.spilled > LARGEST_SPILL[arch]:
             return (
-                f"{launch} spills {taken.spilled} bytes a thread on sm_{arch}, and auto takes kernels that spill at most "
-                f"{LARGEST_SPILL[arch]}"
+                f"{launch} spills {taken.spilled} bytes a thread on sm_{arch}, and auto takes kernels that spill at "
+                f"most {LARGEST_SPILL[arch]}"
             )
         if taken.shared > SHARED_MEMORY[arch]:
             return f"{launch} needs {taken.shared} bytes of shared memory, and sm_{arch} has {SHARED_MEMORY[arch]}"
