@@ -9,9 +9,13 @@ It needs Triton and no GPU. ``--only TEXT`` compiles the rows whose name has it,
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
