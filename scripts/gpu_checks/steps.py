@@ -138,8 +138,12 @@ def _speed(report: Report) -> None:
 
 # ---- what a step is reckoned to take
 
-BYTES_A_SECOND, FLOPS, LEAST_US = 3.35e12, 45e12, 2.5
-"""Of an H100 (SXM): its memory's, those in float32 outside tensor cores, and the least time of a kernel in a graph."""
+BYTES_A_SECOND, FLOPS, TENSOR_FLOPS, LEAST_US = 3.35e12, 45e12, 700e12, 2.5
+"""Of an H100 (SXM): its memory's, those in float32 and in bfloat16 products, and the least time of a kernel in a graph."""
+
+
+RECKONED = {"TTT-Linear": (128, 128), "TTT-MLP": (128, 512, 128), "three layers": (128, 512, 512, 128)}
+"""Widths of the fast networks of the table."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +153,11 @@ class Cost:
     bytes: float
     operations: float
     launches: int = 1
+    flops: float = FLOPS
 
     @property
     def microseconds(self) -> float:
-        return max(LEAST_US * self.launches, 1e6 * self.bytes / BYTES_A_SECOND, 1e6 * self.operations / FLOPS)
+        return max(LEAST_US * self.launches, 1e6 * self.bytes / BYTES_A_SECOND, 1e6 * self.operations / self.flops)
 
 
 def step_costs(widths: tuple[int, ...], chunk: int, heads: int, rows: int) -> Mapping[str, Cost]:
@@ -165,7 +170,7 @@ def step_costs(widths: tuple[int, ...], chunk: int, heads: int, rows: int) -> Ma
     width, channels, seen = widths[0], heads * widths[0], (chunk + 1) / 2
     pairs, programs = list(pairwise(widths)), heads * rows
     found = {
-        "four projections": Cost(4 * 2 * channels**2, 0, 4),  # operations of tensor cores: not the limit
+        "four projections": Cost(4 * 2 * channels**2, 4 * 2 * rows * channels**2, 4, TENSOR_FLOPS),
         "prepare": Cost(4 * heads * channels + rows * 2 * 4 * channels, 2 * rows * heads * channels),
     }
     first = pairs[:2]
@@ -197,23 +202,36 @@ def step_costs(widths: tuple[int, ...], chunk: int, heads: int, rows: int) -> Ma
     return found
 
 
+def table() -> str:
+    """What a step is reckoned to take at chunk 32 with 32 heads of 128, as docs/gpu.md has it."""
+    counts = (1, 8, 24)
+    headings = ["launches", "kernels", "MB, 1 row", "MFLOP, 1 row", *(f"us, {n} row{'s' * (n > 1)}" for n in counts)]
+    lines = [f"| {' | '.join(headings)} |", f"| --- |{' ---: |' * (len(headings) - 1)}"]
+    for name, widths in RECKONED.items():
+        costs = [step_costs(widths, 32, 32, count) for count in counts]
+        inner = [key for key in costs[0] if key != "four projections"]
+        for launch in costs[0] if name == "TTT-MLP" else inner:
+            one = costs[0][launch]
+            times = " | ".join(f"{cost[launch].microseconds:.1f}" for cost in costs)
+            lines.append(
+                f"| {name}: {launch} | {one.launches} | {one.bytes / 1e6:.1f} | {one.operations / 1e6:.1f} | {times} |"
+            )
+        summed = [sum(cost[key].microseconds for key in inner) for cost in costs]
+        own = [costs[0][key] for key in inner]
+        lines.append(
+            f"| **{name}, without projections** | {sum(cost.launches for cost in own)} | "
+            f"{sum(cost.bytes for cost in own) / 1e6:.1f} | {sum(cost.operations for cost in own) / 1e6:.1f} | "
+            f"{' | '.join(f'{total:.0f}' for total in summed)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from gpu_checks.source_tree import make_importable
 
     make_importable()
-    rows = (1, 8, 24)
-    print("| C 32, 32 heads of 128 | MB, " + " | ".join(f"{count} rows: us" for count in rows) + " |")
-    for name, widths in {"TTT-Linear": (128, 128), "TTT-MLP": (128, 512, 128), "3": (128, 512, 512, 128)}.items():
-        costs = [step_costs(widths, 32, 32, count) for count in rows]
-        for launch in costs[0]:
-            each = [cost[launch] for cost in costs]
-            line = " | ".join(f"{cost.bytes / 1e6:.1f} MB, {cost.microseconds:.1f} us" for cost in each)
-            print(f"| {name}, {launch} | {each[0].launches} | {line} |")
-        inner = [[c for k, c in cost.items() if k != "four projections"] for cost in costs]
-        totals = [sum(c.microseconds for c in cost) for cost in inner]
-        count = sum(c.launches for c in costs[0].values())
-        print(f"| {name}, without projections | {count - 4} | " + " | ".join(f"{t:.0f} us" for t in totals) + " |")
+    print(table(), end="")
 
 
 if __name__ == "__main__":
