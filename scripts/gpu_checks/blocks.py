@@ -59,10 +59,10 @@ def captured_step(report: Report) -> None:
         if report.out_of_time(f"{name} and what follows"):
             return
         for dtype in LIMITS:
-            _replay(report, f"{name} {str(dtype)[6:]}", block_of(entry, report.device, dtype))
+            replayed(report, f"{name} {str(dtype)[6:]}", block_of(entry, report.device, dtype))
 
 
-def _replay(report: Report, label: str, block: SequenceBlock) -> None:
+def replayed(report: Report, label: str, block: SequenceBlock) -> None:
     batch, device, dtype = 4, report.device, block.info.dtype
     x, embeddings = (each.to(device, dtype) for each in activations(batch, LENGTH, block.info.dim, 2))
     active = (torch.rand(LENGTH, batch, generator=torch.Generator().manual_seed(3)) > 0.2).to(device)

@@ -20,8 +20,8 @@ from moshi_ttt.plugins.hybrid.fast_network import UpdateRule
 from moshi_ttt.plugins.hybrid.inner_loop import COUNTERS, Tokens, unpack
 from moshi_ttt.plugins.hybrid.objective import InnerNorm, Objective
 from moshi_ttt.plugins.hybrid.triton.backend import interpreted
-from moshi_ttt.plugins.hybrid.triton.resources import too_large
 from moshi_ttt.plugins.hybrid.triton.step_operations import operations
+from moshi_ttt.plugins.hybrid.triton.step_resources import too_large
 
 if TYPE_CHECKING:
     from moshi_ttt.core.block import BlockContext
@@ -58,8 +58,7 @@ def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int) -> st
             f"{_listed(AUTO_HEAD_WIDTHS)}, and up to two hidden layers {AUTO_EXPANSION} times as wide; its chunk is "
             f"{chunk} and its widths are {', '.join(map(str, widths))}"
         )
-    kind = ("step_linear", "step_mlp", "step_multilayer")[len(widths) - 2]
-    return too_large(kind, chunk, widths[0], "ieee", torch.cuda.get_device_capability(device))
+    return too_large(len(widths) - 1, chunk, widths[0], torch.cuda.get_device_capability(device))
 
 
 def _listed(numbers: tuple[int, ...]) -> str:

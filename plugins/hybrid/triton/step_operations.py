@@ -8,6 +8,7 @@ Shape legend: B rows, H heads, C tokens a chunk, D head width.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -51,10 +52,21 @@ def operations() -> Any:
     for name, schema in SCHEMAS.items():
         library.define(f"{name}{schema}")
         for key in ("CPU", "CUDA"):
-            library.impl(name, computed[name], key)
+            library.impl(name, _on_device(computed[name]), key)
         torch.library.register_fake(f"{NAME}::{name}", shaped[name], lib=library)
     found = {name: getattr(getattr(torch.ops, NAME), name).default for name in SCHEMAS}
     return _Operations(library, found)
+
+
+def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with the device of its first tensor as the current one, which Triton launches on."""
+
+    @functools.wraps(function)
+    def run(tensor: Tensor, *others: Any) -> Any:
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *others)
+
+    return run
 
 
 class _Operations:

@@ -17,7 +17,21 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="torch came 
 def run(test: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     module = f"tests/conformance/variants/triton_step_kit.py::{test}"
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", module]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-m",
+        "",
+        module,
+    ]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-1000:]
 

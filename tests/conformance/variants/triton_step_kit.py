@@ -10,8 +10,9 @@ import os
 import pytest
 import torch
 
-from moshi_ttt.core.testing import CHECKS, Shape
+from moshi_ttt.core.testing import CHECKS, Shape, check_long_stream
 from moshi_ttt.core.testing.case import default_cases
+from tests.conformance.variants.grid import WITHOUT_STEPS
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "Triton reads it when it is imported"
 
@@ -27,22 +28,22 @@ CASES = [
     for case in default_cases(variant, [options], shapes=SHAPES)
     if case.dtype != torch.float64  # which the kernels refuse
 ]
-THIN = {"no_host_read", "reset", "exec_mask", "volume"}
+THIN = {"no_host_read", "reset", "volume_streamed", "step_in_place"}
 """Checks of the default suite, of the first case. The worker's cases have the others' substance."""
-LONG = {"long_stream"}
-"""3,000 steps are an hour in the interpreter."""
+STEPS = [check for check in CHECKS if check not in WITHOUT_STEPS and check is not check_long_stream]
+"""Checks that a step has a part in, but for 3,000 steps, which are an hour in the interpreter."""
 
 
 def name_of(check) -> str:
     return check.__name__.removeprefix("check_")
 
 
-@pytest.mark.parametrize("check", [check for check in CHECKS if name_of(check) not in LONG], ids=name_of)
+@pytest.mark.parametrize("check", STEPS, ids=name_of)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kit(case, check):
     check(case)
 
 
-@pytest.mark.parametrize("check", [check for check in CHECKS if name_of(check) in THIN], ids=name_of)
+@pytest.mark.parametrize("check", [check for check in STEPS if name_of(check) in THIN], ids=name_of)
 def test_kit_thin(check):
     check(CASES[0])

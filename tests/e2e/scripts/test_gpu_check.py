@@ -44,13 +44,19 @@ def test_every_section_passes_on_a_cpu(tmp_path):
     assert found["passed"]
     assert set(found["sections"]) == {
         "blocks", "captured step", "generation", "slots", "step 0", "training", "ceilings", "speed of blocks",
-        "training kernels", "speed of decoding", "speed of slots", "speed of training",
+        "training kernels", "decode kernels", "speed of decoding", "speed of slots", "speed of training",
     }  # fmt: skip
     assert {section["state"] for section in found["sections"].values()} == {"passed"}
     checked = {check["section"] for check in found["checks"]}
-    assert {"blocks", "captured step", "generation", "slots", "step 0", "training", "training kernels"} <= checked
+    assert {"blocks", "captured step", "generation", "slots", "step 0", "training", "training kernels", "decode kernels"} <= checked
     assert any(name.startswith("decode 5 in place") for name in found["figures"])
     assert "| blocks | passed |" in (tmp_path / "gpu_check.md").read_text()
+
+
+def test_the_table_of_a_step_in_the_guide_is_what_the_script_reckons(checks):
+    from gpu_checks.steps import table
+
+    assert table() in (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
 
 
 def test_what_is_skipped_is_not_a_pass(tmp_path):
