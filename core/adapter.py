@@ -228,9 +228,10 @@ def _changed_options(block: PlannedBlock, saved: Mapping[str, Any]) -> str:
 
     An option that was added after the adapter was made had its default then.
     """
-    now = block.config.model_dump(mode="json", exclude={"layers", "distribution"})
+    now = block.config.learned_options()
     fields = type(block.config).model_fields
     was = {key: field.get_default(call_default_factory=True) for key, field in fields.items()} | dict(saved)
+    was = {key: value for key, value in was.items() if key not in block.config.machine_options}
     changed = {key: (was.get(key), now.get(key)) for key in sorted({*saved, *now})}
     listed = [f"{key} was {old!r} and is {new!r}" for key, (old, new) in changed.items() if old != new]
     return f"{block.site}: the adapter was trained with other options: {'; '.join(listed)}." if listed else ""
@@ -255,7 +256,7 @@ def _describe(planned: PlannedBlock) -> dict[str, Any]:
         "plugin": provenance.plugin,
         "distribution": provenance.distribution,
         "version": provenance.version,
-        "config": planned.config.model_dump(mode="json", exclude={"layers", "distribution"}),
+        "config": planned.config.learned_options(),
     }
 
 

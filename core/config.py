@@ -6,7 +6,7 @@ How a file or a mapping becomes one of them is in ``config_parsing``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -115,6 +115,9 @@ class BlockConfig(_Qualified):
             model. See ``core.volume``.
     """
 
+    machine_options: ClassVar[frozenset[str]] = frozenset()
+    """Options that say how a machine computes the block, and not what: an adapter does not keep them."""
+
     variant: str
     layers: str | int | tuple[int, ...] = "all"
     output_scale: float = Field(default=1.0, ge=0.0, le=LARGEST_VOLUME)
@@ -123,6 +126,10 @@ class BlockConfig(_Qualified):
     def qualified_name(self) -> str:
         """The name to look up in the registry: ``variant``, or ``distribution:variant``."""
         return self._qualified(self.variant)
+
+    def learned_options(self) -> dict[str, Any]:
+        """What an adapter keeps, as JSON: all options but the layers and those of this machine."""
+        return self.model_dump(mode="json", exclude={"layers", "distribution", *self.machine_options})
 
 
 class HostConfig(_Qualified):

@@ -22,6 +22,10 @@ class UnknownNameError(ConfigError):
     """A name that no plugin registered."""
 
 
+class BackendError(ConfigError):
+    """A backend that was asked for by name and cannot be had, on this device or with these options."""
+
+
 class PluginError(MoshiTTTError, RuntimeError):
     """A plugin that failed to load, is outdated, or broke a rule of registration."""
 

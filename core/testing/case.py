@@ -92,6 +92,12 @@ class BlockCase:
     def causal(self) -> bool:
         return self.block(device="meta").causal
 
+    def anywhere(self) -> BlockCase:
+        """The same case without what was chosen for this machine: that need not serve tensors without values."""
+        fields = type(self.config).model_fields
+        machine = {name: fields[name].get_default() for name in self.config.machine_options}
+        return self.at(config=self.config.model_copy(update=machine), compiled_step=False)
+
     def at(self, **changes: Any) -> BlockCase:
         """The same case with some fields changed."""
         return replace(self, **changes)

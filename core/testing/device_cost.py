@@ -57,6 +57,7 @@ def check_device(case: BlockCase) -> None:
 
     Tensors without a dimension may lie on the CPU: they are arguments of a launch.
     """
+    case = case.anywhere()
     block, rows = case.block(device="meta"), case.shape.batch
     x = torch.empty(rows, 2 * case.chunk + 1, case.shape.dim, dtype=case.dtype, device="meta", requires_grad=True)
     short = x.detach()[:, : case.chunk + 1]  # [B, chunk + 1, D]: a chunk that ends, and one that goes on from it

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.core.errors import BackendError
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -44,7 +45,7 @@ class NativeLibrary:
         """Load it, from the cache folder or built now (10 to 40 s).
 
         Raises:
-            ConfigError: it cannot be built or kept here.
+            BackendError: it cannot be built or kept here.
         """
         library = _cache() / self.version() / f"{self.name}.so"
         try:
@@ -52,10 +53,17 @@ class NativeLibrary:
                 self._build(library)
             torch.ops.load_library(library)
         except OSError as error:
-            raise ConfigError(
+            raise BackendError(
                 f"{self.what} cannot be built: {error}. It needs a C++ compiler, g++ or the one that CXX names, and a "
                 f"folder to keep it, {library.parent} (XDG_CACHE_HOME moves it). {self.otherwise}"
             ) from error
+
+    def why_not(self) -> str | None:
+        """Why it cannot be loaded, as far as it is known without a build: there is neither a build nor a compiler."""
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None and not (_cache() / self.version() / f"{self.name}.so").exists():
+            return f"it is built by a C++ compiler, g++ or the one that CXX names, and {compiler} is not here"
+        return None
 
     def version(self) -> str:
         """Another one for each source, set of flags, torch and kind of processor."""

@@ -15,33 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from moshi_ttt.core.block import BlockContext
-from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.core.state_ranges import StateRange
 from moshi_ttt.plugins.common.finite import below, largest_factor
 from moshi_ttt.plugins.common.normalization import rms_normalize
 from moshi_ttt.plugins.common.short_conv import Convolutions, empty_cache
-from moshi_ttt.plugins.hybrid import compiled, diagnostics, inner_loop
+from moshi_ttt.plugins.hybrid import diagnostics, inner_loop
 from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
-from moshi_ttt.plugins.hybrid.compiled import compiled_inner_loop
 from moshi_ttt.plugins.hybrid.derivatives import differentiable_again
 from moshi_ttt.plugins.hybrid.layer import HybridLayer, gated_output, inner_inputs, objective
-from moshi_ttt.plugins.hybrid.objective import InnerNorm
-from moshi_ttt.plugins.hybrid.parameters import HybridParameters
-from moshi_ttt.plugins.hybrid.recurrent import recurrent_inner_loop
+from moshi_ttt.plugins.hybrid.with_backends import BlockWithBackends
 
 CACHES = ("query_cache", "key_cache")
 """State of the short convolutions."""
 
 
-class HybridBlock(HybridParameters):
+class HybridBlock(BlockWithBackends):
     """The hybrid layer as a block: its state, a call of any length, a streamed step, and its diagnostics.
 
     A subclass gives the widths of the fast network's layers (``widths``). A token that is not finite, or too large, is
     left out with the update of its whole chunk.
     """
-
-    _compiled_step = False
 
     scales_inner_lr = True
     scales_output = True
@@ -141,7 +135,8 @@ class HybridBlock(HybridParameters):
         else:
             position = context.coordinates[None]  # [T, A] -> [1, T, A]
         caches = [state[name] for name in CACHES if name in state]
-        y, after = chunk_inner_loop(
+        run = chunk_inner_loop if exact else self._train_run(x.device)
+        y, after = run(
             self._tokens(x, position, layer, context, exact, caches),
             state,
             objective(layer, exact),
@@ -171,22 +166,14 @@ class HybridBlock(HybridParameters):
             position = state["position"][:, None]  # [B] -> [B, 1]
             given = self._tokens(tokens, position, layer, context, caches=caches, in_place=True)
             norm, scale = objective(layer), layer.token_scale.to(self.roles.state)
-            masks = context.exec_mask, context.updates_mask(tokens)
-            if self._compiled_step and isinstance(norm, InnerNorm):
-                y = compiled_inner_loop(given, state, norm, scale, *masks)
-            else:
-                y = recurrent_inner_loop(given, state, norm, scale, masks[0], self.update_rule(), masks[1])
+            run, updated = self._step_run(tokens.device), context.updates_mask(tokens)
+            y = run(given, state, norm, scale, context.exec_mask, self.update_rule(), updated)
             y = gated_output(tokens, y, layer, self.volume_in(context))
         return self.info.format.from_tokens(y, x)
 
     def compile_step(self) -> None:
-        if (reason := compiled.why_not(self.config, self.info.device, self.roles.state)) is not None:
-            raise ConfigError(
-                f"{self.info.site} has no compiled step: {reason}. Stream without compile_step: the results are the "
-                "same."
-            )
-        compiled.operation()
-        self._compiled_step = True
+        """The backend ``cpp`` for the step of this block, whatever its options name."""
+        self.use_backend("step", "cpp")
 
     # ---- from activations to the inner loop
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import BlockState
-from moshi_ttt.plugins.hybrid.chunk_gradient import is_written_out, written_out_inner_loop
+from moshi_ttt.plugins.hybrid.chunk_gradient import WholeChunks, is_written_out, written_out_inner_loop
 from moshi_ttt.plugins.hybrid.fast_network import (
     ChunkMemory,
     FastNetwork,
@@ -41,6 +41,7 @@ def chunk_inner_loop(
     checkpoint_chunks: int | None = None,
     rule: UpdateRule | None = None,
     updated: Tensor | None = None,
+    whole: WholeChunks | None = None,
 ) -> tuple[Tensor, BlockState]:
     """The inner loop over a whole call.
 
@@ -55,6 +56,7 @@ def chunk_inner_loop(
             at the start of each such group are kept. None: everything is kept.
         rule: how a finished chunk updates the fast weights; the state has to be one for it. None: a plain step.
         updated: ``[B]`` bool, rows whose updates are enabled (others have rates of zero); None: all.
+        whole: what computes the chunks that are whole in every row, of the published form; None: this module.
 
     Returns:
         ``y [B, T, H * D]`` and the state after the last token.
@@ -68,7 +70,7 @@ def chunk_inner_loop(
     if isinstance(norm, InnerNorm) and is_written_out(norm, rule, token_scale.dtype):
         y, fast, earlier = written_out_inner_loop(
             tokens, fast, earlier, norm, token_scale, layout=layout, causal=causal,
-            checkpoint_chunks=checkpoint_chunks, position=position, applied=num_nonfinite == 0,
+            checkpoint_chunks=checkpoint_chunks, position=position, applied=num_nonfinite == 0, whole=whole,
         )  # fmt: skip
         counters = (after % size, *counted(num_nonfinite, state["skipped"], after // size))
         return y, pack(counters, fast, earlier)

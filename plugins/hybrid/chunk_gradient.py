@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,31 @@ def is_written_out(norm: Objective, rule: UpdateRule, dtype: torch.dtype) -> boo
     return published and dtype in (torch.float32, torch.float64)
 
 
+class WholeChunks(Protocol):
+    """Chunks that are whole in every row, from one's start, by other code."""
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        fast: FastNetwork,
+        norm: InnerNorm,
+        token_scale: Tensor,
+        scale: Tensor,
+        *,
+        causal: bool,
+        together: int | None,
+    ) -> tuple[Tensor, FastNetwork]:
+        """``y [B, T, H, D]`` and the fast weights after the last token, differentiable.
+
+        Args:
+            tokens: finite, ``[B, T, H, any]``, T a multiple of C.
+            fast: what to start from, ``[B, H, any, any]``.
+            scale: ``[B, N]``, of each chunk's update; 0 where there is none.
+            together: as ``checkpoint_chunks``.
+        """
+        ...
+
+
 def written_out_inner_loop(
     tokens: Tokens,
     fast: FastNetwork,
@@ -40,6 +66,7 @@ def written_out_inner_loop(
     checkpoint_chunks: int | None,
     position: Tensor,
     applied: Tensor,
+    whole: WholeChunks | None = None,
 ) -> tuple[Tensor, FastNetwork, ChunkMemory]:
     """``y [B, T, H D]``, the fast weights and the unfinished chunk after the last token.
 
@@ -48,41 +75,107 @@ def written_out_inner_loop(
         fast, earlier: what the call starts from, ``[B, H, any, any]``.
         position: ``[B]``, tokens of the first chunk that came before the call.
         applied: ``[B, N]`` bool, chunks whose update is applied if they end in this call.
+        whole: what computes the chunks that are whole in every row. None: they are computed as the others are.
 
     The rest is as in ``chunk_inner_loop``.
     """
-    rows = _Rows(tokens.q.shape[0], tokens.q.shape[2])
-    q, k, v, lr = (rows.of_tokens(part, layout) for part in tokens)  # [N, R, C, any]
-    begun = None
-    if layout.offset is not None:
-        slot = torch.arange(layout.chunk_size, device=position.device)
-        begun = rows.of_mask((slot < position[:, None])[..., None])  # [B, C, 1] -> [R, C, 1]
-        first = torch.where(begun, earlier.inputs[0].flatten(0, 1), k[0])  # [B, H, C, D] -> [R, C, D]
-        k = torch.cat([first[None], k[1:]])
-    gamma, beta = (rows.of_heads(each) for each in (norm.weight, norm.bias))  # [H, D] -> [R, 1, D]
-    mask = -token_scale[:, None].expand(-1, layout.chunk_size)  # [C, C]: query, key
-    mask = mask.tril() if causal else mask
-    after = position + layout.length
-    plan = ChunkGroup(
-        norm.eps, 0, 0, _applied(layout, after, applied, rows, q.dtype), _stops(layout, after, rows), begun,
-        len(fast.weights),
-    )  # fmt: skip
+    call = _Chunks(tokens, earlier, norm, token_scale, layout, causal, checkpoint_chunks, position, applied)
+    first, last = whole_chunks(layout) if whole is not None else (0, 0)
+    outputs: list[Tensor] = []
+    left: ChunkMemory | None = None
+    if whole is None or first >= last:
+        y, fast, left = call.part(0, layout.num_chunks, fast, left)
+        return layout.merge(y), fast, left
+    if first > 0:
+        y, fast, left = call.part(0, first, fast, left)
+        outputs.append(y)
+    factor = torch.where(applied[:, first:last], token_scale[-1], 0)  # [B, N]
+    y, fast = whole(
+        call.tokens(first, last), fast, norm, token_scale, factor, causal=causal, together=checkpoint_chunks
+    )
+    # [B, T, H, D] -> [B, T, H D] -> [B, N, C, H D]
+    outputs.append(y.flatten(2).unflatten(1, (last - first, layout.chunk_size)))
+    if last < layout.num_chunks:
+        y, fast, left = call.part(last, layout.num_chunks, fast, left)
+        outputs.append(y)
+    left = call.nothing_left() if left is None else left
+    return layout.merge(torch.cat(outputs, 1)), fast, left
 
-    def shared(x: Tensor) -> Tensor:
-        return x.expand(layout.num_chunks, *x.shape)  # [any] -> [N, any]
 
-    given = Arguments(
-        torch.cat([k, q], 2), beta - norm.target(v, k), lr.contiguous(), shared(gamma), shared(beta), shared(mask),
-        shared(-token_scale[-1:, None, None]),
-        *(tuple(t.flatten(0, 1) for t in part) for part in (fast.weights, fast.biases)),  # [B, H, a, b] -> [R, a, b]
-        *(tuple(torch.zeros_like(t).flatten(0, 1) for t in part) for part in (earlier.inputs[1:], earlier.gradients)),
-        *(tuple(t.flatten(0, 1) for t in part) for part in (earlier.inputs[1:], earlier.gradients)),
-    )  # fmt: skip
-    found, (weights, biases, inputs, gradients) = in_groups(plan, given, checkpoint_chunks)
-    # [N, R, C, D] -> [N, B, H, C, D] -> [B, H, N, C, D]
-    y = layout.merge((q + found).unflatten(1, (rows.batch, rows.heads)).permute(1, 2, 0, 3, 4))
-    left = _unfinished(layout, after, rows, (k, *inputs), gradients)
-    return y, FastNetwork(*(tuple(map(rows.restore, part)) for part in (weights, biases))), left
+def whole_chunks(layout: ChunkLayout) -> tuple[int, int]:
+    """The first chunk that is whole in every row and not begun before the call, and the one after the last of them."""
+    return (0 if layout.offset is None else 1), layout.length // layout.chunk_size
+
+
+class _Chunks:
+    """The chunks of one call, any of which ``part`` computes in order."""
+
+    def __init__(
+        self, tokens: Tokens, earlier: ChunkMemory, norm: InnerNorm, token_scale: Tensor, layout: ChunkLayout,
+        causal: bool, checkpoint_chunks: int | None, position: Tensor, applied: Tensor,
+    ) -> None:  # fmt: skip
+        self.rows = _Rows(tokens.q.shape[0], tokens.q.shape[2])
+        self.given, self.layout, self.norm, self.checkpoint_chunks = tokens, layout, norm, checkpoint_chunks
+        self.earlier, self.token_scale, self.after = earlier, token_scale, position + layout.length
+        self.begun = None
+        if layout.offset is not None:
+            slot = torch.arange(layout.chunk_size, device=position.device)
+            self.begun = self.rows.of_mask((slot < position[:, None])[..., None])  # [B, C, 1] -> [R, C, 1]
+        mask = -token_scale[:, None].expand(-1, layout.chunk_size)  # [C, C]: query, key
+        self.mask = mask.tril() if causal else mask
+        self.applied = _applied(layout, self.after, applied, self.rows, tokens.q.dtype)
+        self.stops = _stops(layout, self.after, self.rows)
+
+    def tokens(self, first: int, last: int) -> Tokens:
+        """Those of chunks ``first`` to ``last - 1``, which are whole in every row: ``[B, T, H, any]``."""
+        layout, heads = self.layout, self.rows.heads
+        if layout.offset is None:
+            at = slice(first * layout.chunk_size, last * layout.chunk_size)
+            return Tokens(*(part[:, at] for part in self.given))
+        # [B, T, H any] -> [B, N, C, H any] -> [B, N C, H any]
+        q, k, v, lr = (layout.split(part.flatten(2))[:, first:last].flatten(1, 2) for part in self.given)
+        q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, v))  # [B, T, H D] -> [B, T, H, D]
+        return Tokens(q, k, v, lr)
+
+    def part(
+        self, first: int, last: int, fast: FastNetwork, left: ChunkMemory | None
+    ) -> tuple[Tensor, FastNetwork, ChunkMemory]:
+        """Chunks ``first`` to ``last - 1``: ``y [B, N, C, H D]``, the fast weights, and the unfinished chunk after.
+
+        ``left``: the unfinished chunk of rows whose call ended before; None before the first.
+        """
+        rows, layout, count = self.rows, self.layout, last - first
+        # [N, R, C, any]
+        q, k, v, lr = (rows.of_tokens(part, layout, first, last) for part in self.given)
+        if first == 0 and self.begun is not None:
+            start = torch.where(self.begun, self.earlier.inputs[0].flatten(0, 1), k[0])  # [B, H, C, D] -> [R, C, D]
+            k = torch.cat([start[None], k[1:]])
+        gamma, beta = (rows.of_heads(each) for each in (self.norm.weight, self.norm.bias))  # [H, D] -> [R, 1, D]
+        left = self.nothing_left() if left is None else left
+        slots = self.begun if first == 0 else None
+        plan = ChunkGroup(self.norm.eps, first, first, self.applied, self.stops, slots, len(fast.weights))
+
+        def shared(x: Tensor) -> Tensor:
+            return x.expand(count, *x.shape)  # [any] -> [N, any]
+
+        def flat(*parts: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
+            return tuple(tuple(t.flatten(0, 1) for t in part) for part in parts)  # [B, H, a, b] -> [R, a, b]
+
+        given = Arguments(
+            torch.cat([k, q], 2), beta - self.norm.target(v, k), lr.contiguous(), shared(gamma), shared(beta),
+            shared(self.mask), shared(-self.token_scale[-1:, None, None]), *flat(fast.weights, fast.biases),
+            *flat(left.inputs[1:], left.gradients), *flat(self.earlier.inputs[1:], self.earlier.gradients),
+        )  # fmt: skip
+        found, (weights, biases, inputs, gradients) = in_groups(plan, given, self.checkpoint_chunks)
+        # [N, R, C, D] -> [N, B, H, C, D] -> [B, N, C, H, D] -> [B, N, C, H D]
+        y = (q + found).unflatten(1, (rows.batch, rows.heads)).permute(1, 0, 3, 2, 4).flatten(-2)
+        stops = self.stops[first:last]
+        memory = _unfinished(layout, self.after, rows, stops, left.inputs[0].flatten(0, 1), (k, *inputs), gradients)
+        return y, FastNetwork(*(tuple(map(rows.restore, part)) for part in (weights, biases))), memory
+
+    def nothing_left(self) -> ChunkMemory:
+        """An unfinished chunk without tokens."""
+        return ChunkMemory(*(tuple(map(torch.zeros_like, p)) for p in (self.earlier.inputs, self.earlier.gradients)))
 
 
 @dataclass
@@ -92,9 +185,9 @@ class _Rows:
     batch: int
     heads: int
 
-    def of_tokens(self, x: Tensor, layout: ChunkLayout) -> Tensor:
-        """``[B, T, H, D]`` or ``[B, T, H]`` to ``[N, R, C, D]``, D = 1 of the latter."""
-        chunks = layout.split(x.flatten(2), self.heads)  # [B, H, N, C, D]
+    def of_tokens(self, x: Tensor, layout: ChunkLayout, first: int, last: int) -> Tensor:
+        """Chunks of ``[B, T, H, D]`` or ``[B, T, H]`` as ``[N, R, C, D]``, D = 1 of the latter."""
+        chunks = layout.split(x.flatten(2), self.heads)[:, :, first:last]  # [B, H, N, C, D]
         return chunks.permute(2, 0, 1, 3, 4).flatten(1, 2)
 
     def of_heads(self, x: Tensor) -> Tensor:
@@ -140,15 +233,22 @@ def _stops(layout: ChunkLayout, after: Tensor, rows: _Rows) -> list[Tensor | Non
 
 
 def _unfinished(
-    layout: ChunkLayout, after: Tensor, rows: _Rows, inputs: Sequence[Tensor], gradients: Sequence[Tensor]
+    layout: ChunkLayout,
+    after: Tensor,
+    rows: _Rows,
+    stops: Sequence[Tensor | None],
+    last: Tensor,
+    inputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
 ) -> ChunkMemory:
-    """The unfinished chunk: keys from those of all chunks ``inputs[0] [N, R, C, D]``; no slot ahead holds anything."""
-    size, k = layout.chunk_size, inputs[0]
-    last = torch.zeros_like(k[0])
-    for n, stops in enumerate(_stops(layout, after, rows)):
-        if stops is not None:
-            last = torch.where(stops, k[n], last)
-    held = torch.arange(size, device=after.device) < (after % size)[:, None]  # [C] and [B, 1] -> [B, C]
+    """The unfinished chunk: keys from those of chunks ``inputs[0] [N, R, C, D]``, in rows that ``stops`` in one.
+
+    ``last [R, C, D]``: the keys of rows that stopped before. No slot ahead holds anything.
+    """
+    for keys, stopping in zip(inputs[0], stops, strict=True):
+        if stopping is not None:
+            last = torch.where(stopping, keys, last)
+    held = torch.arange(layout.chunk_size, device=after.device) < (after % layout.chunk_size)[:, None]  # [B, C]
     held = rows.of_mask(held[..., None])
     a = tuple(rows.restore(torch.where(held, each, 0)) for each in (last, *inputs[1:]))
     return ChunkMemory(a, tuple(map(rows.restore, gradients)))

@@ -302,7 +302,10 @@ def _backward(
 
 
 def in_groups(plan: ChunkGroup, given: Arguments, together: int | None) -> tuple[Tensor, tuple[Tensors, ...]]:
-    """LN(f(q; W_n)) ``[N, R, C, D]``, and the weights, biases, inputs and gradients after the last chunk."""
+    """LN(f(q; W_n)) ``[N, R, C, D]``, and the weights, biases, inputs and gradients after the last chunk.
+
+    ``given`` are those of chunk ``plan.first`` of the call and the chunks after it.
+    """
     count, layers = given.both.shape[0], plan.layers
     recompute = together is not None
     of_chunks = (given.both, given.bias, given.lr, given.gamma, given.beta, given.mask, given.step)
@@ -310,8 +313,9 @@ def in_groups(plan: ChunkGroup, given: Arguments, together: int | None) -> tuple
     now: Tensors = (*given.weights, *given.biases, *given.inputs, *given.gradients)
     outputs = []
     for first, tokens in zip(range(0, count, together or count), zip(*parts, strict=True), strict=True):
-        last = first + tokens[0].shape[0]
-        group = ChunkGroup(plan.eps, first, last, plan.applied, plan.stops, plan.slots, layers, recompute)
+        begin = plan.first + first
+        last = begin + tokens[0].shape[0]
+        group = ChunkGroup(plan.eps, begin, last, plan.applied, plan.stops, plan.slots, layers, recompute)
         arguments = (*tokens, *now, *given.earlier_inputs, *given.earlier_gradients)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments):
             output, *after = _Group.apply(group, *arguments)  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from moshi_ttt.plugins.common.finite import largest_factor
 from moshi_ttt.plugins.common.native import NativeLibrary
 from moshi_ttt.plugins.hybrid.config import HybridConfig
 from moshi_ttt.plugins.hybrid.cpp import PARTS
+from moshi_ttt.plugins.hybrid.fast_network import UpdateRule
 from moshi_ttt.plugins.hybrid.inner_loop import Tokens, unpack
-from moshi_ttt.plugins.hybrid.objective import InnerNorm
+from moshi_ttt.plugins.hybrid.objective import InnerNorm, Objective
 
 LIBRARY = NativeLibrary(
     name="moshi_ttt_hybrid",
@@ -23,7 +25,7 @@ LIBRARY = NativeLibrary(
     source=Path(__file__).with_name("step.cpp"),
     headers=tuple(Path(__file__).parent / "cpp" / f"{name}.h" for name in (*PARTS, "step_head")),
     flags=("-march=native", "-ffp-contract=fast"),
-    otherwise="Without compile_step the same results come from tensor operations.",
+    otherwise="With backend: {step: torch} the same results come from tensor operations.",
 )
 DTYPES = (torch.float32, torch.float64)
 
@@ -40,9 +42,15 @@ def why_not(config: HybridConfig, device: torch.device, dtype: torch.dtype) -> s
     return None
 
 
+def load(use: object) -> Callable[..., Tensor]:
+    """``compiled_inner_loop``, built. Raises BackendError where it cannot be built."""
+    operation()
+    return compiled_inner_loop
+
+
 @functools.cache
 def operation() -> Any:
-    """step.cpp as an operation of torch's. Raises ConfigError where it cannot be built."""
+    """step.cpp as an operation of torch's. Raises BackendError where it cannot be built."""
     LIBRARY.load()
     torch.library.register_fake(f"{LIBRARY.name}::step", _shape)
     return getattr(torch.ops, LIBRARY.name).step.default
@@ -51,12 +59,14 @@ def operation() -> Any:
 def compiled_inner_loop(
     tokens: Tokens,
     state: BlockState,
-    norm: InnerNorm,
+    norm: Objective,
     token_scale: Tensor,
     exec_mask: Tensor | None = None,
+    rule: UpdateRule | None = None,
     updated: Tensor | None = None,
 ) -> Tensor:
     """As ``recurrent_inner_loop``: ``y [B, 1, H * D]``, with zeros in rows where ``exec_mask`` is false."""
+    assert isinstance(norm, InnerNorm)
     fast, memory = unpack(state)
     dtype = fast.weights[0].dtype
     q, k, v, lr = (part.to(dtype) for part in tokens)

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from moshi_ttt.core.config import BlockConfig
+from moshi_ttt.core.config import BlockConfig, FrozenConfig, parse_model
+from moshi_ttt.plugins.common.backends import BackendName
 from moshi_ttt.plugins.common.gate import GateConfig
 
 START_MOMENTUM = 0.9
 """The initial value of a learned momentum, where ``momentum`` is left out."""
+
+
+class HybridBackends(FrozenConfig):
+    """The backend of each operation of the TTT layer; see ``plugins.common.backends``.
+
+    Attributes:
+        train: of a call of any length, with gradients.
+        step: of one streamed token.
+    """
+
+    train: Literal["auto", "naive", "torch", "compile", "cpp", "triton"] = "auto"
+    step: Literal["auto", "naive", "torch", "cpp"] = "auto"
+
+
+def _by_operation(value: Any) -> Any:
+    """A mapping as ``HybridBackends``: its errors alone are then reported, not those of a name."""
+    return parse_model(HybridBackends, value, "backend") if isinstance(value, Mapping) else value
 
 
 class HybridConfig(BlockConfig):
@@ -45,7 +63,13 @@ class HybridConfig(BlockConfig):
             memory. Neither changes in a chunk whose tokens all have updates disabled. None or 0 leaves it out.
         learned_momentum: eta is learned, one for each head, between 0 and 1. It starts at ``momentum`` (0.9 where that
             is left out).
+        backend: what computes the inner loop. ``auto`` takes the first backend that can. A name is that of every
+            operation that has a backend of this name, and the others are ``auto``; ``{train: ..., step: ...}`` names
+            one for each. One that cannot be had raises BackendError at the first call. All compute the same up to
+            rounding, and adapters do not keep the option.
     """
+
+    machine_options: ClassVar[frozenset[str]] = frozenset({"backend"})
 
     chunk: int = Field(default=32, ge=1)
     base_lr: float = Field(gt=0.0)
@@ -64,6 +88,7 @@ class HybridConfig(BlockConfig):
     inner_steps: int = Field(default=1, ge=1)
     momentum: float | None = Field(default=None, ge=0.0, lt=1.0)
     learned_momentum: bool = False
+    backend: Annotated[BackendName | HybridBackends, BeforeValidator(_by_operation)] = "auto"
 
     @model_validator(mode="before")
     @classmethod
@@ -98,6 +123,14 @@ class HybridConfig(BlockConfig):
                 f"or leave it out for {START_MOMENTUM}"
             )
         return self
+
+    def backends(self) -> HybridBackends:
+        """``backend`` for each operation."""
+        if isinstance(self.backend, HybridBackends):
+            return self.backend
+        fields = HybridBackends.model_fields
+        named = {name: self.backend for name, field in fields.items() if self.backend in get_args(field.annotation)}
+        return HybridBackends.model_validate(named)
 
     @property
     def start_momentum(self) -> float:

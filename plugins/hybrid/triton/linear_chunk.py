@@ -44,75 +44,67 @@ class _Linear(torch.autograd.Function):
         norm_bias: Tensor, token_scale: Tensor, scale: Tensor, settings: TrainSettings,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         (batch, length, heads, width), chunks = q.shape, scale.shape[1]
-        q, k, v, lr, weight, bias = (part.contiguous() for part in (q, k, v, lr, weight, bias))
+        q, k, v, lr = (part.contiguous() for part in (q, k, v, lr))
         norm_w, norm_b, token_scale, scale = (
             part.float().contiguous() for part in (norm_weight, norm_bias, token_scale, scale)
         )
-        groups = -(-chunks // settings.every)
         g, z = (torch.empty(q.shape, device=q.device, dtype=torch.float32) for _ in range(2))
-        kept_w = g.new_empty(batch, heads, groups, width, width)
-        kept_b = g.new_empty(batch, heads, groups, width)
-        y, end_w, end_b = torch.empty_like(q), torch.empty_like(weight), torch.empty_like(bias)
-        sizes = (length, heads, chunks, settings.eps)
-        shared = {"C": settings.chunk, "D": width, "EVERY": settings.every, "PRECISION": settings.precision}
+        w = g.new_empty(batch, heads, chunks + 1, width, width)
+        b = g.new_empty(batch, heads, chunks + 1, width)
+        w[:, :, 0], b[:, :, 0] = weight, bias[:, :, 0]  # [B, H, 1, D] -> [B, H, D]
+        y = torch.empty_like(q)
+        sizes, shared = (length, heads, chunks, settings.eps), _constants(settings, width)
         kernels.linear_states[(batch * heads,)](
-            k, v, lr, norm_w, norm_b, scale, weight, bias, g, z, kept_w, kept_b, end_w, end_b, *sizes, **shared,
-            num_warps=settings.warps, num_stages=1,
+            k, v, lr, norm_w, norm_b, scale, w, b, g, z, *sizes, **shared, **settings.launch("linear_states")
+        )
+        kernels.linear_outputs[(batch * heads, chunks)](
+            q, k, g, norm_w, norm_b, token_scale, w, b, y, *sizes, **shared, CAUSAL=settings.causal,
+            **settings.launch("linear_outputs"),
         )  # fmt: skip
-        kernels.linear_outputs[(batch * heads, groups)](
-            q, k, g, norm_w, norm_b, token_scale, scale, kept_w, kept_b, y, *sizes, **shared, CAUSAL=settings.causal,
-            num_warps=settings.warps, num_stages=1,
-        )  # fmt: skip
-        ctx.save_for_backward(q, k, v, lr, norm_w, norm_b, token_scale, scale, g, z, kept_w, kept_b)
+        kept_w = w[:, :, : chunks : settings.every].contiguous()  # [B, H, groups, D, D]
+        ctx.save_for_backward(q, k, v, lr, norm_w, norm_b, token_scale, scale, g, z, kept_w, b)
         ctx.settings, ctx.set_dtypes = settings, [part.dtype for part in (norm_weight, norm_bias, token_scale, scale)]
         ctx.state_dtype = weight.dtype
-        return y, end_w, end_b
+        return y, w[:, :, -1].to(weight.dtype, copy=True), b[:, :, -1:].to(bias.dtype, copy=True)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, d_end_w: Tensor, d_end_b: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, lr, norm_w, norm_b, token_scale, scale, g, z, kept_w, kept_b = ctx.saved_tensors
+        q, k, v, lr, norm_w, norm_b, token_scale, scale, g, z, kept_w, b = ctx.saved_tensors
         settings: TrainSettings = ctx.settings
         (batch, length, heads, width), chunks, groups = q.shape, scale.shape[1], kept_w.shape[2]
-        dq, dv, d_lr = torch.empty_like(q), torch.empty_like(v), torch.empty_like(lr)
-        dk, dg, dz, dz_query = (torch.empty_like(g) for _ in range(4))
-        d_token_scale = g.new_empty(batch, heads, groups, settings.chunk)
-        d_norm_w, d_norm_b = (g.new_empty(batch, heads, groups + 1, width) for _ in range(2))
-        queries = [part.view(-1)[: batch * heads * groups * width] for part in (d_norm_w, d_norm_b)]
-        keys = [part.view(-1)[batch * heads * groups * width :] for part in (d_norm_w, d_norm_b)]
-        d_scale = g.new_empty(batch, heads, chunks)
-        dw, db = g.new_empty(batch, heads, width, width), g.new_empty(batch, heads, 1, width)
-        dy, d_end_w, d_end_b = dy.contiguous(), d_end_w.float().contiguous(), d_end_b.float().contiguous()
-        sizes = (length, heads, chunks)
-        shared = {"C": settings.chunk, "D": width, "PRECISION": settings.precision}
-        launch = {"num_warps": settings.warps, "num_stages": 1}
-        kernels.linear_output_gradients[(batch * heads, groups)](
-            q, k, g, dy, norm_w, norm_b, token_scale, scale, kept_w, kept_b, dz_query, dq, dk, dg, d_token_scale,
-            *queries, *sizes, settings.eps, **shared, EVERY=settings.every, CAUSAL=settings.causal, **launch,
-        )  # fmt: skip
-        kernels.linear_state_gradients[(batch * heads,)](
-            q, k, v, lr, g, z, norm_w, norm_b, scale, dz_query, dg, d_end_w, d_end_b, dz, dk, dv, d_lr, d_scale, dw,
-            db, *keys, *sizes, settings.eps, **shared, **launch,
-        )  # fmt: skip
-        kernels.linear_key_gradients[(batch * heads, groups)](
-            k, g, dz, scale, kept_w, dk, *sizes, **shared, EVERY=settings.every, **launch
+        dq, d_lr = torch.empty_like(q), torch.empty_like(lr)
+        dk, dv, dg, dz, dz_query = (torch.empty_like(g) for _ in range(5))
+        d_token_scale = g.new_empty(batch, heads, chunks, settings.chunk)
+        of_queries = [g.new_empty(batch, heads, chunks, width) for _ in range(2)]
+        of_keys = [g.new_empty(batch, heads, width) for _ in range(2)]
+        d_scale, w = g.new_empty(batch, heads, chunks), g.new_empty(batch, heads, chunks + 1, width, width)
+        dw, db = (each.float().clone(memory_format=torch.contiguous_format) for each in (d_end_w, d_end_b))
+        sizes, shared, programs = (length, heads, chunks), _constants(settings, width), batch * heads
+        kernels.linear_weights[(programs, groups, width // shared["S"])](
+            k, g, scale, kept_w, w, *sizes, **shared, EVERY=settings.every, **settings.launch("linear_weights")
         )
-        return _returned(ctx, q, (dq, dk, dv, d_lr, dw, db), (queries, keys), d_token_scale, d_scale)
+        kernels.linear_output_gradients[(programs, chunks)](
+            q, k, g, dy.contiguous(), norm_w, token_scale, w, b, dz_query, dq, dk, dg, d_token_scale, *of_queries,
+            *sizes, settings.eps, **shared, CAUSAL=settings.causal, **settings.launch("linear_output_gradients"),
+        )  # fmt: skip
+        kernels.linear_state_gradients[(programs,)](
+            q, k, v, lr, g, z, norm_w, norm_b, scale, dz_query, dg, dw, db, dz, dk, dv, d_lr, d_scale, *of_keys, *sizes,
+            settings.eps, **shared, **settings.launch("linear_state_gradients"),
+        )  # fmt: skip
+        kernels.linear_key_gradients[(programs, chunks)](
+            dz, dv, w, dk, *sizes, **shared, **settings.launch("linear_key_gradients")
+        )
+        # [B, H, N, D] and [B, H, D] -> [H, D]
+        norms = [one.sum((0, 2)) + other.sum(0) for one, other in zip(of_queries, of_keys, strict=True)]
+        # [B, H, N, C] -> [C], and [B, H, N] -> [B, N]
+        small = (*norms, d_token_scale.sum((0, 1, 2)), d_scale.sum(1))
+        small = tuple(part.to(dtype) for part, dtype in zip(small, ctx.set_dtypes, strict=True))
+        return dq, dk.to(q.dtype), dv.to(q.dtype), d_lr, dw.to(ctx.state_dtype), db.to(ctx.state_dtype), *small, None
 
 
-def _returned(
-    ctx: Any, q: Tensor, found: tuple[Tensor, ...], norms: tuple[list[Tensor], list[Tensor]], d_token_scale: Tensor,
-    d_scale: Tensor,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients in the order and dtypes of the arguments; the programs' parts are summed."""
-    dq, dk, dv, d_lr, dw, db = found
-    batch, _, heads, width = q.shape
-    # [B H groups D] -> [B, H, groups, D] -> [H, D], and [B H D] -> [B, H, D] -> [H, D]
-    d_norm = [
-        of_queries.view(batch, heads, -1, width).sum((0, 2)) + of_keys.view(batch, heads, width).sum(0)
-        for of_queries, of_keys in zip(*norms, strict=True)
-    ]
-    # [B, H, groups, C] -> [C], and [B, H, N] -> [B, N]
-    small = (*d_norm, d_token_scale.sum((0, 1, 2)), d_scale.sum(1))
-    small = tuple(part.to(dtype) for part, dtype in zip(small, ctx.set_dtypes, strict=True))
-    return dq, dk.to(q.dtype), dv, d_lr, dw.to(ctx.state_dtype), db.to(ctx.state_dtype), *small, None
+def _constants(settings: TrainSettings, width: int) -> dict[str, Any]:
+    """What all kernels take as constants, by the names of their arguments."""
+    return {
+        "C": settings.chunk, "D": width, "S": min(settings.slice_width, width), "PRECISION": settings.precision,
+    }  # fmt: skip

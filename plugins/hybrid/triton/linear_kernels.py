@@ -1,14 +1,22 @@
-"""TTT-Linear training: two kernels forward, three backward.
+"""TTT-Linear training: two kernels forward, four backward.
 
 What goes from chunk to chunk is W alone (backward: its gradient). One program a row and head walks along the chunks and
 computes that, and nothing else (``linear_states``, ``linear_state_gradients``). Outputs, and all gradients that do not
-need what comes later, are computed for all groups of chunks at once; a program starts from the W that was kept for its
-group, and repeats the group's updates, from the kept gradients g, with the same operations.
+need what comes later, are computed for all chunks at once.
 
-Tensors of tokens are ``[B, T, H, D]`` and ``[B, T, H]``, contiguous; W is ``[B, H, D, D]``, and ``KEPT_W`` is
-``[B, H, groups, D, D]``. ``SCALE [B, N]`` is by how much the update of each chunk is scaled; 0 where there is none.
+W of a head does not fit into the registers beside what a product of it needs. So it stays in memory, W of each chunk in
+a place of its own, and products with it are made in slices of ``S`` of its rows. A program that reads what it has
+written itself waits for all its threads in between (``tl.debug_barrier``).
 
-Shape legend: B rows, H heads, T tokens, N chunks of C tokens, D head width, ``EVERY`` chunks a group.
+Between the passes, W at the start of every group of chunks is kept; ``linear_weights`` makes the others again, from the
+kept gradients g.
+
+Tensors of tokens are ``[B, T, H, D]`` and ``[B, T, H]``, contiguous; ``W [B, H, N + 1, D, D]`` and ``BIAS
+[B, H, N + 1, D]`` are those before each chunk, and at the end. ``SCALE [B, N]`` is by how much the update of each chunk
+is scaled; 0 where there is none.
+
+Shape legend: B rows, H heads, T tokens, N chunks of C tokens, D head width, S rows of W in a slice, ``EVERY`` chunks a
+group.
 """
 
 from __future__ import annotations
@@ -30,133 +38,158 @@ from moshi_ttt.plugins.hybrid.triton.train_parts import (
 
 
 @triton.jit
+def times_matrix(
+    X, W, start, inside, first, C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr
+):
+    """``[C, D]``: rows of ``X`` times a matrix ``[D, D]``, which begins at ``W + first``.
+
+    The rows begin at ``start [C]``, and are zero where not ``inside [C, 1]``.
+    """
+    part, column = tl.arange(0, S), tl.arange(0, D)
+    total = tl.zeros([C, D], tl.float32)
+    for row in range(0, D, S):
+        x = rows_of(X, start[:, None] + row + part[None, :], inside)
+        total += product(x, tl.load(W + first + (row + part)[:, None] * D + column[None, :]), PRECISION)
+    return total
+
+
+@triton.jit
 def linear_states(
-    K, V, LR, NORM_W, NORM_B, SCALE, W, B, G, Z, KEPT_W, KEPT_B, END_W, END_B, T, H, N, eps,
-    C: tl.constexpr, D: tl.constexpr, EVERY: tl.constexpr, PRECISION: tl.constexpr,
+    K, V, LR, NORM_W, NORM_B, SCALE, W, BIAS, G, Z, T, H, N, eps,
+    C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The chain of W: gradients ``G``, outputs ``Z`` at the keys, W at the start of each group and at the end."""
+    """The chain of W, from that before the first chunk: gradients ``G``, and outputs ``Z`` at the keys."""
     bh = tl.program_id(0).to(tl.int64)
     row, head = bh // H, bh % H
-    slot, column = tl.arange(0, C), tl.arange(0, D)
-    square = column[:, None] * D + column[None, :]
+    slot, column, part = tl.arange(0, C), tl.arange(0, D), tl.arange(0, S)
     norm_w, norm_b = tl.load(NORM_W + head * D + column)[None, :], tl.load(NORM_B + head * D + column)[None, :]
-    w, b = tl.load(W + bh * D * D + square).to(tl.float32), tl.load(B + bh * D + column).to(tl.float32)
-    groups = (N + EVERY - 1) // EVERY
+    b = tl.load(BIAS + bh * (N + 1) * D + column)
     for chunk in range(N):
-        if chunk % EVERY == 0:
-            kept = bh * groups + chunk // EVERY
-            tl.store(KEPT_W + kept * D * D + square, w)
-            tl.store(KEPT_B + kept * D + column, b)
         token = chunk * C + slot
         inside = (token < T)[:, None]
         at = (row * T + token) * H + head
         place = at[:, None] * D + column[None, :]
-        k = rows_of(K, place, inside)
+        now = (bh * (N + 1) + chunk) * D * D
+        z = times_matrix(K, W, at * D, inside, now, C, D, S, PRECISION) + b[None, :]
         rate = tl.load(LR + at, mask=token < T, other=0.0).to(tl.float32)[:, None]
-        z = product(k, w, PRECISION) + b[None, :]
-        g = loss_gradient(z, rows_of(V, place, inside) - k, norm_w, norm_b, eps, D) * rate
+        target = rows_of(V, place, inside) - rows_of(K, place, inside)
+        g = loss_gradient(z, target, norm_w, norm_b, eps, D) * rate
         tl.store(Z + place, z, mask=inside)
         tl.store(G + place, g, mask=inside)
         scale = tl.load(SCALE + row * N + chunk)
-        w -= scale * product(tl.trans(k), g, PRECISION)
+        for first in range(0, D, S):
+            k = rows_of(K, at[:, None] * D + first + part[None, :], inside)
+            square = now + (first + part)[:, None] * D + column[None, :]
+            w = tl.load(W + square) - scale * product(tl.trans(k), g, PRECISION)
+            tl.store(W + square + D * D, w)
         b -= scale * tl.sum(g, 0)
-    tl.store(END_W + bh * D * D + square, w)
-    tl.store(END_B + bh * D + column, b)
+        tl.store(BIAS + (bh * (N + 1) + chunk + 1) * D + column, b)
+        tl.debug_barrier()
+
+
+@triton.jit
+def linear_weights(
+    K, G, SCALE, KEPT_W, W, T, H, N, C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, EVERY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W before each chunk again, a group and a slice of rows a program, from ``KEPT_W [B, H, groups, D, D]``."""
+    bh, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head = bh // H, bh % H
+    slot, column = tl.arange(0, C), tl.arange(0, D)
+    part = tl.program_id(2) * S + tl.arange(0, S)
+    square = part[:, None] * D + column[None, :]
+    w = tl.load(KEPT_W + (bh * ((N + EVERY - 1) // EVERY) + group) * D * D + square)
+    for chunk in range(group * EVERY, min(group * EVERY + EVERY, N)):
+        tl.store(W + (bh * (N + 1) + chunk) * D * D + square, w)
+        token = chunk * C + slot
+        inside = (token < T)[:, None]
+        start = ((row * T + token) * H + head)[:, None] * D
+        k, g = rows_of(K, start + part[None, :], inside), rows_of(G, start + column[None, :], inside)
+        w -= tl.load(SCALE + row * N + chunk) * product(tl.trans(k), g, PRECISION)
 
 
 @triton.jit
 def linear_outputs(
-    Q, K, G, NORM_W, NORM_B, TOKEN_SCALE, SCALE, KEPT_W, KEPT_B, Y, T, H, N, eps,
-    C: tl.constexpr, D: tl.constexpr, EVERY: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    Q, K, G, NORM_W, NORM_B, TOKEN_SCALE, W, BIAS, Y, T, H, N, eps,
+    C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The outputs ``Y`` of a group of chunks."""
-    bh, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """The outputs ``Y`` of a chunk."""
+    bh, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, head = bh // H, bh % H
     slot, column = tl.arange(0, C), tl.arange(0, D)
     norm_w, norm_b = tl.load(NORM_W + head * D + column)[None, :], tl.load(NORM_B + head * D + column)[None, :]
     token_scale = tl.load(TOKEN_SCALE + slot)[:, None]
-    kept = bh * ((N + EVERY - 1) // EVERY) + group
-    w = tl.load(KEPT_W + kept * D * D + column[:, None] * D + column[None, :])
-    b = tl.load(KEPT_B + kept * D + column)
-    for chunk in range(group * EVERY, min(group * EVERY + EVERY, N)):
-        token = chunk * C + slot
-        inside = (token < T)[:, None]
-        place = ((row * T + token) * H + head)[:, None] * D + column[None, :]
-        q, k, g = rows_of(Q, place, inside), rows_of(K, place, inside), rows_of(G, place, inside)
-        affinity = token_scale * visible(product(q, tl.trans(k), PRECISION) + 1, C, CAUSAL)
-        z = product(q, w, PRECISION) + b[None, :] - product(affinity, g, PRECISION)
-        n, _ = normalized(z, eps, D)
-        tl.store(Y + place, (q + n * norm_w + norm_b).to(Y.dtype.element_ty), mask=inside)
-        if EVERY > 1:
-            scale = tl.load(SCALE + row * N + chunk)
-            w -= scale * product(tl.trans(k), g, PRECISION)
-            b -= scale * tl.sum(g, 0)
+    before = bh * (N + 1) + chunk
+    token = chunk * C + slot
+    inside = (token < T)[:, None]
+    at = (row * T + token) * H + head
+    place = at[:, None] * D + column[None, :]
+    q = rows_of(Q, place, inside)
+    affinity = token_scale * visible(product(q, tl.trans(rows_of(K, place, inside)), PRECISION) + 1, C, CAUSAL)
+    z = times_matrix(Q, W, at * D, inside, before * D * D, C, D, S, PRECISION)
+    z += tl.load(BIAS + before * D + column)[None, :] - product(affinity, rows_of(G, place, inside), PRECISION)
+    n, _ = normalized(z, eps, D)
+    tl.store(Y + place, (q + n * norm_w + norm_b).to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def linear_output_gradients(
-    Q, K, G, DY, NORM_W, NORM_B, TOKEN_SCALE, SCALE, KEPT_W, KEPT_B, DZ_QUERY, DQ, DK, DG, D_TOKEN_SCALE, D_NORM_W,
-    D_NORM_B, T, H, N, eps,
-    C: tl.constexpr, D: tl.constexpr, EVERY: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    Q, K, G, DY, NORM_W, TOKEN_SCALE, W, BIAS, DZ_QUERY, DQ, DK, DG, D_TOKEN_SCALE, D_NORM_W, D_NORM_B, T, H, N, eps,
+    C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The way back from the outputs: all of ``DQ``, the queries' part of ``DK`` and ``DG``, z's at the queries.
+    """The way back from a chunk's outputs: all of ``DQ``, the queries' part of ``DK`` and ``DG``, z's at the queries.
 
-    ``D_TOKEN_SCALE [B, H, groups, C]``, ``D_NORM_W`` and ``D_NORM_B [B, H, groups, D]``: this group's part.
+    ``D_TOKEN_SCALE [B, H, N, C]``, ``D_NORM_W`` and ``D_NORM_B [B, H, N, D]``: this chunk's part.
     """
-    bh, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    bh, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, head = bh // H, bh % H
-    slot, column = tl.arange(0, C), tl.arange(0, D)
-    norm_w = tl.load(NORM_W + head * D + column)[None, :]
+    slot, column, part = tl.arange(0, C), tl.arange(0, D), tl.arange(0, S)
     token_scale = tl.load(TOKEN_SCALE + slot)[:, None]
-    kept = bh * ((N + EVERY - 1) // EVERY) + group
-    w = tl.load(KEPT_W + kept * D * D + column[:, None] * D + column[None, :])
-    b = tl.load(KEPT_B + kept * D + column)
-    d_norm_w, d_norm_b = tl.zeros([D], tl.float32), tl.zeros([D], tl.float32)
-    d_token_scale = tl.zeros([C], tl.float32)
-    for chunk in range(group * EVERY, min(group * EVERY + EVERY, N)):
-        token = chunk * C + slot
-        inside = (token < T)[:, None]
-        place = ((row * T + token) * H + head)[:, None] * D + column[None, :]
-        q, k, g = rows_of(Q, place, inside), rows_of(K, place, inside), rows_of(G, place, inside)
-        dy = rows_of(DY, place, inside)
-        affinity = visible(product(q, tl.trans(k), PRECISION) + 1, C, CAUSAL)
-        z = product(q, w, PRECISION) + b[None, :] - product(token_scale * affinity, g, PRECISION)
-        n, r = normalized(z, eps, D)
-        dz = norm_backward(dy * norm_w, n, r, D)
-        d_norm_w += tl.sum(dy * n, 0)
-        d_norm_b += tl.sum(dy, 0)
-        d_affinity = -visible(product(dz, tl.trans(g), PRECISION), C, CAUSAL)
-        d_token_scale += tl.sum(d_affinity * affinity, 1)
-        d_affinity *= token_scale
-        tl.store(DZ_QUERY + place, dz, mask=inside)
-        dq = dy + product(dz, tl.trans(w), PRECISION) + product(d_affinity, k, PRECISION)
-        tl.store(DQ + place, dq.to(DQ.dtype.element_ty), mask=inside)
-        tl.store(DK + place, product(tl.trans(d_affinity), q, PRECISION), mask=inside)
-        tl.store(DG + place, -product(tl.trans(token_scale * affinity), dz, PRECISION), mask=inside)
-        if EVERY > 1:
-            scale = tl.load(SCALE + row * N + chunk)
-            w -= scale * product(tl.trans(k), g, PRECISION)
-            b -= scale * tl.sum(g, 0)
-    tl.store(D_TOKEN_SCALE + kept * C + slot, d_token_scale)
-    tl.store(D_NORM_W + kept * D + column, d_norm_w)
-    tl.store(D_NORM_B + kept * D + column, d_norm_b)
+    before = bh * (N + 1) + chunk
+    token = chunk * C + slot
+    inside = (token < T)[:, None]
+    at = (row * T + token) * H + head
+    place = at[:, None] * D + column[None, :]
+    k = rows_of(K, place, inside)
+    affinity = visible(product(rows_of(Q, place, inside), tl.trans(k), PRECISION) + 1, C, CAUSAL)
+    g = rows_of(G, place, inside)
+    z = times_matrix(Q, W, at * D, inside, before * D * D, C, D, S, PRECISION)
+    z += tl.load(BIAS + before * D + column)[None, :] - product(token_scale * affinity, g, PRECISION)
+    n, r = normalized(z, eps, D)
+    dy = rows_of(DY, place, inside)
+    tl.store(D_NORM_W + (bh * N + chunk) * D + column, tl.sum(dy * n, 0))
+    tl.store(D_NORM_B + (bh * N + chunk) * D + column, tl.sum(dy, 0))
+    dz = norm_backward(dy * tl.load(NORM_W + head * D + column)[None, :], n, r, D)
+    d_affinity = -visible(product(dz, tl.trans(g), PRECISION), C, CAUSAL)
+    tl.store(D_TOKEN_SCALE + (bh * N + chunk) * C + slot, tl.sum(d_affinity * affinity, 1))
+    d_affinity *= token_scale
+    tl.store(DZ_QUERY + place, dz, mask=inside)
+    tl.store(DG + place, -product(tl.trans(token_scale * affinity), dz, PRECISION), mask=inside)
+    for first in range(0, D, S):
+        some = at[:, None] * D + first + part[None, :]  # [C, S]
+        w = tl.load(W + before * D * D + (first + part)[:, None] * D + column[None, :])
+        dq = rows_of(DY, some, inside) + product(dz, tl.trans(w), PRECISION)
+        dq += product(d_affinity, rows_of(K, some, inside), PRECISION)
+        tl.store(DQ + some, dq.to(DQ.dtype.element_ty), mask=inside)
+        tl.store(DK + some, product(tl.trans(d_affinity), rows_of(Q, some, inside), PRECISION), mask=inside)
 
 
 @triton.jit
 def linear_state_gradients(
-    Q, K, V, LR, G, Z, NORM_W, NORM_B, SCALE, DZ_QUERY, DG, DW_END, DB_END, DZ, DK, DV, D_LR, D_SCALE, DW, DB,
-    D_NORM_W, D_NORM_B, T, H, N, eps, C: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    Q, K, V, LR, G, Z, NORM_W, NORM_B, SCALE, DZ_QUERY, DG, DW, DB, DZ, DK, DV, D_LR, D_SCALE, D_NORM_W, D_NORM_B,
+    T, H, N, eps, C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The chain of W's gradient, from the last chunk to the first, and what needs it.
 
-    ``DK`` is added to, but for what comes through z at the keys, whose gradient is ``DZ``. ``D_SCALE [B, H, N]``.
+    ``DW [B, H, D, D]`` and ``DB [B, H, D]`` are those after the last chunk, and then those before the first. ``DK`` is
+    added to, but for what comes through the target, which is ``-DV``, and through z at the keys, whose gradient is
+    ``DZ``. ``D_SCALE [B, H, N]``.
     """
     bh = tl.program_id(0).to(tl.int64)
     row, head = bh // H, bh % H
-    slot, column = tl.arange(0, C), tl.arange(0, D)
-    square = column[:, None] * D + column[None, :]
+    slot, column, part = tl.arange(0, C), tl.arange(0, D), tl.arange(0, S)
     norm_w, norm_b = tl.load(NORM_W + head * D + column)[None, :], tl.load(NORM_B + head * D + column)[None, :]
-    dw, db = tl.load(DW_END + bh * D * D + square), tl.load(DB_END + bh * D + column)
+    db = tl.load(DB + bh * D + column)
     d_norm_w, d_norm_b = tl.zeros([D], tl.float32), tl.zeros([D], tl.float32)
     for step in range(N):
         chunk = N - 1 - step
@@ -164,27 +197,33 @@ def linear_state_gradients(
         inside = (token < T)[:, None]
         at = (row * T + token) * H + head
         place = at[:, None] * D + column[None, :]
-        k, g = rows_of(K, place, inside), rows_of(G, place, inside)
-        rate = tl.load(LR + at, mask=token < T, other=0.0).to(tl.float32)[:, None]
         scale = tl.load(SCALE + row * N + chunk)
-        through = product(k, dw, PRECISION) + db[None, :]
+        g = rows_of(G, place, inside)
+        through = times_matrix(K, DW, at * D, inside, bh * D * D, C, D, S, PRECISION) + db[None, :]
         tl.store(D_SCALE + bh * N + chunk, -tl.sum(g * through))
         dg = rows_of(DG, place, inside) - scale * through
-        dk = rows_of(DK, place, inside) - scale * product(g, tl.trans(dw), PRECISION)
-        z, target = rows_of(Z, place, inside), rows_of(V, place, inside) - k
-        unscaled = loss_gradient(z, target, norm_w, norm_b, eps, D)
-        tl.store(D_LR + at, tl.sum(dg * unscaled, 1), mask=token < T)
+        z, target = rows_of(Z, place, inside), rows_of(V, place, inside) - rows_of(K, place, inside)
+        rate = tl.load(LR + at, mask=token < T, other=0.0).to(tl.float32)[:, None]
+        tl.store(D_LR + at, tl.sum(dg * loss_gradient(z, target, norm_w, norm_b, eps, D), 1), mask=token < T)
         dz, du, for_w, for_b = loss_gradient_backward(rate * dg, z, target, norm_w, norm_b, eps, D)
         d_norm_w += for_w
         d_norm_b += for_b
-        tl.store(DV + place, (-du * norm_w).to(DV.dtype.element_ty), mask=inside)
-        tl.store(DK + place, dk + du * norm_w, mask=inside)
+        tl.store(DV + place, -du * norm_w, mask=inside)
         tl.store(DZ + place, dz, mask=inside)
         dz_query = rows_of(DZ_QUERY, place, inside)
-        dw += product(tl.trans(k), dz, PRECISION)
-        dw += product(tl.trans(rows_of(Q, place, inside)), dz_query, PRECISION)
         db += tl.sum(dz, 0) + tl.sum(dz_query, 0)
-    tl.store(DW + bh * D * D + square, dw)
+        tl.debug_barrier()
+        for first in range(0, D, S):
+            some = at[:, None] * D + first + part[None, :]  # [C, S]
+            square = bh * D * D + (first + part)[:, None] * D + column[None, :]
+            dw = tl.load(DW + square)
+            dk = rows_of(DK, some, inside) - scale * product(g, tl.trans(dw), PRECISION)
+            dw += product(tl.trans(rows_of(K, some, inside)), dz, PRECISION)
+            dw += product(tl.trans(rows_of(Q, some, inside)), dz_query, PRECISION)
+            tl.debug_barrier()
+            tl.store(DK + some, dk, mask=inside)
+            tl.store(DW + square, dw)
+        tl.debug_barrier()
     tl.store(DB + bh * D + column, db)
     tl.store(D_NORM_W + bh * D + column, d_norm_w)
     tl.store(D_NORM_B + bh * D + column, d_norm_b)
@@ -192,21 +231,18 @@ def linear_state_gradients(
 
 @triton.jit
 def linear_key_gradients(
-    K, G, DZ, SCALE, KEPT_W, DK, T, H, N,
-    C: tl.constexpr, D: tl.constexpr, EVERY: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What comes to the keys through z, added to ``DK``."""
-    bh, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    DZ, DV, W, DK, T, H, N, C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr
+):
+    """What comes to a chunk's keys through the target and through z, added to ``DK``."""
+    bh, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, head = bh // H, bh % H
-    slot, column = tl.arange(0, C), tl.arange(0, D)
-    kept = bh * ((N + EVERY - 1) // EVERY) + group
-    w = tl.load(KEPT_W + kept * D * D + column[:, None] * D + column[None, :])
-    for chunk in range(group * EVERY, min(group * EVERY + EVERY, N)):
-        token = chunk * C + slot
-        inside = (token < T)[:, None]
-        place = ((row * T + token) * H + head)[:, None] * D + column[None, :]
-        dk = rows_of(DK, place, inside) + product(rows_of(DZ, place, inside), tl.trans(w), PRECISION)
-        tl.store(DK + place, dk, mask=inside)
-        if EVERY > 1:
-            k, g = rows_of(K, place, inside), rows_of(G, place, inside)
-            w -= tl.load(SCALE + row * N + chunk) * product(tl.trans(k), g, PRECISION)
+    slot, column, part = tl.arange(0, C), tl.arange(0, D), tl.arange(0, S)
+    token = chunk * C + slot
+    inside = (token < T)[:, None]
+    start = ((row * T + token) * H + head)[:, None] * D
+    dz = rows_of(DZ, start + column[None, :], inside)
+    for first in range(0, D, S):
+        some = start + first + part[None, :]
+        w = tl.load(W + (bh * (N + 1) + chunk) * D * D + (first + part)[:, None] * D + column[None, :])
+        dk = rows_of(DK, some, inside) - rows_of(DV, some, inside) + product(dz, tl.trans(w), PRECISION)
+        tl.store(DK + some, dk, mask=inside)

@@ -104,8 +104,9 @@ class _FusedMLP(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, *d_end: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, lr, *small, z2, zq = ctx.saved_tensors[:10]
-        settings, sizes, kept = ctx.settings, ctx.sizes, ctx.saved_tensors[10:]
+        saved = ctx.saved_tensors  # read once: under an activation checkpoint each read computes the call again
+        q, k, v, lr, *small, z2, zq = saved[:10]
+        settings, sizes, kept = ctx.settings, ctx.sizes, saved[10:]
         batch, _, heads, width = q.shape
         chunks, every, dy = small[3].shape[1], settings.every, dy.contiguous()
         numbers = (sizes.length, heads)

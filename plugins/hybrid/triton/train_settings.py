@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 Products = Literal["ieee", "tf32x3", "bf16x3", "tf32", "bf16"]
@@ -19,8 +20,8 @@ class TrainSettings:
         causal: False lets every query of a chunk use all of the chunk's keys.
         precision: of products of matrices.
         every: chunks a group. The fast weights at the start of each group are kept for the backward pass.
-        slice_width: hidden units of TTT-MLP that one program has.
-        warps: warps a program, of kernels with a whole fast weight matrix or a slice of one.
+        slice_width: of TTT-MLP, hidden units that one program has; of TTT-Linear, rows of W in one product.
+        warps: warps a program. kernel_warps: of kernels that have another number.
     """
 
     chunk: int
@@ -28,5 +29,10 @@ class TrainSettings:
     causal: bool = True
     precision: Products = "ieee"
     every: int = 4
-    slice_width: int = 64
+    slice_width: int = 32
     warps: int = 8
+    kernel_warps: Mapping[str, int] = field(default_factory=dict)
+
+    def launch(self, kernel: str) -> dict[str, int]:
+        """The options of a launch, by Triton's names."""
+        return {"num_warps": self.kernel_warps.get(kernel, self.warps), "num_stages": 1}

@@ -1,0 +1,159 @@
+"""The backend ``triton`` of a training call: whole chunks by kernels of this folder, the others by tensor operations.
+
+The kernels take chunks that are whole in every row and begin with the call's own tokens. What is left of a chunk that
+an earlier call began, and the chunk in which the call ends, are computed by the torch form (``chunk``).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moshi_ttt.core.errors import BackendError
+from moshi_ttt.core.precision import MatmulPrecision
+from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
+from moshi_ttt.plugins.hybrid.fast_network import FastNetwork
+from moshi_ttt.plugins.hybrid.inner_loop import Tokens
+from moshi_ttt.plugins.hybrid.objective import InnerNorm
+from moshi_ttt.plugins.hybrid.triton.resources import too_large
+from moshi_ttt.plugins.hybrid.triton.train_settings import Products, TrainSettings
+
+LEAST_TRITON = (3, 2)
+LEAST_CAPABILITY = (8, 0)
+CHUNKS, HEAD_WIDTHS = (16, 32, 64), (16, 32, 64, 128)
+"""Tile sizes that the kernels take: powers of two from the least that a matrix product has."""
+BY_AUTO = {"linear": (16, 32), "mlp": (16,)}
+"""Chunk sizes with which ``auto`` may take the kernels, at head widths of ``AUTO_HEAD_WIDTHS``."""
+AUTO_HEAD_WIDTHS = (64, 128)
+SLICE = 32
+"""Rows of W in one product of TTT-Linear, and the most hidden units of TTT-MLP that one program has."""
+GROUP = 4
+"""Chunks between two of which the fast weights are kept for the backward pass, without ``checkpoint_chunks``."""
+
+
+def kind_of(widths: tuple[int, ...]) -> str | None:
+    """``linear`` or ``mlp``, the kernels for a fast network of these layer widths; None where there are none."""
+    return {2: "linear", 3: "mlp"}.get(len(widths))
+
+
+def products_of(device: torch.device, dtype: torch.dtype, precision: MatmulPrecision) -> Products:
+    """How the kernels multiply: never less precisely than the policy has torch do it.
+
+    Args:
+        dtype: of the state. bfloat16 is multiplied as such; float32 as three products of tf32 parts, or in tf32 where
+            the policy asks for that. Interpreted, float32 is float32.
+    """
+    if dtype == torch.bfloat16:
+        return "bf16"
+    if device.type == "cpu":
+        return "ieee"
+    return "tf32x3" if precision == "highest" else "tf32"
+
+
+def interpreted() -> bool:
+    """Whether this process asks Triton to interpret kernels, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def not_here(device: torch.device) -> str | None:
+    """Why kernels cannot run on a device, as the end of a sentence; None where they can."""
+    if device.type == "cpu" and not interpreted():
+        return "its device is cpu, where Triton runs in its interpreter alone (TRITON_INTERPRET=1, for tests)"
+    if device.type not in ("cpu", "cuda"):
+        return f"its device is {device}; the kernels are for NVIDIA GPUs"
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return "Triton is not installed"
+    if tuple(int(part) for part in found.split(".")[:2]) < LEAST_TRITON:
+        return f"Triton is {found}, and the kernels need {'.'.join(map(str, LEAST_TRITON))} or newer"
+    if device.type == "cpu":
+        return None
+    if torch.version.hip is not None:
+        return "this is an AMD GPU; the kernels are for NVIDIA GPUs"
+    if (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+        return f"its GPU has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0 or newer"
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        return "Triton needs a C compiler at run time, and there is none here (CC names one)"
+    return None
+
+
+def not_these_shapes(widths: tuple[int, ...], chunk: int) -> str | None:
+    """Why the kernels do not take chunks of ``chunk`` tokens and a fast network of these layer widths."""
+    if kind_of(widths) is None:
+        return f"its fast network has {len(widths) - 1} layers; there are kernels for one and for two"
+    if widths[0] not in HEAD_WIDTHS:
+        return f"its heads have width {widths[0]}; the kernels take {', '.join(map(str, HEAD_WIDTHS))}"
+    if chunk not in CHUNKS:
+        return f"chunk: {chunk}; the kernels take {', '.join(map(str, CHUNKS))}"
+    if len(widths) == 3 and widths[1] % 16:
+        return f"its hidden width is {widths[1]}; the kernels take multiples of 16"
+    return None
+
+
+def not_by_auto(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...], chunk: int, products: Products,
+                ) -> str | None:  # fmt: skip
+    """Why ``auto`` takes another backend where the kernels could run."""
+    kind = kind_of(widths)
+    if kind is None or interpreted():
+        return "Triton's interpreter is for tests; ask for it by name"
+    if dtype != torch.float32:
+        return f"its state is {dtype}; auto takes the kernels for float32"
+    if chunk not in BY_AUTO[kind] or widths[0] not in AUTO_HEAD_WIDTHS:
+        return (
+            f"chunk {chunk} at head width {widths[0]} was not measured; auto takes the kernels at chunk "
+            f"{' and '.join(map(str, BY_AUTO[kind]))} and head widths {' and '.join(map(str, AUTO_HEAD_WIDTHS))}"
+        )
+    if kind == "mlp" and widths[1] != 4 * widths[0]:
+        return f"a hidden width of {widths[1]} was not measured; auto takes the kernels at four times the head width"
+    return too_large(kind, chunk, widths[0], products, torch.cuda.get_device_capability(device))
+
+
+def settings_of(
+    chunk: int, eps: float, products: Products, causal: bool = True, together: int | None = None
+) -> TrainSettings:
+    """How the kernels run, here and in the record of what they take."""
+    return TrainSettings(
+        chunk=chunk, eps=eps, causal=causal, precision=products, every=together or GROUP, slice_width=SLICE
+    )
+
+
+def load(device: torch.device, products: Products) -> Callable[..., Any]:
+    """``chunk_inner_loop`` with the kernels for whole chunks. Raises BackendError where Triton does not interpret."""
+    from moshi_ttt.plugins.hybrid.triton import linear_kernels
+
+    if device.type == "cpu" and type(linear_kernels.linear_states).__name__ != "InterpretedFunction":
+        raise BackendError(
+            "Triton was imported before TRITON_INTERPRET=1 was set, and compiles its kernels. Set it before the "
+            "process starts."
+        )
+    return partial(chunk_inner_loop, whole=partial(whole_by_kernels, products=products))
+
+
+def whole_by_kernels(
+    tokens: Tokens, fast: FastNetwork, norm: InnerNorm, token_scale: Tensor, scale: Tensor, *, causal: bool,
+    together: int | None, products: Products,
+) -> tuple[Tensor, FastNetwork]:  # fmt: skip
+    """See ``chunk_gradient.WholeChunks``; the fast weights are kept every ``together`` chunks, or ``GROUP``."""
+    from moshi_ttt.plugins.hybrid.triton.linear_chunk import linear_chunks
+    from moshi_ttt.plugins.hybrid.triton.mlp_chunk import mlp_chunks
+
+    settings = settings_of(token_scale.shape[0], norm.eps, products, causal, together)
+    if len(fast.weights) == 1:
+        y, weight, bias = linear_chunks(
+            *tokens, fast.weights[0], fast.biases[0], norm.weight, norm.bias, token_scale, scale, settings
+        )
+        return y, FastNetwork((weight,), (bias,))
+    (w1, w2), (b1, b2) = fast.weights, fast.biases
+    hidden = w1.shape[-1]
+    settings = replace(settings, slice_width=min(settings.slice_width, hidden & -hidden))  # a power of two in it
+    y, weights, biases = mlp_chunks(*tokens, (w1, w2), (b1, b2), norm.weight, norm.bias, token_scale, scale, settings)
+    return y, FastNetwork(weights, biases)
