@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from moshi_ttt.plugins.common.backends import Backend, Operation
 from moshi_ttt.plugins.hybrid import compiled
 from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
 from moshi_ttt.plugins.hybrid.config import HybridConfig
+from moshi_ttt.plugins.hybrid.cpp import chunk as cpp
 from moshi_ttt.plugins.hybrid.fast_network import UpdateRule
 from moshi_ttt.plugins.hybrid.inner_loop import Tokens
 from moshi_ttt.plugins.hybrid.naive_call import naive_call, naive_step
@@ -25,6 +27,9 @@ from moshi_ttt.plugins.hybrid.recurrent import recurrent_inner_loop
 from moshi_ttt.plugins.hybrid.triton import backend as kernels
 from moshi_ttt.plugins.hybrid.triton import step
 from moshi_ttt.plugins.hybrid.triton.train_settings import Products
+
+LEAST_WEIGHTS = 4096
+"""Of a head's fast network, for C++ under ``auto``: those of TTT-Linear at a head width of 64."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,23 @@ def _not_torch_compile(use: HybridUse) -> str | None:
     return None
 
 
+def _not_cpp(use: HybridUse) -> str | None:
+    if use.device.type != "cpu" or use.dtype not in cpp.DTYPES:
+        return f"its state is {use.dtype} on {use.device}; the C++ is for float32 and float64 on a CPU"
+    if (changed := unpublished(use.config)) is not None:
+        return f"it has {changed}; the C++ is for the published form of these options"
+    return cpp.LIBRARY.why_not()
+
+
+def _too_small_for_cpp(use: HybridUse) -> str | None:
+    """A build takes longer than a small model's whole training."""
+    weights = sum(a * b for a, b in pairwise(use.widths))
+    if weights < LEAST_WEIGHTS:
+        small = f"its fast network has {weights} weights a head, and C++ is built for {LEAST_WEIGHTS} or more"
+        return _not_by_auto(small)
+    return None
+
+
 def _compiled_chunks(use: HybridUse) -> TrainRun:
     run: TrainRun = torch.compile(chunk_inner_loop, dynamic=False)
     return run
@@ -134,6 +156,7 @@ TRAIN: Operation[HybridUse, TrainRun] = Operation(
             ),
             load=lambda use: kernels.load(use.device, _products(use)),
         ),
+        Backend(name="cpp", why_not=_not_cpp, why_not_auto=_too_small_for_cpp, load=cpp.load),
         Backend(name="torch", load=lambda use: chunk_inner_loop),
         Backend(
             name="compile",
@@ -161,8 +184,8 @@ STEP: Operation[HybridUse, StepRun] = Operation(
         ),
         Backend(
             name="cpp",
-            why_not=lambda use: compiled.why_not(use.config, use.device, use.dtype),
-            why_not_auto=lambda use: _not_by_auto("it is built on this machine at first use, in about 30 seconds"),
+            why_not=lambda use: compiled.why_not(use.config, use.device, use.dtype) or compiled.LIBRARY.why_not(),
+            why_not_auto=_too_small_for_cpp,
             load=compiled.load,
         ),
         Backend(name="torch", load=lambda use: recurrent_inner_loop),

@@ -23,7 +23,7 @@ class HybridBackends(FrozenConfig):
         step: of one streamed token.
     """
 
-    train: Literal["auto", "naive", "torch", "compile", "triton"] = "auto"
+    train: Literal["auto", "naive", "torch", "compile", "cpp", "triton"] = "auto"
     step: Literal["auto", "naive", "torch", "cpp", "triton"] = "auto"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ LIBRARY = NativeLibrary(
     source=_FOLDER / "chunk.cpp",
     headers=tuple(_FOLDER / f"{name}.h" for name in (*PARTS, "head", "head_backward", "call")),
     flags=("-march=native", "-ffp-contract=fast"),
-    otherwise="Tensor operations give the same results.",
+    otherwise="With backend: {train: torch} the same results come from tensor operations.",
 )
 DTYPES = (torch.float32, torch.float64)
 
@@ -47,13 +47,19 @@ Tensors = tuple[Tensor, ...]
 def operations() -> Any:
     """chunk.cpp as operations of torch's.
 
-    Raises the error of ``NativeLibrary.load`` where they cannot be built.
+    Raises BackendError where they cannot be built.
     """
     LIBRARY.load()
     torch.library.register_fake(f"{LIBRARY.name}::finite", lambda q, *_: q.new_empty(q.shape[:2], dtype=torch.bool))
     torch.library.register_fake(f"{LIBRARY.name}::forward", _forward_shapes)
     torch.library.register_fake(f"{LIBRARY.name}::backward", _backward_shapes)
     return getattr(torch.ops, LIBRARY.name)
+
+
+def load(use: object) -> Callable[..., tuple[Tensor, BlockState]]:
+    """``cpp_inner_loop``, built. Raises BackendError where it cannot be built."""
+    operations()
+    return cpp_inner_loop
 
 
 def cpp_inner_loop(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import pickle
 from dataclasses import replace
@@ -18,10 +19,15 @@ from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import BackendError, ConfigError
 from moshi_ttt.core.testing import Shape, conformance_tests, error
 from moshi_ttt.core.testing.case import default_cases
+from moshi_ttt.plugins.common.backends import log_once
+from moshi_ttt.plugins.hybrid.backends import STEP, TRAIN, HybridUse
 
 VARIANTS = [("ttt_linear", {}), ("ttt_mlp", {"expansion": 3}), ("ttt_multilayer", {"hidden_dims": (6, 18, 5)})]
 
 # The naive form takes every token by itself, so the grid is for the full suite.
+test_cpp_backend = conformance_tests(
+    "ttt_mlp", {"chunk": 4, "expansion": 2, "backend": "cpp"}, shapes=(Shape(dim=16, heads=2, batch=2),)
+)
 test_naive_backend = pytest.mark.exhaustive(
     conformance_tests(
         "ttt_mlp", {"chunk": 2, "expansion": 1, "backend": "naive"}, shapes=(Shape(dim=16, heads=2, batch=2),)
@@ -36,10 +42,10 @@ def case_of(variant, options, dtype=torch.float64, **more):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("variant", "options"), VARIANTS)
-def test_a_call_by_the_definition_is_that_of_tensor_operations(variant, options, causal):
+def test_every_backend_of_a_call_is_that_of_tensor_operations(variant, options, causal):
     """From a state with rows out of step, with a token that is not finite and a row without updates; gradients."""
     found = []
-    for backend in ("torch", "naive"):
+    for backend in ("torch", "naive", "cpp"):
         case = case_of(variant, {**options, "causal": causal, "backend": backend})
         block = case.block()
         x = case.inputs(11)
@@ -56,8 +62,9 @@ def test_a_call_by_the_definition_is_that_of_tensor_operations(variant, options,
         found.append({"y": y.detach(), **after, **gradients})
         assert block.backends_in_use()["train"] == (backend,)
     assert len(found[0]) > 20
-    assert found[0].keys() == found[1].keys()
-    assert all(error(found[1][name], found[0][name]) < 1e-10 for name in found[0])
+    for other in found[1:]:
+        assert found[0].keys() == other.keys()
+        assert all(error(other[name], found[0][name]) < 1e-10 for name in found[0])
 
 
 @pytest.mark.parametrize(("variant", "options"), VARIANTS)
@@ -91,7 +98,8 @@ def test_compiled_by_torch_it_is_the_same_with_second_derivatives():
 
 
 def test_a_name_is_for_the_operations_that_have_it():
-    assert dict(TTTMLPConfig(backend="cpp").backends()) == {"train": "auto", "step": "cpp"}
+    assert dict(TTTMLPConfig(backend="compile").backends()) == {"train": "compile", "step": "auto"}
+    assert dict(TTTMLPConfig(backend="cpp").backends()) == {"train": "cpp", "step": "cpp"}
     assert dict(TTTMLPConfig(backend="naive").backends()) == {"train": "naive", "step": "naive"}
     assert dict(TTTMLPConfig(backend={"step": "torch"}).backends()) == {"train": "auto", "step": "torch"}
     assert dict(TTTLinearConfig().backends()) == {"train": "auto", "step": "auto"}
@@ -101,7 +109,7 @@ def test_a_name_is_for_the_operations_that_have_it():
     ("given", "said"),
     [
         ("cuda", "'auto', 'naive', 'torch', 'compile', 'cpp' or 'triton'"),
-        ({"train": "cpp"}, "backend: train = 'cpp': Input should be 'auto', 'naive', 'torch', 'compile' or 'triton'"),
+        ({"step": "compile"}, "backend: step = 'compile': Input should be 'auto', 'naive', 'torch' or 'cpp'"),
         ({"stream": "cpp"}, "backend: unknown key 'stream'. Did you mean 'step'"),
         (True, "backend cannot be true"),
     ],
@@ -117,6 +125,7 @@ def test_a_backend_that_does_not_exist_is_refused(given, said):
     [
         ({"backend": "naive", "momentum": 0.9}, r"backend: naive was asked for a training call.*it has momentum: 0\.9"),
         ({"backend": "naive", "inner_steps": 2, "inner_norm": False}, "inner_norm: False, inner_steps: 2"),
+        ({"backend": "cpp", "momentum": 0.9}, r"backend: cpp was asked for a training call.*it has momentum: 0\.9"),
         ({"backend": "triton", "chunk": 16}, r"its device is cpu.*Here, it can be auto, torch.*\{train: auto\}"),
     ],
     ids=str,
@@ -129,7 +138,7 @@ def test_a_call_that_a_named_backend_does_not_serve_raises(options, said, monkey
 
 
 def test_a_step_that_a_named_backend_does_not_serve_raises():
-    case = case_of("ttt_mlp", {"backend": "cpp", "causal": True, "inner_steps": 3})
+    case = case_of("ttt_mlp", {"backend": {"step": "cpp"}, "causal": True, "inner_steps": 3})
     block = case.block()
     with pytest.raises(BackendError, match=r"backend: cpp was asked for a streamed step.*inner_steps: 3.*\{step: auto"):
         case.step(block, case.inputs(1), block.allocate_state(3))
@@ -143,6 +152,34 @@ def test_what_torch_compiles_is_the_torch_form_alone():
     plain.compile_compute()
     with pytest.raises(BackendError, match=r"torch\.compile compiles tensor operations alone"):
         plain.use_backend("train", "naive")
+
+
+# ---- what auto takes
+
+
+def use_of(widths, device="cpu", dtype=torch.float32, **options):
+    return HybridUse(TTTMLPConfig(**options), widths, torch.device(device), dtype)
+
+
+@pytest.mark.parametrize("operation", [TRAIN, STEP], ids=["train", "step"])
+def test_auto_is_cpp_on_a_cpu_for_what_is_no_toy(operation):
+    assert operation.choose("auto", use_of((64, 64)), "here").name == "cpp"
+    assert operation.choose("auto", use_of((16, 64, 16)), "here").name == "torch"
+    assert operation.choose("auto", use_of((64, 64), momentum=0.9), "here").name == "torch"
+    assert operation.reasons(use_of((64, 64), dtype=torch.bfloat16))["cpp"].startswith("its state is torch.bfloat16")
+    assert operation.reasons(use_of((64, 64), device="cuda"))["cpp"].startswith("its state is torch.float32 on cuda")
+
+
+@pytest.mark.parametrize("operation", [TRAIN, STEP], ids=["train", "step"])
+def test_without_a_compiler_auto_is_torch_and_says_why(operation, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="moshi_ttt.backends"):
+        assert operation.choose("auto", use_of((64, 64)), "here").name == "torch"
+    assert "not cpp: it is built by a C++ compiler, g++ or the one that CXX names" in caplog.text
+    with pytest.raises(BackendError, match=r"backend: cpp was asked for.*no-compiler is not here"):
+        operation.choose("cpp", use_of((64, 64)), "here")
 
 
 # ---- what keeps it
