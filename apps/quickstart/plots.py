@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moshi_ttt.apps.quickstart.evaluate import WINDOW, Curve
 from moshi_ttt.apps.quickstart.recall import Twice
-from moshi_ttt.apps.quickstart.results import Results
+from moshi_ttt.apps.quickstart.results import QuickstartResults
 from moshi_ttt.apps.quickstart.train import TrainingLog
 from moshi_ttt.core.block import Site
 from moshi_ttt.system.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, panels, rule, save
@@ -21,7 +21,7 @@ Values = NDArray[np.float64]
 SITE_STYLES: Sequence[tuple[str, Any]] = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
 
 
-def plot_twice(path: Path, twice: Twice, results: Results, *, frame_seconds: float) -> None:
+def plot_twice(path: Path, twice: Twice, results: QuickstartResults, *, frame_seconds: float) -> None:
     """Left: a clip presented twice, without and with the shipped adapter. Right: the loss along a recording."""
     figure, (left, right) = panels(1, 2, width=10, height=4.2, width_ratios=(3, 2))
     seconds = np.arange(1, 2 * twice.frames + 1) * frame_seconds
@@ -46,7 +46,7 @@ def plot_twice(path: Path, twice: Twice, results: Results, *, frame_seconds: flo
     save(figure, path, grid="both")
 
 
-def plot_positions(path: Path, results: Results, *, frame_seconds: float) -> None:
+def plot_positions(path: Path, results: QuickstartResults, *, frame_seconds: float) -> None:
     """Above: the loss along the recording. Below: how much lower it is with updates on than otherwise."""
     figure, (above, below) = panels(2, width=8, height=6.4, sharex=True, height_ratios=(3, 2))
     styles: list[tuple[Curve | None, str, Any]] = [

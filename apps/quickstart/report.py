@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moshi_ttt.apps.quickstart.evaluate import WINDOW
-from moshi_ttt.apps.quickstart.results import Results, metrics, verdict
+from moshi_ttt.apps.quickstart.results import QuickstartResults, metrics, verdict
 from moshi_ttt.apps.quickstart.setup import Setup
 from moshi_ttt.core.units import human_bytes
 from moshi_ttt.hosts.moshi.loading import BUILTIN_TINY
@@ -16,7 +16,9 @@ from moshi_ttt.system.report.writer import write_report
 from moshi_ttt.training.optimizer import rates
 
 
-def write(folder: Path, setup: Setup, results: Results, seconds: Mapping[str, float], *, made_by: str) -> None:
+def write(
+    folder: Path, setup: Setup, results: QuickstartResults, seconds: Mapping[str, float], *, made_by: str
+) -> None:
     """Write both files into the folder."""
     figures = metrics(setup, results, seconds, made_by=made_by)
     sections = (_heading, _recall, _result, _data, _training, _streaming, _reproduce)
@@ -24,7 +26,7 @@ def write(folder: Path, setup: Setup, results: Results, seconds: Mapping[str, fl
     write_report(folder, figures, ["\n\n".join(section for section in written if section)])
 
 
-def _heading(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:
+def _heading(setup: Setup, results: QuickstartResults, figures: Mapping[str, Any]) -> str:
     plan = setup.plan
     sites = ", ".join(f"`{block.variant.name}` at `{block.site}`" for block in plan.blocks)
     return f"""# Quickstart: test-time training in a small Moshi
@@ -35,7 +37,7 @@ def _heading(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:
 `{plan.policy.name}`."""
 
 
-def _recall(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:
+def _recall(setup: Setup, results: QuickstartResults, figures: Mapping[str, Any]) -> str:
     twice = results.twice
     if twice is None:
         return ""
@@ -50,7 +52,7 @@ trained on this recording. The right panel and the sections below show the block
 ![a clip presented twice](heard_twice.png)"""
 
 
-def _result(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:
+def _result(setup: Setup, results: QuickstartResults, figures: Mapping[str, Any]) -> str:
     losses = table(
         ("audio loss on held-out speech", "nats/token"), [(curve.name, f"{curve.mean:.4f}") for curve in results.curves]
     )
@@ -81,7 +83,7 @@ effect is here. It shows nothing about Moshi 7B.
 {new_line.join(by_window)}"""
 
 
-def _guide(setup: Setup, results: Results) -> str:
+def _guide(setup: Setup, results: QuickstartResults) -> str:
     lines = ["- *base model*: no blocks. The difference to it includes what the blocks learned in training."]
     if results.control is not None:
         lines.append(
@@ -100,7 +102,7 @@ def _guide(setup: Setup, results: Results) -> str:
     return "\n".join(lines)
 
 
-def _data(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:
+def _data(setup: Setup, results: QuickstartResults, figures: Mapping[str, Any]) -> str:
     data = figures["data"]
     base = (
         "None of these recordings was used to train the base model."
@@ -114,7 +116,7 @@ def _data(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:
 were not trained on. {base}"""
 
 
-def _training(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:
+def _training(setup: Setup, results: QuickstartResults, figures: Mapping[str, Any]) -> str:
     run, rate = setup.settings.run, rates(setup.settings.run.optim)
     return f"""## Training
 
@@ -125,7 +127,7 @@ def _training(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str
 ![training](training.png)"""
 
 
-def _streaming(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:
+def _streaming(setup: Setup, results: QuickstartResults, figures: Mapping[str, Any]) -> str:
     streamed, agreement, stream = results.streamed, results.agreement, setup.settings.run.stream
     moved = "\n".join(
         f"- `{site}`: {values[0]:.2%} of their initial norm after one frame, {values[-1]:.1%} after {len(values)}."
@@ -149,7 +151,7 @@ Change of the fast weights during the stream:
 ![state](state.png)"""
 
 
-def _reproduce(setup: Setup, results: Results, figures: Mapping[str, Any]) -> str:
+def _reproduce(setup: Setup, results: QuickstartResults, figures: Mapping[str, Any]) -> str:
     host = {key: value for key, value in figures["config"]["host"].items() if value is not None}
     return f"""## Reproduce
 

@@ -22,7 +22,7 @@ SOURCE = "Asterisk core sounds (English, one speaker), CC-BY-SA-3.0"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
+class QuickstartResults:
     """All that was measured.
 
     Attributes:
@@ -72,7 +72,7 @@ def verdict(difference: Difference) -> str:
     )
 
 
-def metrics(setup: Setup, results: Results, seconds: Mapping[str, float], *, made_by: str) -> dict[str, Any]:
+def metrics(setup: Setup, results: QuickstartResults, seconds: Mapping[str, float], *, made_by: str) -> dict[str, Any]:
     """All numbers as values for JSON. A number that could not be measured is null."""
     settings, plan, streamed, speech = setup.settings, setup.plan, results.streamed, setup.speech
     return {

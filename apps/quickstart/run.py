@@ -15,7 +15,7 @@ from torch import Tensor
 from moshi_ttt.apps.quickstart import evaluate as evaluating
 from moshi_ttt.apps.quickstart import plots, recall, report, summary
 from moshi_ttt.apps.quickstart.evaluate import Curve
-from moshi_ttt.apps.quickstart.results import Results
+from moshi_ttt.apps.quickstart.results import QuickstartResults
 from moshi_ttt.apps.quickstart.setup import Request, Setup, prepare, read_settings
 from moshi_ttt.apps.quickstart.stream import compare_with_training, loss_with_memory_cleared, stream_recording
 from moshi_ttt.apps.quickstart.train import SpeechSegments, train
@@ -52,7 +52,7 @@ def run(request: Request, console: Console) -> Path:
     return request.out
 
 
-def measure(setup: Setup, folder: Path, console: Console, seconds: dict[str, float]) -> Results:
+def measure(setup: Setup, folder: Path, console: Console, seconds: dict[str, float]) -> QuickstartResults:
     """Train, evaluate and stream; writes the adapter, the generated audio and the plots into ``folder``."""
     model, host, settings, codec = setup.model, setup.plan.host, setup.settings, setup.codec
     document = codec.document([setup.speech.held_out])
@@ -89,7 +89,7 @@ def measure(setup: Setup, folder: Path, console: Console, seconds: dict[str, flo
             on_frame=lambda frame: advance(frame, f"{frame * frame_seconds:.0f} s streamed"),
         )  # fmt: skip
     injection.remove()
-    results = Results(
+    results = QuickstartResults(
         training=log, base=base, on=on, off=off, cleared=cleared, agreement=agreement, streamed=streamed,
         control=control(setup, document, console, seconds), twice=twice,
     )  # fmt: skip

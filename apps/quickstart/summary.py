@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moshi_ttt.apps.quickstart.results import Results, verdict
+from moshi_ttt.apps.quickstart.results import QuickstartResults, verdict
 from moshi_ttt.apps.quickstart.setup import Setup
 from moshi_ttt.core.units import human_bytes
 
@@ -24,7 +24,7 @@ def introduction(setup: Setup) -> RenderableType:
     )
 
 
-def conclusion(out: Path, files: list[str], setup: Setup, results: Results, seconds: float) -> RenderableType:
+def conclusion(out: Path, files: list[str], setup: Setup, results: QuickstartResults, seconds: float) -> RenderableType:
     """The main numbers, the files, and what to try next."""
     streamed, agreement = results.streamed, results.agreement
     table = Table(title=f"Audio loss on held-out speech ({setup.speech.held_out.name})", title_justify="left")

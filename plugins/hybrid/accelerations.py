@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 from moshi_ttt.core.accelerations import Acceleration
 from moshi_ttt.plugins.common.native import compiled_step
-from moshi_ttt.plugins.hybrid.compiled import LIBRARY
+from moshi_ttt.plugins.hybrid import compiled
+from moshi_ttt.plugins.hybrid.cpp.chunk import LIBRARY as INNER_LOOP
+from moshi_ttt.plugins.hybrid.triton.backend import not_here
 
 
 def multilayer() -> tuple[Acceleration, ...]:
     """The faster forms of ttt_multilayer."""
-    return (compiled_step(LIBRARY),)
+    inner_loop = "A training call on a CPU, in float32 and float64; chosen by backend.train."
+    return (
+        compiled_step(compiled.LIBRARY, "backend.step"),
+        Acceleration(name="compiled training", purpose=inner_loop, missing=INNER_LOOP.missing()),
+        Acceleration(
+            name="Triton step", purpose="A streamed step on an NVIDIA GPU; chosen by backend.step.", missing=no_triton()
+        ),
+    )
 
 
 def trained_by_kernels() -> tuple[Acceleration, ...]:
     """The faster forms of ttt_linear and ttt_mlp."""
-    purpose = "Training on CUDA; called from Python alone, because no block uses them yet."
-    return (*multilayer(), Acceleration(name="Triton kernels", purpose=purpose, missing=triton_missing()))
+    purpose = "A training call on an NVIDIA GPU; chosen by backend.train."
+    return (*multilayer(), Acceleration(name="Triton training", purpose=purpose, missing=no_triton()))
 
 
-def triton_missing() -> str:
+def no_triton() -> str:
     """Why this machine cannot run the Triton kernels, as a sentence; empty where it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed. PyTorch for CUDA installs it on Linux."
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device."
-    return ""
+    reason = not_here(torch.device("cuda"))
+    return "" if reason is None else f"{reason[0].upper()}{reason[1:]}."

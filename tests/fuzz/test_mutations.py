@@ -18,7 +18,7 @@ from hypothesis.strategies import SearchStrategy
 from moshi_ttt.core.block import BlockContext
 from moshi_ttt.plugins.common import short_conv
 from moshi_ttt.plugins.gating_mlp import chunkwise, ops
-from moshi_ttt.plugins.hybrid import block, chunk, fast_network, layer, recurrent
+from moshi_ttt.plugins.hybrid import backends, block, chunk, fast_network, layer, recurrent
 from moshi_ttt.plugins.hybrid.block import HybridBlock
 from tests.fuzz.cases import Configuration, Layer
 from tests.fuzz.comparison import differences, error
@@ -54,7 +54,7 @@ def streams_forget_a_chunk(patch: Patch) -> None:
             state[name].copy_(tensor)
         return y
 
-    patch.setattr(block, "recurrent_inner_loop", mutated)
+    patch.setattr(backends, "recurrent_inner_loop", mutated)
 
 
 def scale_goes_below_zero(patch: Patch) -> None:

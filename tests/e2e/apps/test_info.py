@@ -99,8 +99,10 @@ def test_without_a_cuda_device_the_kernels_say_why(cli, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = printed(cli)
     for variant in ("ttt_linear", "ttt_mlp"):
-        assert form(found, variant, "Triton kernels")["available"] is False
-    assert [each["name"] for each in found["backends"]["ttt_multilayer"]["forms"]] == ["compiled step"]
+        for name in ("Triton step", "Triton training"):
+            assert form(found, variant, name)["available"] is False
+    named = [each["name"] for each in found["backends"]["ttt_multilayer"]["forms"]]
+    assert named == ["compiled step", "compiled training", "Triton step"]
 
 
 def test_cuda_devices_are_listed(cli, monkeypatch):

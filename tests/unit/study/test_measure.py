@@ -28,7 +28,7 @@ def recordings():
 
 
 def test_a_memory_is_measured_under_every_setting(recordings):
-    found = measure(task(), model_with("gating_mlp"), recordings)
+    found = measure(task(), model_with("gating_mlp", lr=0.3), recordings)
     for kind, name in (("once", "buckets"), ("recall", "losses")):
         assert [(row["condition"], row["volume"]) for row in found[kind]] == list(SETTINGS)
         assert len({json.dumps(row[name]) for row in found[kind]}) == len(SETTINGS), "each setting changes something"
