@@ -38,7 +38,7 @@ def make_world(folder: Path) -> None:
         line = {"path": f"stereo/{path.name}", "duration": cut.shape[1] / RATE}
         with (folder / "speech" / f"{split}.jsonl").open("a", encoding="utf-8") as manifest:
             manifest.write(json.dumps(line) + "\n")
-    for name in ("calls/one.wav", "calls/two.wav"):
+    for name in ("calls/one.wav", "calls/two.wav", "calls/three.wav"):
         (folder / "calls").mkdir(exist_ok=True)
         shutil.copy(folder / "speech" / "stereo" / "test-4.wav", folder / name)
     for name in ("monday.wav", "tuesday.wav", "talk.wav", "talks/one.wav", "talks/two.wav"):
