@@ -48,7 +48,16 @@ def test_every_section_passes_on_a_cpu(tmp_path):
     }  # fmt: skip
     assert {section["state"] for section in found["sections"].values()} == {"passed"}
     checked = {check["section"] for check in found["checks"]}
-    assert {"blocks", "captured step", "generation", "slots", "step 0", "training", "training kernels", "decode kernels"} <= checked
+    assert {
+        "blocks",
+        "captured step",
+        "generation",
+        "slots",
+        "step 0",
+        "training",
+        "training kernels",
+        "decode kernels",
+    } <= checked
     assert any(name.startswith("decode 5 in place") for name in found["figures"])
     assert "| blocks | passed |" in (tmp_path / "gpu_check.md").read_text()
 
