@@ -60,9 +60,9 @@ def prepare(
     made = prepared_like(x, norm_weight, offset)
     (batch, _, channels), (heads, width) = x.shape, norm_weight.shape
     around.prepare[(batch * heads,)](
-        x, q, k, v, given, updated, active, position, spoiled, lr_weight, lr_bias, norm_weight, norm_bias, offset, *made, base_rate, factor, math.log2(theta), eps, limit,
-        H=heads, D=width, BP=block_of(width // 2), N=channels, BN=min(WIDE, block_of(channels)), C=offset.shape[0],
-        BC=block_of(offset.shape[0]), **LAUNCH,
+        x, q, k, v, given, updated, active, position, spoiled, lr_weight, lr_bias, norm_weight, norm_bias, offset,
+        *made, base_rate, factor, math.log2(theta), eps, limit, H=heads, D=width, BP=block_of(width // 2), N=channels,
+        BN=min(WIDE, block_of(channels)), C=offset.shape[0], BC=block_of(offset.shape[0]), **LAUNCH,
     )  # fmt: skip
     return made
 
