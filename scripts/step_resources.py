@@ -22,7 +22,7 @@ from typing import Any
 ARCHITECTURES, CHUNKS, WIDTHS, LAYERS = (80, 90, 100), (16, 32), (64, 128), (1, 2, 3)
 TYPES = {
     "OK": "*i32", "NOW": "*i32", "ACTIVE": "*i1", "UPDATED": "*i1", "POSITION": "*i64", "SPOILED": "*i64",
-    "SKIPPED": "*i64", "stride": "i32",
+    "SKIPPED": "*i64",
     **dict.fromkeys(("eps", "base_rate", "factor", "log2_theta", "limit", "volume"), "fp32"),
 }  # fmt: skip
 """Of arguments that are no tensors of float32."""
@@ -86,16 +86,20 @@ def main() -> int:
     from moshi_ttt.plugins.hybrid.triton.step_resources import RECORD
 
     record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {"kernels": {}}
-    found = {name: compiled(*row) for name, row in rows().items() if given.only in name}
+    found = {}
+    for name, row in rows().items():
+        if given.only in name:
+            found[name] = compiled(*row)
+            print(f"{name}: {found[name]}", flush=True)
     differ = {name: row for name, row in found.items() if record["kernels"].get(name) != row}
-    for name, row in differ.items():
-        print(f"{name}: {row}, recorded {record['kernels'].get(name)}")
     if given.write:
         kernels = {**({} if not given.only else record["kernels"]), **found}
         text = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())
         head = f'{{\n  "triton": {json.dumps(triton.__version__)},\n  "kernels": {{\n'
         RECORD.write_text(f"{head}{text}\n  }}\n}}\n", encoding="utf-8")
         return 0
+    for name, row in differ.items():
+        print(f"not as recorded: {name}: {row}, recorded {record['kernels'].get(name)}")
     print(f"{len(found)} rows, {len(differ)} of them not as recorded")
     return 1 if differ else 0
 

@@ -139,7 +139,7 @@ def _speed(report: Report) -> None:
 # ---- what a step is reckoned to take
 
 BYTES_A_SECOND, FLOPS, TENSOR_FLOPS, LEAST_US = 3.35e12, 45e12, 700e12, 2.5
-"""Of an H100 (SXM): its memory's, those of float32 and bfloat16 products, the least time of a kernel in a graph."""
+"""Of an H100 (SXM): those of its memory, in float32 and in bfloat16 products, and the least time of a kernel."""
 
 
 RECKONED = {"TTT-Linear": (128, 128), "TTT-MLP": (128, 512, 128), "three layers": (128, 512, 512, 128)}

@@ -156,6 +156,7 @@ def end_of_chunk(
     FIRST: tl.constexpr, LOSS: tl.constexpr,
 ):  # fmt: skip
     """Update, where ``applied``, the weights on both sides of a slice, and clear the slice's slots."""
+    tl.debug_barrier()  # all threads have read the weights
     if applied:
         last = tl.load(SCALE + C - 1)
         if FIRST:
@@ -163,7 +164,7 @@ def end_of_chunk(
         else:
             descend_bias(B, G, last, unit, F, C)
         descend_rows(NEXT_W, NEXT_INPUT, NEXT_G, next_g, last, unit, F, OUT, BO, C, LOSS)
-    tl.debug_barrier()  # all threads have read
+    tl.debug_barrier()  # and the slots
     clear(G, unit, F, C)
     clear(NEXT_INPUT, unit, F, C)
 
@@ -295,9 +296,10 @@ def outputs(
     tl.store(Y + bh * D + column, q + (u - mean) * r * weight + bias, mask=column < D)
     if position == C - 1:
         if LAYERS > 1:
+            tl.debug_barrier()  # all threads have read the bias
             if spoiled == 0:
                 descend_bias(B + bh * D, G + bh * C * D, tl.load(SCALE + C - 1), column, D, C)
-            tl.debug_barrier()  # all threads have read
+            tl.debug_barrier()  # and the slots
             clear(G + bh * C * D, column, D, C)
         clear(INPUT + bh * C * D, column, D, C)
     if bh % H == 0:

@@ -1,4 +1,4 @@
-"""A streamed step by Triton kernels: buffers, block sizes, the order of launches.
+"""A streamed step by Triton kernels: buffers, block sizes, the order of launches. All tensors are contiguous.
 
 Nothing here runs a kernel of torch's: buffers are allocated, and what lies in them is written by the kernels. So a step
 makes as many launches as there are in this file, and a captured graph as many nodes.
@@ -59,12 +59,10 @@ def prepare(
     """
     made = prepared_like(x, norm_weight, offset)
     (batch, _, channels), (heads, width) = x.shape, norm_weight.shape
-    rows = x[:, 0] if x.stride(2) == 1 else x[:, 0].contiguous()  # [B, 1, H D] -> [B, H D]
     around.prepare[(batch * heads,)](
-        rows, rows.stride(0), q.contiguous(), k.contiguous(), v.contiguous(), given, updated, active, position, spoiled,
-        lr_weight, lr_bias, norm_weight, norm_bias, offset, *made, base_rate, factor, math.log2(theta), eps, limit,
-        H=heads, D=width, BP=block_of(width // 2), N=channels, BN=min(WIDE, block_of(channels)), C=offset.shape[0],
-        BC=block_of(offset.shape[0]), **LAUNCH,
+        x, q, k, v, given, updated, active, position, spoiled, lr_weight, lr_bias, norm_weight, norm_bias, offset,
+        *made, base_rate, factor, math.log2(theta), eps, limit, H=heads, D=width, BP=block_of(width // 2), N=channels,
+        BN=min(WIDE, block_of(channels)), C=offset.shape[0], BC=block_of(offset.shape[0]), **LAUNCH,
     )  # fmt: skip
     return made
 
@@ -103,10 +101,9 @@ def gate(x: Tensor, added: Tensor, alpha: Tensor, volumes: Tensor | None, volume
     """``x + volume * tanh(alpha) * added`` of ``x [B, 1, N]``; ``volumes [B]`` or the number ``volume``."""
     batch, _, width = x.shape
     made = x.new_empty(x.shape)
-    rows = x[:, 0] if x.stride(2) == 1 else x[:, 0].contiguous()  # [B, 1, N] -> [B, N]
     block = min(GATED, block_of(width))
     around.gate[(batch, -(-width // block))](
-        rows, rows.stride(0), added, alpha, volumes, volume, made, N=width, BN=block, ONE=alpha.numel() == 1, **LAUNCH
+        x, added, alpha, volumes, volume, made, N=width, BN=block, ONE=alpha.numel() == 1, **LAUNCH
     )
     return made
 

@@ -65,12 +65,16 @@ def operations() -> Any:
 
 
 def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with the device of its first tensor as the current one, which Triton launches on."""
+    """``function`` on the device of its first tensor, which Triton launches on, and of contiguous tensors.
+
+    A tensor that is contiguous is given as it is. Those of a state, which are written to, have been checked.
+    """
 
     @functools.wraps(function)
     def run(tensor: Tensor, *others: Any) -> Any:
+        given = [each.contiguous() if isinstance(each, Tensor) else each for each in (tensor, *others)]
         with torch.cuda.device_of(tensor):
-            return function(tensor, *others)
+            return function(*given)
 
     return run
 

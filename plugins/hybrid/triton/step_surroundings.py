@@ -60,12 +60,12 @@ def rotated(POINTER, position, log2_theta, pair, inside, D: tl.constexpr):
 
 
 @triton.jit
-def rate_of(X, LR_W, row, head, stride, limit, N: tl.constexpr, BN: tl.constexpr):
+def rate_of(X, LR_W, row, head, limit, N: tl.constexpr, BN: tl.constexpr):
     """w_h . x of a head, and whether all of x is below ``limit``."""
     total, ok = tl.zeros([BN], tl.float32), tl.full([BN], 1, tl.int32)
     for start in range(0, N, BN):
         index = start + tl.arange(0, BN)
-        x = vector(X + row * stride, index, N)
+        x = vector(X + row * N, index, N)
         ok = tl.where(tl.abs(x) < limit, ok, 0)
         total += x * vector(LR_W + head * N, index, N)
     return tl.sum(total, 0), tl.min(ok, 0)
@@ -73,7 +73,7 @@ def rate_of(X, LR_W, row, head, stride, limit, N: tl.constexpr, BN: tl.constexpr
 
 @triton.jit
 def prepare(
-    X, stride, Q, K, V, GIVEN, UPDATED, ACTIVE, POSITION, SPOILED, LR_W, LR_B, NORM_W, NORM_B, OFFSET, TO_Q, TO_K, TO_V,
+    X, Q, K, V, GIVEN, UPDATED, ACTIVE, POSITION, SPOILED, LR_W, LR_B, NORM_W, NORM_B, OFFSET, TO_Q, TO_K, TO_V,
     TO_LR, OK, NOW, SCALE, base_rate, factor, log2_theta, eps, limit,
     H: tl.constexpr, D: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
     BC: tl.constexpr,
@@ -109,7 +109,7 @@ def prepare(
     w_even, w_odd = vector_where(inside, NORM_W, at, H * D), vector_where(inside, NORM_W + 1, at, H * D)
     b_even, b_odd = vector_where(inside, NORM_B, at, H * D), vector_where(inside, NORM_B + 1, at, H * D)
     v_even, v_odd = w_even * even / std + b_even + k_even, w_odd * odd / std + b_odd + k_odd
-    product, ok = rate_of(X, LR_W, row, head, stride, limit, N, BN)
+    product, ok = rate_of(X, LR_W, row, head, limit, N, BN)
     lr = factor * (base_rate * tl.sigmoid(product + tl.load(LR_B + head).to(tl.float32)))
     if UPDATED is not None:
         lr = tl.where(tl.load(UPDATED + row) != 0, lr, 0.0)
@@ -171,7 +171,7 @@ def tanh(x):
 
 @triton.jit
 def gate(
-    X, stride, ADDED, GATE, VOLUME, volume, TO, N: tl.constexpr, BN: tl.constexpr, ONE: tl.constexpr,
+    X, ADDED, GATE, VOLUME, volume, TO, N: tl.constexpr, BN: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """``x + volume * tanh(gate) * added`` of a row and ``BN`` channels; x itself where the volume is 0.
 
@@ -181,7 +181,7 @@ def gate(
     inside = column < N
     if VOLUME is not None:
         volume = tl.load(VOLUME + row).to(tl.float32)
-    x = tl.load(X + row * stride + column, mask=inside, other=0.0)
+    x = tl.load(X + row * N + column, mask=inside, other=0.0)
     if ONE:
         alpha = tl.load(GATE).to(tl.float32)
     else:
