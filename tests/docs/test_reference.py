@@ -70,7 +70,7 @@ def test_every_key_of_every_config_has_a_meaning(reference):
     assert "| `chunk` | integer, ≥ 1 | `32` | tokens per inner-loop step (mini-batch). |" in text
 
 
-def test_a_description_may_be_of_several_keys_and_lines():
+def test_a_description_may_be_of_several_keys_and_lines(reference):
     from config_keys import descriptions
     from pydantic import BaseModel
 
