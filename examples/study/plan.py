@@ -117,17 +117,19 @@ def _lora(rank: int) -> tuple[str, ...]:
 
 
 IN_PLACE_RIDGE = f"update: ridge, lr: 1.0, {CORRECTING}, success_gate: true"
+WIDE = ", features: relu2, key_width: 256"
 ARMS = (
     _ridge("ridge layer"),
     _in_place("in place, ridge", IN_PLACE_RIDGE),
     Arm(name=LORA, changes=("optim.lr=3e-3", "ttt=[]", *_lora(17))),
     _ridge("ridge layer + LoRA", rank=4),
     _in_place("in place, ridge + LoRA", IN_PLACE_RIDGE, rank=13),
-    _ridge("ridge layer, wide keys", ", features: relu2, key_width: 256"),
+    _ridge("ridge layer, wide keys", WIDE),
     _ridge("ridge layer on LoRA", on_lora=True),
     _ridge("ridge layer, no success gate", ", success_gate: false"),
     _in_place("in place, published", "lr: 1, train_w_down: true"),
     _in_place("in place, ridge on LoRA", IN_PLACE_RIDGE, on_lora=True),
+    _ridge("ridge layer, wide keys, on LoRA", WIDE, on_lora=True),
     _in_place("in place, gradient", f"update: gradient, lr: 0.3, {CORRECTING}, success_gate: true"),
     Arm(
         name="TTT-MLP",

@@ -220,22 +220,22 @@ def beside_lora_table(results: Results, group: str) -> list[str]:
 
 
 def controls_table(results: Results, group: str) -> list[str]:
-    """What is left of the gain, and of the effect on speech played once, under each control."""
+    """What is left of the gain, and of the effect on speech played once, under each control at the chosen volume."""
     rows = []
     for arm in results.with_memory():
-        other = results.reference(arm)
-        for volume in settings_of(results, arm):
-            there = [(each, (each, volume) in results.settings(group, arm)) for each in CONTROLS]
-            gains = [
-                _short(results.gain(group, arm, other, "second", each, volume)) if measured else ""
-                for each, measured in there
-            ]
-            effects = [
-                _short(results.effect(group, arm, other, WHOLE, each, volume)) if measured else ""
-                for each, measured in there
-            ]
-            rows.append((arm, f"{volume:g}", *gains, *effects))
-    names = [*(f"second, {each}" for each in CONTROLS), *(f"once, {each}" for each in CONTROLS)]
+        other, volume = results.reference(arm), float(results.choices["volumes"][arm])
+        there = set(results.settings(group, arm))
+        gains = [
+            _short(results.gain(group, arm, other, "second", each, volume)) if (each, volume) in there else ""
+            for each in CONTROLS
+        ]
+        effects = [
+            _short(results.effect(group, arm, other, WHOLE, each, volume)) if (each, volume) in there else ""
+            for each in CONTROLS
+        ]
+        gain = _short(results.gain(group, arm, other, volume=volume))
+        rows.append((arm, f"{volume:g}", gain, *gains, *effects))
+    names = ["second", *(f"second, {each}" for each in CONTROLS), *(f"once, {each}" for each in CONTROLS)]
     return table(("", "volume", *names), rows)
 
 

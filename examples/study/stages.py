@@ -219,10 +219,9 @@ class Study:
         self._run([*jobs, *later])
 
     def _test_settings(self, volume: float, *, every: bool) -> list[tuple[str, float]]:
-        """All conditions at a volume, the controls at 1 as well; where ``every``, updates enabled at every volume."""
-        settings = [(condition, volume) for condition in CONDITIONS]
-        settings += [(condition, 1.0) for condition in CONDITIONS if condition != "memory reset"]
-        settings += [(CONDITIONS[0], each) for each in (self.scale.volumes if every else ())]
+        """The controls at a volume, and updates enabled at it and at 1; where ``every``, at every volume."""
+        settings = [(condition, volume) for condition in CONDITIONS if every or condition != "memory reset"]
+        settings += [(CONDITIONS[0], each) for each in (1.0, *(self.scale.volumes if every else ()))]
         return list(dict.fromkeys(settings))
 
     def measured(self, seed: int, arm: Arm | None, group: str) -> Path:
