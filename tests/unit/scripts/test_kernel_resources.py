@@ -52,10 +52,21 @@ def test_every_kernel_compiled_again_takes_what_is_recorded(arch):
     assert code == 0, said
 
 
-def test_what_differs_from_the_record_is_said(monkeypatch):
+@pytest.fixture
+def script():
     specification = importlib.util.spec_from_file_location("kernel_resources", SCRIPT)
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_the_docs_is_the_record(script):
+    text = script.DOCS.read_text(encoding="utf-8")
+    assert script.table() == text.partition(script.BEGIN)[2].partition(script.END)[0]
+    assert "| yes |" in script.table()
+
+
+def test_what_differs_from_the_record_is_said(script):
     found = {"registers": 1, "spilled": 0, "shared": 0, "warps": 8}
     assert script.differences({"a": found}, {"a": found}) == []
     assert script.differences({"a": found}, {"a": {**found, "spilled": 4}}) != []
