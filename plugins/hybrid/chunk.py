@@ -62,9 +62,7 @@ def chunk_inner_loop(
         ``y [B, T, H * D]`` and the state after the last token.
     """
     heads, size, position = tokens.q.shape[2], layout.chunk_size, state["position"]
-    rule = rule or UpdateRule()
-    fast, earlier = unpack(state)
-    after = position + layout.length
+    rule, (fast, earlier), after = rule or UpdateRule(), unpack(state), position + layout.length
     tokens, finite = only_finite(tokens)
     nonfinite = ~finite if updated is None else updated[:, None] & ~finite  # [B, 1] over [B, T]
     # [B, T, 1] -> [B, N]: such tokens of each chunk, the first chunk's earlier ones among them
