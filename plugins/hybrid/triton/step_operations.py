@@ -44,7 +44,13 @@ def _launches() -> ModuleType:
 def operations() -> Any:
     """The operations of ``SCHEMAS``, for tensors with values and, but for the values, for those without."""
     library = torch.library.Library(NAME, "DEF")
-    computed = {"prepare": _prepare, "look": _look, "inner": _inner, "norm": _norm, "gate": _gate}
+    computed: dict[str, Callable[..., Any]] = {
+        "prepare": _prepare,
+        "look": _look,
+        "inner": _inner,
+        "norm": _norm,
+        "gate": _gate,
+    }
     shaped = {
         "prepare": _prepared_shapes, "look": _looked_shapes, "inner": _inner_shape, "norm": _norm_shape,
         "gate": _gate_shape,
