@@ -34,7 +34,8 @@ BY_AUTO = {"linear": (16, 32), "mlp": (16,)}
 """Chunk sizes with which ``auto`` may take the kernels, at head widths of ``AUTO_HEAD_WIDTHS``."""
 AUTO_HEAD_WIDTHS = (64, 128)
 SLICE = 32
-"""Rows of W in one product of TTT-Linear, and the most hidden units of TTT-MLP that one program has."""
+"""Rows of W in one product of TTT-Linear, and the most hidden units of TTT-MLP that one program has, at chunk 16; half
+of that at larger ones."""
 GROUP = 4
 """Chunks between two of which the fast weights are kept for the backward pass, without ``checkpoint_chunks``."""
 
@@ -122,8 +123,9 @@ def settings_of(
 ) -> TrainSettings:
     """How the kernels run, here and in the record of what they take."""
     return TrainSettings(
-        chunk=chunk, eps=eps, causal=causal, precision=products, every=together or GROUP, slice_width=SLICE
-    )
+        chunk=chunk, eps=eps, causal=causal, precision=products, every=together or GROUP,
+        slice_width=SLICE if chunk == 16 else SLICE // 2,
+    )  # fmt: skip
 
 
 def load(device: torch.device, products: Products) -> Callable[..., Any]:
