@@ -37,7 +37,7 @@ SECTIONS = {
     "speed of blocks": ("speed", "training_of_a_block", 60, ("blocks", "ceilings")),
     "training kernels": ("kernels", "training_kernels", 120, ()),
     "decode kernels": ("steps", "decode_kernels", 60, ()),
-    "speed of decoding": ("speed", "decoding", 80, ("captured step", "generation", "ceilings")),
+    "speed of decoding": ("speed", "decoding", 80, ("captured step", "generation", "decode kernels", "ceilings")),
     "speed of slots": ("slots", "speed_of_slots", 60, ("slots", "ceilings")),
     "speed of training": ("speed", "training_of_moshi", 90, ("blocks", "ceilings")),
 }

@@ -12,8 +12,10 @@ FORMS = ("naive", "chunk", "recurrent", "hybrid", "hybrid_naive", "options_naive
 """Forms that ``moshi-ttt verify`` compares with reference vectors."""
 
 
-KERNEL_FORMS = (*FORMS, "triton")
-"""Those of a variant that there are Triton kernels for."""
+STEP_FORMS = (*FORMS, "triton_step")
+"""Those of a variant whose streamed step Triton kernels compute."""
+KERNEL_FORMS = (*STEP_FORMS, "triton")
+"""Those of one whose training calls they compute too."""
 
 
 def add_verifiers(registrar: Registrar, variant: str, package: str, forms: Sequence[str] = FORMS) -> None:

@@ -21,6 +21,7 @@ from moshi_ttt.plugins.hybrid.naive import naive_inner_loop, naive_inputs, naive
 from moshi_ttt.plugins.hybrid.objective import InnerNorm
 from moshi_ttt.plugins.hybrid.recurrent import recurrent_inner_loop
 from moshi_ttt.plugins.hybrid.triton import backend as kernels
+from moshi_ttt.plugins.hybrid.triton import step
 
 INNER_LOOP: Mapping[str, Kind] = {
     "chunk_size": "count", "layers": "count", "causal": "flag", "norm_eps": "number", "activation": "text",
@@ -195,13 +196,36 @@ class InnerLoopRecurrent(_InnerLoopVerifier):
         return super().accepts(metadata) and metadata["causal"] == "true"
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        return self.by(recurrent_inner_loop, inputs, metadata)
+
+    def by(
+        self, run: Callable[..., Tensor], inputs: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> dict[str, Tensor]:
+        """The outputs, by a function like ``recurrent_inner_loop``."""
         batch, heads, length, _ = inputs["q"].shape
         norm = _norm(inputs, metadata)
         state = clone(inner_loop.initial_state(*_fast(inputs, metadata), int(metadata["chunk_size"]), batch))
-        outputs = [
-            recurrent_inner_loop(_tokens(inputs, t, t + 1), state, norm, inputs["token_scale"]) for t in range(length)
-        ]
+        outputs = [run(_tokens(inputs, t, t + 1), state, norm, inputs["token_scale"]) for t in range(length)]
         return {"y": _per_head(torch.cat(outputs, dim=1), heads), **_final(state)}
+
+
+class InnerLoopTritonStep(InnerLoopRecurrent):
+    """The inner loop token by token by Triton kernels, in Triton's interpreter. Outside of it, no file is accepted."""
+
+    dtypes = (torch.float32,)
+
+    def accepts(self, metadata: Mapping[str, str]) -> bool:
+        return super().accepts(metadata) and kernels.interpreted()
+
+    def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        """Raises BackendError for sizes that the kernels do not take."""
+        weights, _ = _fast(inputs, metadata)
+        widths = (inputs["q"].shape[-1], *(weight.shape[-1] for weight in weights))
+        device = inputs["q"].device
+        reason = kernels.not_here(device) or step.not_these_shapes(widths, int(metadata["chunk_size"]))
+        if reason is not None:
+            raise BackendError(f"The Triton kernels cannot compute this file: {reason}. Choose another file.")
+        return self.by(step.load(device), inputs, metadata)
 
 
 class HybridNaive(_HybridVerifier):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moshi_ttt.plugins.hybrid.variant_verifiers import variant_verifiers
-from moshi_ttt.plugins.hybrid.verifiers import InnerLoopTriton
+from moshi_ttt.plugins.hybrid.verifiers import InnerLoopTriton, InnerLoopTritonStep
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 
@@ -19,3 +19,4 @@ NAIVE, CHUNK, RECURRENT, HYBRID, HYBRID_NAIVE, OPTIONS_NAIVE, OPTIONS_CHUNK, OPT
     _made, layers=1
 )
 TRITON = InnerLoopTriton(layers=1)
+TRITON_STEP = InnerLoopTritonStep(layers=1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.plugins.hybrid.variant_verifiers import variant_verifiers
-from moshi_ttt.plugins.hybrid.verifiers import InnerLoopTriton
+from moshi_ttt.plugins.hybrid.verifiers import InnerLoopTriton, InnerLoopTritonStep
 from moshi_ttt.plugins.ttt_mlp.block import TTTMLP
 from moshi_ttt.plugins.ttt_mlp.config import TTTMLPConfig
 
@@ -26,3 +26,4 @@ NAIVE, CHUNK, RECURRENT, HYBRID, HYBRID_NAIVE, OPTIONS_NAIVE, OPTIONS_CHUNK, OPT
     _made, layers=2
 )
 TRITON = InnerLoopTriton(layers=2)
+TRITON_STEP = InnerLoopTritonStep(layers=2)

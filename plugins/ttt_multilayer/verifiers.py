@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moshi_ttt.plugins.hybrid.variant_verifiers import variant_verifiers
+from moshi_ttt.plugins.hybrid.verifiers import InnerLoopTritonStep
 from moshi_ttt.plugins.ttt_multilayer.block import TTTMultilayer
 from moshi_ttt.plugins.ttt_multilayer.config import TTTMultilayerConfig
 
@@ -20,3 +21,4 @@ def _made(options: Mapping[str, Any], widths: list[int]) -> tuple[type[TTTMultil
 NAIVE, CHUNK, RECURRENT, HYBRID, HYBRID_NAIVE, OPTIONS_NAIVE, OPTIONS_CHUNK, OPTIONS_RECURRENT = variant_verifiers(
     _made, at_least=3
 )
+TRITON_STEP = InnerLoopTritonStep(at_least=3)

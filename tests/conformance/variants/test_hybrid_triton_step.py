@@ -43,3 +43,8 @@ def test_kit_thin():
 @pytest.mark.exhaustive  # test_kit_thin has the rules that the kernels may break; the worker's cases, their results
 def test_kit():
     run("test_kit")
+
+
+@pytest.mark.exhaustive  # the same inner loop, beside tensor operations, is in the worker's cases
+def test_verify():
+    run("test_verify")
