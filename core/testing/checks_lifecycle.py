@@ -74,6 +74,7 @@ def _kept_casts(case: BlockCase, block: SequenceBlock) -> int:
 
 def check_adapter_round_trip(case: BlockCase) -> None:
     """Saving and loading is bit-equal, dtypes included, and the reloaded model computes the same."""
+    case = case.anywhere()  # what computes it is not saved
     x = case.inputs(2 * case.chunk + 1)
     model = _model(case)
     injection = _plan(case, model).apply(model)
