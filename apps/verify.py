@@ -96,7 +96,7 @@ def verify_file(path: Path, registry: Registry | None = None) -> FileReport:
     comparisons: list[Comparison] = []
     for name, verifier in verifiers if not problems else ():
         if verifier.accepts(metadata):
-            for dtype in (torch.float64, torch.float32):
+            for dtype in verifier.dtypes:
                 comparisons += _compare(path, name, verifier, tensors, metadata, dtype)
     return FileReport(path, metadata, tuple(comparisons), tuple(problems))
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 Kind = Literal["count", "number", "flag", "text"] | tuple[str, ...]
@@ -55,10 +56,12 @@ class Verifier(ABC):
     Attributes:
         operation: the ``op`` of the files it is for.
         differentiable: False for forms that exist only without gradients (streaming).
+        dtypes: those it computes in; the others are not compared.
     """
 
     operation: ClassVar[str]
     differentiable: ClassVar[bool] = True
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64, torch.float32)
 
     @abstractmethod
     def metadata(self) -> Mapping[str, Kind]:

@@ -9,13 +9,19 @@ It needs Triton and no GPU. ``--only TEXT`` compiles the rows whose name has it,
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-SOURCE = Path(__file__).resolve().parent.parent / "src"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs" / "gpu.md"
+BEGIN, END = "<!-- kernel resources: written by scripts/kernel_resources.py -->\n", "<!-- end of kernel resources -->\n"
 ARCHITECTURES = (80, 90, 100)
 SHAPES = {"linear": ((16, 64), (16, 128), (32, 64), (32, 128)), "mlp": ((16, 64), (16, 128))}
 """Chunk sizes and head widths, of each chain of kernels: those that ``auto`` may take."""
@@ -55,7 +61,7 @@ def compiled(kernel: Any, constants: dict[str, Any], arch: int, warps: int) -> d
 def rows(only: str = "") -> Iterator[tuple[str, dict[str, int]]]:
     """The rows of the record whose name has ``only``, compiled now."""
     from moshi_ttt.plugins.hybrid.triton import linear_kernels, mlp_backward, mlp_forward
-    from moshi_ttt.plugins.hybrid.triton.backend import GROUP, SLICE, settings_of
+    from moshi_ttt.plugins.hybrid.triton.backend import GROUP, settings_of
     from moshi_ttt.plugins.hybrid.triton.resources import KERNELS, row_name
 
     for arch in ARCHITECTURES:
@@ -66,8 +72,8 @@ def rows(only: str = "") -> Iterator[tuple[str, dict[str, int]]]:
                     if only not in name:
                         continue
                     settings = settings_of(chunk, 1e-6, "tf32x3")
-                    constants = {"C": chunk, "D": width, "S": SLICE, "EVERY": GROUP, "CAUSAL": True}
-                    constants |= {"PRECISION": settings.precision, "SLICES": 4 * width // SLICE}
+                    constants = {"C": chunk, "D": width, "S": settings.slice_width, "EVERY": GROUP, "CAUSAL": True}
+                    constants |= {"PRECISION": settings.precision, "SLICES": 4 * width // settings.slice_width}
                     module = next(m for m in (linear_kernels, mlp_forward, mlp_backward) if hasattr(m, kernel))
                     warps = settings.launch(kernel)["num_warps"]
                     yield name, compiled(getattr(module, kernel), constants, arch, warps) | {"warps": warps}
@@ -82,12 +88,34 @@ def differences(found: dict[str, dict[str, int]], recorded: dict[str, dict[str, 
     ]
 
 
+def table() -> str:
+    """The table of docs/gpu.md: of each chain, the most that one of its kernels takes, and whether auto may take it."""
+    from moshi_ttt.plugins.hybrid.triton.resources import KERNELS, recorded, row_name, too_large
+
+    lines = ["| | registers | bytes spilled | KiB shared | by `auto` |", "| --- | ---: | ---: | ---: | --- |"]
+    for arch in ARCHITECTURES:
+        for kind, kernels in KERNELS.items():
+            for chunk, width in SHAPES[kind]:
+                taken = [recorded().get(row_name(arch, kernel, chunk, width, "tf32x3")) for kernel in kernels]
+                rows = [each for each in taken if each is not None]
+                if not rows:
+                    continue
+                most = (max(r.registers for r in rows), max(r.spilled for r in rows), max(r.shared for r in rows))
+                auto = "yes" if too_large(kind, chunk, width, "tf32x3", divmod(arch, 10)) is None else "no"
+                title = {"linear": "TTT-Linear", "mlp": "TTT-MLP"}[kind]
+                lines.append(
+                    f"| sm_{arch}, {title}, chunk {chunk}, heads of {width} | {most[0]} | {most[1]:,} | "
+                    f"{most[2] / 1024:.0f} | {auto} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="record what is found")
     parser.add_argument("--only", default="", help="compile the rows whose name has this")
     options = parser.parse_args(given)
-    sys.path.insert(0, str(SOURCE))
+    sys.path.insert(0, str(ROOT / "src"))
     import triton
 
     from moshi_ttt.plugins.hybrid.triton.resources import RECORD
@@ -102,6 +130,8 @@ def main(given: Sequence[str] | None = None) -> int:
         lines = [f"    {json.dumps(name)}: {json.dumps(taken)}" for name, taken in record["kernels"].items()]
         text = f'{{\n  "triton": {json.dumps(record["triton"])},\n  "kernels": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
         RECORD.write_text(text, encoding="utf-8")
+        before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
+        DOCS.write_text(before + BEGIN + table() + END + rest.partition(END)[2], encoding="utf-8")
         return 0
     wrong = differences(found, record["kernels"])
     print("\n".join(wrong) or f"{len(found)} rows are as recorded")

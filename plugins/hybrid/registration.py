@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,9 +12,13 @@ FORMS = ("naive", "chunk", "recurrent", "hybrid", "hybrid_naive", "options_naive
 """Forms that ``moshi-ttt verify`` compares with reference vectors."""
 
 
-def add_verifiers(registrar: Registrar, variant: str, package: str) -> None:
-    """Register the verifier of every form: the entries of ``FORMS``, in capitals, in ``package.verifiers``."""
-    for form in FORMS:
+KERNEL_FORMS = (*FORMS, "triton")
+"""Those of a variant that there are Triton kernels for."""
+
+
+def add_verifiers(registrar: Registrar, variant: str, package: str, forms: Sequence[str] = FORMS) -> None:
+    """Register the verifier of every form: the entries of ``forms``, in capitals, in ``package.verifiers``."""
+    for form in forms:
         registrar.add(f"{variant}-{form}", f"{package}.verifiers:{form.upper()}")
 
 

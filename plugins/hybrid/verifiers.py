@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from moshi_ttt.core.errors import BackendError
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.precision import FP32_STATE
 from moshi_ttt.core.state import BlockState, clone
@@ -19,6 +20,7 @@ from moshi_ttt.plugins.hybrid.config import HybridConfig
 from moshi_ttt.plugins.hybrid.naive import naive_inner_loop, naive_inputs, naive_output
 from moshi_ttt.plugins.hybrid.objective import InnerNorm
 from moshi_ttt.plugins.hybrid.recurrent import recurrent_inner_loop
+from moshi_ttt.plugins.hybrid.triton import backend as kernels
 
 INNER_LOOP: Mapping[str, Kind] = {
     "chunk_size": "count", "layers": "count", "causal": "flag", "norm_eps": "number", "activation": "text",
@@ -142,9 +144,18 @@ class InnerLoopChunk(_InnerLoopVerifier):
     """The inner loop in its dual form: what training runs."""
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        return self.by(chunk_inner_loop, inputs, metadata)
+
+    def by(
+        self,
+        run: Callable[..., tuple[Tensor, BlockState]],
+        inputs: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+    ) -> dict[str, Tensor]:
+        """The outputs, by a function like ``chunk_inner_loop``."""
         batch, heads, length, _ = inputs["q"].shape
         size = int(metadata["chunk_size"])
-        y, state = chunk_inner_loop(
+        y, state = run(
             _tokens(inputs),
             inner_loop.initial_state(*_fast(inputs, metadata), size, batch),
             _norm(inputs, metadata),
@@ -153,6 +164,26 @@ class InnerLoopChunk(_InnerLoopVerifier):
             causal=metadata["causal"] == "true",
         )
         return {"y": _per_head(y, heads), **_final(state)}
+
+
+class InnerLoopTriton(InnerLoopChunk):
+    """The inner loop by Triton kernels, in Triton's interpreter. Outside of it, no file is accepted."""
+
+    dtypes = (torch.float32,)
+
+    def accepts(self, metadata: Mapping[str, str]) -> bool:
+        return super().accepts(metadata) and kernels.interpreted() and int(metadata["chunk_size"]) in kernels.CHUNKS
+
+    def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        """Raises BackendError for widths that the kernels do not take."""
+        width, size = inputs["q"].shape[-1], int(metadata["chunk_size"])
+        weights, _ = _fast(inputs, metadata)
+        widths = (width, *(weight.shape[-1] for weight in weights))
+        reason = kernels.not_here(inputs["q"].device) or kernels.not_these_shapes(widths, size)
+        if reason is not None:
+            raise BackendError(f"The Triton kernels cannot compute this file: {reason}. Choose another file.")
+        products = kernels.products_of(inputs["q"].device, "highest")
+        return self.by(kernels.load(inputs["q"].device, products), inputs, metadata)
 
 
 class InnerLoopRecurrent(_InnerLoopVerifier):

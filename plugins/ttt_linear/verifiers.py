@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moshi_ttt.plugins.hybrid.variant_verifiers import variant_verifiers
+from moshi_ttt.plugins.hybrid.verifiers import InnerLoopTriton
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 
@@ -17,3 +18,4 @@ def _made(options: Mapping[str, Any], widths: list[int]) -> tuple[type[TTTLinear
 NAIVE, CHUNK, RECURRENT, HYBRID, HYBRID_NAIVE, OPTIONS_NAIVE, OPTIONS_CHUNK, OPTIONS_RECURRENT = variant_verifiers(
     _made, layers=1
 )
+TRITON = InnerLoopTriton(layers=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moshi_ttt.core.hooks import hookimpl
-from moshi_ttt.plugins.hybrid.registration import add_verifiers, add_weight_maps
+from moshi_ttt.plugins.hybrid.registration import KERNEL_FORMS, add_verifiers, add_weight_maps
 
 if TYPE_CHECKING:
     from moshi_ttt.core.registrar import BlockRegistrar, Registrar
@@ -20,7 +20,7 @@ def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
 
 @hookimpl
 def moshi_ttt_verifiers(registrar: Registrar) -> None:
-    add_verifiers(registrar, "ttt_mlp", __name__)
+    add_verifiers(registrar, "ttt_mlp", __name__, KERNEL_FORMS)
 
 
 @hookimpl

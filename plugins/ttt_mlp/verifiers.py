@@ -7,6 +7,7 @@ from typing import Any
 
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.plugins.hybrid.variant_verifiers import variant_verifiers
+from moshi_ttt.plugins.hybrid.verifiers import InnerLoopTriton
 from moshi_ttt.plugins.ttt_mlp.block import TTTMLP
 from moshi_ttt.plugins.ttt_mlp.config import TTTMLPConfig
 
@@ -24,3 +25,4 @@ def _made(options: Mapping[str, Any], widths: list[int]) -> tuple[type[TTTMLP], 
 NAIVE, CHUNK, RECURRENT, HYBRID, HYBRID_NAIVE, OPTIONS_NAIVE, OPTIONS_CHUNK, OPTIONS_RECURRENT = variant_verifiers(
     _made, layers=2
 )
+TRITON = InnerLoopTriton(layers=2)

@@ -1,1 +1,1 @@
-"""Triton kernels of the hybrid layer's training; no block uses them yet. docs/gpu.md has what was measured."""
+"""Triton kernels of the hybrid layer's training, the backend ``triton``. docs/gpu.md has what was measured."""

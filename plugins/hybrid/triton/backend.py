@@ -34,7 +34,8 @@ BY_AUTO = {"linear": (16, 32), "mlp": (16,)}
 """Chunk sizes with which ``auto`` may take the kernels, at head widths of ``AUTO_HEAD_WIDTHS``."""
 AUTO_HEAD_WIDTHS = (64, 128)
 SLICE = 32
-"""Rows of W in one product of TTT-Linear, and the most hidden units of TTT-MLP that one program has."""
+"""Rows of W in one product of TTT-Linear, and the most hidden units of TTT-MLP that one program has, at chunk 16; half
+of that at larger ones."""
 GROUP = 4
 """Chunks between two of which the fast weights are kept for the backward pass, without ``checkpoint_chunks``."""
 
@@ -44,15 +45,11 @@ def kind_of(widths: tuple[int, ...]) -> str | None:
     return {2: "linear", 3: "mlp"}.get(len(widths))
 
 
-def products_of(device: torch.device, dtype: torch.dtype, precision: MatmulPrecision) -> Products:
-    """How the kernels multiply: never less precisely than the policy has torch do it.
+def products_of(device: torch.device, precision: MatmulPrecision) -> Products:
+    """How the kernels multiply matrices of float32: never less precisely than the policy has torch do it.
 
-    Args:
-        dtype: of the state. bfloat16 is multiplied as such; float32 as three products of tf32 parts, or in tf32 where
-            the policy asks for that. Interpreted, float32 is float32.
+    As three products of tf32 parts, and in tf32 alone where the policy asks for that. Interpreted, in float32.
     """
-    if dtype == torch.bfloat16:
-        return "bf16"
     if device.type == "cpu":
         return "ieee"
     return "tf32x3" if precision == "highest" else "tf32"
@@ -99,14 +96,12 @@ def not_these_shapes(widths: tuple[int, ...], chunk: int) -> str | None:
     return None
 
 
-def not_by_auto(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...], chunk: int, products: Products,
+def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int, products: Products,
                 ) -> str | None:  # fmt: skip
     """Why ``auto`` takes another backend where the kernels could run."""
     kind = kind_of(widths)
     if kind is None or interpreted():
         return "Triton's interpreter is for tests; ask for it by name"
-    if dtype != torch.float32:
-        return f"its state is {dtype}; auto takes the kernels for float32"
     if chunk not in BY_AUTO[kind] or widths[0] not in AUTO_HEAD_WIDTHS:
         return (
             f"chunk {chunk} at head width {widths[0]} was not measured; auto takes the kernels at chunk "
@@ -122,8 +117,9 @@ def settings_of(
 ) -> TrainSettings:
     """How the kernels run, here and in the record of what they take."""
     return TrainSettings(
-        chunk=chunk, eps=eps, causal=causal, precision=products, every=together or GROUP, slice_width=SLICE
-    )
+        chunk=chunk, eps=eps, causal=causal, precision=products, every=together or GROUP,
+        slice_width=SLICE if chunk == 16 else SLICE // 2,
+    )  # fmt: skip
 
 
 def load(device: torch.device, products: Products) -> Callable[..., Any]:

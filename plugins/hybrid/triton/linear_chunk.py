@@ -89,12 +89,13 @@ class _Linear(torch.autograd.Function):
             *sizes, settings.eps, **shared, CAUSAL=settings.causal, **settings.launch("linear_output_gradients"),
         )  # fmt: skip
         kernels.linear_state_gradients[(programs,)](
-            q, k, v, lr, g, z, norm_w, norm_b, scale, dz_query, dg, dw, db, dz, dk, dv, d_lr, d_scale, *of_keys, *sizes,
+            q, k, v, lr, g, z, norm_w, norm_b, scale, dz_query, dg, dw, db, dz, dk, dv, d_scale, *of_keys, *sizes,
             settings.eps, **shared, **settings.launch("linear_state_gradients"),
         )  # fmt: skip
         kernels.linear_key_gradients[(programs, chunks)](
-            dz, dv, w, dk, *sizes, **shared, **settings.launch("linear_key_gradients")
-        )
+            k, v, z, norm_w, norm_b, dg, dz, dv, w, dk, d_lr, *sizes, settings.eps, **shared,
+            **settings.launch("linear_key_gradients"),
+        )  # fmt: skip
         # [B, H, N, D] and [B, H, D] -> [H, D]
         norms = [one.sum((0, 2)) + other.sum(0) for one, other in zip(of_queries, of_keys, strict=True)]
         # [B, H, N, C] -> [C], and [B, H, N] -> [B, N]

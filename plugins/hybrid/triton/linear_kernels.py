@@ -129,6 +129,7 @@ def linear_outputs(
     z = times_matrix(Q, W, at * D, inside, before * D * D, C, D, S, PRECISION)
     z += tl.load(BIAS + before * D + column)[None, :] - product(affinity, rows_of(G, place, inside), PRECISION)
     n, _ = normalized(z, eps, D)
+    q = rows_of(Q, place, inside)  # again: there are no registers to hold it
     tl.store(Y + place, (q + n * norm_w + norm_b).to(Y.dtype.element_ty), mask=inside)
 
 
@@ -176,14 +177,14 @@ def linear_output_gradients(
 
 @triton.jit
 def linear_state_gradients(
-    Q, K, V, LR, G, Z, NORM_W, NORM_B, SCALE, DZ_QUERY, DG, DW, DB, DZ, DK, DV, D_LR, D_SCALE, D_NORM_W, D_NORM_B,
+    Q, K, V, LR, G, Z, NORM_W, NORM_B, SCALE, DZ_QUERY, DG, DW, DB, DZ, DK, DV, D_SCALE, D_NORM_W, D_NORM_B,
     T, H, N, eps, C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The chain of W's gradient, from the last chunk to the first, and what needs it.
 
     ``DW [B, H, D, D]`` and ``DB [B, H, D]`` are those after the last chunk, and then those before the first. ``DK`` is
     added to, but for what comes through the target, which is ``-DV``, and through z at the keys, whose gradient is
-    ``DZ``. ``D_SCALE [B, H, N]``.
+    ``DZ``. ``DG`` becomes the whole gradient of g. ``D_SCALE [B, H, N]``.
     """
     bh = tl.program_id(0).to(tl.int64)
     row, head = bh // H, bh % H
@@ -204,7 +205,7 @@ def linear_state_gradients(
         dg = rows_of(DG, place, inside) - scale * through
         z, target = rows_of(Z, place, inside), rows_of(V, place, inside) - rows_of(K, place, inside)
         rate = tl.load(LR + at, mask=token < T, other=0.0).to(tl.float32)[:, None]
-        tl.store(D_LR + at, tl.sum(dg * loss_gradient(z, target, norm_w, norm_b, eps, D), 1), mask=token < T)
+        tl.store(DG + place, dg, mask=inside)
         dz, du, for_w, for_b = loss_gradient_backward(rate * dg, z, target, norm_w, norm_b, eps, D)
         d_norm_w += for_w
         d_norm_b += for_b
@@ -231,18 +232,24 @@ def linear_state_gradients(
 
 @triton.jit
 def linear_key_gradients(
-    DZ, DV, W, DK, T, H, N, C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr
-):
-    """What comes to a chunk's keys through the target and through z, added to ``DK``."""
+    K, V, Z, NORM_W, NORM_B, DG, DZ, DV, W, DK, D_LR, T, H, N, eps,
+    C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What comes to a chunk's keys through the target and through z, added to ``DK``; and the rates' gradients."""
     bh, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, head = bh // H, bh % H
     slot, column, part = tl.arange(0, C), tl.arange(0, D), tl.arange(0, S)
     token = chunk * C + slot
     inside = (token < T)[:, None]
-    start = ((row * T + token) * H + head)[:, None] * D
-    dz = rows_of(DZ, start + column[None, :], inside)
+    at = (row * T + token) * H + head
+    place = at[:, None] * D + column[None, :]
+    norm_w, norm_b = tl.load(NORM_W + head * D + column)[None, :], tl.load(NORM_B + head * D + column)[None, :]
+    target = rows_of(V, place, inside) - rows_of(K, place, inside)
+    unscaled = loss_gradient(rows_of(Z, place, inside), target, norm_w, norm_b, eps, D)
+    tl.store(D_LR + at, tl.sum(rows_of(DG, place, inside) * unscaled, 1), mask=token < T)
+    dz = rows_of(DZ, place, inside)
     for first in range(0, D, S):
-        some = start + first + part[None, :]
+        some = at[:, None] * D + first + part[None, :]
         w = tl.load(W + (bh * (N + 1) + chunk) * D * D + (first + part)[:, None] * D + column[None, :])
         dk = rows_of(DK, some, inside) - rows_of(DV, some, inside) + product(dz, tl.trans(w), PRECISION)
         tl.store(DK + some, dk, mask=inside)

@@ -9,9 +9,12 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from moshi_ttt.apps.verify import verify_file
 from moshi_ttt.core.testing import CHECKS, Shape, error
 from moshi_ttt.core.testing.case import default_cases
+from moshi_ttt.plugins.hybrid.verifiers import InnerLoopNaive
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "Triton reads it when it is imported"
 
@@ -76,3 +79,41 @@ def test_a_call_is_that_of_tensor_operations(variant, causal):
     assert {name: error(found[1][name], found[0][name]) for name in found[0]} == pytest.approx(
         dict.fromkeys(found[0], 0.0), abs=1e-5
     )
+
+
+def reference(folder, layers):
+    """A file of reference vectors of the inner loop with chunks and heads of 16, by the definition."""
+    generator = torch.Generator().manual_seed(layers)
+
+    def random(*shape, scale=1.0):
+        return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inputs = {name: random(1, 2, 37, 16) for name in "qkv"} | {"lr": random(1, 2, 37).abs() / 16}
+    inputs |= {"norm_weight": 1 + random(2, 16, scale=0.1), "norm_bias": random(2, 16, scale=0.1)}
+    inputs["token_scale"] = 1 / torch.arange(1, 17, dtype=torch.float64)
+    for i in range(layers):
+        inputs |= {f"weight.{i}": random(2, 16, 16, scale=0.3), f"bias.{i}": random(2, 1, 16, scale=0.2)}
+    metadata = {
+        "op": "inner_loop", "source": "the definition", "chunk_size": "16", "layers": str(layers), "causal": "true",
+        "norm_eps": "1e-6", "activation": "gelu_tanh",
+    }  # fmt: skip
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    outputs = InnerLoopNaive(layers=layers).run(leaves, metadata)
+    cotangent = random(*outputs["y"].shape)
+    gradients = torch.autograd.grad((outputs["y"] * cotangent).sum(), list(leaves.values()))
+    tensors = {f"in.{name}": tensor for name, tensor in inputs.items()} | {"in.cotangent": cotangent}
+    tensors |= {f"out.{name}": tensor for name, tensor in outputs.items()}
+    tensors |= {f"grad.{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    path = folder / f"layers{layers}.safetensors"
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize(("layers", "variant"), [(1, "ttt_linear"), (2, "ttt_mlp")])
+def test_verify(tmp_path, layers, variant):
+    report = verify_file(reference(tmp_path, layers))
+    assert report.problems == ()
+    assert report.passed
+    found = [each for each in report.comparisons if each.verifier == f"{variant}-triton"]
+    assert {each.dtype for each in found} == {torch.float32}
+    assert len(found) > 10

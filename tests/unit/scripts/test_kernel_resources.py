@@ -1,0 +1,178 @@
+"""The record of what the Triton kernels take of a GPU, and what ``auto`` makes of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moshi_ttt.plugins.hybrid.triton import backend, resources
+from moshi_ttt.plugins.hybrid.triton.resources import KERNELS, Resources, recorded, row_name, too_large
+from tests.project import ROOT
+
+SCRIPT = ROOT / "scripts" / "kernel_resources.py"
+
+
+def compiled(only):
+    """What the script says of rows that it compiles again; its own process, for others may interpret the kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), "--only", only]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return result.returncode, result.stdout + result.stderr
+
+
+def same_triton():
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from importlib.metadata import version
+
+    return version("triton") == json.loads(resources.RECORD.read_text(encoding="utf-8"))["triton"]
+
+
+needs_triton = pytest.mark.skipif(not same_triton(), reason="the record is of another version of Triton")
+
+
+@needs_triton
+def test_a_kernel_compiled_again_takes_what_is_recorded():
+    code, said = compiled("sm_90 linear_weights C16 D64")
+    assert code == 0, said
+    assert "1 rows are as recorded" in said
+
+
+@needs_triton
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_kernel_compiled_again_takes_what_is_recorded(arch):
+    code, said = compiled(f"sm_{arch} ")
+    assert code == 0, said
+
+
+@pytest.fixture
+def script():
+    specification = importlib.util.spec_from_file_location("kernel_resources", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_the_docs_is_the_record(script):
+    text = script.DOCS.read_text(encoding="utf-8")
+    assert script.table() == text.partition(script.BEGIN)[2].partition(script.END)[0]
+    assert "| yes |" in script.table()
+
+
+def test_what_differs_from_the_record_is_said(script):
+    found = {"registers": 1, "spilled": 0, "shared": 0, "warps": 8}
+    assert script.differences({"a": found}, {"a": found}) == []
+    assert script.differences({"a": found}, {"a": {**found, "spilled": 4}}) != []
+    assert script.differences({"a": found}, {}) == [f"a: {found}, recorded: None"]
+
+
+def test_the_record_has_the_kernels_that_auto_may_take():
+    names = {
+        row_name(arch, kernel, chunk, width, "tf32x3")
+        for arch in resources.LARGEST_SPILL
+        for kind, kernels in KERNELS.items()
+        for chunk in backend.BY_AUTO[kind]
+        for width in backend.AUTO_HEAD_WIDTHS
+        for kernel in kernels
+    }
+    assert set(recorded()) == names
+
+
+def test_auto_takes_ttt_linear_at_chunk_16_on_every_recorded_gpu():
+    for capability in ((8, 0), (9, 0)):
+        for width in (64, 128):
+            assert too_large("linear", 16, width, "tf32x3", capability) is None
+
+
+def test_the_rule_for_spills_and_shared_memory(monkeypatch):
+    def record(spilled, shared):
+        row = Resources(registers=255, spilled=spilled, shared=shared, warps=8)
+        rows = {row_name(a, k, 16, 64, "tf32x3"): row for a in (80, 90) for k in KERNELS["linear"]}
+        monkeypatch.setattr(resources, "recorded", lambda: rows)
+
+    record(256, 1000)
+    assert too_large("linear", 16, 64, "tf32x3", (8, 6)) is None
+    assert "spills 256 bytes a thread on sm_90, and auto takes kernels that spill at most 0" in too_large(
+        "linear", 16, 64, "tf32x3", (9, 0)
+    )
+    record(0, 166_913)
+    assert "needs 166913 bytes of shared memory, and sm_80 has 166912" in too_large("linear", 16, 64, "tf32x3", (8, 0))
+    assert too_large("linear", 16, 64, "tf32x3", (9, 0)) is None
+    assert "at chunk 32, head width 64, tf32x3 on sm_90 is not recorded" in too_large(
+        "linear", 32, 64, "tf32x3", (9, 0)
+    )
+    assert "compiled for sm_80, sm_90, sm_100, and this GPU is sm_120" in too_large("linear", 16, 64, "tf32x3", (12, 0))
+
+
+# ---- what else auto asks for
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A CUDA device of compute capability 9.0, as far as the backend looks."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(backend, "version", lambda name: "3.5.1")
+    monkeypatch.setattr(backend.shutil, "which", lambda name: f"/usr/bin/{name}")
+    return torch.device("cuda", 0)
+
+
+def test_what_is_missing_on_a_machine_is_said(gpu, monkeypatch):
+    assert backend.not_here(gpu) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert "compute capability 7.5, and the kernels need 8.0" in backend.not_here(gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(backend.shutil, "which", lambda name: None)
+    assert "needs a C compiler" in backend.not_here(gpu)
+    monkeypatch.setattr(backend, "version", lambda name: "2.3.1")
+    assert "Triton is 2.3.1, and the kernels need 3.2 or newer" in backend.not_here(gpu)
+    assert "its device is cpu" in backend.not_here(torch.device("cpu"))
+    assert "its device is meta" in backend.not_here(torch.device("meta"))
+
+
+def test_products_follow_the_policy(gpu):
+    assert backend.products_of(gpu, "highest") == "tf32x3"
+    assert backend.products_of(gpu, "high") == "tf32"
+    assert backend.products_of(torch.device("cpu"), "highest") == "ieee"
+
+
+@pytest.mark.parametrize(
+    ("widths", "chunk", "said"),
+    [
+        ((64, 64), 16, None),
+        ((128, 512, 128), 64, None),
+        ((64, 64, 64, 64), 16, "3 layers; there are kernels for one and for two"),
+        ((48, 48), 16, "heads have width 48"),
+        ((64, 64), 24, "chunk: 24; the kernels take 16, 32, 64"),
+        ((16, 24, 16), 16, "hidden width is 24"),
+    ],
+)
+def test_shapes(widths, chunk, said):
+    reason = backend.not_these_shapes(widths, chunk)
+    assert reason is None if said is None else said in reason
+
+
+@pytest.mark.parametrize(
+    ("widths", "chunk", "said"),
+    [
+        ((128, 128), 16, None),
+        ((128, 128), 64, "chunk 64 at head width 128 was not measured"),
+        ((32, 32), 16, "chunk 16 at head width 32 was not measured"),
+        ((64, 128, 64), 16, "a hidden width of 128 was not measured"),
+    ],
+)
+def test_what_auto_takes(gpu, widths, chunk, said):
+    reason = backend.not_by_auto(gpu, widths, chunk, "tf32x3")
+    assert reason is None if said is None else said in reason
+
+
+def test_auto_takes_nothing_that_is_interpreted(gpu, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "for tests" in backend.not_by_auto(gpu, (128, 128), 16, "tf32x3")
