@@ -1,36 +1,45 @@
 """Speed of the inner loop, training and streaming, each behind a correctness gate.
 
-    python benchmarks/inner_loop.py [--threads 2] [--json FILE]
+    python benchmarks/inner_loop.py [--threads 2] [--cpu-seconds] [--json FILE]
 
-Training: forward and backward of the chunked form, beside the same arithmetic token by token (what a scan over tokens
-costs) in the same run. Streaming: one step, by tensor operations and compiled, beside one read of each row's fast
-weights (a ``bmm`` with one row), the least a step can cost. Ratios are medians within this run; a red gate prints no
-time.
+Training: forward and backward of the chunked form, by operations that torch differentiates (``autograd``), with the
+backward pass written out (``torch``), and in C++ (``cpp``, also with groups of 8 chunks), alternately in one run;
+beside them the same arithmetic token by token (what a scan over tokens costs). Streaming: one step, by tensor
+operations and compiled, and one read of each row's fast weights (a ``bmm`` with one row), the least a step can cost,
+alternately. Ratios are medians within this run; a red gate prints no time. *Kept* is what a form keeps for its backward
+pass beyond its tokens. ``--cpu-seconds`` counts the processor's time instead of the clock's, for a machine that does
+other work: give it with one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from moshi_ttt.core.format import ChunkLayout
-from moshi_ttt.core.state import clone, num_bytes
-from moshi_ttt.plugins.hybrid import inner_loop
+from moshi_ttt.core.state import BlockState, clone, num_bytes
+from moshi_ttt.plugins.hybrid import chunk, inner_loop
 from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
 from moshi_ttt.plugins.hybrid.compiled import compiled_inner_loop
+from moshi_ttt.plugins.hybrid.cpp.chunk import cpp_inner_loop
 from moshi_ttt.plugins.hybrid.fast_network import FastNetwork, key_pass
 from moshi_ttt.plugins.hybrid.inner_loop import Tokens
 from moshi_ttt.plugins.hybrid.naive import naive_inner_loop
 from moshi_ttt.plugins.hybrid.objective import InnerNorm
 from moshi_ttt.plugins.hybrid.recurrent import recurrent_inner_loop
+
+Form = Callable[..., tuple[Tensor, BlockState]]
+Clock = Callable[[], float]
 
 TRAINING = (
     ("linear", 1, 8, 1024, 16, 64),
@@ -63,10 +72,10 @@ class Problem:
     def leaves(self) -> list[Tensor]:
         return [t.requires_grad_() for t in (*self.tokens, *self.weights, *self.biases)]
 
-    def run(self) -> Tensor:
+    def run(self, form: Form, together: int | None = None) -> Tensor:
         state = inner_loop.initial_state(self.weights, self.biases, self.chunk, self.batch)
         layout = ChunkLayout(self.length, self.chunk)
-        return chunk_inner_loop(self.tokens, state, self.norm, self.scale, layout=layout)[0]
+        return form(self.tokens, state, self.norm, self.scale, layout=layout, checkpoint_chunks=together)[0]
 
     def by_token(self) -> Tensor:
         """The same function with explicit weights for every token: what the dual form avoids."""
@@ -94,8 +103,22 @@ class Problem:
         return torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)
 
 
+def by_autograd(*given: Any, **options: Any) -> tuple[Tensor, BlockState]:
+    """The chunk form by operations that torch differentiates."""
+    with patch.object(chunk, "is_written_out", lambda *_: False):
+        return chunk_inner_loop(*given, **options)
+
+
+TRAIN_FORMS: dict[str, tuple[Form, int | None]] = {
+    "autograd": (by_autograd, None),
+    "torch": (chunk_inner_loop, None),
+    "cpp": (cpp_inner_loop, None),
+    "cpp, groups of 8": (cpp_inner_loop, 8),
+}
+
+
 def gate(kind: str) -> float:
-    """Largest float64 error of the chunked, the by-token and the streamed form against the definition."""
+    """Largest float64 error of every form against the definition, and of the gradients against torch's."""
     problem = Problem(kind, 2, 2, 24, 8, 8, torch.float64)
     q, k, v, lr = (part.transpose(1, 2) for part in problem.tokens)
     expected, _, _ = naive_inner_loop(
@@ -109,48 +132,70 @@ def gate(kind: str) -> float:
         now = clone(state)
         tokens = [Tokens(*(part[:, t : t + 1].detach() for part in problem.tokens)) for t in range(24)]
         streams.append(torch.cat([form(token, now, problem.norm, problem.scale) for token in tokens], dim=1))
-    forms = (problem.run(), problem.by_token(), *streams)
-    return max(float((form - expected).detach().abs().max()) for form in forms)
-
-
-def median_ms(function: Callable[[], object], seconds: float = 2.0, least: int = 5) -> float:
-    return times_ms(function, seconds, least)[0]
-
-
-def times_ms(function: Callable[[], object], seconds: float = 2.0, least: int = 5) -> tuple[float, float]:
-    """Median and 99th percentile."""
-    function()
-    times: list[float] = []
-    while len(times) < least or sum(times) < seconds:
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-        if len(times) >= 400:
-            break
-    times.sort()
-    return 1_000 * statistics.median(times), 1_000 * times[int(0.99 * (len(times) - 1))]
-
-
-def train_row(kind: str, batch: int, heads: int, length: int, chunk: int, dim: int) -> dict[str, object]:
-    problem = Problem(kind, batch, heads, length, chunk, dim, torch.float32)
+    forms = (*(problem.run(*form) for form in TRAIN_FORMS.values()), problem.by_token(), *streams)
+    worst = max(float((form - expected).detach().abs().max()) for form in forms)
     leaves = problem.leaves()
+    found = [torch.autograd.grad(problem.run(*form).square().sum(), leaves) for form in TRAIN_FORMS.values()]
+    pairs = [(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True)]
+    return max(worst, *(float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in pairs))
 
-    def both(function: Callable[[], Tensor]) -> Callable[[], object]:
+
+def times_ms(
+    functions: Mapping[str, Callable[[], object]], clock: Clock, seconds: float = 2.0, least: int = 5
+) -> dict[str, tuple[float, float]]:
+    """Median and 99th percentile of each, called alternately, for ``seconds`` each on average."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    total, count = 0.0, 0
+    while count < least or (total < seconds * len(functions) and count < 400):
+        for name, function in functions.items():
+            start = clock()
+            function()
+            times[name].append(clock() - start)
+            total += times[name][-1]
+        count += 1
+    ordered = {name: sorted(each) for name, each in times.items()}
+    return {name: (1_000 * each[count // 2], 1_000 * each[int(0.99 * (count - 1))]) for name, each in ordered.items()}
+
+
+def kept_mib(problem: Problem, form: Form, together: int | None) -> float:
+    """MiB that a call keeps for its backward pass, beyond its tokens."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = problem.run(form, together)
+    assert y.requires_grad  # while it lives, no storage is freed and used again
+    for part in problem.tokens:
+        storages.pop(part.untyped_storage().data_ptr(), None)
+    return sum(storages.values()) / 2**20
+
+
+def train_row(clock: Clock, kind: str, batch: int, heads: int, length: int, chunk: int, dim: int) -> dict[str, object]:
+    problem = Problem(kind, batch, heads, length, chunk, dim, torch.float32)
+    short = Problem(kind, batch, heads, 4 * chunk, chunk, dim, torch.float32)
+
+    def both(of: Problem, function: Callable[[], Tensor]) -> Callable[[], object]:
+        leaves = of.leaves()
         return lambda: torch.autograd.grad(function().square().mean(), leaves)
 
-    chunked = median_ms(both(problem.run))
-    short = Problem(kind, batch, heads, 4 * chunk, chunk, dim, torch.float32)
-    leaves = short.leaves()
-    scan = median_ms(both(short.by_token), least=2) * length / (4 * chunk)
+    forms = {name: both(problem, partial(problem.run, *form)) for name, form in TRAIN_FORMS.items()}
+    found = {name: median for name, (median, _) in times_ms(forms, clock).items()}
+    scan = times_ms({"scan": both(short, short.by_token)}, clock, least=2)["scan"][0] * length / (4 * chunk)
     return {
         "shape": f"{kind} B{batch} H{heads} T{length} C{chunk} D{dim}",
-        "chunked_ms": round(chunked, 1),
-        "by_token_ms (from 4 chunks)": round(scan, 1),
-        "by_token / chunked": round(scan / chunked, 1),
+        **{f"{name} ms": round(median, 1) for name, median in found.items()},
+        **{f"autograd / {name}": round(found["autograd"] / found[name], 2) for name in list(found)[1:]},
+        **{f"{name} kept MiB": round(kept_mib(problem, *form)) for name, form in TRAIN_FORMS.items()},
+        "by_token / torch (from 4 chunks)": round(scan / found["torch"], 1),
     }
 
 
-def stream_row(kind: str, batch: int, heads: int, dim: int, chunk: int = 16) -> dict[str, object]:
+def stream_row(clock: Clock, kind: str, batch: int, heads: int, dim: int, chunk: int = 16) -> dict[str, object]:
     problem = Problem(kind, batch, heads, 1, chunk, dim, torch.float32)
     state = clone(inner_loop.initial_state(problem.weights, problem.biases, chunk, batch))
     fast, _ = inner_loop.unpack(state)
@@ -160,10 +205,11 @@ def stream_row(kind: str, batch: int, heads: int, dim: int, chunk: int = 16) -> 
         for x, weight in zip(rows, fast.weights, strict=True):
             torch.bmm(x, weight.flatten(0, 1))
 
+    given = (problem.tokens, state, problem.norm, problem.scale)
     with torch.no_grad():
-        step = median_ms(lambda: recurrent_inner_loop(problem.tokens, state, problem.norm, problem.scale))
-        fast_step, slowest = times_ms(lambda: compiled_inner_loop(problem.tokens, state, problem.norm, problem.scale))
-        once = median_ms(read)
+        step = times_ms({"step": lambda: recurrent_inner_loop(*given)}, clock)["step"][0]
+        found = times_ms({"compiled": lambda: compiled_inner_loop(*given), "read": read}, clock, least=200)
+    (fast_step, slowest), once = found["compiled"], found["read"][0]
     return {
         "shape": f"{kind} B{batch} H{heads} D{dim}",
         "state MiB": round(num_bytes(state) / 2**20, 1),
@@ -173,6 +219,7 @@ def stream_row(kind: str, batch: int, heads: int, dim: int, chunk: int = 16) -> 
         "one_read_ms": round(once, 2),
         "step / one read": round(step / once, 1),
         "compiled / one read": round(fast_step / once, 1),
+        "p99 / median": round(slowest / fast_step, 2),
     }
 
 
@@ -180,16 +227,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--cpu-seconds", action="store_true", help="the processor's time instead of the clock's")
     arguments = parser.parse_args()
+    clock = time.process_time if arguments.cpu_seconds else time.perf_counter
     torch.set_num_threads(arguments.threads)
     for kind in ("linear", "mlp"):
         worst = gate(kind)
         print(f"gate {kind}: largest float64 error against the definition {worst:.1e}")
         if not worst < 1e-10:
             sys.exit("The gate is red: no time is printed.")
-    rows = [train_row(*shape) for shape in TRAINING] + [stream_row(*shape) for shape in STREAMING]
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    rows = []
+    for row in (partial(train_row, clock, *shape) for shape in TRAINING):
+        rows.append(row())
+        print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    for row in (partial(stream_row, clock, *shape) for shape in STREAMING):
+        rows.append(row())
+        print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as handle:
             json.dump({"threads": arguments.threads, "torch": torch.__version__, "rows": rows}, handle, indent=2)

@@ -90,7 +90,7 @@ def cpp_inner_loop(
         finite = operations().finite(*tokens, largest_factor(tokens.q.dtype))
     num_nonfinite = nonfinite_tokens(finite, state, layout, updated)
     layers, rows = len(fast.weights), tokens.q.shape[0] * tokens.q.shape[2]
-    call = _CppCall(
+    call = _CompiledCall(
         layers, layout.offset, finite, num_nonfinite == 0, causal, norm.eps,
         _stride(layout.num_chunks, rows, checkpoint_chunks),
     )  # fmt: skip
@@ -98,7 +98,7 @@ def cpp_inner_loop(
         *tokens, norm.weight, norm.bias, token_scale, *fast.weights, *fast.biases, *earlier.inputs, *earlier.gradients
     )  # fmt: skip
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
-        y, *after = _CppChunks.apply(call, *given)  # type: ignore[no-untyped-call]
+        y, *after = _CompiledChunks.apply(call, *given)  # type: ignore[no-untyped-call]
     else:
         y, *after = call.forward(given, keep=False)[:-1]
     weights, biases, inputs, gradients = (tuple(after[i * layers : (i + 1) * layers]) for i in range(4))
@@ -118,7 +118,7 @@ def _stride(chunks: int, rows: int, together: int | None) -> int:
 
 
 @dataclass(frozen=True)
-class _CppCall:
+class _CompiledCall:
     """What a call has that no gradient is taken of.
 
     Attributes:
@@ -148,11 +148,11 @@ class _CppCall:
         return *given[:4], self.offset, self.finite, self.applied, *given[4:7], *parts, self.causal, self.eps
 
 
-class _CppChunks(torch.autograd.Function):
+class _CompiledChunks(torch.autograd.Function):
     """All chunks of a call: y ``[B, T, H D]``, then the weights, biases, inputs and gradients that it leaves."""
 
     @staticmethod
-    def forward(ctx: Any, call: _CppCall, *given: Tensor) -> Tensors:
+    def forward(ctx: Any, call: _CompiledCall, *given: Tensor) -> Tensors:
         *results, kept = call.forward(given, keep=True)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -163,7 +163,7 @@ class _CppChunks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        call: _CppCall = ctx.call
+        call: _CompiledCall = ctx.call
         *given, kept = ctx.saved_tensors
         if all(each is None for each in upstream):
             return (None,) * (1 + len(given))
