@@ -31,7 +31,5 @@ def trained_by_kernels() -> tuple[Acceleration, ...]:
 
 def no_triton() -> str:
     """Why this machine cannot run the Triton kernels, as a sentence; empty where it can."""
-    if not torch.cuda.is_available():
-        return "PyTorch finds no CUDA device."
     reason = not_here(torch.device("cuda"))
     return "" if reason is None else f"{reason[0].upper()}{reason[1:]}."

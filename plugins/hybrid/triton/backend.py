@@ -74,6 +74,8 @@ def not_here(device: torch.device) -> str | None:
         return f"Triton is {found}, and the kernels need {'.'.join(map(str, LEAST_TRITON))} or newer"
     if device.type == "cpu":
         return None
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
     if torch.version.hip is not None:
         return "this is an AMD GPU; the kernels are for NVIDIA GPUs"
     if (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
