@@ -91,7 +91,7 @@ def _claim(study: Study) -> None:
 
 def _make(study: Study, results: Path, stages: Sequence[str]) -> Path:
     """The stages in their order."""
-    path, first = study.out / CHOICES, study.scale.seeds[0]
+    path = study.out / CHOICES
     finished = _finished(results)
     if finished and not path.exists():  # other seeds use the choices of the first
         with atomic_file(path) as temporary:
@@ -102,9 +102,9 @@ def _make(study: Study, results: Path, stages: Sequence[str]) -> Path:
         left.encode()
         left.train_bases()
         left.train_arms()
-    if "validate" in stages and not path.exists():
+    if "validate" in stages and not finished:
         study.validate()
-        record(path, candidates(Results([gather(study, first)])), study.arms, first)
+        choose(study, path)
     if "test" in stages and left.scale.seeds:
         choices = read_choices(path)
         left.test(choices)
@@ -113,6 +113,13 @@ def _make(study: Study, results: Path, stages: Sequence[str]) -> Path:
     if "report" in stages:
         _report(study, results)
     return study.out / "report"
+
+
+def choose(study: Study, path: Path) -> None:
+    """Record what the rule chooses by the validation recordings of the first seed, where nothing is recorded yet."""
+    seed, judged = study.scale.seeds[0], {arm.name for arm in study.judged}
+    found = candidates(Results([gather(study, seed)]))
+    record(path, {name: tried for name, tried in found.items() if name in judged}, study.judged, seed)
 
 
 def _finished(results: Path) -> dict[int, Path]:
@@ -145,7 +152,7 @@ def _costs(study: Study) -> dict[str, cost.Cost]:
     """
     path = study.out / COSTS
     if not path.exists():
-        seeds = [seed for seed in study.scale.seeds if all(study.arm_job(arm, seed).done for arm in study.arms)]
+        seeds = [seed for seed in study.scale.seeds if all(study.arm_job(arm, seed).done for arm in study.judged)]
         if not seeds:
             return {}
         compared = _models(study, seeds[0])
@@ -159,7 +166,7 @@ def _costs(study: Study) -> dict[str, cost.Cost]:
 def _models(study: Study, seed: int) -> list[ModelUnderTest]:
     """The base model of a seed, and with each adapter."""
     registry = default_registry()
-    folders = [(arm.name, study.run_dir(arm, seed)) for arm in study.arms if not arm.on_lora]
+    folders = [(arm.name, study.run_dir(arm, seed)) for arm in study.judged if not arm.on_lora]
     host = read_config(str(folders[0][1] / "args.yaml"), registry=registry).host
     assert isinstance(host, MoshiHostConfig), host
     adapters = [(name, study.checkpoint(folder, study.scale.steps)) for name, folder in folders]

@@ -51,7 +51,7 @@ def stream_parts(results: Results) -> list[dict[str, Any]]:
     for arm in results.arms(HOUR):
         if arm == BASE:
             continue
-        other = results.reference(arm) if arm in results.with_memory() else BASE
+        other = results.reference(arm)
         others = torch.stack([tensor(row["parts"]) for row in results.longer(HOUR, other, "hour", 1.0)])
         for volume in results.volumes(HOUR, arm, "hour"):
             own = torch.stack([tensor(row["parts"]) for row in results.longer(HOUR, arm, "hour", volume)])

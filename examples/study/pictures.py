@@ -29,7 +29,7 @@ def plot_answer(path: Path, results: Results, groups: Mapping[str, str]) -> None
     figure, axes_of = panels(len(groups), width=9.5, height=0.8 + 3.4 * len(groups), sharex=True)
     for axes, (group, title) in zip(axes_of, groups.items(), strict=True):
         rule(axes, x=0, y=0)
-        for place, arm in enumerate(results.with_memory(), start=1):
+        for place, arm in enumerate(results.with_memory(group), start=1):
             chosen = float(results.choices["volumes"][arm])
             for volume in dict.fromkeys((1.0, chosen)):
                 _point(axes, results, group, arm, volume, place, full=volume == chosen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 FRAME_RATE = 12.5
@@ -67,6 +67,8 @@ class Arm:
         beside_lora: it has a LoRA as well, and is compared with the LoRA alone.
         on_lora: it is trained on the base model with the LoRA of the arm ``LORA`` merged into it, all of which is
             frozen. Otherwise a LoRA beside blocks is trained together with them.
+        judged: False is an open question: it is trained and evaluated on validation recordings with the first seed,
+            is not chosen, and is not tested.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Arm:
     kind: str | None = None
     beside_lora: bool = False
     on_lora: bool = False
+    judged: bool = True
 
     @property
     def folder(self) -> str:
@@ -117,6 +120,7 @@ def _lora(rank: int) -> tuple[str, ...]:
 
 
 IN_PLACE_RIDGE = f"update: ridge, lr: 1.0, {CORRECTING}, success_gate: true"
+IN_PLACE_GRADIENT = f"update: gradient, lr: 0.3, {CORRECTING}, success_gate: true"
 WIDE = ", features: relu2, key_width: 256"
 ARMS = (
     _ridge("ridge layer"),
@@ -126,11 +130,11 @@ ARMS = (
     _in_place("in place, ridge + LoRA", IN_PLACE_RIDGE, rank=13),
     _ridge("ridge layer, wide keys", WIDE),
     _ridge("ridge layer on LoRA", on_lora=True),
-    _ridge("ridge layer, no success gate", ", success_gate: false"),
     _in_place("in place, published", "lr: 1, train_w_down: true"),
     _in_place("in place, ridge on LoRA", IN_PLACE_RIDGE, on_lora=True),
     _ridge("ridge layer, wide keys, on LoRA", WIDE, on_lora=True),
-    _in_place("in place, gradient", f"update: gradient, lr: 0.3, {CORRECTING}, success_gate: true"),
+    replace(_ridge("ridge layer, no success gate", ", success_gate: false"), judged=False),
+    replace(_in_place("in place, gradient", IN_PLACE_GRADIENT), judged=False),
     Arm(
         name="TTT-MLP",
         changes=(
@@ -138,6 +142,7 @@ ARMS = (
             "inner_norm: false, init_std: 0.3, base_lr: 4}]",
         ),
         kind="sequence",
+        judged=False,
     ),
 )  # fmt: skip
 """In the order in which they are trained: what answers the question comes first. At most 215,000 parameters each."""

@@ -12,11 +12,12 @@ from moshi_ttt.evaluation.models import CONDITIONS
 from moshi_ttt.evaluation.statistics import as_json
 from moshi_ttt.system.report.tables import image, table, version_text
 from moshi_ttt.system.report.writer import numbers, versions, write_report
+from study.choice import choose_volume
 from study.cost import Cost
 from study.curves import held_after, lasting_after, stream_parts
 from study.pictures import plot_answer, plot_curves, plot_volumes
 from study.plan import FRAME_RATE, LORA
-from study.results import BASE, ON, WHOLE, Measured, Results
+from study.results import BASE, ON, WHOLE, Measured, Results, candidates
 from study.stages import TEST, VALIDATION
 
 TITLES = {
@@ -60,6 +61,7 @@ class Report:
             "over recordings. Arms with a LoRA beside their blocks are compared with the LoRA alone, all others with "
             "the base model.", "",
             "## Chosen on the validation recordings", "", *choice_table(results), "",
+            "## Open questions, on the validation recordings", "", *open_table(results), "",
         ]  # fmt: skip
         for group in results.groups(TEST):
             lines += [f"# {TITLES[group].capitalize()} ({len(results.recordings(group))} recordings)", ""]
@@ -101,7 +103,7 @@ class Report:
 def figure_rows(results: Results, group: str) -> list[dict[str, Any]]:
     """Of every arm under every setting that was measured: the gain and the effects, with intervals."""
     rows = []
-    for arm in results.with_memory():
+    for arm in results.with_memory(group):
         other = results.reference(arm)
         for condition, volume in results.settings(group, arm):
             figures = {
@@ -158,8 +160,7 @@ def choice_table(results: Results) -> list[str]:
     """What decided: the recall and the worst bucket of every arm at the volume that it was given."""
     header = ("", "compared with", "volume", "harmless", "recall, known", "recall, unseen", "worst bucket", "chosen as")
     rows = []
-    for arm in results.with_memory():
-        volume = results.choices["volumes"][arm]
+    for arm, volume in results.choices["volumes"].items():
         (tried,) = [each for each in results.choices["candidates"][arm] if each["volume"] == volume]
         recalls = [f"{value:+.3f}" for value in tried["recalls"]]
         worst = min(min(group) for group in tried["effects"])
@@ -171,11 +172,27 @@ def choice_table(results: Results) -> list[str]:
     return table(header, rows, "llrlrrrl")
 
 
+def open_table(results: Results) -> list[str]:
+    """The arms that are not judged, at the volume that the rule would give them and at 1."""
+    header = ("", "volume", "harmless", "recall, known", "recall, unseen", "worst bucket")
+    tried_by = candidates(results) if results.groups(VALIDATION) else {}
+    rows = []
+    for arm, tried in tried_by.items():
+        if arm in results.choices["volumes"]:
+            continue
+        shown = [choose_volume(tried), *(each for each in tried if each.volume == 1.0)]
+        for each in dict.fromkeys(shown):
+            recalls = [f"{value:+.3f}" for value in each.recalls]
+            harmless = "yes" if each.harmless else "no"
+            rows.append((arm, f"{each.volume:g}", harmless, *[*recalls, ""][:2], f"{each.worst:+.4f}"))
+    return table(header, rows, "lrlrrr")
+
+
 def recall_table(results: Results, group: str) -> list[str]:
     """The gains of the later presentations, and the second presentation itself."""
     header = ("", "trained parameters", "volume", "second", "seeds", "third", "the second itself")
     rows = []
-    for arm in results.with_memory():
+    for arm in results.with_memory(group):
         other = results.reference(arm)
         for volume in settings_of(results, arm):
             second, third = (results.gain(group, arm, other, each, volume=volume) for each in ("second", "third"))
@@ -194,7 +211,7 @@ def once_table(results: Results, group: str) -> list[str]:
             _short(results.effect(group, arm, results.reference(arm), column, volume=volume), 4)
             for column in range(len(buckets(results)))
         ))
-        for arm in results.with_memory() for volume in settings_of(results, arm)
+        for arm in results.with_memory(group) for volume in settings_of(results, arm)
     ]  # fmt: skip
     return table(("", "volume", *buckets(results)), rows)
 
@@ -205,7 +222,7 @@ def beside_lora_table(results: Results, group: str) -> list[str]:
         return []
     arms = [(LORA, 1.0)]
     arms += [
-        (arm, volume) for arm in results.with_memory() if results.reference(arm) == LORA
+        (arm, volume) for arm in results.with_memory(group) if results.reference(arm) == LORA
         for volume in settings_of(results, arm)
     ]  # fmt: skip
     columns = range(len(buckets(results)))
@@ -222,7 +239,7 @@ def beside_lora_table(results: Results, group: str) -> list[str]:
 def controls_table(results: Results, group: str) -> list[str]:
     """What is left of the gain, and of the effect on speech played once, under each control at the chosen volume."""
     rows = []
-    for arm in results.with_memory():
+    for arm in results.with_memory(group):
         other, volume = results.reference(arm), float(results.choices["volumes"][arm])
         there = set(results.settings(group, arm))
         gains = [

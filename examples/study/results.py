@@ -57,15 +57,18 @@ class Measured:
 def gather(study: Study, seed: int, choices: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The results of one seed: everything that its measurements wrote. Raises StudyError where one is missing.
 
-    Without ``choices``, those on validation recordings alone.
+    Without ``choices``, those on validation recordings alone. Arms that are not judged are left out where they were
+    not measured.
     """
     arms = {BASE: None, **{arm.name: arm for arm in study.arms}}
     longer = {} if choices is None else {name: arms[name] for name in choices["arms"].values()}
     groups: dict[str, Any] = {}
+    judged = {name: arm for name, arm in arms.items() if arm is None or arm.judged}
     for group in study.groups(VALIDATION) if choices is None or seed == choices["seed"] else ():
-        groups[group] = {name: read_json(study.measured(seed, arm, group)) for name, arm in arms.items()}
+        files = {name: study.measured(seed, arm, group) for name, arm in arms.items()}
+        groups[group] = {name: read_json(file) for name, file in files.items() if name in judged or file.exists()}
     for group in study.groups(TEST) if choices is not None else ():
-        groups[group] = {name: read_json(study.measured(seed, arm, group)) for name, arm in arms.items()}
+        groups[group] = {name: read_json(study.measured(seed, arm, group)) for name, arm in judged.items()}
         for name, arm in longer.items():
             assert arm is not None  # the base model is not chosen
             if arm.beside_lora:
@@ -156,9 +159,10 @@ class Results:
         """What an arm is compared with: the LoRA alone where it has one beside its blocks, else the base model."""
         return LORA if self._found[0]["arms"][arm]["beside_lora"] else BASE
 
-    def with_memory(self) -> list[str]:
-        """The arms that have blocks."""
-        return [name for name, about in self._found[0]["arms"].items() if about["kind"] is not None]
+    def with_memory(self, group: str) -> list[str]:
+        """The arms that have blocks, and were measured on a group of recordings."""
+        there = self._found[0]["groups"][group]
+        return [name for name, about in self._found[0]["arms"].items() if about["kind"] is not None and name in there]
 
     def once(self, group: str, arm: str, column: int, condition: str = ON, volume: float = 1.0) -> Measured:
         """The audio loss of recordings played once, in a column of ``measures.once``; the last of joined ones."""
@@ -215,7 +219,7 @@ def candidates(results: Results) -> dict[str, list[Candidate]]:
     groups = results.groups(VALIDATION)
     buckets = range(1, 1 + len(results.scale["buckets"]))
     found: dict[str, list[Candidate]] = {}
-    for arm in results.with_memory():
+    for arm in results.with_memory(groups[0]):
         other = results.reference(arm)
         found[arm] = [
             Candidate(

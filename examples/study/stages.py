@@ -61,6 +61,11 @@ class Study:
     say: Callable[[str], None]
     threads: int | None = None
 
+    @property
+    def judged(self) -> tuple[Arm, ...]:
+        """The arms that are tested."""
+        return tuple(arm for arm in self.arms if arm.judged)
+
     # ---- what is presented
 
     def manifests(self) -> dict[str, list[Path]]:
@@ -143,10 +148,10 @@ class Study:
         )  # fmt: skip
 
     def train_arms(self) -> None:
-        """Every arm with every seed, a seed after the other; those that need the LoRA after the others."""
+        """Every judged arm with every seed, a seed after the other; those that need the LoRA after the others."""
         for seed in self.scale.seeds:
             for on_lora in (False, True):
-                self._run(self.arm_job(arm, seed) for arm in self.arms if arm.on_lora == on_lora)
+                self._run(self.arm_job(arm, seed) for arm in self.judged if arm.on_lora == on_lora)
 
     def base(self, seed: int) -> Path:
         return self.out / f"seed_{seed}" / "base"
@@ -190,10 +195,11 @@ class Study:
         return [name for name in names if self.encoded(name).exists()]
 
     def validate(self) -> None:
-        """The first seed on the validation recordings, at every volume."""
+        """The first seed on the validation recordings, at every volume; its open questions are trained first."""
         controls = [("updates off", 1.0), ("memory of another", 1.0)]
         settings = [("updates on", volume) for volume in self.scale.volumes]
         seed = self.scale.seeds[0]
+        self._run(self.arm_job(arm, seed) for arm in self.arms if not arm.judged)
         self._run(
             self.measuring(seed, arm, group, [*settings, *controls] if arm is not None and arm.kind else [ALONE])
             for arm in (None, *self.arms) for group in self.groups(VALIDATION)
@@ -204,7 +210,7 @@ class Study:
         chosen = set(choices["arms"].values())
         jobs, later = [], []
         for seed in self.scale.seeds:
-            for arm in (None, *self.arms):
+            for arm in (None, *self.judged):
                 memory = arm is not None and arm.kind is not None
                 volume = float(choices["volumes"][arm.name]) if arm is not None and memory else 1.0
                 longer = arm is None or arm.name in chosen

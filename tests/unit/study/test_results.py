@@ -76,7 +76,7 @@ def test_the_last_bucket_is_of_joined_recordings():
 
 def test_an_arm_beside_lora_is_compared_with_the_lora():
     results = Results([seed(0)])
-    assert [results.reference(arm) for arm in results.with_memory()] == [BASE, LORA]
+    assert [results.reference(arm) for arm in results.with_memory("test")] == [BASE, LORA]
     effect = results.effect("test", "ridge + LoRA", LORA, 0)
     assert effect.interval.value == pytest.approx((0.6 + 0.8) / 2)
 
