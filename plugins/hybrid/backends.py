@@ -84,8 +84,8 @@ def _not_naive(use: HybridUse) -> str | None:
 def _not_triton(use: HybridUse) -> str | None:
     if (reason := kernels.not_here(use.device)) is not None:
         return reason
-    if use.dtype not in (torch.float32, torch.bfloat16):
-        return f"its state is {use.dtype}; the kernels are for float32 and bfloat16"
+    if use.dtype != torch.float32:
+        return f"its state is {use.dtype}; the kernels are for float32"
     if (changed := unpublished(use.config)) is not None:
         return f"it has {changed}; the kernels are for the published form of these options"
     return kernels.not_these_shapes(use.widths, use.config.chunk)
@@ -102,7 +102,7 @@ def _no_triton_step(use: HybridUse) -> str | None:
 
 
 def _products(use: HybridUse) -> Products:
-    return kernels.products_of(use.device, use.dtype, use.matmul_precision)
+    return kernels.products_of(use.device, use.matmul_precision)
 
 
 def _not_by_auto(reason: str) -> str:
@@ -129,9 +129,7 @@ TRAIN: Operation[HybridUse, TrainRun] = Operation(
         Backend(
             name="triton",
             why_not=_not_triton,
-            why_not_auto=lambda use: kernels.not_by_auto(
-                use.device, use.dtype, use.widths, use.config.chunk, _products(use)
-            ),
+            why_not_auto=lambda use: kernels.not_by_auto(use.device, use.widths, use.config.chunk, _products(use)),
             load=lambda use: kernels.load(use.device, _products(use)),
         ),
         Backend(name="torch", load=lambda use: chunk_inner_loop),

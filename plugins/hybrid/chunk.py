@@ -46,7 +46,7 @@ def chunk_inner_loop(
     """The inner loop over a whole call.
 
     Args:
-        tokens: the T tokens of the call.
+        tokens: those of the call.
         state: where to start; its ``position`` is zero in every row unless the layout has an ``offset``.
         norm: the inner loss and the output: with the inner LayerNorm, or without.
         token_scale: ``[C]`` per query position.
@@ -62,9 +62,7 @@ def chunk_inner_loop(
         ``y [B, T, H * D]`` and the state after the last token.
     """
     heads, size, position = tokens.q.shape[2], layout.chunk_size, state["position"]
-    rule = rule or UpdateRule()
-    fast, earlier = unpack(state)
-    after = position + layout.length
+    rule, (fast, earlier), after = rule or UpdateRule(), unpack(state), position + layout.length
     tokens, finite = only_finite(tokens)
     nonfinite = ~finite if updated is None else updated[:, None] & ~finite  # [B, 1] over [B, T]
     # [B, T, 1] -> [B, N]: such tokens of each chunk, the first chunk's earlier ones among them
@@ -79,6 +77,7 @@ def chunk_inner_loop(
         return y, pack(counters, fast, earlier)
     # q, k, v [B, T, H, D] and lr [B, T, H] -> [B, T, H any] -> [B, H, N, C, any] -> N times [B, H, C, any]
     chunks = list(zip(*(layout.split(part.flatten(2), heads).unbind(2) for part in tokens), strict=True))
+    assert whole is None  # it is of the written-out form
     call = _Call(layout, causal, norm, token_scale, rule, position, after, num_nonfinite, earlier, updated)
     now = _flattened(fast, _map(earlier, torch.zeros_like))
     needed = (*tokens, *now, token_scale, *norm.learned, *rule.learned)

@@ -183,7 +183,7 @@ class InnerLoopTriton(InnerLoopChunk):
         reason = kernels.not_here(inputs["q"].device) or kernels.not_these_shapes(widths, size)
         if reason is not None:
             raise BackendError(f"The Triton kernels cannot compute this file: {reason}. Choose another file.")
-        products = kernels.products_of(inputs["q"].device, inputs["q"].dtype, "highest")
+        products = kernels.products_of(inputs["q"].device, "highest")
         return self.by(kernels.load(inputs["q"].device, products), inputs, metadata)
 
 

@@ -45,15 +45,11 @@ def kind_of(widths: tuple[int, ...]) -> str | None:
     return {2: "linear", 3: "mlp"}.get(len(widths))
 
 
-def products_of(device: torch.device, dtype: torch.dtype, precision: MatmulPrecision) -> Products:
-    """How the kernels multiply: never less precisely than the policy has torch do it.
+def products_of(device: torch.device, precision: MatmulPrecision) -> Products:
+    """How the kernels multiply matrices of float32: never less precisely than the policy has torch do it.
 
-    Args:
-        dtype: of the state. bfloat16 is multiplied as such; float32 as three products of tf32 parts, or in tf32 where
-            the policy asks for that. Interpreted, float32 is float32.
+    As three products of tf32 parts, and in tf32 alone where the policy asks for that. Interpreted, in float32.
     """
-    if dtype == torch.bfloat16:
-        return "bf16"
     if device.type == "cpu":
         return "ieee"
     return "tf32x3" if precision == "highest" else "tf32"
@@ -100,14 +96,12 @@ def not_these_shapes(widths: tuple[int, ...], chunk: int) -> str | None:
     return None
 
 
-def not_by_auto(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...], chunk: int, products: Products,
+def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int, products: Products,
                 ) -> str | None:  # fmt: skip
     """Why ``auto`` takes another backend where the kernels could run."""
     kind = kind_of(widths)
     if kind is None or interpreted():
         return "Triton's interpreter is for tests; ask for it by name"
-    if dtype != torch.float32:
-        return f"its state is {dtype}; auto takes the kernels for float32"
     if chunk not in BY_AUTO[kind] or widths[0] not in AUTO_HEAD_WIDTHS:
         return (
             f"chunk {chunk} at head width {widths[0]} was not measured; auto takes the kernels at chunk "

@@ -16,6 +16,7 @@ from moshi_ttt.core.adapter import load_adapter, save_adapter
 from moshi_ttt.core.block import BlockContext
 from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.errors import BackendError, ConfigError
+from moshi_ttt.core.precision import UNIFORM
 from moshi_ttt.core.testing import Shape, conformance_tests, error
 from moshi_ttt.core.testing.case import default_cases
 
@@ -110,6 +111,14 @@ def test_a_name_is_for_the_operations_that_have_it():
 def test_a_backend_that_does_not_exist_is_refused(given, said):
     with pytest.raises(ConfigError, match=said):
         parse_block({"variant": "ttt_mlp", "backend": given})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_kernels_are_for_a_state_in_float32(dtype, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    case = case_of("ttt_mlp", {"backend": "triton", "chunk": 16}, dtype, policy=UNIFORM)
+    with pytest.raises(BackendError, match=rf"its state is {dtype}; the kernels are for float32"):
+        case.block()(case.inputs(3))
 
 
 @pytest.mark.parametrize(
