@@ -86,6 +86,7 @@ def use_of(options=None, device="cuda", dtype=torch.float32, widths=(128, 512, 1
 def card(monkeypatch):
     """As if there were a GPU of compute capability 9.0."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
 

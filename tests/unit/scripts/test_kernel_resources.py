@@ -122,6 +122,7 @@ def test_the_rule_for_spills_and_shared_memory(monkeypatch):
 def gpu(monkeypatch):
     """A CUDA device of compute capability 9.0, as far as the backend looks."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(backend, "version", lambda name: "3.5.1")
     monkeypatch.setattr(backend.shutil, "which", lambda name: f"/usr/bin/{name}")
@@ -135,6 +136,8 @@ def test_what_is_missing_on_a_machine_is_said(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(backend.shutil, "which", lambda name: None)
     assert "needs a C compiler" in backend.not_here(gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend.not_here(gpu) == "PyTorch finds no CUDA device"
     monkeypatch.setattr(backend, "version", lambda name: "2.3.1")
     assert "Triton is 2.3.1, and the kernels need 3.2 or newer" in backend.not_here(gpu)
     assert "its device is cpu" in backend.not_here(torch.device("cpu"))
