@@ -81,6 +81,7 @@ def test_a_step_by_the_definition_is_that_of_tensor_operations(variant, options)
         assert all(error(states[1][name], tensor) < 1e-10 for name, tensor in states[0].items())
 
 
+@pytest.mark.exhaustive  # torch compiles for a dozen seconds; test_hybrid.py traces blocks whole
 def test_compiled_by_torch_it_is_the_same_with_second_derivatives():
     case = case_of("ttt_mlp", {"expansion": 1, "backend": {"train": "compile"}})
     other = case_of("ttt_mlp", {"expansion": 1})

@@ -32,6 +32,7 @@ def passed(*chosen: str) -> int:
     return int(found[1])
 
 
+@pytest.mark.exhaustive  # minutes of an interpreter; test_triton_linear.py runs the kernels of one layer by default
 def test_thin_part_of_the_kit_and_calls_beside_those_of_tensor_operations():
     assert passed("-k", "ttt_linear and (test_kit_thin or test_a_call or test_verify)") >= 10
 

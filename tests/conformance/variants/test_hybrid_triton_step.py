@@ -36,6 +36,7 @@ def run(test: str) -> None:
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-1000:]
 
 
+@pytest.mark.exhaustive  # minutes of an interpreter; test_triton_linear.py runs the kernels of one layer by default
 def test_kit_thin():
     run("test_kit_thin")
 

@@ -29,6 +29,7 @@ def errors():
 
 @needs_triton
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.exhaustive  # minutes of an interpreter; test_triton_linear.py runs the kernels of one layer by default
 def test_results_and_every_gradient_are_those_of_the_chunk_form(errors, case):
     assert set(errors) == set(CASES)
     assert len(errors[case]) == 16

@@ -52,6 +52,7 @@ def check(errors: dict[str, float], skipped: float, limit: float = 1e-5) -> None
 
 @needs_triton
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.exhaustive  # minutes of an interpreter; test_triton_linear.py runs the kernels of one layer by default
 def test_every_step_is_that_of_tensor_operations(found, case):
     """Rows out of step, masks, updates that are disabled, volumes, tokens that are not finite, a reset, poison."""
     limit = 2e-2 if "bfloat16" in case else 1e-5  # a projection may round to another number of the host's dtype
