@@ -92,7 +92,10 @@ def table() -> str:
     """The table of docs/gpu.md: of each chain, the most that one of its kernels takes, and whether auto may take it."""
     from moshi_ttt.plugins.hybrid.triton.resources import KERNELS, recorded, row_name, too_large
 
-    lines = ["| | registers | bytes spilled | KiB shared | by `auto` |", "| --- | ---: | ---: | ---: | --- |"]
+    lines = [
+        "| | registers | bytes spilled | KiB shared | small enough for `auto` |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
     for arch in ARCHITECTURES:
         for kind, kernels in KERNELS.items():
             for chunk, width in SHAPES[kind]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -29,8 +28,8 @@ from moshi_ttt.plugins.hybrid.triton import backend as kernels
 from moshi_ttt.plugins.hybrid.triton import step
 from moshi_ttt.plugins.hybrid.triton.train_settings import Products
 
-LEAST_WEIGHTS = 4096
-"""Of a head's fast network, for C++ under ``auto``: those of TTT-Linear at a head width of 64."""
+LEAST_WIDTH = 128
+"""Of a head, for C++ under ``auto``: that of Moshi 7B. With narrower heads, a build takes longer than it saves."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +137,8 @@ def _not_cpp(use: HybridUse) -> str | None:
 
 def _too_small_for_cpp(use: HybridUse) -> str | None:
     """A build takes longer than a small model's whole training."""
-    weights = sum(a * b for a, b in pairwise(use.widths))
-    if weights < LEAST_WEIGHTS:
-        small = f"its fast network has {weights} weights a head, and C++ is built for {LEAST_WEIGHTS} or more"
-        return _not_by_auto(small)
+    if use.widths[0] < LEAST_WIDTH:
+        return _not_by_auto(f"its heads are {use.widths[0]} wide, and C++ is built for heads of {LEAST_WIDTH} or more")
     return None
 
 

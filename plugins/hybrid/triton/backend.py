@@ -32,6 +32,8 @@ CHUNKS, HEAD_WIDTHS = (16, 32, 64), (16, 32, 64, 128)
 """Tile sizes that the kernels take: powers of two from the least that a matrix product has."""
 BY_AUTO = {"linear": (16, 32), "mlp": (16,)}
 """Chunk sizes with which ``auto`` may take the kernels, at head widths of ``AUTO_HEAD_WIDTHS``."""
+CHECKED: frozenset[str] = frozenset()
+"""The kernels that have passed ``make gpu-check`` on a GPU as they are now, of ``linear``, ``mlp`` and ``step``."""
 AUTO_HEAD_WIDTHS = (64, 128)
 SLICE = 32
 """Rows of W in one product of TTT-Linear, and the most hidden units of TTT-MLP that one program has, at chunk 16; half
@@ -111,7 +113,14 @@ def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int, produ
         )
     if kind == "mlp" and widths[1] != 4 * widths[0]:
         return f"a hidden width of {widths[1]} was not measured; auto takes the kernels at four times the head width"
-    return too_large(kind, chunk, widths[0], products, torch.cuda.get_device_capability(device))
+    return too_large(kind, chunk, widths[0], products, torch.cuda.get_device_capability(device)) or not_checked(kind)
+
+
+def not_checked(kernels: str) -> str | None:
+    """Why ``auto`` takes no ``kernels`` that only the interpreter has run, as the end of a sentence; None where it may."""
+    if kernels in CHECKED:
+        return None
+    return f"its kernels ({kernels}) have not passed `make gpu-check` as they are now; ask for them by name"
 
 
 def settings_of(

@@ -19,7 +19,7 @@ from moshi_ttt.plugins.common.finite import largest_factor
 from moshi_ttt.plugins.hybrid.fast_network import UpdateRule
 from moshi_ttt.plugins.hybrid.inner_loop import COUNTERS, Tokens, unpack
 from moshi_ttt.plugins.hybrid.objective import InnerNorm, Objective
-from moshi_ttt.plugins.hybrid.triton.backend import interpreted
+from moshi_ttt.plugins.hybrid.triton.backend import interpreted, not_checked
 from moshi_ttt.plugins.hybrid.triton.step_operations import operations
 from moshi_ttt.plugins.hybrid.triton.step_resources import too_large
 
@@ -58,7 +58,8 @@ def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int) -> st
             f"{_listed(AUTO_HEAD_WIDTHS)}, and up to two hidden layers {AUTO_EXPANSION} times as wide; its chunk is "
             f"{chunk} and its widths are {', '.join(map(str, widths))}"
         )
-    return too_large(len(widths) - 1, chunk, widths[0], torch.cuda.get_device_capability(device))
+    capability = torch.cuda.get_device_capability(device)
+    return too_large(len(widths) - 1, chunk, widths[0], capability) or not_checked("step")
 
 
 def _listed(numbers: tuple[int, ...]) -> str:

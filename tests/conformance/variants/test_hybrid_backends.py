@@ -136,7 +136,10 @@ def test_the_kernels_are_for_a_state_in_float32(dtype, monkeypatch):
         ({"backend": "naive", "momentum": 0.9}, r"backend: naive was asked for a training call.*it has momentum: 0\.9"),
         ({"backend": "naive", "inner_steps": 2, "inner_norm": False}, "inner_norm: False, inner_steps: 2"),
         ({"backend": "cpp", "momentum": 0.9}, r"backend: cpp was asked for a training call.*it has momentum: 0\.9"),
-        ({"backend": "triton", "chunk": 16}, r"its device is cpu.*Here, it can be auto, (cpp, )?torch.*\{train: auto\}"),
+        (
+            {"backend": "triton", "chunk": 16},
+            r"its device is cpu.*Here, it can be auto, (cpp, )?torch.*\{train: auto\}",
+        ),
     ],
     ids=str,
 )
@@ -173,11 +176,11 @@ def use_of(widths, device="cpu", dtype=torch.float32, **options):
 
 @pytest.mark.parametrize("operation", [TRAIN, STEP], ids=["train", "step"])
 def test_auto_is_cpp_on_a_cpu_for_what_is_no_toy(operation):
-    assert operation.choose("auto", use_of((64, 64)), "here").name == "cpp"
-    assert operation.choose("auto", use_of((16, 64, 16)), "here").name == "torch"
-    assert operation.choose("auto", use_of((64, 64), momentum=0.9), "here").name == "torch"
-    assert operation.reasons(use_of((64, 64), dtype=torch.bfloat16))["cpp"].startswith("its state is torch.bfloat16")
-    assert operation.reasons(use_of((64, 64), device="meta"))["cpp"].startswith("its state is torch.float32 on meta")
+    assert operation.choose("auto", use_of((128, 128)), "here").name == "cpp"
+    assert operation.choose("auto", use_of((64, 256, 64)), "here").name == "torch"
+    assert operation.choose("auto", use_of((128, 128), momentum=0.9), "here").name == "torch"
+    assert operation.reasons(use_of((128, 128), dtype=torch.bfloat16))["cpp"].startswith("its state is torch.bfloat16")
+    assert operation.reasons(use_of((128, 128), device="meta"))["cpp"].startswith("its state is torch.float32 on meta")
 
 
 @pytest.mark.parametrize("operation", [TRAIN, STEP], ids=["train", "step"])
@@ -186,10 +189,10 @@ def test_without_a_compiler_auto_is_torch_and_says_why(operation, monkeypatch, t
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="moshi_ttt.backends"):
-        assert operation.choose("auto", use_of((64, 64)), "here").name == "torch"
+        assert operation.choose("auto", use_of((128, 128)), "here").name == "torch"
     assert "no-compiler was not found. Install g++" in caplog.text
     with pytest.raises(BackendError, match=r"backend: cpp was asked for.*no-compiler was not found"):
-        operation.choose("cpp", use_of((64, 64)), "here")
+        operation.choose("cpp", use_of((128, 128)), "here")
 
 
 # ---- what keeps it
