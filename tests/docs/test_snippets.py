@@ -21,7 +21,6 @@ QUICK = (
     "docs/extending.md",
     "docs/how-to/choose-a-variant.md",
     "docs/tutorials/first-memory.md",
-    "docs/tutorials/own-recordings.md",
     "docs/tutorials/write-a-variant.md",
 )
 """The pages whose code `make test` runs; `make test-full`, and so CI, runs that of all."""
