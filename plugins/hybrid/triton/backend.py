@@ -117,7 +117,7 @@ def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int, produ
 
 
 def not_checked(kernels: str) -> str | None:
-    """Why ``auto`` takes no ``kernels`` that only the interpreter has run, as the end of a sentence; None where it may."""
+    """Why ``auto`` takes no ``kernels`` that no GPU has run, as the end of a sentence; None where it may."""
     if kernels in CHECKED:
         return None
     return f"its kernels ({kernels}) have not passed `make gpu-check` as they are now; ask for them by name"
