@@ -54,7 +54,7 @@ def test_there_is_nothing_else_in_the_folder():
 
 
 def test_recall_is_that_of_the_study(drawing):
-    study = json.loads((ROOT / "docs" / "study" / "metrics.json").read_text(encoding="utf-8"))
+    study = json.loads((ROOT / "docs" / "study" / "first_edition.json").read_text(encoding="utf-8"))
     (axes,) = drawing.figures(FOLDER)["recall"]().axes
     arms = [label.get_text() for label in axes.get_yticklabels()]
     assert arms == [name for name in study["groups"]["recall, test"]["parameters"] if name != "base"]
