@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw the figures of the documentation, as SVG files that follow the reader's light or dark mode.
 
-    python scripts/draw_figures.py docs/figures             # from docs/study/first_edition.json and the measured files there
+    python scripts/draw_figures.py docs/figures             # from docs/study/first_edition.json and measured files
     python scripts/draw_figures.py docs/figures --measure   # measures first, some minutes on a CPU
 
 The same inputs and the same matplotlib give the same bytes. Colors are those of every other figure of the package
