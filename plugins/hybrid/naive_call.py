@@ -122,15 +122,18 @@ class _Definition:
 
     def _token(self, n: int, c: int) -> tuple[list[Tensor], list[Tensor]]:
         """Of one token, the inputs of the layers and the gradients of its loss at their outputs, ``[B, H, 1, any]``."""
-        key, value, rate = (part[:, :, n, c, None] for part in (self.k, self.v, self.lr))  # [B, H, 1, any]
-        inputs: list[Tensor] = []
-        outputs: list[Tensor] = []
-        for weight, bias in self.fast:
-            inputs.append(gelu(outputs[-1]) if outputs else key)
-            outputs.append(inputs[-1] @ weight + bias)
-        error = layer_norm(outputs[-1], self.norm.weight, self.norm.bias, self.norm.eps) - (value - key)
-        loss = (0.5 * rate * error**2).sum()
-        return inputs, list(torch.autograd.grad(loss, outputs, create_graph=True))
+        with torch.inference_mode(False):  # the gradient by the key is taken in every mode
+            # [B, H, N, C, any] -> [B, H, 1, any]
+            key, value, rate = (_ordinary(part[:, :, n, c, None]) for part in (self.k, self.v, self.lr))
+            gamma, beta = _ordinary(self.norm.weight), _ordinary(self.norm.bias)
+            inputs: list[Tensor] = []
+            outputs: list[Tensor] = []
+            for weight, bias in self.fast:
+                inputs.append(gelu(outputs[-1]) if outputs else key)
+                outputs.append(inputs[-1] @ _ordinary(weight) + _ordinary(bias))
+            error = layer_norm(outputs[-1], gamma, beta, self.norm.eps) - (value - key)
+            loss = (0.5 * rate * error**2).sum()
+            return inputs, list(torch.autograd.grad(loss, outputs, create_graph=True))
 
     def _end(self, n: int, inputs: list[Tensor], gradients: list[Tensor]) -> None:
         size = self.layout.chunk_size
@@ -175,6 +178,11 @@ def _descended(
         # [B, H, seen, in, 1] times [B, H, seen, 1, out]
         found.append((weight - scale * (a[..., None] * g[:, :, :, None]).sum(2), bias - scale * g.sum(2, keepdim=True)))
     return found
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """``tensor``; of one that was made in inference mode, a copy of which gradients can be taken."""
+    return tensor.clone().requires_grad_() if tensor.is_inference() else tensor
 
 
 def _tracked(tensor: Tensor) -> Tensor:
