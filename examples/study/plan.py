@@ -132,7 +132,7 @@ ARMS = (
     _ridge("ridge layer on LoRA", on_lora=True),
     _in_place("in place, published", "lr: 1, train_w_down: true"),
     _in_place("in place, ridge on LoRA", IN_PLACE_RIDGE, on_lora=True),
-    _ridge("ridge layer, wide keys, on LoRA", WIDE, on_lora=True),
+    replace(_ridge("ridge layer, wide keys, on LoRA", WIDE, on_lora=True), judged=False),
     replace(_ridge("ridge layer, no success gate", ", success_gate: false"), judged=False),
     replace(_in_place("in place, gradient", IN_PLACE_GRADIENT), judged=False),
     Arm(

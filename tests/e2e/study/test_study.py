@@ -40,7 +40,7 @@ def speech(tmp_path_factory) -> Path:
             for number in range(2):
                 samples = np.stack([losses_of[start:][: frames * FRAME], losses_of[start + 999 :][: frames * FRAME]])
                 start += 10_000
-                path = folder / voices / f"{split}{number}.wav"
+                path = folder / voices / f"{voices}_{split}{number}.wav"
                 path.parent.mkdir(exist_ok=True)
                 write_audio(path, samples)
                 write_transcript(path.with_suffix(".json"), words_every(0.5, frames * FRAME / RATE))
