@@ -59,7 +59,7 @@ def run_snippet(snippet: Snippet, names: dict[str, Any]) -> None:
             if snippet.not_run is None and words[0] not in (*INSTALLERS, "make"):
                 run_command(words)
     elif snippet.language == "python":
-        program = compile(snippet.code, snippet.place, "exec", dont_inherit=True)
+        program = compile(CHECKPOINT.sub(_newest, snippet.code), snippet.place, "exec", dont_inherit=True)
         if snippet.not_run is None and snippet.title is None:
             with redirect_stdout(io.StringIO()):
                 exec(program, names)
