@@ -21,7 +21,7 @@ from study.choice import CHOICES, read_choices, record
 from study.jobs import StudyError
 from study.plan import Arm, Scale
 from study.report import Report
-from study.results import Results, candidates, gather, read_json, write_seed
+from study.results import StudyResults, candidates, gather, read_json, write_seed
 from study.stages import Study
 
 MADE_BY = "moshi-ttt study"
@@ -118,7 +118,7 @@ def _make(study: Study, results: Path, stages: Sequence[str]) -> Path:
 def choose(study: Study, path: Path) -> None:
     """Record what the rule chooses by the validation recordings of the first seed, where nothing is recorded yet."""
     seed, judged = study.scale.seeds[0], {arm.name for arm in study.judged}
-    found = candidates(Results([gather(study, seed)]))
+    found = candidates(StudyResults([gather(study, seed)]))
     record(path, {name: tried for name, tried in found.items() if name in judged}, study.judged, seed)
 
 
@@ -136,7 +136,7 @@ def _report(study: Study, results: Path) -> None:
     study.say("cost, report")
     folders = {"known voices": study.known, "unseen, validation": study.unseen_valid, "unseen, test": study.unseen}
     report = Report(
-        results=Results.read(finished.values()),
+        results=StudyResults.read(finished.values()),
         speech={name: [folder.name for folder in each] for name, each in folders.items() if each},
         costs=_costs(study),
         made_by=MADE_BY,

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from study.results import BASE, Measured, Results, tensor
+from study.results import BASE, Measured, StudyResults, tensor
 from study.stages import HOUR
 
 
-def lasting_after(results: Results, group: str, arm: str, volume: float) -> list[dict[str, Any]]:
+def lasting_after(results: StudyResults, group: str, arm: str, volume: float) -> list[dict[str, Any]]:
     """A row for each number of clips between: ``count``, ``minutes``, and the figures of the evaluation.
 
     ``gain`` is beyond the base model's. ``saved`` is what the last presentation costs less than the base model's, and
@@ -29,7 +29,7 @@ def lasting_after(results: Results, group: str, arm: str, volume: float) -> list
     return found
 
 
-def held_after(results: Results, group: str, arm: str, volume: float) -> list[dict[str, Any]]:
+def held_after(results: StudyResults, group: str, arm: str, volume: float) -> list[dict[str, Any]]:
     """A row for each number of clips held at once: ``held``, and the ``gain`` beyond the base model's."""
     own, base = results.longer(group, arm, "held", volume), results.longer(group, BASE, "held", 1.0)
     if not own:
@@ -42,7 +42,7 @@ def held_after(results: Results, group: str, arm: str, volume: float) -> list[di
     ]  # fmt: skip
 
 
-def stream_parts(results: Results) -> list[dict[str, Any]]:
+def stream_parts(results: StudyResults) -> list[dict[str, Any]]:
     """What each arm saves in each part of one stream: means over seeds and orders of the recordings.
 
     ``worst`` is the part with the largest cost.

@@ -18,10 +18,10 @@ from moshi_ttt.system.report.figures import (
     save,
 )
 from study.curves import held_after, lasting_after
-from study.results import WHOLE, Measured, Results
+from study.results import WHOLE, Measured, StudyResults
 
 
-def plot_answer(path: Path, results: Results, groups: Mapping[str, str]) -> None:
+def plot_answer(path: Path, results: StudyResults, groups: Mapping[str, str]) -> None:
     """A panel for each group: effect on speech played once to the right, recall upward, a point for each arm.
 
     Full circles are at the chosen volume, open ones at volume 1.
@@ -40,7 +40,7 @@ def plot_answer(path: Path, results: Results, groups: Mapping[str, str]) -> None
     save(figure, path, grid="both")
 
 
-def _point(axes: Axes, results: Results, group: str, arm: str, volume: float, place: int, *, full: bool) -> None:
+def _point(axes: Axes, results: StudyResults, group: str, arm: str, volume: float, place: int, *, full: bool) -> None:
     other, color = results.reference(arm), colors(place)["color"]
     gain = results.gain(group, arm, other, volume=volume).interval
     effect = results.effect(group, arm, other, WHOLE, volume=volume).interval
@@ -53,7 +53,7 @@ def _point(axes: Axes, results: Results, group: str, arm: str, volume: float, pl
     )  # fmt: skip
 
 
-def plot_volumes(path: Path, results: Results, groups: Mapping[str, str]) -> None:
+def plot_volumes(path: Path, results: StudyResults, groups: Mapping[str, str]) -> None:
     """A panel for each group: the worst bucket of speech played once to the right, recall upward, a line for an arm."""
     figure, axes_of = panels(len(groups), width=9.5, height=0.8 + 3.2 * len(groups), sharex=True)
     buckets = range(1, 1 + len(results.scale["buckets"]))
@@ -79,7 +79,7 @@ def plot_volumes(path: Path, results: Results, groups: Mapping[str, str]) -> Non
     save(figure, path, grid="both")
 
 
-def plot_curves(path: Path, results: Results, groups: Mapping[str, str]) -> None:
+def plot_curves(path: Path, results: StudyResults, groups: Mapping[str, str]) -> None:
     """Two panels for each group: recall by minutes between, and by clips held at once, at the chosen volumes."""
     figure, axes_of = panels(len(groups), 2, width=11, height=0.8 + 2.8 * len(groups))
     for row, (group, title) in enumerate(groups.items()):

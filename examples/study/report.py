@@ -17,7 +17,7 @@ from study.cost import Cost
 from study.curves import held_after, lasting_after, stream_parts
 from study.pictures import plot_answer, plot_curves, plot_volumes
 from study.plan import FRAME_RATE, LORA
-from study.results import BASE, ON, WHOLE, Measured, Results, candidates
+from study.results import BASE, ON, WHOLE, Measured, StudyResults, candidates
 from study.stages import TEST, VALIDATION
 
 TITLES = {
@@ -36,7 +36,7 @@ class Report:
         speech: names of the folders of recordings, by what they are for.
     """
 
-    results: Results
+    results: StudyResults
     speech: Mapping[str, Sequence[str]]
     costs: Mapping[str, Cost]
     made_by: str
@@ -100,7 +100,7 @@ class Report:
 # ---- every figure, for metrics.json
 
 
-def figure_rows(results: Results, group: str) -> list[dict[str, Any]]:
+def figure_rows(results: StudyResults, group: str) -> list[dict[str, Any]]:
     """Of every arm under every setting that was measured: the gain and the effects, with intervals."""
     rows = []
     for arm in results.with_memory(group):
@@ -124,7 +124,7 @@ def figure_rows(results: Results, group: str) -> list[dict[str, Any]]:
     return rows
 
 
-def longer_rows(results: Results, group: str) -> list[dict[str, Any]]:
+def longer_rows(results: StudyResults, group: str) -> list[dict[str, Any]]:
     """Of the chosen arms: after other clips, and with so many clips held at once."""
     found = []
     for arm, volume in chosen_settings(results):
@@ -138,25 +138,25 @@ def longer_rows(results: Results, group: str) -> list[dict[str, Any]]:
 # ---- tables
 
 
-def buckets(results: Results) -> list[str]:
+def buckets(results: StudyResults) -> list[str]:
     """The names of the columns of ``measures.once``."""
     firsts = results.scale["buckets"]
     ends = [f"{first} to {end - 1}" for first, end in pairwise(firsts)]
     return [f"{firsts[0]} to {firsts[-1] - 1}", *ends, f"{firsts[-1]} and more"]
 
 
-def settings_of(results: Results, arm: str) -> list[float]:
+def settings_of(results: StudyResults, arm: str) -> list[float]:
     """The volume that was chosen, and 1."""
     return list(dict.fromkeys((float(results.choices["volumes"][arm]), 1.0)))
 
 
-def chosen_settings(results: Results) -> list[tuple[str, float]]:
+def chosen_settings(results: StudyResults) -> list[tuple[str, float]]:
     """The arms that were chosen, each at its volumes."""
     arms = dict.fromkeys(results.choices["arms"].values())
     return [(arm, volume) for arm in arms for volume in settings_of(results, arm)]
 
 
-def choice_table(results: Results) -> list[str]:
+def choice_table(results: StudyResults) -> list[str]:
     """What decided: the recall and the worst bucket of every arm at the volume that it was given."""
     header = ("", "compared with", "volume", "harmless", "recall, known", "recall, unseen", "worst bucket", "chosen as")
     rows = []
@@ -172,7 +172,7 @@ def choice_table(results: Results) -> list[str]:
     return table(header, rows, "llrlrrrl")
 
 
-def open_table(results: Results) -> list[str]:
+def open_table(results: StudyResults) -> list[str]:
     """The arms that are not judged, at the volume that the rule would give them and at 1."""
     header = ("", "volume", "harmless", "recall, known", "recall, unseen", "worst bucket")
     tried_by = candidates(results) if results.groups(VALIDATION) else {}
@@ -188,7 +188,7 @@ def open_table(results: Results) -> list[str]:
     return table(header, rows, "lrlrrr")
 
 
-def recall_table(results: Results, group: str) -> list[str]:
+def recall_table(results: StudyResults, group: str) -> list[str]:
     """The gains of the later presentations, and the second presentation itself."""
     header = ("", "trained parameters", "volume", "second", "seeds", "third", "the second itself")
     rows = []
@@ -204,7 +204,7 @@ def recall_table(results: Results, group: str) -> list[str]:
     return table(header, rows, "lrrrlrr")
 
 
-def once_table(results: Results, group: str) -> list[str]:
+def once_table(results: StudyResults, group: str) -> list[str]:
     """What is saved on speech played once, by bucket."""
     rows = [
         (arm, f"{volume:g}", *(
@@ -216,7 +216,7 @@ def once_table(results: Results, group: str) -> list[str]:
     return table(("", "volume", *buckets(results)), rows)
 
 
-def beside_lora_table(results: Results, group: str) -> list[str]:
+def beside_lora_table(results: StudyResults, group: str) -> list[str]:
     """The LoRA, and the arms with a LoRA, compared with the base model."""
     if LORA not in results.arms(group):
         return []
@@ -236,7 +236,7 @@ def beside_lora_table(results: Results, group: str) -> list[str]:
     return table(("", "volume", "second", *(f"once, {each}" for each in buckets(results))), rows)
 
 
-def controls_table(results: Results, group: str) -> list[str]:
+def controls_table(results: StudyResults, group: str) -> list[str]:
     """What is left of the gain, and of the effect on speech played once, under each control at the chosen volume."""
     rows = []
     for arm in results.with_memory(group):
@@ -256,7 +256,7 @@ def controls_table(results: Results, group: str) -> list[str]:
     return table(("", "volume", *names), rows)
 
 
-def volume_table(results: Results, group: str) -> list[str]:
+def volume_table(results: StudyResults, group: str) -> list[str]:
     """The chosen arms at every volume."""
     rows = []
     for arm in dict.fromkeys(results.choices["arms"].values()):
@@ -268,7 +268,7 @@ def volume_table(results: Results, group: str) -> list[str]:
     return table(("", "volume", "second", *(f"once, {each}" for each in buckets(results))), rows)
 
 
-def lasting_table(results: Results, group: str) -> list[str]:
+def lasting_table(results: StudyResults, group: str) -> list[str]:
     """The chosen arms after other clips."""
     rows = [
         (arm, f"{volume:g}", str(row["count"]), f"{row['minutes']:.1f}", *(_short(row[each]) for each in LASTING))
@@ -277,7 +277,7 @@ def lasting_table(results: Results, group: str) -> list[str]:
     return table(("", "volume", "clips between", "minutes", "gain", "the clip itself", "clips between, once"), rows)
 
 
-def held_table(results: Results, group: str) -> list[str]:
+def held_table(results: StudyResults, group: str) -> list[str]:
     """The chosen arms with so many clips held at once."""
     rows = [
         (arm, f"{volume:g}", str(row["held"]), _short(row["gain"]))
@@ -286,7 +286,7 @@ def held_table(results: Results, group: str) -> list[str]:
     return table(("", "volume", "clips", "gain"), rows)
 
 
-def hour_table(results: Results) -> list[str]:
+def hour_table(results: StudyResults) -> list[str]:
     """What the chosen arms save in each part of one long stream."""
     rows = [
         (row["arm"], f"{row['volume']:g}", *(f"{value:+.4f}" for value in row["saved"]))
@@ -298,7 +298,7 @@ def hour_table(results: Results) -> list[str]:
     return table(header, [(*row, *[""] * (most + 2 - len(row))) for row in rows])
 
 
-def _saved(results: Results, group: str, arm: str, other: str, condition: str, volume: float) -> Measured:
+def _saved(results: StudyResults, group: str, arm: str, other: str, condition: str, volume: float) -> Measured:
     """How much lower the loss of the second presentation is."""
     own = results.presentation(group, arm, "second", condition, volume)
     return results.presentation(group, other, "second").minus(own)

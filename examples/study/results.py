@@ -104,7 +104,7 @@ def write_seed(folder: Path, values: Mapping[str, Any]) -> Path:
     return path
 
 
-class Results:
+class StudyResults:
     """The results of some seeds.
 
     Attributes:
@@ -128,7 +128,7 @@ class Results:
                     )
 
     @classmethod
-    def read(cls, paths: Iterable[Path]) -> Results:
+    def read(cls, paths: Iterable[Path]) -> StudyResults:
         """Of files that ``write_seed`` wrote. Raises StudyError."""
         return cls([read_json(path) for path in paths])
 
@@ -214,7 +214,7 @@ class Results:
         return Measured(torch.stack(seeds))
 
 
-def candidates(results: Results) -> dict[str, list[Candidate]]:
+def candidates(results: StudyResults) -> dict[str, list[Candidate]]:
     """Every arm that has blocks, at every volume, on the validation recordings."""
     groups = results.groups(VALIDATION)
     buckets = range(1, 1 + len(results.scale["buckets"]))

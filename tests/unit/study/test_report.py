@@ -11,14 +11,14 @@ from study import report as report_of
 from study.choice import Candidate
 from study.cost import Cost
 from study.report import Report
-from study.results import BASE, LORA, Results
+from study.results import BASE, LORA, StudyResults
 from tests.unit.study.test_results import ARMS, seed
 
 CONTROLS = ("updates off", "memory reset", "memory of another")
 
 
 def complete() -> dict[str, Any]:
-    """Results of one seed with all that the report shows; an arm that is not judged was validated alone."""
+    """StudyResults of one seed with all that the report shows; an arm that is not judged was validated alone."""
     values = seed(0)
     values["arms"] = {**ARMS, "open": {"kind": "sequence", "beside_lora": False}}
     values["scale"] |= {"context": 16, "base_steps": 2, "steps": 2, "batch": 2, "clip": 96, "hour": [1500, 750]}
@@ -52,8 +52,8 @@ def complete() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def results() -> Results:
-    return Results([complete()])
+def results() -> StudyResults:
+    return StudyResults([complete()])
 
 
 def test_a_report_has_every_table_and_figure(results, tmp_path):

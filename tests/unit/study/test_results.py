@@ -13,7 +13,7 @@ import torch
 from study.curves import held_after, lasting_after, stream_parts
 from study.jobs import StudyError
 from study.plan import LORA
-from study.results import BASE, Measured, Results, candidates, read_json, tensor, write_seed
+from study.results import BASE, Measured, StudyResults, candidates, read_json, tensor, write_seed
 
 ARMS = {
     "ridge": {"kind": "sequence", "beside_lora": False},
@@ -36,7 +36,7 @@ def model(
 
 
 def seed(number: int, shift: float = 0.0, **changes: Any) -> dict[str, Any]:
-    """Results of two recordings; ``shift`` lowers the second presentation of the memories."""
+    """StudyResults of two recordings; ``shift`` lowers the second presentation of the memories."""
     base = model([[2.0, 1.9, 2.0, 2.0], [3.0, 3.0, 3.0, 3.0]], [[1.0, 1.0, None], [2.0, 2.0, 2.0]])
     lora = model([[2.5, 2.5, 2.0, 2.0], [3.5, 3.5, 3.0, 3.0]], [[1.5, 1.5, None], [2.5, 2.5, 2.5]])
     losses = [[2.0, 1.5 - shift, 2.0, 2.0], [3.0, 2.0 - shift, 3.0, 3.0]]
@@ -48,7 +48,7 @@ def seed(number: int, shift: float = 0.0, **changes: Any) -> dict[str, Any]:
 
 
 def test_gains_are_beyond_the_base_models_recording_by_recording():
-    results = Results([seed(0), seed(1, shift=1.0)])
+    results = StudyResults([seed(0), seed(1, shift=1.0)])
     gain = results.gain("test", "ridge", BASE)
     assert gain.values.tolist() == [pytest.approx([0.4, 1.0]), pytest.approx([1.4, 2.0])]
     assert gain.by_seed == pytest.approx([0.7, 1.7])
@@ -57,7 +57,7 @@ def test_gains_are_beyond_the_base_models_recording_by_recording():
 
 
 def test_effects_are_what_is_saved_and_leave_out_recordings_without_the_bucket():
-    results = Results([seed(0)])
+    results = StudyResults([seed(0)])
     assert results.effect("test", "ridge", BASE, 0).interval.value == pytest.approx((0.1 + 0.3) / 2)
     last = results.effect("test", "ridge", BASE, 2)
     assert last.interval.value == pytest.approx(0.5)
@@ -69,13 +69,13 @@ def test_the_last_bucket_is_of_joined_recordings():
     for arm, losses in ((BASE, [2.0, 3.0, 4.0]), ("ridge", [1.0, 1.0, 1.0])):
         for row in values["groups"]["test"][arm]["once"]:
             row["last"] = losses
-    results = Results([values])
+    results = StudyResults([values])
     assert results.effect("test", "ridge", BASE, 2).values.tolist() == [[1.0, 2.0, 3.0]]
     assert results.effect("test", "ridge", BASE, 1).values.shape == (1, 2)
 
 
 def test_an_arm_beside_lora_is_compared_with_the_lora():
-    results = Results([seed(0)])
+    results = StudyResults([seed(0)])
     assert [results.reference(arm) for arm in results.with_memory("test")] == [BASE, LORA]
     effect = results.effect("test", "ridge + LoRA", LORA, 0)
     assert effect.interval.value == pytest.approx((0.6 + 0.8) / 2)
@@ -84,7 +84,7 @@ def test_an_arm_beside_lora_is_compared_with_the_lora():
 def test_candidates_are_every_arm_at_every_volume_on_validation_recordings():
     values = seed(0)
     values["groups"] = {"valid": values["groups"]["test"], "valid_unseen": values["groups"]["test"]}
-    found = candidates(Results([values]))
+    found = candidates(StudyResults([values]))
     assert [each.volume for each in found["ridge"]] == [0.5, 1.0]
     assert found["ridge"][0].recalls == (pytest.approx(0.7), pytest.approx(0.7))
     assert found["ridge"][0].effects[0] == (pytest.approx(0.15), pytest.approx(0.5)), "not the column of all positions"
@@ -93,19 +93,19 @@ def test_candidates_are_every_arm_at_every_volume_on_validation_recordings():
 
 def test_a_setting_that_was_not_measured_raises():
     with pytest.raises(KeyError):
-        Results([seed(0)]).gain("test", "ridge", BASE, volume=0.7)
+        StudyResults([seed(0)]).gain("test", "ridge", BASE, volume=0.7)
 
 
 @pytest.mark.parametrize("name", ["choices", "scale", "arms"])
 def test_seeds_of_two_studies_are_refused(name):
     with pytest.raises(StudyError, match=rf"seeds 0 and 1 differ in their {name}"):
-        Results([seed(0), seed(1, **{name: {}})])
+        StudyResults([seed(0), seed(1, **{name: {}})])
 
 
 def test_a_seed_is_written_and_read(tmp_path):
     paths = [write_seed(tmp_path / "results", seed(number)) for number in (0, 1)]
     assert [path.name for path in paths] == ["seed_0.json", "seed_1.json"]
-    assert Results.read(paths).seeds == [0, 1]
+    assert StudyResults.read(paths).seeds == [0, 1]
     assert json.loads(paths[0].read_text()) == seed(0)
 
 
@@ -136,7 +136,7 @@ def test_the_longer_curves():
         BASE: {"hour": [{"volume": 1.0, "parts": [[1.0, 2.0], [3.0, 4.0]]}]},
         "ridge": {"hour": [{"volume": 0.5, "parts": [[0.5, 2.5], [2.5, 4.0]]}]},
     }
-    results = Results([values])
+    results = StudyResults([values])
     (after,) = lasting_after(results, "test", "ridge", 0.5)
     assert (after["count"], after["minutes"]) == (4, 0.5)
     assert [after[name].interval.value for name in ("gain", "saved", "once")] == pytest.approx([0.3, 0.2, -0.1])
