@@ -22,7 +22,6 @@ from moshi_ttt.core.block import BlockContext, SequenceBlock
 from moshi_ttt.core.state import clone
 from moshi_ttt.plugins.hybrid.compiled import compiled_inner_loop
 from moshi_ttt.plugins.hybrid.inner_loop import initial_state
-from moshi_ttt.plugins.hybrid.objective import InnerNorm
 from moshi_ttt.plugins.hybrid.recurrent import recurrent_inner_loop
 from moshi_ttt.training.runtime import start
 
@@ -90,48 +89,33 @@ def suite(gates: Callable[[], list[Gate]], comparisons: Callable[[Size], list[Co
 
 
 def inner_loop_gates() -> list[Gate]:
-    gates = [
-        Gate(name=f"inner loop, {kind}: chunk, by token, streamed and compiled against the definition",
+    return [
+        Gate(name=f"inner loop, {kind}: every form and its gradients, by token and streamed, against the definition",
              error=inner_loop.gate(kind), tolerance=EXACT)
         for kind in ("linear", "mlp")
     ]  # fmt: skip
-    return [*gates, *(backward_gate(kind) for kind in ("linear", "mlp"))]
-
-
-def backward_gate(kind: str) -> Gate:
-    """The gradients of the written-out backward pass against autograd's, in float64."""
-    found = []
-    for autograd in (False, True):
-        problem = inner_loop.Problem(kind, 2, 2, 24, 8, 8, torch.float64)
-        problem.norm = by_autograd(problem.norm, autograd)
-        leaves = problem.leaves()
-        found.append(torch.autograd.grad(problem.run().square().sum(), leaves))
-    error = max(float((one - other).abs().max()) for one, other in zip(*found, strict=True))
-    return Gate(name=f"inner loop, {kind}: gradients, written out against autograd", error=error, tolerance=EXACT)
-
-
-def by_autograd(norm: InnerNorm, wanted: bool) -> InnerNorm:
-    """The inner LayerNorm for which the chunk form differentiates by autograd, or for which it has a backward pass."""
-    return InnerNorm(norm.weight, norm.bias, norm.eps, exact=wanted)
 
 
 def inner_loop_comparisons(size: Size) -> list[Comparison]:
     found = []
     for kind in ("linear", "mlp"):
         made = (kind, 1, size.heads, size.tokens, size.chunk, size.width)
-        forms = {"written out": training(*made), "autograd": training(*made, autograd=True)}
+        forms = {label: training(*made, form=form) for label, form in TRAINED.items()}
         found.append(Comparison(name=f"inner loop, training, {kind}", forms=forms, reference="autograd"))
         for rows in size.rows:
             found += steps(kind, rows, size)
     return found
 
 
-def training(kind: str, batch: int, heads: int, tokens: int, chunk: int, width: int, *, autograd: bool = False) -> Call:
-    """Forward and backward of the chunk form."""
+TRAINED = {"written out": "torch", "C++": "cpp", "autograd": "autograd"}
+"""The label of each form of training -> its name in ``inner_loop.TRAIN_FORMS``."""
+
+
+def training(kind: str, batch: int, heads: int, tokens: int, chunk: int, width: int, *, form: str = "torch") -> Call:
+    """Forward and backward of one form."""
     problem = inner_loop.Problem(kind, batch, heads, tokens, chunk, width, torch.float32)
-    problem.norm = by_autograd(problem.norm, autograd)
-    leaves = problem.leaves()
-    return lambda: torch.autograd.grad(problem.run().square().mean(), leaves)
+    leaves, chosen = problem.leaves(), inner_loop.TRAIN_FORMS[form]
+    return lambda: torch.autograd.grad(problem.run(*chosen).square().mean(), leaves)
 
 
 def streamed(kind: str, rows: int, heads: int, chunk: int, width: int, form: Callable[..., Tensor]) -> Call:

@@ -38,12 +38,6 @@ def test_thin_part_of_the_kit_and_calls_beside_those_of_tensor_operations():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("chosen", ["ttt_mlp and (test_kit_thin or test_a_call)", "test_verify"])
-def test_further_kernels_and_verify(chosen):
-    assert passed("-k", chosen) >= 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("chosen", ["ttt_linear and test_kit", "ttt_mlp and (test_kit or test_a_call)"])
-def test_whole_kit(chosen):
+@pytest.mark.parametrize("chosen", ["ttt_linear and test_kit", "ttt_mlp and (test_kit or test_a_call)", "test_verify"])
+def test_whole_kit_and_verify(chosen):
     assert passed("-k", chosen) >= 1

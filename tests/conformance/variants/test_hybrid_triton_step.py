@@ -41,7 +41,7 @@ def test_kit_thin():
     run("test_kit_thin")
 
 
-@pytest.mark.exhaustive  # test_kit_thin has the rules that the kernels may break; the worker's cases, their results
+@pytest.mark.slow
 def test_kit():
     run("test_kit")
 
