@@ -18,7 +18,7 @@ CONTROLS = ("updates off", "memory reset", "memory of another")
 
 
 def complete() -> dict[str, Any]:
-    """StudyResults of one seed with all that the report shows; an arm that is not judged was validated alone."""
+    """Results of one seed with all that the report shows; an arm that is not judged was validated alone."""
     values = seed(0)
     values["arms"] = {**ARMS, "open": {"kind": "sequence", "beside_lora": False}}
     values["scale"] |= {"context": 16, "base_steps": 2, "steps": 2, "batch": 2, "clip": 96, "hour": [1500, 750]}

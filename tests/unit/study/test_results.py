@@ -36,7 +36,7 @@ def model(
 
 
 def seed(number: int, shift: float = 0.0, **changes: Any) -> dict[str, Any]:
-    """StudyResults of two recordings; ``shift`` lowers the second presentation of the memories."""
+    """Results of two recordings; ``shift`` lowers the second presentation of the memories."""
     base = model([[2.0, 1.9, 2.0, 2.0], [3.0, 3.0, 3.0, 3.0]], [[1.0, 1.0, None], [2.0, 2.0, 2.0]])
     lora = model([[2.5, 2.5, 2.0, 2.0], [3.5, 3.5, 3.0, 3.0]], [[1.5, 1.5, None], [2.5, 2.5, 2.5]])
     losses = [[2.0, 1.5 - shift, 2.0, 2.0], [3.0, 2.0 - shift, 3.0, 3.0]]
