@@ -194,16 +194,20 @@ class StudyResults:
     def longer(self, group: str, arm: str, kind: str, volume: float) -> list[dict[str, Any]]:
         """The rows of ``held``, ``hour`` or ``lasting`` at a volume, those of the first seed first."""
         return [
-            row for values in self._found for row in values["groups"][group][arm].get(kind, ())
+            row for values in self._with(group) for row in values["groups"][group][arm].get(kind, ())
             if row["volume"] == volume
         ]  # fmt: skip
+
+    def _with(self, group: str) -> list[dict[str, Any]]:
+        """What the seeds found that measured a group: validation recordings are for the first one alone."""
+        return [values for values in self._found if group in values["groups"]]
 
     def _column(
         self, group: str, arm: str, kind: str, name: str, column: int | None, condition: str, volume: float
     ) -> Measured:
-        """Raises KeyError where it was not measured."""
+        """Raises KeyError where a seed that measured the group has no such figure."""
         seeds = []
-        for values in self._found:
+        for values in self._with(group):
             for row in values["groups"][group][arm][kind]:
                 if row["condition"] == condition and row["volume"] == volume:
                     numbers = tensor(row[name])
