@@ -198,7 +198,7 @@ class StudyResults:
             if row["volume"] == volume
         ]  # fmt: skip
 
-    def _with(self, group: str) -> list[dict[str, Any]]:
+    def _with(self, group: str) -> list[Mapping[str, Any]]:
         """What the seeds found that measured a group: validation recordings are for the first one alone."""
         return [values for values in self._found if group in values["groups"]]
 
