@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -86,24 +87,25 @@ def _not_naive(use: HybridUse) -> str | None:
     return None
 
 
-def _not_triton(use: HybridUse) -> str | None:
+def _not_kernels(
+    use: HybridUse, what: str, not_these_shapes: Callable[[tuple[int, ...], int], str | None]
+) -> str | None:
+    """Why Triton's kernels, which are called ``what``, cannot serve a use; None where they can."""
     if (reason := kernels.not_here(use.device)) is not None:
         return reason
     if use.dtype != torch.float32:
-        return f"its state is {use.dtype}; the kernels are for float32"
+        return f"its state is {use.dtype}; {what} are for float32"
     if (changed := unpublished(use.config)) is not None:
         return f"it has {changed}; the kernels are for the published form of these options"
-    return kernels.not_these_shapes(use.widths, use.config.chunk)
+    return not_these_shapes(use.widths, use.config.chunk)
+
+
+def _not_triton(use: HybridUse) -> str | None:
+    return _not_kernels(use, "the kernels", kernels.not_these_shapes)
 
 
 def _no_triton_step(use: HybridUse) -> str | None:
-    if (reason := kernels.not_here(use.device)) is not None:
-        return reason
-    if use.dtype != torch.float32:
-        return f"its state is {use.dtype}; the kernels of a step are for float32"
-    if (changed := unpublished(use.config)) is not None:
-        return f"it has {changed}; the kernels are for the published form of these options"
-    return step.not_these_shapes(use.widths, use.config.chunk)
+    return _not_kernels(use, "the kernels of a step", step.not_these_shapes)
 
 
 def _products(use: HybridUse) -> Products:

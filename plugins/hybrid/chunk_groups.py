@@ -181,7 +181,8 @@ def _weights_again(
     buffers = [tuple(torch.empty_like(weight) for weight in given.weights) for _ in range(min(stride, count) - 1)]
     for begin in range((count - 1) // stride * stride, -1, -stride):
         found = [kept.weights[begin // stride]]
-        for at, buffer in zip(range(begin, min(begin + stride, count) - 1), buffers, strict=False):
+        places = range(begin, min(begin + stride, count) - 1)  # the last part may be shorter than the others
+        for at, buffer in zip(places, buffers[: len(places)], strict=True):
             n, values = plan.first + at, kept.values[at]
             applied = plan.applied[n]
             assert applied is not None  # only the chunks at the end of a call can be without an update

@@ -68,17 +68,20 @@ def too_large(kind: str, chunk: int, width: int, products: Products, capability:
     taken = {kernel: recorded().get(row_name(arch, kernel, chunk, width, products)) for kernel in KERNELS[kind]}
     if missing := [kernel for kernel, found in taken.items() if found is None]:
         return f"what {missing[0]} takes at chunk {chunk}, head width {width}, {products} on sm_{arch} is not recorded"
-    spilled = {kernel: found.spilled for kernel, found in taken.items() if found is not None}
-    worst = max(spilled, key=lambda kernel: spilled[kernel])
-    if spilled[worst] > LARGEST_SPILL[arch]:
+    found = {kernel: each for kernel, each in taken.items() if each is not None}
+    worst_first = sorted(found, key=lambda kernel: found[kernel].spilled, reverse=True)
+    return next((reason for kernel in worst_first if (reason := excess(kernel, found[kernel], arch))), None)
+
+
+def excess(kernel: str, taken: Resources, arch: int) -> str | None:
+    """Why ``auto`` takes no kernel that takes so much, as the end of a sentence; None where it may."""
+    if taken.spilled > LARGEST_SPILL[arch]:
         return (
-            f"{worst} spills {spilled[worst]} bytes a thread on sm_{arch}, and auto takes kernels that spill at most "
+            f"{kernel} spills {taken.spilled} bytes a thread on sm_{arch}, and auto takes kernels that spill at most "
             f"{LARGEST_SPILL[arch]}"
         )
-    shared = {kernel: found.shared for kernel, found in taken.items() if found is not None}
-    worst = max(shared, key=lambda kernel: shared[kernel])
-    if shared[worst] > SHARED_MEMORY[arch]:
-        return f"{worst} needs {shared[worst]} bytes of shared memory, and sm_{arch} has {SHARED_MEMORY[arch]}"
+    if taken.shared > SHARED_MEMORY[arch]:
+        return f"{kernel} needs {taken.shared} bytes of shared memory, and sm_{arch} has {SHARED_MEMORY[arch]}"
     return None
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moshi_ttt.plugins.hybrid.triton.resources import LARGEST_SPILL, SHARED_MEMORY, Resources
+from moshi_ttt.plugins.hybrid.triton.resources import LARGEST_SPILL, Resources, excess
 from moshi_ttt.plugins.hybrid.triton.step_blocks import block_of, loop_block, slices_of
 
 RECORD = Path(__file__).with_name("step_resources.json")
@@ -98,13 +98,8 @@ def too_large(layers: int, chunk: int, width: int, capability: tuple[int, int]) 
         taken = recorded().get(row_name(arch, layers, launch, chunk, width))
         if taken is None:
             return f"what {launch} takes at chunk {chunk} and head width {width} on sm_{arch} is not recorded"
-        if taken.spilled > LARGEST_SPILL[arch]:
-            return (
-                f"{launch} spills {taken.spilled} bytes a thread on sm_{arch}, and auto takes kernels that spill at "
-                f"most {LARGEST_SPILL[arch]}"
-            )
-        if taken.shared > SHARED_MEMORY[arch]:
-            return f"{launch} needs {taken.shared} bytes of shared memory, and sm_{arch} has {SHARED_MEMORY[arch]}"
+        if (reason := excess(launch, taken, arch)) is not None:
+            return reason
     return None
 
 
