@@ -28,17 +28,33 @@ from typer.testing import CliRunner
 torch.set_num_threads(1)
 
 
+ONE_OF_EACH_KIND = {"ttt_mlp", "gating_mlp"}
+VARIANTS = {"ttt_linear", "ttt_mlp", "ttt_multilayer", "ttt_ridge", "gating_mlp"}
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test with the mark ``first_by_default``, every combination but the first is ``exhaustive``."""
+    """Mark as ``exhaustive`` what ``first_by_default`` and ``each_kind`` leave to ``make test-full``.
+
+    The first mark leaves every combination of a test but the first, the second those of variants that are not in
+    ``ONE_OF_EACH_KIND``, and those of further options (named "VARIANT, OPTIONS").
+    """
     seen = set()
     for item in items:
+        if item.get_closest_marker("each_kind") is not None and _variants(item) - ONE_OF_EACH_KIND:
+            item.add_marker(pytest.mark.exhaustive)
         if item.get_closest_marker("first_by_default") is None:
             continue
         function = item.nodeid.split("[")[0]
         if function in seen:
             item.add_marker(pytest.mark.exhaustive)
         seen.add(function)
+
+
+def _variants(item: pytest.Item) -> set[str]:
+    """The variants and their options that a test is parametrized by."""
+    given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return {value for value in given if isinstance(value, str) and value.split(",")[0] in VARIANTS}
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -28,11 +28,15 @@ FILES = ("mimi_config_name", "mimi_name", "tokenizer_name")
 
 
 @functools.cache
-def small_moshi() -> str:
-    """The folder of this process's small Moshi, as ``hf_repo`` takes it; it goes with the process."""
+def small_moshi(context: int | None = None) -> str:
+    """The folder of this process's small Moshi, as ``hf_repo`` takes it; it goes with the process.
+
+    Its attention sees ``context`` frames, or as many as the shipped model's.
+    """
     folder = Path(tempfile.mkdtemp(prefix="small-moshi-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     config = tiny_config() | SIZES
+    config["context"] = context or config["context"]
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for name in FILES:
         shutil.copy(bundle_folder() / config[name], folder)

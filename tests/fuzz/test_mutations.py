@@ -1,18 +1,16 @@
 """The fuzz finds a mistake and shrinks it: each mutation is one, with what is left of the case that shows it.
 
-Each is found in ``make test``. Those whose shrinking takes seconds are shrunk in ``make test-full`` alone: that what is
-left is what a mistake needs is shown by the others too, in calls, in streams and at volumes.
+Tests of tests: ``make test-full`` runs them, as CI does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
-from hypothesis import Phase, settings
+from hypothesis import settings
 from hypothesis.strategies import SearchStrategy
 
 from moshi_ttt.core.block import BlockContext
@@ -25,6 +23,8 @@ from tests.fuzz.comparison import differences, error
 from tests.fuzz.configurations import by_definition
 from tests.fuzz.rerun import command, run
 from tests.fuzz.strategies import configurations, hybrid_layers, in_place_layers, schedules, spoiled_tokens
+
+pytestmark = pytest.mark.exhaustive  # a test of tests
 
 Patch = pytest.MonkeyPatch
 
@@ -121,8 +121,8 @@ def tokens_are_taken_as_they_are(patch: Patch) -> None:
 QUICK = settings(max_examples=300, derandomize=True, database=None, deadline=None)
 
 
-def failure(cases: SearchStrategy[Any], shrunk: bool) -> Any:
-    """A failing case, or what one is ``shrunk`` to. Raises NoSuchExample where there is none."""
+def failure(cases: SearchStrategy[Any]) -> Any:
+    """What a failing case is shrunk to. Raises NoSuchExample where there is none."""
 
     def fails(case: Any) -> bool:
         try:
@@ -131,19 +131,7 @@ def failure(cases: SearchStrategy[Any], shrunk: bool) -> Any:
             return True
         return False
 
-    return hypothesis.find(cases, fails, settings=QUICK if shrunk else settings(QUICK, phases=(Phase.generate,)))
-
-
-def shrunk_unless_slow(mistakes: Iterable[tuple[Any, ...]], slow: Collection[Callable[[Patch], None]]) -> list[Any]:
-    """Parameters of a test: each mistake and whether its case is shrunk, by default not where that is ``slow``."""
-    found = []
-    for mistake in mistakes:
-        name = mistake[0].__name__
-        if mistake[0] in slow:
-            found.append(pytest.param(*mistake, False, id=f"{name}-found"))
-        marks = [pytest.mark.exhaustive] if mistake[0] in slow else []
-        found.append(pytest.param(*mistake, True, id=name, marks=marks))
-    return found
+    return hypothesis.find(cases, fails, settings=QUICK)
 
 
 def options(case: Any) -> dict[str, Any]:
@@ -170,49 +158,37 @@ MISTAKES = [
     (values_are_not_normalized, lambda case: is_one_row(case) and case.length == 1),
     (later_steps_repeat_the_first, lambda case: is_one_row(case) and options(case)["inner_steps"] == 2),
 ]
-
-
 IN_PLACE = (even_kernels_look_back_further, decay_spares_nothing, rows_cannot_switch_updates_off)
 
 
-SLOW = (
-    turns_the_other_way, scale_goes_below_zero, taps_are_the_other_way_round, values_are_not_normalized,
-    later_steps_repeat_the_first,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(("mutate", "left", "shrunk"), shrunk_unless_slow(MISTAKES, SLOW))
-def test_a_mistake_in_a_call(monkeypatch, mutate, left, shrunk):
+@pytest.mark.parametrize(("mutate", "left"), MISTAKES)
+def test_a_mistake_in_a_call(monkeypatch, mutate, left):
     with monkeypatch.context() as patch:
         mutate(patch)
         of_its_kind = in_place_layers() if mutate in IN_PLACE else hybrid_layers()
-        case = failure(configurations(of_its_kind), shrunk)
-        assert not shrunk or left(case), case
+        case = failure(configurations(of_its_kind))
+        assert left(case), case
         with pytest.raises(AssertionError, match="not what the definition says"):
             run_printed(case)
     run_printed(case)
 
 
-STREAMS = [(streams_forget_a_chunk,), (mask_is_off_by_one,), (rows_cannot_switch_updates_off,)]
-
-
-@pytest.mark.parametrize(("mutate", "shrunk"), shrunk_unless_slow(STREAMS, (rows_cannot_switch_updates_off,)))
-def test_a_mistake_in_a_stream(monkeypatch, mutate, shrunk):
+@pytest.mark.parametrize("mutate", [streams_forget_a_chunk, mask_is_off_by_one, rows_cannot_switch_updates_off])
+def test_a_mistake_in_a_stream(monkeypatch, mutate):
     with monkeypatch.context() as patch:
         mutate(patch)
-        case = failure(schedules(), shrunk)
-        assert not shrunk or (case.batch, len(case.events)) == (1, 1)
+        case = failure(schedules())
+        assert (case.batch, len(case.events)) == (1, 1)
         with pytest.raises(AssertionError, match="not what the definition says"):
             run_printed(case)
     run_printed(case)
 
 
-@pytest.mark.parametrize("shrunk", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["found", "shrunk"])
-def test_a_momentum_that_goes_on_while_updates_are_off(monkeypatch, shrunk):
+def test_a_momentum_that_goes_on_while_updates_are_off(monkeypatch):
     with monkeypatch.context() as patch:
         momentum_needs_no_gradient(patch)
-        case = failure(schedules(hybrid=True), shrunk)
-        assert not shrunk or (case.batch, options(case)["chunk"]) == (1, 1)
+        case = failure(schedules(hybrid=True))
+        assert (case.batch, options(case)["chunk"]) == (1, 1)
         assert any(getattr(event, "learns", True) in (False, (False,)) for event in case.events)
         with pytest.raises(AssertionError, match="not what the definition says"):
             run_printed(case)
@@ -222,7 +198,7 @@ def test_a_momentum_that_goes_on_while_updates_are_off(monkeypatch, shrunk):
 def test_a_spoiled_token_that_is_used(monkeypatch):
     with monkeypatch.context() as patch:
         tokens_are_taken_as_they_are(patch)
-        case = failure(spoiled_tokens(), shrunk=True)
+        case = failure(spoiled_tokens())
         assert not case.layer.in_place
         with pytest.raises(AssertionError, match="not what the definition says"):
             run_printed(case)

@@ -17,11 +17,13 @@ from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
 from moshi_ttt.plugins.hybrid import fast_network, objective
 from tests.fuzz.cases import Layer
 from tests.fuzz.strategies import configurations, hybrid_layers, in_place_layers, schedules
-from tests.fuzz.test_mutations import failure, is_one_row, options, run_printed, shrunk_unless_slow
+from tests.fuzz.test_mutations import failure, is_one_row, options, run_printed
 from tests.unit.plugins.stepper_mutations import (
     a_chunk_that_goes_on_forgets_its_factor,
     a_stream_solves_with_less_ridge,
 )
+
+pytestmark = pytest.mark.exhaustive  # a test of tests
 
 Patch = pytest.MonkeyPatch
 
@@ -125,18 +127,12 @@ MISTAKES: list[tuple[Callable[[Patch], None], SearchStrategy[Layer], Callable[[A
 ]
 
 
-SLOW = (
-    a_call_solves_with_less_ridge, strengths_are_those_of_hebbian, a_score_counts_twice,
-    a_query_is_added_without_a_norm, queries_do_not_read_the_velocity,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(("mutate", "layers", "left", "shrunk"), shrunk_unless_slow(MISTAKES, SLOW))
-def test_a_mistake_in_a_call(monkeypatch, mutate, layers, left, shrunk):
+@pytest.mark.parametrize(("mutate", "layers", "left"), MISTAKES)
+def test_a_mistake_in_a_call(monkeypatch, mutate, layers, left):
     with monkeypatch.context() as patch:
         mutate(patch)
-        case = failure(configurations(layers), shrunk)
-        assert not shrunk or left(case), case
+        case = failure(configurations(layers))
+        assert left(case), case
         with pytest.raises(AssertionError, match="not what the definition says"):
             run_printed(case)
     run_printed(case)
@@ -147,15 +143,14 @@ STREAMS = [
     (a_chunk_that_goes_on_forgets_its_factor, "ridge"),
     (a_stream_corrects_nothing, "gradient"),
 ]
-SLOW_STREAMS = (a_chunk_that_goes_on_forgets_its_factor, a_stream_corrects_nothing)
 
 
-@pytest.mark.parametrize(("mutate", "update", "shrunk"), shrunk_unless_slow(STREAMS, SLOW_STREAMS))
-def test_a_mistake_in_a_stream(monkeypatch, mutate, update, shrunk):
+@pytest.mark.parametrize(("mutate", "update"), STREAMS)
+def test_a_mistake_in_a_stream(monkeypatch, mutate, update):
     with monkeypatch.context() as patch:
         mutate(patch)
-        case = failure(schedules(corrects(update)), shrunk)
-        assert not shrunk or case.batch == 1
+        case = failure(schedules(corrects(update)))
+        assert case.batch == 1
         with pytest.raises(AssertionError, match="not what the definition says"):
             run_printed(case)
     run_printed(case)

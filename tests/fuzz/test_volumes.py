@@ -12,7 +12,7 @@ from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.plugins.hybrid import layer
 from moshi_ttt.plugins.hybrid.block import HybridBlock
 from tests.fuzz.rerun import command, run
-from tests.fuzz.test_mutations import QUICK, failure, shrunk_unless_slow
+from tests.fuzz.test_mutations import QUICK, failure
 from tests.fuzz.volumes import heard_at_volumes
 
 Patch = pytest.MonkeyPatch
@@ -61,12 +61,13 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("mutate", "left", "shrunk"), shrunk_unless_slow(MISTAKES, (the_reversed_pass_is_loud,)))
-def test_a_mistake_with_the_volume(monkeypatch, mutate, left, shrunk):
+@pytest.mark.exhaustive  # a test of tests
+@pytest.mark.parametrize(("mutate", "left"), MISTAKES)
+def test_a_mistake_with_the_volume(monkeypatch, mutate, left):
     with monkeypatch.context() as patch:
         mutate(patch)
-        case = failure(heard_at_volumes(), shrunk)
-        assert not shrunk or left(case), case
+        case = failure(heard_at_volumes())
+        assert left(case), case
     run(case)
 
 

@@ -66,6 +66,7 @@ def test_import_contracts_hold(tree):
     assert analyzed >= sum(len(list(folder.glob("*.py"))) for folder in packages_on_disk().values())
 
 
+@pytest.mark.exhaustive  # a test of the contracts, which `make lint` holds
 @pytest.mark.parametrize(
     ("importer", "statement", "contract"),
     [

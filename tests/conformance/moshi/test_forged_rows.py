@@ -17,6 +17,8 @@ from moshi_ttt.hosts.moshi.streaming import restore_stream_state, stream_state
 
 from .slot_schedules import OPTIONS, VARIANTS, assert_same_state, frame_of, make_slots
 
+pytestmark = pytest.mark.each_kind
+
 EVERY = [*VARIANTS, *OPTIONS]
 BEYOND = (-1, -(2**63), 2**63 - 1, LARGEST_COUNT + 1)
 """In no field of any variant."""

@@ -33,6 +33,8 @@ from tests.conformance.moshi.slot_schedules import (
 )
 from tests.conformance.moshi.test_streaming import Recorder
 
+pytestmark = pytest.mark.each_kind
+
 WITH_BLOCKS = [name for name in VARIANTS if name != "base"]
 
 

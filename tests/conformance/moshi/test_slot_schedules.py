@@ -21,6 +21,8 @@ from tests.conformance.moshi.slot_schedules import (
     perform,
 )
 
+pytestmark = pytest.mark.each_kind
+
 SLOW_SCHEDULES = 36  # of each of six variants
 
 
@@ -128,6 +130,7 @@ MUTATIONS = (
 )  # fmt: skip
 
 
+@pytest.mark.exhaustive  # a test of tests
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_a_mutation_is_noticed(mutation):
     """Together with the mutation, alone without it."""

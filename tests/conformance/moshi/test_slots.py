@@ -28,6 +28,8 @@ from tests.conformance.moshi.slot_schedules import (
 )
 from tests.unit.hosts.toy import toy_lm
 
+pytestmark = pytest.mark.each_kind
+
 
 def hear(slots: Slots, caller: int, row: int, frames: range, others: dict[int, int] | None = None) -> list:
     """What ``caller`` in ``row`` gets for its ``frames``; ``others``: row -> caller, with the same frames."""

@@ -29,6 +29,8 @@ from tests.unit.plugins.stepper_mutations import (
     a_stream_solves_with_less_ridge,
 )
 
+pytestmark = pytest.mark.exhaustive  # a test of tests
+
 Patch = pytest.MonkeyPatch
 
 

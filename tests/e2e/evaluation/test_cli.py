@@ -19,6 +19,7 @@ from moshi_ttt.data.codec import SpeechCodec
 from moshi_ttt.evaluation.documents import read_documents
 from moshi_ttt.hosts.moshi.loading import load_skeleton, resolve_repo
 from moshi_ttt.hosts.moshi.tiny import memory_adapter, speech_files
+from tests.small_moshi import small_moshi
 from tests.unit.data.conftest import write_audio, write_manifest, write_transcript
 
 
@@ -30,6 +31,22 @@ def adapter(tmp_path_factory) -> Path:
     )
     model = resolve_repo("builtin:tiny").load_lm(dtype=torch.float32)
     return save_adapter(inject(model, config), tmp_path_factory.mktemp("checkpoint") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory) -> tuple[Path, Path]:
+    """A run's config and its adapter, of a small Moshi whose attention sees 16 frames."""
+    folder, repo = tmp_path_factory.mktemp("short"), small_moshi(context=16)
+    entry = {"variant": "ttt_linear", "layers": "1", "chunk": 8}
+    host = {"name": "moshi", "hf_repo": repo, "dtype": "float32"}
+    model = resolve_repo(repo).load_lm(dtype=torch.float32)
+    config = parse_config({"host": host, "ttt": [entry]}, registry=default_registry())
+    run = {
+        "run_dir": "out", "moshi_paths": {"hf_repo_id": repo}, "param_dtype": "float32", "ttt": [entry],
+        "data": {"train_data": "x"},
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    return folder / "run.yaml", save_adapter(inject(model, config), folder / "checkpoint" / "adapter")
 
 
 def write_talks(folder: Path, first: int) -> Path:
@@ -90,20 +107,21 @@ def test_long_context_in_segments(cli, talks, adapter, tmp_path):
     assert not (tmp_path / "uneven").exists()
 
 
-def test_recall(cli, talks, adapter, tmp_path):
+def test_recall(cli, talks, short, tmp_path):
+    config, adapter = short
     result = cli(
-        "evaluate", "recall", "train-cpu", "--data", talks, "--layout", "librilight", "--frames", 66,
+        "evaluate", "recall", config, "--data", talks, "--layout", "librilight", "--frames", 18,
         "--clips", 2, "-a", f"mine={adapter}", "--out", tmp_path / "recall",
     )  # fmt: skip
     assert result.exit_code == 0, result.said
     assert "| mine, updates on | third |" in result.said
-    assert json.loads((tmp_path / "recall" / "metrics.json").read_text())["pieces_by_recording"] == [1, 1]
+    assert json.loads((tmp_path / "recall" / "metrics.json").read_text())["pieces_by_recording"] == [2, 2]
     compared = cli("evaluate", "compare", tmp_path / "recall", "--out", tmp_path / "compared")
     assert "recall, third presentation" in compared.said
 
 
-def test_earlier_names_of_options_work_with_a_warning(cli, talks, tmp_path):
-    given = ("recall", "train-cpu", "--data", talks, "--layout", "librilight", "--frames", 66, "--out", tmp_path / "r")
+def test_earlier_names_of_options_work_with_a_warning(cli, talks, short, tmp_path):
+    given = ("recall", short[0], "--data", talks, "--layout", "librilight", "--frames", 18, "--out", tmp_path / "r")
     result = cli("evaluate", *given, "--pieces", 2)
     assert result.exit_code == 0, result.said
     assert "Warning: --pieces is now --clips" in result.said
@@ -120,9 +138,10 @@ def test_earlier_names_of_options_work_with_a_warning(cli, talks, tmp_path):
         assert not {"--pieces", "--normalisation"} & set(shown.split())
 
 
-def test_recall_by_volume(cli, talks, adapter, tmp_path):
+def test_recall_by_volume(cli, talks, short, tmp_path):
+    config, adapter = short
     command = [
-        "evaluate", "recall", "train-cpu", "--data", talks, "--layout", "librilight", "--frames", 66, "--out",
+        "evaluate", "recall", config, "--data", talks, "--layout", "librilight", "--frames", 18, "--out",
         tmp_path / "recall",
     ]  # fmt: skip
     for given, message in ((["0,0.5,0.5"], "are one volume"), ([""], "'' is no volume"), (["0,loud"], "'loud' is no")):

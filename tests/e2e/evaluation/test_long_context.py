@@ -16,6 +16,8 @@ from moshi_ttt.evaluation.reporting import look, write_long_context
 from moshi_ttt.evaluation.teacher_forcing import stream_losses
 from tests.unit.evaluation.conftest import CONTEXT, document, model_with
 
+pytestmark = pytest.mark.each_kind
+
 VARIANTS = ("ttt_linear", "ttt_mlp", "gating_mlp")
 
 

@@ -13,9 +13,10 @@ from moshi_ttt.evaluation.models import CONDITIONS, evaluate_codes
 from moshi_ttt.evaluation.recall import evaluate
 from moshi_ttt.evaluation.reporting import write_recall
 from moshi_ttt.evaluation.teacher_forcing import stream_losses
-from tests.unit.evaluation.conftest import CONTEXT, document, model_with
+from tests.unit.evaluation.conftest import CONTEXT, REACH, document, model_with
 
-FRAMES = 5 * CONTEXT
+FRAMES = 3 * CONTEXT
+"""More than ``REACH``."""
 
 
 def run(models, documents=None, **changes):
@@ -25,7 +26,7 @@ def run(models, documents=None, **changes):
 
 
 def test_without_memory_there_is_nothing_to_recall(base):
-    # Three layers of attention over 8 frames reach back 24; what is beyond must be the same both times.
+    # What is beyond the reach of attention must be the same both times.
     result = run([base], frames=FRAMES)
     gain = result.gain(result.of("base", "updates on", "second"))
     assert abs(gain.value) < 0.02
@@ -170,13 +171,15 @@ def test_memory_of_another_has_processed_others_only_where_they_can_be_kept_apar
 )  # fmt: skip
 def test_whose_memory_a_row_has(back, changed, changes):
     tested = model_with("ttt_linear", base_lr=1.0)
-    frames, reach = 4 * CONTEXT, 3 * CONTEXT  # three layers of attention reach so far into the presentation before
+    frames = 3 * CONTEXT
     presented = torch.stack([document(4 * frames, n).codes for n in range(5)])
     other = presented.clone()
     for presentation in changed:
         other[-back, :, presentation * frames : (presentation + 1) * frames] = document(frames, 99).codes
     before, after = (
-        evaluate_codes(tested, codes, "memory of another", every=frames).audio[0].unflatten(0, (4, frames))[:, reach:-1]
+        evaluate_codes(tested, codes, "memory of another", every=frames)
+        .audio[0]
+        .unflatten(0, (4, frames))[:, REACH:-1]  # attention reaches so far into the presentation before
         for codes in (presented, other)
     )
     same = {"second": torch.equal(before[1], after[1]), "third": torch.equal(before[3], after[3])}
@@ -198,7 +201,7 @@ def test_a_report_names_the_presentations(base, tmp_path):
     assert (first["second"][-1] is None, first["third"][-1]) == (False, None)
     report = (tmp_path / "report.md").read_text()
     assert "| ttt_linear, updates off | third |" in report
-    assert "3 clips of 40 frames, up to 2 of each recording" in report
+    assert "3 clips of 24 frames, up to 2 of each recording" in report
     assert metrics["memory_of_another_had_heard_own"]["third"] == 3
     assert (
         "third presentation: in 3 of 3 clips the other memory has already processed the clip's own recording" in report
@@ -213,7 +216,7 @@ def test_a_report_of_the_base_alone_says_nothing_of_memories(base, tmp_path):
 
 
 def test_recordings_that_are_too_short_or_too_few_are_refused(base):
-    with pytest.raises(ConfigError, match=r"two recordings of 40 frames or more, and 1 of 2"):
+    with pytest.raises(ConfigError, match=r"two recordings of 24 frames or more, and 1 of 2"):
         run([base], [document(FRAMES, 0), document(FRAMES - 1, 1)])
     with pytest.raises(ConfigError, match="A clip of 9 frames has none beyond the attention context of 8"):
         run([base], frames=CONTEXT + 1)
@@ -225,5 +228,5 @@ def test_no_clips_are_refused(base):
 
 
 def test_clips_do_not_make_up_for_a_recording_of_another(base):
-    with pytest.raises(ConfigError, match=r"two recordings of 40 frames or more, and 1 of 1 are as long"):
+    with pytest.raises(ConfigError, match=r"two recordings of 24 frames or more, and 1 of 1 are as long"):
         run([base], [document(10 * FRAMES, 0)], clips=10)

@@ -16,6 +16,8 @@ from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.tiny import FEW_CODEBOOKS
 from tests.unit.evaluation.conftest import CONTEXT, document, model_with
 
+pytestmark = pytest.mark.each_kind
+
 VARIANTS = ("ttt_linear", "ttt_mlp", "gating_mlp")
 
 

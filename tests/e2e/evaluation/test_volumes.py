@@ -14,7 +14,7 @@ from moshi_ttt.evaluation.reporting import write_recall
 from moshi_ttt.evaluation.volumes import read_volumes
 from tests.unit.evaluation.conftest import CONTEXT, document, model_with
 
-FRAMES = 3 * CONTEXT
+FRAMES = 2 * CONTEXT
 VOLUMES = (0.0, 0.5, 1.0)
 
 

@@ -25,6 +25,8 @@ from tests.project import ROOT
 from tests.unit.hosts.toy import generator_of, random_codes, run, user_codes
 from tests.unit.hosts.trained import tiny_with_trained
 
+pytestmark = pytest.mark.each_kind
+
 VARIANTS = {
     "ttt_linear": {}, "ttt_mlp": {}, "ttt_multilayer": {}, "gating_mlp": {"train_w_down": True, "clip": 0.5},
 }  # fmt: skip

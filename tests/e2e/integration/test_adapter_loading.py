@@ -21,6 +21,8 @@ from moshi_ttt.plugins.common.gate import GateConfig
 from moshi_ttt.plugins.ttt_linear.block import TTTLinear
 from moshi_ttt.plugins.ttt_linear.config import TTTLinearConfig
 
+pytestmark = pytest.mark.each_kind
+
 BLOCKS = {
     "ttt_linear": {"chunk": 8, "gate": {"alpha": "fixed", "init": 0.25}},
     "ttt_mlp": {"chunk": 8},

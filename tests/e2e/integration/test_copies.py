@@ -19,6 +19,8 @@ from moshi_ttt.core.testing import error
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 
+pytestmark = pytest.mark.each_kind
+
 BLOCKS = ({"variant": "ttt_mlp", "layers": "0", "chunk": 4}, {"variant": "gating_mlp", "layers": "1", "chunk": 4})
 
 

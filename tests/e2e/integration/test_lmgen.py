@@ -16,6 +16,8 @@ from moshi_ttt.hosts.moshi.streaming import load_stream_state, save_stream_state
 
 from .conftest import tiny_with
 
+pytestmark = pytest.mark.each_kind
+
 STEPS = 21
 
 

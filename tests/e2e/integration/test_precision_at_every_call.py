@@ -20,6 +20,8 @@ from moshi_ttt.core.testing import BlockCase
 
 from .conftest import VARIANTS, tiny_with
 
+pytestmark = pytest.mark.each_kind
+
 HOST_DTYPE, OTHER, LENGTH = torch.bfloat16, torch.float16, 5
 
 

@@ -14,6 +14,8 @@ from moshi_ttt.hosts.moshi.layers import block_sites
 
 from .conftest import VARIANTS
 
+pytestmark = pytest.mark.each_kind
+
 POLICIES = {"fp32_state": torch.bfloat16, "uniform": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -12,6 +12,8 @@ from moshi_ttt.training import run as running
 
 from .conftest import FRAMES, LORA, adapter, records, same, values
 
+pytestmark = pytest.mark.each_kind
+
 BLOCKS = [{"variant": "ttt_mlp", "layers": "1", "chunk": 4}, {"variant": "gating_mlp", "layers": "2", "chunk": 4}]
 
 

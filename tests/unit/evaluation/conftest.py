@@ -12,14 +12,17 @@ from moshi_ttt.evaluation.documents import Document
 from moshi_ttt.evaluation.models import ModelUnderTest
 from moshi_ttt.hosts.moshi.tiny import FEW_CODEBOOKS, random_tiny_lm
 
-CONTEXT = 8
+CONTEXT, LAYERS = 8, 2
+"""Of the models here."""
+REACH = LAYERS * CONTEXT
+"""Frames before a frame on which its losses depend, without a memory."""
 
 
 def model_with(
     variant: str | None, *, name: str | None = None, noise: float = 0.05, context: int = CONTEXT, **options: Any
 ) -> ModelUnderTest:
     """A random Moshi with a short attention, and a block of random weights where a variant is given."""
-    model = random_tiny_lm(context=context, **FEW_CODEBOOKS)
+    model = random_tiny_lm(context=context, num_layers=LAYERS, **FEW_CODEBOOKS)
     injection = None
     if variant:
         host = {"name": "moshi", "hf_repo": "builtin:tiny"}

@@ -19,7 +19,9 @@ from moshi_ttt.hosts.moshi.losses import delayed
 from moshi_ttt.hosts.moshi.tiny import FEW_CODEBOOKS, random_tiny_lm
 from moshi_ttt.system.report.inner_losses import running_mean
 
-from .conftest import CONTEXT, document, model_with
+from .conftest import CONTEXT, LAYERS, document, model_with
+
+pytestmark = pytest.mark.each_kind
 
 VARIANTS = ["ttt_linear", "ttt_mlp", "ttt_multilayer", "ttt_ridge", "gating_mlp"]
 
@@ -66,7 +68,7 @@ def test_means_are_over_the_recordings_that_have_a_value(variant):
 
 
 def test_two_blocks_in_one_layer_have_curves_each():
-    model = random_tiny_lm(context=CONTEXT, **FEW_CODEBOOKS)
+    model = random_tiny_lm(context=CONTEXT, num_layers=LAYERS, **FEW_CODEBOOKS)
     entries = [{"variant": variant, "layers": "1", "chunk": 4} for variant in ("gating_mlp", "ttt_linear")]
     config = {"host": {"name": "moshi", "hf_repo": "builtin:tiny"}, "ttt": entries}
     injection = inject(model, parse_config(config, registry=default_registry()))

@@ -13,6 +13,8 @@ from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.losses import MoshiLosses, delayed
 from moshi_ttt.hosts.moshi.tiny import random_tiny_lm
 
+pytestmark = pytest.mark.each_kind
+
 FRAMES = 21
 VARIANTS = [None, "ttt_mlp", "gating_mlp"]
 
