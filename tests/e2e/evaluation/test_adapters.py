@@ -29,7 +29,7 @@ ADAPTERS = {
     ),
     "a LoRA alone": ("fp32_state", True, []),
 }  # fmt: skip
-CODES = torch.randint(0, 32, (2, QUEUES, 20), generator=torch.Generator().manual_seed(5))
+CODES = torch.randint(0, 32, (2, QUEUES, 11), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from moshi_ttt.hosts.moshi.loading import resolve_repo
 from moshi_ttt.hosts.moshi.slots import Slots
 from moshi_ttt.hosts.moshi.tiny import memory_adapter, speech_files
 
-ROWS, FRAMES = 4, 64
+ROWS, FRAMES = 3, 48
 
 
 @pytest.fixture(scope="module")
@@ -105,5 +105,5 @@ def test_the_slots_sample_for_themselves_again_afterwards(moshi, codes):
 @pytest.mark.parametrize(("rows", "memories"), [(ROWS - 1, ROWS), (ROWS, 1)])
 def test_another_number_of_rows_is_refused(moshi, codes, rows, memories):
     model, codec = moshi
-    with Slots(model, codec.mimi, ROWS) as slots, pytest.raises(ConfigError, match=r"recordings, .* memories, 4 slots"):
+    with Slots(model, codec.mimi, ROWS) as slots, pytest.raises(ConfigError, match=r"recordings, .* memories, 3 slots"):
         recite(slots, codes[:rows], [None] * memories)
