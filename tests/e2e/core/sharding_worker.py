@@ -1,4 +1,4 @@
-"""One of two ranks of test_sharding.py, under torchrun: heads sharded over the ranks."""
+"""One of two ranks of test_sharding.py: heads sharded over the ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank of the sharded training run in test_fsdp.py (under torchrun), and the same run in one process.
+"""One rank of the sharded training run in test_fsdp.py, and the same run in one process.
 
 The reference runs each rank's row in a forward pass of its own, so that both runs call the same kernels on the same
 shapes; what is left is the order in which gradients are added.

@@ -1,4 +1,4 @@
-"""One rank of sharded training with all variants on the tiny Moshi (under torchrun), and the same in one process.
+"""One rank of sharded training with all variants on the tiny Moshi, and the same in one process.
 
 Each row of the batch is a forward pass of its own, on a rank or in the loop of the one process, so both run the same
 kernels on the same shapes.

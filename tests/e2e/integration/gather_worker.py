@@ -1,4 +1,4 @@
-"""One of two ranks of test_gathering.py, under torchrun: what gathering an adapter holds at most, and what it keeps."""
+"""One of two ranks of test_gathering.py: what gathering an adapter holds at most, and what it keeps."""
 
 from __future__ import annotations
 

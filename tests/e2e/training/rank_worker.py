@@ -1,4 +1,4 @@
-"""One rank of the runs in test_ranks.py, under torchrun: every config it is given, one after the other."""
+"""One rank of the runs in test_ranks.py: every config it is given, one after the other."""
 
 from __future__ import annotations
 

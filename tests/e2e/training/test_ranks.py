@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from moshi_ttt import default_registry
 from moshi_ttt.configs.settings import parse_settings
 from moshi_ttt.training.checkpoint import find_checkpoints
 from moshi_ttt.training.run import run
+from tests.ranks import launch
 
 from .conftest import records, values
 
@@ -61,19 +59,9 @@ def write(folder: Path, encoded: Path, name: str, case: dict[str, Any], split: t
     return path
 
 
-def launch(ranks: int, configs: list[Path], timeout: int = 500) -> None:
-    """``ranks`` processes under torchrun, for all configs."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *torchrun, str(WORKER), *map(str, configs)]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=timeout,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+def train_on(ranks: int, configs: list[Path]) -> None:
+    """A run of each config, one after the other, on so many ranks."""
+    launch(WORKER, *configs, ranks=ranks, timeout=500)
 
 
 def trained(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -103,7 +91,9 @@ def test_two_ranks_make_the_same_run_as_one_process(encoded, tmp_path):
         registry=default_registry(), where="one",
     )  # fmt: skip
     run(alone, default_registry(), Console(quiet=True))
-    launch(2, [write(tmp_path, encoded, "two", case, (1, 2), max_steps=3, log_health=True)])  # of the first rank alone
+    train_on(
+        2, [write(tmp_path, encoded, "two", case, (1, 2), max_steps=3, log_health=True)]
+    )  # of the first rank alone
     assert all(record["blocks"] for record in records(tmp_path / "two"))
     losses, parameters = apart(tmp_path / "one", tmp_path / "two")
     assert losses < CLOSE
@@ -118,7 +108,7 @@ def test_every_variant_on_two_and_four_ranks(encoded, tmp_path):
     # Ten steps of AdamW with eps 1e-6; one launch for each number of ranks.
     splits = {1: [(4, 1)], 2: [(2, 1), (1, 2)], 4: [(1, 1)]}
     for ranks, each in splits.items():
-        launch(ranks, [
+        train_on(ranks, [
             write(tmp_path, encoded, f"{ranks} {index} {name}", case, each[index % len(each)], max_steps=10)
             for index, (name, case) in enumerate(CASES.items())
         ])  # fmt: skip
@@ -133,18 +123,18 @@ def test_every_variant_on_two_and_four_ranks(encoded, tmp_path):
 @pytest.mark.slow
 def test_replicated_shards_make_the_same_run(encoded, tmp_path):
     case = CASES["gating and mlp, checkpointing, carried"]
-    launch(1, [write(tmp_path, encoded, "one", case, (4, 1), max_steps=5)])
-    launch(4, [write(tmp_path, encoded, "hsdp", case, (1, 1), max_steps=5, shard_size=2, log_health=True)])
+    train_on(1, [write(tmp_path, encoded, "one", case, (4, 1), max_steps=5)])
+    train_on(4, [write(tmp_path, encoded, "hsdp", case, (1, 1), max_steps=5, shard_size=2, log_health=True)])
     assert max(apart(tmp_path / "one", tmp_path / "hsdp")) < CLOSE
 
 
 @pytest.mark.slow
 def test_a_run_of_two_ranks_goes_on_in_one_process(encoded, tmp_path):
     case = CASES["multilayer, checkpointing, carried, LoRA"]
-    launch(2, [write(tmp_path, encoded, "run", case, (2, 1), max_steps=6, ckpt_freq=3, num_ckpt_keep=None)])
+    train_on(2, [write(tmp_path, encoded, "run", case, (2, 1), max_steps=6, ckpt_freq=3, num_ckpt_keep=None)])
     middle = find_checkpoints(tmp_path / "run")[0]
     one = write(tmp_path, encoded, "one", case, (4, 1), max_steps=6, resume=str(middle))
-    launch(1, [one])
+    train_on(1, [one])
     losses = [record["loss"] for record in records(tmp_path / "run")][3:]
     assert losses == pytest.approx([record["loss"] for record in records(tmp_path / "one")], abs=CLOSE)
     first, second = trained(tmp_path / "run"), trained(tmp_path / "one")
@@ -152,6 +142,6 @@ def test_a_run_of_two_ranks_goes_on_in_one_process(encoded, tmp_path):
     # What was loaded is what was saved, bit for bit: without a step, the same adapter comes out.
     still = {"lr": 0.0, "weight_decay": 0.0, "lr_groups": {"ttt": 0.0, "gates": 0.0}}
     idle = write(tmp_path, encoded, "idle", case, (4, 1), max_steps=6, resume=str(middle), optim=still)
-    launch(1, [idle])
+    train_on(1, [idle])
     saved, loaded = load_file(middle / "adapter" / "adapter.safetensors"), trained(tmp_path / "idle")
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in saved.items())
