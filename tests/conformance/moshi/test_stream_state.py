@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from moshi_ttt.hosts.moshi.streaming import (
 )
 from moshi_ttt.hosts.moshi.tiny import CROSS_CONDITION
 from moshi_ttt.hosts.moshi.upstream import ConditionType, LMGen
+from tests.ranks import launch
 from tests.unit.hosts import toy
 from tests.unit.hosts.toy import (
     EmbeddingToyBlock,
@@ -128,12 +127,11 @@ def test_another_process_continues_mid_chunk(tmp_path):
         save_stream_state(tmp_path / "stream.safetensors", lm_gen)
         expected = torch.stack(run(lm_gen, codes[..., 7:]))
     save_file({"codes": codes[..., 7:].contiguous()}, tmp_path / "codes.safetensors")
-    subprocess.run(
-        [sys.executable, "-c", CHILD, toy.__file__, str(tmp_path)], check=True, env={**os.environ}, timeout=120
-    )
+    (tmp_path / "child.py").write_text(CHILD)
+    launch(tmp_path / "child.py", toy.__file__, tmp_path, ranks=1)
     assert torch.equal(load_file(tmp_path / "out.safetensors")["out"], expected)
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
-        "codes.safetensors", "out.safetensors", "stream.safetensors",
+        "child.py", "codes.safetensors", "out.safetensors", "stream.safetensors",
     ]  # fmt: skip
 
 

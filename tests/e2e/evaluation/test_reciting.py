@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from moshi_ttt.evaluation.teacher_forcing import stream_losses
 from moshi_ttt.hosts.moshi.loading import resolve_repo
 from moshi_ttt.hosts.moshi.slots import Slots
 from moshi_ttt.hosts.moshi.tiny import memory_adapter, speech_files
+from tests.ranks import launch
 
 ROWS, FRAMES = 3, 48
 
@@ -87,7 +86,8 @@ def test_a_stream_restored_the_next_day_predicts_what_it_heard(moshi, codes, tmp
         for row in range(ROWS):
             slots.save_row(row, "memory").save(tmp_path / f"{row}.safetensors")
     torch.save(codes, tmp_path / "codes.pt")
-    subprocess.run([sys.executable, "-c", NEXT_DAY, str(tmp_path)], check=True)
+    (tmp_path / "next_day.py").write_text(NEXT_DAY)
+    launch(tmp_path / "next_day.py", tmp_path, ranks=1)
     own, other = torch.load(tmp_path / "losses.pt")
     gained, strange = (fresh - own).nanmean(1), (fresh - other).nanmean(1)
     assert (gained > 0.15).all()

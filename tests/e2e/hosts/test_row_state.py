@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from moshi_ttt.hosts.moshi.row_state import RowState
 from moshi_ttt.hosts.moshi.slots import Slots, SlotSettings
 from moshi_ttt.hosts.moshi.streaming import load_stream_state, save_stream_state, stream_state
 from tests.conformance.moshi.slot_schedules import assert_same_state, codec, frame_of, make_slots, model_with
+from tests.ranks import launch
 from tests.unit.hosts.toy import generator_of, run, toy_lm, user_codes
 
 CHILD = """
@@ -60,8 +59,8 @@ def test_another_process_continues_a_row(tmp_path, kind, row, rows):
         out = [slots.tick({1: frame_of(1, n)})[1] for n in range(7, 20)]
         after = slots.save_row(1, kind)
     root = Path(__file__).parents[3]
-    command = [sys.executable, "-c", CHILD, str(root), str(tmp_path), kind, str(row), str(rows)]
-    subprocess.run(command, check=True, env={**os.environ}, timeout=300)
+    (tmp_path / "child.py").write_text(CHILD)
+    launch(tmp_path / "child.py", root, tmp_path, kind, row, rows, ranks=1)
     found, out = load_file(tmp_path / "out.safetensors"), [each for each in out if each is not None]
     assert torch.equal(found["tokens"], torch.stack([each.tokens for each in out]))
     pcm = torch.stack([each.pcm for each in out])
@@ -72,7 +71,7 @@ def test_another_process_continues_a_row(tmp_path, kind, row, rows):
     else:  # another number of rows is other matrix products
         assert (found["pcm"] - pcm).abs().max() < 1e-4
         assert continued.counts == after.counts
-    files = {"after.safetensors", f"{kind}.safetensors", "out.safetensors"}
+    files = {"child.py", "after.safetensors", f"{kind}.safetensors", "out.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == files, "no temporary file is left"
 
 

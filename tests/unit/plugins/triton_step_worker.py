@@ -5,7 +5,8 @@ full of NaN, and so are slots of an unfinished chunk that hold no token.
 
     python -m tests.unit.plugins.triton_step_worker CASE...
 
-A case of ``LAUNCHES`` brings further checks with it.
+A CASE is a name of ``CASES``, "launches of NAME" for the launches of its step, or "given tokens, NAME" for its inner
+loop alone.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ CASES: dict[str, tuple[str, dict[str, object], int, Shape, str]] = {
     ),
 }  # fmt: skip
 """Variant, options, steps, shape, dtype of the host."""
-LAUNCHES = ("linear", "mlp", "three layers")
-"""Of these the launches of a step are counted; rows are changed in the first, and the second's inner loop is alone."""
+ALONE = "linear"
+"""Of this one, rows are changed."""
 
 
 def blocks_of(name: str) -> tuple[BlockCase, SequenceBlock, SequenceBlock]:
@@ -208,16 +209,23 @@ def given_tokens(name: str) -> dict[str, float]:
     return {"error": worst}
 
 
+def _after(words: str, text: str) -> str:
+    return text.removeprefix(words) if text.startswith(words) else ""
+
+
 def main() -> None:
     torch.use_deterministic_algorithms(True)  # torch then fills memory that a kernel is to write with NaN
     assert torch.ones(1).new_empty(2, 3).isnan().all()
     results: dict[str, dict[str, float]] = {}
-    for name in sys.argv[1:]:
-        results[name] = streamed(name) | (alone(name) if name == LAUNCHES[0] else {})
-        if name == LAUNCHES[1]:
-            results[f"given tokens, {name}"] = given_tokens(name)
-    torch.use_deterministic_algorithms(False)
-    results |= {f"launches of {name}": launches(name) for name in LAUNCHES if name in sys.argv}
+    for given in sys.argv[1:]:
+        if name := _after("launches of ", given):
+            torch.use_deterministic_algorithms(False)  # what fills memory with NaN is a launch
+            results[given] = launches(name)
+            torch.use_deterministic_algorithms(True)
+        elif name := _after("given tokens, ", given):
+            results[given] = given_tokens(name)
+        else:
+            results[given] = streamed(given) | (alone(given) if given == ALONE else {})
     print(json.dumps(results))
 
 
