@@ -10,7 +10,8 @@ another test), runs
 - every check in float64, which finds all but three pairs of a mutation and a check in ``test_kit_mutations.py``; those
   (``check_volume`` with BlendsAtEveryVolume, ``check_figures_under_autocast``, ``check_long_stream``) depend on the
   variant and not on its options;
-- but not ``check_no_host_read``: what reads a value on the CPU is found by ``check_device`` too, which runs all that
+- but not ``OF_THE_VARIANT``, whose subject is the class of the block or of its config;
+- nor ``check_no_host_read``: what reads a value on the CPU is found by ``check_device`` too, which runs all that
   the other runs, and more (``test_kit_mutations.py`` and ``test_option_mutations.py`` hold that it is);
 - ``MORE`` besides: rows and splits with three heads (float32), the dtype of the state in a bfloat16 host.
 
@@ -41,6 +42,7 @@ WITHOUT_STEPS: tuple[Check, ...] = (
     kit.check_adapter_round_trip, kit.check_buffers, kit.check_config_keys, kit.check_dtypes,
     kit.check_state_is_float32, kit.check_layouts,
 )  # fmt: skip
+OF_THE_VARIANT: tuple[Check, ...] = (kit.check_other_modes, kit.check_copies, kit.check_config_keys)
 IN_FLOAT32: tuple[Check, ...] = (kit.check_long_stream,)
 
 
@@ -50,5 +52,5 @@ def runs_by_default(check: Check, dtype: torch.dtype, *, first: bool, compiled: 
     if first:
         return dtype != torch.float32 or check in MORE[dtype] or check in IN_FLOAT32
     if dtype == EVERYWHERE:
-        return check is not kit.check_no_host_read or compiled
+        return check not in OF_THE_VARIANT and (check is not kit.check_no_host_read or compiled)
     return check in MORE[dtype]
