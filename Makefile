@@ -26,14 +26,16 @@ recipes: $(VENV)/.installed-run ## Fetch real dialogue, fine-tune the small Mosh
 KNOWN := dialogue-cs dialogue-nl prompts-en prompts-es prompts-fr
 UNSEEN_VALID := prompts-it
 UNSEEN := prompts-ru
+# `make study STUDY=study-shipped SEEDS=0 ARGS=--shipped`: the best arms on the tiny Moshi that ships.
 # A seed whose file is in RESULTS is not run again: `make study RESULTS=docs/study SEEDS='0 1 2'` goes on after seed 0.
 SEEDS ?= 0 1 2
-RESULTS ?= study/results
+STUDY ?= study
+RESULTS ?= $(STUDY)/results
 
 study: $(VENV)/.installed-run ## Fetch real speech, train every variant and LoRA with three seeds, report what memory is worth.
 	for voices in $(KNOWN) $(UNSEEN_VALID) $(UNSEEN); do test -d voices/$$voices || $(BIN)/python scripts/fetch_speech.py \
 	  voices/$$voices --corpus $${voices%-*} --language $${voices#*-} || exit 1; done
-	$(BIN)/python examples/study --out study --jobs 2 --results $(RESULTS) $(SEEDS:%=--seed %) $(ARGS) \
+	$(BIN)/python examples/study --out $(STUDY) --jobs 2 --results $(RESULTS) $(SEEDS:%=--seed %) $(ARGS) \
 	  $(KNOWN:%=--known voices/%) $(UNSEEN_VALID:%=--unseen-valid voices/%) $(UNSEEN:%=--unseen voices/%)
 
 # One process a core; JOBS=0 runs the tests in this one, as a debugger needs. Files stay together where they can: tests

@@ -58,6 +58,9 @@ def study(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Processor threads of each run; one if left out.")
     ] = None,
+    shipped: Annotated[
+        bool, typer.Option("--shipped", help="The best arms on the tiny Moshi that ships, with one seed.")
+    ] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Very small: shows that everything runs.")] = False,
 ) -> None:
     """Train each variant and LoRA on a small Moshi with a short attention, and report what memory is worth.
@@ -68,12 +71,14 @@ def study(
     from study import plan
     from study.command import STAGES, make
 
-    scale = plan.SMOKE if smoke else plan.FULL
+    scale = replace(plan.SMOKE if smoke else plan.FULL, shipped=shipped)
+    if shipped or seeds:
+        scale = replace(scale, seeds=tuple(seeds or (0,)))
     chosen = tuple(stages or STAGES)
     report = make(
         out, known=known, unseen_valid=unseen_valid or [], unseen=unseen or [],
-        scale=replace(scale, seeds=tuple(seeds)) if seeds else scale, arms=plan.ARMS, at_once=at_once,
-        threads=threads, say=lambda text: typer.echo(text), results=results, stages=chosen,
+        scale=scale, arms=plan.OF_SHIPPED if shipped else plan.ARMS, at_once=at_once, threads=threads,
+        say=lambda text: typer.echo(text), results=results, stages=chosen,
     )  # fmt: skip
     if "report" in chosen:
         typer.echo((report / "report.md").read_text(encoding="utf-8"))

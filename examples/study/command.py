@@ -29,7 +29,7 @@ MADE_BY = "moshi-ttt study"
 MARKER = "study.json"
 STAGES = ("train", "validate", "test", "report")
 COSTS = "costs.json"
-TRAINED = ("context", "clip", "batch", "base_steps", "steps")
+TRAINED = ("shipped", "context", "clip", "batch", "base_steps", "steps")
 """What trained models depend on, of ``Scale``."""
 
 

@@ -18,6 +18,8 @@ class Scale:
     """The size of a study.
 
     Attributes:
+        shipped: the base model starts from the tiny Moshi that ships (6.2 million parameters, eight codebooks a
+            speaker), and not from a smaller one of random weights.
         context: frames that attention sees.
         clip: frames of a clip that is presented twice; a training segment is two of them.
         batch: segments of a step.
@@ -34,6 +36,7 @@ class Scale:
         seeds: of everything random: initial values, order of the recordings.
     """
 
+    shipped: bool = False
     context: int = 16
     clip: int = 96
     batch: int = 16
@@ -146,3 +149,8 @@ ARMS = (
     ),
 )  # fmt: skip
 """In the order in which they are trained: what answers the question comes first. At most 215,000 parameters each."""
+OF_SHIPPED = tuple(
+    arm for arm in ARMS
+    if arm.name in (LORA, "ridge layer, wide keys", "ridge layer on LoRA", "in place, ridge", "in place, ridge on LoRA")
+)  # fmt: skip
+"""The arms that are trained on the model that ships: those that were chosen with the smaller one."""

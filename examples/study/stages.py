@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.evaluation.models import CONDITIONS
-from moshi_ttt.hosts.moshi.tiny import random_tiny_lm, tiny_config
+from moshi_ttt.hosts.moshi.tiny import bundle_folder, random_tiny_lm, tiny_config
 from study.jobs import Job, StudyError, run_jobs
 from study.material import presented_twice, shuffled_twice
 from study.measure import Task
@@ -111,17 +111,20 @@ class Study:
     # ---- what is trained
 
     def base_config(self) -> Path:
-        """The config of a Moshi smaller than the tiny one, with a short attention."""
+        """The config of the tiny Moshi, or of a smaller one, with a short attention."""
         path = self.out / "base.json"
+        model = {} if self.scale.shipped else MODEL
         self.out.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
             temporary.write_text(
-                json.dumps({**tiny_config(), **MODEL, "context": self.scale.context}, indent=1), "utf-8"
+                json.dumps({**tiny_config(), **model, "context": self.scale.context}, indent=1), "utf-8"
             )
         return path
 
-    def random_weights(self, seed: int) -> Path:
-        """What the base model of a seed starts from."""
+    def first_weights(self, seed: int) -> Path:
+        """What the base model of a seed starts from: what ships, or random ones."""
+        if self.scale.shipped:
+            return bundle_folder() / str(tiny_config()["moshi_name"])
         path = self.out / f"seed_{seed}" / "random.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -139,7 +142,7 @@ class Study:
             self._training(
                 f"base, seed {seed}", self.base(seed), seed, self.scale.base_steps,
                 (
-                    config, f"moshi_paths.moshi_path={self.random_weights(seed)}", "ttt=[]", "full_finetuning=true",
+                    config, f"moshi_paths.moshi_path={self.first_weights(seed)}", "ttt=[]", "full_finetuning=true",
                     "save_adapters=false", "carry_state=false", "optim.lr=3e-3",
                     f"data.train_data={self.encoded('train')}",
                 ),

@@ -27,6 +27,7 @@ def test_its_help_lists_its_options(tmp_path):
         "--out",
         "--results",
         "--seed",
+        "--shipped",
         "--smoke",
         "--stage",
         "--threads",

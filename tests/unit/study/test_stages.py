@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+from moshi_ttt.hosts.moshi.tiny import bundle_folder, random_tiny_lm, tiny_config
 from study import plan
 from study.jobs import Job
 from study.plan import Arm
@@ -61,6 +64,25 @@ def test_an_arm_on_a_lora_starts_from_the_finished_lora(study):
     assert f"moshi_paths.config_path={lora}" in arguments
     assert f"moshi_paths.moshi_path={base / 'consolidated.safetensors'}" in arguments
     assert f"moshi_paths.config_path={base / 'config.json'}" in study.arm_job(ARMS[0], 0).arguments
+
+
+def test_the_shipped_model_starts_from_its_own_weights(study):
+    shipped = replace(study, scale=replace(study.scale, shipped=True))
+    assert shipped.first_weights(0) == bundle_folder() / "model.safetensors"
+    config = json.loads(shipped.base_config().read_text())
+    assert config == {**tiny_config(), "context": plan.SMOKE.context}
+    assert load_file(shipped.first_weights(0)).keys() == random_tiny_lm(**{
+        name: value for name, value in config.items() if name != "model_type" and not name.endswith("_name")
+    }).state_dict().keys()  # fmt: skip
+    smaller = json.loads(study.base_config().read_text())
+    assert (smaller["dim"], smaller["n_q"]) == (plan.MODEL["dim"], plan.MODEL["n_q"])
+    assert study.first_weights(0) == study.out / "seed_0" / "random.safetensors"
+
+
+def test_arms_of_the_shipped_model_are_of_the_plan_and_have_what_they_stand_on():
+    assert {arm.name for arm in plan.OF_SHIPPED} >= {plan.LORA, "ridge layer, wide keys"}
+    assert all(arm in plan.ARMS and arm.judged for arm in plan.OF_SHIPPED)
+    assert {arm.kind for arm in plan.OF_SHIPPED} == {None, "sequence", "feed_forward"}
 
 
 def test_validation_is_of_the_first_seed_at_every_volume(study, ran):
