@@ -7,6 +7,7 @@ import math
 import runpy
 import struct
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 
 from moshi_ttt import default_registry, inject, load_adapter, parse_config
 from moshi_ttt.apps.quickstart import run as running
+from moshi_ttt.apps.quickstart import setup
+from moshi_ttt.apps.quickstart.data import load_speech
 from moshi_ttt.apps.quickstart.evaluate import Curve, compare, evaluate
 from moshi_ttt.apps.quickstart.recall import shipped_memory
 from moshi_ttt.apps.quickstart.results import verdict
@@ -40,6 +43,21 @@ FILES = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def held_out_is_short(monkeypatch):
+    """24 s of the recording that is held out, which is four times as long."""
+
+    def cut(*arguments):
+        speech = load_speech(*arguments)
+        frames, whole = 300, speech.held_out
+        seconds = whole.seconds * frames / whole.audio.shape[1]
+        held_out = replace(whole, seconds=seconds, audio=whole.audio[:, :frames], text=whole.text[:frames])
+        return replace(speech, held_out=held_out)
+
+    monkeypatch.setattr(setup, "load_speech", cut)
+
+
+@pytest.mark.usefixtures("held_out_is_short")
 def test_quickstart_writes_the_whole_folder(cli, tmp_path):
     # 8 s of a stream reach beyond the attention's context, as the 30 s of the default do.
     config = tmp_path / "short.yaml"
