@@ -70,7 +70,7 @@ class Report:
             lines += ["## Against the base model", "", *beside_lora_table(results, group), ""]
             lines += ["## Controls", "", *controls_table(results, group), ""]
             lines += ["## By volume", "", *volume_table(results, group), ""]
-            lines += ["## After other clips", "", *lasting_table(results, group), ""]
+            lines += ["## After other clips, first seed", "", *lasting_table(results, group), ""]
             lines += ["## Clips held at once", "", *held_table(results, group), ""]
         lines += ["# One stream", "", *hour_table(results), ""]
         lines += [*image("recall and cost", "answer.png"), *image("recall and cost by volume", "volumes.png")]

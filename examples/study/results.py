@@ -71,7 +71,7 @@ def gather(study: Study, seed: int, choices: Mapping[str, Any] | None = None) ->
         groups[group] = {name: read_json(study.measured(seed, arm, group)) for name, arm in judged.items()}
         for name, arm in longer.items():
             assert arm is not None  # the base model is not chosen
-            if arm.beside_lora:
+            if arm.beside_lora or seed != choices["seed"]:
                 continue
             groups[group][name]["lasting"] = _lasting(study.lasting(seed, arm, group, (1.0,)).result)
     if choices is not None:

@@ -209,7 +209,10 @@ class Study:
         )  # fmt: skip
 
     def test(self, choices: Mapping[str, Any]) -> None:
-        """Every seed on the test recordings: each arm at its volume and at 1, then the chosen arms for longer."""
+        """Every seed on the test recordings: each arm at its volume and at 1, then the chosen arms for longer.
+
+        How long a memory lasts is measured of the first seed alone: it takes as long as all the rest.
+        """
         chosen = set(choices["arms"].values())
         jobs, later = [], []
         for seed in self.scale.seeds:
@@ -223,7 +226,7 @@ class Study:
                 jobs += [self.measuring(seed, arm, group, settings, kinds, volumes) for group in self.groups(TEST)]
                 if longer or (arm is not None and not memory):
                     later.append(self.measuring(seed, arm, HOUR, [], ("hour",), volumes))
-                if arm is not None and longer and not arm.beside_lora:
+                if arm is not None and longer and not arm.beside_lora and seed == choices["seed"]:
                     later += [self.lasting(seed, arm, group, (volume,)) for group in self.groups(TEST)]
         self._run([*jobs, *later])
 
