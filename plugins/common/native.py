@@ -1,7 +1,7 @@
 """C++ sources of a plugin, built on the machine that runs them and kept in the user's cache folder.
 
-A library's folder is named after its sources, its flags, torch, and the processor. A build appears whole or not at all,
-so processes that build at once do not disturb each other, and nothing is locked.
+A library's folder is named after its sources, its flags, torch, and the processor. A build appears whole or not at all.
+One process of a machine builds at a time, and the others wait for it: the ranks of a training build once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,11 @@ import torch
 
 from moshi_ttt.core.accelerations import Acceleration
 from moshi_ttt.core.errors import BackendError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -51,7 +58,10 @@ class NativeLibrary:
         library = _cache() / self.version() / f"{self.name}.so"
         try:
             if not library.exists():
-                self._build(library)
+                library.parent.mkdir(parents=True, exist_ok=True)
+                with _alone(library.parent):
+                    if not library.exists():  # another process may have built it meanwhile
+                        self._build(library)
             torch.ops.load_library(library)
         except OSError as error:
             raise BackendError(
@@ -83,7 +93,6 @@ class NativeLibrary:
     def _build(self, library: Path) -> None:
         """Raises OSError: no compiler, it fails, or the folder cannot be written."""
         torch_folder = Path(torch.__file__).parent
-        library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = Path(scratch, library.name)
             command = [
@@ -108,6 +117,24 @@ def compiled_step(library: NativeLibrary, chosen_by: str = "compile_step") -> Ac
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moshi-ttt"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of ``folder``. The lock is the operating system's, and goes with the process.
+
+    Where a folder cannot be locked (Windows, some network file systems) each process makes a build of its own.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _instructions() -> str:

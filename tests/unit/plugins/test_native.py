@@ -1,0 +1,60 @@
+"""Libraries in C++: several processes that need one build it once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moshi_ttt.core.errors import BackendError
+from moshi_ttt.plugins.common import native
+from moshi_ttt.plugins.common.native import NativeLibrary
+from tests.ranks import launch
+
+SOURCE = 'extern "C" int nothing() { return 0; }\n'
+PROGRAM = """
+import os, sys
+from pathlib import Path
+from moshi_ttt.plugins.common.native import NativeLibrary
+folder = Path(sys.argv[1])
+os.environ.update(XDG_CACHE_HOME=str(folder), CXX=str(folder / "compiler"))
+(folder / f"ready{os.environ['RANK']}").touch()
+while not all((folder / f"ready{rank}").exists() for rank in range(int(os.environ["WORLD_SIZE"]))):
+    pass
+NativeLibrary(name="nothing", what="Nothing", source=folder / "nothing.cpp").load()
+"""
+COMPILER = """#!/bin/sh
+echo "$$" >> "{folder}/called"
+exec "{compiler}" "$@"
+"""
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "nothing.cpp").write_text(SOURCE)
+    (tmp_path / "compiler").write_text(COMPILER.format(folder=tmp_path, compiler=shutil.which("g++")))
+    (tmp_path / "compiler").chmod(0o755)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    return tmp_path
+
+
+@needs_compiler
+@pytest.mark.skipif(native.fcntl is None, reason="folders cannot be locked here")
+def test_processes_that_build_at_once_build_once(folder):
+    launch(folder / "program.py", folder, ranks=3, timeout=60)
+    assert len((folder / "called").read_text().splitlines()) == 1
+    assert [path.name for path in (folder / "moshi-ttt").rglob("*.so")] == ["nothing.so"]
+
+
+@needs_compiler
+def test_a_lock_is_not_left_behind_by_a_build_that_fails(folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    library = NativeLibrary(name="nothing", what="Nothing", source=folder / "nothing.cpp", otherwise="Go on without.")
+    (folder / "nothing.cpp").write_text("this is no C++")
+    with pytest.raises(BackendError, match=r"Nothing cannot be built.*Go on without\."):
+        library.load()
+    (folder / "nothing.cpp").write_text(SOURCE)
+    library.load()
+    assert library.missing() == ""
