@@ -7,48 +7,55 @@ from typing import Any
 
 import numpy as np
 from figure_ink import FAINT, INK, TEXT, figure, label, legend, plain
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moshi_ttt.system.report.figures import BLUE, GREY, ORANGE
 
 CONDITIONS = (("updates on", BLUE, "o"), ("updates off", GREY, "s"), ("memory of another", ORANGE, "D"))
-RESAMPLES = 2_000
 
 
-def draw_recall(study: Mapping[str, Any]) -> Figure:
-    """A row for each arm of the study and a mark for each condition: recall beyond the base model's, with intervals."""
-    group = study["groups"]["recall, test"]
-    found = {(each["subject"], each["condition"]): each for each in group["figures"] if each["what"] == "second"}
-    base = np.asarray(found["base", "updates on"]["by_recording"]).mean(0)  # [recordings], of [seeds, recordings]
-    arms = [name for name in group["parameters"] if name != "base"]
-    drawn = figure(7.2, 0.8 + 0.42 * len(arms))
-    axes = drawn.add_subplot()
-    for row, arm in enumerate(arms):
-        for shift, (condition, color, marker) in enumerate(CONDITIONS):
-            if (arm, condition) not in found:
-                continue
-            gains = np.asarray(found[arm, condition]["by_recording"]).mean(0) - base
-            low, high = interval(gains)
-            y, named = row + 0.22 * (shift - 1), condition if row == _first(arms, found, condition) else None
-            axes.plot([low, high], [y, y], color=color, linewidth=1.6)
-            axes.plot(gains.mean(), y, marker, color=color, markersize=5, label=named, linestyle="none")
-    axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set_yticks(range(len(arms)), arms)
-    axes.set(ylim=(len(arms) - 0.5, -0.5), xlabel="recall: nats/token (95 % intervals over recordings)")
-    plain(axes, grid="x")
-    legend(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+GROUPS = {"test": "known voices", "test_unseen": "unseen voices"}
+WHOLE = "played once, 48 to 959"
+"""Speech played once, whole recordings, in ``metrics.json`` of the study."""
+
+
+def draw_recall(metrics: Mapping[str, Any]) -> Figure:
+    """The arms that the study chose, at their volumes: recall to the left, speech played once to the right.
+
+    A row of panels for each group of test recordings, with intervals. To the right, only what updates on saves.
+    """
+    arms = list(dict.fromkeys(metrics["choices"]["arms"].values()))
+    volumes = metrics["choices"]["volumes"]
+    found = {
+        (row["group"], row["arm"], row["condition"], row["what"]): row
+        for row in metrics["figures"] if row["arm"] in arms and row["volume"] == volumes[row["arm"]]
+    }  # fmt: skip
+    drawn = figure(7.4, 1.2 + 0.5 * len(arms) * len(GROUPS))
+    panels = drawn.subplots(len(GROUPS), 2, sharex="col", sharey=True, gridspec_kw={"width_ratios": (3, 2)})
+    for (left, right), (group, title) in zip(panels, GROUPS.items(), strict=True):
+        for row, arm in enumerate(arms):
+            for shift, (condition, color, marker) in enumerate(CONDITIONS):
+                gain, y = found[group, arm, condition, "gain, second"], row + 0.22 * (shift - 1)
+                _mark(left, gain, y, color, marker, condition if row == 0 else None)
+            condition, color, marker = CONDITIONS[0]
+            _mark(right, found[group, arm, condition, WHOLE], row, color, marker, None)
+        left.set_yticks(range(len(arms)), [f"{arm},\nvolume {volumes[arm]:g}" for arm in arms])
+        left.set(ylim=(len(arms) - 0.5, -0.5), title=title)
+        for axes in (left, right):
+            axes.axvline(0, color=INK, linewidth=0.8)
+            plain(axes, grid="x")
+    panels[-1][0].set_xlabel("recall: nats/token (95 % intervals)", color=INK, fontsize=TEXT)
+    panels[-1][1].set_xlabel("saved, speech played once", color=INK, fontsize=TEXT)
+    handles, names = panels[0][0].get_legend_handles_labels()
+    drawn.legend(handles, names, loc="outside upper center", ncols=3, frameon=False, fontsize=TEXT - 1, labelcolor=INK)
     return drawn
 
 
-def _first(arms: list[str], found: Mapping[tuple[str, str], Any], condition: str) -> int:
-    return next(row for row, arm in enumerate(arms) if (arm, condition) in found)
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of the mean of ``values [n]``, the same each time."""
-    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5))
-    return float(low), float(high)
+def _mark(axes: Axes, row: Mapping[str, Any], y: float, color: str, marker: str, named: str | None) -> None:
+    """A figure and its interval."""
+    axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=1.6)
+    axes.plot(row["value"], y, marker, color=color, markersize=5, label=named, linestyle="none")
 
 
 def draw_position(measured: Mapping[str, Any]) -> Figure:

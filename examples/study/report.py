@@ -12,6 +12,7 @@ from moshi_ttt.evaluation.models import CONDITIONS
 from moshi_ttt.evaluation.statistics import as_json
 from moshi_ttt.system.report.tables import image, table, version_text
 from moshi_ttt.system.report.writer import numbers, versions, write_report
+from study.answer import answer_table
 from study.choice import choose_volume
 from study.cost import Cost
 from study.curves import held_after, lasting_after, stream_parts
@@ -60,6 +61,7 @@ class Report:
             "Nats per audio token. Means over seeds and recordings; in brackets 95 % percentile bootstrap intervals "
             "over recordings. Arms with a LoRA beside their blocks are compared with the LoRA alone, all others with "
             "the base model.", "",
+            "## The answer", "", *answer(results), "",
             "## Chosen on the validation recordings", "", *choice_table(results), "",
             "## Open questions, on the validation recordings", "", *open_table(results), "",
         ]  # fmt: skip
@@ -154,6 +156,13 @@ def chosen_settings(results: StudyResults) -> list[tuple[str, float]]:
     """The arms that were chosen, each at its volumes."""
     arms = dict.fromkeys(results.choices["arms"].values())
     return [(arm, volume) for arm in arms for volume in settings_of(results, arm)]
+
+
+def answer(results: StudyResults) -> list[str]:
+    """The chosen arms on test recordings."""
+    groups = results.groups(TEST)
+    header, *rows = answer_table(results, groups, [TITLES[group] for group in groups])
+    return table(header, rows, "ll" + "r" * (len(header) - 2))
 
 
 def choice_table(results: StudyResults) -> list[str]:

@@ -91,5 +91,17 @@ def test_controls_are_at_the_chosen_volume(results):
     assert beside.count("(") == 1, "its controls were not measured here"
 
 
+def test_the_answer_has_a_row_for_each_chosen_arm_at_its_volume(results):
+    header, _, ridge, beside = report_of.answer(results)
+    assert header.count("recall, ") == header.count("worst bucket, ") == 2, "both groups"
+    cells = [cell.strip() for cell in ridge.split("|")[1:-1]]
+    assert cells[:4] == ["ridge (sequence)", "base", "0.5", "+0.700 (+0.400 to +1.000)"]
+    effects = [results.effect("test", "ridge", "base", column, volume=0.5).interval for column in (1, 2)]
+    assert cells[5] == min(effects, key=lambda each: each.value).show(4, sign=True)
+    assert cells[-1] == "+0.0000", "both streams are the same here"
+    assert beside.startswith("| ridge + LoRA (sequence + LoRA) | LoRA | 1 |")
+    assert beside.count("(") == 1 + 2 * 2, "its controls were not measured here"
+
+
 def test_buckets_have_names(results):
     assert report_of.buckets(results) == ["48 to 95", "48 to 95", "96 and more"]
