@@ -166,6 +166,7 @@ def test_in_place_learning_has_no_such_option():
         parse_block({"variant": "gating_mlp", "checkpoint_chunks": 2}, registry=default_registry())
 
 
+@pytest.mark.exhaustive  # torch compiles for seconds; without compiling, the groups are compared above
 def test_a_compiled_block_computes_the_groups_too():
     case = case_of("ttt_mlp", {"chunk": 4, "checkpoint_chunks": 2}, torch.float64)
     block, x = case.block(), case.inputs(13).requires_grad_()  # two groups, of 8 and of 5 tokens

@@ -170,8 +170,9 @@ def test_the_state_after_a_call_can_be_differentiated_twice():
     assert torch.autograd.gradcheck(gradient, (x,), fast_mode=True, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.filterwarnings("ignore:Using backward")
-@pytest.mark.parametrize("variant", ["ttt_linear", "gating_mlp"])
+@pytest.mark.parametrize("variant", ["gating_mlp", "ttt_linear"])
 def test_a_compiled_block_refuses_in_words(variant):
     case = case_of(variant, {"chunk": 4})
     block, x = case.block(), case.inputs(9).requires_grad_()
