@@ -11,8 +11,8 @@ from moshi_ttt.core.testing import HostVariantCase
 
 HERE = Path(__file__).parent
 IN_BFLOAT16 = {"test_ttt_mlp", "test_gating_mlp"}
-"""Tests that run in a bfloat16 Moshi too by default: a variant of each kind. The kit's own checks run every variant in a
-bfloat16 host in test_conformance.py."""
+"""Tests that run in a bfloat16 Moshi too by default: a variant of each kind. The kit's own checks run every variant in
+a bfloat16 host in test_conformance.py."""
 LATER = {"test_ttt_linear_on_the_bundle", "test_ttt_mlp_on_the_bundle", "test_ttt_ridge_on_the_bundle"}
 """Tests on trained weights whose variants run on random ones; the bundle itself runs with ``gating_mlp``."""
 
