@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw the figures of the documentation, as SVG files that follow the reader's light or dark mode.
 
-    python scripts/draw_figures.py docs/figures             # from docs/study/first_edition.json and measured files
+    python scripts/draw_figures.py docs/figures             # from docs/study/metrics.json and measured files
     python scripts/draw_figures.py docs/figures --measure   # measures first, some minutes on a CPU
 
 The same inputs and the same matplotlib give the same bytes. Colors are those of every other figure of the package
@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from moshi_ttt.system.report.figures import AMBER, BLUE, GREY, ORANGE, SKY
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDY = ROOT / "docs" / "study" / "first_edition.json"
+STUDY = ROOT / "docs" / "study" / "metrics.json"
 MEASURED = ("inner-loop", "position")
 """Figures that are drawn from a measured file beside them, NAME.json."""
 COLORS = {

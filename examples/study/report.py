@@ -77,7 +77,7 @@ class Report:
         lines += ["# One stream", "", *hour_table(results), ""]
         lines += [*image("recall and cost", "answer.png"), *image("recall and cost by volume", "volumes.png")]
         lines += image("how long, and how many", "curves.png")
-        return [*lines, "# Cost", "", *self._cost_table(), ""]
+        return [*lines, *(["# Cost", "", *self._cost_table(), ""] if self.costs else [])]
 
     def _cost_table(self) -> list[str]:
         header = ("", "trained parameters", "streamed frame / base model's", "memory of a stream (KiB)")

@@ -54,18 +54,35 @@ def test_there_is_nothing_else_in_the_folder():
 
 
 def test_recall_is_that_of_the_study(drawing):
-    study = json.loads((ROOT / "docs" / "study" / "first_edition.json").read_text(encoding="utf-8"))
-    (axes,) = drawing.figures(FOLDER)["recall"]().axes
-    arms = [label.get_text() for label in axes.get_yticklabels()]
-    assert arms == [name for name in study["groups"]["recall, test"]["parameters"] if name != "base"]
-    marks = {(line.get_marker(), round(float(line.get_ydata()[0]))): line.get_xdata()[0] for line in axes.lines}
-    found = {
-        each["subject"]: np.asarray(each["by_recording"]).mean(0)
-        for each in study["groups"]["recall, test"]["figures"]
-        if each["what"] == "second" and each["condition"] == "updates on"
-    }
-    for row, arm in enumerate(arms):
-        assert marks["o", row] == pytest.approx((found[arm] - found["base"]).mean())
+    study = json.loads((ROOT / "docs" / "study" / "metrics.json").read_text(encoding="utf-8"))
+    known, played_once, *_ = drawing.figures(FOLDER)["recall"]().axes
+    arms = list(study["choices"]["arms"].values())
+    assert [label.get_text().split(",\n")[0] for label in known.get_yticklabels()] == arms
+    for axes, what in ((known, "gain, second"), (played_once, "played once, 48 to 959")):
+        marks = {
+            round(float(each.get_ydata()[0])): each.get_xdata()[0] for each in axes.lines if each.get_marker() == "o"
+        }
+        for row, arm in enumerate(arms):
+            (found,) = [
+                each for each in study["figures"]
+                if (each["group"], each["arm"], each["condition"], each["what"]) == ("test", arm, "updates on", what)
+                and each["volume"] == study["choices"]["volumes"][arm]
+            ]  # fmt: skip
+            assert marks[row] == found["value"]
+            assert found["value"] == pytest.approx(
+                np.mean([each for each in found["by_recording"] if each is not None])
+            )
+
+
+def test_every_table_of_the_study_is_in_its_report():
+    """Tables of figures, by row: what the page shows is what the command wrote, but for a title and rounding."""
+    report = (ROOT / "docs" / "study" / "report.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("|") and re.search(r"\([+-]\d", line)]
+    assert len(rows) > 20
+    for row in rows:
+        for figure in re.findall(r"[+-]\d\.\d+ \([+-]\d\.\d+ to [+-]\d\.\d+\)", row):
+            assert figure in report, row
 
 
 def test_every_measured_file_names_its_commands():
