@@ -75,7 +75,7 @@ def rows(only: str = "") -> Iterator[tuple[str, dict[str, int]]]:
                     constants = {"C": chunk, "D": width, "S": settings.slice_width, "EVERY": GROUP, "CAUSAL": True}
                     constants |= {"PRECISION": settings.precision, "SLICES": 4 * width // settings.slice_width}
                     module = next(m for m in (linear_kernels, mlp_forward, mlp_backward) if hasattr(m, kernel))
-                    warps = settings.launch(kernel)["num_warps"]
+                    warps = settings.warps
                     yield name, compiled(getattr(module, kernel), constants, arch, warps) | {"warps": warps}
 
 

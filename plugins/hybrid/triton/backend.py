@@ -62,11 +62,23 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def by_name_alone(device: torch.device) -> str | None:
+    """Why ``auto`` takes no kernels at all where they could be had, as the end of a sentence; None where it may."""
+    if device.type == "meta":
+        return "on tensors without values it counts its launches; ask for it by name"
+    if interpreted():
+        return "Triton's interpreter is for tests; ask for it by name"
+    return None
+
+
 def not_here(device: torch.device) -> str | None:
-    """Why kernels cannot run on a device, as the end of a sentence; None where they can."""
+    """Why kernels cannot run on a device, as the end of a sentence; None where they can.
+
+    On the meta device they can, and compute nothing: their launches and their memory are counted there.
+    """
     if device.type == "cpu" and not interpreted():
         return "its device is cpu, where Triton runs in its interpreter alone (TRITON_INTERPRET=1, for tests)"
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda", "meta"):
         return f"its device is {device}; the kernels are for NVIDIA GPUs"
     try:
         found = version("triton")
@@ -74,7 +86,7 @@ def not_here(device: torch.device) -> str | None:
         return "Triton is not installed"
     if tuple(int(part) for part in found.split(".")[:2]) < LEAST_TRITON:
         return f"Triton is {found}, and the kernels need {'.'.join(map(str, LEAST_TRITON))} or newer"
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):  # interpreted, or tensors without values, on which nothing runs
         return None
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
@@ -104,8 +116,9 @@ def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int, produ
                 ) -> str | None:  # fmt: skip
     """Why ``auto`` takes another backend where the kernels could run."""
     kind = kind_of(widths)
-    if kind is None or interpreted():
-        return "Triton's interpreter is for tests; ask for it by name"
+    if (reason := by_name_alone(device)) is not None:
+        return reason
+    assert kind is not None  # else the kernels do not take these shapes
     if chunk not in BY_AUTO[kind] or widths[0] not in AUTO_HEAD_WIDTHS:
         return (
             f"chunk {chunk} at head width {widths[0]} was not measured; auto takes the kernels at chunk "

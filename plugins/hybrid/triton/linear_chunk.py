@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moshi_ttt.plugins.hybrid.triton import linear_kernels as kernels
+from moshi_ttt.plugins.hybrid.triton.train_launches import launch
 from moshi_ttt.plugins.hybrid.triton.train_settings import TrainSettings
 
 
@@ -54,12 +54,14 @@ class _Linear(torch.autograd.Function):
         w[:, :, 0], b[:, :, 0] = weight, bias[:, :, 0]  # [B, H, 1, D] -> [B, H, D]
         y = torch.empty_like(q)
         sizes, shared = (length, heads, chunks, settings.eps), _constants(settings, width)
-        kernels.linear_states[(batch * heads,)](
-            k, v, lr, norm_w, norm_b, scale, w, b, g, z, *sizes, **shared, **settings.launch("linear_states")
-        )
-        kernels.linear_outputs[(batch * heads, chunks)](
-            q, k, g, norm_w, norm_b, token_scale, w, b, y, *sizes, **shared, CAUSAL=settings.causal,
-            **settings.launch("linear_outputs"),
+        causal = {**shared, "CAUSAL": settings.causal}
+        launch(
+            "linear_states", (batch * heads,), (k, v, lr, norm_w, norm_b, scale), (w, b, g, z), sizes, shared,
+            settings.warps,
+        )  # fmt: skip
+        launch(
+            "linear_outputs", (batch * heads, chunks), (q, k, g, norm_w, norm_b, token_scale, w, b), (y,), sizes,
+            causal, settings.warps,
         )  # fmt: skip
         kept_w = w[:, :, : chunks : settings.every].contiguous()  # [B, H, groups, D, D]
         ctx.save_for_backward(q, k, v, lr, norm_w, norm_b, token_scale, scale, g, z, kept_w, b)
@@ -80,21 +82,24 @@ class _Linear(torch.autograd.Function):
         of_keys = [g.new_empty(batch, heads, width) for _ in range(2)]
         d_scale, w = g.new_empty(batch, heads, chunks), g.new_empty(batch, heads, chunks + 1, width, width)
         dw, db = (each.float().clone(memory_format=torch.contiguous_format) for each in (d_end_w, d_end_b))
-        sizes, shared, programs = (length, heads, chunks), _constants(settings, width), batch * heads
-        kernels.linear_weights[(programs, groups, width // shared["S"])](
-            k, g, scale, kept_w, w, *sizes, **shared, EVERY=settings.every, **settings.launch("linear_weights")
-        )
-        kernels.linear_output_gradients[(programs, chunks)](
-            q, k, g, dy.contiguous(), norm_w, token_scale, w, b, dz_query, dq, dk, dg, d_token_scale, *of_queries,
-            *sizes, settings.eps, **shared, CAUSAL=settings.causal, **settings.launch("linear_output_gradients"),
+        shared, programs, warps = _constants(settings, width), batch * heads, settings.warps
+        sizes = (length, heads, chunks)
+        launch(
+            "linear_weights", (programs, groups, width // shared["S"]), (k, g, scale, kept_w), (w,), sizes,
+            {**shared, "EVERY": settings.every}, warps,
         )  # fmt: skip
-        kernels.linear_state_gradients[(programs,)](
-            q, k, v, lr, g, z, norm_w, norm_b, scale, dz_query, dg, dw, db, dz, dk, dv, d_scale, *of_keys, *sizes,
-            settings.eps, **shared, **settings.launch("linear_state_gradients"),
+        sizes = (*sizes, settings.eps)
+        launch(
+            "linear_output_gradients", (programs, chunks), (q, k, g, dy.contiguous(), norm_w, token_scale, w, b),
+            (dz_query, dq, dk, dg, d_token_scale, *of_queries), sizes, {**shared, "CAUSAL": settings.causal}, warps,
         )  # fmt: skip
-        kernels.linear_key_gradients[(programs, chunks)](
-            k, v, z, norm_w, norm_b, dg, dz, dv, w, dk, d_lr, *sizes, settings.eps, **shared,
-            **settings.launch("linear_key_gradients"),
+        launch(
+            "linear_state_gradients", (programs,), (q, k, v, lr, g, z, norm_w, norm_b, scale, dz_query),
+            (dg, dw, db, dz, dk, dv, d_scale, *of_keys), sizes, shared, warps,
+        )  # fmt: skip
+        launch(
+            "linear_key_gradients", (programs, chunks), (k, v, z, norm_w, norm_b, dg, dz, dv, w), (dk, d_lr), sizes,
+            shared, warps,
         )  # fmt: skip
         # [B, H, N, D] and [B, H, D] -> [H, D]
         norms = [one.sum((0, 2)) + other.sum(0) for one, other in zip(of_queries, of_keys, strict=True)]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moshi_ttt.plugins.hybrid.triton import mlp_backward, mlp_forward
+from moshi_ttt.plugins.hybrid.triton.train_launches import launch
 from moshi_ttt.plugins.hybrid.triton.train_settings import TrainSettings
 
 
@@ -59,8 +59,8 @@ class _MLPLaunches:
         self.whole = {"C": settings.chunk, "D": self.width}
         self.summed = {**self.whole, "SLICES": slices}
         self.sliced = {**self.summed, "S": settings.slice_width, "PRECISION": settings.precision}
-        self.causal = {"CAUSAL": settings.causal}
-        self.launch = {"num_warps": settings.warps, "num_stages": 1}
+        self.causal = {**self.sliced, "CAUSAL": settings.causal}
+        self.warps = settings.warps
 
 
 class _FusedMLP(torch.autograd.Function):
@@ -80,21 +80,22 @@ class _FusedMLP(torch.autograd.Function):
         part, next_part = z2.new_empty(sizes.parts), z2.new_empty(sizes.parts)
         query_parts = z2.new_empty(min(every, chunks), *sizes.parts)
         numbers = (sizes.length, sizes.heads)
-        mlp_forward.mlp_first_keys[sizes.grid](tokens[1], *now[:3], part, *numbers, **sizes.sliced, **sizes.launch)
+        launch("mlp_first_keys", sizes.grid, (tokens[1], *now[:3]), (part,), numbers, sizes.sliced, sizes.warps)
         for chunk in range(chunks):
             if chunk % every == 0:
                 kept += now[:3]
             after = tuple(torch.empty_like(each) for each in now)
-            mlp_forward.mlp_chunk[sizes.grid](
-                *tokens, *small, part, *now, z2, next_part, *after, query_parts[chunk % every], *numbers, chunks, chunk,
-                settings.eps, **sizes.sliced, **sizes.causal, **sizes.launch,
+            launch(
+                "mlp_chunk", sizes.grid, (*tokens, *small, part, *now),
+                (z2, next_part, *after, query_parts[chunk % every]), (*numbers, chunks, chunk, settings.eps),
+                sizes.causal, sizes.warps,
             )  # fmt: skip
             now, part, next_part = after, next_part, part
             if (chunk + 1) % every == 0 or chunk + 1 == chunks:
                 first = chunk - chunk % every
-                mlp_forward.mlp_outputs[(sizes.programs, chunk + 1 - first)](
-                    tokens[0], *small[:2], query_parts, zq, y, *numbers, sizes.programs, first, settings.eps,
-                    **sizes.summed, **sizes.launch,
+                launch(
+                    "mlp_outputs", (sizes.programs, chunk + 1 - first), (tokens[0], *small[:2], query_parts), (zq, y),
+                    (*numbers, sizes.programs, first, settings.eps), sizes.summed, sizes.warps,
                 )  # fmt: skip
         ctx.save_for_backward(*tokens, *small, z2, zq, *kept)
         ctx.settings, ctx.sizes = settings, sizes
@@ -114,17 +115,19 @@ class _FusedMLP(torch.autograd.Function):
         dzq = torch.empty_like(zq)
         # of the queries' norm, then of the keys'
         d_norm = [[z2.new_empty(batch, heads, chunks, width) for _ in range(2)] for _ in range(2)]
-        mlp_backward.mlp_output_gradients[(sizes.programs, chunks)](
-            dy, zq, small[0], dzq, *d_norm[0], *numbers, chunks, settings.eps, **sizes.whole, **sizes.launch
-        )
+        launch(
+            "mlp_output_gradients", (sizes.programs, chunks), (dy, zq, small[0]), (dzq, *d_norm[0]),
+            (*numbers, chunks, settings.eps), sizes.whole, sizes.warps,
+        )  # fmt: skip
         fast = tuple(each.float().clone(memory_format=torch.contiguous_format) for each in d_end)
         chain = _GradientChain(ctx, (q, k, v, lr), small, z2, dzq, fast, (dv, d_lr), d_norm[1])
         for first in reversed(range(0, chunks, every)):
             start = kept[3 * (first // every) : 3 * (first // every) + 3]
             dq_parts, dk_parts = chain.group(first, min(first + every, chunks), start)
-            mlp_backward.mlp_token_gradients[(sizes.programs, min(every, chunks - first))](
-                dy, dq_parts, dk_parts, dq, dk, *numbers, sizes.programs, first, **sizes.summed, **sizes.launch
-            )
+            launch(
+                "mlp_token_gradients", (sizes.programs, min(every, chunks - first)), (dy, dq_parts, dk_parts), (dq, dk),
+                (*numbers, sizes.programs, first), sizes.summed, sizes.warps,
+            )  # fmt: skip
         norms = [a.sum((0, 2)) + b.sum((0, 2)) for a, b in zip(*d_norm, strict=True)]  # [B, H, N, D] -> [H, D]
         # [B, H, N, P, C] -> [C], and [B, H, N, P] -> [B, N]
         found = (dq, dk, dv, d_lr, *fast, *norms, chain.d_token_scale.sum((0, 1, 2, 3)), chain.d_scale.sum((1, 3)))
@@ -165,9 +168,10 @@ class _GradientChain:
         states = [start]
         if count > 1:
             again = [each.new_empty(count - 1, *each.shape) for each in start]
-            mlp_forward.mlp_states[sizes.grid](
-                *self.tokens[1:], *self.small[:2], self.small[3], self.z2, *start, *again, sizes.length, sizes.heads,
-                sizes.programs, self.small[3].shape[1], first, last - 1, settings.eps, **sizes.sliced, **sizes.launch,
+            numbers = (sizes.length, sizes.heads, sizes.programs, self.small[3].shape[1], first, last - 1, settings.eps)
+            launch(
+                "mlp_states", sizes.grid, (*self.tokens[1:], *self.small[:2], self.small[3], self.z2, *start), again,
+                numbers, sizes.sliced, sizes.warps,
             )  # fmt: skip
             states += list(zip(*again, strict=True))
         parts = [self.z2.new_empty(count, *sizes.parts) for _ in range(2)]
@@ -179,15 +183,16 @@ class _GradientChain:
         sizes, small = self.sizes, self.small
         numbers = (sizes.length, sizes.heads, small[3].shape[1], chunk, self.settings.eps)
         tokens, (dw1, db1, dw2, db2), (dx2, dz1, dzq1) = self.tokens, self.fast, self.units
-        mlp_backward.mlp_second_layer_gradients[sizes.grid](
-            *tokens, *small, self.z2, self.dzq, *now, dw2, db2, dx2, dzq1, self.part, self.d_token_scale, self.d_scale,
-            *numbers, **sizes.sliced, **sizes.causal, **sizes.launch,
+        launch(
+            "mlp_second_layer_gradients", sizes.grid, (*tokens, *small, self.z2, self.dzq, *now),
+            (dw2, db2, dx2, dzq1, self.part, self.d_token_scale, self.d_scale), numbers, sizes.causal, sizes.warps,
         )  # fmt: skip
-        mlp_backward.mlp_first_layer_gradients[sizes.grid](
-            *tokens, *small, self.z2, *now, dw1, db1, dw2, dzq1, dz1, self.part, dq_part, dk_part, self.d_token_scale,
-            self.d_scale, *numbers, **sizes.sliced, **sizes.causal, **sizes.launch,
+        launch(
+            "mlp_first_layer_gradients", sizes.grid, (*tokens, *small, self.z2, *now),
+            (dw1, db1, dw2, dzq1, dz1, self.part, dq_part, dk_part, self.d_token_scale, self.d_scale), numbers,
+            sizes.causal, sizes.warps,
         )  # fmt: skip
-        mlp_backward.mlp_key_gradients[sizes.grid](
-            *tokens[1:], *small[:2], self.z2, self.dzq, self.part, *now, *self.fast, dx2, dz1, dk_part,
-            *self.written, *self.d_norm, *numbers, **sizes.sliced, **sizes.launch,
+        launch(
+            "mlp_key_gradients", sizes.grid, (*tokens[1:], *small[:2], self.z2, self.dzq, self.part, *now),
+            (*self.fast, dx2, dz1, dk_part, *self.written, *self.d_norm), numbers, sizes.sliced, sizes.warps,
         )  # fmt: skip

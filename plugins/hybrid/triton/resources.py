@@ -16,15 +16,20 @@ from typing import Any
 from moshi_ttt.plugins.hybrid.triton.train_settings import Products
 
 RECORD = Path(__file__).with_name("resources.json")
-KERNELS: Mapping[str, tuple[str, ...]] = {
-    "linear": (
+MODULES: Mapping[str, tuple[str, ...]] = {
+    "linear_kernels": (
         "linear_states", "linear_weights", "linear_outputs", "linear_output_gradients", "linear_state_gradients",
         "linear_key_gradients",
     ),
-    "mlp": (
-        "mlp_first_keys", "mlp_chunk", "mlp_outputs", "mlp_states", "mlp_output_gradients",
-        "mlp_second_layer_gradients", "mlp_first_layer_gradients", "mlp_key_gradients", "mlp_token_gradients",
+    "mlp_forward": ("mlp_first_keys", "mlp_chunk", "mlp_outputs", "mlp_states"),
+    "mlp_backward": (
+        "mlp_output_gradients", "mlp_second_layer_gradients", "mlp_first_layer_gradients", "mlp_key_gradients",
+        "mlp_token_gradients",
     ),
+}  # fmt: skip
+"""The kernels of each module."""
+KERNELS: Mapping[str, tuple[str, ...]] = {
+    "linear": MODULES["linear_kernels"], "mlp": (*MODULES["mlp_forward"], *MODULES["mlp_backward"]),
 }  # fmt: skip
 """The kernels of each chain."""
 LARGEST_SPILL = {80: 256, 90: 0, 100: 0}
