@@ -8,6 +8,7 @@ Shape legend: B rows, H heads, T tokens, N chunks of C tokens, D head width, F h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ class _MLPLaunches:
     Raises ValueError where slices do not fill the hidden width.
     """
 
-    def __init__(self, q: Tensor, hidden: int, settings: TrainSettings) -> None:
-        batch, self.length, self.heads, self.width = q.shape
+    def __init__(self, shape: torch.Size, hidden: int, settings: TrainSettings) -> None:
+        batch, self.length, self.heads, self.width = shape
         self.programs = batch * self.heads
         slices, remainder = divmod(hidden, settings.slice_width)
         if remainder:
@@ -63,18 +64,29 @@ class _MLPLaunches:
         self.warps = settings.warps
 
 
-class _FusedMLP(torch.autograd.Function):
-    @staticmethod
+class MLPChunks:
+    """The two passes over a call's chunks, as launches.
+
+    Args:
+        shape: of the queries, ``[B, T, H, D]``.
+        hidden: F.
+    """
+
+    def __init__(self, shape: torch.Size, hidden: int, settings: TrainSettings) -> None:
+        self.settings, self.sizes = settings, _MLPLaunches(shape, hidden, settings)
+
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
-        norm_weight: Tensor, norm_bias: Tensor, token_scale: Tensor, scale: Tensor, settings: TrainSettings,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        chunks, every, given = scale.shape[1], settings.every, (norm_weight, norm_bias, token_scale, scale)
-        tokens = tuple(part.contiguous() for part in (q, k, v, lr))
-        small = tuple(part.float().contiguous() for part in given)
-        now = tuple(part.float().contiguous() for part in (w1, b1, w2, b2))
-        sizes = _MLPLaunches(q, w1.shape[-1], settings)
-        z2, zq = (torch.empty(q.shape, device=q.device, dtype=torch.float32) for _ in range(2))
+        self, tokens: Sequence[Tensor], small: Sequence[Tensor], fast: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """``y [B, T, H, D]``, the fast weights after the last update, and what ``backward`` needs beside the arguments.
+
+        Args:
+            tokens: q, k, v and lr, contiguous.
+            small: the norm's weight and bias, token scale, and the scales of updates, float32 and contiguous.
+            fast: W1, b1, W2, b2, as ``small``.
+        """
+        sizes, every, chunks, now = self.sizes, self.settings.every, small[3].shape[1], tuple(fast)
+        z2, zq = (torch.empty(tokens[0].shape, device=now[0].device, dtype=torch.float32) for _ in range(2))
         y = torch.empty_like(tokens[0])
         kept: list[Tensor] = []
         part, next_part = z2.new_empty(sizes.parts), z2.new_empty(sizes.parts)
@@ -87,7 +99,7 @@ class _FusedMLP(torch.autograd.Function):
             after = tuple(torch.empty_like(each) for each in now)
             launch(
                 "mlp_chunk", sizes.grid, (*tokens, *small, part, *now),
-                (z2, next_part, *after, query_parts[chunk % every]), (*numbers, chunks, chunk, settings.eps),
+                (z2, next_part, *after, query_parts[chunk % every]), (*numbers, chunks, chunk, self.settings.eps),
                 sizes.causal, sizes.warps,
             )  # fmt: skip
             now, part, next_part = after, next_part, part
@@ -95,34 +107,40 @@ class _FusedMLP(torch.autograd.Function):
                 first = chunk - chunk % every
                 launch(
                     "mlp_outputs", (sizes.programs, chunk + 1 - first), (tokens[0], *small[:2], query_parts), (zq, y),
-                    (*numbers, sizes.programs, first, settings.eps), sizes.summed, sizes.warps,
+                    (*numbers, sizes.programs, first, self.settings.eps), sizes.summed, sizes.warps,
                 )  # fmt: skip
-        ctx.save_for_backward(*tokens, *small, z2, zq, *kept)
-        ctx.settings, ctx.sizes = settings, sizes
-        ctx.dtypes = [each.dtype for each in (q, k, v, lr, w1, b1, w2, b2, *given)]
-        return y, *(each.to(w1.dtype) for each in now)
+        return y, now, (z2, zq, *kept)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor, *d_end: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: under an activation checkpoint each read computes the call again
-        q, k, v, lr, *small, z2, zq = saved[:10]
-        settings, sizes, kept = ctx.settings, ctx.sizes, saved[10:]
-        batch, _, heads, width = q.shape
-        chunks, every, dy = small[3].shape[1], settings.every, dy.contiguous()
-        numbers = (sizes.length, heads)
-        dq, dk, dv, d_lr = (torch.empty_like(each) for each in (q, k, v, lr))
+    def outputs(self, q: Tensor, small: Sequence[Tensor], kept: Sequence[Tensor]) -> Tensor:
+        """``y`` again, from what ``forward`` kept."""
+        y, sizes, chunks = torch.empty_like(q), self.sizes, small[3].shape[1]
+        launch(
+            "mlp_outputs_again", (sizes.programs, chunks), (q, *small[:2], kept[1]), (y,),
+            (sizes.length, sizes.heads, self.settings.eps), sizes.whole, sizes.warps,
+        )  # fmt: skip
+        return y
+
+    def backward(
+        self, tokens: Sequence[Tensor], small: Sequence[Tensor], kept: Sequence[Tensor], dy: Tensor,
+        d_end: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+        """The gradients of ``tokens``, ``small`` and ``fast``, in their order.
+
+        ``d_end``: of the fast weights after the call; they become those before it.
+        """
+        sizes, (z2, zq), chunks, every = self.sizes, kept[:2], small[3].shape[1], self.settings.every
+        (batch, _, heads, width), dy, numbers = dy.shape, dy.contiguous(), (sizes.length, sizes.heads)
+        dq, dk, dv, d_lr = (torch.empty_like(each) for each in tokens)
         dzq = torch.empty_like(zq)
         # of the queries' norm, then of the keys'
         d_norm = [[z2.new_empty(batch, heads, chunks, width) for _ in range(2)] for _ in range(2)]
         launch(
             "mlp_output_gradients", (sizes.programs, chunks), (dy, zq, small[0]), (dzq, *d_norm[0]),
-            (*numbers, chunks, settings.eps), sizes.whole, sizes.warps,
+            (*numbers, chunks, self.settings.eps), sizes.whole, sizes.warps,
         )  # fmt: skip
-        fast = tuple(each.float().clone(memory_format=torch.contiguous_format) for each in d_end)
-        chain = _GradientChain(ctx, (q, k, v, lr), small, z2, dzq, fast, (dv, d_lr), d_norm[1])
+        chain = _GradientChain(self, tokens, small, z2, dzq, d_end, (dv, d_lr), d_norm[1])
         for first in reversed(range(0, chunks, every)):
-            start = kept[3 * (first // every) : 3 * (first // every) + 3]
+            start = kept[2 + 3 * (first // every) :][:3]
             dq_parts, dk_parts = chain.group(first, min(first + every, chunks), start)
             launch(
                 "mlp_token_gradients", (sizes.programs, min(every, chunks - first)), (dy, dq_parts, dk_parts), (dq, dk),
@@ -130,7 +148,33 @@ class _FusedMLP(torch.autograd.Function):
             )  # fmt: skip
         norms = [a.sum((0, 2)) + b.sum((0, 2)) for a, b in zip(*d_norm, strict=True)]  # [B, H, N, D] -> [H, D]
         # [B, H, N, P, C] -> [C], and [B, H, N, P] -> [B, N]
-        found = (dq, dk, dv, d_lr, *fast, *norms, chain.d_token_scale.sum((0, 1, 2, 3)), chain.d_scale.sum((1, 3)))
+        of_small = [*norms, chain.d_token_scale.sum((0, 1, 2, 3)), chain.d_scale.sum((1, 3))]
+        return [dq, dk, dv, d_lr], of_small, list(d_end)
+
+
+class _FusedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
+        norm_weight: Tensor, norm_bias: Tensor, token_scale: Tensor, scale: Tensor, settings: TrainSettings,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        given = (norm_weight, norm_bias, token_scale, scale)
+        tokens = tuple(part.contiguous() for part in (q, k, v, lr))
+        small = tuple(part.float().contiguous() for part in given)
+        fast = tuple(part.float().contiguous() for part in (w1, b1, w2, b2))
+        ctx.chunks = MLPChunks(q.shape, w1.shape[-1], settings)
+        y, end, kept = ctx.chunks.forward(tokens, small, fast)
+        ctx.save_for_backward(*tokens, *small, *kept)
+        ctx.dtypes = [each.dtype for each in (q, k, v, lr, w1, b1, w2, b2, *given)]
+        return y, *(each.to(w1.dtype) for each in end)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, *d_end: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once: under an activation checkpoint each read computes the call again
+        d_fast = tuple(each.float().clone(memory_format=torch.contiguous_format) for each in d_end)
+        of_tokens, of_small, of_fast = ctx.chunks.backward(saved[:4], saved[4:8], saved[8:], dy, d_fast)
+        found = (*of_tokens, *of_fast, *of_small)
         return *(each.to(dtype) for each, dtype in zip(found, ctx.dtypes, strict=True)), None
 
 
@@ -144,10 +188,10 @@ class _GradientChain:
     """
 
     def __init__(
-        self, ctx: Any, tokens: tuple[Tensor, ...], small: list[Tensor], z2: Tensor, dzq: Tensor,
-        fast: tuple[Tensor, ...], written: tuple[Tensor, Tensor], d_norm: list[Tensor],
+        self, call: MLPChunks, tokens: Sequence[Tensor], small: Sequence[Tensor], z2: Tensor, dzq: Tensor,
+        fast: Sequence[Tensor], written: tuple[Tensor, Tensor], d_norm: list[Tensor],
     ) -> None:  # fmt: skip
-        self.settings, self.sizes = ctx.settings, ctx.sizes
+        self.settings, self.sizes = call.settings, call.sizes
         self.tokens, self.small, self.z2, self.dzq = tokens, small, z2, dzq
         self.fast, self.written, self.d_norm = fast, written, d_norm
         sizes, chunks = self.sizes, small[3].shape[1]
@@ -159,13 +203,13 @@ class _GradientChain:
         self.units = [z2.new_empty(batch, heads, size, hidden) for _ in range(3)]
         self.part = z2.new_empty(sizes.parts)
 
-    def group(self, first: int, last: int, start: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def group(self, first: int, last: int, start: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Chunks ``last - 1`` to ``first``: the slices' parts of dq and dk, both ``[chunks, B, H, P, C, D]``.
 
         ``start``: W1, b1 and W2 before the first.
         """
         sizes, settings, count = self.sizes, self.settings, last - first
-        states = [start]
+        states: list[Sequence[Tensor]] = [start]
         if count > 1:
             again = [each.new_empty(count - 1, *each.shape) for each in start]
             numbers = (sizes.length, sizes.heads, sizes.programs, self.small[3].shape[1], first, last - 1, settings.eps)
@@ -179,7 +223,7 @@ class _GradientChain:
             self._chunk(chunk, states[chunk - first], parts[0][chunk - first], parts[1][chunk - first])
         return parts[0], parts[1]
 
-    def _chunk(self, chunk: int, now: tuple[Tensor, ...], dq_part: Tensor, dk_part: Tensor) -> None:
+    def _chunk(self, chunk: int, now: Sequence[Tensor], dq_part: Tensor, dk_part: Tensor) -> None:
         sizes, small = self.sizes, self.small
         numbers = (sizes.length, sizes.heads, small[3].shape[1], chunk, self.settings.eps)
         tokens, (dw1, db1, dw2, db2), (dx2, dz1, dzq1) = self.tokens, self.fast, self.units

@@ -136,6 +136,19 @@ def mlp_outputs(
 
 
 @triton.jit
+def mlp_outputs_again(Q, NORM_W, NORM_B, ZQ, Y, T, H, eps, C: tl.constexpr, D: tl.constexpr):
+    """The outputs ``Y`` of a chunk, from z2 at the queries."""
+    bh, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head, slot, column = bh % H, tl.arange(0, C), tl.arange(0, D)
+    token = chunk * C + slot
+    inside = (token < T)[:, None]
+    place = (((bh // H) * T + token) * H + head)[:, None] * D + column[None, :]
+    norm_w, norm_b = tl.load(NORM_W + head * D + column)[None, :], tl.load(NORM_B + head * D + column)[None, :]
+    n, _ = normalized(rows_of(ZQ, place, inside), eps, D)
+    tl.store(Y + place, (rows_of(Q, place, inside) + n * norm_w + norm_b).to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def mlp_states(
     K, V, LR, NORM_W, NORM_B, SCALE, Z2, W1, B1, W2, KEPT_W1, KEPT_B1, KEPT_W2, T, H, BH, N, FIRST, LAST, eps,
     C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,

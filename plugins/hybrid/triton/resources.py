@@ -21,11 +21,15 @@ MODULES: Mapping[str, tuple[str, ...]] = {
         "linear_states", "linear_weights", "linear_outputs", "linear_output_gradients", "linear_state_gradients",
         "linear_key_gradients",
     ),
-    "mlp_forward": ("mlp_first_keys", "mlp_chunk", "mlp_outputs", "mlp_states"),
+    "mlp_forward": ("mlp_first_keys", "mlp_chunk", "mlp_outputs", "mlp_outputs_again", "mlp_states"),
     "mlp_backward": (
         "mlp_output_gradients", "mlp_second_layer_gradients", "mlp_first_layer_gradients", "mlp_key_gradients",
         "mlp_token_gradients",
     ),
+    "train_surroundings": (
+        "token_mask", "tokens", "token_gradients", "norm_gradients", "gated", "gate_gradients",
+    ),
+    "step_surroundings": ("norm",),
 }  # fmt: skip
 """The kernels of each module."""
 KERNELS: Mapping[str, tuple[str, ...]] = {

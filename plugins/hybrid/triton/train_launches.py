@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moshi_ttt.core.device_log import LAUNCHES
-from moshi_ttt.plugins.hybrid.triton.resources import KERNELS, MODULES
+from moshi_ttt.plugins.hybrid.triton.resources import MODULES
 
 NAME = f"{LAUNCHES}moshi_ttt_hybrid"
 SCHEMA = (
@@ -40,7 +40,7 @@ def launch(
     """Run a kernel once.
 
     Args:
-        kernel: its name, one of ``resources.KERNELS``.
+        kernel: its name, one of those in ``resources.MODULES``.
         grid: how many programs, in up to three dimensions.
         given, written: its tensors, in the order of its arguments; those of ``given`` are read only.
         numbers: the arguments after them.
@@ -59,7 +59,7 @@ def launch(
 def _operations() -> _Operations:
     library = torch.library.Library(NAME, "DEF")
     found = {}
-    for kernel in (name for chain in KERNELS.values() for name in chain):
+    for kernel in (name for kernels in MODULES.values() for name in kernels):
         library.define(f"{kernel}{SCHEMA}")
         for key in ("CPU", "CUDA"):
             library.impl(kernel, functools.partial(_run, kernel), key)

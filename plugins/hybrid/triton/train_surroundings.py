@@ -1,0 +1,273 @@
+"""What is around the inner loop of a training call: from projections to its tokens, and from its outputs to the block's.
+
+    token_mask      x with zeros for tokens that may not enter, and which may
+    tokens          projections q, k, v of x and w_h . x + b_h -> q, k, v' and lr (L2 norm, rotary embedding, target, rate)
+    token_gradients the way back
+    norm_gradients  of the post norm, whose forward kernel is that of a step (``step_surroundings.norm``)
+    gated           x + volume * tanh(alpha) * added
+    gate_gradients  the way back, but for x, whose gradient is that of the output
+
+``layer.py`` has the formulas; all of them are computed in float32. A program has a token, or ``EACH`` tokens one after the
+other where it adds up gradients of parameters. Flags are bytes, 0 or 1.
+
+Shape legend: B rows, T tokens, H heads, D head width, N width of the host (H D), P programs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moshi_ttt.plugins.hybrid.triton.step_parts import vector
+from moshi_ttt.plugins.hybrid.triton.step_surroundings import cos_and_sin, tanh
+
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+
+
+@triton.jit
+def token_mask(X, TO, FINITE, limit, N: tl.constexpr, BN: tl.constexpr):
+    """``TO``: a token of ``X [B, T, N]``, zero unless all of it is below ``limit``; ``FINITE [B, T]``: whether it is."""
+    token, column = tl.program_id(0).to(tl.int64), tl.arange(0, BN)
+    x = tl.load(X + token * N + column, mask=column < N, other=0.0)
+    finite = tl.min(tl.where(tl.abs(x.to(tl.float32)) < limit, 1, 0), 0)
+    tl.store(TO + token * N + column, tl.where(finite != 0, x, 0.0), mask=column < N)
+    tl.store(FINITE + token, finite)
+
+
+@triton.jit
+def pairs_of(POINTER, place, inside):
+    """The even and the odd elements ``[H, D / 2]`` of a token, in float32; ``place``: of the even ones."""
+    even = tl.load(POINTER + place, mask=inside, other=0.0).to(tl.float32)
+    return even, tl.load(POINTER + place + 1, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_pairs(POINTER, place, inside, even, odd):
+    tl.store(POINTER + place, even.to(POINTER.dtype.element_ty), mask=inside)
+    tl.store(POINTER + place + 1, odd.to(POINTER.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def turn_of(POSITION, row, time, T, log2_theta, pair, D: tl.constexpr, BY_ROW: tl.constexpr):
+    """cos and sin ``[1, D / 2]`` of a token's rotation; ``POSITION [B, T]`` or, not ``BY_ROW``, ``[T]``."""
+    if BY_ROW:
+        position = tl.load(POSITION + row * T + time)
+    else:
+        position = tl.load(POSITION + time)
+    # theta^(-2 i / D) in float64: an error of the frequency is multiplied by the position
+    frequency = tl.exp2(-(2 * pair).to(tl.float64) / D * log2_theta).to(tl.float32)
+    return cos_and_sin(position.to(tl.float32) * frequency)
+
+
+@triton.jit
+def length_of(even, odd):
+    """The length of each vector, ``[H, 1]``: what it is divided by, and whether that is the length itself."""
+    length = tl.sqrt(tl.sum(even * even + odd * odd, 1))[:, None]
+    return tl.where(length > 0, tl.maximum(length, 1e-12), 1.0), length > 1e-12
+
+
+@triton.jit
+def deviation_of(v_even, v_odd, k_even, k_odd, inside, eps, D: tl.constexpr):
+    """v - k without its mean, ``[H, D / 2]`` each, its standard deviation, and what it is divided by, ``[H, 1]``."""
+    even, odd = v_even - k_even, v_odd - k_odd
+    mean = tl.sum(even + odd, 1)[:, None] / D
+    even, odd = tl.where(inside, even - mean, 0.0), tl.where(inside, odd - mean, 0.0)
+    std = tl.sqrt(tl.sum(even * even + odd * odd, 1)[:, None] / (D - 1))
+    return even, odd, std, tl.where(std > 0, std + eps, 1.0)
+
+
+@triton.jit
+def all_below(x, inside, limit):
+    """Whether all of ``x [H, any]`` is below ``limit``, as a number."""
+    return tl.min(tl.min(tl.where((tl.abs(x) < limit) | (inside == 0), 1, 0), 1), 0)
+
+
+@triton.jit
+def tokens(
+    Q, K, V, RATE, FINITE, UPDATED, POSITION, NORM_W, NORM_B, TO_Q, TO_K, TO_V, TO_LR, OK, T, base_rate, factor,
+    log2_theta, eps, limit,
+    H: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, BY_ROW: tl.constexpr, ALL: tl.constexpr,
+):  # fmt: skip
+    """A token's ``TO_Q``, ``TO_K``, ``TO_V [B, T, H, D]`` and ``TO_LR [B, T, H]``, all zero unless ``OK [B, T]``.
+
+    It is where ``FINITE``, and where all that it gives is below ``limit``. ``UPDATED [B]``: rows whose rates are not
+    zero; not read where ``ALL`` are updated.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    row, time = token // T, token % T
+    head, pair = tl.arange(0, BH), tl.arange(0, D // 2)[None, :]
+    inside, at = (head < H)[:, None] & (pair >= 0), head[:, None] * D + 2 * pair
+    place = token * H * D + at
+    cos, sin = turn_of(POSITION, row, time, T, log2_theta, pair, D, BY_ROW)
+    even, odd = pairs_of(Q, place, inside)
+    length, _ = length_of(even, odd)
+    even, odd = even / length, odd / length
+    q_even, q_odd = even * cos - odd * sin, even * sin + odd * cos
+    even, odd = pairs_of(K, place, inside)
+    length, _ = length_of(even, odd)
+    even, odd = even / length, odd / length
+    k_even, k_odd = even * cos - odd * sin, even * sin + odd * cos
+    v_even, v_odd = pairs_of(V, place, inside)
+    even, odd, _, divisor = deviation_of(v_even, v_odd, k_even, k_odd, inside, eps, D)
+    w_even, w_odd = pairs_of(NORM_W, at, inside)
+    b_even, b_odd = pairs_of(NORM_B, at, inside)
+    v_even, v_odd = w_even * even / divisor + b_even + k_even, w_odd * odd / divisor + b_odd + k_odd
+    lr = factor * (base_rate * tl.sigmoid(tl.load(RATE + token * H + head, mask=head < H, other=0.0).to(tl.float32)))
+    if not ALL:
+        lr = tl.where(tl.load(UPDATED + row) != 0, lr, 0.0)
+    ok = tl.load(FINITE + token).to(tl.int32)
+    ok = ok * all_below(q_even, inside, limit) * all_below(q_odd, inside, limit)
+    ok = ok * all_below(k_even, inside, limit) * all_below(k_odd, inside, limit)
+    ok = ok * all_below(v_even, inside, limit) * all_below(v_odd, inside, limit)
+    ok = ok * tl.min(tl.where((tl.abs(lr) < limit) | (head >= H), 1, 0), 0)
+    tl.store(OK + token, ok)
+    kept = ok != 0
+    store_pairs(TO_Q, place, inside, tl.where(kept, q_even, 0.0), tl.where(kept, q_odd, 0.0))
+    store_pairs(TO_K, place, inside, tl.where(kept, k_even, 0.0), tl.where(kept, k_odd, 0.0))
+    store_pairs(TO_V, place, inside, tl.where(kept, v_even, 0.0), tl.where(kept, v_odd, 0.0))
+    tl.store(TO_LR + token * H + head, tl.where(kept, lr, 0.0), mask=head < H)
+
+
+@triton.jit
+def turned_back(d_even, d_odd, even, odd, cos, sin):
+    """The gradient of a vector, from that of it over its length and rotated: all ``[H, D / 2]``."""
+    length, itself = length_of(even, odd)
+    even, odd = even / length, odd / length
+    back_even, back_odd = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
+    along = tl.where(itself, tl.sum(even * back_even + odd * back_odd, 1)[:, None], 0.0)
+    return (back_even - even * along) / length, (back_odd - odd * along) / length
+
+
+@triton.jit
+def token_gradients(
+    Q, K, V, RATE, OK, UPDATED, POSITION, NORM_W, D_Q, D_K, D_V, D_LR, TO_Q, TO_K, TO_V, TO_RATE, D_NORM_W, D_NORM_B,
+    COUNT, T, base_rate, factor, log2_theta, eps,
+    H: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, EACH: tl.constexpr, BY_ROW: tl.constexpr, ALL: tl.constexpr,
+):  # fmt: skip
+    """From the gradients of ``tokens`` to those of q, k, v and the rate; zero for tokens that are not ``OK``.
+
+    ``COUNT``: B T. ``D_NORM_W`` and ``D_NORM_B [P, H, D]``: a program's part.
+    """
+    head, pair = tl.arange(0, BH), tl.arange(0, D // 2)[None, :]
+    inside, at = (head < H)[:, None] & (pair >= 0), head[:, None] * D + 2 * pair
+    w_even, w_odd = pairs_of(NORM_W, at, inside)
+    dw_even, dw_odd = tl.zeros([BH, D // 2], tl.float32), tl.zeros([BH, D // 2], tl.float32)
+    db_even, db_odd = tl.zeros([BH, D // 2], tl.float32), tl.zeros([BH, D // 2], tl.float32)
+    for step in range(EACH):
+        token = tl.program_id(0).to(tl.int64) * EACH + step
+        ok = tl.load(OK + token, mask=token < COUNT, other=0) != 0
+        row, time = token // T, token % T
+        place, known = token * H * D + at, inside & ok
+        if token < COUNT:
+            cos, sin = turn_of(POSITION, row, time, T, log2_theta, pair, D, BY_ROW)
+            k_even, k_odd = pairs_of(K, place, known)
+            length, _ = length_of(k_even, k_odd)
+            n_even, n_odd = k_even / length, k_odd / length
+            even, odd = n_even * cos - n_odd * sin, n_even * sin + n_odd * cos
+            v_even, v_odd = pairs_of(V, place, known)
+            even, odd, std, divisor = deviation_of(v_even, v_odd, even, odd, known, eps, D)
+            d_even, d_odd = pairs_of(D_V, place, known)
+            dw_even += d_even * even / divisor
+            dw_odd += d_odd * odd / divisor
+            db_even += d_even
+            db_odd += d_odd
+            a_even, a_odd = d_even * w_even, d_odd * w_odd
+            along = tl.sum(a_even * even + a_odd * odd, 1)[:, None] / (divisor * divisor)
+            along = tl.where(std > 0, along / ((D - 1) * tl.where(std > 0, std, 1.0)), 0.0)
+            a_even, a_odd = a_even / divisor - along * even, a_odd / divisor - along * odd
+            mean = tl.sum(a_even + a_odd, 1)[:, None] / D
+            a_even, a_odd = tl.where(known, a_even - mean, 0.0), tl.where(known, a_odd - mean, 0.0)
+            store_pairs(TO_V, place, inside, a_even, a_odd)
+            g_even, g_odd = pairs_of(D_K, place, known)
+            g_even, g_odd = turned_back(g_even + d_even - a_even, g_odd + d_odd - a_odd, k_even, k_odd, cos, sin)
+            store_pairs(TO_K, place, inside, g_even, g_odd)
+            q_even, q_odd = pairs_of(Q, place, known)
+            g_even, g_odd = pairs_of(D_Q, place, known)
+            g_even, g_odd = turned_back(g_even, g_odd, q_even, q_odd, cos, sin)
+            store_pairs(TO_Q, place, inside, g_even, g_odd)
+            mine = (head < H) & ok
+            s = tl.sigmoid(tl.load(RATE + token * H + head, mask=mine, other=0.0).to(tl.float32))
+            rate = tl.load(D_LR + token * H + head, mask=mine, other=0.0) * factor * base_rate * s * (1 - s)
+            if not ALL:
+                rate = tl.where(tl.load(UPDATED + row) != 0, rate, 0.0)
+            tl.store(TO_RATE + token * H + head, rate.to(TO_RATE.dtype.element_ty), mask=head < H)
+    part = tl.program_id(0) * H * D + at
+    store_pairs(D_NORM_W, part, inside, dw_even, dw_odd)
+    store_pairs(D_NORM_B, part, inside, db_even, db_odd)
+
+
+@triton.jit
+def norm_gradients(
+    Y, D_OUT, WEIGHT, D_Y, D_WEIGHT, D_BIAS, COUNT, eps, N: tl.constexpr, BN: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """The way back through the LayerNorm of ``Y [B, T, N]``; ``D_WEIGHT`` and ``D_BIAS [P, N]``: a program's part."""
+    column = tl.arange(0, BN)
+    weight = vector(WEIGHT, column, N)
+    d_weight, d_bias = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
+    for step in range(EACH):
+        token = tl.program_id(0).to(tl.int64) * EACH + step
+        if token < COUNT:
+            y, d_out = vector(Y + token * N, column, N), vector(D_OUT + token * N, column, N)
+            centered = tl.where(column < N, y - tl.sum(y, 0) / N, 0.0)
+            r = 1 / tl.sqrt(tl.sum(centered * centered, 0) / N + eps)
+            n, d = centered * r, d_out * weight
+            d_weight += d_out * n
+            d_bias += d_out
+            d_y = r * (d - tl.sum(d, 0) / N - n * (tl.sum(d * n, 0) / N))
+            tl.store(D_Y + token * N + column, d_y.to(D_Y.dtype.element_ty), mask=column < N)
+    part = tl.program_id(0).to(tl.int64) * N + column
+    tl.store(D_WEIGHT + part, d_weight, mask=column < N)
+    tl.store(D_BIAS + part, d_bias, mask=column < N)
+
+
+@triton.jit
+def alpha_of(GATE, column, N: tl.constexpr, ONE: tl.constexpr):
+    """tanh of the gate at channels ``column``. ``ONE``: the gate is ``[1]``, else ``[N]``."""
+    if ONE:
+        alpha = tl.load(GATE + column * 0).to(tl.float32)
+    else:
+        alpha = vector(GATE, column, N)
+    return tanh(alpha)
+
+
+@triton.jit
+def gated(
+    X, ADDED, GATE, VOLUME, TO, T, volume, N: tl.constexpr, BN: tl.constexpr, ONE: tl.constexpr, BY_ROW: tl.constexpr,
+):  # fmt: skip
+    """``X + volume * tanh(gate) * ADDED`` of a token and ``BN`` channels; X itself where the volume is 0.
+
+    ``VOLUME [B]`` is read where ``BY_ROW``; else the number ``volume``.
+    """
+    token, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN)
+    place, inside = token * N + column, column < N
+    if BY_ROW:
+        volume = tl.load(VOLUME + token // T).to(tl.float32)
+    x = tl.load(X + place, mask=inside, other=0.0)
+    added = tl.load(ADDED + place, mask=inside, other=0.0).to(tl.float32)
+    total = x.to(tl.float32) + volume * (alpha_of(GATE, column, N, ONE) * added)
+    tl.store(TO + place, tl.where(volume == 0, x, total.to(x.dtype)), mask=inside)
+
+
+@triton.jit
+def gate_gradients(
+    D_OUT, ADDED, GATE, VOLUME, D_ADDED, D_GATE, COUNT, T, volume,
+    N: tl.constexpr, BN: tl.constexpr, EACH: tl.constexpr, ONE: tl.constexpr, BY_ROW: tl.constexpr,
+):  # fmt: skip
+    """The gradients of what is added, and of the gate: ``D_GATE [P, N]``, a program's part, also of a gate ``[1]``."""
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside, alpha = column < N, alpha_of(GATE, column, N, ONE)
+    d_gate = tl.zeros([BN], tl.float32)
+    for step in range(EACH):
+        token = tl.program_id(0).to(tl.int64) * EACH + step
+        if token < COUNT:
+            if BY_ROW:
+                factor = tl.load(VOLUME + token // T).to(tl.float32)
+            else:
+                factor = volume
+            place = token * N + column
+            d_out = factor * tl.load(D_OUT + place, mask=inside, other=0.0).to(tl.float32)
+            added = tl.load(ADDED + place, mask=inside, other=0.0).to(tl.float32)
+            d_gate += tl.where(factor == 0, 0.0, d_out * added)
+            d_added = tl.where(factor == 0, 0.0, d_out * alpha)
+            tl.store(D_ADDED + place, d_added.to(D_ADDED.dtype.element_ty), mask=inside)
+    tl.store(D_GATE + tl.program_id(0).to(tl.int64) * N + column, d_gate * (1 - alpha * alpha), mask=inside)
