@@ -1,28 +1,14 @@
-"""The backend ``triton`` of a training call: whole chunks by kernels of this folder, the others by tensor operations.
-
-The kernels take chunks that are whole in every row and begin with the call's own tokens. What is left of a chunk that
-an earlier call began, and the chunk in which the call ends, are computed by the torch form (``chunk``).
-"""
+"""Where the backend ``triton`` of a training call can serve, and how its kernels run. ``train`` is the backend itself."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from moshi_ttt.core.errors import BackendError
 from moshi_ttt.core.precision import MatmulPrecision
-from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
-from moshi_ttt.plugins.hybrid.fast_network import FastNetwork
-from moshi_ttt.plugins.hybrid.inner_loop import Tokens
-from moshi_ttt.plugins.hybrid.objective import InnerNorm
 from moshi_ttt.plugins.hybrid.triton.resources import too_large
 from moshi_ttt.plugins.hybrid.triton.train_settings import Products, TrainSettings
 
@@ -144,36 +130,3 @@ def settings_of(
         chunk=chunk, eps=eps, causal=causal, precision=products, every=together or GROUP,
         slice_width=SLICE if chunk == 16 else SLICE // 2,
     )  # fmt: skip
-
-
-def load(device: torch.device, products: Products) -> Callable[..., Any]:
-    """``chunk_inner_loop`` with the kernels for whole chunks. Raises BackendError where Triton does not interpret."""
-    from moshi_ttt.plugins.hybrid.triton import linear_kernels
-
-    if device.type == "cpu" and type(linear_kernels.linear_states).__name__ != "InterpretedFunction":
-        raise BackendError(
-            "Triton was imported before TRITON_INTERPRET=1 was set, and compiles its kernels. Set it before the "
-            "process starts."
-        )
-    return partial(chunk_inner_loop, whole=partial(whole_by_kernels, products=products))
-
-
-def whole_by_kernels(
-    tokens: Tokens, fast: FastNetwork, norm: InnerNorm, token_scale: Tensor, scale: Tensor, *, causal: bool,
-    together: int | None, products: Products,
-) -> tuple[Tensor, FastNetwork]:  # fmt: skip
-    """See ``chunk_gradient.WholeChunks``; the fast weights are kept every ``together`` chunks, or ``GROUP``."""
-    from moshi_ttt.plugins.hybrid.triton.linear_chunk import linear_chunks
-    from moshi_ttt.plugins.hybrid.triton.mlp_chunk import mlp_chunks
-
-    settings = settings_of(token_scale.shape[0], norm.eps, products, causal, together)
-    if len(fast.weights) == 1:
-        y, weight, bias = linear_chunks(
-            *tokens, fast.weights[0], fast.biases[0], norm.weight, norm.bias, token_scale, scale, settings
-        )
-        return y, FastNetwork((weight,), (bias,))
-    (w1, w2), (b1, b2) = fast.weights, fast.biases
-    hidden = w1.shape[-1]
-    settings = replace(settings, slice_width=min(settings.slice_width, hidden & -hidden))  # a power of two in it
-    y, weights, biases = mlp_chunks(*tokens, (w1, w2), (b1, b2), norm.weight, norm.bias, token_scale, scale, settings)
-    return y, FastNetwork(weights, biases)

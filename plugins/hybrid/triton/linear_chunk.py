@@ -75,17 +75,21 @@ class LinearChunks:
         )  # fmt: skip
         kept_w = w[:, :, : chunks : self.settings.every].contiguous()  # [B, H, groups, D, D]
         end = (w[:, :, -1].to(weight.dtype, copy=True), b[:, :, -1:].to(bias.dtype, copy=True))
-        return y, end, (g, z, kept_w, b)
+        return y, end, (g, z, kept_w, b, y)
+
+    def outputs(self, q: Tensor, small: Sequence[Tensor], kept: Sequence[Tensor]) -> Tensor:
+        """``y``, which ``forward`` kept."""
+        return kept[4]
 
     def backward(
-        self, tokens: Sequence[Tensor], small: Sequence[Tensor], kept: Sequence[Tensor], dy: Tensor,
-        d_end: Sequence[Tensor],
+        self, tokens: Sequence[Tensor], small: Sequence[Tensor], fast: Sequence[Tensor], kept: Sequence[Tensor],
+        dy: Tensor, d_end: Sequence[Tensor],
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-        """The gradients of ``tokens``, ``small`` and ``fast``, in their order.
+        """The gradients of ``tokens``, ``small`` and ``fast``, in their order. ``fast`` is not read.
 
         ``d_end``: of the fast weights after the call; they become those before it.
         """
-        (q, k, v, lr), (norm_w, norm_b, token_scale, scale), (g, z, kept_w, b) = tokens, small, kept
+        (q, k, v, lr), (norm_w, norm_b, token_scale, scale), (g, z, kept_w, b) = tokens, small, kept[:4]
         (batch, length, heads, width), chunks, groups = self.shape, scale.shape[1], kept_w.shape[2]
         dq, d_lr, (dw, db) = torch.empty_like(q), torch.empty_like(lr), d_end
         dk, dv, dg, dz, dz_query = (torch.empty_like(g) for _ in range(5))
@@ -128,7 +132,7 @@ class _Linear(torch.autograd.Function):
         small = tuple(part.float().contiguous() for part in given)
         ctx.chunks = LinearChunks(q.shape, settings)
         y, end, kept = ctx.chunks.forward(tokens, small, (weight, bias))
-        ctx.save_for_backward(*tokens, *small, *kept)
+        ctx.save_for_backward(*tokens, *small, *kept[:4])
         ctx.dtypes = [each.dtype for each in (q, k, v, lr, weight, bias, *given)]
         return y, *end
 
@@ -137,7 +141,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *d_end: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         d_fast = tuple(each.float().clone(memory_format=torch.contiguous_format) for each in d_end)
-        of_tokens, of_small, of_fast = ctx.chunks.backward(saved[:4], saved[4:8], saved[8:], dy, d_fast)
+        of_tokens, of_small, of_fast = ctx.chunks.backward(saved[:4], saved[4:8], (), saved[8:], dy, d_fast)
         found = (*of_tokens, *of_fast, *of_small)
         return *(each.to(dtype) for each, dtype in zip(found, ctx.dtypes, strict=True)), None
 

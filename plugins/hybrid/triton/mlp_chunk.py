@@ -94,7 +94,7 @@ class MLPChunks:
         numbers = (sizes.length, sizes.heads)
         launch("mlp_first_keys", sizes.grid, (tokens[1], *now[:3]), (part,), numbers, sizes.sliced, sizes.warps)
         for chunk in range(chunks):
-            if chunk % every == 0:
+            if chunk % every == 0 and chunk > 0:
                 kept += now[:3]
             after = tuple(torch.empty_like(each) for each in now)
             launch(
@@ -121,10 +121,10 @@ class MLPChunks:
         return y
 
     def backward(
-        self, tokens: Sequence[Tensor], small: Sequence[Tensor], kept: Sequence[Tensor], dy: Tensor,
-        d_end: Sequence[Tensor],
+        self, tokens: Sequence[Tensor], small: Sequence[Tensor], fast: Sequence[Tensor], kept: Sequence[Tensor],
+        dy: Tensor, d_end: Sequence[Tensor],
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-        """The gradients of ``tokens``, ``small`` and ``fast``, in their order.
+        """The gradients of ``tokens``, ``small`` and ``fast``, in their order. b2 is not read.
 
         ``d_end``: of the fast weights after the call; they become those before it.
         """
@@ -139,8 +139,9 @@ class MLPChunks:
             (*numbers, chunks, self.settings.eps), sizes.whole, sizes.warps,
         )  # fmt: skip
         chain = _GradientChain(self, tokens, small, z2, dzq, d_end, (dv, d_lr), d_norm[1])
+        states = (*fast[:3], *kept[2:])
         for first in reversed(range(0, chunks, every)):
-            start = kept[2 + 3 * (first // every) :][:3]
+            start = states[3 * (first // every) :][:3]
             dq_parts, dk_parts = chain.group(first, min(first + every, chunks), start)
             launch(
                 "mlp_token_gradients", (sizes.programs, min(every, chunks - first)), (dy, dq_parts, dk_parts), (dq, dk),
@@ -164,7 +165,7 @@ class _FusedMLP(torch.autograd.Function):
         fast = tuple(part.float().contiguous() for part in (w1, b1, w2, b2))
         ctx.chunks = MLPChunks(q.shape, w1.shape[-1], settings)
         y, end, kept = ctx.chunks.forward(tokens, small, fast)
-        ctx.save_for_backward(*tokens, *small, *kept)
+        ctx.save_for_backward(*tokens, *small, *fast[:3], *kept)
         ctx.dtypes = [each.dtype for each in (q, k, v, lr, w1, b1, w2, b2, *given)]
         return y, *(each.to(w1.dtype) for each in end)
 
@@ -173,7 +174,9 @@ class _FusedMLP(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *d_end: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: under an activation checkpoint each read computes the call again
         d_fast = tuple(each.float().clone(memory_format=torch.contiguous_format) for each in d_end)
-        of_tokens, of_small, of_fast = ctx.chunks.backward(saved[:4], saved[4:8], saved[8:], dy, d_fast)
+        of_tokens, of_small, of_fast = ctx.chunks.backward(
+            saved[:4], saved[4:8], saved[8:11], saved[11:], dy, d_fast
+        )
         found = (*of_tokens, *of_fast, *of_small)
         return *(each.to(dtype) for each, dtype in zip(found, ctx.dtypes, strict=True)), None
 

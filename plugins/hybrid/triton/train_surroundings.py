@@ -10,7 +10,8 @@
 ``layer.py`` has the formulas; all of them are computed in float32. A program has a token, or ``EACH`` tokens one after the
 other where it adds up gradients of parameters. Flags are bytes, 0 or 1.
 
-Shape legend: B rows, T tokens, H heads, D head width, N width of the host (H D), P programs.
+Shape legend: B rows, T tokens that begin at a chunk's start, C tokens a chunk, H heads, D head width, N width of the host
+(H D), P programs.
 """
 
 from __future__ import annotations
@@ -48,12 +49,8 @@ def store_pairs(POINTER, place, inside, even, odd):
 
 
 @triton.jit
-def turn_of(POSITION, row, time, T, log2_theta, pair, D: tl.constexpr, BY_ROW: tl.constexpr):
-    """cos and sin ``[1, D / 2]`` of a token's rotation; ``POSITION [B, T]`` or, not ``BY_ROW``, ``[T]``."""
-    if BY_ROW:
-        position = tl.load(POSITION + row * T + time)
-    else:
-        position = tl.load(POSITION + time)
+def turn_of(position, log2_theta, pair, D: tl.constexpr):
+    """cos and sin ``[1, D / 2]`` of the rotation of a token at ``position`` in its chunk."""
     # theta^(-2 i / D) in float64: an error of the frequency is multiplied by the position
     frequency = tl.exp2(-(2 * pair).to(tl.float64) / D * log2_theta).to(tl.float32)
     return cos_and_sin(position.to(tl.float32) * frequency)
@@ -84,9 +81,9 @@ def all_below(x, inside, limit):
 
 @triton.jit
 def tokens(
-    Q, K, V, RATE, FINITE, UPDATED, POSITION, NORM_W, NORM_B, TO_Q, TO_K, TO_V, TO_LR, OK, T, base_rate, factor,
+    Q, K, V, RATE, FINITE, UPDATED, NORM_W, NORM_B, TO_Q, TO_K, TO_V, TO_LR, OK, T, base_rate, factor,
     log2_theta, eps, limit,
-    H: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, BY_ROW: tl.constexpr, ALL: tl.constexpr,
+    H: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """A token's ``TO_Q``, ``TO_K``, ``TO_V [B, T, H, D]`` and ``TO_LR [B, T, H]``, all zero unless ``OK [B, T]``.
 
@@ -94,11 +91,11 @@ def tokens(
     zero; not read where ``ALL`` are updated.
     """
     token = tl.program_id(0).to(tl.int64)
-    row, time = token // T, token % T
+    row = token // T
     head, pair = tl.arange(0, BH), tl.arange(0, D // 2)[None, :]
     inside, at = (head < H)[:, None] & (pair >= 0), head[:, None] * D + 2 * pair
     place = token * H * D + at
-    cos, sin = turn_of(POSITION, row, time, T, log2_theta, pair, D, BY_ROW)
+    cos, sin = turn_of((token % T) % C, log2_theta, pair, D)
     even, odd = pairs_of(Q, place, inside)
     length, _ = length_of(even, odd)
     even, odd = even / length, odd / length
@@ -140,9 +137,9 @@ def turned_back(d_even, d_odd, even, odd, cos, sin):
 
 @triton.jit
 def token_gradients(
-    Q, K, V, RATE, OK, UPDATED, POSITION, NORM_W, D_Q, D_K, D_V, D_LR, TO_Q, TO_K, TO_V, TO_RATE, D_NORM_W, D_NORM_B,
+    Q, K, V, RATE, OK, UPDATED, NORM_W, D_Q, D_K, D_V, D_LR, TO_Q, TO_K, TO_V, TO_RATE, D_NORM_W, D_NORM_B,
     COUNT, T, base_rate, factor, log2_theta, eps,
-    H: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, EACH: tl.constexpr, BY_ROW: tl.constexpr, ALL: tl.constexpr,
+    H: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, C: tl.constexpr, EACH: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of ``tokens`` to those of q, k, v and the rate; zero for tokens that are not ``OK``.
 
@@ -156,10 +153,10 @@ def token_gradients(
     for step in range(EACH):
         token = tl.program_id(0).to(tl.int64) * EACH + step
         ok = tl.load(OK + token, mask=token < COUNT, other=0) != 0
-        row, time = token // T, token % T
+        row = token // T
         place, known = token * H * D + at, inside & ok
         if token < COUNT:
-            cos, sin = turn_of(POSITION, row, time, T, log2_theta, pair, D, BY_ROW)
+            cos, sin = turn_of((token % T) % C, log2_theta, pair, D)
             k_even, k_odd = pairs_of(K, place, known)
             length, _ = length_of(k_even, k_odd)
             n_even, n_odd = k_even / length, k_odd / length
