@@ -61,7 +61,7 @@ def compiled(kernel: Any, constants: dict[str, Any], arch: int, warps: int) -> d
 def rows(only: str = "") -> Iterator[tuple[str, dict[str, int]]]:
     """The rows of the record whose name has ``only``, compiled now."""
     from moshi_ttt.plugins.hybrid.triton import linear_kernels, mlp_backward, mlp_forward
-    from moshi_ttt.plugins.hybrid.triton.backend import GROUP, settings_of
+    from moshi_ttt.plugins.hybrid.triton.backend import settings_of
     from moshi_ttt.plugins.hybrid.triton.resources import KERNELS, row_name
 
     for arch in ARCHITECTURES:
@@ -72,7 +72,7 @@ def rows(only: str = "") -> Iterator[tuple[str, dict[str, int]]]:
                     if only not in name:
                         continue
                     settings = settings_of(chunk, 1e-6, "tf32x3")
-                    constants = {"C": chunk, "D": width, "S": settings.slice_width, "EVERY": GROUP, "CAUSAL": True}
+                    constants = {"C": chunk, "D": width, "S": settings.slice_width, "EVERY": settings.every, "CAUSAL": True}
                     constants |= {"PRECISION": settings.precision, "SLICES": 4 * width // settings.slice_width}
                     module = next(m for m in (linear_kernels, mlp_forward, mlp_backward) if hasattr(m, kernel))
                     warps = settings.warps

@@ -24,8 +24,12 @@ AUTO_HEAD_WIDTHS = (64, 128)
 SLICE = 32
 """Rows of W in one product of TTT-Linear, and the most hidden units of TTT-MLP that one program has, at chunk 16; half
 of that at larger ones."""
-GROUP = 4
-"""Chunks between two of which the fast weights are kept for the backward pass, without ``checkpoint_chunks``."""
+GROUP = 320
+"""Tokens between two of which the fast weights are kept for the backward pass, without ``checkpoint_chunks``.
+
+With heads of 128 and a hidden width of 512 the fast weights of a row are as large as 1,024 tokens in float32. The more
+tokens a group has, the less is kept, and the more is alive while the backward pass goes through a group.
+"""
 
 
 def kind_of(widths: tuple[int, ...]) -> str | None:
@@ -127,6 +131,6 @@ def settings_of(
 ) -> TrainSettings:
     """How the kernels run, here and in the record of what they take."""
     return TrainSettings(
-        chunk=chunk, eps=eps, causal=causal, precision=products, every=together or GROUP,
+        chunk=chunk, eps=eps, causal=causal, precision=products, every=together or max(1, GROUP // chunk),
         slice_width=SLICE if chunk == 16 else SLICE // 2,
     )  # fmt: skip

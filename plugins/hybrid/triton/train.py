@@ -123,7 +123,7 @@ def whole_by_kernels(
     tokens: Tokens, fast: FastNetwork, norm: InnerNorm, token_scale: Tensor, scale: Tensor, *, causal: bool,
     together: int | None, products: Products,
 ) -> tuple[Tensor, FastNetwork]:  # fmt: skip
-    """See ``chunk_gradient.WholeChunks``; the fast weights are kept every ``together`` chunks, or ``GROUP``."""
+    """See ``chunk_gradient.WholeChunks``; the fast weights are kept every ``together`` chunks, or ``GROUP`` tokens."""
     from moshi_ttt.plugins.hybrid.triton.linear_chunk import linear_chunks
     from moshi_ttt.plugins.hybrid.triton.mlp_chunk import mlp_chunks
 
