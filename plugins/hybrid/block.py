@@ -127,8 +127,8 @@ class HybridBlock(BlockWithBackends):
         """The layer over the tokens in the order they are in, ``x [B, T, D]``, with its gate and residual."""
         batch, length, _ = x.shape
         run = chunk_inner_loop if exact else self._train_run(x.device)
-        if isinstance(run, TritonTrain) and run.takes_layer(self, state, context):
-            return run.layer(self, x, context, gate, self.token_scale().to(self.roles.state))
+        if isinstance(run, TritonTrain) and run.takes_layer(self, state, context, length):
+            return run.layer(self, x, state, context, gate, self.token_scale().to(self.roles.state))
         offset = None if state is None else state["position"]
         state = self.init_state(batch, x.device) if state is None else state
         layout = self.info.format.chunks(x, self.config.chunk, offset)

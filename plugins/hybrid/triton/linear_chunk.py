@@ -48,6 +48,7 @@ class LinearChunks:
     def __init__(self, shape: torch.Size, settings: TrainSettings) -> None:
         self.shape, self.settings, self.constants = shape, settings, _constants(settings, shape[-1])
         self.causal = {**self.constants, "CAUSAL": settings.causal}
+        self.chain = {**self.constants, "GIVEN": settings.given}
 
     def forward(
         self, tokens: Sequence[Tensor], small: Sequence[Tensor], fast: Sequence[Tensor]
@@ -67,7 +68,7 @@ class LinearChunks:
         w[:, :, 0], b[:, :, 0] = weight, bias[:, :, 0]  # [B, H, 1, D] -> [B, H, D]
         y, programs, sizes = torch.empty_like(q), batch * heads, (length, heads, chunks, self.settings.eps)
         launch(
-            "linear_states", (programs,), (k, v, lr, norm_w, norm_b, scale), (w, b, g, z), sizes, self.constants, warps
+            "linear_states", (programs,), (k, v, lr, norm_w, norm_b, scale), (w, b, g, z), sizes, self.chain, warps
         )
         launch(
             "linear_outputs", (programs, chunks), (q, k, g, norm_w, norm_b, token_scale, w, b), (y,), sizes,
@@ -111,7 +112,7 @@ class LinearChunks:
         given = (q, k, v, lr, g, z, norm_w, norm_b, scale, dz_query)
         launch(
             "linear_state_gradients", (programs,), given, (dg, dw, db, dz, dk, dv, d_scale, *of_keys), numbers,
-            self.constants, warps,
+            self.chain, warps,
         )  # fmt: skip
         given = (k, v, z, norm_w, norm_b, dg, dz, dv, w)
         launch("linear_key_gradients", (programs, chunks), given, (dk, d_lr), numbers, self.constants, warps)

@@ -60,7 +60,8 @@ class _MLPLaunches:
         self.whole = {"C": settings.chunk, "D": self.width}
         self.summed = {**self.whole, "SLICES": slices}
         self.sliced = {**self.summed, "S": settings.slice_width, "PRECISION": settings.precision}
-        self.causal = {**self.sliced, "CAUSAL": settings.causal}
+        self.chain = {**self.sliced, "GIVEN": settings.given}
+        self.causal = {**self.chain, "CAUSAL": settings.causal}
         self.warps = settings.warps
 
 
@@ -218,7 +219,7 @@ class _GradientChain:
             numbers = (sizes.length, sizes.heads, sizes.programs, self.small[3].shape[1], first, last - 1, settings.eps)
             launch(
                 "mlp_states", sizes.grid, (*self.tokens[1:], *self.small[:2], self.small[3], self.z2, *start), again,
-                numbers, sizes.sliced, sizes.warps,
+                numbers, sizes.chain, sizes.warps,
             )  # fmt: skip
             states += list(zip(*again, strict=True))
         parts = [self.z2.new_empty(count, *sizes.parts) for _ in range(2)]
@@ -241,5 +242,5 @@ class _GradientChain:
         )  # fmt: skip
         launch(
             "mlp_key_gradients", sizes.grid, (*tokens[1:], *small[:2], self.z2, self.dzq, self.part, *now),
-            (*self.fast, dx2, dz1, dk_part, *self.written, *self.d_norm), numbers, sizes.sliced, sizes.warps,
+            (*self.fast, dx2, dz1, dk_part, *self.written, *self.d_norm), numbers, sizes.chain, sizes.warps,
         )  # fmt: skip

@@ -27,9 +27,8 @@ MODULES: Mapping[str, tuple[str, ...]] = {
         "mlp_token_gradients",
     ),
     "train_surroundings": (
-        "token_mask", "tokens", "token_gradients", "norm_gradients", "gated", "gate_gradients",
+        "token_mask", "tokens", "token_gradients", "post_norm", "norm_gradients", "gated", "gate_gradients",
     ),
-    "step_surroundings": ("norm",),
 }  # fmt: skip
 """The kernels of each module."""
 KERNELS: Mapping[str, tuple[str, ...]] = {

@@ -1,7 +1,6 @@
 """A whole training call of the layer by Triton kernels: what is around the inner loop, and the inner loop itself.
 
-For a call that starts a sequence, all of whose state is the learned initial one. Between the passes are kept: the input,
-the projections (q, k, v in the dtype of products, the rates), what the inner loop's chunks keep, the post norm's output
+Between the passes are kept: the input, the projections (q, k, v in the dtype of products, the rates), what the inner loop's chunks keep, the post norm's output
 and what is added. Everything else is computed again: normalized, rotated and masked tokens, targets, casts.
 
 ``train_surroundings`` has the kernels around the inner loop, ``mlp_chunk`` and ``linear_chunk`` have the inner loop.
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moshi_ttt.plugins.common.finite import largest_factor
 from moshi_ttt.plugins.hybrid.triton.linear_chunk import LinearChunks
@@ -55,53 +53,94 @@ class LayerNumbers:
     output: torch.dtype
 
 
+@dataclass(frozen=True, kw_only=True)
+class Continued:
+    """What a call continues. No gradient is taken of it.
+
+    Attributes:
+        position: ``[B]`` int64, tokens of the first chunk that came before the call.
+        spoiled: ``[B]`` int64, those of them that may not enter.
+        keys, gradients: ``[B, H, C, D]``, theirs: k, and g of the last layer.
+    """
+
+    position: Tensor
+    spoiled: Tensor
+    keys: Tensor
+    gradients: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a call gives beside its output. No gradient passes through it.
+
+    Attributes:
+        num_nonfinite: ``[B, chunks]`` int64, tokens of each chunk that may not enter, in rows whose updates are enabled.
+        fast: the fast weights after the last whole chunk, ``[B, H, any, any]`` each.
+        keys, values, rates: of slots, ``[B, slots, H, D]`` and ``[B, slots, H]``.
+    """
+
+    num_nonfinite: Tensor
+    fast: tuple[Tensor, ...]
+    keys: Tensor
+    values: Tensor
+    rates: Tensor
+
+
 def inner_layer(
-    q: Tensor, k: Tensor, v: Tensor, rate: Tensor, finite: Tensor, updated: Tensor | None, norm: tuple[Tensor, Tensor],
+    projections: tuple[Tensor, ...], finite: Tensor, updated: Tensor | None, norm: tuple[Tensor, Tensor],
     token_scale: Tensor, post_norm: tuple[Tensor, Tensor], fast: tuple[Tensor, ...], numbers: LayerNumbers,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    continued: Continued | None = None,
+) -> tuple[Tensor, Found]:  # fmt: skip
     """From projections to the post norm's output ``[B, T, N]``.
 
-    Also ``[B, number of chunks]`` bool, chunks with a token that may not enter, and the fast weights after the last
-    whole chunk, ``[B, H, any, any]`` for each of ``fast``; no gradient passes through these.
-
     Args:
-        q, k, v: ``[B, T, N]``. rate: ``[B, T, H]``, before the sigmoid.
+        projections: q, k, v ``[B, T, N]``, and ``[B, T, H]`` the rates, before the sigmoid.
         finite: ``[B, T]`` uint8, tokens that may enter as far as x says.
         updated: ``[B]`` bool, rows whose updates are enabled; None: all.
         norm: weight and bias of the inner LayerNorm, ``[H, D]``. post_norm: those of the post norm, ``[N]``.
         token_scale: ``[C]``.
-        fast: the learned initial fast weights: W and b, or W1, b1, W2 and b2, ``[H, any, any]``.
+        fast: W and b, or W1, b1, W2 and b2: the learned initial ones, ``[H, any, any]``; of a call that continues,
+            those at the start of the first chunk, ``[B, H, any, any]``.
     """
-    out, spoiled, *end = _InnerLayer.apply(  # type: ignore[no-untyped-call]
-        numbers, finite, updated, q, k, v, rate, *norm, token_scale, *post_norm, *fast
+    given = (*projections, *norm, token_scale, *post_norm, *fast)
+    out, counts, keys, values, rates, *end = _InnerLayer.apply(  # type: ignore[no-untyped-call]
+        numbers, continued, finite, updated, *given
     )
-    return out, spoiled, tuple(end)
+    return out, Found(num_nonfinite=counts, fast=tuple(end), keys=keys, values=values, rates=rates)
 
 
 class _Surroundings:
-    """The launches around the inner loop, of one call."""
+    """The launches around the inner loop, of one call.
 
-    def __init__(self, q: Tensor, updated: Tensor | None, numbers: LayerNumbers) -> None:
-        (batch, length, width), heads = q.shape, numbers.heads
-        self.numbers, self.updated = numbers, updated
-        self.shape = torch.Size((batch, length, heads, width // heads))
-        self.count, self.programs = batch * length, -(-batch * length // EACH)
+    Attributes:
+        shape: of the inner loop's tensors, ``[B, slots, H, D]``.
+    """
+
+    def __init__(self, q: Tensor, updated: Tensor | None, continued: Continued | None, numbers: LayerNumbers) -> None:
+        (batch, self.length, width), heads, size = q.shape, numbers.heads, numbers.settings.chunk
+        self.numbers, self.updated, self.continued = numbers, updated, continued
+        slots = size * -(-(self.length + (0 if continued is None else size - 1)) // size)
+        self.shape = torch.Size((batch, slots, heads, width // heads))
+        self.count, self.programs = batch * slots, -(-batch * slots // EACH)
+        self.begins = {"CONTINUED": continued is not None}
         self.heads = {
-            "H": heads, "BH": block_of(heads), "D": width // heads, "C": numbers.settings.chunk, "ALL": updated is None,
+            "H": heads, "BH": block_of(heads), "D": width // heads, "C": size, "ALL": updated is None, **self.begins,
         }  # fmt: skip
-        self.norm = {"N": width, "BN": block_of(width)}
+        self.norm = {"N": width, "BN": block_of(width), **self.begins}
+        self.sizes = (self.length, slots)
         self.rates = (numbers.base_rate, numbers.factor, math.log2(numbers.theta), numbers.target_eps)
 
     def tokens(
         self, projections: tuple[Tensor, ...], finite: Tensor, norm: tuple[Tensor, Tensor]
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """q, k, v ``[B, T, H, D]`` and lr ``[B, T, H]``, and ``[B, T]`` uint8: 1 for tokens that may enter."""
+        """q, k, v ``[B, slots, H, D]`` and lr ``[B, slots, H]``, and ``[B, slots]`` uint8: 0 for those that may not enter."""
         made = [torch.empty(self.shape, device=finite.device, dtype=torch.float32) for _ in range(3)]
         made.append(made[0].new_empty(self.shape[:3]))
-        ok = torch.empty_like(finite)
+        ok, before = finite.new_empty(self.shape[:2]), self.continued
+        earlier = (finite, norm[0], norm[0]) if before is None else (before.position, before.keys, before.gradients)
         launch(
-            "tokens", (self.count,), (*projections, finite, self._updated(finite), *norm), (*made, ok),
-            (self.shape[1], *self.rates, largest_factor(torch.float32)), self.heads, WARPS,
+            "tokens", (self.count,), (*projections, finite, self._updated(finite), *norm, *earlier), (*made, ok),
+            (*self.sizes, *self.rates, largest_factor(torch.float32)), self.heads, WARPS,
         )  # fmt: skip
         return tuple(made), ok
 
@@ -111,30 +150,49 @@ class _Surroundings:
         """The gradients of the projections, and of the inner norm's weight and bias as far as the target has a part."""
         made = [torch.empty_like(each) for each in projections]
         of_norm = [gradients[0].new_empty(self.programs, *self.shape[2:]) for _ in range(2)]
+        given = (*projections, ok, self._updated(ok), norm_weight, self._position(ok), *gradients)
         launch(
-            "token_gradients", (self.programs,), (*projections, ok, self._updated(ok), norm_weight, *gradients),
-            (*made, *of_norm), (self.count, self.shape[1], *self.rates), {**self.heads, "EACH": EACH}, WARPS,
+            "token_gradients", (self.programs,), given, (*made, *of_norm), (self.count, *self.sizes, *self.rates),
+            {**self.heads, "EACH": EACH}, WARPS,
         )  # fmt: skip
         return made, [each.sum(0) for each in of_norm]  # [P, H, D] -> [H, D]
 
     def post_norm(self, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """``[B, T, N]``, of ``y [B, T, H, D]``."""
-        out = torch.empty(*y.shape[:2], y.shape[2] * y.shape[3], device=y.device, dtype=self.numbers.output)
-        launch("norm", (self.count,), (y, weight, bias), (out,), (self.numbers.post_norm_eps,), self.norm, WARPS)
+        """``[B, T, N]``, of ``y [B, slots, H, D]``."""
+        out = torch.empty(len(y), self.length, len(weight), device=y.device, dtype=self.numbers.output)
+        launch(
+            "post_norm", (self.count,), (y, weight, bias, self._position(y)), (out,),
+            (*self.sizes, self.numbers.post_norm_eps), self.norm, WARPS,
+        )  # fmt: skip
         return out
 
     def post_norm_gradients(self, y: Tensor, d_out: Tensor, weight: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The gradient of ``y``, and those of weight and bias."""
-        dy, of_norm = torch.empty_like(y), [y.new_empty(self.programs, weight.shape[0]) for _ in range(2)]
+        dy, of_norm = torch.empty_like(y), [y.new_empty(self.programs, len(weight)) for _ in range(2)]
         launch(
-            "norm_gradients", (self.programs,), (y, d_out, weight), (dy, *of_norm),
-            (self.count, self.numbers.post_norm_eps), {**self.norm, "EACH": EACH}, WARPS,
+            "norm_gradients", (self.programs,), (y, d_out, weight, self._position(y)), (dy, *of_norm),
+            (self.count, *self.sizes, self.numbers.post_norm_eps), {**self.norm, "EACH": EACH}, WARPS,
         )  # fmt: skip
         return dy, [each.sum(0) for each in of_norm]  # [P, N] -> [N]
+
+    def scales(self, ok: Tensor, token_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each chunk, ``[B, chunks]``: tokens that may not enter, whether its update is applied, and its scale."""
+        size, before = self.numbers.settings.chunk, self.continued
+        out = ok == 0 if self.updated is None else (ok == 0) & self.updated[:, None]  # [B, slots]
+        counts = out.view(len(ok), -1, size).sum(2)  # [B, slots] -> [B, chunks, C] -> [B, chunks]
+        if before is not None:
+            counts[:, 0] += before.spoiled
+        end = size * torch.arange(1, counts.shape[1] + 1, device=ok.device)  # [chunks]
+        ended = end <= self.length + (0 if before is None else before.position[:, None])  # [chunks] or [B, chunks]
+        applied = (counts == 0) & ended
+        return counts, applied, torch.where(applied, token_scale[-1], 0)
 
     def _updated(self, other: Tensor) -> Tensor:
         """The mask, or, where there is none, a tensor that is not read."""
         return other if self.updated is None else self.updated.view(torch.uint8)
+
+    def _position(self, other: Tensor) -> Tensor:
+        return other if self.continued is None else self.continued.position
 
 
 def _chunks_of(shape: torch.Size, fast: tuple[Tensor, ...], settings: TrainSettings) -> MLPChunks | LinearChunks:
@@ -142,56 +200,42 @@ def _chunks_of(shape: torch.Size, fast: tuple[Tensor, ...], settings: TrainSetti
 
 
 def _of_rows(fast: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
-    """Fast weights for each row: ``[H, any, any]`` to ``[B, H, any, any]``, float32."""
-    return tuple(each.float().expand(batch, *each.shape).contiguous() for each in fast)
-
-
-def _spoiled(ok: Tensor, updated: Tensor | None, size: int) -> Tensor:
-    """``[B, number of chunks]`` bool: chunks with a token that may not enter, in rows whose updates are enabled."""
-    spoiled = ok == 0  # [B, T]
-    if updated is not None:
-        spoiled = spoiled & updated[:, None]
-    batch, length = ok.shape
-    padded = F.pad(spoiled, (0, -length % size))
-    return padded.view(batch, -1, size).any(2)  # [B, N C] -> [B, N, C] -> [B, N]
+    """Fast weights of each row: ``[H, any, any]``, or ``[B, H, any, any]``, to ``[B, H, any, any]`` float32."""
+    return tuple(each.float().expand(batch, *each.shape[-3:]).contiguous() for each in fast)
 
 
 class _InnerLayer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, numbers: LayerNumbers, finite: Tensor, updated: Tensor | None, *given: Tensor
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, numbers: LayerNumbers, continued: Continued | None, finite: Tensor, updated: Tensor | None,
+        *given: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         projections = tuple(each.contiguous() for each in given[:4])
         norm_w, norm_b, token_scale, post_w, post_b = (each.float().contiguous() for each in given[4:9])
-        fast, size = given[9:], numbers.settings.chunk
-        around = _Surroundings(projections[0], updated, numbers)
+        fast, around = given[9:], _Surroundings(projections[0], updated, continued, numbers)
         tokens, ok = around.tokens(projections, finite, (norm_w, norm_b))
-        spoiled = _spoiled(ok, updated, size)
-        whole = around.shape[1] // size
-        applied = ~spoiled
-        applied[:, whole:] = False  # a chunk that the call does not end
-        scale = torch.where(applied, token_scale[-1], 0)
+        counts, applied, scale = around.scales(ok, token_scale)
         chunks = _chunks_of(around.shape, fast, numbers.settings)
         y, end, kept = chunks.forward(tokens, (norm_w, norm_b, token_scale, scale), _of_rows(fast, len(ok)))
         out = around.post_norm(y, post_w, post_b)
         ctx.save_for_backward(
             *projections, norm_w, norm_b, token_scale, post_w, scale, ok, finite, applied, *fast, *kept
         )
-        ctx.numbers, ctx.updated, ctx.fast = numbers, updated, len(fast)
+        ctx.numbers, ctx.continued, ctx.updated, ctx.fast = numbers, continued, updated, len(fast)
         ctx.dtypes = [each.dtype for each in given]
-        ctx.mark_non_differentiable(spoiled, *end)
+        ctx.mark_non_differentiable(counts, *tokens[1:], *end)
         ctx.set_materialize_grads(False)
-        return out, spoiled, *end
+        return out, counts, *tokens[1:], *end
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
         if d_out is None:
-            return (None,) * (3 + len(ctx.dtypes))
+            return (None,) * (4 + len(ctx.dtypes))
         saved = ctx.saved_tensors  # read once: under an activation checkpoint each read computes the call again
         projections, (norm_w, norm_b, token_scale, post_w, scale, ok, finite, applied) = saved[:4], saved[4:12]
         fast, kept = saved[12 : 12 + ctx.fast], saved[12 + ctx.fast :]
-        around = _Surroundings(projections[0], ctx.updated, ctx.numbers)
+        around = _Surroundings(projections[0], ctx.updated, ctx.continued, ctx.numbers)
         tokens, _ = around.tokens(projections, finite, (norm_w, norm_b))
         small, chunks = (norm_w, norm_b, token_scale, scale), _chunks_of(around.shape, fast, ctx.numbers.settings)
         y = chunks.outputs(tokens[0], small, kept)
@@ -203,9 +247,10 @@ class _InnerLayer(torch.autograd.Function):
         )
         d_projections, (more_w, more_b) = around.token_gradients(projections, ok, norm_w, of_tokens)
         d_scales[-1] += torch.where(applied, d_scale, 0).sum()
-        found = (*d_projections, d_norm_w + more_w, d_norm_b + more_b, d_scales, *of_post)
-        rows = (each.sum(0) for each in of_fast)  # [B, H, any, any] -> [H, any, any]
-        return None, None, None, *(each.to(dtype) for each, dtype in zip((*found, *rows), ctx.dtypes, strict=True))
+        found = [*d_projections, d_norm_w + more_w, d_norm_b + more_b, d_scales, *of_post]
+        # [B, H, any, any], and of what all rows share [H, any, any]
+        found += of_fast if ctx.continued is not None else [each.sum(0) for each in of_fast]
+        return None, None, None, None, *(each.to(dtype) for each, dtype in zip(found, ctx.dtypes, strict=True))
 
 
 def gated(x: Tensor, added: Tensor, alpha: Tensor, volume: float | Tensor) -> Tensor:

@@ -21,6 +21,7 @@ class TrainSettings:
         every: chunks a group. The fast weights at the start of each group are kept for the backward pass.
         slice_width: of TTT-MLP, hidden units that one program has; of TTT-Linear, rows of W in one product.
         warps: warps a program.
+        given: tokens whose rate is below 0 are from before the call: their values are gradients (``key_gradient``).
     """
 
     chunk: int
@@ -30,3 +31,4 @@ class TrainSettings:
     every: int = 4
     slice_width: int = 32
     warps: int = 8
+    given: bool = False

@@ -3,15 +3,16 @@
     token_mask      x with zeros for tokens that may not enter, and which may
     tokens          projections q, k, v of x and w_h . x + b_h -> q, k, v' and lr (L2 norm, rotary embedding, target, rate)
     token_gradients the way back
-    norm_gradients  of the post norm, whose forward kernel is that of a step (``step_surroundings.norm``)
+    post_norm       the LayerNorm of the inner loop's outputs
+    norm_gradients  the way back
     gated           x + volume * tanh(alpha) * added
     gate_gradients  the way back, but for x, whose gradient is that of the output
 
-``layer.py`` has the formulas; all of them are computed in float32. A program has a token, or ``EACH`` tokens one after the
-other where it adds up gradients of parameters. Flags are bytes, 0 or 1.
+``layer.py`` has the formulas; all of them are computed in float32. The inner loop's tensors are of slots, in whole
+chunks: a call that continues a chunk begins in its middle, row by row. A program has a token or a slot, or ``EACH`` of
+them one after the other where it adds up gradients of parameters. Flags are bytes, 0 or 1.
 
-Shape legend: B rows, T tokens that begin at a chunk's start, C tokens a chunk, H heads, D head width, N width of the host
-(H D), P programs.
+Shape legend: B rows, T tokens, C tokens a chunk, H heads, D head width, N width of the host (H D), P programs.
 """
 
 from __future__ import annotations
@@ -80,49 +81,82 @@ def all_below(x, inside, limit):
 
 
 @triton.jit
-def tokens(
-    Q, K, V, RATE, FINITE, UPDATED, NORM_W, NORM_B, TO_Q, TO_K, TO_V, TO_LR, OK, T, base_rate, factor,
-    log2_theta, eps, limit,
-    H: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ALL: tl.constexpr,
-):  # fmt: skip
-    """A token's ``TO_Q``, ``TO_K``, ``TO_V [B, T, H, D]`` and ``TO_LR [B, T, H]``, all zero unless ``OK [B, T]``.
+def time_of(POSITION, index, T, SLOTS, CONTINUED: tl.constexpr):
+    """Of slot ``index`` of all rows: its row, its slot in the row, and which token lies in it, from 0 to T - 1 if one.
 
-    It is where ``FINITE``, and where all that it gives is below ``limit``. ``UPDATED [B]``: rows whose rates are not
-    zero; not read where ``ALL`` are updated.
+    A row begins at slot ``POSITION [B]`` where the call is ``CONTINUED``, else at 0.
     """
-    token = tl.program_id(0).to(tl.int64)
-    row = token // T
+    row, slot = index // SLOTS, index % SLOTS
+    time = slot
+    if CONTINUED:
+        time -= tl.load(POSITION + row)
+    return row, slot, time
+
+
+@triton.jit
+def tokens(
+    Q, K, V, RATE, FINITE, UPDATED, NORM_W, NORM_B, POSITION, EARLIER_K, EARLIER_G, TO_Q, TO_K, TO_V, TO_LR, OK, T,
+    SLOTS, base_rate, factor, log2_theta, eps, limit,
+    H: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ALL: tl.constexpr, CONTINUED: tl.constexpr,
+):  # fmt: skip
+    """Of a slot ``TO_Q``, ``TO_K``, ``TO_V [B, slots, H, D]`` and ``TO_LR [B, slots, H]``, zero without a token.
+
+    They are zero, and ``OK [B, slots]`` is, for a token that may not enter: unless it is ``FINITE`` and all that it
+    gives is below ``limit``. ``UPDATED [B]``: rows whose rates are not zero; not read where ``ALL`` are updated.
+
+    ``EARLIER_K`` and ``EARLIER_G [B, H, C, D]`` are put into slots before a row's first: they are k, and g as v, with a
+    rate of -1 (``train_parts.key_gradient``).
+    """
+    index = tl.program_id(0).to(tl.int64)
+    row, slot, time = time_of(POSITION, index, T, SLOTS, CONTINUED)
+    exists = (time >= 0) & (time < T)
     head, pair = tl.arange(0, BH), tl.arange(0, D // 2)[None, :]
     inside, at = (head < H)[:, None] & (pair >= 0), head[:, None] * D + 2 * pair
+    given, token = inside & exists, row * T + time
     place = token * H * D + at
-    cos, sin = turn_of((token % T) % C, log2_theta, pair, D)
-    even, odd = pairs_of(Q, place, inside)
+    cos, sin = turn_of(slot % C, log2_theta, pair, D)
+    even, odd = pairs_of(Q, place, given)
     length, _ = length_of(even, odd)
     even, odd = even / length, odd / length
     q_even, q_odd = even * cos - odd * sin, even * sin + odd * cos
-    even, odd = pairs_of(K, place, inside)
+    even, odd = pairs_of(K, place, given)
     length, _ = length_of(even, odd)
     even, odd = even / length, odd / length
     k_even, k_odd = even * cos - odd * sin, even * sin + odd * cos
-    v_even, v_odd = pairs_of(V, place, inside)
+    v_even, v_odd = pairs_of(V, place, given)
     even, odd, _, divisor = deviation_of(v_even, v_odd, k_even, k_odd, inside, eps, D)
     w_even, w_odd = pairs_of(NORM_W, at, inside)
     b_even, b_odd = pairs_of(NORM_B, at, inside)
     v_even, v_odd = w_even * even / divisor + b_even + k_even, w_odd * odd / divisor + b_odd + k_odd
-    lr = factor * (base_rate * tl.sigmoid(tl.load(RATE + token * H + head, mask=head < H, other=0.0).to(tl.float32)))
+    rate = tl.load(RATE + token * H + head, mask=(head < H) & exists, other=0.0).to(tl.float32)
+    lr = factor * (base_rate * tl.sigmoid(rate))
     if not ALL:
         lr = tl.where(tl.load(UPDATED + row) != 0, lr, 0.0)
-    ok = tl.load(FINITE + token).to(tl.int32)
+    ok = tl.load(FINITE + token, mask=exists, other=1).to(tl.int32)
     ok = ok * all_below(q_even, inside, limit) * all_below(q_odd, inside, limit)
     ok = ok * all_below(k_even, inside, limit) * all_below(k_odd, inside, limit)
     ok = ok * all_below(v_even, inside, limit) * all_below(v_odd, inside, limit)
     ok = ok * tl.min(tl.where((tl.abs(lr) < limit) | (head >= H), 1, 0), 0)
-    tl.store(OK + token, ok)
-    kept = ok != 0
-    store_pairs(TO_Q, place, inside, tl.where(kept, q_even, 0.0), tl.where(kept, q_odd, 0.0))
-    store_pairs(TO_K, place, inside, tl.where(kept, k_even, 0.0), tl.where(kept, k_odd, 0.0))
-    store_pairs(TO_V, place, inside, tl.where(kept, v_even, 0.0), tl.where(kept, v_odd, 0.0))
-    tl.store(TO_LR + token * H + head, tl.where(kept, lr, 0.0), mask=head < H)
+    ok = tl.where(exists, ok, 1)
+    tl.store(OK + index, ok)
+    kept = (ok != 0) & exists
+    q_even, q_odd = tl.where(kept, q_even, 0.0), tl.where(kept, q_odd, 0.0)
+    k_even, k_odd = tl.where(kept, k_even, 0.0), tl.where(kept, k_odd, 0.0)
+    v_even, v_odd = tl.where(kept, v_even, 0.0), tl.where(kept, v_odd, 0.0)
+    lr = tl.where(kept, lr, 0.0)
+    if CONTINUED:
+        before = time < 0
+        there = ((row * H + head) * C + slot)[:, None] * D + 2 * pair
+        even, odd = pairs_of(EARLIER_K, there, inside & before)
+        k_even, k_odd = tl.where(before, even, k_even), tl.where(before, odd, k_odd)
+        even, odd = pairs_of(EARLIER_G, there, inside & before)
+        v_even, v_odd = tl.where(before, even, v_even), tl.where(before, odd, v_odd)
+        lr = tl.where(before, -1.0, lr)
+    place = index * H * D + at
+    store_pairs(TO_Q, place, inside, q_even, q_odd)
+    store_pairs(TO_K, place, inside, k_even, k_odd)
+    store_pairs(TO_V, place, inside, v_even, v_odd)
+    tl.store(TO_LR + index * H + head, lr, mask=head < H)
 
 
 @triton.jit
@@ -137,13 +171,14 @@ def turned_back(d_even, d_odd, even, odd, cos, sin):
 
 @triton.jit
 def token_gradients(
-    Q, K, V, RATE, OK, UPDATED, NORM_W, D_Q, D_K, D_V, D_LR, TO_Q, TO_K, TO_V, TO_RATE, D_NORM_W, D_NORM_B,
-    COUNT, T, base_rate, factor, log2_theta, eps,
+    Q, K, V, RATE, OK, UPDATED, NORM_W, POSITION, D_Q, D_K, D_V, D_LR, TO_Q, TO_K, TO_V, TO_RATE, D_NORM_W, D_NORM_B,
+    COUNT, T, SLOTS, base_rate, factor, log2_theta, eps,
     H: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, C: tl.constexpr, EACH: tl.constexpr, ALL: tl.constexpr,
+    CONTINUED: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of ``tokens`` to those of q, k, v and the rate; zero for tokens that are not ``OK``.
 
-    ``COUNT``: B T. ``D_NORM_W`` and ``D_NORM_B [P, H, D]``: a program's part.
+    ``COUNT``: slots of all rows. ``D_NORM_W`` and ``D_NORM_B [P, H, D]``: a program's part.
     """
     head, pair = tl.arange(0, BH), tl.arange(0, D // 2)[None, :]
     inside, at = (head < H)[:, None] & (pair >= 0), head[:, None] * D + 2 * pair
@@ -151,19 +186,21 @@ def token_gradients(
     dw_even, dw_odd = tl.zeros([BH, D // 2], tl.float32), tl.zeros([BH, D // 2], tl.float32)
     db_even, db_odd = tl.zeros([BH, D // 2], tl.float32), tl.zeros([BH, D // 2], tl.float32)
     for step in range(EACH):
-        token = tl.program_id(0).to(tl.int64) * EACH + step
-        ok = tl.load(OK + token, mask=token < COUNT, other=0) != 0
-        row = token // T
-        place, known = token * H * D + at, inside & ok
-        if token < COUNT:
-            cos, sin = turn_of((token % T) % C, log2_theta, pair, D)
+        index = tl.program_id(0).to(tl.int64) * EACH + step
+        if index < COUNT:
+            row, slot, time = time_of(POSITION, index, T, SLOTS, CONTINUED)
+            exists = (time >= 0) & (time < T)
+            ok = exists & (tl.load(OK + index) != 0)
+            place, known, token = (row * T + time) * H * D + at, inside & ok, (row * T + time) * H
+            from_slot, made = index * H * D + at, inside & exists
+            cos, sin = turn_of(slot % C, log2_theta, pair, D)
             k_even, k_odd = pairs_of(K, place, known)
             length, _ = length_of(k_even, k_odd)
             n_even, n_odd = k_even / length, k_odd / length
             even, odd = n_even * cos - n_odd * sin, n_even * sin + n_odd * cos
             v_even, v_odd = pairs_of(V, place, known)
             even, odd, std, divisor = deviation_of(v_even, v_odd, even, odd, known, eps, D)
-            d_even, d_odd = pairs_of(D_V, place, known)
+            d_even, d_odd = pairs_of(D_V, from_slot, known)
             dw_even += d_even * even / divisor
             dw_odd += d_odd * odd / divisor
             db_even += d_even
@@ -174,44 +211,66 @@ def token_gradients(
             a_even, a_odd = a_even / divisor - along * even, a_odd / divisor - along * odd
             mean = tl.sum(a_even + a_odd, 1)[:, None] / D
             a_even, a_odd = tl.where(known, a_even - mean, 0.0), tl.where(known, a_odd - mean, 0.0)
-            store_pairs(TO_V, place, inside, a_even, a_odd)
-            g_even, g_odd = pairs_of(D_K, place, known)
+            store_pairs(TO_V, place, made, a_even, a_odd)
+            g_even, g_odd = pairs_of(D_K, from_slot, known)
             g_even, g_odd = turned_back(g_even + d_even - a_even, g_odd + d_odd - a_odd, k_even, k_odd, cos, sin)
-            store_pairs(TO_K, place, inside, g_even, g_odd)
+            store_pairs(TO_K, place, made, g_even, g_odd)
             q_even, q_odd = pairs_of(Q, place, known)
-            g_even, g_odd = pairs_of(D_Q, place, known)
+            g_even, g_odd = pairs_of(D_Q, from_slot, known)
             g_even, g_odd = turned_back(g_even, g_odd, q_even, q_odd, cos, sin)
-            store_pairs(TO_Q, place, inside, g_even, g_odd)
+            store_pairs(TO_Q, place, made, g_even, g_odd)
             mine = (head < H) & ok
-            s = tl.sigmoid(tl.load(RATE + token * H + head, mask=mine, other=0.0).to(tl.float32))
-            rate = tl.load(D_LR + token * H + head, mask=mine, other=0.0) * factor * base_rate * s * (1 - s)
+            s = tl.sigmoid(tl.load(RATE + token + head, mask=mine, other=0.0).to(tl.float32))
+            rate = tl.load(D_LR + index * H + head, mask=mine, other=0.0) * factor * base_rate * s * (1 - s)
             if not ALL:
                 rate = tl.where(tl.load(UPDATED + row) != 0, rate, 0.0)
-            tl.store(TO_RATE + token * H + head, rate.to(TO_RATE.dtype.element_ty), mask=head < H)
+            tl.store(TO_RATE + token + head, rate.to(TO_RATE.dtype.element_ty), mask=(head < H) & exists)
     part = tl.program_id(0) * H * D + at
     store_pairs(D_NORM_W, part, inside, dw_even, dw_odd)
     store_pairs(D_NORM_B, part, inside, db_even, db_odd)
 
 
 @triton.jit
-def norm_gradients(
-    Y, D_OUT, WEIGHT, D_Y, D_WEIGHT, D_BIAS, COUNT, eps, N: tl.constexpr, BN: tl.constexpr, EACH: tl.constexpr,
+def post_norm(
+    Y, WEIGHT, BIAS, POSITION, OUT, T, SLOTS, eps, N: tl.constexpr, BN: tl.constexpr, CONTINUED: tl.constexpr,
 ):  # fmt: skip
-    """The way back through the LayerNorm of ``Y [B, T, N]``; ``D_WEIGHT`` and ``D_BIAS [P, N]``: a program's part."""
+    """The LayerNorm of a slot of ``Y [B, slots, N]``, into its token of ``OUT [B, T, N]``."""
+    index, column = tl.program_id(0).to(tl.int64), tl.arange(0, BN)
+    row, _, time = time_of(POSITION, index, T, SLOTS, CONTINUED)
+    if (time >= 0) & (time < T):
+        y = vector(Y + index * N, column, N)
+        centered = tl.where(column < N, y - tl.sum(y, 0) / N, 0.0)
+        r = 1 / tl.sqrt(tl.sum(centered * centered, 0) / N + eps)
+        out = centered * r * vector(WEIGHT, column, N) + vector(BIAS, column, N)
+        tl.store(OUT + (row * T + time) * N + column, out.to(OUT.dtype.element_ty), mask=column < N)
+
+
+@triton.jit
+def norm_gradients(
+    Y, D_OUT, WEIGHT, POSITION, D_Y, D_WEIGHT, D_BIAS, COUNT, T, SLOTS, eps,
+    N: tl.constexpr, BN: tl.constexpr, EACH: tl.constexpr, CONTINUED: tl.constexpr,
+):  # fmt: skip
+    """The way back through ``post_norm``: ``D_Y`` is zero in slots without a token.
+
+    ``COUNT``: slots of all rows. ``D_WEIGHT`` and ``D_BIAS [P, N]``: a program's part.
+    """
     column = tl.arange(0, BN)
     weight = vector(WEIGHT, column, N)
     d_weight, d_bias = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
     for step in range(EACH):
-        token = tl.program_id(0).to(tl.int64) * EACH + step
-        if token < COUNT:
-            y, d_out = vector(Y + token * N, column, N), vector(D_OUT + token * N, column, N)
+        index = tl.program_id(0).to(tl.int64) * EACH + step
+        if index < COUNT:
+            row, _, time = time_of(POSITION, index, T, SLOTS, CONTINUED)
+            known = (column < N) & (time >= 0) & (time < T)
+            y = tl.load(Y + index * N + column, mask=known, other=0.0)
+            d_out = tl.load(D_OUT + (row * T + time) * N + column, mask=known, other=0.0).to(tl.float32)
             centered = tl.where(column < N, y - tl.sum(y, 0) / N, 0.0)
             r = 1 / tl.sqrt(tl.sum(centered * centered, 0) / N + eps)
             n, d = centered * r, d_out * weight
             d_weight += d_out * n
             d_bias += d_out
             d_y = r * (d - tl.sum(d, 0) / N - n * (tl.sum(d * n, 0) / N))
-            tl.store(D_Y + token * N + column, d_y.to(D_Y.dtype.element_ty), mask=column < N)
+            tl.store(D_Y + index * N + column, d_y, mask=column < N)
     part = tl.program_id(0).to(tl.int64) * N + column
     tl.store(D_WEIGHT + part, d_weight, mask=column < N)
     tl.store(D_BIAS + part, d_bias, mask=column < N)

@@ -14,7 +14,9 @@ from tests.project import ROOT
 
 CASES = (
     "linear", "linear, not causal", "linear, volumes by row", "mlp", "mlp, less than a chunk",
-    "mlp, a row without updates", "mlp, both directions", "mlp, tokens that may not enter",
+    "mlp, a row without updates", "mlp, both directions", "mlp, tokens that may not enter", "linear, continued",
+    "mlp, continued", "mlp, continued, one row anew", "mlp, continued, tokens that may not enter",
+    "mlp, the state wanted",
 )  # fmt: skip
 
 

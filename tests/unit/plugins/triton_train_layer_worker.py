@@ -28,6 +28,11 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "mlp, a row without updates": ("ttt_mlp", 33, {}, {"updates": [True, False]}),
     "mlp, both directions": ("ttt_mlp", 19, {"bidirectional": True}, {}),
     "mlp, tokens that may not enter": ("ttt_mlp", 50, {}, {"spoiled": True}),
+    "linear, continued": ("ttt_linear", 37, {}, {"earlier": 21}),
+    "mlp, continued": ("ttt_mlp", 37, {"checkpoint_chunks": 2}, {"earlier": 21}),
+    "mlp, continued, one row anew": ("ttt_mlp", 27, {}, {"earlier": 21, "reset": [True, False]}),
+    "mlp, continued, tokens that may not enter": ("ttt_mlp", 50, {}, {"earlier": 5, "spoiled": True}),
+    "mlp, the state wanted": ("ttt_mlp", 35, {}, {"earlier": 0}),
 }
 """Variant, tokens, options, and what the call is given."""
 
@@ -39,33 +44,57 @@ def block_of(variant: str, options: dict[str, Any], dtype: torch.dtype, backend:
     return case, case.block()
 
 
+def drawn(case: BlockCase, length: int, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """x ``[B, T, N]`` float64, and ``[B, T]`` bool, its tokens that may enter."""
+    x = BlockCase(variant=case.variant, config=case.config, dtype=torch.float64, shape=case.shape).inputs(length)
+    entering = torch.ones(ROWS, length, dtype=torch.bool)
+    if "spoiled" in given:  # float64 would take a number that is too large for float32
+        x[0, 5, 3], x[1, 40, 2] = torch.inf, torch.nan
+        entering[0, 5] = entering[1, 40] = False
+    return x, entering
+
+
+def state_before(block: Any, case: BlockCase, length: int) -> dict[str, torch.Tensor]:
+    """The state after ``length`` tokens of one row and, of the other, none; the initial one after 0."""
+    state = block.allocate_state(ROWS)
+    if length:
+        x = case.inputs(length, seed=7)
+        if length < CHUNK:
+            x[0, 2, 1] = torch.inf  # spoils the chunk in which it ends
+        with torch.no_grad():
+            state = block(x, state, BlockContext(exec_mask=torch.tensor([True, False])))[1]
+    return state
+
+
 def called(name: str, dtype: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
     """Output, gradients and state of a call; where tokens may not enter, their own outputs are left out."""
     variant, length, options, given = CASES[name]
     case, block = block_of(variant, options, dtype, backend)
-    x = BlockCase(variant=variant, config=case.config, dtype=torch.float64, shape=case.shape).inputs(length)
-    weights, entering = x.flip(1).clone(), torch.ones(ROWS, length, dtype=torch.bool)
-    if "spoiled" in given:  # a number that is too large, and one that is none
-        x[0, 5, 3], x[1, 40, 2] = 1e30, torch.nan
-        entering[0, 5] = entering[1, 40] = False
+    x, entering = drawn(case, length, given)
+    weights, carries = x.nan_to_num(0, 0, 0).flip(1), "earlier" in given
     x = x.to(dtype).requires_grad_()
-    volume, updates = given.get("volume", 1.0), given.get("updates", True)
+    volume, updates, reset = given.get("volume", 1.0), given.get("updates", True), given.get("reset")
     context = BlockContext(
-        want_state=False, volume=torch.tensor(volume, dtype=dtype) if isinstance(volume, list) else volume,
+        want_state=carries, detach_state=carries, reset=None if reset is None else torch.tensor(reset),
+        volume=torch.tensor(volume, dtype=dtype) if isinstance(volume, list) else volume,
         updates=torch.tensor(updates) if isinstance(updates, list) else updates,
     )  # fmt: skip
-    y, after = block(x, None, context)
+    state = state_before(block, case, given["earlier"]) if given.get("earlier") else None
+    y, after = block(x, state, context)
     if backend == "triton":
-        assert isinstance(block._train_run(x.device), TritonTrain)
-        assert block._train_run(x.device).takes_layer(block, None, context)
+        run = block._train_run(x.device)
+        assert isinstance(run, TritonTrain)
+        assert run.takes_layer(block, state, context, length)
     torch.where(entering[..., None], y * weights.to(y), 0).sum().backward()  # [B, T, 1] over [B, T, N]
     found = {"y": torch.where(entering[..., None], y, 0), "x": torch.where(entering[..., None], x.grad, 0)}
-    found |= {name: parameter.grad for name, parameter in block.named_parameters()}
+    found |= {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in block.named_parameters()}
     whole = length // CHUNK * CHUNK
-    if case.causal:  # the state after the last whole chunk
-        if backend != "triton" and whole:
+    if carries:
+        found |= after
+    elif case.causal and whole:  # the state after the last whole chunk
+        if backend != "triton":
             _, after = block(x[:, :whole].detach(), None, BlockContext(updates=context.updates))
-        found |= {n: after[n] for n in after if whole and n.startswith(("weight", "bias", "skipped"))}
+        found |= {n: after[n] for n in after if n.startswith(("weight", "bias", "skipped", "position"))}
     return {name: tensor.detach().double() for name, tensor in found.items()}
 
 
