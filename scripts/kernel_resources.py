@@ -72,8 +72,9 @@ def rows(only: str = "") -> Iterator[tuple[str, dict[str, int]]]:
                     if only not in name:
                         continue
                     settings = settings_of(chunk, 1e-6, "tf32x3")
-                    constants = {"C": chunk, "D": width, "S": settings.slice_width, "EVERY": settings.every, "CAUSAL": True, "GIVEN": False}
+                    constants = {"C": chunk, "D": width, "S": settings.slice_width, "EVERY": settings.every}
                     constants |= {"PRECISION": settings.precision, "SLICES": 4 * width // settings.slice_width}
+                    constants |= {"CAUSAL": True, "GIVEN": False}
                     module = next(m for m in (linear_kernels, mlp_forward, mlp_backward) if hasattr(m, kernel))
                     warps = settings.warps
                     yield name, compiled(getattr(module, kernel), constants, arch, warps) | {"warps": warps}

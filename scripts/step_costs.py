@@ -104,7 +104,7 @@ def _weights(trained: TrainedModel, rows: int, frames: int) -> int:
 
 
 def _update(trained: TrainedModel, settings: Settings) -> int:
-    """Launches of clipping and of AdamW. On stand-ins of one number: torch takes lists of tensors on CUDA and the CPU."""
+    """Launches of clipping and of AdamW, on stand-ins of one number: lists of tensors need CUDA or the CPU."""
     stand_ins = {parameter: nn.Parameter(torch.zeros(1)) for parameter in trained.trained().values()}
     groups = [
         {**group, "params": [stand_ins[parameter] for parameter in group["params"]]}

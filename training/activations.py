@@ -78,7 +78,7 @@ class _FusedAttention(torch.autograd.Function):
 
 class _Fused(TorchFunctionMode):
     def __init__(self, log: DeviceLog) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.log = log
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

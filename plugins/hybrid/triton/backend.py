@@ -1,4 +1,7 @@
-"""Where the backend ``triton`` of a training call can serve, and how its kernels run. ``train`` is the backend itself."""
+"""Where the backend ``triton`` of a training call can serve, and how its kernels run.
+
+``train`` is the backend itself.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,10 @@ GROUP = 320
 With heads of 128 and a hidden width of 512 the fast weights of a row are as large as 1,024 tokens in float32. The more
 tokens a group has, the less is kept, and the more is alive while the backward pass goes through a group.
 """
+
+
+PARTS = 160
+"""Tokens of which TTT-MLP's slices hold their parts of outputs, or of gradients, at a time."""
 
 
 def kind_of(widths: tuple[int, ...]) -> str | None:
@@ -132,5 +139,6 @@ def settings_of(
     """How the kernels run, here and in the record of what they take."""
     return TrainSettings(
         chunk=chunk, eps=eps, causal=causal, precision=products, every=together or max(1, GROUP // chunk),
+        parts=max(1, PARTS // chunk),
         slice_width=SLICE if chunk == 16 else SLICE // 2,
     )  # fmt: skip

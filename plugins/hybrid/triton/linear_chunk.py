@@ -67,9 +67,7 @@ class LinearChunks:
         b = g.new_empty(batch, heads, chunks + 1, width)
         w[:, :, 0], b[:, :, 0] = weight, bias[:, :, 0]  # [B, H, 1, D] -> [B, H, D]
         y, programs, sizes = torch.empty_like(q), batch * heads, (length, heads, chunks, self.settings.eps)
-        launch(
-            "linear_states", (programs,), (k, v, lr, norm_w, norm_b, scale), (w, b, g, z), sizes, self.chain, warps
-        )
+        launch("linear_states", (programs,), (k, v, lr, norm_w, norm_b, scale), (w, b, g, z), sizes, self.chain, warps)
         launch(
             "linear_outputs", (programs, chunks), (q, k, g, norm_w, norm_b, token_scale, w, b), (y,), sizes,
             self.causal, warps,

@@ -91,7 +91,8 @@ class MLPChunks:
         y = torch.empty_like(tokens[0])
         kept: list[Tensor] = []
         part, next_part = z2.new_empty(sizes.parts), z2.new_empty(sizes.parts)
-        query_parts = z2.new_empty(min(every, chunks), *sizes.parts)
+        together = min(self.settings.parts, chunks)
+        query_parts = z2.new_empty(together, *sizes.parts)
         numbers = (sizes.length, sizes.heads)
         launch("mlp_first_keys", sizes.grid, (tokens[1], *now[:3]), (part,), numbers, sizes.sliced, sizes.warps)
         for chunk in range(chunks):
@@ -100,12 +101,12 @@ class MLPChunks:
             after = tuple(torch.empty_like(each) for each in now)
             launch(
                 "mlp_chunk", sizes.grid, (*tokens, *small, part, *now),
-                (z2, next_part, *after, query_parts[chunk % every]), (*numbers, chunks, chunk, self.settings.eps),
+                (z2, next_part, *after, query_parts[chunk % together]), (*numbers, chunks, chunk, self.settings.eps),
                 sizes.causal, sizes.warps,
             )  # fmt: skip
             now, part, next_part = after, next_part, part
-            if (chunk + 1) % every == 0 or chunk + 1 == chunks:
-                first = chunk - chunk % every
+            if (chunk + 1) % together == 0 or chunk + 1 == chunks:
+                first = chunk - chunk % together
                 launch(
                     "mlp_outputs", (sizes.programs, chunk + 1 - first), (tokens[0], *small[:2], query_parts), (zq, y),
                     (*numbers, sizes.programs, first, self.settings.eps), sizes.summed, sizes.warps,
@@ -139,15 +140,10 @@ class MLPChunks:
             "mlp_output_gradients", (sizes.programs, chunks), (dy, zq, small[0]), (dzq, *d_norm[0]),
             (*numbers, chunks, self.settings.eps), sizes.whole, sizes.warps,
         )  # fmt: skip
-        chain = _GradientChain(self, tokens, small, z2, dzq, d_end, (dv, d_lr), d_norm[1])
+        chain = _GradientChain(self, tokens, small, z2, dy, dzq, d_end, (dq, dk, dv, d_lr), d_norm[1])
         states = (*fast[:3], *kept[2:])
         for first in reversed(range(0, chunks, every)):
-            start = states[3 * (first // every) :][:3]
-            dq_parts, dk_parts = chain.group(first, min(first + every, chunks), start)
-            launch(
-                "mlp_token_gradients", (sizes.programs, min(every, chunks - first)), (dy, dq_parts, dk_parts), (dq, dk),
-                (*numbers, sizes.programs, first), sizes.summed, sizes.warps,
-            )  # fmt: skip
+            chain.group(first, min(first + every, chunks), states[3 * (first // every) :][:3])
         norms = [a.sum((0, 2)) + b.sum((0, 2)) for a, b in zip(*d_norm, strict=True)]  # [B, H, N, D] -> [H, D]
         # [B, H, N, P, C] -> [C], and [B, H, N, P] -> [B, N]
         of_small = [*norms, chain.d_token_scale.sum((0, 1, 2, 3)), chain.d_scale.sum((1, 3))]
@@ -175,9 +171,7 @@ class _FusedMLP(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *d_end: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: under an activation checkpoint each read computes the call again
         d_fast = tuple(each.float().clone(memory_format=torch.contiguous_format) for each in d_end)
-        of_tokens, of_small, of_fast = ctx.chunks.backward(
-            saved[:4], saved[4:8], saved[8:11], saved[11:], dy, d_fast
-        )
+        of_tokens, of_small, of_fast = ctx.chunks.backward(saved[:4], saved[4:8], saved[8:11], saved[11:], dy, d_fast)
         found = (*of_tokens, *of_fast, *of_small)
         return *(each.to(dtype) for each, dtype in zip(found, ctx.dtypes, strict=True)), None
 
@@ -187,16 +181,17 @@ class _GradientChain:
 
     Args:
         fast: the gradients of W1, b1, W2 and b2 after the last chunk; when all groups are done, before the first.
-        written: the gradients of values and rates, which it writes.
+        dy: the gradients of outputs. dzq: those of z2 at the queries.
+        written: the gradients of q, k, v and lr, which it writes.
         d_norm: the keys' part of the norm's gradients ``[B, H, N, D]``, which it writes.
     """
 
     def __init__(
-        self, call: MLPChunks, tokens: Sequence[Tensor], small: Sequence[Tensor], z2: Tensor, dzq: Tensor,
-        fast: Sequence[Tensor], written: tuple[Tensor, Tensor], d_norm: list[Tensor],
+        self, call: MLPChunks, tokens: Sequence[Tensor], small: Sequence[Tensor], z2: Tensor, dy: Tensor,
+        dzq: Tensor, fast: Sequence[Tensor], written: tuple[Tensor, ...], d_norm: list[Tensor],
     ) -> None:  # fmt: skip
         self.settings, self.sizes = call.settings, call.sizes
-        self.tokens, self.small, self.z2, self.dzq = tokens, small, z2, dzq
+        self.tokens, self.small, self.z2, self.dy, self.dzq = tokens, small, z2, dy, dzq
         self.fast, self.written, self.d_norm = fast, written, d_norm
         sizes, chunks = self.sizes, small[3].shape[1]
         batch, heads, slices, size, _ = sizes.parts
@@ -207,11 +202,8 @@ class _GradientChain:
         self.units = [z2.new_empty(batch, heads, size, hidden) for _ in range(3)]
         self.part = z2.new_empty(sizes.parts)
 
-    def group(self, first: int, last: int, start: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Chunks ``last - 1`` to ``first``: the slices' parts of dq and dk, both ``[chunks, B, H, P, C, D]``.
-
-        ``start``: W1, b1 and W2 before the first.
-        """
+    def group(self, first: int, last: int, start: Sequence[Tensor]) -> None:
+        """Chunks ``last - 1`` to ``first``. ``start``: W1, b1 and W2 before the first."""
         sizes, settings, count = self.sizes, self.settings, last - first
         states: list[Sequence[Tensor]] = [start]
         if count > 1:
@@ -222,10 +214,16 @@ class _GradientChain:
                 numbers, sizes.chain, sizes.warps,
             )  # fmt: skip
             states += list(zip(*again, strict=True))
-        parts = [self.z2.new_empty(count, *sizes.parts) for _ in range(2)]
-        for chunk in reversed(range(first, last)):
-            self._chunk(chunk, states[chunk - first], parts[0][chunk - first], parts[1][chunk - first])
-        return parts[0], parts[1]
+        together = min(settings.parts, count)
+        dq_parts, dk_parts = (self.z2.new_empty(together, *sizes.parts) for _ in range(2))
+        for begin in reversed(range(first, last, together)):
+            end = min(begin + together, last)
+            for chunk in reversed(range(begin, end)):
+                self._chunk(chunk, states[chunk - first], dq_parts[chunk - begin], dk_parts[chunk - begin])
+            launch(
+                "mlp_token_gradients", (sizes.programs, end - begin), (self.dy, dq_parts, dk_parts), self.written[:2],
+                (sizes.length, sizes.heads, sizes.programs, begin), sizes.summed, sizes.warps,
+            )  # fmt: skip
 
     def _chunk(self, chunk: int, now: Sequence[Tensor], dq_part: Tensor, dk_part: Tensor) -> None:
         sizes, small = self.sizes, self.small
@@ -242,5 +240,5 @@ class _GradientChain:
         )  # fmt: skip
         launch(
             "mlp_key_gradients", sizes.grid, (*tokens[1:], *small[:2], self.z2, self.dzq, self.part, *now),
-            (*self.fast, dx2, dz1, dk_part, *self.written, *self.d_norm), numbers, sizes.chain, sizes.warps,
+            (*self.fast, dx2, dz1, dk_part, *self.written[2:], *self.d_norm), numbers, sizes.chain, sizes.warps,
         )  # fmt: skip

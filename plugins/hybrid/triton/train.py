@@ -1,9 +1,9 @@
 """The backend ``triton`` of a training call: by kernels of this folder, and the rest by tensor operations.
 
 Most calls are computed by kernels as a whole (``TritonTrain.layer``): those of plain training, and those that carry a
-state which is cut from the graph. Otherwise kernels take the chunks that are whole in every row and begin with the call's own
-tokens. What is left of a chunk that an earlier call began, the chunk in which the call ends, and what is around the
-inner loop are then computed by the torch form (``chunk``, ``layer``).
+state which is cut from the graph. Otherwise kernels take the chunks that are whole in every row and begin with the
+call's own tokens. What is left of a chunk that an earlier call began, the chunk in which the call ends, and what is
+around the inner loop are then computed by the torch form (``chunk``, ``layer``).
 
 Shape legend: B streams, H heads, N width of the host.
 """
@@ -28,9 +28,9 @@ from moshi_ttt.plugins.hybrid.triton.backend import settings_of
 from moshi_ttt.plugins.hybrid.triton.train_settings import Products, TrainSettings
 
 if TYPE_CHECKING:
-    from moshi_ttt.plugins.hybrid.triton.train_layer import Continued, Found, LayerNumbers
     from moshi_ttt.core.block import BlockContext
     from moshi_ttt.plugins.hybrid.block import HybridBlock
+    from moshi_ttt.plugins.hybrid.triton.train_layer import Continued, Found, LayerNumbers
 
 MOST_CHANNELS = 16384
 """Of the host: a program has a token."""
@@ -58,9 +58,7 @@ class TritonTrain:
     def __call__(self, *given: Any, **named: Any) -> tuple[Tensor, BlockState]:
         return self._chunks(*given, **named)
 
-    def takes_layer(
-        self, block: HybridBlock, state: BlockState | None, context: BlockContext, length: int
-    ) -> bool:  # fmt: skip
+    def takes_layer(self, block: HybridBlock, state: BlockState | None, context: BlockContext, length: int) -> bool:
         """Whether ``layer`` computes a call of ``length`` tokens; else the block does what is around the inner loop.
 
         Not on a grid, in a stream, with a short convolution or values of the embeddings, nor under a policy that
@@ -117,7 +115,8 @@ class TritonTrain:
         config, widths = block.config, block.widths(block.config, block.info.dim // block.info.num_heads)
         settings = settings_of(config.chunk, config.norm_eps, self.products, config.causal, config.checkpoint_chunks)
         return LayerNumbers(
-            settings=replace(_in_slices(settings, widths), given=given), heads=block.info.num_heads, base_rate=config.base_lr / widths[0],
+            settings=replace(_in_slices(settings, widths), given=given), heads=block.info.num_heads,
+            base_rate=config.base_lr / widths[0],
             factor=float(block.inner_lr_factor), theta=config.rope_theta,
             target_eps=max(config.target_eps, torch.finfo(torch.float32).tiny), post_norm_eps=config.post_norm_eps,
             output=block.roles.matmul,

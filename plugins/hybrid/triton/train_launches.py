@@ -1,8 +1,8 @@
 """A launch of a training kernel as an operation of torch, so that a call also runs on tensors without values.
 
-Each kernel is an operation of its own, and each launch is one call of it. So whatever counts operations counts launches,
-and memory is allocated by torch's own operations, where it is seen as well. On tensors without values a launch computes
-nothing.
+Each kernel is an operation of its own, and each launch is one call of it. So whatever counts operations counts
+launches, and memory is allocated by torch's own operations, where it is seen as well. On tensors without values a
+launch computes nothing.
 
 Nothing is registered, and no kernel is imported, until the first launch.
 """
@@ -56,7 +56,7 @@ def launch(
 
 
 @functools.cache
-def _operations() -> _Operations:
+def _operations() -> _Launches:
     library = torch.library.Library(NAME, "DEF")
     found = {}
     for kernel in (name for kernels in MODULES.values() for name in kernels):
@@ -65,10 +65,10 @@ def _operations() -> _Operations:
             library.impl(kernel, functools.partial(_run, kernel), key)
         torch.library.register_fake(f"{NAME}::{kernel}", _nothing, lib=library)
         found[kernel] = getattr(getattr(torch.ops, NAME), kernel).default
-    return _Operations(library, found)
+    return _Launches(library, found)
 
 
-class _Operations:
+class _Launches:
     """The operations by their kernels' names; they exist as long as this does."""
 
     def __init__(self, library: torch.library.Library, found: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """A whole training call of the layer by Triton kernels: what is around the inner loop, and the inner loop itself.
 
-Between the passes are kept: the input, the projections (q, k, v in the dtype of products, the rates), what the inner loop's chunks keep, the post norm's output
-and what is added. Everything else is computed again: normalized, rotated and masked tokens, targets, casts.
+Between the passes are kept: the input, the projections (q, k, v in the dtype of products, the rates), what the inner
+loop's chunks keep, the post norm's output and what is added. Everything else is computed again: normalized, rotated and
+masked tokens, targets, casts.
 
 ``train_surroundings`` has the kernels around the inner loop, ``mlp_chunk`` and ``linear_chunk`` have the inner loop.
 
@@ -74,7 +75,7 @@ class Found:
     """What a call gives beside its output. No gradient passes through it.
 
     Attributes:
-        num_nonfinite: ``[B, chunks]`` int64, tokens of each chunk that may not enter, in rows whose updates are enabled.
+        num_nonfinite: ``[B, chunks]`` int64, tokens of each chunk that may not enter, where updates are enabled.
         fast: the fast weights after the last whole chunk, ``[B, H, any, any]`` each.
         keys, values, rates: of slots, ``[B, slots, H, D]`` and ``[B, slots, H]``.
     """
@@ -133,7 +134,7 @@ class _Surroundings:
     def tokens(
         self, projections: tuple[Tensor, ...], finite: Tensor, norm: tuple[Tensor, Tensor]
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """q, k, v ``[B, slots, H, D]`` and lr ``[B, slots, H]``, and ``[B, slots]`` uint8: 0 for those that may not enter."""
+        """q, k, v ``[B, slots, H, D]`` and lr ``[B, slots, H]``; ``[B, slots]`` uint8, 0 for what may not enter."""
         made = [torch.empty(self.shape, device=finite.device, dtype=torch.float32) for _ in range(3)]
         made.append(made[0].new_empty(self.shape[:3]))
         ok, before = finite.new_empty(self.shape[:2]), self.continued

@@ -35,7 +35,7 @@ def projected(x: Tensor, linears: Sequence[Linear], dtypes: Sequence[torch.dtype
 def projected_where_finite(
     x: Tensor, linears: Sequence[Linear], dtypes: Sequence[torch.dtype]
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """``projected`` of x with zeros for tokens that may not enter the layer, and ``[B, T]`` uint8, 1 for those that may.
+    """``projected`` of x with zeros for tokens that may not enter the layer; ``[B, T]`` uint8, 1 for those that may.
 
     Those may that are below ``largest_factor`` of float32, which a nan is not. The others get no gradient from here.
     """
@@ -45,7 +45,7 @@ def projected_where_finite(
 
 
 def masked(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x [B, T, N]`` with zeros for tokens that may not enter the layer, and ``[B, T]`` uint8, 1 for those that may."""
+    """``x [B, T, N]`` with zeros for tokens that may not enter the layer; ``[B, T]`` uint8, 1 for those that may."""
     batch, length, width = x.shape
     kept, finite = torch.empty_like(x), torch.empty(batch, length, dtype=torch.uint8, device=x.device)
     numbers, constants = (largest_factor(torch.float32),), {"N": width, "BN": block_of(width)}
@@ -81,7 +81,9 @@ class _Projections(torch.autograd.Function):
         casts = {dtype: flat.to(dtype) for dtype in dict.fromkeys(ctx.dtypes)}
         found: list[Tensor | None] = []
         total: Tensor | None = None
-        for dtype, gradient, weight, bias in zip(ctx.dtypes, gradients, parameters[::2], parameters[1::2], strict=False):
+        for dtype, gradient, weight, bias in zip(
+            ctx.dtypes, gradients, parameters[::2], parameters[1::2], strict=False
+        ):
             gradient = gradient.flatten(0, 1)  # [B, T, M] -> [B T, M]
             found += [(gradient.t() @ casts[dtype]).to(weight.dtype), gradient.sum(0, dtype=bias.dtype)]
             back = (gradient @ weight.to(dtype)).to(x.dtype)  # [B T, N]

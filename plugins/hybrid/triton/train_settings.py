@@ -19,6 +19,7 @@ class TrainSettings:
         causal: False lets every query of a chunk use all of the chunk's keys.
         precision: of products of matrices.
         every: chunks a group. The fast weights at the start of each group are kept for the backward pass.
+        parts: of TTT-MLP, chunks whose slices' parts of a sum are alive together.
         slice_width: of TTT-MLP, hidden units that one program has; of TTT-Linear, rows of W in one product.
         warps: warps a program.
         given: tokens whose rate is below 0 are from before the call: their values are gradients (``key_gradient``).
@@ -29,6 +30,7 @@ class TrainSettings:
     causal: bool = True
     precision: Products = "ieee"
     every: int = 4
+    parts: int = 4
     slice_width: int = 32
     warps: int = 8
     given: bool = False

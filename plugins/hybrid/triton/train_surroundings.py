@@ -1,7 +1,7 @@
-"""What is around the inner loop of a training call: from projections to its tokens, and from its outputs to the block's.
+"""What is around the inner loop of a training call: from projections to its tokens, from its outputs to the block's.
 
     token_mask      x with zeros for tokens that may not enter, and which may
-    tokens          projections q, k, v of x and w_h . x + b_h -> q, k, v' and lr (L2 norm, rotary embedding, target, rate)
+    tokens          projections of x -> q, k, v' and lr (L2 norm, rotary embedding, target, rate)
     token_gradients the way back
     post_norm       the LayerNorm of the inner loop's outputs
     norm_gradients  the way back
@@ -28,7 +28,7 @@ from moshi_ttt.plugins.hybrid.triton.step_surroundings import cos_and_sin, tanh
 
 @triton.jit
 def token_mask(X, TO, FINITE, limit, N: tl.constexpr, BN: tl.constexpr):
-    """``TO``: a token of ``X [B, T, N]``, zero unless all of it is below ``limit``; ``FINITE [B, T]``: whether it is."""
+    """``TO``: a token of ``X [B, T, N]``, zero unless all of it is below ``limit``. ``FINITE [B, T]``: if it is."""
     token, column = tl.program_id(0).to(tl.int64), tl.arange(0, BN)
     x = tl.load(X + token * N + column, mask=column < N, other=0.0)
     finite = tl.min(tl.where(tl.abs(x.to(tl.float32)) < limit, 1, 0), 0)
