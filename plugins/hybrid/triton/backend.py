@@ -19,8 +19,11 @@ LEAST_TRITON = (3, 2)
 LEAST_CAPABILITY = (8, 0)
 CHUNKS, HEAD_WIDTHS = (16, 32, 64), (16, 32, 64, 128)
 """Tile sizes that the kernels take: powers of two from the least that a matrix product has."""
-BY_AUTO = {"linear": (16, 32), "mlp": (16,)}
-"""Chunk sizes with which ``auto`` may take the kernels, at head widths of ``AUTO_HEAD_WIDTHS``."""
+BY_AUTO = {"linear": (16, 32), "mlp": (16,), "around": (16,)}
+"""Chunk sizes with which ``auto`` may take the kernels, at head widths of ``AUTO_HEAD_WIDTHS``.
+
+What is around the inner loop takes as much with every chunk, and is recorded at one.
+"""
 CHECKED: frozenset[str] = frozenset()
 """The kernels that have passed ``make gpu-check`` on a GPU as they are now, of ``linear``, ``mlp`` and ``step``."""
 AUTO_HEAD_WIDTHS = (64, 128)
@@ -123,7 +126,12 @@ def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int, produ
         )
     if kind == "mlp" and widths[1] != 4 * widths[0]:
         return f"a hidden width of {widths[1]} was not measured; auto takes the kernels at four times the head width"
-    return too_large(kind, chunk, widths[0], products, torch.cuda.get_device_capability(device)) or not_checked(kind)
+    capability = torch.cuda.get_device_capability(device)
+    return (
+        too_large(kind, chunk, widths[0], products, capability)
+        or too_large("around", BY_AUTO["around"][0], widths[0], products, capability)
+        or not_checked(kind)
+    )
 
 
 def not_checked(kernels: str) -> str | None:

@@ -33,8 +33,9 @@ MODULES: Mapping[str, tuple[str, ...]] = {
 """The kernels of each module."""
 KERNELS: Mapping[str, tuple[str, ...]] = {
     "linear": MODULES["linear_kernels"], "mlp": (*MODULES["mlp_forward"], *MODULES["mlp_backward"]),
+    "around": MODULES["train_surroundings"],
 }  # fmt: skip
-"""The kernels of each chain."""
+"""The kernels of each chain, and those around the inner loop."""
 LARGEST_SPILL = {80: 256, 90: 0, 100: 0}
 """Bytes a thread may spill, by the architecture that the kernels are compiled for."""
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -65,7 +66,7 @@ def too_large(kind: str, chunk: int, width: int, products: Products, capability:
     """Why ``auto`` takes no kernels of a chain, as the end of a sentence; None where it may.
 
     Args:
-        kind: ``linear`` or ``mlp``.
+        kind: ``linear``, ``mlp`` or ``around``.
         capability: the GPU's compute capability.
     """
     arch = 10 * capability[0]

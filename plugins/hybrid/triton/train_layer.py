@@ -123,7 +123,9 @@ class _Surroundings:
         slots = size * -(-(self.length + (0 if continued is None else size - 1)) // size)
         self.shape = torch.Size((batch, slots, heads, width // heads))
         self.count, self.programs = batch * slots, -(-batch * slots // EACH)
-        self.begins = {"CONTINUED": continued is not None}
+        self.at_a_time = EACH if q.device.type == "cpu" else 1  # interpreted, a program is slow and its width is not
+        self.begins = {"CONTINUED": continued is not None, "BT": self.at_a_time}
+        self.grid = (-(-self.count // self.at_a_time),)
         self.heads = {
             "H": heads, "BH": block_of(heads), "D": width // heads, "C": size, "ALL": updated is None, **self.begins,
         }  # fmt: skip
@@ -140,8 +142,8 @@ class _Surroundings:
         ok, before = finite.new_empty(self.shape[:2]), self.continued
         earlier = (finite, norm[0], norm[0]) if before is None else (before.position, before.keys, before.gradients)
         launch(
-            "tokens", (self.count,), (*projections, finite, self._updated(finite), *norm, *earlier), (*made, ok),
-            (*self.sizes, *self.rates, largest_factor(torch.float32)), self.heads, WARPS,
+            "tokens", self.grid, (*projections, finite, self._updated(finite), *norm, *earlier), (*made, ok),
+            (self.count, *self.sizes, *self.rates, largest_factor(torch.float32)), self.heads, WARPS,
         )  # fmt: skip
         return tuple(made), ok
 
@@ -162,8 +164,8 @@ class _Surroundings:
         """``[B, T, N]``, of ``y [B, slots, H, D]``."""
         out = torch.empty(len(y), self.length, len(weight), device=y.device, dtype=self.numbers.output)
         launch(
-            "post_norm", (self.count,), (y, weight, bias, self._position(y)), (out,),
-            (*self.sizes, self.numbers.post_norm_eps), self.norm, WARPS,
+            "post_norm", self.grid, (y, weight, bias, self._position(y)), (out,),
+            (self.count, *self.sizes, self.numbers.post_norm_eps), self.norm, WARPS,
         )  # fmt: skip
         return out
 
@@ -275,7 +277,7 @@ class _Gated(torch.autograd.Function):
         ctx.number, out = 1.0 if isinstance(volume, Tensor) else float(volume), torch.empty_like(x)
         ctx.constants = {"N": width, "BN": min(GATED, block_of(width)), "ONE": alpha.numel() == 1, "BY_ROW": by_row}
         ctx.grid, ctx.length = (batch * length, -(-width // ctx.constants["BN"])), length
-        launch("gated", ctx.grid, (x, added, alpha, rows), (out,), (length, ctx.number), ctx.constants, 4)
+        launch("gated", ctx.grid, (x, added, alpha, rows), (out,), (length, ctx.number), ctx.constants, WARPS)
         ctx.save_for_backward(added, alpha, rows)
         return out
 
@@ -288,7 +290,7 @@ class _Gated(torch.autograd.Function):
         d_added, d_gate = torch.empty_like(added), added.new_empty(programs, width, dtype=torch.float32)
         launch(
             "gate_gradients", (programs, blocks), (d_out.contiguous(), added, alpha, rows), (d_added, d_gate),
-            (count, ctx.length, ctx.number), {**ctx.constants, "EACH": EACH}, 4,
+            (count, ctx.length, ctx.number), {**ctx.constants, "EACH": EACH}, WARPS,
         )  # fmt: skip
         total = d_gate.sum(0)  # [P, N] -> [N]
         return d_out, d_added, (total.sum(0, keepdim=True) if ctx.constants["ONE"] else total).to(alpha.dtype), None

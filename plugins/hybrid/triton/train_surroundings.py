@@ -9,8 +9,8 @@
     gate_gradients  the way back, but for x, whose gradient is that of the output
 
 ``layer.py`` has the formulas; all of them are computed in float32. The inner loop's tensors are of slots, in whole
-chunks: a call that continues a chunk begins in its middle, row by row. A program has a token or a slot, or ``EACH`` of
-them one after the other where it adds up gradients of parameters. Flags are bytes, 0 or 1.
+chunks: a call that continues a chunk begins in its middle, row by row. A program has ``BT`` tokens or slots at a time,
+and ``EACH`` in all where it adds up gradients of parameters. Flags are bytes, 0 or 1.
 
 Shape legend: B rows, T tokens, C tokens a chunk, H heads, D head width, N width of the host (H D), P programs.
 """
@@ -38,7 +38,7 @@ def token_mask(X, TO, FINITE, limit, N: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def pairs_of(POINTER, place, inside):
-    """The even and the odd elements ``[H, D / 2]`` of a token, in float32; ``place``: of the even ones."""
+    """The even and the odd elements of tokens, in float32, at ``place``, where the even ones are."""
     even = tl.load(POINTER + place, mask=inside, other=0.0).to(tl.float32)
     return even, tl.load(POINTER + place + 1, mask=inside, other=0.0).to(tl.float32)
 
@@ -51,226 +51,244 @@ def store_pairs(POINTER, place, inside, even, odd):
 
 @triton.jit
 def turn_of(position, log2_theta, pair, D: tl.constexpr):
-    """cos and sin ``[1, D / 2]`` of the rotation of a token at ``position`` in its chunk."""
+    """cos and sin ``[n, 1, D / 2]`` of the rotation of tokens at ``position [n]`` in their chunk."""
     # theta^(-2 i / D) in float64: an error of the frequency is multiplied by the position
     frequency = tl.exp2(-(2 * pair).to(tl.float64) / D * log2_theta).to(tl.float32)
-    return cos_and_sin(position.to(tl.float32) * frequency)
+    return cos_and_sin(position.to(tl.float32)[:, None, None] * frequency)
+
+
+@triton.jit
+def along(even, odd):
+    """The sum over D of two ``[n, H, D / 2]``, as ``[n, H, 1]``."""
+    return tl.sum(even + odd, 2)[:, :, None]
 
 
 @triton.jit
 def length_of(even, odd):
-    """The length of each vector, ``[H, 1]``: what it is divided by, and whether that is the length itself."""
-    length = tl.sqrt(tl.sum(even * even + odd * odd, 1))[:, None]
+    """The length of each vector, ``[n, H, 1]``: what it is divided by, and whether that is the length itself."""
+    length = tl.sqrt(along(even * even, odd * odd))
     return tl.where(length > 0, tl.maximum(length, 1e-12), 1.0), length > 1e-12
 
 
 @triton.jit
 def deviation_of(v_even, v_odd, k_even, k_odd, inside, eps, D: tl.constexpr):
-    """v - k without its mean, ``[H, D / 2]`` each, its standard deviation, and what it is divided by, ``[H, 1]``."""
+    """v - k without its mean, ``[n, H, D / 2]``; its standard deviation and what it is divided by, ``[n, H, 1]``."""
     even, odd = v_even - k_even, v_odd - k_odd
-    mean = tl.sum(even + odd, 1)[:, None] / D
+    mean = along(even, odd) / D
     even, odd = tl.where(inside, even - mean, 0.0), tl.where(inside, odd - mean, 0.0)
-    std = tl.sqrt(tl.sum(even * even + odd * odd, 1)[:, None] / (D - 1))
+    std = tl.sqrt(along(even * even, odd * odd) / (D - 1))
     return even, odd, std, tl.where(std > 0, std + eps, 1.0)
 
 
 @triton.jit
-def all_below(x, inside, limit):
-    """Whether all of ``x [H, any]`` is below ``limit``, as a number."""
-    return tl.min(tl.min(tl.where((tl.abs(x) < limit) | (inside == 0), 1, 0), 1), 0)
+def turned(POINTER, place, inside, cos, sin):
+    """A vector over its length, and rotated: its even and its odd elements, ``[n, H, D / 2]`` each."""
+    even, odd = pairs_of(POINTER, place, inside)
+    length, _ = length_of(even, odd)
+    even, odd = even / length, odd / length
+    return even * cos - odd * sin, even * sin + odd * cos
 
 
 @triton.jit
-def time_of(POSITION, index, T, SLOTS, CONTINUED: tl.constexpr):
-    """Of slot ``index`` of all rows: its row, its slot in the row, and which token lies in it, from 0 to T - 1 if one.
+def turned_back(d_even, d_odd, even, odd, cos, sin):
+    """The gradient of a vector, from that of it over its length and rotated: all ``[n, H, D / 2]``."""
+    length, itself = length_of(even, odd)
+    even, odd = even / length, odd / length
+    back_even, back_odd = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
+    radial = tl.where(itself, along(even * back_even, odd * back_odd), 0.0)
+    return (back_even - even * radial) / length, (back_odd - odd * radial) / length
 
-    A row begins at slot ``POSITION [B]`` where the call is ``CONTINUED``, else at 0.
+
+@triton.jit
+def all_below(even, odd, inside, limit):
+    """``[n]``, whether all of two ``[n, H, any]`` is below ``limit``, as a number."""
+    below = (tl.abs(even) < limit) & (tl.abs(odd) < limit)
+    return tl.min(tl.min(tl.where(below | (inside == 0), 1, 0), 2), 1)
+
+
+@triton.jit
+def slots_of(POSITION, first, COUNT, T, SLOTS, n: tl.constexpr, CONTINUED: tl.constexpr):
+    """Slots ``first`` and those after it, of ``COUNT`` in all rows, ``[n]`` each: which, their row, their slot in it.
+
+    And which token of the row lies there, and whether one does. A row begins at slot ``POSITION [B]`` where the call is
+    ``CONTINUED``, else at 0.
     """
-    row, slot = index // SLOTS, index % SLOTS
+    index = first + tl.arange(0, n)
+    row = tl.minimum(index, COUNT - 1) // SLOTS
+    slot = index - row * SLOTS
     time = slot
     if CONTINUED:
         time -= tl.load(POSITION + row)
-    return row, slot, time
+    return index, row, slot, time, (time >= 0) & (time < T) & (index < COUNT)
 
 
 @triton.jit
 def tokens(
-    Q, K, V, RATE, FINITE, UPDATED, NORM_W, NORM_B, POSITION, EARLIER_K, EARLIER_G, TO_Q, TO_K, TO_V, TO_LR, OK, T,
-    SLOTS, base_rate, factor, log2_theta, eps, limit,
-    H: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ALL: tl.constexpr, CONTINUED: tl.constexpr,
+    Q, K, V, RATE, FINITE, UPDATED, NORM_W, NORM_B, POSITION, EARLIER_K, EARLIER_G, TO_Q, TO_K, TO_V, TO_LR, OK, COUNT,
+    T, SLOTS, base_rate, factor, log2_theta, eps, limit,
+    H: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, ALL: tl.constexpr,
+    CONTINUED: tl.constexpr,
 ):  # fmt: skip
-    """Of a slot ``TO_Q``, ``TO_K``, ``TO_V [B, slots, H, D]`` and ``TO_LR [B, slots, H]``, zero without a token.
+    """Of ``BT`` slots ``TO_Q``, ``TO_K``, ``TO_V [B, slots, H, D]`` and ``TO_LR [B, slots, H]``, zero without a token.
 
     They are zero, and ``OK [B, slots]`` is, for a token that may not enter: unless it is ``FINITE`` and all that it
     gives is below ``limit``. ``UPDATED [B]``: rows whose rates are not zero; not read where ``ALL`` are updated.
 
     ``EARLIER_K`` and ``EARLIER_G [B, H, C, D]`` are put into slots before a row's first: they are k, and g as v, with a
-    rate of -1 (``train_parts.key_gradient``).
+    rate of -1 (``train_parts.key_gradient``). ``COUNT``: slots of all rows.
     """
-    index = tl.program_id(0).to(tl.int64)
-    row, slot, time = time_of(POSITION, index, T, SLOTS, CONTINUED)
-    exists = (time >= 0) & (time < T)
-    head, pair = tl.arange(0, BH), tl.arange(0, D // 2)[None, :]
-    inside, at = (head < H)[:, None] & (pair >= 0), head[:, None] * D + 2 * pair
-    given, token = inside & exists, row * T + time
-    place = token * H * D + at
+    first = tl.program_id(0).to(tl.int64) * BT
+    index, row, slot, time, exists = slots_of(POSITION, first, COUNT, T, SLOTS, BT, CONTINUED)
+    head, pair = tl.arange(0, BH), tl.arange(0, D // 2)[None, None, :]
+    inside, at = (head < H)[None, :, None] & (pair >= 0), head[None, :, None] * D + 2 * pair  # [1, H, D / 2]
+    given, token = inside & exists[:, None, None], row * T + time
+    place = token[:, None, None] * H * D + at
     cos, sin = turn_of(slot % C, log2_theta, pair, D)
-    even, odd = pairs_of(Q, place, given)
-    length, _ = length_of(even, odd)
-    even, odd = even / length, odd / length
-    q_even, q_odd = even * cos - odd * sin, even * sin + odd * cos
-    even, odd = pairs_of(K, place, given)
-    length, _ = length_of(even, odd)
-    even, odd = even / length, odd / length
-    k_even, k_odd = even * cos - odd * sin, even * sin + odd * cos
+    q_even, q_odd = turned(Q, place, given, cos, sin)
+    k_even, k_odd = turned(K, place, given, cos, sin)
     v_even, v_odd = pairs_of(V, place, given)
     even, odd, _, divisor = deviation_of(v_even, v_odd, k_even, k_odd, inside, eps, D)
     w_even, w_odd = pairs_of(NORM_W, at, inside)
     b_even, b_odd = pairs_of(NORM_B, at, inside)
     v_even, v_odd = w_even * even / divisor + b_even + k_even, w_odd * odd / divisor + b_odd + k_odd
-    rate = tl.load(RATE + token * H + head, mask=(head < H) & exists, other=0.0).to(tl.float32)
+    mine = (head < H)[None, :] & exists[:, None]  # [BT, H]
+    rate = tl.load(RATE + token[:, None] * H + head[None, :], mask=mine, other=0.0).to(tl.float32)
     lr = factor * (base_rate * tl.sigmoid(rate))
     if not ALL:
-        lr = tl.where(tl.load(UPDATED + row) != 0, lr, 0.0)
+        lr = tl.where(tl.load(UPDATED + row)[:, None] != 0, lr, 0.0)
     ok = tl.load(FINITE + token, mask=exists, other=1).to(tl.int32)
-    ok = ok * all_below(q_even, inside, limit) * all_below(q_odd, inside, limit)
-    ok = ok * all_below(k_even, inside, limit) * all_below(k_odd, inside, limit)
-    ok = ok * all_below(v_even, inside, limit) * all_below(v_odd, inside, limit)
-    ok = ok * tl.min(tl.where((tl.abs(lr) < limit) | (head >= H), 1, 0), 0)
+    ok = ok * all_below(q_even, q_odd, inside, limit) * all_below(k_even, k_odd, inside, limit)
+    ok = ok * all_below(v_even, v_odd, inside, limit) * tl.min(tl.where((tl.abs(lr) < limit) | (mine == 0), 1, 0), 1)
     ok = tl.where(exists, ok, 1)
-    tl.store(OK + index, ok)
-    kept = (ok != 0) & exists
+    tl.store(OK + index, ok, mask=index < COUNT)
+    kept = ((ok != 0) & exists)[:, None, None]
     q_even, q_odd = tl.where(kept, q_even, 0.0), tl.where(kept, q_odd, 0.0)
     k_even, k_odd = tl.where(kept, k_even, 0.0), tl.where(kept, k_odd, 0.0)
     v_even, v_odd = tl.where(kept, v_even, 0.0), tl.where(kept, v_odd, 0.0)
-    lr = tl.where(kept, lr, 0.0)
+    lr = tl.where(((ok != 0) & exists)[:, None], lr, 0.0)
     if CONTINUED:
-        before = time < 0
-        there = ((row * H + head) * C + slot)[:, None] * D + 2 * pair
+        before = (time < 0)[:, None, None]
+        there = ((row[:, None] * H + head[None, :]) * C + slot[:, None])[:, :, None] * D + 2 * pair
         even, odd = pairs_of(EARLIER_K, there, inside & before)
         k_even, k_odd = tl.where(before, even, k_even), tl.where(before, odd, k_odd)
         even, odd = pairs_of(EARLIER_G, there, inside & before)
         v_even, v_odd = tl.where(before, even, v_even), tl.where(before, odd, v_odd)
-        lr = tl.where(before, -1.0, lr)
-    place = index * H * D + at
-    store_pairs(TO_Q, place, inside, q_even, q_odd)
-    store_pairs(TO_K, place, inside, k_even, k_odd)
-    store_pairs(TO_V, place, inside, v_even, v_odd)
-    tl.store(TO_LR + index * H + head, lr, mask=head < H)
-
-
-@triton.jit
-def turned_back(d_even, d_odd, even, odd, cos, sin):
-    """The gradient of a vector, from that of it over its length and rotated: all ``[H, D / 2]``."""
-    length, itself = length_of(even, odd)
-    even, odd = even / length, odd / length
-    back_even, back_odd = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
-    along = tl.where(itself, tl.sum(even * back_even + odd * back_odd, 1)[:, None], 0.0)
-    return (back_even - even * along) / length, (back_odd - odd * along) / length
+        lr = tl.where((time < 0)[:, None], -1.0, lr)
+    written = inside & (index < COUNT)[:, None, None]
+    place = index[:, None, None] * H * D + at
+    store_pairs(TO_Q, place, written, q_even, q_odd)
+    store_pairs(TO_K, place, written, k_even, k_odd)
+    store_pairs(TO_V, place, written, v_even, v_odd)
+    tl.store(TO_LR + index[:, None] * H + head[None, :], lr, mask=(head < H)[None, :] & (index < COUNT)[:, None])
 
 
 @triton.jit
 def token_gradients(
     Q, K, V, RATE, OK, UPDATED, NORM_W, POSITION, D_Q, D_K, D_V, D_LR, TO_Q, TO_K, TO_V, TO_RATE, D_NORM_W, D_NORM_B,
     COUNT, T, SLOTS, base_rate, factor, log2_theta, eps,
-    H: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, C: tl.constexpr, EACH: tl.constexpr, ALL: tl.constexpr,
-    CONTINUED: tl.constexpr,
+    H: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, C: tl.constexpr, EACH: tl.constexpr, BT: tl.constexpr,
+    ALL: tl.constexpr, CONTINUED: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of ``tokens`` to those of q, k, v and the rate; zero for tokens that are not ``OK``.
 
-    ``COUNT``: slots of all rows. ``D_NORM_W`` and ``D_NORM_B [P, H, D]``: a program's part.
+    ``EACH`` slots a program, ``BT`` at a time. ``D_NORM_W`` and ``D_NORM_B [P, H, D]``: a program's part.
     """
-    head, pair = tl.arange(0, BH), tl.arange(0, D // 2)[None, :]
-    inside, at = (head < H)[:, None] & (pair >= 0), head[:, None] * D + 2 * pair
+    head, pair = tl.arange(0, BH), tl.arange(0, D // 2)[None, None, :]
+    inside, at = (head < H)[None, :, None] & (pair >= 0), head[None, :, None] * D + 2 * pair  # [1, H, D / 2]
     w_even, w_odd = pairs_of(NORM_W, at, inside)
-    dw_even, dw_odd = tl.zeros([BH, D // 2], tl.float32), tl.zeros([BH, D // 2], tl.float32)
-    db_even, db_odd = tl.zeros([BH, D // 2], tl.float32), tl.zeros([BH, D // 2], tl.float32)
-    for step in range(EACH):
-        index = tl.program_id(0).to(tl.int64) * EACH + step
-        if index < COUNT:
-            row, slot, time = time_of(POSITION, index, T, SLOTS, CONTINUED)
-            exists = (time >= 0) & (time < T)
-            ok = exists & (tl.load(OK + index) != 0)
-            place, known, token = (row * T + time) * H * D + at, inside & ok, (row * T + time) * H
-            from_slot, made = index * H * D + at, inside & exists
-            cos, sin = turn_of(slot % C, log2_theta, pair, D)
-            k_even, k_odd = pairs_of(K, place, known)
-            length, _ = length_of(k_even, k_odd)
-            n_even, n_odd = k_even / length, k_odd / length
-            even, odd = n_even * cos - n_odd * sin, n_even * sin + n_odd * cos
-            v_even, v_odd = pairs_of(V, place, known)
-            even, odd, std, divisor = deviation_of(v_even, v_odd, even, odd, known, eps, D)
-            d_even, d_odd = pairs_of(D_V, from_slot, known)
-            dw_even += d_even * even / divisor
-            dw_odd += d_odd * odd / divisor
-            db_even += d_even
-            db_odd += d_odd
-            a_even, a_odd = d_even * w_even, d_odd * w_odd
-            along = tl.sum(a_even * even + a_odd * odd, 1)[:, None] / (divisor * divisor)
-            along = tl.where(std > 0, along / ((D - 1) * tl.where(std > 0, std, 1.0)), 0.0)
-            a_even, a_odd = a_even / divisor - along * even, a_odd / divisor - along * odd
-            mean = tl.sum(a_even + a_odd, 1)[:, None] / D
-            a_even, a_odd = tl.where(known, a_even - mean, 0.0), tl.where(known, a_odd - mean, 0.0)
-            store_pairs(TO_V, place, made, a_even, a_odd)
-            g_even, g_odd = pairs_of(D_K, from_slot, known)
-            g_even, g_odd = turned_back(g_even + d_even - a_even, g_odd + d_odd - a_odd, k_even, k_odd, cos, sin)
-            store_pairs(TO_K, place, made, g_even, g_odd)
-            q_even, q_odd = pairs_of(Q, place, known)
-            g_even, g_odd = pairs_of(D_Q, from_slot, known)
-            g_even, g_odd = turned_back(g_even, g_odd, q_even, q_odd, cos, sin)
-            store_pairs(TO_Q, place, made, g_even, g_odd)
-            mine = (head < H) & ok
-            s = tl.sigmoid(tl.load(RATE + token + head, mask=mine, other=0.0).to(tl.float32))
-            rate = tl.load(D_LR + index * H + head, mask=mine, other=0.0) * factor * base_rate * s * (1 - s)
-            if not ALL:
-                rate = tl.where(tl.load(UPDATED + row) != 0, rate, 0.0)
-            tl.store(TO_RATE + token + head, rate.to(TO_RATE.dtype.element_ty), mask=(head < H) & exists)
+    dw_even, dw_odd = tl.zeros([1, BH, D // 2], tl.float32), tl.zeros([1, BH, D // 2], tl.float32)
+    db_even, db_odd = tl.zeros([1, BH, D // 2], tl.float32), tl.zeros([1, BH, D // 2], tl.float32)
+    for step in range(0, EACH, BT):
+        first = tl.program_id(0).to(tl.int64) * EACH + step
+        index, row, slot, time, exists = slots_of(POSITION, first, COUNT, T, SLOTS, BT, CONTINUED)
+        ok = exists & (tl.load(OK + index, mask=exists, other=0) != 0)
+        token, known = row * T + time, inside & ok[:, None, None]
+        place, made = token[:, None, None] * H * D + at, inside & exists[:, None, None]
+        from_slot = index[:, None, None] * H * D + at
+        cos, sin = turn_of(slot % C, log2_theta, pair, D)
+        k_even, k_odd = pairs_of(K, place, known)
+        even, odd = turned(K, place, known, cos, sin)
+        v_even, v_odd = pairs_of(V, place, known)
+        even, odd, std, divisor = deviation_of(v_even, v_odd, even, odd, known, eps, D)
+        d_even, d_odd = pairs_of(D_V, from_slot, known)
+        dw_even += tl.sum(d_even * even / divisor, 0)[None, :, :]
+        dw_odd += tl.sum(d_odd * odd / divisor, 0)[None, :, :]
+        db_even += tl.sum(d_even, 0)[None, :, :]
+        db_odd += tl.sum(d_odd, 0)[None, :, :]
+        a_even, a_odd = d_even * w_even, d_odd * w_odd
+        share = along(a_even * even, a_odd * odd) / (divisor * divisor)
+        share = tl.where(std > 0, share / ((D - 1) * tl.where(std > 0, std, 1.0)), 0.0)
+        a_even, a_odd = a_even / divisor - share * even, a_odd / divisor - share * odd
+        mean = along(a_even, a_odd) / D
+        a_even, a_odd = tl.where(known, a_even - mean, 0.0), tl.where(known, a_odd - mean, 0.0)
+        store_pairs(TO_V, place, made, a_even, a_odd)
+        g_even, g_odd = pairs_of(D_K, from_slot, known)
+        g_even, g_odd = turned_back(g_even + d_even - a_even, g_odd + d_odd - a_odd, k_even, k_odd, cos, sin)
+        store_pairs(TO_K, place, made, g_even, g_odd)
+        q_even, q_odd = pairs_of(Q, place, known)
+        g_even, g_odd = pairs_of(D_Q, from_slot, known)
+        g_even, g_odd = turned_back(g_even, g_odd, q_even, q_odd, cos, sin)
+        store_pairs(TO_Q, place, made, g_even, g_odd)
+        mine, rates = (head < H)[None, :] & ok[:, None], token[:, None] * H + head[None, :]  # [BT, H]
+        s = tl.sigmoid(tl.load(RATE + rates, mask=mine, other=0.0).to(tl.float32))
+        rate = tl.load(D_LR + index[:, None] * H + head[None, :], mask=mine, other=0.0)
+        rate = rate * factor * base_rate * s * (1 - s)
+        if not ALL:
+            rate = tl.where(tl.load(UPDATED + row)[:, None] != 0, rate, 0.0)
+        tl.store(TO_RATE + rates, rate.to(TO_RATE.dtype.element_ty), mask=(head < H)[None, :] & exists[:, None])
     part = tl.program_id(0) * H * D + at
     store_pairs(D_NORM_W, part, inside, dw_even, dw_odd)
     store_pairs(D_NORM_B, part, inside, db_even, db_odd)
 
 
 @triton.jit
+def moments_of(y, known, eps, N: tl.constexpr):
+    """``y [n, N]`` with mean 0 and variance 1, zero where not ``known``; 1 over its standard deviation ``[n, 1]``."""
+    centered = tl.where(known, y - tl.sum(y, 1)[:, None] / N, 0.0)
+    r = 1 / tl.sqrt(tl.sum(centered * centered, 1)[:, None] / N + eps)
+    return centered * r, r
+
+
+@triton.jit
 def post_norm(
-    Y, WEIGHT, BIAS, POSITION, OUT, T, SLOTS, eps, N: tl.constexpr, BN: tl.constexpr, CONTINUED: tl.constexpr,
+    Y, WEIGHT, BIAS, POSITION, OUT, COUNT, T, SLOTS, eps,
+    N: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, CONTINUED: tl.constexpr,
 ):  # fmt: skip
-    """The LayerNorm of a slot of ``Y [B, slots, N]``, into its token of ``OUT [B, T, N]``."""
-    index, column = tl.program_id(0).to(tl.int64), tl.arange(0, BN)
-    row, _, time = time_of(POSITION, index, T, SLOTS, CONTINUED)
-    if (time >= 0) & (time < T):
-        y = vector(Y + index * N, column, N)
-        centered = tl.where(column < N, y - tl.sum(y, 0) / N, 0.0)
-        r = 1 / tl.sqrt(tl.sum(centered * centered, 0) / N + eps)
-        out = centered * r * vector(WEIGHT, column, N) + vector(BIAS, column, N)
-        tl.store(OUT + (row * T + time) * N + column, out.to(OUT.dtype.element_ty), mask=column < N)
+    """The LayerNorm of ``BT`` slots of ``Y [B, slots, N]``, into their tokens of ``OUT [B, T, N]``."""
+    first, column = tl.program_id(0).to(tl.int64) * BT, tl.arange(0, BN)
+    index, row, _, time, exists = slots_of(POSITION, first, COUNT, T, SLOTS, BT, CONTINUED)
+    known = (column < N)[None, :] & exists[:, None]  # [BT, N]
+    y = tl.load(Y + index[:, None] * N + column[None, :], mask=known, other=0.0)
+    n, _ = moments_of(y, known, eps, N)
+    out = n * vector(WEIGHT, column, N)[None, :] + vector(BIAS, column, N)[None, :]
+    tl.store(OUT + (row * T + time)[:, None] * N + column[None, :], out.to(OUT.dtype.element_ty), mask=known)
 
 
 @triton.jit
 def norm_gradients(
     Y, D_OUT, WEIGHT, POSITION, D_Y, D_WEIGHT, D_BIAS, COUNT, T, SLOTS, eps,
-    N: tl.constexpr, BN: tl.constexpr, EACH: tl.constexpr, CONTINUED: tl.constexpr,
+    N: tl.constexpr, BN: tl.constexpr, EACH: tl.constexpr, BT: tl.constexpr, CONTINUED: tl.constexpr,
 ):  # fmt: skip
     """The way back through ``post_norm``: ``D_Y`` is zero in slots without a token.
 
-    ``COUNT``: slots of all rows. ``D_WEIGHT`` and ``D_BIAS [P, N]``: a program's part.
+    ``EACH`` slots a program, ``BT`` at a time. ``D_WEIGHT`` and ``D_BIAS [P, N]``: a program's part.
     """
     column = tl.arange(0, BN)
-    weight = vector(WEIGHT, column, N)
+    weight = vector(WEIGHT, column, N)[None, :]
     d_weight, d_bias = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
-    for step in range(EACH):
-        index = tl.program_id(0).to(tl.int64) * EACH + step
-        if index < COUNT:
-            row, _, time = time_of(POSITION, index, T, SLOTS, CONTINUED)
-            known = (column < N) & (time >= 0) & (time < T)
-            y = tl.load(Y + index * N + column, mask=known, other=0.0)
-            d_out = tl.load(D_OUT + (row * T + time) * N + column, mask=known, other=0.0).to(tl.float32)
-            centered = tl.where(column < N, y - tl.sum(y, 0) / N, 0.0)
-            r = 1 / tl.sqrt(tl.sum(centered * centered, 0) / N + eps)
-            n, d = centered * r, d_out * weight
-            d_weight += d_out * n
-            d_bias += d_out
-            d_y = r * (d - tl.sum(d, 0) / N - n * (tl.sum(d * n, 0) / N))
-            tl.store(D_Y + index * N + column, d_y, mask=column < N)
+    for step in range(0, EACH, BT):
+        first = tl.program_id(0).to(tl.int64) * EACH + step
+        index, row, _, time, exists = slots_of(POSITION, first, COUNT, T, SLOTS, BT, CONTINUED)
+        known = (column < N)[None, :] & exists[:, None]  # [BT, N]
+        place = index[:, None] * N + column[None, :]
+        y = tl.load(Y + place, mask=known, other=0.0)
+        d_out = tl.load(D_OUT + (row * T + time)[:, None] * N + column[None, :], mask=known, other=0.0).to(tl.float32)
+        n, r = moments_of(y, known, eps, N)
+        d = d_out * weight
+        d_weight += tl.sum(d_out * n, 0)
+        d_bias += tl.sum(d_out, 0)
+        d_y = r * (d - tl.sum(d, 1)[:, None] / N - n * (tl.sum(d * n, 1)[:, None] / N))
+        tl.store(D_Y + place, d_y, mask=(column < N)[None, :] & (index < COUNT)[:, None])
     part = tl.program_id(0).to(tl.int64) * N + column
     tl.store(D_WEIGHT + part, d_weight, mask=column < N)
     tl.store(D_BIAS + part, d_bias, mask=column < N)
