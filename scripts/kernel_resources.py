@@ -94,7 +94,7 @@ def rows(only: str = "") -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def around(kernel: str, width: int) -> dict[str, Any]:
-    """The constants of a kernel of what is around the inner loop, with heads of ``width``, of a call that continues a state."""
+    """The constants of a kernel around the inner loop, with heads of ``width``, of a call that continues a state."""
     from moshi_ttt.plugins.hybrid.triton.train_layer import EACH, GATED
 
     heads = CHANNELS // width
