@@ -1,9 +1,8 @@
 """The backend ``triton`` of a training call: by kernels of this folder, and the rest by tensor operations.
 
-Most calls are computed by kernels as a whole (``TritonTrain.layer``): those of plain training, and those that carry a
-state which is cut from the graph. Otherwise kernels take the chunks that are whole in every row and begin with the
-call's own tokens. What is left of a chunk that an earlier call began, the chunk in which the call ends, and what is
-around the inner loop are then computed by the torch form (``chunk``, ``layer``).
+Most calls are computed by kernels as a whole (``TritonTrain.layer``). Otherwise kernels take the chunks that are whole
+in every row and begin with the call's own tokens. What is left of a chunk that an earlier call began, the chunk in which
+the call ends, and what is around the inner loop are then computed by the torch form (``chunk``, ``layer``).
 
 Shape legend: B streams, H heads, N width of the host.
 """
@@ -62,25 +61,24 @@ class TritonTrain:
         """Whether ``layer`` computes a call of ``length`` tokens; else the block does what is around the inner loop.
 
         Not on a grid, in a stream, with a short convolution or values of the embeddings, nor under a policy that
-        computes in other dtypes than float32. From a given state, or where the next one is wanted: only where that is
-        cut from the graph, no gradient of the unfinished chunk is, and the call ends that chunk.
+        computes in other dtypes than float32. From a given state: only where no gradient of its unfinished chunk is
+        taken, and the call ends that chunk.
         """
         roles, config = block.roles, block.config
         here = context.coordinates is None and context.casts is None and block.info.dim <= MOST_CHANNELS
         wide = all(dtype == torch.float32 for dtype in (roles.compute, roles.rope, roles.output))
         if not (here and wide and config.conv_kernel is None and config.value == "hidden"):
             return False
-        if state is None and not context.want_state:
+        if state is None:
             return True
-        cut = context.detach_state or not context.want_state or not torch.is_grad_enabled()
-        memory = [] if state is None else [t for n, t in state.items() if n.startswith(("input", "gradient"))]
-        return cut and config.causal and length >= config.chunk and not any(t.requires_grad for t in memory)
+        memory = [tensor for name, tensor in state.items() if name.startswith(("input", "gradient"))]
+        return length >= config.chunk and not any(tensor.requires_grad for tensor in memory)
 
     def layer(
         self, block: HybridBlock, x: Tensor, state: BlockState | None, context: BlockContext, gate: Tensor,
         token_scale: Tensor,
     ) -> tuple[Tensor, BlockState]:  # fmt: skip
-        """The output ``[B, T, N]`` for ``x [B, T, N]``, and the state after it, without a gradient.
+        """The output ``[B, T, N]`` for ``x [B, T, N]``, and the state after it.
 
         Where it is not wanted, the state is that after the last whole chunk.
 
@@ -90,7 +88,7 @@ class TritonTrain:
         from moshi_ttt.plugins.hybrid.triton.train_layer import gated, inner_layer
         from moshi_ttt.plugins.hybrid.triton.train_projection import projected, projected_where_finite
 
-        matmul, continues = block.roles.matmul, state is not None or context.want_state
+        matmul, continues = block.roles.matmul, state is not None
         rates = Linear(block.lr_weight.flatten(0, 1), block.lr_bias.flatten())  # [H, 1, N] -> [H, N], [H, 1] -> [H]
         linears = [*(each.tensors() for each in (block.wq, block.wk, block.wv)), rates]
         parts, finite = projected_where_finite(x, linears, (matmul, matmul, matmul, torch.float32))
@@ -105,8 +103,8 @@ class TritonTrain:
         )  # fmt: skip
         (added,) = projected(out, [block.wo.tensors()], (matmul,))
         y = gated(x, added, gate, block.volume_in(context))
-        with torch.no_grad():
-            objective = InnerNorm(norm[0].float(), norm[1].float(), block.config.norm_eps)
+        objective = InnerNorm(norm[0].float(), norm[1].float(), block.config.norm_eps)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not context.detach_state):
             return y, _state_after(state, found, x.shape[1], context.want_state, objective, token_scale)
 
     def _numbers(self, block: HybridBlock, given: bool) -> LayerNumbers:

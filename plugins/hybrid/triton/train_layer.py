@@ -72,7 +72,7 @@ class Continued:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a call gives beside its output. No gradient passes through it.
+    """What a call gives beside its output.
 
     Attributes:
         num_nonfinite: ``[B, chunks]`` int64, tokens of each chunk that may not enter, where updates are enabled.
@@ -226,15 +226,13 @@ class _InnerLayer(torch.autograd.Function):
         )
         ctx.numbers, ctx.continued, ctx.updated, ctx.fast = numbers, continued, updated, len(fast)
         ctx.dtypes = [each.dtype for each in given]
-        ctx.mark_non_differentiable(counts, *tokens[1:], *end)
+        ctx.mark_non_differentiable(counts)
         ctx.set_materialize_grads(False)
         return out, counts, *tokens[1:], *end
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
-        if d_out is None:
-            return (None,) * (4 + len(ctx.dtypes))
+    def backward(ctx: Any, d_out: Tensor | None, _: None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: under an activation checkpoint each read computes the call again
         projections, (norm_w, norm_b, token_scale, post_w, scale, ok, finite, applied) = saved[:4], saved[4:12]
         fast, kept = saved[12 : 12 + ctx.fast], saved[12 + ctx.fast :]
@@ -242,12 +240,20 @@ class _InnerLayer(torch.autograd.Function):
         tokens, _ = around.tokens(projections, finite, (norm_w, norm_b))
         small, chunks = (norm_w, norm_b, token_scale, scale), _chunks_of(around.shape, fast, ctx.numbers.settings)
         y = chunks.outputs(tokens[0], small, kept)
+        if d_out is None:  # only the state after the call has a gradient
+            d_out = torch.zeros(*finite.shape, len(post_w), device=y.device, dtype=ctx.numbers.output)
         dy, of_post = around.post_norm_gradients(y, d_out.contiguous(), post_w)
         start = _of_rows(fast, len(ok))
-        d_end = [torch.zeros_like(each) for each in start]
+        d_end = [
+            torch.zeros_like(each) if given is None else given.clone(memory_format=torch.contiguous_format)
+            for each, given in zip(start, others[3:], strict=True)
+        ]
         of_tokens, (d_norm_w, d_norm_b, d_scales, d_scale), of_fast = chunks.backward(
             tokens, small, start, kept, dy, d_end
         )
+        for index, given in enumerate(others[:3], 1):  # of keys, values and rates, by the unfinished chunk
+            if given is not None:
+                of_tokens[index] = of_tokens[index] + given
         d_projections, (more_w, more_b) = around.token_gradients(projections, ok, norm_w, of_tokens)
         d_scales[-1] += torch.where(applied, d_scale, 0).sum()
         found = [*d_projections, d_norm_w + more_w, d_norm_b + more_b, d_scales, *of_post]

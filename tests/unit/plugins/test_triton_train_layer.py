@@ -16,7 +16,7 @@ CASES = (
     "linear", "linear, not causal", "linear, volumes by row", "mlp", "mlp, less than a chunk",
     "mlp, a row without updates", "mlp, both directions", "mlp, tokens that may not enter", "linear, continued",
     "mlp, continued", "mlp, continued, one row anew", "mlp, continued, tokens that may not enter",
-    "mlp, the state wanted",
+    "mlp, the state wanted", "linear, gradients of the state", "mlp, gradients of the state",
 )  # fmt: skip
 
 

@@ -33,6 +33,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "mlp, continued, one row anew": ("ttt_mlp", 27, {}, {"earlier": 21, "reset": [True, False]}),
     "mlp, continued, tokens that may not enter": ("ttt_mlp", 50, {}, {"earlier": 5, "spoiled": True}),
     "mlp, the state wanted": ("ttt_mlp", 35, {}, {"earlier": 0}),
+    "linear, gradients of the state": ("ttt_linear", 41, {}, {"earlier": 0, "of_state": True}),
+    "mlp, gradients of the state": ("ttt_mlp", 25, {}, {"earlier": 0, "of_state": True}),
 }
 """Variant, tokens, options, and what the call is given."""
 
@@ -75,7 +77,7 @@ def called(name: str, dtype: torch.dtype, backend: str) -> dict[str, torch.Tenso
     x = x.to(dtype).requires_grad_()
     volume, updates, reset = given.get("volume", 1.0), given.get("updates", True), given.get("reset")
     context = BlockContext(
-        want_state=carries, detach_state=carries, reset=None if reset is None else torch.tensor(reset),
+        want_state=carries, detach_state=carries and "of_state" not in given, reset=None if reset is None else torch.tensor(reset),
         volume=torch.tensor(volume, dtype=dtype) if isinstance(volume, list) else volume,
         updates=torch.tensor(updates) if isinstance(updates, list) else updates,
     )  # fmt: skip
@@ -85,7 +87,10 @@ def called(name: str, dtype: torch.dtype, backend: str) -> dict[str, torch.Tenso
         run = block._train_run(x.device)
         assert isinstance(run, TritonTrain)
         assert run.takes_layer(block, state, context, length)
-    torch.where(entering[..., None], y * weights.to(y), 0).sum().backward()  # [B, T, 1] over [B, T, N]
+    loss = torch.where(entering[..., None], y * weights.to(y), 0).sum()  # [B, T, 1] over [B, T, N]
+    if "of_state" in given:
+        loss = loss + sum(tensor.square().sum() for tensor in after.values() if tensor.is_floating_point())
+    loss.backward()
     found = {"y": torch.where(entering[..., None], y, 0), "x": torch.where(entering[..., None], x.grad, 0)}
     found |= {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in block.named_parameters()}
     whole = length // CHUNK * CHUNK
