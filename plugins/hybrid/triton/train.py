@@ -1,8 +1,8 @@
 """The backend ``triton`` of a training call: by kernels of this folder, and the rest by tensor operations.
 
 Most calls are computed by kernels as a whole (``TritonTrain.layer``). Otherwise kernels take the chunks that are whole
-in every row and begin with the call's own tokens. What is left of a chunk that an earlier call began, the chunk in which
-the call ends, and what is around the inner loop are then computed by the torch form (``chunk``, ``layer``).
+in every row and begin with the call's own tokens. What is left of a chunk that an earlier call began, the chunk in
+which the call ends, and what is around the inner loop are then computed by the torch form (``chunk``, ``layer``).
 
 Shape legend: B streams, H heads, N width of the host.
 """

@@ -237,7 +237,7 @@ class _InnerLayer(torch.autograd.Function):
         projections, (norm_w, norm_b, token_scale, post_w, scale, ok, finite, applied) = saved[:4], saved[4:12]
         fast, kept = saved[12 : 12 + ctx.fast], saved[12 + ctx.fast :]
         around = _Surroundings(projections[0], ctx.updated, ctx.continued, ctx.numbers)
-        tokens, _ = around.tokens(projections, finite, (norm_w, norm_b))
+        tokens = around.tokens(projections, finite, (norm_w, norm_b))[0]
         small, chunks = (norm_w, norm_b, token_scale, scale), _chunks_of(around.shape, fast, ctx.numbers.settings)
         y = chunks.outputs(tokens[0], small, kept)
         if d_out is None:  # only the state after the call has a gradient
@@ -251,9 +251,9 @@ class _InnerLayer(torch.autograd.Function):
         of_tokens, (d_norm_w, d_norm_b, d_scales, d_scale), of_fast = chunks.backward(
             tokens, small, start, kept, dy, d_end
         )
-        for index, given in enumerate(others[:3], 1):  # of keys, values and rates, by the unfinished chunk
-            if given is not None:
-                of_tokens[index] = of_tokens[index] + given
+        for index, more in enumerate(others[:3], 1):  # of keys, values and rates, by the unfinished chunk
+            if more is not None:
+                of_tokens[index] = of_tokens[index] + more
         d_projections, (more_w, more_b) = around.token_gradients(projections, ok, norm_w, of_tokens)
         d_scales[-1] += torch.where(applied, d_scale, 0).sum()
         found = [*d_projections, d_norm_w + more_w, d_norm_b + more_b, d_scales, *of_post]

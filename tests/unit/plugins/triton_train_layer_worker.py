@@ -77,7 +77,8 @@ def called(name: str, dtype: torch.dtype, backend: str) -> dict[str, torch.Tenso
     x = x.to(dtype).requires_grad_()
     volume, updates, reset = given.get("volume", 1.0), given.get("updates", True), given.get("reset")
     context = BlockContext(
-        want_state=carries, detach_state=carries and "of_state" not in given, reset=None if reset is None else torch.tensor(reset),
+        want_state=carries, detach_state=carries and "of_state" not in given,
+        reset=None if reset is None else torch.tensor(reset),
         volume=torch.tensor(volume, dtype=dtype) if isinstance(volume, list) else volume,
         updates=torch.tensor(updates) if isinstance(updates, list) else updates,
     )  # fmt: skip
