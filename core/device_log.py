@@ -29,6 +29,8 @@ WAITING = {
     aten.repeat_interleave.Tensor,
 }  # fmt: skip
 """Operations whose result, or its shape, is known on the CPU only when the accelerator is done."""
+LAUNCHES = "launches_"
+"""How the namespace of operations begins that each launch one kernel of a plugin's own."""
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
@@ -40,7 +42,8 @@ class DeviceLog(TorchDispatchMode):
             runs for real, and has no problems.
 
     Attributes:
-        launches: how often each operation ran that runs a kernel on a device: all but views and empty tensors.
+        launches: how often each operation ran that runs a kernel on a device: all but views and empty tensors. Of a
+            plugin's own operations those are counted whose namespace begins with ``LAUNCHES``.
         problems: what would wait for the device, or copies a tensor from the CPU, a sentence each.
         bytes, peak: of what operations have made and is still alive, now and at most.
     """
@@ -61,7 +64,7 @@ class DeviceLog(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given = [*_tensors(args), *_tensors((kwargs or {}).values())]
         makes = not _is_view(func) and func not in WITHOUT_KERNEL
-        if makes and func.namespace in ("aten", "prims"):
+        if makes and (func.namespace in ("aten", "prims") or func.namespace.startswith(LAUNCHES)):
             self._look(func, given)
             self.launches[str(func)] += 1
         # A view, or an argument that was written to, may be of a tensor that was there before.

@@ -33,6 +33,11 @@ BLOCKS: tuple[tuple[str, dict[str, Any], bool], ...] = (
     ("ttt_mlp", {"chunk": 64}, False),
     ("ttt_mlp", {"chunk": 32, "checkpoint_chunks": 4}, False),
     ("ttt_mlp", {"chunk": 32}, True),
+    ("ttt_linear", {"chunk": 32, "backend": {"train": "triton"}}, False),
+    ("ttt_mlp", {"chunk": 16, "backend": {"train": "triton"}}, False),
+    ("ttt_mlp", {"chunk": 32, "backend": {"train": "triton"}}, False),
+    ("ttt_mlp", {"chunk": 16, "backend": {"train": "triton"}}, True),
+    ("ttt_mlp", {"chunk": 32, "backend": {"train": "triton"}}, True),
     ("ttt_multilayer", {"chunk": 32}, False),
     ("ttt_ridge", {"chunk": 16}, False),
     ("ttt_ridge", {"chunk": 16, "checkpoint_chunks": 8}, False),
@@ -70,7 +75,7 @@ def cost(variant: str, options: dict[str, Any], carried: bool) -> DeviceCost:
 
 
 def name(variant: str, options: dict[str, Any], carried: bool) -> str:
-    listed = ", ".join(f"{key} {value}" for key, value in options.items())
+    listed = ", ".join("triton" if key == "backend" else f"{key} {value}" for key, value in options.items())
     return f"{variant}, {listed}{', carried' if carried else ''}"
 
 

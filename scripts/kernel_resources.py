@@ -23,9 +23,17 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- kernel resources: written by scripts/kernel_resources.py -->\n", "<!-- end of kernel resources -->\n"
 ARCHITECTURES = (80, 90, 100)
-SHAPES = {"linear": ((16, 64), (16, 128), (32, 64), (32, 128)), "mlp": ((16, 64), (16, 128))}
+SHAPES = {
+    "linear": ((16, 64), (16, 128), (32, 64), (32, 128)), "mlp": ((16, 64), (16, 128)), "around": ((16, 64), (16, 128)),
+}  # fmt: skip
 """Chunk sizes and head widths, of each chain of kernels: those that ``auto`` may take."""
-NUMBERS = {"T", "H", "N", "BH", "CHUNK", "FIRST", "LAST"}
+TITLES = {"linear": "TTT-Linear", "mlp": "TTT-MLP", "around": "around the inner loop"}
+CHANNELS = 4096
+"""Of the host, for what is around the inner loop: those of Moshi 7B."""
+NUMBERS = {"T", "H", "N", "BH", "CHUNK", "FIRST", "LAST", "SLOTS", "COUNT"}
+FLOATS = {"eps", "limit", "base_rate", "factor", "log2_theta", "volume"}
+POINTERS = {"FINITE": "*u8", "OK": "*u8", "UPDATED": "*u8", "POSITION": "*i64"}
+"""Those to other numbers than float32."""
 
 
 def compiled(kernel: Any, constants: dict[str, Any], arch: int, warps: int) -> dict[str, int]:
@@ -37,11 +45,13 @@ def compiled(kernel: Any, constants: dict[str, Any], arch: int, warps: int) -> d
 
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
-    types = {name: "constexpr" if name in constants else "fp32" if name == "eps" else "*fp32" for name in names}
-    types |= {name: "i32" for name in names if name in NUMBERS}
+    types = {name: "fp32" if name in FLOATS else POINTERS.get(name, "*fp32") for name in names}
+    types |= {name: "i32" for name in names if name in NUMBERS} | dict.fromkeys(constants, "constexpr")
     # As at run time: tensors begin at a multiple of 16 bytes, and the number of heads is a multiple of 16.
     aligned = {
-        (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if types[name][0] == "*" or name == "H"
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if types[name][0] == "*" or (name == "H" and types[name] == "i32")
     }
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature=types, constexprs=values, attrs=aligned)
@@ -60,8 +70,8 @@ def compiled(kernel: Any, constants: dict[str, Any], arch: int, warps: int) -> d
 
 def rows(only: str = "") -> Iterator[tuple[str, dict[str, int]]]:
     """The rows of the record whose name has ``only``, compiled now."""
-    from moshi_ttt.plugins.hybrid.triton import linear_kernels, mlp_backward, mlp_forward
-    from moshi_ttt.plugins.hybrid.triton.backend import GROUP, settings_of
+    from moshi_ttt.plugins.hybrid.triton import linear_kernels, mlp_backward, mlp_forward, train_surroundings
+    from moshi_ttt.plugins.hybrid.triton.backend import settings_of
     from moshi_ttt.plugins.hybrid.triton.resources import KERNELS, row_name
 
     for arch in ARCHITECTURES:
@@ -72,11 +82,26 @@ def rows(only: str = "") -> Iterator[tuple[str, dict[str, int]]]:
                     if only not in name:
                         continue
                     settings = settings_of(chunk, 1e-6, "tf32x3")
-                    constants = {"C": chunk, "D": width, "S": settings.slice_width, "EVERY": GROUP, "CAUSAL": True}
+                    constants = {"C": chunk, "D": width, "S": settings.slice_width, "EVERY": settings.every}
                     constants |= {"PRECISION": settings.precision, "SLICES": 4 * width // settings.slice_width}
-                    module = next(m for m in (linear_kernels, mlp_forward, mlp_backward) if hasattr(m, kernel))
-                    warps = settings.launch(kernel)["num_warps"]
+                    constants |= {"CAUSAL": True, "GIVEN": False}
+                    if kind == "around":
+                        constants |= around(kernel, width)
+                    modules = (linear_kernels, mlp_forward, mlp_backward, train_surroundings)
+                    module = next(m for m in modules if hasattr(m, kernel))
+                    warps = settings.warps
                     yield name, compiled(getattr(module, kernel), constants, arch, warps) | {"warps": warps}
+
+
+def around(kernel: str, width: int) -> dict[str, Any]:
+    """The constants of a kernel around the inner loop, with heads of ``width``, of a call that continues a state."""
+    from moshi_ttt.plugins.hybrid.triton.train_layer import EACH, GATED
+
+    heads = CHANNELS // width
+    return {
+        "H": heads, "BH": heads, "EACH": EACH, "BT": 1, "ALL": True, "CONTINUED": True, "N": CHANNELS, "ONE": False,
+        "BY_ROW": False, "BN": GATED if "gate" in kernel else CHANNELS,
+    }  # fmt: skip
 
 
 def differences(found: dict[str, dict[str, int]], recorded: dict[str, dict[str, int]]) -> list[str]:
@@ -105,9 +130,9 @@ def table() -> str:
                     continue
                 most = (max(r.registers for r in rows), max(r.spilled for r in rows), max(r.shared for r in rows))
                 auto = "yes" if too_large(kind, chunk, width, "tf32x3", divmod(arch, 10)) is None else "no"
-                title = {"linear": "TTT-Linear", "mlp": "TTT-MLP"}[kind]
+                of_chunk = "" if kind == "around" else f" chunk {chunk},"
                 lines.append(
-                    f"| sm_{arch}, {title}, chunk {chunk}, heads of {width} | {most[0]} | {most[1]:,} | "
+                    f"| sm_{arch}, {TITLES[kind]},{of_chunk} heads of {width} | {most[0]} | {most[1]:,} | "
                     f"{most[2] / 1024:.0f} | {auto} |"
                 )
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Count the memory of a training step besides its parameters, without a device, for ``train --plan``.
+"""Count the memory and the launches of a training step, without a device, for ``train --plan`` and for the docs.
 
 The step runs on the meta device, whose tensors have shapes and no values, so it costs no memory and serves any block.
 
@@ -30,11 +30,14 @@ class StepBytes:
         kept: alive between the passes: what the backward pass needs.
         peak: the most that is alive at any time.
         problems: what would wait for the device, or copies a tensor from the CPU; picking tokens by a mask apart.
+        forward, backward: launches of each pass, those of layers that the backward pass computes again too.
     """
 
     kept: int
     peak: int
     problems: tuple[str, ...]
+    forward: int
+    backward: int
 
 
 class _StepLog(DeviceLog):
@@ -45,6 +48,7 @@ class _StepLog(DeviceLog):
             given, (mask,) = args[0], args[1]
             picks = func is aten.index.Tensor
             # [.., any] -> [number of tokens, any], or the gradient's way back, in the shape that was given
+            self.launches[str(func)] += 1
             func, args, kwargs = aten.empty.memory_format, (), {"dtype": given.dtype, "device": "meta"}
             args = ([mask.numel(), *given.shape[mask.dim() :]],) if picks else (list(given.shape),)
         return super().__torch_dispatch__(func, types, args, kwargs)
@@ -58,21 +62,28 @@ class _FusedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, log: DeviceLog, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.log = log
+        log.launches["attention"] += 1
         output = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        ctx.log.launches["attention, backward"] += 1
+        return None, torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 class _Fused(TorchFunctionMode):
+    def __init__(self, log: DeviceLog) -> None:
+        super().__init__()
+        self.log = log
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return _FusedAttention.apply(*args[:3])  # type: ignore[no-untyped-call]
+            return _FusedAttention.apply(self.log, *args[:3])  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
@@ -95,11 +106,14 @@ def step_bytes(trained: TrainedModel, *, rows: int, frames: int, carried: bool, 
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
     try:
-        with _StepLog() as log, _Fused(), continued:
+        with _StepLog() as log, _Fused(log), continued:
             loss = trained.losses.sums(model, codes)[0].sum()
-            kept = log.bytes
+            kept, forward = log.bytes, log.num_launches
             torch.autograd.backward(loss)  # not loss.backward(), which takes the mode away that layers run again need
     finally:
         for parameter in model.parameters():
             parameter.grad = None
-    return StepBytes(kept=kept, peak=log.peak, problems=tuple(dict.fromkeys(log.problems)))
+    return StepBytes(
+        kept=kept, peak=log.peak, problems=tuple(dict.fromkeys(log.problems)), forward=forward,
+        backward=log.num_launches - forward,
+    )  # fmt: skip

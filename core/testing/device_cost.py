@@ -52,12 +52,15 @@ def device_cost(block: SequenceBlock, *, batch: int, tokens: int, carried: bool 
     return DeviceCost(forward, backward, step, kept, log.peak)
 
 
-def check_device(case: BlockCase) -> None:
+def check_device(case: BlockCase, *, as_is: bool = False) -> None:
     """Nothing waits for an accelerator, and no tensor lies on the CPU: in calls, backward passes, steps, resets.
 
     Tensors without a dimension may lie on the CPU: they are arguments of a launch.
+
+    Args:
+        as_is: with the options that were chosen for this machine, which then have to serve tensors without values.
     """
-    case = case.anywhere()
+    case = case if as_is else case.anywhere()
     block, rows = case.block(device="meta"), case.shape.batch
     x = torch.empty(rows, 2 * case.chunk + 1, case.shape.dim, dtype=case.dtype, device="meta", requires_grad=True)
     short = x.detach()[:, : case.chunk + 1]  # [B, chunk + 1, D]: a chunk that ends, and one that goes on from it
@@ -68,6 +71,9 @@ def check_device(case: BlockCase) -> None:
         "a call that gives its state, row by row": lambda: (
             case.call(block, x[:, : case.chunk + 1], updates=mask, volume=volume)[0].sum().backward()
         ),
+        "a call that cuts its state from the graph": lambda: (
+            case.call(block, x, updates=mask, volume=volume, detach_state=True)[0].sum().backward()
+        ),
         "statistics": lambda: block.statistics(short, case.context(short)),
         "inner losses": lambda: block.inner_losses(short, case.context(short)),
     }
@@ -76,6 +82,9 @@ def check_device(case: BlockCase) -> None:
         token = short[:, :1]
         runs |= {
             "a call that continues a state": lambda: case.call(block, short, buffers, reset=mask, exec_mask=mask),
+            "a call that carries a state": lambda: (
+                case.call(block, x, buffers, reset=mask, detach_state=True)[0].sum().backward()
+            ),
             "a step": lambda: case.step(block, token, buffers),
             "a step with masks": lambda: case.step(block, token, buffers, exec_mask=mask, updates=mask, volume=volume),
             "a step of a token that is masked or a start": lambda: case.step(

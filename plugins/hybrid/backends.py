@@ -26,7 +26,7 @@ from moshi_ttt.plugins.hybrid.naive_call import naive_call, naive_step
 from moshi_ttt.plugins.hybrid.objective import Objective
 from moshi_ttt.plugins.hybrid.recurrent import recurrent_inner_loop
 from moshi_ttt.plugins.hybrid.triton import backend as kernels
-from moshi_ttt.plugins.hybrid.triton import step
+from moshi_ttt.plugins.hybrid.triton import step, train
 from moshi_ttt.plugins.hybrid.triton.train_settings import Products
 
 LEAST_WIDTH = 128
@@ -157,7 +157,7 @@ TRAIN: Operation[HybridUse, TrainRun] = Operation(
             name="triton",
             why_not=_not_triton,
             why_not_auto=lambda use: kernels.not_by_auto(use.device, use.widths, use.config.chunk, _products(use)),
-            load=lambda use: kernels.load(use.device, _products(use)),
+            load=lambda use: train.load(use.device, _products(use)),
         ),
         Backend(name="cpp", why_not=_not_cpp, why_not_auto=_too_small_for_cpp, load=cpp.load),
         Backend(name="torch", load=lambda use: chunk_inner_loop),

@@ -25,6 +25,7 @@ from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
 from moshi_ttt.plugins.hybrid.derivatives import differentiable_again
 from moshi_ttt.plugins.hybrid.layer import HybridLayer, gated_output, inner_inputs, objective
 from moshi_ttt.plugins.hybrid.triton.step import TritonStep
+from moshi_ttt.plugins.hybrid.triton.train import TritonTrain
 from moshi_ttt.plugins.hybrid.with_backends import BlockWithBackends
 
 CACHES = ("query_cache", "key_cache")
@@ -125,6 +126,9 @@ class HybridBlock(BlockWithBackends):
     ) -> tuple[Tensor, BlockState]:
         """The layer over the tokens in the order they are in, ``x [B, T, D]``, with its gate and residual."""
         batch, length, _ = x.shape
+        run = chunk_inner_loop if exact else self._train_run(x.device)
+        if isinstance(run, TritonTrain) and run.takes_layer(self, state, context, length):
+            return run.layer(self, x, state, context, gate, self.token_scale().to(self.roles.state))
         offset = None if state is None else state["position"]
         state = self.init_state(batch, x.device) if state is None else state
         layout = self.info.format.chunks(x, self.config.chunk, offset)
@@ -136,7 +140,6 @@ class HybridBlock(BlockWithBackends):
         else:
             position = context.coordinates[None]  # [T, A] -> [1, T, A]
         caches = [state[name] for name in CACHES if name in state]
-        run = chunk_inner_loop if exact else self._train_run(x.device)
         y, after = run(
             self._tokens(x, position, layer, context, exact, caches),
             state,

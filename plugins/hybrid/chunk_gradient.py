@@ -208,14 +208,13 @@ def _applied(
     layout: ChunkLayout, after: Tensor, applied: Tensor, rows: _Rows, dtype: torch.dtype
 ) -> list[Tensor | None]:
     """Of each chunk ``[R, 1, 1]``, 1 where its update is applied, else 0; None where it ends in no row."""
-    size = layout.chunk_size
-    ends: list[Tensor | None] = []
-    for n, row in enumerate(applied.unbind(1)):
-        if layout.offset is None:
-            ends.append(rows.of_mask(row[:, None, None]).to(dtype) if (n + 1) * size <= layout.length else None)
-        else:
-            ends.append(rows.of_mask((row & (after >= (n + 1) * size))[:, None, None]).to(dtype))
-    return ends
+    size, last = layout.chunk_size, layout.length // layout.chunk_size
+    if layout.offset is not None:
+        end = size * torch.arange(1, layout.num_chunks + 1, device=after.device)  # [N]
+        applied, last = applied & (after[:, None] >= end), layout.num_chunks  # [B, 1] and [N] -> [B, N]
+    # [B, N] -> [N, B, 1] -> [N, B, H] -> [N, R, 1, 1] -> N times [R, 1, 1]
+    ends = applied.to(dtype).t()[..., None].expand(-1, -1, rows.heads).flatten(1)[..., None, None].unbind(0)
+    return [each if n < last else None for n, each in enumerate(ends)]
 
 
 def _stops(layout: ChunkLayout, after: Tensor, rows: _Rows) -> list[Tensor | None]:

@@ -21,7 +21,7 @@ from moshi_ttt.plugins.hybrid.naive import naive_inner_loop, naive_inputs, naive
 from moshi_ttt.plugins.hybrid.objective import InnerNorm
 from moshi_ttt.plugins.hybrid.recurrent import recurrent_inner_loop
 from moshi_ttt.plugins.hybrid.triton import backend as kernels
-from moshi_ttt.plugins.hybrid.triton import step
+from moshi_ttt.plugins.hybrid.triton import step, train
 
 INNER_LOOP: Mapping[str, Kind] = {
     "chunk_size": "count", "layers": "count", "causal": "flag", "norm_eps": "number", "activation": "text",
@@ -184,7 +184,7 @@ class InnerLoopTriton(InnerLoopChunk):
         if reason is not None:
             raise BackendError(f"The Triton kernels cannot compute this file: {reason}. Choose another file.")
         products = kernels.products_of(inputs["q"].device, "highest")
-        return self.by(kernels.load(inputs["q"].device, products), inputs, metadata)
+        return self.by(train.load(inputs["q"].device, products), inputs, metadata)
 
 
 class InnerLoopRecurrent(_InnerLoopVerifier):

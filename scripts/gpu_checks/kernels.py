@@ -47,18 +47,24 @@ def _by(entry: dict[str, Any], backend: str) -> dict[str, Any]:
 
 
 def _compare(report: Report, label: str, entry: dict[str, Any], width: int) -> None:
-    """Two calls, the second from inside a chunk."""
+    """A call, and two calls, the second from inside a chunk: the state between them cut from the graph, and not."""
     shape = {"dim": 2 * width, "heads": 2}
     reference = block_of(_by(entry, "torch"), torch.device("cpu"), torch.float64, **shape)
     block = block_of(_by(entry, "triton"), report.device, torch.float32, **shape)
     chunk: int = entry["chunk"]
-    expected, found = (_outcome(each, [chunk + 5, 3 * chunk + 2]) for each in (reference, block))
-    report.check(f"{label}: output", relative(found[0], expected[0]), LIMIT)
-    pairs = [(a, b) for a, b in zip(found[1:], expected[1:], strict=True) if float(b.norm()) > 1e-9]
-    report.check(f"{label}: gradients", max(relative(a, b) for a, b in pairs), GRADIENT_LIMIT)
+    calls: dict[str, tuple[list[int], dict[str, bool]]] = {
+        "": ([4 * chunk + 7], {"want_state": False}),
+        ", carried": ([chunk + 5, 3 * chunk + 2], {"detach_state": True}),
+        ", continued": ([chunk + 5, 3 * chunk + 2], {}),
+    }
+    for name, (cuts, given) in calls.items():
+        expected, found = (_outcome(each, cuts, BlockContext(**given)) for each in (reference, block))
+        report.check(f"{label}{name}: output", relative(found[0], expected[0]), LIMIT)
+        pairs = [(a, b) for a, b in zip(found[1:], expected[1:], strict=True) if float(b.norm()) > 1e-9]
+        report.check(f"{label}{name}: gradients", max(relative(a, b) for a, b in pairs), GRADIENT_LIMIT)
 
 
-def _outcome(block: SequenceBlock, cuts: list[int]) -> list[Tensor]:
+def _outcome(block: SequenceBlock, cuts: list[int], context: BlockContext) -> list[Tensor]:
     """The output, the gradient of the input, and those of the parameters (zero where there is none)."""
     device, dtype = block.info.device, block.info.dtype
     x, cotangent = (each.to(device, dtype) for each in activations(2, sum(cuts), block.info.dim, 2))
@@ -66,7 +72,7 @@ def _outcome(block: SequenceBlock, cuts: list[int]) -> list[Tensor]:
     block.zero_grad()
     state, outputs = None, []
     for part in x.split(cuts, 1):
-        y, state = block(part, state, BlockContext())
+        y, state = block(part, state, context)
         outputs.append(y)
     output = torch.cat(outputs, 1)
     (output * cotangent).sum().backward()

@@ -1,28 +1,17 @@
-"""The backend ``triton`` of a training call: whole chunks by kernels of this folder, the others by tensor operations.
+"""Where the backend ``triton`` of a training call can serve, and how its kernels run.
 
-The kernels take chunks that are whole in every row and begin with the call's own tokens. What is left of a chunk that
-an earlier call began, and the chunk in which the call ends, are computed by the torch form (``chunk``).
+``train`` is the backend itself.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from moshi_ttt.core.errors import BackendError
 from moshi_ttt.core.precision import MatmulPrecision
-from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
-from moshi_ttt.plugins.hybrid.fast_network import FastNetwork
-from moshi_ttt.plugins.hybrid.inner_loop import Tokens
-from moshi_ttt.plugins.hybrid.objective import InnerNorm
 from moshi_ttt.plugins.hybrid.triton.resources import too_large
 from moshi_ttt.plugins.hybrid.triton.train_settings import Products, TrainSettings
 
@@ -30,16 +19,27 @@ LEAST_TRITON = (3, 2)
 LEAST_CAPABILITY = (8, 0)
 CHUNKS, HEAD_WIDTHS = (16, 32, 64), (16, 32, 64, 128)
 """Tile sizes that the kernels take: powers of two from the least that a matrix product has."""
-BY_AUTO = {"linear": (16, 32), "mlp": (16,)}
-"""Chunk sizes with which ``auto`` may take the kernels, at head widths of ``AUTO_HEAD_WIDTHS``."""
+BY_AUTO = {"linear": (16, 32), "mlp": (16,), "around": (16,)}
+"""Chunk sizes with which ``auto`` may take the kernels, at head widths of ``AUTO_HEAD_WIDTHS``.
+
+What is around the inner loop takes as much with every chunk, and is recorded at one.
+"""
 CHECKED: frozenset[str] = frozenset()
 """The kernels that have passed ``make gpu-check`` on a GPU as they are now, of ``linear``, ``mlp`` and ``step``."""
 AUTO_HEAD_WIDTHS = (64, 128)
 SLICE = 32
 """Rows of W in one product of TTT-Linear, and the most hidden units of TTT-MLP that one program has, at chunk 16; half
 of that at larger ones."""
-GROUP = 4
-"""Chunks between two of which the fast weights are kept for the backward pass, without ``checkpoint_chunks``."""
+GROUP = 320
+"""Tokens between two of which the fast weights are kept for the backward pass, without ``checkpoint_chunks``.
+
+With heads of 128 and a hidden width of 512 the fast weights of a row are as large as 1,024 tokens in float32. The more
+tokens a group has, the less is kept, and the more is alive while the backward pass goes through a group.
+"""
+
+
+PARTS = 160
+"""Tokens of which TTT-MLP's slices hold their parts of outputs, or of gradients, at a time."""
 
 
 def kind_of(widths: tuple[int, ...]) -> str | None:
@@ -62,11 +62,23 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def by_name_alone(device: torch.device) -> str | None:
+    """Why ``auto`` takes no kernels at all where they could be had, as the end of a sentence; None where it may."""
+    if device.type == "meta":
+        return "on tensors without values it counts its launches; ask for it by name"
+    if interpreted():
+        return "Triton's interpreter is for tests; ask for it by name"
+    return None
+
+
 def not_here(device: torch.device) -> str | None:
-    """Why kernels cannot run on a device, as the end of a sentence; None where they can."""
+    """Why kernels cannot run on a device, as the end of a sentence; None where they can.
+
+    On the meta device they can, and compute nothing: their launches and their memory are counted there.
+    """
     if device.type == "cpu" and not interpreted():
         return "its device is cpu, where Triton runs in its interpreter alone (TRITON_INTERPRET=1, for tests)"
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda", "meta"):
         return f"its device is {device}; the kernels are for NVIDIA GPUs"
     try:
         found = version("triton")
@@ -74,7 +86,7 @@ def not_here(device: torch.device) -> str | None:
         return "Triton is not installed"
     if tuple(int(part) for part in found.split(".")[:2]) < LEAST_TRITON:
         return f"Triton is {found}, and the kernels need {'.'.join(map(str, LEAST_TRITON))} or newer"
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):  # interpreted, or tensors without values, on which nothing runs
         return None
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
@@ -104,8 +116,9 @@ def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int, produ
                 ) -> str | None:  # fmt: skip
     """Why ``auto`` takes another backend where the kernels could run."""
     kind = kind_of(widths)
-    if kind is None or interpreted():
-        return "Triton's interpreter is for tests; ask for it by name"
+    if (reason := by_name_alone(device)) is not None:
+        return reason
+    assert kind is not None  # else the kernels do not take these shapes
     if chunk not in BY_AUTO[kind] or widths[0] not in AUTO_HEAD_WIDTHS:
         return (
             f"chunk {chunk} at head width {widths[0]} was not measured; auto takes the kernels at chunk "
@@ -113,7 +126,12 @@ def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int, produ
         )
     if kind == "mlp" and widths[1] != 4 * widths[0]:
         return f"a hidden width of {widths[1]} was not measured; auto takes the kernels at four times the head width"
-    return too_large(kind, chunk, widths[0], products, torch.cuda.get_device_capability(device)) or not_checked(kind)
+    capability = torch.cuda.get_device_capability(device)
+    return (
+        too_large(kind, chunk, widths[0], products, capability)
+        or too_large("around", BY_AUTO["around"][0], widths[0], products, capability)
+        or not_checked(kind)
+    )
 
 
 def not_checked(kernels: str) -> str | None:
@@ -128,39 +146,7 @@ def settings_of(
 ) -> TrainSettings:
     """How the kernels run, here and in the record of what they take."""
     return TrainSettings(
-        chunk=chunk, eps=eps, causal=causal, precision=products, every=together or GROUP,
+        chunk=chunk, eps=eps, causal=causal, precision=products, every=together or max(1, GROUP // chunk),
+        parts=max(1, PARTS // chunk),
         slice_width=SLICE if chunk == 16 else SLICE // 2,
     )  # fmt: skip
-
-
-def load(device: torch.device, products: Products) -> Callable[..., Any]:
-    """``chunk_inner_loop`` with the kernels for whole chunks. Raises BackendError where Triton does not interpret."""
-    from moshi_ttt.plugins.hybrid.triton import linear_kernels
-
-    if device.type == "cpu" and type(linear_kernels.linear_states).__name__ != "InterpretedFunction":
-        raise BackendError(
-            "Triton was imported before TRITON_INTERPRET=1 was set, and compiles its kernels. Set it before the "
-            "process starts."
-        )
-    return partial(chunk_inner_loop, whole=partial(whole_by_kernels, products=products))
-
-
-def whole_by_kernels(
-    tokens: Tokens, fast: FastNetwork, norm: InnerNorm, token_scale: Tensor, scale: Tensor, *, causal: bool,
-    together: int | None, products: Products,
-) -> tuple[Tensor, FastNetwork]:  # fmt: skip
-    """See ``chunk_gradient.WholeChunks``; the fast weights are kept every ``together`` chunks, or ``GROUP``."""
-    from moshi_ttt.plugins.hybrid.triton.linear_chunk import linear_chunks
-    from moshi_ttt.plugins.hybrid.triton.mlp_chunk import mlp_chunks
-
-    settings = settings_of(token_scale.shape[0], norm.eps, products, causal, together)
-    if len(fast.weights) == 1:
-        y, weight, bias = linear_chunks(
-            *tokens, fast.weights[0], fast.biases[0], norm.weight, norm.bias, token_scale, scale, settings
-        )
-        return y, FastNetwork((weight,), (bias,))
-    (w1, w2), (b1, b2) = fast.weights, fast.biases
-    hidden = w1.shape[-1]
-    settings = replace(settings, slice_width=min(settings.slice_width, hidden & -hidden))  # a power of two in it
-    y, weights, biases = mlp_chunks(*tokens, (w1, w2), (b1, b2), norm.weight, norm.bias, token_scale, scale, settings)
-    return y, FastNetwork(weights, biases)

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from moshi_ttt.plugins.hybrid.triton.train_parts import (
+    key_gradient,
     loss_gradient,
     loss_gradient_backward,
     norm_backward,
@@ -56,9 +57,12 @@ def times_matrix(
 @triton.jit
 def linear_states(
     K, V, LR, NORM_W, NORM_B, SCALE, W, BIAS, G, Z, T, H, N, eps,
-    C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, GIVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The chain of W, from that before the first chunk: gradients ``G``, and outputs ``Z`` at the keys."""
+    """The chain of W, from that before the first chunk: gradients ``G``, and outputs ``Z`` at the keys.
+
+    ``GIVEN``: see ``key_gradient``.
+    """
     bh = tl.program_id(0).to(tl.int64)
     row, head = bh // H, bh % H
     slot, column, part = tl.arange(0, C), tl.arange(0, D), tl.arange(0, S)
@@ -72,8 +76,8 @@ def linear_states(
         now = (bh * (N + 1) + chunk) * D * D
         z = times_matrix(K, W, at * D, inside, now, C, D, S, PRECISION) + b[None, :]
         rate = tl.load(LR + at, mask=token < T, other=0.0).to(tl.float32)[:, None]
-        target = rows_of(V, place, inside) - rows_of(K, place, inside)
-        g = loss_gradient(z, target, norm_w, norm_b, eps, D) * rate
+        value, key = rows_of(V, place, inside), rows_of(K, place, inside)
+        g = key_gradient(z, value, key, rate, norm_w, norm_b, eps, D, GIVEN)
         tl.store(Z + place, z, mask=inside)
         tl.store(G + place, g, mask=inside)
         scale = tl.load(SCALE + row * N + chunk)
@@ -178,7 +182,7 @@ def linear_output_gradients(
 @triton.jit
 def linear_state_gradients(
     Q, K, V, LR, G, Z, NORM_W, NORM_B, SCALE, DZ_QUERY, DG, DW, DB, DZ, DK, DV, D_SCALE, D_NORM_W, D_NORM_B,
-    T, H, N, eps, C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
+    T, H, N, eps, C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, GIVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The chain of W's gradient, from the last chunk to the first, and what needs it.
 
@@ -205,6 +209,8 @@ def linear_state_gradients(
         dg = rows_of(DG, place, inside) - scale * through
         z, target = rows_of(Z, place, inside), rows_of(V, place, inside) - rows_of(K, place, inside)
         rate = tl.load(LR + at, mask=token < T, other=0.0).to(tl.float32)[:, None]
+        if GIVEN:
+            rate = tl.maximum(rate, 0.0)
         tl.store(DG + place, dg, mask=inside)
         dz, du, for_w, for_b = loss_gradient_backward(rate * dg, z, target, norm_w, norm_b, eps, D)
         d_norm_w += for_w

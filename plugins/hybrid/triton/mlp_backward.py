@@ -20,6 +20,7 @@ from moshi_ttt.plugins.hybrid.triton.train_parts import (
     gelu,
     gelu_curvature,
     gelu_slope,
+    key_gradient,
     loss_gradient,
     loss_gradient_backward,
     norm_backward,
@@ -53,7 +54,7 @@ def mlp_second_layer_gradients(
     Q, K, V, LR, NORM_W, NORM_B, TOKEN_SCALE, SCALE, Z2, DZQ, W1, B1, W2, DW2, DB2, DX2, DZQ1, DG2_PART,
     D_TOKEN_SCALE, D_SCALE, T, H, N, CHUNK, eps,
     C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GIVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the outputs and the update of chunk ``CHUNK`` through the second layer.
 
@@ -74,7 +75,7 @@ def mlp_second_layer_gradients(
     k = rows_of(K, place, inside)
     rate = tl.load(LR + at, mask=token < T, other=0.0).to(tl.float32)[:, None]
     z2 = rows_of(Z2, place, inside)
-    g2 = loss_gradient(z2, rows_of(V, place, inside) - k, norm_w, norm_b, eps, D) * rate
+    g2 = key_gradient(z2, rows_of(V, place, inside), k, rate, norm_w, norm_b, eps, D, GIVEN)
     token_scale = tl.load(TOKEN_SCALE + slot)[:, None]
     first = bh * D * width + column[:, None] * width + unit[None, :]  # [D, S] of W1
     second = bh * D * width + unit[:, None] * D + column[None, :]  # [S, D] of W2
@@ -97,7 +98,10 @@ def mlp_second_layer_gradients(
     dw2, db2 = tl.load(DW2 + second), tl.load(DB2 + bh * D + column)[None, :]
     scale, through = tl.load(SCALE + row * N + CHUNK), product(g2, tl.trans(dw2), PRECISION)
     tl.store(D_SCALE + which, -tl.sum(x2 * through) - once * tl.sum(g2 * db2))
-    tl.store(DX2 + hidden, product(tl.trans(d_affinity), xq, PRECISION) - scale * through)
+    dx2 = product(tl.trans(d_affinity), xq, PRECISION) - scale * through
+    if GIVEN:
+        dx2 = tl.where(rate < 0, 0.0, dx2)
+    tl.store(DX2 + hidden, dx2)
     dg2 = product(tl.trans(token_scale * affinity), dzq2, PRECISION)
     dg2 += scale * (product(x2, dw2, PRECISION) + once * db2)
     tl.store(DG2_PART + (bh * SLICES + part) * C * D + slot[:, None] * D + column[None, :], -dg2)
@@ -109,7 +113,7 @@ def mlp_first_layer_gradients(
     Q, K, V, LR, NORM_W, NORM_B, TOKEN_SCALE, SCALE, Z2, W1, B1, W2, DW1, DB1, DW2, DZQ1, DZ1, DG2_PART, DQ_PART,
     DK_PART, D_TOKEN_SCALE, D_SCALE, T, H, N, CHUNK, eps,
     C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GIVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From ``DZQ1`` and the update through the first layer, to the queries, the keys and g2.
 
@@ -128,7 +132,7 @@ def mlp_first_layer_gradients(
     q, k = rows_of(Q, place, inside), rows_of(K, place, inside)
     rate = tl.load(LR + at, mask=token < T, other=0.0).to(tl.float32)[:, None]
     z2 = rows_of(Z2, place, inside)
-    g2 = loss_gradient(z2, rows_of(V, place, inside) - k, norm_w, norm_b, eps, D) * rate
+    g2 = key_gradient(z2, rows_of(V, place, inside), k, rate, norm_w, norm_b, eps, D, GIVEN)
     first = bh * D * width + column[:, None] * width + unit[None, :]
     second = bh * D * width + unit[:, None] * D + column[None, :]
     w1, w2 = tl.load(W1 + first), tl.load(W2 + second)
@@ -148,6 +152,8 @@ def mlp_first_layer_gradients(
     total = D_SCALE + (bh * N + CHUNK) * SLICES + part
     tl.store(total, tl.load(total) - tl.sum(g1 * through))
     dg1 = -product(tl.trans(token_scale * affinity), dzq1, PRECISION) - scale * through
+    if GIVEN:
+        dg1 = tl.where(rate < 0, 0.0, dg1)
     tl.store(DZ1 + hidden, dg1 * h * gelu_curvature(z1))
     dh = dg1 * gelu_slope(z1)
     tile = (bh * SLICES + part) * C * D + slot[:, None] * D + column[None, :]
@@ -164,7 +170,8 @@ def mlp_first_layer_gradients(
 def mlp_key_gradients(
     K, V, LR, NORM_W, NORM_B, Z2, DZQ, DG2_PART, W1, B1, W2, DW1, DB1, DW2, DB2, DX2, DZ1, DK_PART, DV, D_LR, D_NORM_W,
     D_NORM_B, T, H, N, CHUNK, eps,
-    C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr, GIVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From g2's gradient through the keys' pass; what no slice has a part of is written by the first.
 
@@ -181,6 +188,8 @@ def mlp_key_gradients(
     norm_w, norm_b = tl.load(NORM_W + head * D + column)[None, :], tl.load(NORM_B + head * D + column)[None, :]
     k = rows_of(K, place, inside)
     rate = tl.load(LR + at, mask=token < T, other=0.0).to(tl.float32)[:, None]
+    if GIVEN:
+        rate = tl.maximum(rate, 0.0)
     z2, target = rows_of(Z2, place, inside), rows_of(V, place, inside) - k
     dg2 = sum_of_slices(DG2_PART, bh, C, D, SLICES)
     dz2, du, for_w, for_b = loss_gradient_backward(rate * dg2, z2, target, norm_w, norm_b, eps, D)

@@ -5,6 +5,9 @@ of ``S`` hidden units: S columns of W1, S rows of W2. Slices meet where z2 = gel
 width, once a chunk; the end of a launch is where all programs wait for each other. ``mlp_chunk`` therefore begins with
 that sum of a chunk, updates its slice, and ends with its slice's part of the next chunk's sum.
 
+With ``GIVEN``, a token whose rate is below 0 is from before the call: its value is g2, and what the token is, is a
+constant.
+
 Tensors of tokens are ``[B, T, H, D]`` and ``[B, T, H]``, contiguous. W1 is ``[B, H, D, F]``, b1 ``[B, H, F]``, W2
 ``[B, H, F, D]``, b2 ``[B, H, D]``. ``SCALE [B, N]`` is by how much the update of each chunk is scaled; 0: no update.
 
@@ -19,7 +22,7 @@ import triton.language as tl
 from moshi_ttt.plugins.hybrid.triton.train_parts import (
     gelu,
     gelu_slope,
-    loss_gradient,
+    key_gradient,
     normalized,
     product,
     rows_of,
@@ -62,7 +65,7 @@ def mlp_chunk(
     Q, K, V, LR, NORM_W, NORM_B, TOKEN_SCALE, SCALE, PART, W1, B1, W2, B2, Z2, NEXT_PART, NEXT_W1, NEXT_B1, NEXT_W2,
     NEXT_B2, QUERY_PART, T, H, N, CHUNK, eps,
     C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GIVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Chunk ``CHUNK``: its update from W to NEXT_W, a slice's part of its outputs, and of the next chunk's z2.
 
@@ -81,7 +84,7 @@ def mlp_chunk(
     k = rows_of(K, place, inside)
     z2 = sum_of_slices(PART, bh, C, D, SLICES) + b2[None, :]
     rate = tl.load(LR + at, mask=token < T, other=0.0).to(tl.float32)[:, None]
-    g2 = loss_gradient(z2, rows_of(V, place, inside) - k, norm_w, norm_b, eps, D) * rate
+    g2 = key_gradient(z2, rows_of(V, place, inside), k, rate, norm_w, norm_b, eps, D, GIVEN)
     scale = tl.load(SCALE + row * N + CHUNK)
     if part == 0:
         tl.store(Z2 + place, z2, mask=inside)
@@ -136,9 +139,23 @@ def mlp_outputs(
 
 
 @triton.jit
+def mlp_outputs_again(Q, NORM_W, NORM_B, ZQ, Y, T, H, eps, C: tl.constexpr, D: tl.constexpr):
+    """The outputs ``Y`` of a chunk, from z2 at the queries."""
+    bh, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head, slot, column = bh % H, tl.arange(0, C), tl.arange(0, D)
+    token = chunk * C + slot
+    inside = (token < T)[:, None]
+    place = (((bh // H) * T + token) * H + head)[:, None] * D + column[None, :]
+    norm_w, norm_b = tl.load(NORM_W + head * D + column)[None, :], tl.load(NORM_B + head * D + column)[None, :]
+    n, _ = normalized(rows_of(ZQ, place, inside), eps, D)
+    tl.store(Y + place, (rows_of(Q, place, inside) + n * norm_w + norm_b).to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def mlp_states(
     K, V, LR, NORM_W, NORM_B, SCALE, Z2, W1, B1, W2, KEPT_W1, KEPT_B1, KEPT_W2, T, H, BH, N, FIRST, LAST, eps,
-    C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr, GIVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The fast weights after chunks ``FIRST`` to ``LAST - 1``, again, from those before: with z2 kept, slices part.
 
@@ -160,7 +177,7 @@ def mlp_states(
         k = rows_of(K, place, inside)
         rate = tl.load(LR + at, mask=token < T, other=0.0).to(tl.float32)[:, None]
         z2 = rows_of(Z2, place, inside)
-        g2 = loss_gradient(z2, rows_of(V, place, inside) - k, norm_w, norm_b, eps, D) * rate
+        g2 = key_gradient(z2, rows_of(V, place, inside), k, rate, norm_w, norm_b, eps, D, GIVEN)
         z1 = product(k, w1, PRECISION) + b1[None, :]
         g1 = product(g2, tl.trans(w2), PRECISION) * gelu_slope(z1)
         scale = tl.load(SCALE + row * N + chunk)

@@ -16,17 +16,26 @@ from typing import Any
 from moshi_ttt.plugins.hybrid.triton.train_settings import Products
 
 RECORD = Path(__file__).with_name("resources.json")
-KERNELS: Mapping[str, tuple[str, ...]] = {
-    "linear": (
+MODULES: Mapping[str, tuple[str, ...]] = {
+    "linear_kernels": (
         "linear_states", "linear_weights", "linear_outputs", "linear_output_gradients", "linear_state_gradients",
         "linear_key_gradients",
     ),
-    "mlp": (
-        "mlp_first_keys", "mlp_chunk", "mlp_outputs", "mlp_states", "mlp_output_gradients",
-        "mlp_second_layer_gradients", "mlp_first_layer_gradients", "mlp_key_gradients", "mlp_token_gradients",
+    "mlp_forward": ("mlp_first_keys", "mlp_chunk", "mlp_outputs", "mlp_outputs_again", "mlp_states"),
+    "mlp_backward": (
+        "mlp_output_gradients", "mlp_second_layer_gradients", "mlp_first_layer_gradients", "mlp_key_gradients",
+        "mlp_token_gradients",
+    ),
+    "train_surroundings": (
+        "token_mask", "tokens", "token_gradients", "post_norm", "norm_gradients", "gated", "gate_gradients",
     ),
 }  # fmt: skip
-"""The kernels of each chain."""
+"""The kernels of each module."""
+KERNELS: Mapping[str, tuple[str, ...]] = {
+    "linear": MODULES["linear_kernels"], "mlp": (*MODULES["mlp_forward"], *MODULES["mlp_backward"]),
+    "around": MODULES["train_surroundings"],
+}  # fmt: skip
+"""The kernels of each chain, and those around the inner loop."""
 LARGEST_SPILL = {80: 256, 90: 0, 100: 0}
 """Bytes a thread may spill, by the architecture that the kernels are compiled for."""
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -57,7 +66,7 @@ def too_large(kind: str, chunk: int, width: int, products: Products, capability:
     """Why ``auto`` takes no kernels of a chain, as the end of a sentence; None where it may.
 
     Args:
-        kind: ``linear`` or ``mlp``.
+        kind: ``linear``, ``mlp`` or ``around``.
         capability: the GPU's compute capability.
     """
     arch = 10 * capability[0]

@@ -19,7 +19,7 @@ from moshi_ttt.plugins.common.finite import largest_factor
 from moshi_ttt.plugins.hybrid.fast_network import UpdateRule
 from moshi_ttt.plugins.hybrid.inner_loop import COUNTERS, Tokens, unpack
 from moshi_ttt.plugins.hybrid.objective import InnerNorm, Objective
-from moshi_ttt.plugins.hybrid.triton.backend import interpreted, not_checked
+from moshi_ttt.plugins.hybrid.triton.backend import by_name_alone, not_checked
 from moshi_ttt.plugins.hybrid.triton.step_operations import operations
 from moshi_ttt.plugins.hybrid.triton.step_resources import too_large
 
@@ -49,8 +49,8 @@ def not_these_shapes(widths: tuple[int, ...], chunk: int) -> str | None:
 
 def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int) -> str | None:
     """Why ``auto`` takes another backend for a step where the kernels could run."""
-    if interpreted():
-        return "Triton's interpreter is for tests; ask for it by name"
+    if (reason := by_name_alone(device)) is not None:
+        return reason
     hidden = {width // widths[0] if width % widths[0] == 0 else None for width in widths[1:-1]}
     if chunk not in AUTO_CHUNKS or widths[0] not in AUTO_HEAD_WIDTHS or hidden - {AUTO_EXPANSION} or len(widths) > 4:
         return (

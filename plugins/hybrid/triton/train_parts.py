@@ -46,6 +46,18 @@ def loss_gradient(z, target, weight, bias, eps, D: tl.constexpr):
 
 
 @triton.jit
+def key_gradient(z, v, k, rate, weight, bias, eps, D: tl.constexpr, GIVEN: tl.constexpr):
+    """The gradient g ``[C, D]`` of the last layer's output at the keys: the loss's, times ``rate [C, 1]``.
+
+    ``GIVEN``: where a rate is below 0, g is ``v`` itself: that of a token from before the call.
+    """
+    g = loss_gradient(z, v - k, weight, bias, eps, D) * rate
+    if GIVEN:
+        g = tl.where(rate < 0, v, g)
+    return g
+
+
+@triton.jit
 def norm_backward(dn, n, r, D: tl.constexpr):
     """The gradient of z, for ``n, r = normalized(z)`` and the gradient ``dn`` of n."""
     return r * (dn - tl.sum(dn, 1)[:, None] / D - n * (tl.sum(dn * n, 1)[:, None] / D))

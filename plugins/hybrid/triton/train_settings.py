@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 Products = Literal["ieee", "tf32x3", "bf16x3", "tf32", "bf16"]
@@ -20,8 +19,10 @@ class TrainSettings:
         causal: False lets every query of a chunk use all of the chunk's keys.
         precision: of products of matrices.
         every: chunks a group. The fast weights at the start of each group are kept for the backward pass.
+        parts: of TTT-MLP, chunks whose slices' parts of a sum are alive together.
         slice_width: of TTT-MLP, hidden units that one program has; of TTT-Linear, rows of W in one product.
-        warps: warps a program. kernel_warps: of kernels that have another number.
+        warps: warps a program.
+        given: tokens whose rate is below 0 are from before the call: their values are gradients (``key_gradient``).
     """
 
     chunk: int
@@ -29,10 +30,7 @@ class TrainSettings:
     causal: bool = True
     precision: Products = "ieee"
     every: int = 4
+    parts: int = 4
     slice_width: int = 32
     warps: int = 8
-    kernel_warps: Mapping[str, int] = field(default_factory=dict)
-
-    def launch(self, kernel: str) -> dict[str, int]:
-        """The options of a launch, by Triton's names."""
-        return {"num_warps": self.kernel_warps.get(kernel, self.warps), "num_stages": 1}
+    given: bool = False

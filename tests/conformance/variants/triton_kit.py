@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from moshi_ttt.apps.verify import verify_file
-from moshi_ttt.core.testing import CHECKS, Shape, error
+from moshi_ttt.core.testing import CHECKS, Shape, check_device, error
 from moshi_ttt.core.testing.case import default_cases
 from moshi_ttt.plugins.hybrid.verifiers import InnerLoopNaive
 
@@ -29,7 +29,16 @@ CASES = [
     for case in default_cases(variant, [options], shapes=SHAPES)
     if case.dtype != torch.float64  # which the kernels refuse
 ]
-THIN = {"splits", "exec_mask", "checkpointing", "two_forwards", "nonfinite_recovery", "updates_off", "detached_state"}
+THIN = {
+    "splits",
+    "exec_mask",
+    "checkpointing",
+    "two_forwards",
+    "nonfinite_recovery",
+    "updates_off",
+    "detached_state",
+    "other_modes",
+}
 """Checks of the default suite, in float32."""
 
 
@@ -37,14 +46,16 @@ def thin(check) -> bool:
     return check.__name__.removeprefix("check_") in THIN
 
 
-@pytest.mark.parametrize(
-    "check",
-    [check for check in CHECKS if check.__name__ != "check_other_modes"],  # no kernel runs on fake tensors
-    ids=lambda check: check.__name__.removeprefix("check_"),
-)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kit(case, check):
     check(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kit_device_with_kernels(case):
+    """``check_device`` leaves a backend out that was chosen for this machine; these kernels serve without values."""
+    check_device(case, as_is=True)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from tests.project import ROOT
 SLACK = 0.05
 """How far below the table a figure may be."""
 QUICK = ("ttt_linear", "gating_mlp")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch came without Triton here")
 
 
 def script():
@@ -36,12 +37,20 @@ def test_the_table_has_every_block():
     assert list(budget()) == [COSTS.name(*block) for block in COSTS.BLOCKS]
 
 
+def marks(block):
+    slow = () if block[0] in QUICK or "backend" in block[1] else (pytest.mark.slow,)
+    return (*slow, needs_triton) if "backend" in block[1] else slow
+
+
+@needs_triton
+@pytest.mark.parametrize("chunk", [16, 32])
+def test_a_block_by_kernels_keeps_at_most_150_kib_a_token(chunk):
+    kept = COSTS.row("ttt_mlp", {"chunk": chunk, "backend": {"train": "triton"}}, False)[3]
+    assert kept <= 150
+
+
 @pytest.mark.parametrize(
-    "block",
-    [
-        pytest.param(block, id=COSTS.name(*block), marks=() if block[0] in QUICK else pytest.mark.slow)
-        for block in COSTS.BLOCKS
-    ],
+    "block", [pytest.param(block, id=COSTS.name(*block), marks=marks(block)) for block in COSTS.BLOCKS]
 )
 def test_a_block_costs_what_the_table_says(block):
     allowed, found = budget()[COSTS.name(*block)], COSTS.row(*block)

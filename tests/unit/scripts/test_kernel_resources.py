@@ -142,7 +142,18 @@ def test_what_is_missing_on_a_machine_is_said(gpu, monkeypatch):
     monkeypatch.setattr(backend, "version", lambda name: "2.3.1")
     assert "Triton is 2.3.1, and the kernels need 3.2 or newer" in backend.not_here(gpu)
     assert "its device is cpu" in backend.not_here(torch.device("cpu"))
-    assert "its device is meta" in backend.not_here(torch.device("meta"))
+    assert "its device is xpu" in backend.not_here(torch.device("xpu"))
+
+
+def test_tensors_without_values_are_served_where_triton_is_installed_and_never_by_auto(monkeypatch):
+    meta = torch.device("meta")
+    monkeypatch.setattr(backend, "version", lambda name: "3.5.1")
+    assert backend.not_here(meta) is None
+    assert backend.products_of(meta, "highest") == "tf32x3"
+    monkeypatch.setattr(backend, "CHECKED", {"linear", "mlp", "step"})
+    assert "ask for it by name" in backend.not_by_auto(meta, (128, 128), 16, "tf32x3")
+    monkeypatch.setattr(backend, "version", lambda name: "2.3.1")
+    assert "Triton is 2.3.1" in backend.not_here(meta)
 
 
 def test_products_follow_the_policy(gpu):
