@@ -88,11 +88,13 @@ def _directives(names: list[str]) -> str:
 
 
 def python() -> str:
-    """Every public name of ``moshi_ttt``."""
+    """Every public name of ``moshi_ttt``: what a program calls, then the classes."""
     import moshi_ttt
 
-    modules = ("evaluation", "testing", "training")
-    return _directives([f"moshi_ttt.{name}" for name in moshi_ttt.__all__ if name not in (*modules, "__version__")])
+    public = [getattr(moshi_ttt, name) for name in moshi_ttt.__all__]
+    functions = [f"moshi_ttt.{each.__name__}" for each in public if inspect.isfunction(each)]
+    classes = [f"moshi_ttt.{each.__name__}" for each in public if inspect.isclass(each)]
+    return _directives([*functions, *classes])
 
 
 def training() -> str:
