@@ -152,7 +152,8 @@ def check_block(variant: str, *configs: Mapping[str, Any], registry: Registry | 
                 check(case)
             except Exception as error:
                 what = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-                raise AssertionError(f"{check.__name__}, {case}: {what}. The rule: {check.__doc__}") from error
+                rule = " ".join((check.__doc__ or "").split())
+                raise AssertionError(f"{check.__name__}, {case}:\n  {what}\n  The rule: {rule}") from error
 
 
 def conformance_tests(

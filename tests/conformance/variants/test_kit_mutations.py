@@ -959,6 +959,6 @@ def test_check_block_gives_other_errors_as_the_cause(monkeypatch: pytest.MonkeyP
         raise KeyError("mean")
 
     monkeypatch.setattr(TTTLinear, "compute", broken)
-    with pytest.raises(AssertionError, match=r"check_form, .*: KeyError: 'mean'") as raised:
+    with pytest.raises(AssertionError, match=r"check_form, .*:\n  KeyError: 'mean'\n  The rule: ") as raised:
         kit.check_block("ttt_linear", {"chunk": 4})
     assert isinstance(raised.value.__cause__, KeyError)
