@@ -93,7 +93,7 @@ def check_parameter_dimensions(case: BlockCase) -> None:
 
 def check_form(case: BlockCase) -> None:
     """A call gives an output of its input's shape and dtype, and a state of the names, shapes and dtypes that a stream
-    begins with.
+    begins with. It writes to nothing that it is given.
     """
     block, x = case.block(), case.inputs(case.chunk + 1)
     with torch.no_grad():
@@ -107,6 +107,14 @@ def check_form(case: BlockCase) -> None:
     for name, tensor in begun.items():
         found, wanted = ((tuple(each.shape), each.dtype) for each in (state[name], tensor))
         assert found == wanted, f"compute returns {name!r} as {found}, and init_state as {wanted}"
+    if not case.causal:
+        return
+    given = {"x": x, **{f"state {name!r}": tensor for name, tensor in state.items()}}
+    before = states.clone(given)
+    with torch.no_grad():
+        case.call(block, x, state)
+    for name, tensor in given.items():
+        assert_equal(tensor, before[name], f"a call wrote to the {name} that it was given")
 
 
 def _scale(block: SequenceBlock) -> None:

@@ -743,10 +743,21 @@ class GrowsState(TTTLinear):
         return y, {**after, "weight.0": after["weight.0"][..., None]}
 
 
+class WritesGivenState(TTTLinear):
+    """A call writes its fast weights into the state that it was given."""
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        if state is not None:
+            state["weight.0"].copy_(after["weight.0"])
+        return y, after
+
+
 MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
     DropsAChannel: {kit.check_form},
     RenamesState: {kit.check_form},
     GrowsState: {kit.check_form},
+    WritesGivenState: {kit.check_form},
     NoCausalMask: {kit.check_causality, kit.check_splits},
     SharedRows: {kit.check_rows},
     RoundedState: {kit.check_state_is_float32},
