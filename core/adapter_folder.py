@@ -91,6 +91,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
+        if not path.parent.exists():
+            raise AdapterError(f"There is no folder {path.parent}. Give the folder that save_adapter wrote.") from None
         raise AdapterError(
             f"{path.parent} is not an adapter: it has no {MANIFEST}. Give the folder that save_adapter wrote; in a "
             "checkpoint of a training it is adapter/."

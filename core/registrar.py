@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from moshi_ttt.core.errors import PluginError
+from moshi_ttt.core.errors import PluginError, nearest
 
 if TYPE_CHECKING:
+    import pluggy
+
     from moshi_ttt.core.block import BlockFactory
     from moshi_ttt.core.config import BlockConfig
 
@@ -107,6 +110,26 @@ def refuse_repeats(registrar: Registrar) -> None:
     for name in names:
         if names.count(name) > 1:
             raise PluginError(f"it registers the {registrar.kind} {name!r} {names.count(name)} times")
+
+
+def outdated_reason(provenance: Provenance, declared: Any, version: int) -> str:
+    """Why a plugin that declares another version of the hook API, or None, is not loaded."""
+    if declared is None:
+        return f"it declares no MOSHI_TTT_API. Its author writes MOSHI_TTT_API = {version} into the plugin's module."
+    return (
+        f"it declares MOSHI_TTT_API = {declared!r}, this is version {version}. Install a version of "
+        f"{provenance.distribution} made for it, or of moshi-ttt made for the plugin."
+    )
+
+
+def unknown_hook(manager: pluggy.PluginManager, plugin: Any, hooks: Iterable[str]) -> str:
+    """What to say of the first function of a plugin that is marked as a hook and has the name of none; or nothing."""
+    known = set(hooks)
+    for name in dir(plugin):
+        marked = manager.parse_hookimpl_opts(plugin, name)
+        if marked is not None and (hook := marked.get("specname") or name) not in known:
+            return f"unknown hook {hook!r}. {nearest(hook, known)}"
+    return ""
 
 
 class BlockRegistrar(Registrar):

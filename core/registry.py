@@ -33,10 +33,12 @@ from moshi_ttt.core.registrar import (
     Registrar,
     Variant,
     checked_name,
+    outdated_reason,
     refuse_repeats,
     reserved_problem,
     same_distribution,
     split_name,
+    unknown_hook,
 )
 from moshi_ttt.core.verification import Verifier
 from moshi_ttt.core.weight_map import WeightMap
@@ -119,12 +121,9 @@ class Registry:
         except BaseException as error:  # whatever a third party's import raises must not end discovery
             return PluginRecord(provenance, "failed", f"{type(error).__name__}: {error}")
         if version != HOOK_API_VERSION:
-            return PluginRecord(
-                provenance,
-                "outdated",
-                f"it declares MOSHI_TTT_API = {version!r}, this is version {HOOK_API_VERSION}. "
-                f"Install a version of {provenance.distribution} made for it, or of moshi-ttt made for the plugin.",
-            )
+            return PluginRecord(provenance, "outdated", outdated_reason(provenance, version, HOOK_API_VERSION))
+        if problem := unknown_hook(manager, plugin, HOOKS.values()):
+            return PluginRecord(provenance, "failed", problem)
         registrars = [(BlockRegistrar if kind == "block" else Registrar)(kind, provenance) for kind in HOOKS]
         name = f"{provenance.distribution}:{provenance.plugin}"
         try:

@@ -38,6 +38,8 @@ def _sites(blocks: Sequence[PlannedBlock]) -> str:
 def table(plan: Plan, base_parameters: int) -> Table:
     """One row per block: site, variant, parameters, state of one stream, chunk in tokens and in seconds.
 
+    Where a terminal is too narrow, a cell is broken, and nothing is left out.
+
     Args:
         plan: what was or will be injected.
         base_parameters: of the model without blocks.
@@ -50,12 +52,12 @@ def table(plan: Plan, base_parameters: int) -> Table:
         caption=f"base model: {base_parameters:,} parameters{share and f'; blocks: {plan.parameters:,}{share}'}",
         caption_justify="left", show_footer=True,
     )  # fmt: skip
-    made.add_column("site", footer=f"{len(plan.blocks)} blocks", no_wrap=True)
-    made.add_column("variant", no_wrap=True)
-    made.add_column("parameters", footer=f"{plan.parameters:,}", justify="right", no_wrap=True)
-    made.add_column("state\nper stream", footer=human_bytes(plan.state_bytes), justify="right", no_wrap=True)
-    made.add_column("chunk\n(tokens)", justify="right", no_wrap=True)
-    made.add_column("chunk\n(seconds)", justify="right", no_wrap=True)
+    made.add_column("site", footer=f"{len(plan.blocks)} blocks", overflow="fold")
+    made.add_column("variant", overflow="fold")
+    made.add_column("parameters", footer=f"{plan.parameters:,}", justify="right", overflow="fold")
+    made.add_column("state of\na stream", footer=human_bytes(plan.state_bytes), justify="right", overflow="fold")
+    made.add_column("chunk,\ntokens", justify="right", overflow="fold")
+    made.add_column("chunk,\nseconds", justify="right", overflow="fold")
     for block in plan.blocks:
         tokens, rate = block.chunk_tokens, block.info.frame_rate
         seconds = "-" if tokens is None or rate is None else f"{tokens / rate:,.2f}"

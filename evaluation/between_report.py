@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moshi_ttt.evaluation.between import FIGURES, After, Between
-from moshi_ttt.evaluation.reporting import NOTE
+from moshi_ttt.evaluation.reporting import note
 from moshi_ttt.evaluation.statistics import as_json
 from moshi_ttt.system.report.figures import MARKERS, PALETTE, legend_outside, panels, rule, save
 from moshi_ttt.system.report.tables import fact_lines, image, table
@@ -44,7 +44,7 @@ def write_between(folder: Path, result: Between, *, made_by: str, frame_seconds:
         "of a presentation are not counted.", "",
         *table(header, rows), "", *image("gain by the time between", PICTURE),
     ]  # fmt: skip
-    write_report(folder, values, [*lines, NOTE])
+    write_report(folder, values, [*lines, note(len(result.recordings))])
     _plot(folder / PICTURE, result, seconds)
 
 

@@ -25,10 +25,20 @@ PRESENTATION_LOOKS: dict[str, dict[str, Any]] = {
 }
 """Wide under narrow, so that presentations with equal losses are all seen."""
 STYLES = {"updates on": "-", "updates off": "--", "memory reset": "-.", "memory of another": ":"}
-NOTE = (
-    f"Intervals: 95 %, percentile bootstrap over recordings, {RESAMPLES:,} resamples. Losses are in nats/token; lower "
-    "is better."
-)
+ENOUGH = 10
+"""Recordings from which a report gives intervals without a warning."""
+
+
+def note(recordings: int) -> str:
+    """The last line of a report: what its intervals are, and a warning where they are of few recordings."""
+    said = (
+        f"Intervals: 95 %, percentile bootstrap over recordings, {RESAMPLES:,} resamples. Losses are in nats/token; "
+        "lower is better."
+    )
+    if recordings >= ENOUGH:
+        return said
+    few = "1 recording gives no interval" if recordings == 1 else f"{recordings} recordings make intervals too narrow"
+    return f"{said} {few}: evaluate {ENOUGH} or more."
 
 
 def write_long_context(folder: Path, result: LongContext, *, made_by: str, frame_seconds: float) -> None:
@@ -50,7 +60,7 @@ def write_long_context(folder: Path, result: LongContext, *, made_by: str, frame
         lines += [*_losses(result, stream), *_by_span(result, stream), ""]
         lines += image(stream, f"{stream}_by_position.png")
         _plot(folder / f"{stream}_by_position.png", result, stream, frame_seconds)
-    write_report(folder, values, [*lines, NOTE])
+    write_report(folder, values, [*lines, note(len(result.recordings))])
 
 
 def _losses(result: LongContext, stream: str) -> list[str]:
@@ -123,7 +133,7 @@ def write_recall(folder: Path, result: Recall, *, made_by: str) -> None:
             folder / PICTURE, result.by_volume, result.seed,
             {name: look(models, name, "updates on")["color"] for name in drawn},
         )  # fmt: skip
-    write_report(folder, values, [*lines, NOTE])
+    write_report(folder, values, [*lines, note(len(result.recordings))])
     _plot_recall(folder / "recall_by_position.png", result)
 
 

@@ -30,7 +30,10 @@ def main() -> int:
     parser.add_argument("--no-browser", action="store_true", help="print the page's address instead of opening it")
     arguments = parser.parse_args()
     if listening(arguments.port):
-        print(f"Port {arguments.port} is in use: a server may be running already. Give another with --port.")
+        print(
+            f"Port {arguments.port} is in use: a server may be running already. Give another with --port N "
+            "(make talk ARGS='--port N')."
+        )
         return 2
     server = subprocess.Popen(server_command(arguments.port, arguments.memories))
     try:

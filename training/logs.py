@@ -51,13 +51,15 @@ def loss_record(losses: LossMeans) -> dict[str, float | int | None]:
 
 
 def eval_line(record: Mapping[str, Any], losses: LossMeans) -> str:
-    """An evaluation in one line."""
+    """An evaluation in one line, with the losses that there were tokens for."""
     parts = []
     for name, mean in losses.plain.items():
+        if math.isnan(mean):  # there was no such token, as of text without transcripts
+            continue
         perplexity = record.get(f"perplexity_{name}")
         more = "" if perplexity is None else f" (perplexity {perplexity:,.1f})"
         parts.append(f"{name} {mean:.4f}{' nats/token' if losses.in_nats else ''}{more}")
-    return f"held out after step {record['step']}: {', '.join(parts)}, {losses.terms:,} tokens"
+    return f"held out after step {record['step']}: {', '.join(parts) or 'nothing to predict'}, {losses.terms:,} tokens"
 
 
 def step_record(step: Step, memory: int | None) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def _streaming(setup: Setup, results: QuickstartResults, figures: Mapping[str, A
 (`generated.wav`; temperature {stream.temperature:g}, seed {stream.seed}; a model of this size babbles).
 
 - {streamed.median_ms:.1f} ms a frame (median; one frame is {streamed.frame_ms:.0f} ms of audio), real-time factor
-  {streamed.real_time_factor:.2f} on {figures["machine"]["threads"]} threads.
+  {streamed.real_time_factor:.2f} with {figures["machine"]["threads"]} thread(s).
 - Over {agreement.frames} frames, token by token against one forward pass as in training, in {agreement.dtype}: logits
   differ by at most {agreement.audio:.1e} (audio, of {agreement.audio_scale:.0f}) and {agreement.text:.1e} (text, of
   {agreement.text_scale:.0f}).

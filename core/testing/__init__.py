@@ -49,6 +49,7 @@ from moshi_ttt.core.testing.checks_surroundings import (
     check_changed_parameters,
     check_copies,
     check_figures_under_autocast,
+    check_form,
     check_other_modes,
     check_parameter_dimensions,
 )
@@ -83,6 +84,8 @@ from moshi_ttt.core.testing.toy_host import TOY_HOST, ToyHost, ToyModel
 Check = Callable[[BlockCase], None]
 
 CHECKS: tuple[Check, ...] = (
+    check_form,
+    check_parameters_unwritten,
     check_causality,
     check_splits,
     check_every_prefix,
@@ -115,7 +118,6 @@ CHECKS: tuple[Check, ...] = (
     check_parameter_dimensions,
     check_parameter_layouts,
     check_buffer_layouts,
-    check_parameters_unwritten,
     check_checkpointing,
     check_two_forwards,
     check_detached_state,
@@ -130,11 +132,14 @@ CHECKS: tuple[Check, ...] = (
     check_config_keys,
     check_dtypes,
 )
-"""Every check of the kit, in the order of the design's rules. A check that does not apply to a case returns at once."""
+"""Every check of the kit. The first two find mistakes that would break others without naming the cause; the rest are in
+the order of the design's rules. A check that does not apply to a case returns at once."""
 
 
 def check_block(variant: str, *configs: Mapping[str, Any], registry: Registry | None = None) -> None:
-    """Run every check on every default case of a registered variant; the first failure raises AssertionError.
+    """Run every check on every default case of a registered variant.
+
+    The first failure, whatever it is, raises AssertionError with the name of the check, the case and the rule.
 
     Args:
         variant: the registered name.
@@ -143,7 +148,12 @@ def check_block(variant: str, *configs: Mapping[str, Any], registry: Registry | 
     """
     for case in default_cases(variant, configs or ({},), registry):
         for check in CHECKS:
-            check(case)
+            try:
+                check(case)
+            except Exception as error:
+                what = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+                rule = " ".join((check.__doc__ or "").split())
+                raise AssertionError(f"{check.__name__}, {case}:\n  {what}\n  The rule: {rule}") from error
 
 
 def conformance_tests(

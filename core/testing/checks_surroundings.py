@@ -91,6 +91,32 @@ def check_parameter_dimensions(case: BlockCase) -> None:
         assert parameter.dim() > 0, f"parameter {name!r} has no dimension and cannot be sharded: give it the shape [1]"
 
 
+def check_form(case: BlockCase) -> None:
+    """A call gives an output of its input's shape and dtype, and a state of the names, shapes and dtypes that a stream
+    begins with. It writes to nothing that it is given.
+    """
+    block, x = case.block(), case.inputs(case.chunk + 1)
+    with torch.no_grad():
+        y, state = case.call(block, x)
+    assert y.shape == x.shape, f"the output has shape {tuple(y.shape)}, and the input {tuple(x.shape)} [B, T, D]"
+    assert y.dtype == x.dtype, f"the output is {y.dtype}, and the input {x.dtype}"
+    begun = block.init_state(len(x))
+    assert state.keys() == begun.keys(), (
+        f"compute returns a state of {sorted(state)}, and init_state of {sorted(begun)}"
+    )
+    for name, tensor in begun.items():
+        found, wanted = ((tuple(each.shape), each.dtype) for each in (state[name], tensor))
+        assert found == wanted, f"compute returns {name!r} as {found}, and init_state as {wanted}"
+    if not case.causal:
+        return
+    given = {"x": x, **{f"state {name!r}": tensor for name, tensor in state.items()}}
+    before = states.clone(given)
+    with torch.no_grad():
+        case.call(block, x, state)
+    for name, tensor in given.items():
+        assert_equal(tensor, before[name], f"a call wrote to the {name} that it was given")
+
+
 def _scale(block: SequenceBlock) -> None:
     for parameter in block.parameters():
         parameter.mul_(1.25)

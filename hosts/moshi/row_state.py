@@ -162,14 +162,17 @@ class RowState:
         try:
             mapped, metadata = read_tensors(path)
         except (OSError, SafetensorError) as error:
-            raise HostError(f"Cannot read the row's state {path}: {error}.") from None
+            raise HostError(f"Cannot read a kept memory or session from {path}: {error}.") from None
         # Copies: the file may be replaced while they are in use.
         return cls._read(metadata, {name: tensor.clone() for name, tensor in mapped.items()}, str(path))
 
     @classmethod
     def _read(cls, metadata: Mapping[str, str], tensors: dict[str, Tensor], what: str) -> RowState:
         if metadata.get("format") != FORMAT:
-            raise HostError(f"{what}: this is not the state of a row. Give what Slots.save_row made.")
+            raise HostError(
+                f"{what}: this is no kept memory or session. Give a file that a server or generate --memory-out wrote, "
+                "or what Slots.save_row made."
+            )
         if metadata.get("version") != str(VERSION):
             raise HostError(
                 f"{what}: the state of a row in version {metadata.get('version')} of its format, and this package "

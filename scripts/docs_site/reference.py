@@ -87,12 +87,19 @@ def _directives(names: list[str]) -> str:
     return "\n\n".join(f"::: {name}" for name in names) + "\n"
 
 
+FIRST = ("load_model", "inject", "save_adapter", "load_adapter")
+"""What a program calls, in the order in which it does."""
+
+
 def python() -> str:
-    """Every public name of ``moshi_ttt``."""
+    """Every public name of ``moshi_ttt``: what a program calls, then the classes."""
     import moshi_ttt
 
-    modules = ("evaluation", "testing", "training")
-    return _directives([f"moshi_ttt.{name}" for name in moshi_ttt.__all__ if name not in (*modules, "__version__")])
+    public = [getattr(moshi_ttt, name) for name in moshi_ttt.__all__]
+    functions = [each.__name__ for each in public if inspect.isfunction(each)]
+    classes = [each.__name__ for each in public if inspect.isclass(each)]
+    names = dict.fromkeys([*FIRST, *functions, *classes])
+    return _directives([f"moshi_ttt.{name}" for name in names])
 
 
 def training() -> str:

@@ -79,7 +79,7 @@ const handlers = {
     sound?.hold();
   },
   closed(code, reason) {
-    if (connection) say(code === 1000 ? "Ended." : `The connection was closed: ${reason || code}.`);
+    if (connection) say(code === 1000 ? "Ended." : `The connection was closed: ${(reason || `${code}`).replace(/\.$/, "")}.`);
     else say("Ended.");
     end();
   },

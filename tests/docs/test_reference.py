@@ -94,6 +94,7 @@ def test_public_names_hooks_and_errors_are_listed(reference):
     assert all(f"::: moshi_ttt.{name}\n" in python for name in set(moshi_ttt.__all__) - {
         "evaluation", "testing", "training", "__version__"
     })  # fmt: skip
+    assert python.index("::: moshi_ttt.load_model\n") < python.index("::: moshi_ttt.GateConfig\n"), "functions first"
     hooks = reference.make("hooks")
     assert all(f"\n## {name}\n" in hooks for name in HOOKS.values())
     errors = reference.make("errors")

@@ -36,6 +36,7 @@ from moshi_ttt.core.host_lookup import host_of
 from moshi_ttt.core.injection import make_plan
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.testing.toy_host import ToyModel, toy_registry
+from moshi_ttt.core.units import human_bytes
 from moshi_ttt.hosts.audio.host import AudioHost, AudioHostConfig
 from moshi_ttt.hosts.moshi.tiny import bundle_folder, random_tiny_lm
 from tests.project import ROOT
@@ -355,6 +356,20 @@ def test_a_summary_says_site_variant_sizes_and_chunk(ttt):
         cells = [cell.strip() for cell in row.strip("│ ").split("│")]
         assert cells[:3] == [str(block.site), block.variant.name, f"{block.parameters:,}"]
         assert cells[4:] == [chunk, f"{int(chunk) / block.info.frame_rate:.2f}"]
+
+
+@pytest.mark.parametrize("width", [48, 80])
+def test_a_summary_in_a_narrow_terminal_leaves_nothing_out(ttt, width):
+    console = Console(width=width, record=True, file=io.StringIO())
+    ttt.print_summary(console)
+    text = console.export_text()
+    assert "\u2026" not in text
+    rows = [line.strip("│").split("│") for line in text.splitlines() if line.startswith("│")]
+    columns = ["".join(cell.strip() for cell in column) for column in zip(*rows, strict=True)]
+    for block in ttt.plan.blocks:
+        wanted = (str(block.site), block.variant.name, f"{block.parameters:,}", human_bytes(block.state_bytes))
+        for column, said in zip(columns, wanted, strict=False):
+            assert said.replace(" ", "") in column.replace(" ", "")
 
 
 def test_a_host_without_seconds_shows_none(capsys):

@@ -40,7 +40,7 @@ WITHOUT_STEPS: tuple[Check, ...] = (
     kit.check_figures_under_autocast, kit.check_parameter_dimensions, kit.check_checkpointing, kit.check_two_forwards,
     kit.check_detached_state, kit.check_trainable_set, kit.check_gradients_numerically, kit.check_second_derivatives,
     kit.check_adapter_round_trip, kit.check_buffers, kit.check_config_keys, kit.check_dtypes,
-    kit.check_state_is_float32, kit.check_layouts,
+    kit.check_state_is_float32, kit.check_layouts, kit.check_form,
 )  # fmt: skip
 OF_THE_VARIANT: tuple[Check, ...] = (kit.check_other_modes, kit.check_copies, kit.check_config_keys)
 IN_FLOAT32: tuple[Check, ...] = (kit.check_long_stream,)

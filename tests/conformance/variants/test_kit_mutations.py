@@ -719,7 +719,45 @@ class ForgetsACounter(TTTLinear):
         return {name: allowed for name, allowed in super().state_ranges().items() if name != "skipped"}
 
 
+class DropsAChannel(TTTLinear):
+    """The output is one channel narrower than the input."""
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        return y[..., :-1], after
+
+
+class RenamesState(TTTLinear):
+    """A call names an entry of the state otherwise than ``init_state``."""
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        return y, {"place" if name == "position" else name: tensor for name, tensor in after.items()}
+
+
+class GrowsState(TTTLinear):
+    """A call returns a state of another shape than ``init_state``."""
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        return y, {**after, "weight.0": after["weight.0"][..., None]}
+
+
+class WritesGivenState(TTTLinear):
+    """A call writes its fast weights into the state that it was given."""
+
+    def compute(self, x, state, context):
+        y, after = super().compute(x, state, context)
+        if state is not None:
+            state["weight.0"].copy_(after["weight.0"])
+        return y, after
+
+
 MUTATIONS: dict[type[TTTLinear], set[Callable[[BlockCase], None]]] = {
+    DropsAChannel: {kit.check_form},
+    RenamesState: {kit.check_form},
+    GrowsState: {kit.check_form},
+    WritesGivenState: {kit.check_form},
     NoCausalMask: {kit.check_causality, kit.check_splits},
     SharedRows: {kit.check_rows},
     RoundedState: {kit.check_state_is_float32},
@@ -915,3 +953,23 @@ def test_conformance_tests_makes_one_test_per_check_and_case() -> None:
 def test_unknown_variant_is_refused_with_its_nearest_name() -> None:
     with pytest.raises(ValueError, match="ttt_linear"):
         conformance_tests("ttt_linaer")
+
+
+def test_check_block_names_the_check_the_case_and_the_rule() -> None:
+    """Also where a mistake ends in another error: the cause of a wrong state is found before a stream needs it."""
+    for mutation, said in (
+        (WritesParameter, "check_parameters_unwritten, mutant-.*'fast_weight.0' was written to.*The rule: Forward,"),
+        (RenamesState, "check_form, mutant-.*'place'.*'position'.*The rule: A call gives"),
+    ):
+        with pytest.raises(AssertionError, match=f"(?s){said}"):
+            kit.check_block("mutant", {"chunk": 4}, registry=_case(mutation, torch.float64).registry)
+
+
+def test_check_block_gives_other_errors_as_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("mean")
+
+    monkeypatch.setattr(TTTLinear, "compute", broken)
+    with pytest.raises(AssertionError, match=r"check_form, .*:\n  KeyError: 'mean'\n  The rule: ") as raised:
+        kit.check_block("ttt_linear", {"chunk": 4})
+    assert isinstance(raised.value.__cause__, KeyError)

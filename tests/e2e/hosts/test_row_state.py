@@ -135,7 +135,7 @@ def test_what_is_no_state_of_a_row_is_refused(states, case, tmp_path):
         "cut": (state.to_bytes()[:-7], "not a row's state"),
         "no json": ((3).to_bytes(8, "little") + b"{]}", "not a row's state"),
         "version": (edited(state, version="2"), "version 2 of its format.*reads version 1"),
-        "format": (edited(state, format="moshi_ttt.stream_state"), "not the state of a row"),
+        "format": (edited(state, format="moshi_ttt.stream_state"), "no kept memory or session"),
         "kind": (edited(state, header=json.dumps({**header, "kind": "dream"})), "damaged.*dream"),
         "header": (edited(state, header="{"), "damaged"),
         "count": (edited(state, header=json.dumps({**header, "frames": "many"})), "damaged"),

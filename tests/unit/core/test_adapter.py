@@ -339,7 +339,7 @@ def truncate(path: Path, size: int) -> None:
 
 GATE = "layers.1.sequence.gate"
 DAMAGE: dict[str, tuple[Any, str]] = {
-    "no folder": (lambda f: f.rename(f.with_name("moved")), "not an adapter"),
+    "no folder": (lambda f: f.rename(f.with_name("moved")), "There is no folder"),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "no adapter.json"),
     "no tensors": (lambda f: (f / TENSORS).unlink(), "is missing"),
     "truncated tensors": (lambda f: truncate(f / TENSORS, 300), "truncated or damaged"),

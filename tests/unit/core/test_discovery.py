@@ -78,7 +78,11 @@ BROKEN = {
     "any error": ("raise KeyError('no device')\n", "failed", "KeyError: 'no device'"),
     "exit": ("raise SystemExit('this plugin needs a GPU')\n", "failed", "needs a GPU"),
     "hook": ("@hookimpl\ndef moshi_ttt_blocks(registrar):\n    1 / 0\n", "failed", "ZeroDivisionError"),
-    "unknown hook": ("@hookimpl\ndef moshi_ttt_block(registrar):\n    pass\n", "failed", "unknown hook"),
+    "unknown hook": (
+        "@hookimpl\ndef moshi_ttt_block(registrar):\n    pass\n",
+        "failed",
+        "Did you mean 'moshi_ttt_blocks'",
+    ),
     "argument": ("@hookimpl\ndef moshi_ttt_blocks(registry):\n    pass\n", "failed", "registry"),
     "no config": (
         "@hookimpl\ndef moshi_ttt_blocks(registrar):\n    registrar.add('x', block=1)\n",
@@ -91,7 +95,7 @@ BROKEN = {
         "letters, digits",
     ),
     "newer API": ("MOSHI_TTT_API = 2\n", "outdated", "MOSHI_TTT_API = 2, this is version 1. Install a version of bad"),
-    "no API": ("del MOSHI_TTT_API\n", "outdated", "MOSHI_TTT_API = None"),
+    "no API": ("del MOSHI_TTT_API\n", "outdated", "Its author writes MOSHI_TTT_API = 1"),
 }
 
 
