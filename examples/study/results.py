@@ -71,6 +71,7 @@ def gather(study: Study, seed: int, choices: Mapping[str, Any] | None = None) ->
         groups[group] = {name: read_json(study.measured(seed, arm, group)) for name, arm in judged.items()}
         for name, arm in longer.items():
             assert arm is not None  # the base model is not chosen
+            assert choices is not None
             if arm.beside_lora or seed != choices["seed"]:
                 continue
             groups[group][name]["lasting"] = _lasting(study.lasting(seed, arm, group, (1.0,)).result)
