@@ -452,9 +452,11 @@ def test_a_name_is_no_model(tmp_path):
     with pytest.raises(AdapterError, match=r"into a model, got 'builtin:tiny'\. load_model"):
         load_adapter("builtin:tiny", tmp_path)
     (tmp_path / "file").write_text("")
-    for place in (tmp_path, tmp_path / "absent", tmp_path / "file"):
+    for place in (tmp_path, tmp_path / "file"):
         with pytest.raises(AdapterError, match=r"is not an adapter: it has no adapter\.json\. Give the folder that"):
             load_adapter(toy_model(), place)
+    with pytest.raises(AdapterError, match=r"There is no folder .*absent\. Give the folder that save_adapter wrote"):
+        load_adapter(toy_model(), tmp_path / "absent")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
