@@ -17,9 +17,6 @@ PAGES = {path.relative_to(ROOT).as_posix(): path for path in documents()}
 FOUND = {page: snippets(path) for page, path in PAGES.items()}
 QUICK = (
     "README.md",
-    "docs/coming-from/peft.md",
-    "docs/extending.md",
-    "docs/how-to/choose-a-variant.md",
     "docs/tutorials/first-memory.md",
     "docs/tutorials/write-a-variant.md",
 )

@@ -22,5 +22,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if isinstance(case, BlockCase) and check is not None:
             test = (item.path, item.originalname)  # type: ignore[attr-defined]
             is_first = case.config == first.setdefault(test, case.config) and not test[1].startswith("test_options_of_")
-            if not runs_by_default(check, case.dtype, first=is_first, compiled=case.compiled_step):
+            given = {"first": is_first, "compiled": case.compiled_step, "variant": case.variant}
+            if not runs_by_default(check, case.dtype, **given):
                 item.add_marker(pytest.mark.exhaustive)

@@ -1,6 +1,7 @@
 """Which combinations of the kit's grid run in ``make test``. ``make test-full`` and CI run all of them.
 
-The first option set of each test runs in float64 and bfloat16, each with its shape. In float32 it runs ``MORE`` and
+The first option set of each test runs in float64 with every check; of a variant in ``IN_BFLOAT16``, one of each kind of
+site, in bfloat16 too, with another shape. In float32 it runs ``MORE`` and
 ``IN_FLOAT32``: a float32 host runs the operations of a float64 one, neither with a cast, and no mistake in
 ``test_kit_mutations.py`` but one, of ``check_long_stream``, shows in float32 alone.
 
@@ -46,11 +47,16 @@ OF_THE_VARIANT: tuple[Check, ...] = (kit.check_other_modes, kit.check_copies, ki
 IN_FLOAT32: tuple[Check, ...] = (kit.check_long_stream,)
 
 
-def runs_by_default(check: Check, dtype: torch.dtype, *, first: bool, compiled: bool = False) -> bool:
+IN_BFLOAT16 = {"ttt_mlp", "gating_mlp"}
+
+
+def runs_by_default(
+    check: Check, dtype: torch.dtype, *, first: bool, compiled: bool = False, variant: str = "ttt_mlp"
+) -> bool:
     if compiled and check in WITHOUT_STEPS:
         return False
-    if first:
+    if first and (dtype != torch.bfloat16 or variant in IN_BFLOAT16):
         return dtype != torch.float32 or check in MORE[dtype] or check in IN_FLOAT32
     if dtype == EVERYWHERE:
-        return check not in OF_THE_VARIANT and (check is not kit.check_no_host_read or compiled)
+        return first or (check not in OF_THE_VARIANT and (check is not kit.check_no_host_read or compiled))
     return check in MORE[dtype]

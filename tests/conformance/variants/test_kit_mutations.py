@@ -862,6 +862,7 @@ class MutantConfig(TTTLinearConfig):
     variant: str = "mutant"
 
 
+@pytest.mark.exhaustive  # a test of tests
 @pytest.mark.parametrize(
     ("mutation", "check"),
     [(mutation, check) for mutation, checks in MUTATIONS.items() for check in sorted(checks, key=lambda c: c.__name__)],

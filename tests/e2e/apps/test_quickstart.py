@@ -45,11 +45,11 @@ FILES = {
 
 @pytest.fixture
 def held_out_is_short(monkeypatch):
-    """24 s of the recording that is held out, which is four times as long."""
+    """16 s of the recording that is held out, which is five times as long."""
 
     def cut(*arguments):
         speech = load_speech(*arguments)
-        frames, whole = 300, speech.held_out
+        frames, whole = 200, speech.held_out
         seconds = whole.seconds * frames / whole.audio.shape[1]
         held_out = replace(whole, seconds=seconds, audio=whole.audio[:, :frames], text=whole.text[:frames])
         return replace(speech, held_out=held_out)

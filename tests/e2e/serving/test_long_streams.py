@@ -60,6 +60,7 @@ def check(seen):
         assert threads <= first[2], seen
 
 
+@pytest.mark.exhaustive  # ten seconds; that a step grows nothing is check_long_stream's, for every variant
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc here")
 def test_what_is_held_does_not_grow_in_half_a_minute():
     check(windows(360, 120))

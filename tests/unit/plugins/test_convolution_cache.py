@@ -53,7 +53,7 @@ def registry_of(block: type[SequenceBlock]):
 
 
 @pytest.mark.parametrize("check", kit.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.exhaustive)])
 def test_it_passes_the_kit(check, dtype):
     config = ConvolvedConfig(chunk=4)
     if check is kit.check_long_stream:

@@ -48,6 +48,7 @@ def test_the_table_has_every_run():
 
 
 @needs_triton
+@pytest.mark.exhaustive  # ten seconds of a model of 7B shapes; test_device_costs.py counts a block with the kernels
 @pytest.mark.parametrize(
     "name", [pytest.param(run[0], marks=() if run[0] == QUICK else pytest.mark.slow) for run in KERNELS]
 )
