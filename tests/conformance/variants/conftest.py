@@ -15,9 +15,14 @@ HERE = Path(__file__).parent
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_exhaustive(items, HERE)
+
+
+def mark_exhaustive(items: list[pytest.Item], folder: Path) -> None:
+    """Mark what ``grid`` does not run by default, of the tests of the kit in ``folder``."""
     first: dict[Any, Any] = {}
     for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") and HERE in item.path.parents else {}
+        parameters = item.callspec.params if hasattr(item, "callspec") and folder in item.path.parents else {}
         case, check = parameters.get("case"), parameters.get("check")
         if isinstance(case, BlockCase) and check is not None:
             test = (item.path, item.originalname)  # type: ignore[attr-defined]

@@ -187,7 +187,8 @@ def test_autocast_does_not_round_the_state():
     assert all(torch.equal(state[name], expected[name]) for name in state)
 
 
-@pytest.mark.parametrize("block", [TTTLinear, TTTMLP])
+@pytest.mark.first_by_default
+@pytest.mark.parametrize("block", [TTTMLP, TTTLinear])
 def test_blocks_can_be_traced_whole(block):
     made = build(block, TTTLinearConfig(chunk=4) if block is TTTLinear else TTTMLPConfig(chunk=4))
     x = torch.randn(1, 9, 16)

@@ -409,6 +409,7 @@ def test_a_run_that_is_stopped_inside_an_exec_ends_with_the_code_of_an_interrupt
     assert "Interrupted." in done.stderr
 
 
+@pytest.mark.first_by_default
 # An alarm ends a long sleep. Windows has none, and an interruption waits for the end of a short one.
 @pytest.mark.parametrize(
     ("lacks", "stop", "wait"),

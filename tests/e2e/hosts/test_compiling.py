@@ -29,6 +29,7 @@ def test_nothing_is_compiled_where_the_device_is_a_cpu():
     assert "done" in run("computes_without_compiling", PATH="", CXX="")
 
 
+@pytest.mark.exhaustive  # a process that rounds as compiled code does; CI runs it with the compiler, below, too
 def test_step_0_is_the_base_as_it_computes_where_moshi_compiles():
     """Before: 0.02 apart in bfloat16 logits. A function that rounds as compiled code does stands for the compiler."""
     assert "done" in run("starts_at_the_base_without_a_compiler")

@@ -38,6 +38,7 @@ def second_presentations(model, codes):
     return stream_losses(model, codes).audio[:, FRAMES + SKIPPED :].nanmean(1)
 
 
+@pytest.mark.exhaustive  # that it recalls: test_quickstart.py, test_reciting.py; that nothing is left: the kit
 def test_the_shipped_memory_recalls_and_leaves_nothing_behind(presented_twice):
     model, codes = presented_twice
     base = second_presentations(model, codes)

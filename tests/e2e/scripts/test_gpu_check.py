@@ -78,6 +78,7 @@ def test_what_is_skipped_is_not_a_pass(tmp_path):
     assert "NOT passed" in result.stdout
 
 
+@pytest.mark.exhaustive  # that what is skipped is no pass is tested below, in less
 def test_one_section_brings_what_it_needs_and_is_no_pass_of_all(tmp_path):
     result = run(tmp_path, "--only", "speed of blocks", "--budget", "3000")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]

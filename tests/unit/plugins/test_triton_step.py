@@ -74,6 +74,7 @@ def test_longer_chunks_and_more_layers(case):
 
 
 @needs_triton
+@pytest.mark.exhaustive  # a process with an interpreter, for seconds
 @pytest.mark.parametrize(("case", "kernels"), KERNELS.items())
 def test_launches_of_a_step(counted, case, kernels):
     """With frozen parameters: the kernels, and the four projections by torch."""
@@ -81,6 +82,7 @@ def test_launches_of_a_step(counted, case, kernels):
 
 
 @needs_triton
+@pytest.mark.exhaustive  # the same
 def test_the_inner_loop_alone(counted):
     assert counted["given tokens, mlp"]["error"] <= 1e-5
 
