@@ -54,10 +54,19 @@ test_options_of_ttt_mlp = conformance_tests(
     {"chunk": 4, "causal": False, "conv_kernel": 3, "value": "embedding", "inner_steps": 2, "momentum": 0.3},
     {"chunk": 5, "bidirectional": True, "conv_kernel": 2, "value": "embedding", "inner_norm": False},
 )
-test_options_of_ttt_multilayer = conformance_tests(
-    "ttt_multilayer",
-    {"chunk": 4, "expansion": 1, "conv_kernel": 4, "learned_momentum": True},
-    {"chunk": 3, "hidden_dims": (5, 3), "inner_norm": False, "inner_steps": 2, "momentum": 0.8, "value": "embedding"},
+test_options_of_ttt_multilayer = pytest.mark.exhaustive(  # of one and of two layers, the tests above
+    conformance_tests(
+        "ttt_multilayer",
+        {"chunk": 4, "expansion": 1, "conv_kernel": 4, "learned_momentum": True},
+        {
+            "chunk": 3,
+            "hidden_dims": (5, 3),
+            "inner_norm": False,
+            "inner_steps": 2,
+            "momentum": 0.8,
+            "value": "embedding",
+        },
+    )
 )
 test_gating_mlp = conformance_tests(
     "gating_mlp",

@@ -194,7 +194,8 @@ def test_recall_after_other_clips(cli, talks, tmp_path):
     assert "| mine, volume 0.5 |" in compared.said
 
 
-@pytest.mark.parametrize("names", [["mine"], ["mine", "other"]])
+@pytest.mark.first_by_default
+@pytest.mark.parametrize("names", [["mine", "other"], ["mine"]])
 def test_inner_loop(cli, talks, adapter, tmp_path, names):
     chosen = [part for name in names for part in ("-a", f"{name}={adapter}")]
     result = cli("evaluate", "inner-loop", "train-cpu", "--data", talks, *chosen, "--out", tmp_path / "inner")
