@@ -81,8 +81,8 @@ class _Projections(torch.autograd.Function):
         casts = {dtype: flat.to(dtype) for dtype in dict.fromkeys(ctx.dtypes)}
         found: list[Tensor | None] = []
         total: Tensor | None = None
-        of_outputs = gradients[: len(ctx.dtypes)]  # the mask of finite tokens has none
-        for dtype, gradient, weight, bias in zip(ctx.dtypes, of_outputs, parameters[::2], parameters[1::2], strict=True):
+        outputs = gradients[: len(ctx.dtypes)]  # the mask of finite tokens has none
+        for dtype, gradient, weight, bias in zip(ctx.dtypes, outputs, parameters[::2], parameters[1::2], strict=True):
             gradient = gradient.flatten(0, 1)  # [B, T, M] -> [B T, M]
             found += [(gradient.t() @ casts[dtype]).to(weight.dtype), gradient.sum(0, dtype=bias.dtype)]
             back = (gradient @ weight.to(dtype)).to(x.dtype)  # [B T, N]
