@@ -4,7 +4,8 @@ A ``memory`` is what test-time updates wrote, and what belongs to it alone: the 
 every block. A ``session`` is everything: the memory, the codec's and the language model's streams, the tokens that are
 pending, and the row's generator. Nothing beyond the end of the row's stream is in either.
 
-The file is a safetensors file. Its metadata has the format, and a header in JSON that says what the tensors belong to.
+The file is a safetensors file. Its metadata has the format, a header in JSON that says what the tensors belong to, and a
+checksum of all that.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.core.base_weights import weight_digest
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.paths import user_path
-from moshi_ttt.core.tensor_files import read_tensors
+from moshi_ttt.core.tensor_files import CHECKSUM, is_damaged, read_tensors, with_checksum
 from moshi_ttt.hosts.moshi.base_weights import lora_factors
 from moshi_ttt.hosts.moshi.host import MOSHI_HOST
 from moshi_ttt.hosts.moshi.row_checks import generator_problem, value_problems
@@ -33,6 +34,7 @@ from moshi_ttt.hosts.moshi.upstream import LMModel, MimiModel
 
 FORMAT = "moshi_ttt.row_state"
 VERSION = 1
+METADATA = frozenset({"format", "version", "header", CHECKSUM})
 RowKind = Literal["memory", "session"]
 Value = TypeVar("Value")
 GENERATOR = "generator"
@@ -131,7 +133,7 @@ class RowState:
     def metadata(self) -> dict[str, str]:
         """What the file says beside its tensors."""
         header = {"kind": self.kind, "seed": self.seed, **asdict(self.counts), **asdict(self.origin)}
-        return {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header)}
+        return with_checksum(self.tensors, {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header)})
 
     def to_bytes(self) -> bytes:
         """The contents of a file."""
@@ -179,10 +181,12 @@ class RowState:
                 f"reads version {VERSION}. Read it with the version of moshi-ttt that wrote it."
             )
         try:
+            if unknown := sorted(metadata.keys() - METADATA):
+                raise ValueError(f"its metadata has {', '.join(unknown)}, which no version writes")
             header = json.loads(metadata["header"])
             if header["kind"] not in get_args(RowKind):
                 raise ValueError(f"there is no kind {header['kind']!r}")
-            return cls(
+            state = cls(
                 kind=header["kind"],
                 origin=Origin.read(header),
                 tensors=tensors,
@@ -196,6 +200,12 @@ class RowState:
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise HostError(f"{what}: the header of this row's state is damaged: {error!r}.") from None
+        if is_damaged(tensors, metadata):
+            raise HostError(
+                f"{what}: this row's state is damaged: its checksum is not that of what it holds. Give another file, or "
+                "start with an empty memory."
+            )
+        return state
 
 
 def require_continuable(state: RowState, values: Mapping[str, StreamValue], origin: Origin) -> None:

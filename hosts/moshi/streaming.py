@@ -27,7 +27,7 @@ from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.errors import HostError
 from moshi_ttt.core.state import BlockState, row_mask
 from moshi_ttt.core.state_ranges import range_problems
-from moshi_ttt.core.tensor_files import read_tensors
+from moshi_ttt.core.tensor_files import CHECKSUM, is_damaged, read_tensors, with_checksum
 from moshi_ttt.hosts.moshi.stream_values import StreamValue, stream_values
 from moshi_ttt.hosts.moshi.upstream import LMGen, LMModel, State
 
@@ -235,7 +235,7 @@ def save_stream_state(path: str | Path, module: LMGen | LMModel) -> Path:
     tensors = {name: tensor.cpu() for name, tensor in stream_state(module).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata=FORMAT)
+        save_file(tensors, temporary, metadata=with_checksum(tensors, FORMAT))
     return path
 
 
@@ -245,8 +245,10 @@ def load_stream_state(path: str | Path, module: LMGen | LMModel) -> None:
         tensors, metadata = read_tensors(path)
     except (OSError, SafetensorError) as error:
         raise HostError(f"Cannot read the stream state {path}: {error}.") from None
-    if {key: metadata.get(key) for key in FORMAT} != FORMAT:
+    if {key: value for key, value in metadata.items() if key != CHECKSUM} != FORMAT:
         raise HostError(f"{path} is not a stream state of this version: its metadata is {metadata}, not {FORMAT}.")
+    if is_damaged(tensors, metadata):
+        raise HostError(f"{path} is damaged: its checksum is not that of what it holds. Save the stream again.")
     restore_stream_state(module, tensors)
 
 

@@ -125,7 +125,7 @@ def edited(state: RowState, **metadata: str) -> bytes:
     return save(dict(state.tensors), {**state.metadata(), **metadata})
 
 
-@pytest.mark.parametrize("case", ["random", "empty", "cut", "no json", "version", "format", "kind", "header", "count"])
+@pytest.mark.parametrize("case", ["random", "empty", "cut", "no json", "version", "format", "kind", "header", "count", "seed", "more"])
 def test_what_is_no_state_of_a_row_is_refused(states, case, tmp_path):
     state = states["memory"]
     header = json.loads(state.metadata()["header"])
@@ -139,6 +139,8 @@ def test_what_is_no_state_of_a_row_is_refused(states, case, tmp_path):
         "kind": (edited(state, header=json.dumps({**header, "kind": "dream"})), "damaged.*dream"),
         "header": (edited(state, header="{"), "damaged"),
         "count": (edited(state, header=json.dumps({**header, "frames": "many"})), "damaged"),
+        "seed": (edited(state, header=json.dumps({**header, "seed": 5})), "its checksum is not that of what it holds"),
+        "more": (edited(state, author="me"), "damaged.*author, which no version writes"),
     }[case]
     with pytest.raises(HostError, match=match):
         RowState.from_bytes(contents)
@@ -146,6 +148,26 @@ def test_what_is_no_state_of_a_row_is_refused(states, case, tmp_path):
     path.write_bytes(contents)
     with pytest.raises(HostError, match=match.replace("not a row's state", "Cannot read")):
         RowState.load(path)
+
+
+@pytest.mark.parametrize("kind", ["memory", "session"])
+def test_every_changed_byte_is_noticed(states, kind):
+    """Also one that leaves a number in its range, which no other check sees."""
+    contents = bytearray(states[kind].to_bytes())
+    positions = {*range(0, len(contents), max(1, len(contents) // 300)), *range(8, 600, 7), len(contents) - 1}
+    at = contents.index(b"sha256")
+    for position in {*positions, *range(at, at + 80)}:
+        contents[position] ^= 1
+        with pytest.raises(HostError):
+            RowState.from_bytes(bytes(contents))
+        contents[position] ^= 1
+    assert_same_state(RowState.from_bytes(bytes(contents)), states[kind])
+
+
+def test_a_file_without_a_checksum_is_of_an_earlier_version(states):
+    state = states["memory"]
+    metadata = {name: value for name, value in state.metadata().items() if name != "sha256"}
+    assert_same_state(RowState.from_bytes(save(dict(state.tensors), metadata)), state)
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -245,6 +267,19 @@ def test_the_adapter_is_told_by_its_parameters():
 
 
 # ---------------------------------------------------------------------------------------------------------- all rows
+def test_a_damaged_stream_is_refused(tmp_path):
+    model = toy_lm(context=8)
+    lm_gen = generator_of(model)
+    with lm_gen.streaming(1):
+        run(lm_gen, user_codes(model, 1, 5))
+        path = save_stream_state(tmp_path / "stream.safetensors", lm_gen)
+        contents = bytearray(path.read_bytes())
+        contents[-1] ^= 1
+        path.write_bytes(contents)
+        with pytest.raises(HostError, match=r"stream.safetensors is damaged.*Save the stream again"):
+            load_stream_state(path, lm_gen)
+
+
 @pytest.mark.parametrize("case", ["whole ring", "today"])
 def test_streams_that_earlier_versions_saved_still_load(tmp_path, case):
     """They hold what lies beyond a stream's end, too: it is not taken over."""
