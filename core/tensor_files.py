@@ -42,5 +42,5 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
         sha.update(f"{name!r}: {value!r}\n".encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name!r}: {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # any shape -> [bytes]
+        sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)  # any shape -> [bytes]
     return sha.hexdigest()

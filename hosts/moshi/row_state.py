@@ -4,8 +4,8 @@ A ``memory`` is what test-time updates wrote, and what belongs to it alone: the 
 every block. A ``session`` is everything: the memory, the codec's and the language model's streams, the tokens that are
 pending, and the row's generator. Nothing beyond the end of the row's stream is in either.
 
-The file is a safetensors file. Its metadata has the format, a header in JSON that says what the tensors belong to, and a
-checksum of all that.
+The file is a safetensors file. Its metadata has the format, a header in JSON that says what the tensors belong to, and
+a checksum of all that.
 """
 
 from __future__ import annotations
@@ -202,8 +202,8 @@ class RowState:
             raise HostError(f"{what}: the header of this row's state is damaged: {error!r}.") from None
         if is_damaged(tensors, metadata):
             raise HostError(
-                f"{what}: this row's state is damaged: its checksum is not that of what it holds. Give another file, or "
-                "start with an empty memory."
+                f"{what}: this row's state is damaged: its checksum is not that of what it holds. Give another file, "
+                "or start with an empty memory."
             )
         return state
 

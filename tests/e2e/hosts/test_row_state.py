@@ -125,7 +125,10 @@ def edited(state: RowState, **metadata: str) -> bytes:
     return save(dict(state.tensors), {**state.metadata(), **metadata})
 
 
-@pytest.mark.parametrize("case", ["random", "empty", "cut", "no json", "version", "format", "kind", "header", "count", "seed", "more"])
+NO_STATES = ("random", "empty", "cut", "no json", "version", "format", "kind", "header", "count", "seed", "more")
+
+
+@pytest.mark.parametrize("case", NO_STATES)
 def test_what_is_no_state_of_a_row_is_refused(states, case, tmp_path):
     state = states["memory"]
     header = json.loads(state.metadata()["header"])
