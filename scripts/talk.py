@@ -3,12 +3,13 @@
 
     python scripts/talk.py [--port 8998] [--memories FOLDER] [--no-browser]
 
-Nothing is downloaded, and a CPU is enough. Ctrl-C ends the server.
+Nothing is downloaded, and a CPU is enough. Ctrl-C or SIGTERM ends the server too.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import socket
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def main() -> int:
             "(make talk ARGS='--port N')."
         )
         return 2
+    signal.signal(signal.SIGTERM, stop)
     server = subprocess.Popen(server_command(arguments.port, arguments.memories))
     try:
         page = f"http://localhost:{arguments.port}/"
@@ -50,6 +52,11 @@ def main() -> int:
         if server.poll() is None:
             server.terminate()
             server.wait()
+
+
+def stop(*_: object) -> None:
+    """End this program, and so the server. Raises SystemExit."""
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def server_command(port: int, memories: str | None) -> list[str]:

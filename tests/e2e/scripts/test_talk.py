@@ -37,7 +37,20 @@ def listening(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_talk_opens_the_page_when_the_server_answers_and_ends_with_it(tmp_path):
+def ctrl_c(program: subprocess.Popen[str]) -> int:
+    """In a terminal it reaches both programs. Returns the exit status to come."""
+    os.killpg(program.pid, signal.SIGINT)
+    return 0
+
+
+def terminate(program: subprocess.Popen[str]) -> int:
+    """The program alone, as a service manager does. Returns the exit status to come."""
+    program.terminate()
+    return 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("end", [ctrl_c, pytest.param(terminate, marks=pytest.mark.exhaustive)])  # as Ctrl-C
+def test_talk_opens_the_page_when_the_server_answers_and_ends_with_it(tmp_path, end):
     port = free_port()
     command = [sys.executable, str(TALK), "--port", str(port), "--no-browser"]
     program = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True)
@@ -45,8 +58,8 @@ def test_talk_opens_the_page_when_the_server_answers_and_ends_with_it(tmp_path):
         assert program.stdout.readline() == f"Open http://localhost:{port}/ in a browser.\n"
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as page:
             assert b"<html" in page.read()
-        os.killpg(program.pid, signal.SIGINT)  # Ctrl-C in a terminal reaches both
-        assert program.wait(60) == 0
+        expected = end(program)
+        assert program.wait(60) == expected
     finally:
         program.kill()
         program.stdout.close()
