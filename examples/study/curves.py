@@ -48,7 +48,7 @@ def stream_parts(results: StudyResults) -> list[dict[str, Any]]:
     ``worst`` is the part with the largest cost.
     """
     found = []
-    for arm in results.arms(HOUR):
+    for arm in results.arms(HOUR) if results.groups([HOUR]) else ():
         if arm == BASE:
             continue
         other = results.reference(arm)

@@ -19,7 +19,7 @@ from study.curves import held_after, lasting_after, stream_parts
 from study.pictures import plot_answer, plot_curves, plot_volumes
 from study.plan import FRAME_RATE, LORA
 from study.results import BASE, ON, WHOLE, Measured, StudyResults, candidates
-from study.stages import TEST, VALIDATION
+from study.stages import HOUR, TEST, VALIDATION
 
 TITLES = {
     "valid": "validation recordings, known voices", "valid_unseen": "validation recordings, unseen voices",
@@ -48,7 +48,8 @@ class Report:
         groups = {group: TITLES[group] for group in self.results.groups(TEST)}
         plot_answer(folder / "answer.png", self.results, groups)
         plot_volumes(folder / "volumes.png", self.results, groups)
-        plot_curves(folder / "curves.png", self.results, groups)
+        if has_longer(self.results):
+            plot_curves(folder / "curves.png", self.results, groups)
 
     def _lines(self) -> list[str]:
         results, scale = self.results, self.results.scale
@@ -72,11 +73,14 @@ class Report:
             lines += ["## Against the base model", "", *beside_lora_table(results, group), ""]
             lines += ["## Controls", "", *controls_table(results, group), ""]
             lines += ["## By volume", "", *volume_table(results, group), ""]
-            lines += ["## After other clips, first seed", "", *lasting_table(results, group), ""]
-            lines += ["## Clips held at once", "", *held_table(results, group), ""]
-        lines += ["# One stream", "", *hour_table(results), ""]
+            if has_longer(results):
+                lines += ["## After other clips, first seed", "", *lasting_table(results, group), ""]
+                lines += ["## Clips held at once", "", *held_table(results, group), ""]
+        if has_longer(results):
+            lines += ["# One stream", "", *hour_table(results), ""]
         lines += [*image("recall and cost", "answer.png"), *image("recall and cost by volume", "volumes.png")]
-        lines += image("how long, and how many", "curves.png")
+        if has_longer(results):
+            lines += image("how long, and how many", "curves.png")
         return [*lines, *(["# Cost", "", *self._cost_table(), ""] if self.costs else [])]
 
     def _cost_table(self) -> list[str]:
@@ -138,6 +142,11 @@ def longer_rows(results: StudyResults, group: str) -> list[dict[str, Any]]:
 
 
 # ---- tables
+
+
+def has_longer(results: StudyResults) -> bool:
+    """Whether the chosen arms were measured for longer, see ``plan.Scale.longer``."""
+    return bool(results.groups([HOUR]))
 
 
 def buckets(results: StudyResults) -> list[str]:

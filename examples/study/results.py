@@ -61,7 +61,8 @@ def gather(study: Study, seed: int, choices: Mapping[str, Any] | None = None) ->
     not measured.
     """
     arms = {BASE: None, **{arm.name: arm for arm in study.arms}}
-    longer = {} if choices is None else {name: arms[name] for name in choices["arms"].values()}
+    measured_longer = choices is not None and study.scale.longer
+    longer = {name: arms[name] for name in choices["arms"].values()} if choices and measured_longer else {}
     groups: dict[str, Any] = {}
     judged = {name: arm for name, arm in arms.items() if arm is None or arm.judged}
     for group in study.groups(VALIDATION) if choices is None or seed == choices["seed"] else ():
@@ -75,7 +76,7 @@ def gather(study: Study, seed: int, choices: Mapping[str, Any] | None = None) ->
             if arm.beside_lora or seed != choices["seed"]:
                 continue
             groups[group][name]["lasting"] = _lasting(study.lasting(seed, arm, group, (1.0,)).result)
-    if choices is not None:
+    if measured_longer:
         named = {BASE: None, **longer, **{arm.name: arm for arm in study.arms if arm.kind is None}}
         groups[HOUR] = {name: read_json(study.measured(seed, arm, HOUR)) for name, arm in named.items()}
     return {

@@ -219,12 +219,13 @@ class Study:
             for arm in (None, *self.judged):
                 memory = arm is not None and arm.kind is not None
                 volume = float(choices["volumes"][arm.name]) if arm is not None and memory else 1.0
-                longer = arm is None or arm.name in chosen
-                settings = self._test_settings(volume, every=longer) if memory else [ALONE]
+                every = arm is None or arm.name in chosen
+                longer = every and self.scale.longer
+                settings = self._test_settings(volume, every=every) if memory else [ALONE]
                 kinds = ("once", "recall", "held") if longer else ("once", "recall")
                 volumes = (volume,) if arm is None or arm.beside_lora else tuple(sorted({volume, 1.0}))
                 jobs += [self.measuring(seed, arm, group, settings, kinds, volumes) for group in self.groups(TEST)]
-                if longer or (arm is not None and not memory):
+                if longer or (self.scale.longer and not memory):
                     later.append(self.measuring(seed, arm, HOUR, [], ("hour",), volumes))
                 if arm is not None and longer and not arm.beside_lora and seed == choices["seed"]:
                     later += [self.lasting(seed, arm, group, (volume,)) for group in self.groups(TEST)]

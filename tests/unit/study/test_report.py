@@ -78,6 +78,23 @@ def test_a_report_has_every_table_and_figure(results, tmp_path):
     assert [row["arm"] for row in metrics["one_stream"]] == [LORA, "ridge", "ridge + LoRA"]
 
 
+def test_without_longer_measurements_their_sections_are_left_out(tmp_path):
+    values = complete()
+    del values["groups"]["hour"]
+    for group in ("test", "test_unseen"):
+        values["groups"][group] = {
+            arm: {kind: rows for kind, rows in measured.items() if kind not in ("held", "lasting")}
+            for arm, measured in values["groups"][group].items()
+        }
+    Report(results=StudyResults([values]), speech={}, costs={}, made_by="a test").write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "## By volume" in text
+    for absent in ("held at once", "After other clips", "# One stream", "curves.png"):
+        assert absent not in text
+    assert not (tmp_path / "curves.png").exists()
+    assert json.loads((tmp_path / "metrics.json").read_text())["one_stream"] == []
+
+
 def test_an_open_question_is_shown_at_the_volume_that_the_rule_would_give(results):
     chosen, whole = report_of.open_table(results)[2:]
     assert chosen.startswith("| open | 0.5 | yes | +0.700 | +0.700 |")

@@ -87,6 +87,7 @@ def test_arms_of_the_shipped_model_are_of_the_plan_and_have_what_they_stand_on()
     assert {arm.name for arm in plan.OF_SHIPPED} >= {plan.LORA, "ridge layer, wide keys"}
     assert all(arm in plan.ARMS and arm.judged for arm in plan.OF_SHIPPED)
     assert {arm.kind for arm in plan.OF_SHIPPED} == {None, "sequence", "feed_forward"}
+    assert len([arm for arm in plan.OF_SHIPPED if arm.kind is not None]) == 3
 
 
 def test_validation_is_of_the_first_seed_at_every_volume(study, ran):
@@ -126,6 +127,15 @@ def test_the_test_leaves_out_what_is_not_judged_and_ends_with_the_longest(study,
     }
     first = min(ran.index(job) for job in lasting)
     assert not [job for job in ran[first:] if job.name.startswith("measure") and HOUR not in job.name]
+
+
+def test_of_the_shipped_model_nothing_is_measured_for_longer(study, ran):
+    replace(study, scale=replace(study.scale, shipped=True)).test(CHOICES)
+    given = tasks(ran)
+    own = {task["name"]: task for task in given if "seed_0" in task["out"] and Path(task["out"]).parent.name == "test"}
+    assert own["a"]["kinds"] == ["once", "recall"]
+    assert ["updates on", plan.SMOKE.volumes[0]] in own["a"]["settings"]
+    assert not [job for job in ran if job.name.startswith("lasting") or HOUR in job.name]
 
 
 def test_a_long_stream_is_of_all_recordings_that_nothing_was_trained_on(study):
