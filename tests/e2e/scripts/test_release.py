@@ -144,6 +144,15 @@ def test_a_version_that_is_none_is_refused(script, repository):
     assert "has the version '1.2.3.dev0'" in refused(script, repository)
 
 
+def test_prebuilt_libraries_are_refused(script, repository):
+    folder = repository / "plugins" / "common" / "prebuilt"
+    folder.mkdir(parents=True)
+    (folder / "a.so").touch()
+    (repository / ".gitignore").write_text("/dist/\n/plugins/\n")
+    commit(repository)
+    assert "plugins/common/prebuilt has a.so, which would be in the wheel" in refused(script, repository)
+
+
 def test_all_reasons_are_given_at_once(script, repository):
     (repository / "CHANGELOG.md").write_text("# Changelog\n")
     git(repository, "tag", "v1.2.3")
