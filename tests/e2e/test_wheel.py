@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -12,6 +11,7 @@ from zipfile import ZipFile
 
 import pytest
 
+from tests.programs import load_script
 from tests.project import (
     ROOT,
     copy_repository,
@@ -22,9 +22,7 @@ from tests.project import (
     run_environment,
 )
 
-_spec = importlib.util.spec_from_file_location("wheel_sizes", ROOT / "scripts" / "wheel_sizes.py")
-wheel_sizes = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(wheel_sizes)
+wheel_sizes = load_script("wheel_sizes")
 
 DISCOVER = """
 import json, sys, moshi_ttt

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import logging
 import os
 import shutil
@@ -21,6 +20,7 @@ from moshi_ttt.plugins.common.native import NATIVE, NativeLibrary
 from moshi_ttt.plugins.hybrid.backends import STEP, TRAIN, HybridUse
 from moshi_ttt.plugins.hybrid.config import HybridConfig
 from moshi_ttt.plugins.hybrid.cpp.chunk import LIBRARY as CHUNK
+from tests.programs import load_script
 from tests.project import ROOT, package_folders
 
 SOURCE = 'extern "C" int nothing() { return 0; }\n'
@@ -198,13 +198,6 @@ def test_a_prebuild_that_fails_says_for_what(monkeypatch, library):
 # ---- the script
 
 
-def script():
-    specification = importlib.util.spec_from_file_location("prebuild", ROOT / "scripts" / "prebuild.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
 def assigned_libraries() -> list[NativeLibrary]:
     """Every NativeLibrary that a module of the plugins makes."""
     found = []
@@ -220,12 +213,14 @@ def assigned_libraries() -> list[NativeLibrary]:
 
 def test_the_script_knows_every_library():
     assert len(assigned_libraries()) >= 3
-    assert sorted(each.name for each in script().LIBRARIES) == sorted(each.name for each in assigned_libraries())
+    assert sorted(each.name for each in load_script("prebuild").LIBRARIES) == sorted(
+        each.name for each in assigned_libraries()
+    )
 
 
 @needs_compiler
 def test_the_script_builds_the_levels_and_finds_what_is_outdated(library, tmp_path):
-    prebuild, folder = script(), tmp_path / "made"
+    prebuild, folder = load_script("prebuild"), tmp_path / "made"
     without_levels = NativeLibrary(name="flat", what="Flat", source=library.source)
     levels = instructions.levels()[:1]
     built = prebuild.prebuild([library, without_levels], levels, folder)
