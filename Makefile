@@ -113,7 +113,7 @@ format: $(VENV)/.installed-dev ## Rewrite the code as `make lint` wants it.
 	$(BIN)/ruff format .
 
 clean: ## Remove the environment and everything that was built.
-	rm -rf .venv build dist bench-run *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv build dist bench-run plugins/common/prebuilt *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 # A stamp is written after everything is installed, so an installation that was interrupted is taken up again.
 # The environment of `test` can run the quickstart too; that of `quickstart` is smaller.

@@ -127,7 +127,9 @@ def render(found: Information) -> RenderableType:
         variants.add_row(variant, PLAIN, Text("yes", style="green"), "Training and streaming, on every device.")
         for each in forms:
             usable = Text("yes", style="green") if each.available else Text("no", style="yellow")
-            variants.add_row("", each.name, usable, Text(each.missing or each.purpose, overflow="fold"))
+            variants.add_row(
+                "", each.name, usable, Text(each.missing or f"{each.purpose} {each.origin}".strip(), overflow="fold")
+            )
     parts: list[RenderableType] = [
         _pairs("System", found.system), _pairs("Packages", packages), _pairs("Compilers", found.compilers),
         _pairs("Environment variables", found.environment or {"none": "of those that change what moshi-ttt does"}),

@@ -53,17 +53,20 @@ class Comparison:
 @dataclass(frozen=True)
 class FileReport:
     """All comparisons of one file. With ``problems`` the file is not what it should be, and nothing was compared;
-    without either, no verifier takes it.
+    without either, no verifier takes it. ``left_out``: none of the backend that was asked for does, and others may.
     """
 
     file: Path
     metadata: Mapping[str, str]
     comparisons: tuple[Comparison, ...]
     problems: tuple[str, ...] = ()
+    left_out: bool = False
 
     @property
     def passed(self) -> bool:
-        return not self.problems and bool(self.comparisons) and all(each.passed for each in self.comparisons)
+        return self.left_out or (
+            not self.problems and bool(self.comparisons) and all(each.passed for each in self.comparisons)
+        )
 
 
 def expand(paths: Iterable[Path]) -> list[Path]:
@@ -80,25 +83,34 @@ def expand(paths: Iterable[Path]) -> list[Path]:
     return files
 
 
-def verify_file(path: Path, registry: Registry | None = None) -> FileReport:
-    """Run every verifier that accepts the file, in float64 and float32. Raises ConfigError for an unreadable file.
+def verify_file(path: Path, registry: Registry | None = None, backend: str | None = None) -> FileReport:
+    """Run every verifier that takes the file, in float64 and float32.
 
     A file that lacks something its operation has, or has something else, is not compared: its report says what.
+
+    Args:
+        registry: where verifiers are looked up; the process's registry by default.
+        backend: run those of this backend alone; None: all, but those whose code is built first.
+
+    Raises:
+        ConfigError: the file cannot be read, no verifier is of this backend, or it cannot be had here.
     """
     registry = registry or default_registry()
     tensors, metadata = _read(path)
-    verifiers = [
-        (name, verifier)
-        for name, verifier in zip(registry.names("verifier"), registry.verifiers(), strict=True)
-        if verifier.operation == metadata["op"]
-    ]
+    installed = list(zip(registry.names("verifier"), registry.verifiers(), strict=True))
+    known = sorted({verifier.backend for _, verifier in installed if verifier.backend is not None})
+    if backend is not None and backend not in known:
+        raise ConfigError(f"No form of the backend {backend!r} is compared. Backends: {', '.join(known)}.")
+    verifiers = [(name, verifier) for name, verifier in installed if verifier.operation == metadata["op"]]
     problems = list(_problems(path, tensors, metadata, [verifier for _, verifier in verifiers]))
     comparisons: list[Comparison] = []
     for name, verifier in verifiers if not problems else ():
-        if verifier.accepts(metadata):
+        chosen = not verifier.builds if backend is None else verifier.backend == backend
+        if chosen and verifier.takes(metadata, frozenset(tensors)):
             for dtype in verifier.dtypes:
                 comparisons += _compare(path, name, verifier, tensors, metadata, dtype)
-    return FileReport(path, metadata, tuple(comparisons), tuple(problems))
+    left_out = backend is not None and not comparisons and not problems
+    return FileReport(path, metadata, tuple(comparisons), tuple(problems), left_out)
 
 
 def _problems(
@@ -189,6 +201,8 @@ def render(report: FileReport, *, every: bool = False) -> RenderableType:
             (f"{report.file.name}: ", "bold"), ("FAIL", "bold red"), f" {'; '.join(report.problems)}. See the format "
             "in docs/reference_vectors.md.",
         )  # fmt: skip
+    if report.left_out:
+        return Text.assemble((f"{report.file.name}: ", "bold"), "no form of this backend takes it.")
     if not report.comparisons:
         return Text.assemble(
             (f"{report.file.name}: ", "bold"), ("FAIL", "bold red"),
@@ -222,6 +236,8 @@ def worst(comparisons: Iterable[Comparison]) -> list[Comparison]:
 def summary(reports: Sequence[FileReport]) -> Text:
     """One line for all files."""
     comparisons = [comparison for report in reports for comparison in report.comparisons]
+    left_out = sum(report.left_out for report in reports)
+    reports = [report for report in reports if not report.left_out]
     good, damaged = sum(report.passed for report in reports), sum(bool(report.problems) for report in reports)
     untaken = sum(not report.comparisons and not report.problems for report in reports)
     text = (
@@ -232,7 +248,9 @@ def summary(reports: Sequence[FileReport]) -> Text:
         text += f"; {damaged} not as their operation asks"
     if untaken:
         text += f"; {untaken} taken by no verifier"
-    return Text(text + ". error = max|a-b| / max(1, max|b|).", style="green" if good == len(reports) else "red")
+    if left_out:
+        text += f"; {left_out} more have no form of this backend"
+    return Text(text + ". error = max|a-b| / max(1, max|b|).", style="green" if good == len(reports) > 0 else "red")
 
 
 def _badness(comparison: Comparison) -> float:

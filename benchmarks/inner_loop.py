@@ -7,8 +7,9 @@ backward pass written out (``torch``), and in C++ (``cpp``, also with groups of 
 beside them the same arithmetic token by token (what a scan over tokens costs). Streaming: one step, by tensor
 operations and compiled, and one read of each row's fast weights (a ``bmm`` with one row), the least a step can cost,
 alternately. Ratios are medians within this run; a red gate prints no time. *Kept* is what a form keeps for its backward
-pass beyond its tokens. ``--cpu-seconds`` counts the processor's time instead of the clock's, for a machine that does
-other work: give it with one thread.
+pass beyond its tokens. *Share of the limit* is the time that the counted operations and bytes take at the rates of this
+machine's fastest matrix product and of its memory (``arithmetic``), over the measured time. ``--cpu-seconds`` counts
+the processor's time instead of the clock's, for a machine that does other work: give it with one thread.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from arithmetic import Machine, Work, streaming_work, training_work
 from torch import Tensor
 
 from moshi_ttt.core.format import ChunkLayout
@@ -175,7 +177,14 @@ def kept_mib(problem: Problem, form: Form, together: int | None) -> float:
     return sum(storages.values()) / 2**20
 
 
-def train_row(clock: Clock, kind: str, batch: int, heads: int, length: int, chunk: int, dim: int) -> dict[str, object]:
+def share(machine: Machine, work: Work, size: int, milliseconds: float) -> float:
+    """Of the limit: 1 is as fast as ``machine`` can be, going through ``size`` bytes."""
+    return round(1_000 * machine.least_seconds(work, size) / milliseconds, 2)
+
+
+def train_row(
+    machine: Machine, kind: str, batch: int, heads: int, length: int, chunk: int, dim: int
+) -> dict[str, object]:
     problem = Problem(kind, batch, heads, length, chunk, dim, torch.float32)
     short = Problem(kind, batch, heads, 4 * chunk, chunk, dim, torch.float32)
 
@@ -184,18 +193,20 @@ def train_row(clock: Clock, kind: str, batch: int, heads: int, length: int, chun
         return lambda: torch.autograd.grad(function().square().mean(), leaves)
 
     forms = {name: both(problem, partial(problem.run, *form)) for name, form in TRAIN_FORMS.items()}
-    found = {name: median for name, (median, _) in times_ms(forms, clock).items()}
-    scan = times_ms({"scan": both(short, short.by_token)}, clock, least=2)["scan"][0] * length / (4 * chunk)
+    found = {name: median for name, (median, _) in times_ms(forms, machine.clock).items()}
+    work = training_work(widths(kind, dim), batch=batch, heads=heads, length=length, chunk=chunk)
+    scan = times_ms({"scan": both(short, short.by_token)}, machine.clock, least=2)["scan"][0] * length / (4 * chunk)
     return {
         "shape": f"{kind} B{batch} H{heads} T{length} C{chunk} D{dim}",
         **{f"{name} ms": round(median, 1) for name, median in found.items()},
         **{f"autograd / {name}": round(found["autograd"] / found[name], 2) for name in list(found)[1:]},
+        **{f"{name} share of the limit": share(machine, work, work.num_bytes, found[name]) for name in found},
         **{f"{name} kept MiB": round(kept_mib(problem, *form)) for name, form in TRAIN_FORMS.items()},
         "by_token / torch (from 4 chunks)": round(scan / found["torch"], 1),
     }
 
 
-def stream_row(clock: Clock, kind: str, batch: int, heads: int, dim: int, chunk: int = 16) -> dict[str, object]:
+def stream_row(machine: Machine, kind: str, batch: int, heads: int, dim: int, chunk: int = 16) -> dict[str, object]:
     problem = Problem(kind, batch, heads, 1, chunk, dim, torch.float32)
     state = clone(inner_loop.initial_state(problem.weights, problem.biases, chunk, batch))
     fast, _ = inner_loop.unpack(state)
@@ -207,9 +218,13 @@ def stream_row(clock: Clock, kind: str, batch: int, heads: int, dim: int, chunk:
 
     given = (problem.tokens, state, problem.norm, problem.scale)
     with torch.no_grad():
-        step = times_ms({"step": lambda: recurrent_inner_loop(*given)}, clock)["step"][0]
-        found = times_ms({"compiled": lambda: compiled_inner_loop(*given), "read": read}, clock, least=200)
+        step = times_ms({"step": lambda: recurrent_inner_loop(*given)}, machine.clock)["step"][0]
+        found = times_ms({"compiled": lambda: compiled_inner_loop(*given), "read": read}, machine.clock, least=200)
     (fast_step, slowest), once = found["compiled"], found["read"][0]
+    # The median step ends no chunk: the least work is the mean over the tokens of a chunk but its last.
+    before = chunk - 1
+    work = streaming_work(widths(kind, dim), batch=batch, heads=heads, chunk=chunk, tokens=before)
+    mean = Work(work.operations // before, work.num_bytes // before)
     return {
         "shape": f"{kind} B{batch} H{heads} D{dim}",
         "state MiB": round(num_bytes(state) / 2**20, 1),
@@ -220,6 +235,8 @@ def stream_row(clock: Clock, kind: str, batch: int, heads: int, dim: int, chunk:
         "step / one read": round(step / once, 1),
         "compiled / one read": round(fast_step / once, 1),
         "p99 / median": round(slowest / fast_step, 2),
+        "step share of the limit": share(machine, mean, num_bytes(state), step),
+        "compiled share of the limit": share(machine, mean, num_bytes(state), fast_step),
     }
 
 
@@ -236,16 +253,21 @@ def main() -> None:
         print(f"gate {kind}: largest float64 error against the definition {worst:.1e}")
         if not worst < 1e-10:
             sys.exit("The gate is red: no time is printed.")
+    machine = Machine(clock)
+    limit = round(machine.operations_per_second() / 1e9, 1)
+    rates = {f"{mib} MiB": round(machine.bytes_per_second(mib * 2**20) / 1e9, 1) for mib in (1, 16, 256)}
+    print(f"limits: products {limit} GFLOP/s, memory in GB/s: {rates}", flush=True)
     rows = []
-    for row in (partial(train_row, clock, *shape) for shape in TRAINING):
+    for row in (partial(train_row, machine, *shape) for shape in TRAINING):
         rows.append(row())
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    for row in (partial(stream_row, clock, *shape) for shape in STREAMING):
+    for row in (partial(stream_row, machine, *shape) for shape in STREAMING):
         rows.append(row())
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as handle:
-            json.dump({"threads": arguments.threads, "torch": torch.__version__, "rows": rows}, handle, indent=2)
+            found = {"threads": arguments.threads, "torch": torch.__version__, "GFLOP/s": limit, "GB/s": rates}
+            json.dump({**found, "rows": rows}, handle, indent=2)
 
 
 if __name__ == "__main__":

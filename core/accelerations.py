@@ -25,11 +25,14 @@ class Acceleration:
         name: of the form, such as ``compiled step``.
         purpose: what it computes and how it is chosen, as one sentence.
         missing: why this machine cannot use it and what to do, as one sentence; empty where it can.
+        origin: where its compiled code comes from, as one sentence such as ``Built at first use.``; empty where there
+            is nothing to say.
     """
 
     name: str
     purpose: str
     missing: str = ""
+    origin: str = ""
 
     @property
     def available(self) -> bool:

@@ -55,11 +55,15 @@ class Verifier(ABC):
 
     Attributes:
         operation: the ``op`` of the files it is for.
+        backend: the backend that computes, as the option ``backend`` names it; None where there is no such choice.
+        builds: True where its code is built before it runs: it runs only where its backend is asked for.
         differentiable: False for forms that exist only without gradients (streaming).
         dtypes: those it computes in; the others are not compared.
     """
 
     operation: ClassVar[str]
+    backend: ClassVar[str | None] = None
+    builds: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64, torch.float32)
 
@@ -74,6 +78,10 @@ class Verifier(ABC):
     @abstractmethod
     def accepts(self, metadata: Mapping[str, str]) -> bool:
         """Whether this code computes the case that a file of the operation describes; its metadata are complete."""
+
+    def takes(self, metadata: Mapping[str, str], names: frozenset[str]) -> bool:
+        """``accepts``, for forms that some tensors decide about as well; ``names`` are those of the file."""
+        return self.accepts(metadata)
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:

@@ -8,20 +8,18 @@ Counted are launches and bytes of one block, on tensors without values (``moshi_
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from table_in_page import TableInPage, markdown, print_or_write
 from torch import nn
 
 from moshi_ttt.core.config_parsing import parse_block
 from moshi_ttt.core.registry import default_registry
 from moshi_ttt.core.testing import BlockCase, DeviceCost, Shape, device_cost
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "gpu.md"
-BEGIN, END = "<!-- device costs: written by scripts/device_costs.py -->\n", "<!-- end of device costs -->\n"
+TABLE = TableInPage("device costs", "device_costs.py")
 DIM, HEADS, HIDDEN, BATCH, TOKENS = 4096, 32, 11_264, 2, 1250
 """Of Moshi's 7B: width, heads, hidden width of its gated MLP; streams, and tokens of 100 seconds."""
 
@@ -92,21 +90,8 @@ def row(variant: str, options: dict[str, Any], carried: bool) -> list[int]:
 
 
 def table() -> str:
-    lines = [f"| {' | '.join(HEADINGS)} |", f"| --- |{' ---: |' * (len(HEADINGS) - 1)}"]
-    lines += [f"| {name(*block)} | {' | '.join(f'{figure:,}' for figure in row(*block))} |" for block in BLOCKS]
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the table into docs/gpu.md")
-    made = table()
-    if parser.parse_args().write:
-        text = DOCS.read_text(encoding="utf-8")
-        before, rest = text.split(BEGIN)
-        DOCS.write_text(before + BEGIN + made + END + rest.split(END)[1], encoding="utf-8")
-    print(made, end="")
+    return markdown(HEADINGS, [(name(*block), *(f"{figure:,}" for figure in row(*block))) for block in BLOCKS])
 
 
 if __name__ == "__main__":
-    main()
+    print_or_write(TABLE, table, __doc__)

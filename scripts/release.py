@@ -86,6 +86,15 @@ def refuse_other_versions(root: Path, version: str) -> None:
             raise ReleaseError(f"{name} names the version {', '.join(found) or '(none)'}, pyproject.toml {version}.")
 
 
+def refuse_prebuilt(root: Path) -> None:
+    """Raise ReleaseError where C++ is prebuilt for this kind of machine: the wheel of a release is for every one."""
+    if found := sorted((root / "plugins" / "common" / "prebuilt").glob("*.so")):
+        raise ReleaseError(
+            f"plugins/common/prebuilt has {', '.join(path.name for path in found)}, which would be in the wheel. "
+            "Remove it: python scripts/prebuild.py --remove"
+        )
+
+
 def reasons(root: Path) -> Iterator[str]:
     """Every reason, found without running anything, why this commit cannot be released."""
     try:
@@ -95,7 +104,7 @@ def reasons(root: Path) -> Iterator[str]:
         return
     for check in (
         lambda: refuse_dirty(root), lambda: refuse_tagged(root, version), lambda: changes_of(root, version),
-        lambda: refuse_other_versions(root, version),
+        lambda: refuse_other_versions(root, version), lambda: refuse_prebuilt(root),
     ):  # fmt: skip
         try:
             check()

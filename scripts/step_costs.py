@@ -9,14 +9,13 @@ backward pass with each layer computed again, clipping, and AdamW. What sharding
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from table_in_page import TableInPage, markdown, print_or_write
 from torch import nn
 from torch.optim import AdamW
 
@@ -29,8 +28,7 @@ from moshi_ttt.training.model import skeleton
 from moshi_ttt.training.optimizer import make_optimizer
 from moshi_ttt.training.trained import TrainedModel
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "gpu.md"
-BEGIN, END = "<!-- step costs: written by scripts/step_costs.py -->\n", "<!-- end of step costs -->\n"
+TABLE = TableInPage("step costs", "step_costs.py")
 MODEL, BLOCKS, ROWS, FRAMES = "builtin:moshi-7b", "last:3", 2, 1250
 """Of the table: the model, the layers with a block, rows and tokens of a row (100 seconds)."""
 OF_COUNTERS = ("aten._local_scalar_dense.default", "aten._foreach_add_.Tensor")
@@ -129,26 +127,14 @@ def table() -> str:
     found = {name: step_cost(settings_of(block), rows=ROWS, frames=FRAMES, carried=carried)
              for name, block, carried in RUNS}  # fmt: skip
     alone = found["LoRA"].launches
-    lines = [f"| {' | '.join(HEADINGS)} |", f"| --- |{' ---: |' * (len(HEADINGS) - 1)}"]
+    rows = []
     for name, cost in found.items():
         counts = (cost.forward, cost.backward, cost.update, cost.launches)
         times, health = f"{cost.launches / alone:.3f}", f"{cost.health:,}"
         cells = (*(f"{count:,}" for count in counts), times, health, f"{cost.peak / 2**30:.2f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the table into docs/gpu.md")
-    options = parser.parse_args()
-    made = table()
-    if options.write:
-        text = DOCS.read_text(encoding="utf-8")
-        before, rest = text.split(BEGIN)
-        DOCS.write_text(before + BEGIN + made + END + rest.split(END)[1], encoding="utf-8")
-    print(made, end="")
+        rows.append((name, *cells))
+    return markdown(HEADINGS, rows)
 
 
 if __name__ == "__main__":
-    main()
+    print_or_write(TABLE, table, __doc__)

@@ -16,7 +16,9 @@ def multilayer() -> tuple[Acceleration, ...]:
     inner_loop = "A training call on a CPU, in float32 and float64; chosen by backend.train."
     return (
         compiled_step(compiled.LIBRARY, "backend.step"),
-        Acceleration(name="compiled training", purpose=inner_loop, missing=INNER_LOOP.missing()),
+        Acceleration(
+            name="compiled training", purpose=inner_loop, missing=INNER_LOOP.missing(), origin=INNER_LOOP.origin()
+        ),
         Acceleration(
             name="Triton step", purpose="A streamed step on an NVIDIA GPU; chosen by backend.step.", missing=no_triton()
         ),

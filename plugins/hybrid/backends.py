@@ -30,7 +30,8 @@ from moshi_ttt.plugins.hybrid.triton import step, train
 from moshi_ttt.plugins.hybrid.triton.train_settings import Products
 
 LEAST_WIDTH = 128
-"""Of a head, for C++ under ``auto``: that of Moshi 7B. With narrower heads, a build takes longer than it saves."""
+"""Of a head, for C++ under ``auto``, where it is not prebuilt: that of Moshi 7B. With narrower heads, a build takes
+longer than it saves."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,9 @@ def _not_cpp(use: HybridUse) -> str | None:
     return _not_built(cpp.LIBRARY)
 
 
-def _too_small_for_cpp(use: HybridUse) -> str | None:
-    """A build takes longer than a small model's whole training."""
-    if use.widths[0] < LEAST_WIDTH:
+def _too_small_for_cpp(use: HybridUse, library: NativeLibrary) -> str | None:
+    """A build takes longer than a small model's whole training. What is prebuilt serves every width."""
+    if use.widths[0] < LEAST_WIDTH and library.prebuilt() is None:
         return _not_by_auto(f"its heads are {use.widths[0]} wide, and C++ is built for heads of {LEAST_WIDTH} or more")
     return None
 
@@ -159,7 +160,12 @@ TRAIN: Operation[HybridUse, TrainRun] = Operation(
             why_not_auto=lambda use: kernels.not_by_auto(use.device, use.widths, use.config.chunk, _products(use)),
             load=lambda use: train.load(use.device, _products(use)),
         ),
-        Backend(name="cpp", why_not=_not_cpp, why_not_auto=_too_small_for_cpp, load=cpp.load),
+        Backend(
+            name="cpp",
+            why_not=_not_cpp,
+            why_not_auto=lambda use: _too_small_for_cpp(use, cpp.LIBRARY),
+            load=cpp.load,
+        ),
         Backend(name="torch", load=lambda use: chunk_inner_loop),
         Backend(
             name="compile",
@@ -188,7 +194,7 @@ STEP: Operation[HybridUse, StepRun] = Operation(
         Backend(
             name="cpp",
             why_not=lambda use: compiled.why_not(use.config, use.device, use.dtype) or _not_built(compiled.LIBRARY),
-            why_not_auto=_too_small_for_cpp,
+            why_not_auto=lambda use: _too_small_for_cpp(use, compiled.LIBRARY),
             load=compiled.load,
         ),
         Backend(name="torch", load=lambda use: recurrent_inner_loop),

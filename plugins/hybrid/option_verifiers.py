@@ -96,6 +96,8 @@ def _final(y: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class OptionsNaive(_HybridOptions):
     """The layer from its definition."""
 
+    backend = "naive"
+
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         given, size, causal = dict(inputs), int(metadata["chunk_size"]), metadata["causal"] == "true"
         x, eps = given["x"], EPS

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 FORMS = ("naive", "chunk", "recurrent", "hybrid", "hybrid_naive", "options_naive", "options_chunk", "options_recurrent")
 """Forms that ``moshi-ttt verify`` compares with reference vectors."""
-
-
-STEP_FORMS = (*FORMS, "triton_step")
+CPP_FORMS = ("cpp", "cpp_step", "cpp_hybrid", "cpp_options", "cpp_options_step")
+"""Those in C++, which it compares where ``--backend cpp`` asks for them."""
+STEP_FORMS = (*FORMS, *CPP_FORMS, "triton_step")
 """Those of a variant whose streamed step Triton kernels compute."""
 KERNEL_FORMS = (*STEP_FORMS, "triton")
 """Those of one whose training calls they compute too."""

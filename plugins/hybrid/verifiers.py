@@ -49,6 +49,8 @@ def fast_shapes(layers: int, batch: tuple[str, ...] = ()) -> dict[str, Shape]:
 class FastNetworkVerifier(Verifier):
     """For fast networks of ``layers`` layers, or of ``at_least`` so many. Forms differ in how they compute the same."""
 
+    backend = "torch"
+
     def __init__(self, *, layers: int | None = None, at_least: int = 1) -> None:
         self.layers = layers
         self.at_least = at_least
@@ -116,6 +118,8 @@ def _final(state: BlockState) -> dict[str, Tensor]:
 class InnerLoopNaive(_InnerLoopVerifier):
     """The inner loop, token by token from the definition."""
 
+    backend = "naive"
+
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         weights, biases = _fast(inputs, metadata)
         y, weights_after, biases_after = naive_inner_loop(
@@ -170,6 +174,7 @@ class InnerLoopChunk(_InnerLoopVerifier):
 class InnerLoopTriton(InnerLoopChunk):
     """The inner loop by Triton kernels, in Triton's interpreter. Outside of it, no file is accepted."""
 
+    backend = "triton"
     dtypes = (torch.float32,)
 
     def accepts(self, metadata: Mapping[str, str]) -> bool:
@@ -212,6 +217,7 @@ class InnerLoopRecurrent(_InnerLoopVerifier):
 class InnerLoopTritonStep(InnerLoopRecurrent):
     """The inner loop token by token by Triton kernels, in Triton's interpreter. Outside of it, no file is accepted."""
 
+    backend = "triton"
     dtypes = (torch.float32,)
 
     def accepts(self, metadata: Mapping[str, str]) -> bool:
@@ -230,6 +236,8 @@ class InnerLoopTritonStep(InnerLoopRecurrent):
 
 class HybridNaive(_HybridVerifier):
     """The hybrid layer from its definition."""
+
+    backend = "naive"
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         given = dict(inputs)
@@ -254,13 +262,22 @@ class HybridChunk(_HybridVerifier):
     """The hybrid layer by the functions that the block consists of."""
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        return self.by(chunk_inner_loop, inputs, metadata)
+
+    def by(
+        self,
+        run: Callable[..., tuple[Tensor, BlockState]],
+        inputs: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+    ) -> dict[str, Tensor]:
+        """The outputs, with the inner loop by a function like ``chunk_inner_loop``."""
         x = inputs["x"]
         batch, length, _ = x.shape
         size = int(metadata["chunk_size"])
         given = _layer(inputs, metadata)
         position = torch.arange(length, device=x.device)[None] % size  # [1, T]
         tokens = layer.inner_inputs(x, position, given)
-        y, _ = chunk_inner_loop(
+        y, _ = run(
             tokens,
             inner_loop.initial_state(*_fast(inputs, metadata), size, batch),
             layer.objective(given),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moshi_ttt.core.errors import ConfigError
-from moshi_ttt.plugins.hybrid.variant_verifiers import variant_verifiers
+from moshi_ttt.plugins.hybrid.variant_verifiers import cpp_verifiers, variant_verifiers
 from moshi_ttt.plugins.hybrid.verifiers import InnerLoopTriton, InnerLoopTritonStep
 from moshi_ttt.plugins.ttt_mlp.block import TTTMLP
 from moshi_ttt.plugins.ttt_mlp.config import TTTMLPConfig
@@ -25,5 +25,6 @@ def _made(options: Mapping[str, Any], widths: list[int]) -> tuple[type[TTTMLP], 
 NAIVE, CHUNK, RECURRENT, HYBRID, HYBRID_NAIVE, OPTIONS_NAIVE, OPTIONS_CHUNK, OPTIONS_RECURRENT = variant_verifiers(
     _made, layers=2
 )
+CPP, CPP_STEP, CPP_HYBRID, CPP_OPTIONS, CPP_OPTIONS_STEP = cpp_verifiers(_made, layers=2)
 TRITON = InnerLoopTriton(layers=2)
 TRITON_STEP = InnerLoopTritonStep(layers=2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moshi_ttt.plugins.hybrid.variant_verifiers import variant_verifiers
+from moshi_ttt.plugins.hybrid.variant_verifiers import cpp_verifiers, variant_verifiers
 from moshi_ttt.plugins.hybrid.verifiers import InnerLoopTritonStep
 from moshi_ttt.plugins.ttt_multilayer.block import TTTMultilayer
 from moshi_ttt.plugins.ttt_multilayer.config import TTTMultilayerConfig
@@ -21,4 +21,5 @@ def _made(options: Mapping[str, Any], widths: list[int]) -> tuple[type[TTTMultil
 NAIVE, CHUNK, RECURRENT, HYBRID, HYBRID_NAIVE, OPTIONS_NAIVE, OPTIONS_CHUNK, OPTIONS_RECURRENT = variant_verifiers(
     _made, at_least=3
 )
+CPP, CPP_STEP, CPP_HYBRID, CPP_OPTIONS, CPP_OPTIONS_STEP = cpp_verifiers(_made, at_least=3)
 TRITON_STEP = InnerLoopTritonStep(at_least=3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -12,6 +11,7 @@ from zipfile import ZipFile
 
 import pytest
 
+from tests.programs import load_script
 from tests.project import (
     ROOT,
     copy_repository,
@@ -22,9 +22,7 @@ from tests.project import (
     run_environment,
 )
 
-_spec = importlib.util.spec_from_file_location("wheel_sizes", ROOT / "scripts" / "wheel_sizes.py")
-wheel_sizes = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(wheel_sizes)
+wheel_sizes = load_script("wheel_sizes")
 
 DISCOVER = """
 import json, sys, moshi_ttt
@@ -47,8 +45,8 @@ def run(*command: str, cwd: Path, **options: object) -> str:
     return result.stdout
 
 
-def build(repository: Path, target: Path) -> Path:
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), cwd=repository)
+def build(repository: Path, target: Path, *options: str) -> Path:
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), *options, cwd=repository)
     (path,) = target.glob("*.whl")
     return path
 
@@ -137,6 +135,24 @@ def test_clone_without_symlinks_builds_the_same_wheel(wheel, tmp_path):
         link.unlink()
         link.write_text(destination)  # what git makes of a symlink where there are none
     assert set(ZipFile(build(tmp_path, tmp_path / "dist")).namelist()) == set(ZipFile(wheel).namelist())
+
+
+def test_the_ordinary_wheel_is_for_every_machine(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert [name for name in ZipFile(wheel).namelist() if name.endswith(".so")] == []
+
+
+@pytest.mark.exhaustive  # CI builds a wheel and loads what is in it
+def test_prebuilt_libraries_are_in_a_wheel_for_one_kind_of_machine(tmp_path):
+    copy_repository(tmp_path)
+    folder = tmp_path / "plugins" / "common" / "prebuilt"
+    folder.mkdir(exist_ok=True)
+    (folder / "made-up.so").write_bytes(b"a library")
+    option = "--config-setting=--build-option=--plat-name=linux_x86_64"
+    assert option in (ROOT / "docs" / "maintainers.md").read_text(encoding="utf-8")
+    found = build(tmp_path, tmp_path / "dist", option)
+    assert found.name.endswith("-py3-none-linux_x86_64.whl")
+    assert "moshi_ttt/plugins/common/prebuilt/made-up.so" in ZipFile(found).namelist()
 
 
 @pytest.mark.exhaustive  # CI builds a wheel and loads what is in it

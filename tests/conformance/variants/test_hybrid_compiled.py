@@ -17,7 +17,7 @@ from moshi_ttt.core.precision import UNIFORM
 from moshi_ttt.core.state import clone
 from moshi_ttt.core.testing import Shape, error
 from moshi_ttt.core.testing.case import default_cases
-from moshi_ttt.plugins.common import native
+from moshi_ttt.plugins.common import instructions
 from moshi_ttt.plugins.hybrid import compiled
 
 VARIANTS = [("ttt_linear", {}), ("ttt_mlp", {"expansion": 3}), ("ttt_multilayer", {"hidden_dims": (6, 18, 5)})]
@@ -131,7 +131,7 @@ def test_a_state_of_another_shape_is_refused():
 def test_another_processor_is_another_build(monkeypatch, tmp_path):
     """A home folder may be shared by machines whose instructions differ."""
     before = compiled.LIBRARY.version()
-    monkeypatch.setattr(native, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(instructions, "CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("processor: 0\nflags\t\t: fpu sse2 other\n", encoding="utf-8")
     assert compiled.LIBRARY.version() != before
 

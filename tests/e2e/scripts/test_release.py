@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import load_script
 from tests.project import ROOT, pyproject
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git here")
@@ -36,10 +36,7 @@ BUILD = program(
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("release", ROOT / "scripts" / "release.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("release")
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -142,6 +139,15 @@ def test_a_version_that_is_none_is_refused(script, repository):
     path.write_text(path.read_text().replace("1.2.3", "1.2.3.dev0"))
     commit(repository)
     assert "has the version '1.2.3.dev0'" in refused(script, repository)
+
+
+def test_prebuilt_libraries_are_refused(script, repository):
+    folder = repository / "plugins" / "common" / "prebuilt"
+    folder.mkdir(parents=True)
+    (folder / "a.so").touch()
+    (repository / ".gitignore").write_text("/dist/\n/plugins/\n")
+    commit(repository)
+    assert "plugins/common/prebuilt has a.so, which would be in the wheel" in refused(script, repository)
 
 
 def test_all_reasons_are_given_at_once(script, repository):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ import urllib.request
 
 import pytest
 
+from tests.programs import load_script
 from tests.project import ROOT
 
 TALK, HEAR_TWICE = ROOT / "scripts" / "talk.py", ROOT / "examples" / "hear_twice.py"
@@ -20,10 +20,7 @@ TALK, HEAR_TWICE = ROOT / "scripts" / "talk.py", ROOT / "examples" / "hear_twice
 
 @pytest.fixture
 def talk():
-    spec = importlib.util.spec_from_file_location("talk", TALK)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("talk")
 
 
 def free_port() -> int:

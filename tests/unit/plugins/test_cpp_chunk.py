@@ -12,7 +12,7 @@ import torch
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.testing import error
-from moshi_ttt.plugins.common import native
+from moshi_ttt.plugins.common import instructions
 from moshi_ttt.plugins.hybrid import chunk, compiled
 from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
 from moshi_ttt.plugins.hybrid.cpp import chunk as cpp
@@ -325,6 +325,6 @@ def test_every_header_is_in_the_version(monkeypatch, tmp_path):
             included = re.findall(r'#include "(?:cpp/)?(\w+\.h)"', path.read_text(encoding="utf-8"))
             assert set(included) <= set(names)
     before = cpp.LIBRARY.version()
-    monkeypatch.setattr(native, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(instructions, "CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("processor: 0\nflags\t\t: fpu sse2 other\n", encoding="utf-8")
     assert cpp.LIBRARY.version() != before

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
-import sys
 import wave
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
-from tests.project import ROOT
+from tests.programs import load_script
 
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # the scripts import each other by these names, as they do from their own folder
-    spec.loader.exec_module(module)
-    return module
-
-
-speech_packages = load("speech_packages")
-speech_layout = load("speech_layout")
-fetch_speech = load("fetch_speech")
+speech_packages = load_script("speech_packages")
+speech_layout = load_script("speech_layout")
+fetch_speech = load_script("fetch_speech")
 
 Utterance, FetchError, CORPORA = speech_packages.Utterance, speech_packages.FetchError, speech_packages.CORPORA
 CZECH, ENGLISH = CORPORA["dialogue"]["cs"], CORPORA["prompts"]["en"]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 
 import pytest
 
-from tests.project import ROOT
+from tests.programs import load_script
 
 SLACK = 0.05
 """How far below the table a figure may be."""
@@ -15,22 +14,12 @@ QUICK = ("ttt_linear", "gating_mlp")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch came without Triton here")
 
 
-def script():
-    specification = importlib.util.spec_from_file_location("device_costs", ROOT / "scripts" / "device_costs.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["device_costs"] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-COSTS = script()
+COSTS = load_script("device_costs")
 
 
 def budget() -> dict[str, list[int]]:
-    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-    lines = text.split(COSTS.BEGIN)[1].split(COSTS.END)[0].strip().splitlines()[2:]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return {name: [int(figure.replace(",", "")) for figure in figures] for name, *figures in cells}
+    rows = COSTS.TABLE.rows()
+    return {name: [int(figure.replace(",", "")) for figure in figures] for name, figures in rows.items()}
 
 
 def test_the_table_has_every_block():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from functools import cache
 
 import pytest
 
-from tests.project import ROOT
+from tests.programs import load_script
 
 SLACK = 0.05
 """How far below the table a figure may be."""
@@ -16,15 +15,7 @@ MOST = 1.2
 """Times LoRA's launches, of a step with three TTT-MLP blocks by kernels."""
 
 
-def script():
-    specification = importlib.util.spec_from_file_location("step_costs", ROOT / "scripts" / "step_costs.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["step_costs"] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-COSTS = script()
+COSTS = load_script("step_costs")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch came without Triton here")
 KERNELS = [run for run in COSTS.RUNS if "triton" in run[0]]
 QUICK = "LoRA and three ttt_mlp, chunk 16, triton"
@@ -37,10 +28,8 @@ def cost(name):
 
 
 def written():
-    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-    lines = text.split(COSTS.BEGIN)[1].split(COSTS.END)[0].strip().splitlines()[2:]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return {name: [float(figure.replace(",", "")) for figure in figures] for name, *figures in cells}
+    rows = COSTS.TABLE.rows()
+    return {name: [float(figure.replace(",", "")) for figure in figures] for name, figures in rows.items()}
 
 
 def test_the_table_has_every_run():

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from tests.programs import load_script
 from tests.project import ROOT
-from tests.unit.scripts.speech import load
 
-SCRIPTS = {name: load(name) for name in ("make_ridge_vectors", "make_in_place_vectors", "make_hybrid_vectors")}
+SCRIPTS = {name: load_script(name) for name in ("make_ridge_vectors", "make_in_place_vectors", "make_hybrid_vectors")}
 MADE = [(script, name) for script, module in SCRIPTS.items() for name in module.CASES]
 
 
