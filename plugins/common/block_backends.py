@@ -118,9 +118,12 @@ class StepUse:
 class BlockWithCompiledStep(BlockWithBackends):
     """A block whose streamed step, and nothing else, has backends."""
 
+    def _state_numbers(self) -> int:
+        """How many numbers a stream's state has, but for those that do not grow with the widths."""
+        raise NotImplementedError
+
     def _backend_use(self, device: torch.device) -> StepUse:
-        state = self.init_state(1, torch.device("meta"))
-        return StepUse(device, self.roles.state, sum(part.numel() for part in state.values()))
+        return StepUse(device, self.roles.state, self._state_numbers())
 
 
 def not_cpp_step(use: StepUse, library: NativeLibrary) -> str | None:

@@ -13,10 +13,10 @@ from moshi_ttt.plugins.gating_mlp.compiled import CompiledStepper
 from moshi_ttt.plugins.gating_mlp.memory import Memory
 from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
 
-StepRun = Callable[[Memory, Tensor], Stepper | CompiledStepper]
+MakesStepper = Callable[[Memory, Tensor], Stepper | CompiledStepper]
 """What makes the step of a plan and of states like a tensor."""
 
-STEP: Operation[StepUse, StepRun] = Operation(
+STEP: Operation[StepUse, MakesStepper] = Operation(
     "step",
     "a streamed step",
     (

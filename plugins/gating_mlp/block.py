@@ -29,12 +29,11 @@ from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState, outlives_modes
 from moshi_ttt.core.state_ranges import StateRange
 from moshi_ttt.plugins.common.backend_options import step_backend
-from moshi_ttt.plugins.common.backends import BackendName
 from moshi_ttt.plugins.common.block_backends import BlockWithCompiledStep
 from moshi_ttt.plugins.common.finite import below
 from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate, directions
 from moshi_ttt.plugins.gating_mlp import diagnostics, ops
-from moshi_ttt.plugins.gating_mlp.backends import STEP, StepRun
+from moshi_ttt.plugins.gating_mlp.backends import STEP, MakesStepper
 from moshi_ttt.plugins.gating_mlp.checks import check_mlp, check_options
 from moshi_ttt.plugins.gating_mlp.chunk import CallTokens, ChunkForm
 from moshi_ttt.plugins.gating_mlp.compiled import CompiledStepper
@@ -46,7 +45,7 @@ from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
 INIT_STD = 0.02
 RIDGE_STRENGTH = 2.0
 """Initial bias of the learned write strength with ``update: ridge``."""
-Steppers = dict[tuple[int, torch.dtype, torch.device], Stepper | CompiledStepper]
+Steppers = dict[tuple[int, torch.dtype, torch.device, MakesStepper], Stepper | CompiledStepper]
 
 
 class GatingMLP(BlockWithCompiledStep):
@@ -210,9 +209,8 @@ class GatingMLP(BlockWithCompiledStep):
         added = added if self.config.read_scale == 1 else self.config.read_scale * added
         return self.info.format.from_tokens(self.at_volume(base, added, context), x)
 
-    def use_backend(self, operation: str, name: BackendName, device: torch.device | None = None) -> None:
-        super().use_backend(operation, name, device)
-        self._steppers = {}
+    def _state_numbers(self) -> int:
+        return self.hidden_width * self.info.dim + self.chunk * (self.hidden_width + self.info.dim)
 
     def _hidden(self, x: Tensor) -> Tensor:
         """``[B, T, h]``: the host's hidden activation, by the same operations in training and in streams."""
@@ -265,11 +263,11 @@ class GatingMLP(BlockWithCompiledStep):
 
     def _stepper_for(self, state: BlockState) -> Stepper | CompiledStepper:
         like = state["delta"]
-        key = (like.shape[0], like.dtype, like.device)
+        make: MakesStepper = self._backend_run("step", like.device)
+        key = (like.shape[0], like.dtype, like.device, make)
         if type(like) is Tensor and key in self._steppers:
             return self._steppers[key]
         with torch.inference_mode(False):
-            make: StepRun = self._backend_run("step", like.device)
             stepper = make(self.memory, like)
         if outlives_modes(like):
             self._steppers[key] = stepper

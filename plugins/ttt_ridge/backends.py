@@ -14,7 +14,7 @@ from moshi_ttt.plugins.ttt_ridge.memory import Read, RidgeTokens, Rule
 from moshi_ttt.plugins.ttt_ridge.recurrent import recurrent_ridge
 
 
-class StepRun(Protocol):
+class RidgeStep(Protocol):
     """One token of every stream, in place, as ``recurrent_ridge``."""
 
     def __call__(
@@ -22,7 +22,7 @@ class StepRun(Protocol):
     ) -> Read: ...
 
 
-STEP: Operation[StepUse, StepRun] = Operation(
+STEP: Operation[StepUse, RidgeStep] = Operation(
     "step",
     "a streamed step",
     (

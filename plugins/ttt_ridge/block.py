@@ -22,7 +22,7 @@ from moshi_ttt.plugins.common.finite import check_state_dtype
 from moshi_ttt.plugins.common.projection import INIT_STD, Projection
 from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate, initial_state
 from moshi_ttt.plugins.ttt_ridge import layer, memory
-from moshi_ttt.plugins.ttt_ridge.backends import STEP, StepRun
+from moshi_ttt.plugins.ttt_ridge.backends import STEP, RidgeStep
 from moshi_ttt.plugins.ttt_ridge.chunk import chunk_ridge
 from moshi_ttt.plugins.ttt_ridge.config import REGULARIZATION, TTTRidgeConfig
 
@@ -197,7 +197,7 @@ class TTTRidge(BlockWithCompiledStep):
         mask = context.exec_mask
         with self._without_autocast(x_tokens):
             tokens, cache, finite = self._tokens(x_tokens, state, context)
-            run: StepRun = self._backend_run("step", x_tokens.device)
+            run: RidgeStep = self._backend_run("step", x_tokens.device)
             read = run(tokens, state, self._rule(), self.chunk, mask)
             y, gates = self._output(x_tokens, tokens, read, state, context)
         for name, after in {"cache": cache, **gates}.items():
@@ -206,6 +206,9 @@ class TTTRidge(BlockWithCompiledStep):
         left_out = context.where_updated(~finite)[:, 0]
         state["skipped"].add_(left_out if mask is None else torch.where(mask, left_out, 0))
         return self.info.format.from_tokens(y, x)
+
+    def _state_numbers(self) -> int:
+        return self.heads * self.key_width * (self.key_width + 2 * self.value_width)
 
     def _weights(self, context: BlockContext) -> layer.LayerWeights:
         return layer.LayerWeights(
