@@ -66,9 +66,10 @@ def test_a_lock_is_not_left_behind_by_a_build_that_fails(folder, monkeypatch):
     assert library.missing() == ""
 
 
-@pytest.mark.parametrize(
-    "library", [gating_mlp.LIBRARY, hybrid.LIBRARY, chunk.LIBRARY, ttt_ridge.LIBRARY], ids=lambda library: library.name
-)
+LIBRARIES = (gating_mlp.LIBRARY, hybrid.LIBRARY, chunk.LIBRARY, ttt_ridge.LIBRARY)
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
 def test_every_header_is_part_of_the_version(library):
     """A change of one that is not would not be built."""
     by_name = {path.name: path for path in library.headers}
@@ -83,3 +84,8 @@ def test_every_header_is_part_of_the_version(library):
     before = library.version()
     assert all(replace(library, headers=library.headers[:i] + library.headers[i + 1 :]).version() != before
                for i in range(len(library.headers)))  # fmt: skip
+
+
+def test_every_common_header_is_of_a_library():
+    listed = {path for library in LIBRARIES for path in library.headers if path.parent == native.COMMON}
+    assert listed == set(native.COMMON.glob("*.h"))
