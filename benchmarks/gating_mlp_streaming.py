@@ -1,13 +1,14 @@
 """Streaming cost of in-place TTT, behind a correctness gate.
 
-    python benchmarks/gating_mlp_streaming.py [--rows 1 8] [--chunks 20] [--hour [--compiled]] [--json FILE]
+    python benchmarks/gating_mlp_streaming.py [--rows 1 8] [--chunks 20] [--hour] [--backend auto] [--json FILE]
 
 One block at width 1024, hidden width 2816, chunks of 256, float32. These calls take turns at every step: the plain MLP;
 the plain MLP and one read of what a step reads of each row's state, as matrix products of one row; the step, by tensor
-operations, then, in another round, compiled (``compile_step``). The read is given twice: of the accumulated update
-alone, and with the last finished chunk, which the state keeps factored.
+operations, then, in another round, as it is by default (``backend: auto``, which is named). The read is given twice: of
+the accumulated update alone, and with the last finished chunk, which the state keeps factored.
 
-``--hour`` streams 45,000 tokens (an hour at 12.5 a second) and compares the last thousand steps with the first.
+``--hour`` streams 45,000 tokens (an hour at 12.5 a second) and compares the last thousand steps with the first, by
+default or by the backend that ``--backend`` names.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from moshi_ttt.core.block import BlockContext
+from moshi_ttt.plugins.common.backends import BackendName
 from moshi_ttt.plugins.gating_mlp import ops
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
 from moshi_ttt.plugins.gating_mlp.naive import naive_in_place
@@ -40,13 +42,12 @@ def stream(block: GatingMLP, x: Tensor) -> Tensor:
     return torch.cat([block.step(t, state, BlockContext(input_embeddings=t)) for t in x.split(1, 1)], dim=1)
 
 
-def gate(compiled: bool) -> float:
-    """Largest float64 error of a stream against the definition."""
+def gate(backend: BackendName) -> float:
+    """Largest float64 error of a stream by a backend against the definition."""
     torch.manual_seed(0)
     mlp = PlainMLP(8, 12, torch.float64)
     block = build(mlp, 8, 5, torch.float64)
-    if compiled:
-        block.compile_step()
+    block.use_backend("step", backend)
     x, rate = torch.randn(2, 23, 8, dtype=torch.float64), torch.full((23,), 0.1, dtype=torch.float64)
     hidden, left = mlp.hidden(x), ops.left_padding(5, "centered")
     weights = mlp.linear_out.weight, block.conv[:, 0], block.projection
@@ -180,24 +181,29 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--chunks", type=int, default=20)
     parser.add_argument("--hour", action="store_true", help="stream an hour instead")
-    parser.add_argument("--compiled", action="store_true", help="the hour by the compiled step")
+    parser.add_argument("--backend", choices=("auto", "torch", "cpp"), default="auto", help="of the hour's steps")
     parser.add_argument("--json", help="also write the figures to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     mlp = PlainMLP(DIM, HIDDEN, torch.float32)
-    blocks = {name: build(mlp, DIM, CHUNK, torch.float32) for name in ("step", "compiled step")}
-    blocks["compiled step"].compile_step()
-    for name, block in blocks.items():
-        worst, large = gate(block is blocks["compiled step"]), full_size_gate(block)
+    blocks: dict[str, GatingMLP] = {}
+    for asked in (arguments.backend,) if arguments.hour else ("torch", "auto"):
+        block = build(mlp, DIM, CHUNK, torch.float32)
+        block.use_backend("step", asked)
+        (taken,) = block.backends_in_use()["step"]
+        name = f"the default, {taken}" if asked == "auto" else taken
+        blocks[name] = block
+        worst, large = gate(taken), full_size_gate(block)
         print(f"gate, {name}: largest error against the definition {worst:.1e} (float64), ", end="")
         print(f"against one call {large:.1e} (float32)")
         if not (worst < 1e-10 and large < 1e-5):
             sys.exit("The gate is red: no time is printed.")
     figures: list[dict[str, Any]] = []
     if arguments.hour:
-        figures.append(measure_hour(blocks["compiled step" if arguments.compiled else "step"]))
-        show(figures[-1])
+        for name, block in blocks.items():
+            figures.append({"of": name, **measure_hour(block)})
+            show(figures[-1])
     else:
         for rows in arguments.rows:
             for name, block in blocks.items():

@@ -46,8 +46,7 @@ def build(mlp: PlainMLP, options: dict[str, Any], *, compiled: bool = False) -> 
     block = GatingMLP(GatingMLPConfig(chunk=CHUNK, **options), info, FP32_STATE.roles(dtype))
     block.reset_parameters(torch.Generator().manual_seed(0))
     nn.init.normal_(block.conv, std=0.1)
-    if compiled:
-        block.compile_step()
+    block.use_backend("step", "cpp" if compiled else "torch")
     return block
 
 

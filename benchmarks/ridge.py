@@ -4,9 +4,10 @@
                                [--json FILE]
 
 One layer of Moshi (attention and gated MLP, width 4096, 32 heads, hidden width 11264) and one block at that width, 32
-heads of 128, each called in turn. Training: forward and backward over ``--tokens`` tokens a row. Streaming: one token
-at a time over ``--chunks`` chunks of 16, so that borders of chunks are among the steps; the 99th percentile over the
-median says whether one of them waits. float32 on a CPU, a bfloat16 host on CUDA.
+heads of 128, each called in turn. On a CPU the least-squares memory streams twice: by tensor operations (``torch``) and
+by the C++ step (``cpp``), which ``backend: auto`` takes where it can. Training: forward and backward over ``--tokens``
+tokens a row. Streaming: one token at a time over ``--chunks`` chunks of 16, so that borders of chunks are among the
+steps; the 99th percentile over the median says whether one of them waits. float32 on a CPU, a bfloat16 host on CUDA.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "ttt_ridge, relu2, keys of 256": {"variant": "ttt_ridge", "chunk": 16, "features": "relu2", "key_width": 256},
     "ttt_mlp": {"variant": "ttt_mlp", "chunk": 16},
 }
+STEPS = ("torch", "cpp")
+"""The backends of the streamed step of ``ttt_ridge``."""
 
 
 def block_of(entry: dict[str, Any], dim: int, heads: int, device: str, dtype: torch.dtype) -> SequenceBlock:
@@ -51,15 +54,32 @@ def block_of(entry: dict[str, Any], dim: int, heads: int, device: str, dtype: to
 
 
 def gate() -> float:
-    """Largest float64 error of a call and of a stream against the definition."""
+    """Largest float64 error of a call and of a stream, by each backend, against the definition."""
     block: Any = block_of({"variant": "ttt_ridge", "chunk": 4, "heads": 2}, 16, 2, "cpu", torch.float64)
     x = torch.randn(2, 23, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weights = dict(block.named_parameters())
     expected = naive_layer(x, x, weights, heads=2, chunk_size=4)
-    state = block.allocate_state(2)
-    steps = [block.step(token, state, BlockContext(input_embeddings=token)) for token in x.split(1, 1)]
-    found = block(x, None, BlockContext(input_embeddings=x))[0], torch.cat(steps, 1)
+    found = [block(x, None, BlockContext(input_embeddings=x))[0]]
+    for backend in STEPS:
+        block.use_backend("step", backend)
+        state = block.allocate_state(2)
+        steps = [block.step(token, state, BlockContext(input_embeddings=token)) for token in x.split(1, 1)]
+        found.append(torch.cat(steps, 1))
     return max(float((each - expected).detach().abs().max()) for each in found)
+
+
+def by_backend(blocks: dict[str, SequenceBlock], device: str) -> dict[str, SequenceBlock]:
+    """The blocks that stream: on a CPU one of ``ttt_ridge`` for each of its steps, with the same parameters."""
+    found: dict[str, SequenceBlock] = {}
+    for name, block in blocks.items():
+        if device != "cpu" or block.config.variant != "ttt_ridge":
+            found[name] = block
+            continue
+        for backend in STEPS:
+            other: Any = block_of({**BLOCKS[name], "backend": backend}, DIM, HEADS, device, block.info.dtype)
+            other.load_state_dict(block.state_dict(), assign=True)
+            found[f"{name}, {backend}"] = other
+    return found
 
 
 def layer_of(device: str, dtype: torch.dtype) -> nn.Module:
@@ -112,6 +132,7 @@ def training(
 def streaming(
     layer: Any, blocks: dict[str, SequenceBlock], rows: int, chunks: int, device: str, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
+    blocks = by_backend(blocks, device)
     inputs = torch.randn(64, rows, 1, DIM, device=device, dtype=dtype)
     contexts = [BlockContext(input_embeddings=x) for x in inputs]
     states = {name: block.allocate_state(rows) for name, block in blocks.items()}

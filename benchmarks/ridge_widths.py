@@ -1,9 +1,10 @@
 """What wider keys cost a streamed step of ttt_ridge: processor time, cases taking turns. Behind the gate of ridge.py.
 
-    python benchmarks/ridge_widths.py [--dim 128] [--steps 400] [--json FILE]
+    python benchmarks/ridge_widths.py [--dim 128] [--steps 400] [--backend torch] [--json FILE]
 
-One head, one stream, one thread, float32. What is counted is the thread's own time, not the clock's, and the median of
-the steps: a busy machine changes it little, though what others do to the caches remains.
+One head, one stream, one thread, float32; by tensor operations, or by ``--backend cpp`` in C++. What is counted is the
+thread's own time, not the clock's, and the median of the steps: a busy machine changes it little, though what others do
+to the caches remains.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ridge import block_of, gate
+from ridge import STEPS, block_of, gate
 
 from moshi_ttt.core.block import BlockContext
 
@@ -31,11 +32,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @torch.no_grad()
-def measure(dim: int, steps: int, warm: int = 32) -> list[dict[str, Any]]:
-    blocks = {
-        name: block_of({"variant": "ttt_ridge", "chunk": 16, "heads": 1, **options}, dim, 1, "cpu", torch.float32)
-        for name, options in CASES.items()
-    }
+def measure(dim: int, steps: int, backend: str, warm: int = 32) -> list[dict[str, Any]]:
+    base = {"variant": "ttt_ridge", "chunk": 16, "heads": 1, "backend": backend}
+    blocks = {name: block_of({**base, **options}, dim, 1, "cpu", torch.float32) for name, options in CASES.items()}
     states = {name: block.allocate_state(1) for name, block in blocks.items()}
     inputs = torch.randn(64, 1, 1, dim, generator=torch.Generator().manual_seed(0))
     contexts = [BlockContext(input_embeddings=x) for x in inputs]
@@ -58,12 +57,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, default=128, help="width of the host")
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--backend", choices=STEPS, default="torch", help="of the streamed step")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if (error := gate()) > 1e-10:
         sys.exit(f"Block and definition differ by {error:.2g} in float64: nothing is timed.")
-    found = measure(options.dim, options.steps)
+    found = measure(options.dim, options.steps, options.backend)
     for row in found:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     if options.json:

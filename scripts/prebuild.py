@@ -22,8 +22,9 @@ from moshi_ttt.plugins.common.native import PREBUILT, NativeLibrary
 from moshi_ttt.plugins.gating_mlp.compiled import LIBRARY as IN_PLACE_STEP
 from moshi_ttt.plugins.hybrid.compiled import LIBRARY as HYBRID_STEP
 from moshi_ttt.plugins.hybrid.cpp.chunk import LIBRARY as HYBRID_CHUNK
+from moshi_ttt.plugins.ttt_ridge.compiled import LIBRARY as RIDGE_STEP
 
-LIBRARIES = (HYBRID_CHUNK, HYBRID_STEP, IN_PLACE_STEP)
+LIBRARIES = (HYBRID_CHUNK, HYBRID_STEP, IN_PLACE_STEP, RIDGE_STEP)
 """All libraries of the package."""
 
 

@@ -161,7 +161,7 @@ def in_place_gates() -> list[Gate]:
     with torch.no_grad():
         for compiled in (False, True):
             form = "compiled" if compiled else "streamed"
-            error = gating_mlp_streaming.gate(compiled)
+            error = gating_mlp_streaming.gate("cpp" if compiled else "torch")
             gates.append(Gate(name=f"in-place TTT: {form} against the definition", error=error, tolerance=EXACT))
             gates += [
                 Gate(name=f"in-place TTT, {name}: {form} against one call",
@@ -221,12 +221,13 @@ def step_of(block: SequenceBlock, rows: int) -> Call:
 BLOCKS: dict[str, dict[str, Any]] = {
     "ttt_linear": {"variant": "ttt_linear", "chunk": 16},
     "ttt_mlp": {"variant": "ttt_mlp", "chunk": 16},
-    "ttt_ridge": {"variant": "ttt_ridge", "chunk": 16},
+    "ttt_ridge": {"variant": "ttt_ridge", "chunk": 16, "backend": {"step": "torch"}},
 }
 
 
 def block_gates() -> list[Gate]:
-    return [Gate(name="ttt_ridge: a call and a stream against the definition", error=ridge.gate(), tolerance=EXACT)]
+    name = "ttt_ridge: a call and a stream, by tensor operations and in C++, against the definition"
+    return [Gate(name=name, error=ridge.gate(), tolerance=EXACT)]
 
 
 def block_comparisons(size: Size) -> list[Comparison]:
@@ -238,12 +239,23 @@ def block_comparisons(size: Size) -> list[Comparison]:
     x = torch.randn(1, 1, size.dim)
     stepped = {"plain MLP": without_graph(lambda: mlp(x)), **{name: step_of(block, 1) for name, block in made.items()}}
     found.append(Comparison(name="blocks, streaming, B 1", forms=stepped, reference="plain MLP"))
-    widths = {
-        name: step_of(ridge.block_of({"variant": "ttt_ridge", "chunk": 16, "heads": 1, **options}, size.dim, 1, "cpu",
-                                     torch.float32), 1)
-        for name, options in ridge_widths.CASES.items() if "2048" not in name
-    }  # fmt: skip
-    return [*found, Comparison(name="ttt_ridge, streaming, keys", forms=widths, reference="keys of 128")]
+    for rows in size.rows:
+        forms = {
+            label: step_of(ridge_of(size.dim, size.heads, backend), rows)
+            for label, backend in (("step", "torch"), ("compiled step", "cpp"))
+        }
+        found.append(Comparison(name=f"ttt_ridge, streaming, B {rows}", forms=forms, reference="step"))
+    cases = {name: options for name, options in ridge_widths.CASES.items() if "2048" not in name}
+    for label, backend in (("keys", "torch"), ("keys, compiled", "cpp")):
+        forms = {name: step_of(ridge_of(size.dim, 1, backend, **options), 1) for name, options in cases.items()}
+        found.append(Comparison(name=f"ttt_ridge, streaming, {label}", forms=forms, reference="keys of 128"))
+    return found
+
+
+def ridge_of(dim: int, heads: int, backend: str, **options: Any) -> SequenceBlock:
+    """The least-squares memory that streams by a backend."""
+    entry = {**BLOCKS["ttt_ridge"], "heads": heads, "backend": backend, **options}
+    return ridge.block_of(entry, dim, heads, "cpu", torch.float32)
 
 
 # ---- scaling of the hybrid layer's inner loop

@@ -130,17 +130,21 @@ def check_buffers(case: BlockCase) -> None:
 
 
 def check_config_keys(case: BlockCase) -> None:
-    """Every option survives a round trip through JSON, and changing it changes the block."""
+    """Every option survives a round trip through JSON, and changing it changes the block.
+
+    Changing one of ``machine_options`` changes no result, and may change nothing in a call.
+    """
     values = case.config.model_dump(mode="json")
     assert parse_block(values, registry=case.registry) == case.config, "the config does not survive a round trip"
     if case.dtype != torch.float64:
         return
     case = case.anywhere()  # what is chosen for a machine may have no use for an option, and changes no result
     values = case.config.model_dump(mode="json")
-    options = {key: value for key, value in values.items() if key not in ("variant", "layers")}
+    unchanged = frozenset(("variant", "layers")) | case.config.machine_options
+    options = {key: value for key, value in values.items() if key not in unchanged}
     outcome = dict.fromkeys(_paths(options), "no other value that the kit tried is accepted")
     behaviour: dict[frozenset[str], dict[str, torch.Tensor] | None] = {}
-    for path, changed in _changes(values, case.config):
+    for path, changed in _changes(values, case.config, unchanged):
         if outcome[path] == "changes":
             continue
         for left_out in _left_out(path.partition(".")[0], values):
@@ -201,10 +205,12 @@ def _behaviour(case: BlockCase, config: BlockConfig) -> dict[str, torch.Tensor]:
     return {"y": y.detach(), "kept for backward": torch.tensor(kept), **initial}
 
 
-def _changes(values: dict[str, Any], model: BaseModel) -> Iterator[tuple[str, dict[str, Any]]]:
-    """For every option but ``variant`` and ``layers``: its dotted name, and all values with that one changed."""
+def _changes(
+    values: dict[str, Any], model: BaseModel, unchanged: frozenset[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """For every option but those ``unchanged``: its dotted name, and all values with that one changed."""
     for key, value in values.items():
-        if key in ("variant", "layers"):
+        if key in unchanged:
             continue
         for path, changed in _alternatives(key, value, model):
             yield path, {**values, key: changed}

@@ -40,6 +40,13 @@ logger = logging.getLogger("moshi_ttt.native")
 PREBUILT = Path(__file__).with_name("prebuilt")
 """The folder of the libraries that a wheel carries; an ordinary one has none."""
 NATIVE = "-march=native"
+COMMON = Path(__file__).with_name("cpp")
+"""The folder of the headers that several plugins include."""
+
+
+def common_headers(*names: str) -> tuple[Path, ...]:
+    """Headers of ``COMMON``, of these names without ``.h``."""
+    return tuple(COMMON / f"{name}.h" for name in names)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class NativeLibrary:
     Attributes:
         name: of the library, and of the namespace in ``torch.ops``.
         what: the start of a sentence that says what it is, for messages.
-        source: the file to compile. headers: files it includes, from its own folder.
+        source: the file to compile.
+        headers: the files that it includes, of its own folder and of ``COMMON``.
         flags: for the compiler, beside what every library gets.
         otherwise: a sentence that says how to go on without it.
     """
@@ -143,6 +151,10 @@ class NativeLibrary:
             return f"{parent} is not a folder that can be written. Name another one in XDG_CACHE_HOME."
         return ""
 
+    def why_not(self) -> str | None:
+        """``missing`` as the end of a sentence; None where it can be had."""
+        return self.missing().rstrip(".") or None
+
     def version(self) -> str:
         """Another one for each source, set of flags, torch and kind of processor."""
         what = [*self._sources(), *self.flags, torch.__version__, platform.machine()]
@@ -169,7 +181,8 @@ class NativeLibrary:
             command = [
                 os.environ.get("CXX", "g++"), "-O3", "-std=c++17", "-shared", "-fPIC", *flags,
                 f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-                f"-I{torch_folder / 'include'}", f"-I{self.source.parent}", str(self.source), "-o", str(built),
+                f"-I{torch_folder / 'include'}", f"-I{self.source.parent}", f"-I{COMMON}",
+                str(self.source), "-o", str(built),
                 f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10",
             ]  # fmt: skip
             result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
@@ -180,7 +193,7 @@ class NativeLibrary:
             built.replace(library)
 
 
-def compiled_step(library: NativeLibrary, chosen_by: str = "compile_step") -> Acceleration:
+def compiled_step(library: NativeLibrary, chosen_by: str) -> Acceleration:
     """The compiled step of ``library``, for a report on faster forms; ``chosen_by`` is the option that chooses it."""
     purpose = f"A streamed step on a CPU, in float32 and float64; chosen by {chosen_by}."
     return Acceleration(name="compiled step", purpose=purpose, missing=library.missing(), origin=library.origin())

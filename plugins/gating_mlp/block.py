@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moshi_ttt.core import autocast
-from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo, SiteKind
+from moshi_ttt.core.block import BlockContext, SiteInfo, SiteKind
 from moshi_ttt.core.casts import copy_bytes
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.gated_mlp import hidden as hidden_of
@@ -28,9 +28,12 @@ from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState, outlives_modes
 from moshi_ttt.core.state_ranges import StateRange
+from moshi_ttt.plugins.common.backend_options import step_backend
+from moshi_ttt.plugins.common.block_backends import BlockWithCompiledStep
 from moshi_ttt.plugins.common.finite import below
 from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate, directions
 from moshi_ttt.plugins.gating_mlp import diagnostics, ops
+from moshi_ttt.plugins.gating_mlp.backends import STEP, MakesStepper
 from moshi_ttt.plugins.gating_mlp.checks import check_mlp, check_options
 from moshi_ttt.plugins.gating_mlp.chunk import CallTokens, ChunkForm
 from moshi_ttt.plugins.gating_mlp.compiled import CompiledStepper
@@ -42,10 +45,10 @@ from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
 INIT_STD = 0.02
 RIDGE_STRENGTH = 2.0
 """Initial bias of the learned write strength with ``update: ridge``."""
-Steppers = dict[tuple[int, torch.dtype, torch.device], Stepper | CompiledStepper]
+Steppers = dict[tuple[int, torch.dtype, torch.device, MakesStepper], Stepper | CompiledStepper]
 
 
-class GatingMLP(SequenceBlock):
+class GatingMLP(BlockWithCompiledStep):
     """Returns the MLP's output ``[B, T, d]`` without the residual.
 
     A token that is not finite, or too large, is left out with the update of its whole chunk.
@@ -56,6 +59,7 @@ class GatingMLP(SequenceBlock):
     skips_nonfinite = True
     kind: ClassVar[SiteKind] = SiteKind.FEED_FORWARD
     learned_state: ClassVar[bool] = False
+    operations = (STEP,)
     config: GatingMLPConfig
 
     def __init__(self, config: GatingMLPConfig, info: SiteInfo, roles: DtypeRoles) -> None:
@@ -85,7 +89,7 @@ class GatingMLP(SequenceBlock):
         self._warned = False
         # Constants of a step for each shape of state that was allocated. Kept: a captured graph continues to read them.
         self._steppers: Steppers = {}
-        self._make_stepper: Callable[[Memory, Tensor], Stepper | CompiledStepper] = Stepper
+        self._ask({"step": step_backend(config.backend)})
 
     @property
     def causal(self) -> bool:
@@ -205,10 +209,8 @@ class GatingMLP(SequenceBlock):
         added = added if self.config.read_scale == 1 else self.config.read_scale * added
         return self.info.format.from_tokens(self.at_volume(base, added, context), x)
 
-    def compile_step(self) -> None:
-        CompiledStepper(self.memory, torch.empty(0, dtype=self.roles.state, device=self.conv.device))
-        self._make_stepper = CompiledStepper
-        self._steppers = {}
+    def _state_numbers(self) -> int:
+        return self.hidden_width * self.info.dim + self.chunk * (self.hidden_width + self.info.dim)
 
     def _hidden(self, x: Tensor) -> Tensor:
         """``[B, T, h]``: the host's hidden activation, by the same operations in training and in streams."""
@@ -261,11 +263,12 @@ class GatingMLP(SequenceBlock):
 
     def _stepper_for(self, state: BlockState) -> Stepper | CompiledStepper:
         like = state["delta"]
-        key = (like.shape[0], like.dtype, like.device)
+        make: MakesStepper = self._backend_run("step", like.device)
+        key = (like.shape[0], like.dtype, like.device, make)
         if type(like) is Tensor and key in self._steppers:
             return self._steppers[key]
         with torch.inference_mode(False):
-            stepper = self._make_stepper(self.memory, like)
+            stepper = make(self.memory, like)
         if outlives_modes(like):
             self._steppers[key] = stepper
         return stepper

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from moshi_ttt.core.accelerations import Acceleration
-from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common.finite import largest_factor
-from moshi_ttt.plugins.common.native import NativeLibrary, compiled_step
+from moshi_ttt.plugins.common.native import NativeLibrary, common_headers, compiled_step
 from moshi_ttt.plugins.common.success_gate import SuccessGate
 from moshi_ttt.plugins.gating_mlp.memory import Memory
 
@@ -21,29 +20,17 @@ LIBRARY = NativeLibrary(
     name="moshi_ttt_gating_mlp",
     what="The compiled step of gating_mlp",
     source=Path(__file__).with_name("step.cpp"),
-    headers=(Path(__file__).with_name("corrections.h"),),
-    otherwise="Without compile_step the same results come from tensor operations.",
+    headers=(Path(__file__).with_name("corrections.h"), *common_headers("success_gate", "vectors")),
+    otherwise="With backend: {step: torch} the same results come from tensor operations.",
 )
-DTYPES = (torch.float32, torch.float64)
-
-
 OPTIONAL = ("norm", "factor", "answer", "scores")
 """Parts of the state that only some options have, in the order in which the compiled step takes them."""
 
 
 class CompiledStepper:
-    """Streams rows whose state is on a CPU, in float32 or float64; holds no state.
-
-    Raises:
-        ConfigError: another device or dtype, or step.cpp cannot be built here.
-    """
+    """Streams rows whose state is on a CPU, in float32 or float64; holds no state."""
 
     def __init__(self, memory: Memory, like: Tensor) -> None:
-        if like.device.type != "cpu" or like.dtype not in DTYPES:
-            raise ConfigError(
-                f"The compiled step of gating_mlp is for a state on a CPU in float32 or float64, and this one is "
-                f"{like.dtype} on {like.device}. Stream without compile_step: on CUDA a captured graph does its work."
-            )
         schedule = memory.schedule
         self.decay, self.clip = memory.decay, memory.clip
         self.corrects = memory.update_rule != "hebbian"
@@ -69,14 +56,20 @@ class CompiledStepper:
         return added
 
 
+def load(use: object) -> type[CompiledStepper]:
+    """``CompiledStepper``, built. Raises BackendError where it cannot be built."""
+    operation()
+    return CompiledStepper
+
+
 def accelerations() -> tuple[Acceleration, ...]:
     """The faster forms of gating_mlp on this machine."""
-    return (compiled_step(LIBRARY),)
+    return (compiled_step(LIBRARY, "backend.step"),)
 
 
 @functools.cache
 def operation() -> Any:
-    """step.cpp as an operation of torch's. Raises ConfigError where it cannot be built."""
+    """step.cpp as an operation of torch's. Raises BackendError where it cannot be built."""
     LIBRARY.load()
     torch.library.register_fake(f"{LIBRARY.name}::step", _shape)
     return getattr(torch.ops, LIBRARY.name).step.default

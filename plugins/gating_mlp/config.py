@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from moshi_ttt.core.config import BlockConfig, Length
+from moshi_ttt.plugins.common.backend_options import StepBackend
 
 Update = Literal["hebbian", "gradient", "ridge"]
 
@@ -40,7 +41,12 @@ class GatingMLPConfig(BlockConfig):
             chunk whose tokens all have updates disabled.
         clip: largest Frobenius norm of one chunk's update, or None.
         train_w_down: also train the down projection itself, as a change that is added to the host's.
+        backend: what computes a streamed step: ``torch``, ``cpp``, or ``auto``, the C++ where it serves and pays. One
+            that cannot be had raises BackendError. Both compute the same up to rounding, and adapters do not keep the
+            option.
     """
+
+    machine_options: ClassVar[frozenset[str]] = frozenset({"backend"})
 
     variant: Literal["gating_mlp"] = "gating_mlp"
     chunk: Length = 256
@@ -58,6 +64,7 @@ class GatingMLPConfig(BlockConfig):
     decay: float = Field(default=0.0, ge=0.0, lt=1.0)
     clip: float | None = Field(default=None, gt=0.0)
     train_w_down: bool = False
+    backend: StepBackend = "auto"
 
     @model_validator(mode="after")
     def _next_frame_is_in_the_filter(self) -> GatingMLPConfig:

@@ -15,10 +15,13 @@
 #include <vector>
 
 #include "corrections.h"
+#include "success_gate.h"
+#include "vectors.h"
 
 namespace {
 
 using at::Tensor;
+using moshi_ttt::below;
 using moshi_ttt::Gate;
 
 struct Plan {  // FoldSchedule and the filter's place in it
@@ -33,13 +36,6 @@ struct State {
 template <typename T>
 T* row_of(const Tensor& tensor, int64_t row) {
   return tensor.data_ptr<T>() + row * tensor.stride(0);
-}
-
-template <typename T>
-bool below(const T* numbers, int64_t count, T limit) {
-  bool all = true;
-  for (int64_t i = 0; i < count; ++i) all &= std::abs(numbers[i]) < limit;  // a nan is not below
-  return all;
 }
 
 template <typename T>

@@ -15,7 +15,6 @@ from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.precision import MatmulPrecision
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common.backends import Backend, Operation
-from moshi_ttt.plugins.common.native import NativeLibrary
 from moshi_ttt.plugins.hybrid import compiled
 from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
 from moshi_ttt.plugins.hybrid.config import HybridConfig
@@ -125,17 +124,12 @@ def _not_torch_compile(use: HybridUse) -> str | None:
     return None
 
 
-def _not_built(library: NativeLibrary) -> str | None:
-    """Why a C++ library cannot be had here, as the end of a sentence; None where it can."""
-    return library.missing().rstrip(".") or None
-
-
 def _not_cpp(use: HybridUse) -> str | None:
     if use.device.type != "cpu" or use.dtype not in cpp.DTYPES:
         return f"its state is {use.dtype} on {use.device}; the C++ is for float32 and float64 on a CPU"
     if (changed := unpublished(use.config)) is not None:
         return f"it has {changed}; the C++ is for the published form of these options"
-    return _not_built(cpp.LIBRARY)
+    return cpp.LIBRARY.why_not()
 
 
 def _too_small_for_cpp(use: HybridUse, library: NativeLibrary) -> str | None:
@@ -193,7 +187,7 @@ STEP: Operation[HybridUse, StepRun] = Operation(
         ),
         Backend(
             name="cpp",
-            why_not=lambda use: compiled.why_not(use.config, use.device, use.dtype) or _not_built(compiled.LIBRARY),
+            why_not=lambda use: compiled.why_not(use.config, use.device, use.dtype) or compiled.LIBRARY.why_not(),
             why_not_auto=lambda use: _too_small_for_cpp(use, compiled.LIBRARY),
             load=compiled.load,
         ),

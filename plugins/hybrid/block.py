@@ -26,13 +26,13 @@ from moshi_ttt.plugins.hybrid.derivatives import differentiable_again
 from moshi_ttt.plugins.hybrid.layer import HybridLayer, gated_output, inner_inputs, objective
 from moshi_ttt.plugins.hybrid.triton.step import TritonStep
 from moshi_ttt.plugins.hybrid.triton.train import TritonTrain
-from moshi_ttt.plugins.hybrid.with_backends import BlockWithBackends
+from moshi_ttt.plugins.hybrid.with_backends import HybridWithBackends
 
 CACHES = ("query_cache", "key_cache")
 """State of the short convolutions."""
 
 
-class HybridBlock(BlockWithBackends):
+class HybridBlock(HybridWithBackends):
     """The hybrid layer as a block: its state, a call of any length, a streamed step, and its diagnostics.
 
     A subclass gives the widths of the fast network's layers (``widths``). A token that is not finite, or too large, is
@@ -187,10 +187,6 @@ class HybridBlock(BlockWithBackends):
         assert source is not None
         finite = self._finite(x) & self._finite(source)  # [B, 1]
         return run.layer(self, x, self._value_source(source), finite, state, context)
-
-    def compile_step(self) -> None:
-        """The backend ``cpp`` for the step of this block, whatever its options name."""
-        self.use_backend("step", "cpp")
 
     # ---- from activations to the inner loop
 

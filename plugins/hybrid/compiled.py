@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common.finite import largest_factor
-from moshi_ttt.plugins.common.native import NativeLibrary
+from moshi_ttt.plugins.common.native import NativeLibrary, common_headers
 from moshi_ttt.plugins.hybrid.config import HybridConfig
 from moshi_ttt.plugins.hybrid.cpp import PARTS
 from moshi_ttt.plugins.hybrid.fast_network import UpdateRule
@@ -23,7 +23,10 @@ LIBRARY = NativeLibrary(
     name="moshi_ttt_hybrid",
     what="The compiled step of the hybrid layer",
     source=Path(__file__).with_name("step.cpp"),
-    headers=tuple(Path(__file__).parent / "cpp" / f"{name}.h" for name in (*PARTS, "step_head")),
+    headers=(
+        *(Path(__file__).parent / "cpp" / f"{name}.h" for name in (*PARTS, "step_head")),
+        *common_headers("parallel", "vectors"),
+    ),
     flags=("-march=native", "-ffp-contract=fast"),
     otherwise="With backend: {step: torch} the same results come from tensor operations.",
 )

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from moshi_ttt.core.config import BlockConfig, FrozenConfig, parse_model
+from moshi_ttt.core.config import BlockConfig, FrozenConfig
+from moshi_ttt.plugins.common.backend_options import by_operation
 from moshi_ttt.plugins.common.backends import BackendName
 from moshi_ttt.plugins.common.gate import GateConfig
 
@@ -25,11 +26,6 @@ class HybridBackends(FrozenConfig):
 
     train: Literal["auto", "naive", "torch", "compile", "cpp", "triton"] = "auto"
     step: Literal["auto", "naive", "torch", "cpp", "triton"] = "auto"
-
-
-def _by_operation(value: Any) -> Any:
-    """A mapping as ``HybridBackends``: its errors alone are then reported, not those of a name."""
-    return parse_model(HybridBackends, value, "backend") if isinstance(value, Mapping) else value
 
 
 class HybridConfig(BlockConfig):
@@ -88,7 +84,7 @@ class HybridConfig(BlockConfig):
     inner_steps: int = Field(default=1, ge=1)
     momentum: float | None = Field(default=None, ge=0.0, lt=1.0)
     learned_momentum: bool = False
-    backend: Annotated[BackendName | HybridBackends, BeforeValidator(_by_operation)] = "auto"
+    backend: Annotated[BackendName | HybridBackends, BeforeValidator(by_operation(HybridBackends))] = "auto"
 
     @model_validator(mode="before")
     @classmethod

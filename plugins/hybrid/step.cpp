@@ -11,19 +11,13 @@
 #include <array>
 #include <optional>
 
-#include "cpp/parallel.h"
 #include "cpp/step_head.h"
+#include "parallel.h"
 
 namespace {
 
 using at::Tensor;
-
-template <typename T>
-bool below(const T* numbers, int64_t count, T limit) {
-  bool all = true;
-  for (int64_t i = 0; i < count; ++i) all &= std::abs(numbers[i]) < limit;  // a nan is not below
-  return all;
-}
+using moshi_ttt::below;
 
 struct Layer {
   Tensor weight, bias, input, gradient;  // [B, H, in, out], [B, H, 1, out], [B, H, C, in], [B, H, C, out]
@@ -85,7 +79,7 @@ Tensor run(const std::array<Tensor, 4>& tokens, const std::vector<Layer>& layers
   std::vector<int64_t> widths{width};
   for (const Layer& each : layers) widths.push_back(each.weight.size(3));
   const std::vector<T> zeros(width);
-  hybrid::in_parallel(rows.size() * heads, [&](int64_t begin, int64_t end) {
+  moshi_ttt::in_parallel(rows.size() * heads, [&](int64_t begin, int64_t end) {
     hybrid::StepHead<T> head(widths, chunk, shared.eps);
     for (int64_t each = begin; each < end; ++each) {
       const int64_t row = rows[each / heads], h = each % heads, i = row * heads + h;

@@ -25,3 +25,8 @@ def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
 def moshi_ttt_verifiers(registrar: Registrar) -> None:
     for form in ("naive", "chunk", "recurrent"):
         registrar.add(f"ttt_ridge-{form}", f"{__name__}.verifiers:{form.upper()}")
+
+
+@hookimpl
+def moshi_ttt_accelerations(registrar: Registrar) -> None:
+    registrar.add("ttt_ridge", f"{__name__}.compiled:accelerations")

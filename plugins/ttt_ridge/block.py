@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from moshi_ttt.core.block import BlockContext, SequenceBlock, SiteInfo
+from moshi_ttt.core.block import BlockContext, SiteInfo
 from moshi_ttt.core.casts import copy_bytes
 from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.precision import DtypeRoles
@@ -16,15 +16,16 @@ from moshi_ttt.core.sharding import assign
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.core.state_ranges import StateRange
 from moshi_ttt.plugins.common import short_conv
+from moshi_ttt.plugins.common.backend_options import step_backend
+from moshi_ttt.plugins.common.block_backends import BlockWithCompiledStep
 from moshi_ttt.plugins.common.finite import check_state_dtype
 from moshi_ttt.plugins.common.projection import INIT_STD, Projection
 from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate, initial_state
 from moshi_ttt.plugins.ttt_ridge import layer, memory
+from moshi_ttt.plugins.ttt_ridge.backends import STEP, RidgeStep
 from moshi_ttt.plugins.ttt_ridge.chunk import chunk_ridge
 from moshi_ttt.plugins.ttt_ridge.config import REGULARIZATION, TTTRidgeConfig
-from moshi_ttt.plugins.ttt_ridge.recurrent import recurrent_ridge
 
-HEAD_WIDTH = 128
 LARGEST_GROWTH = 1e3
 NOVELTY_OFFSET, NOVELTY_SLOPE = 2.0, 4.0
 VARIANCE_OFFSET, VARIANCE_SLOPE = -1.0, 1.0
@@ -33,7 +34,7 @@ GATE_STATE = ("last_answer", "last_scores")
 """What the success gate keeps of a stream, as ``GateState`` has it."""
 
 
-class TTTRidge(SequenceBlock):
+class TTTRidge(BlockWithCompiledStep):
     """A memory that holds the ridge solution of all earlier chunks, read by each token, beside the residual.
 
     A token that is not finite, or too large, is left out alone: the other tokens of its chunk are written.
@@ -45,6 +46,7 @@ class TTTRidge(SequenceBlock):
     skips_nonfinite = True
     skipped_advice = "Look at the host's activations and embeddings for tokens that are not finite, or too large."
     scales_output = True
+    operations = (STEP,)
 
     gate: Tensor
 
@@ -63,7 +65,7 @@ class TTTRidge(SequenceBlock):
             )
         self.needs_input_embeddings = config.value == "embedding"
         self.chunk = info.tokens(config.chunk)
-        self.heads, self.key_width, self.value_width = _widths(config, info)
+        self.heads, self.key_width, self.value_width = layer.widths(config, info)
         self.keep = 1.0 if config.decay == 0 else (1 - config.decay) ** (1 / self.chunk)
         # Each coordinate gets its prior back every key_width tokens: between, its variance grows by keep^-key_width.
         if (grows := -self.key_width * math.log(self.keep)) > math.log(LARGEST_GROWTH):
@@ -94,6 +96,7 @@ class TTTRidge(SequenceBlock):
             self.novelty_offset, self.novelty_slope = parameter(heads), parameter(heads)
         if config.variance_gate:
             self.variance_offset, self.variance_slope = parameter(heads), parameter(heads)
+        self._ask({"step": step_backend(config.backend)})
 
     @property
     def causal(self) -> bool:
@@ -194,7 +197,8 @@ class TTTRidge(SequenceBlock):
         mask = context.exec_mask
         with self._without_autocast(x_tokens):
             tokens, cache, finite = self._tokens(x_tokens, state, context)
-            read = recurrent_ridge(tokens, state, self._rule(), self.chunk, mask)
+            run: RidgeStep = self._backend_run("step", x_tokens.device)
+            read = run(tokens, state, self._rule(), self.chunk, mask)
             y, gates = self._output(x_tokens, tokens, read, state, context)
         for name, after in {"cache": cache, **gates}.items():
             rows = None if mask is None else mask.view(-1, 1, 1)
@@ -202,6 +206,9 @@ class TTTRidge(SequenceBlock):
         left_out = context.where_updated(~finite)[:, 0]
         state["skipped"].add_(left_out if mask is None else torch.where(mask, left_out, 0))
         return self.info.format.from_tokens(y, x)
+
+    def _state_numbers(self) -> int:
+        return self.heads * self.key_width * (self.key_width + 2 * self.value_width)
 
     def _weights(self, context: BlockContext) -> layer.LayerWeights:
         return layer.LayerWeights(
@@ -335,15 +342,3 @@ class TTTRidge(SequenceBlock):
         writes = 2 * key * value + 2 * key * key
         forgets = key * value + key * key if self.keep != 1 else 0
         return 2 * (projections + heads * (reads + writes + forgets))
-
-
-def _widths(config: TTTRidgeConfig, info: SiteInfo) -> tuple[int, int, int]:
-    """Heads, key width and value width. Raises ConfigError where the host's width is no multiple of the heads."""
-    heads = config.heads or max(1, info.dim // HEAD_WIDTH)
-    width, remainder = divmod(info.dim, heads)
-    if remainder and None in (config.key_width, config.value_width):
-        raise ConfigError(
-            f"{info.site}: width {info.dim} over {heads} heads is not whole. Set heads to a divisor of {info.dim}, or "
-            "give key_width and value_width."
-        )
-    return heads, config.key_width or width, config.value_width or width

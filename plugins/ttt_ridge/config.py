@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from moshi_ttt.core.config import BlockConfig, Length
+from moshi_ttt.plugins.common.backend_options import StepBackend
 from moshi_ttt.plugins.common.gate import GateConfig
 
 REGULARIZATION = (1e-3, 1e3)
@@ -36,7 +37,12 @@ class TTTRidgeConfig(BlockConfig):
         gate: tanh(alpha) times what the layer adds.
         checkpoint_chunks: chunks that a backward pass computes again together; None keeps everything. No result depends
             on it.
+        backend: what computes a streamed step: ``torch``, ``cpp``, or ``auto``, the C++ where it serves and pays. One
+            that cannot be had raises BackendError. Both compute the same up to rounding, and adapters do not keep the
+            option.
     """
+
+    machine_options: ClassVar[frozenset[str]] = frozenset({"backend"})
 
     variant: Literal["ttt_ridge"] = "ttt_ridge"
     chunk: Length = 16
@@ -54,6 +60,7 @@ class TTTRidgeConfig(BlockConfig):
     readout_scale: float = Field(default=8.0, gt=0.0)
     gate: GateConfig = GateConfig()
     checkpoint_chunks: int | None = Field(default=None, ge=1)
+    backend: StepBackend = "auto"
 
     @model_validator(mode="after")
     def _gate_is_heard(self) -> TTTRidgeConfig:

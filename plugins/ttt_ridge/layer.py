@@ -20,14 +20,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moshi_ttt.core.block import SiteInfo
+from moshi_ttt.core.errors import ConfigError
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.plugins.common import short_conv
 from moshi_ttt.plugins.common.finite import below, largest_factor
 from moshi_ttt.plugins.common.normalization import l2_normalize
 from moshi_ttt.plugins.common.projection import Linear
+from moshi_ttt.plugins.ttt_ridge.config import TTTRidgeConfig
 from moshi_ttt.plugins.ttt_ridge.memory import RidgeTokens
 
 RMS_EPS = 1e-6
+HEAD_WIDTH = 128
+"""Channels of the host for each head, where the options give no number of heads."""
+
+
+def widths(config: TTTRidgeConfig, info: SiteInfo) -> tuple[int, int, int]:
+    """Heads, key width and value width. Raises ConfigError where the host's width is no multiple of the heads."""
+    heads = config.heads or max(1, info.dim // HEAD_WIDTH)
+    width, remainder = divmod(info.dim, heads)
+    if remainder and None in (config.key_width, config.value_width):
+        raise ConfigError(
+            f"{info.site}: width {info.dim} over {heads} heads is not whole. Set heads to a divisor of {info.dim}, or "
+            "give key_width and value_width."
+        )
+    return heads, config.key_width or width, config.value_width or width
 
 
 @dataclass

@@ -1,4 +1,4 @@
 """The TTT layer's inner loop in C++, for CPUs."""
 
-PARTS = ("matrix", "products", "activations", "norm", "parallel")
+PARTS = ("matrix", "products", "activations", "norm")
 """Headers of the chunk form that the step includes too."""

@@ -135,7 +135,7 @@ Tensors forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
 // Into how many parts work is shared out.
 int64_t parts(int64_t count) {
   std::atomic<int64_t> found{0};
-  hybrid::in_parallel(count, [&](int64_t, int64_t) { ++found; });
+  moshi_ttt::in_parallel(count, [&](int64_t, int64_t) { ++found; });
   return found;
 }
 
@@ -187,7 +187,7 @@ Tensor finite_tokens(const Tensor& q, const Tensor& k, const Tensor& v, const Te
   const Tensor found = at::empty({q.size(0), length}, q.options().dtype(at::kBool));
   const Tensor tokens[] = {in_lines(q), in_lines(k), in_lines(v), in_lines(lr).unsqueeze(2)};
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "hybrid_chunk_finite", [&] {
-    hybrid::in_parallel(found.numel(), [&](int64_t begin, int64_t end) {
+    moshi_ttt::in_parallel(found.numel(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         bool all = true;
         for (const Tensor& each : tokens)

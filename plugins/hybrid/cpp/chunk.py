@@ -21,7 +21,7 @@ from torch import Tensor
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common.finite import largest_factor
-from moshi_ttt.plugins.common.native import NativeLibrary
+from moshi_ttt.plugins.common.native import NativeLibrary, common_headers
 from moshi_ttt.plugins.hybrid.chunk import counted, nonfinite_tokens
 from moshi_ttt.plugins.hybrid.chunk_gradient import is_written_out
 from moshi_ttt.plugins.hybrid.cpp import PARTS
@@ -34,7 +34,10 @@ LIBRARY = NativeLibrary(
     name="moshi_ttt_hybrid_chunk",
     what="The compiled inner loop of the hybrid layer",
     source=_FOLDER / "chunk.cpp",
-    headers=tuple(_FOLDER / f"{name}.h" for name in (*PARTS, "head", "head_backward", "call")),
+    headers=(
+        *(_FOLDER / f"{name}.h" for name in (*PARTS, "head", "head_backward", "call")),
+        *common_headers("parallel", "vectors"),
+    ),
     flags=("-march=native", "-ffp-contract=fast"),
     otherwise="With backend: {train: torch} the same results come from tensor operations.",
 )

@@ -10,26 +10,19 @@
 #include <new>
 #include <vector>
 
+#include "vectors.h"
+
 namespace hybrid {
 
-// Bytes of a vector, and how many rows of a product are summed at once beside one another: for two vectors of a row and
-// for one. The sums and what they are made of are to stay in registers.
+using namespace moshi_ttt;  // vectors.h and parallel.h
+
+// How many rows of a product are summed at once beside one another: for two vectors of a row and for one. The sums and
+// what they are made of are to stay in registers.
 #if defined(__AVX512F__)
-constexpr int64_t kBytes = 64;
 constexpr int kRows = 8, kTall = 16;
-#elif defined(__AVX__)
-constexpr int64_t kBytes = 32;
-constexpr int kRows = 4, kTall = 8;
 #else
-constexpr int64_t kBytes = 16;
 constexpr int kRows = 4, kTall = 8;
 #endif
-
-template <typename T>
-struct Lanes {
-  static constexpr int64_t count = kBytes / sizeof(T);
-  typedef T type __attribute__((vector_size(kBytes)));
-};
 
 template <typename T>
 inline typename Lanes<T>::type load(const T* from) {

@@ -8,20 +8,6 @@
 
 namespace hybrid {
 
-// The sum of term(i) over i < count, in as many parts as two vectors have numbers.
-template <typename T, typename Term>
-inline T total(int64_t count, Term term) {
-  constexpr int64_t parts = 2 * Lanes<T>::count;
-  T sums[parts] = {};
-  int64_t i = 0;
-  for (; i + parts <= count; i += parts)
-    for (int64_t j = 0; j < parts; ++j) sums[j] += term(i + j);
-  T sum = 0;
-  for (; i < count; ++i) sum += term(i);
-  for (const T part : sums) sum += part;
-  return sum;
-}
-
 // (x - mean) / sqrt(variance + eps); that factor.
 template <typename T>
 T normalize(const T* x, int64_t width, double eps, T* __restrict normal) {

@@ -16,40 +16,6 @@
 namespace hybrid {
 
 template <typename T>
-T dot(const T* a, const T* b, int64_t count) {
-  return total<T>(count, [&](int64_t j) { return a[j] * b[j]; });
-}
-
-// y [out] += x [rows] W [rows, out], four lines of W at a time.
-template <typename T>
-void add_product(const T* x, const T* weight, int64_t rows, int64_t out, T* __restrict y) {
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) {
-    const T *w = weight + i * out, a = x[i], b = x[i + 1], c = x[i + 2], d = x[i + 3];
-    for (int64_t j = 0; j < out; ++j) y[j] += a * w[j] + b * w[j + out] + c * w[j + 2 * out] + d * w[j + 3 * out];
-  }
-  for (; i < rows; ++i)
-    for (int64_t j = 0; j < out; ++j) y[j] += x[i] * weight[i * out + j];
-}
-
-// The same for two vectors, which read W once.
-template <typename T>
-void add_products(const T* x, const T* other, const T* weight, int64_t rows, int64_t out, T* __restrict y,
-                  T* __restrict z) {
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) {
-    const T *w = weight + i * out, *a = x + i, *b = other + i;
-    for (int64_t j = 0; j < out; ++j) {
-      const T first = w[j], second = w[j + out], third = w[j + 2 * out], fourth = w[j + 3 * out];
-      y[j] += a[0] * first + a[1] * second + a[2] * third + a[3] * fourth;
-      z[j] += b[0] * first + b[1] * second + b[2] * third + b[3] * fourth;
-    }
-  }
-  add_product(x + i, weight + i * out, rows - i, out, y);
-  add_product(other + i, weight + i * out, rows - i, out, z);
-}
-
-template <typename T>
 struct StepLayer {
   T *weight, *bias, *input, *gradient;  // [in, out], [out], [C, in], [C, out]
   int64_t in, out;

@@ -100,6 +100,14 @@ test_ttt_ridge = conformance_tests(
     {"chunk": "0.4s", "heads": 2, "decay": 0.2, "variance_gate": True, "value": "hidden", "conv_kernel": 2},
     {"chunk": 4, "success_gate": False, "gate": {"alpha": "fixed", "init": 0.3}},
 )
+test_ttt_ridge_compiled = conformance_tests(
+    "ttt_ridge",
+    {"chunk": 4},
+    {"chunk": 5, "heads": 2, "features": "relu2", "key_width": 20, "novelty": True},
+    {"chunk": "0.4s", "heads": 2, "decay": 0.2, "variance_gate": True, "value": "hidden", "conv_kernel": 2},
+    {"chunk": 4, "success_gate": False, "decay": 0.1, "novelty": True, "gate": {"alpha": "fixed", "init": 0.3}},
+    compiled_step=True,
+)
 
 
 @pytest.mark.slow

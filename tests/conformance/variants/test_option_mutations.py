@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,12 +17,14 @@ from moshi_ttt.core.errors import PrecisionError
 from moshi_ttt.core.testing import BlockCase, default_cases
 from moshi_ttt.plugins.common import short_conv
 from moshi_ttt.plugins.common.success_gate import SuccessGate
-from moshi_ttt.plugins.gating_mlp import block, compiled, corrections, recurrent
+from moshi_ttt.plugins.gating_mlp import block, corrections, recurrent
+from moshi_ttt.plugins.gating_mlp import compiled as gating
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
 from moshi_ttt.plugins.gating_mlp.corrections import ChunkwiseMemory, ParallelMemory
 from moshi_ttt.plugins.hybrid import block as hybrid_block
 from moshi_ttt.plugins.hybrid import fast_network
 from moshi_ttt.plugins.hybrid.block import HybridBlock
+from moshi_ttt.plugins.ttt_ridge import compiled as ridge
 from tests.conformance.variants.grid import runs_by_default
 from tests.unit.plugins.stepper_mutations import (
     a_chunk_that_goes_on_forgets_its_factor,
@@ -267,7 +270,7 @@ def test_the_check_fails(monkeypatch, mutate, variant, options, check):
 
 # ---- the compiled step: a line of its source, and what is there instead
 
-COMPILED: dict[str, tuple[str, str, dict[str, Any], Check]] = {
+COMPILED: dict[str, tuple[str, str, dict[str, Any], Check]] = {  # of gating_mlp
     "more ridge": (
         "square(own, key.size(0)) + ridge -", "square(own, key.size(0)) + 2 * ridge -", RIDGE, kit.check_splits
     ),
@@ -283,25 +286,39 @@ COMPILED: dict[str, tuple[str, str, dict[str, Any], Check]] = {
 }  # fmt: skip
 
 
+COMPILED_RIDGE: dict[str, tuple[str, str, dict[str, Any], Check]] = {
+    "the prior always comes back in one coordinate": (
+        "(counters.coordinate[row] + 1) % key", "counters.coordinate[row]", {"decay": 0.2}, kit.check_splits
+    ),
+    "reads the solution one token early": (
+        "counters.position[row] + 1 == chunk);", "counters.position[row] + 2 == chunk);", {}, kit.check_every_prefix
+    ),
+    "writes to idle rows": ("if (!token.active || token.active[row])", "if (true)", {}, kit.check_exec_mask),
+}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMPILED)
-def test_the_check_fails_a_compiled_step(monkeypatch, tmp_path, name):
-    line, instead, options, check = COMPILED[name]
-    cases = default_cases("gating_mlp", [options], compiled_step=True)
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [*(("gating_mlp", name) for name in COMPILED), *(("ttt_ridge", name) for name in COMPILED_RIDGE)],
+)
+def test_the_check_fails_a_compiled_step(monkeypatch, tmp_path, variant, name):
+    compiled, mutants = (gating, COMPILED) if variant == "gating_mlp" else (ridge, COMPILED_RIDGE)
+    line, instead, options, check = mutants[name]
+    cases = default_cases(variant, [{"chunk": 4, **options}], compiled_step=True)
     for case in cases:
         check(case)
-    library = f"mutant_{list(COMPILED).index(name)}"
-    changed = 0
-    for path in (compiled.SOURCE, compiled.HEADER):
+    was, library = compiled.LIBRARY, f"{variant}_mutant_{list(mutants).index(name)}"
+    changed, copied = 0, []
+    for path in (was.source, *was.headers):
         source = path.read_text(encoding="utf-8")
         changed += source.count(line)
-        source = source.replace(line, instead).replace(compiled.NAME, library)
-        (tmp_path / path.name).write_text(source, encoding="utf-8")
+        copied.append(tmp_path / path.name)
+        copied[-1].write_text(source.replace(line, instead).replace(was.name, library), encoding="utf-8")
     assert changed == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(compiled, "SOURCE", tmp_path / compiled.SOURCE.name)
-    monkeypatch.setattr(compiled, "HEADER", tmp_path / compiled.HEADER.name)
-    monkeypatch.setattr(compiled, "NAME", library)
+    mutant = replace(was, name=library, source=copied[0], headers=tuple(copied[1:]))
+    monkeypatch.setattr(compiled, "LIBRARY", mutant)
     monkeypatch.setattr(compiled, "operation", functools.cache(compiled.operation.__wrapped__))
     caught = 0
     for case in cases:

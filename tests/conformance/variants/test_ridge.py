@@ -57,9 +57,11 @@ def test_the_layer_is_its_definition(options):
     )  # fmt: skip
     y, _ = block(x, None, context)
     assert error(y, expected) < 1e-10
-    state = block.allocate_state(2)
-    streamed = torch.cat([case.step(block, x[:, t : t + 1], state) for t in range(23)], dim=1)
-    assert error(streamed, expected) < 1e-10
+    for backend in ("torch", "cpp"):
+        block.use_backend("step", backend)
+        state = block.allocate_state(2)
+        streamed = torch.cat([case.step(block, x[:, t : t + 1], state) for t in range(23)], dim=1)
+        assert error(streamed, expected) < 1e-10, backend
     cotangent = torch.randn_like(y)
     parameters = list(block.parameters())
     ours = torch.autograd.grad((y * cotangent).sum(), parameters)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,10 @@ import pytest
 from moshi_ttt.core.errors import BackendError
 from moshi_ttt.plugins.common import native
 from moshi_ttt.plugins.common.native import NativeLibrary
+from moshi_ttt.plugins.gating_mlp import compiled as gating_mlp
+from moshi_ttt.plugins.hybrid import compiled as hybrid
+from moshi_ttt.plugins.hybrid.cpp import chunk
+from moshi_ttt.plugins.ttt_ridge import compiled as ttt_ridge
 from tests.ranks import launch
 
 SOURCE = 'extern "C" int nothing() { return 0; }\n'
@@ -58,3 +64,28 @@ def test_a_lock_is_not_left_behind_by_a_build_that_fails(folder, monkeypatch):
     (folder / "nothing.cpp").write_text(SOURCE)
     library.load()
     assert library.missing() == ""
+
+
+LIBRARIES = (gating_mlp.LIBRARY, hybrid.LIBRARY, chunk.LIBRARY, ttt_ridge.LIBRARY)
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+def test_every_header_is_part_of_the_version(library):
+    """A change of one that is not would not be built."""
+    by_name = {path.name: path for path in library.headers}
+    assert len(by_name) == len(library.headers)
+    included, left = set(), [library.source]
+    while left:
+        for name in re.findall(r'#include "(?:.*/)?([^"]+)"', left.pop().read_text(encoding="utf-8")):
+            if name not in included:
+                included.add(name)
+                left.append(by_name[name])
+    assert included == set(by_name)
+    before = library.version()
+    assert all(replace(library, headers=library.headers[:i] + library.headers[i + 1 :]).version() != before
+               for i in range(len(library.headers)))  # fmt: skip
+
+
+def test_every_common_header_is_of_a_library():
+    listed = {path for library in LIBRARIES for path in library.headers if path.parent == native.COMMON}
+    assert listed == set(native.COMMON.glob("*.h"))

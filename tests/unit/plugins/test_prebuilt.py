@@ -16,10 +16,15 @@ import torch
 
 from moshi_ttt.core.errors import BackendError
 from moshi_ttt.plugins.common import instructions, native
+from moshi_ttt.plugins.common.block_backends import LEAST_STATE, StepUse
 from moshi_ttt.plugins.common.native import NATIVE, NativeLibrary
+from moshi_ttt.plugins.gating_mlp import backends as gating_backends
+from moshi_ttt.plugins.gating_mlp.compiled import LIBRARY as IN_PLACE
 from moshi_ttt.plugins.hybrid.backends import STEP, TRAIN, HybridUse
 from moshi_ttt.plugins.hybrid.config import HybridConfig
 from moshi_ttt.plugins.hybrid.cpp.chunk import LIBRARY as CHUNK
+from moshi_ttt.plugins.ttt_ridge import backends as ridge_backends
+from moshi_ttt.plugins.ttt_ridge.compiled import LIBRARY as RIDGE
 from tests.programs import load_script
 from tests.project import ROOT, package_folders
 
@@ -168,6 +173,19 @@ def test_auto_takes_what_is_prebuilt_for_heads_of_every_width(monkeypatch, tmp_p
     (tmp_path / CHUNK.prebuilt_name("plain")).touch()
     assert passed_by(TRAIN) is None
     assert passed_by(STEP) is not None, "the step is another library"
+
+
+@pytest.mark.parametrize(
+    ("operation", "of"), [(ridge_backends.STEP, RIDGE), (gating_backends.STEP, IN_PLACE)], ids=["ttt_ridge", "gating_mlp"]
+)
+def test_auto_takes_a_prebuilt_step_for_states_of_every_size(monkeypatch, tmp_path, operation, of):
+    monkeypatch.setattr(native, "PREBUILT", tmp_path)
+    (cpp,) = (each for each in operation.backends if each.name == "cpp")
+    small = StepUse(torch.device("cpu"), torch.float32, 100)
+    assert "its state has 100 numbers for each stream" in cpp.why_not_auto(small)
+    assert cpp.why_not_auto(StepUse(torch.device("cpu"), torch.float32, LEAST_STATE)) is None
+    (tmp_path / of.prebuilt_name("plain")).touch()
+    assert cpp.why_not_auto(small) is None
 
 
 @needs_compiler

@@ -5,7 +5,7 @@
 #include <ATen/TensorIterator.h>
 #include <ATen/ops/arange.h>
 
-namespace hybrid {
+namespace moshi_ttt {
 
 // work(begin, end) for parts of 0 to `count` - 1. at::parallel_for would use one thread: it is in torch's headers, and
 // shares out work only in what is compiled with OpenMP. Here torch's library does.
@@ -21,4 +21,4 @@ void in_parallel(int64_t count, const Work& work) {
       1);
 }
 
-}  // namespace hybrid
+}  // namespace moshi_ttt
