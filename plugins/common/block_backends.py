@@ -134,7 +134,7 @@ def not_cpp_step(use: StepUse, library: NativeLibrary) -> str | None:
 
 
 def too_small_for_cpp(use: StepUse, library: NativeLibrary) -> str | None:
-    """Why ``auto`` passes a C++ step by where it could serve; None where it takes it. What is prebuilt serves any size."""
+    """Why ``auto`` passes a C++ step by where it could serve; None where it takes it: any size where it is prebuilt."""
     if use.numbers >= LEAST_STATE or library.prebuilt() is not None:
         return None
     return (

@@ -15,6 +15,7 @@ from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.precision import MatmulPrecision
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common.backends import Backend, Operation
+from moshi_ttt.plugins.common.native import NativeLibrary
 from moshi_ttt.plugins.hybrid import compiled
 from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
 from moshi_ttt.plugins.hybrid.config import HybridConfig

@@ -11,7 +11,7 @@ import torch
 from moshi_ttt.core.errors import MoshiTTTError
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.testing import error
-from moshi_ttt.plugins.common import instructions
+from moshi_ttt.plugins.common import instructions, native
 from moshi_ttt.plugins.hybrid import chunk, compiled
 from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
 from moshi_ttt.plugins.hybrid.cpp import chunk as cpp

@@ -176,7 +176,9 @@ def test_auto_takes_what_is_prebuilt_for_heads_of_every_width(monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("operation", "of"), [(ridge_backends.STEP, RIDGE), (gating_backends.STEP, IN_PLACE)], ids=["ttt_ridge", "gating_mlp"]
+    ("operation", "of"),
+    [(ridge_backends.STEP, RIDGE), (gating_backends.STEP, IN_PLACE)],
+    ids=["ttt_ridge", "gating_mlp"],
 )
 def test_auto_takes_a_prebuilt_step_for_states_of_every_size(monkeypatch, tmp_path, operation, of):
     monkeypatch.setattr(native, "PREBUILT", tmp_path)
