@@ -1,7 +1,7 @@
 // One streamed token of the least-squares memory on a CPU: what recurrent.py computes by tensor operations, in one call.
-// memory.py says what is computed. Each row and head is worked on by one thread, in passes over its matrices: with two
-// hundred thousand numbers at most, they are read from memory once and then from the cache. A token that is not written
-// changes nothing and is read alone; a row that is not active is not touched.
+// memory.py says what is computed. Each row and head is worked on by one thread, in passes over its matrices. At heads of
+// 128 these stay in the cache from one pass to the next. A token that is not written is read and changes nothing; a row
+// that is not active is neither read nor changed.
 //
 // The library is compiled without contraction of products and sums: P[i, j] and P[j, i] are then changed by the same
 // roundings wherever they lie, and P stays symmetric to the last bit.
@@ -48,8 +48,9 @@ struct Rule {
 // One row and head: the state, changed in place, and its token.
 template <typename T>
 struct Part {
-  T *solution, *pending, *covariance, *covariance_read;  // [m, d] twice, [m, m] twice; the last is null without variance
-  const T *q, *k, *v;                                    // [m], [m], [d]
+  T *solution, *pending;             // [m, d]
+  T *covariance, *covariance_read;  // [m, m]; the last is null without variance
+  const T *q, *k, *v;               // [m], [m], [d]
   T strength;
   T *read, *variance;  // [d], [1]: the results; `read` is zeros before
 };
@@ -151,8 +152,8 @@ std::pair<Tensor, Tensor> run(const Token& token, const Memory& memory, const Co
   Tensor read = at::zeros({batch, 1, heads, value}, token.q.options());
   Tensor variance = at::zeros({memory.covariance_read ? batch : 0, 1, heads}, token.q.options());
   const auto numbers = [](const Tensor& part) { return part.const_data_ptr<T>(); };
-  const Rule<T> rule{T(keep), T((1 - keep) * double(key)), numbers(prior), novelty.empty() ? nullptr : numbers(novelty[0]),
-                     novelty.empty() ? nullptr : numbers(novelty[1])};
+  const Rule<T> rule{T(keep), T((1 - keep) * double(key)), numbers(prior),
+                     novelty.empty() ? nullptr : numbers(novelty[0]), novelty.empty() ? nullptr : numbers(novelty[1])};
   std::vector<int64_t> rows;
   for (int64_t row = 0; row < batch; ++row)
     if (!token.active || token.active[row]) rows.push_back(row);
@@ -211,7 +212,8 @@ std::tuple<Tensor, Tensor> step(const Tensor& q, const Tensor& k, const Tensor& 
                                 const std::vector<Tensor>& novelty, const std::optional<Tensor>& active, double keep,
                                 bool variance, int64_t chunk) {
   TORCH_CHECK(q.scalar_type() == at::kFloat || q.scalar_type() == at::kDouble, "The compiled step of ttt_ridge is for ",
-              "float32 and float64, and was given ", q.scalar_type(), ". Stream by tensor operations: backend: {step: torch}.");
+              "float32 and float64, and was given ", q.scalar_type(),
+              ". Stream by tensor operations: backend: {step: torch}.");
   const int64_t batch = q.size(0), heads = q.size(2), key = q.size(3), value = v.size(3);
   check("solution", solution, q, {batch, heads, key, value});
   check("pending", pending, q, {batch, heads, key, value});
@@ -222,15 +224,15 @@ std::tuple<Tensor, Tensor> step(const Tensor& q, const Tensor& k, const Tensor& 
   check_counter("position", position, batch, chunk);
   if (coordinate) check_counter("coordinate", *coordinate, batch, key);
   const Tensor taught = written.contiguous(), mask = active ? active->contiguous() : Tensor();
-  const Token token{q.contiguous(), k.contiguous(), v.contiguous(), strength.contiguous(), taught.const_data_ptr<bool>(),
-                    active ? mask.const_data_ptr<bool>() : nullptr};
+  const Token token{q.contiguous(), k.contiguous(), v.contiguous(), strength.contiguous(),
+                    taught.const_data_ptr<bool>(), active ? mask.const_data_ptr<bool>() : nullptr};
   const Counters counters{position.data_ptr<int64_t>(), coordinate ? coordinate->data_ptr<int64_t>() : nullptr};
   std::vector<Tensor> weights;
   for (const Tensor& part : novelty) weights.push_back(part.contiguous());
   std::pair<Tensor, Tensor> found;
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "ridge_step", [&] {
-    found = run<scalar_t>(token, {solution, pending, covariance, covariance_read}, counters, regularization.contiguous(),
-                          weights, keep, chunk);
+    found = run<scalar_t>(token, {solution, pending, covariance, covariance_read}, counters,
+                          regularization.contiguous(), weights, keep, chunk);
   });
   return {found.first, found.second};
 }
