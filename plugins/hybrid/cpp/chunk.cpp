@@ -187,16 +187,23 @@ Tensor finite_tokens(const Tensor& q, const Tensor& k, const Tensor& v, const Te
   const Tensor found = at::empty({q.size(0), length}, q.options().dtype(at::kBool));
   const Tensor tokens[] = {in_lines(q), in_lines(k), in_lines(v), in_lines(lr).unsqueeze(2)};
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "hybrid_chunk_finite", [&] {
+    struct Lines {  // asking a tensor for each line takes longer than to go through one
+      const scalar_t* data;
+      int64_t row, token, head, heads, width;
+    };
+    std::vector<Lines> parts;
+    for (const Tensor& each : tokens)
+      parts.push_back({each.const_data_ptr<scalar_t>(), each.stride(0), each.stride(1), each.stride(2), each.size(2), each.size(3)});
+    bool* const to = found.mutable_data_ptr<bool>();
     moshi_ttt::in_parallel(found.numel(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        bool all = true;
-        for (const Tensor& each : tokens)
-          for (int64_t h = 0; h < each.size(2); ++h) {
-            const scalar_t* line = each.const_data_ptr<scalar_t>() + i / length * each.stride(0) +
-                                   i % length * each.stride(1) + h * each.stride(2);
-            for (int64_t j = 0; j < each.size(3); ++j) all &= std::abs(line[j]) < scalar_t(limit);
+        int all = 1;
+        for (const Lines& part : parts)
+          for (int64_t h = 0; h < part.heads; ++h) {
+            const scalar_t* line = part.data + i / length * part.row + i % length * part.token + h * part.head;
+            for (int64_t j = 0; j < part.width; ++j) all &= std::abs(line[j]) < scalar_t(limit);
           }
-        found.mutable_data_ptr<bool>()[i] = all;
+        to[i] = all != 0;
       }
     });
   });
