@@ -17,6 +17,10 @@ from moshi_ttt.plugins.hybrid.triton.train_settings import Products, TrainSettin
 
 LEAST_TRITON = (3, 2)
 LEAST_CAPABILITY = (8, 0)
+STATES = (torch.float32, torch.bfloat16)
+"""Dtypes of the state that the kernels read and write; they compute in float32 with both."""
+COMPUTED = (torch.float32, torch.bfloat16)
+"""Dtypes of the roles whose part the kernels compute in float32: no less precisely than the policy asks."""
 CHUNKS, HEAD_WIDTHS = (16, 32, 64), (16, 32, 64, 128)
 """Tile sizes that the kernels take: powers of two from the least that a matrix product has."""
 BY_AUTO = {"linear": (16, 32), "mlp": (16,), "around": (16,)}
@@ -47,11 +51,14 @@ def kind_of(widths: tuple[int, ...]) -> str | None:
     return {2: "linear", 3: "mlp"}.get(len(widths))
 
 
-def products_of(device: torch.device, precision: MatmulPrecision) -> Products:
-    """How the kernels multiply matrices of float32: never less precisely than the policy has torch do it.
+def products_of(device: torch.device, precision: MatmulPrecision, state: torch.dtype = torch.float32) -> Products:
+    """How the kernels multiply matrices: never less precisely than the policy has torch do it.
 
-    As three products of tf32 parts, and in tf32 alone where the policy asks for that. Interpreted, in float32.
+    With a state in float32, as three products of tf32 parts, and in tf32 alone where the policy asks for that; on a
+    CPU, interpreted, in float32. With a state in bfloat16 the torch form multiplies in bfloat16, and so do the kernels.
     """
+    if state == torch.bfloat16:
+        return "bf16_interpreted" if device.type == "cpu" else "bf16"
     if device.type == "cpu":
         return "ieee"
     return "tf32x3" if precision == "highest" else "tf32"

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Products = Literal["ieee", "tf32x3", "bf16x3", "tf32", "bf16"]
-"""How matrices are multiplied: in float32, as three products of tf32 or bfloat16 parts, or in tf32 or bfloat16."""
+Products = Literal["ieee", "tf32x3", "bf16x3", "tf32", "bf16", "bf16_interpreted"]
+"""How matrices are multiplied: in float32, as three products of tf32 or bfloat16 parts, or in tf32 or bfloat16.
+
+Sums are float32 with each of them. ``bf16_interpreted`` gives what ``bf16`` does in Triton's interpreter, whose own
+products of bfloat16 are of other numbers.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,12 +122,13 @@ def test_a_backend_that_does_not_exist_is_refused(given, said):
         parse_block({"variant": "ttt_mlp", "backend": given})
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_kernels_are_for_a_state_in_float32(dtype, monkeypatch):
+def test_the_kernels_are_for_a_state_in_float32_or_bfloat16(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    case = case_of("ttt_mlp", {"backend": "triton", "chunk": 16}, dtype, policy=UNIFORM)
-    with pytest.raises(BackendError, match=rf"its state is {dtype}; the kernels are for float32"):
+    case = case_of("ttt_mlp", {"backend": "triton", "chunk": 16}, torch.float64, policy=UNIFORM)
+    with pytest.raises(BackendError, match=r"its state is torch.float64; the kernels are for float32 and bfloat16"):
         case.block()(case.inputs(3))
+    with pytest.raises(BackendError, match=r"torch.float64; the kernels of a step are for float32 and bfloat16"):
+        case.block().step(case.inputs(1), case.block().allocate_state(3))
 
 
 @pytest.mark.parametrize(

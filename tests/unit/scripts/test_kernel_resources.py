@@ -160,6 +160,14 @@ def test_products_follow_the_policy(gpu):
     assert backend.products_of(gpu, "highest") == "tf32x3"
     assert backend.products_of(gpu, "high") == "tf32"
     assert backend.products_of(torch.device("cpu"), "highest") == "ieee"
+    for precision in ("highest", "high"):
+        assert backend.products_of(gpu, precision, torch.bfloat16) == "bf16"
+        assert backend.products_of(torch.device("cpu"), precision, torch.bfloat16) == "bf16_interpreted"
+
+
+def test_auto_takes_no_products_of_bfloat16_that_are_not_recorded(gpu):
+    reason = backend.not_by_auto(gpu, (128, 128), 16, "bf16")
+    assert reason == "what linear_states takes at chunk 16, head width 128, bf16 on sm_90 is not recorded"
 
 
 @pytest.mark.parametrize(
