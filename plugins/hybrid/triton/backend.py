@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from moshi_ttt.core.precision import MatmulPrecision
-from moshi_ttt.plugins.hybrid.triton.resources import too_large
-from moshi_ttt.plugins.hybrid.triton.train_settings import Products, TrainSettings
+from moshi_ttt.plugins.hybrid.triton.resources import training_too_large
+from moshi_ttt.plugins.hybrid.triton.train_settings import Products
 
 LEAST_TRITON = (3, 2)
 LEAST_CAPABILITY = (8, 0)
@@ -31,19 +31,6 @@ What is around the inner loop takes as much with every chunk, and is recorded at
 CHECKED: frozenset[str] = frozenset()
 """The kernels that have passed ``make gpu-check`` on a GPU as they are now, of ``linear``, ``mlp`` and ``step``."""
 AUTO_HEAD_WIDTHS = (64, 128)
-SLICE = 32
-"""Rows of W in one product of TTT-Linear, and the most hidden units of TTT-MLP that one program has, at chunk 16; half
-of that at larger ones."""
-GROUP = 320
-"""Tokens between two of which the fast weights are kept for the backward pass, without ``checkpoint_chunks``.
-
-With heads of 128 and a hidden width of 512 the fast weights of a row are as large as 1,024 tokens in float32. The more
-tokens a group has, the less is kept, and the more is alive while the backward pass goes through a group.
-"""
-
-
-PARTS = 160
-"""Tokens of which TTT-MLP's slices hold their parts of outputs, or of gradients, at a time."""
 
 
 def kind_of(widths: tuple[int, ...]) -> str | None:
@@ -135,8 +122,8 @@ def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int, produ
         return f"a hidden width of {widths[1]} was not measured; auto takes the kernels at four times the head width"
     capability = torch.cuda.get_device_capability(device)
     return (
-        too_large(kind, chunk, widths[0], products, capability)
-        or too_large("around", BY_AUTO["around"][0], widths[0], products, capability)
+        training_too_large(kind, chunk, widths[0], products, capability)
+        or training_too_large("around", BY_AUTO["around"][0], widths[0], products, capability)
         or not_checked(kind)
     )
 
@@ -146,14 +133,3 @@ def not_checked(kernels: str) -> str | None:
     if kernels in CHECKED:
         return None
     return f"its kernels ({kernels}) have not passed `make gpu-check` as they are now; ask for them by name"
-
-
-def settings_of(
-    chunk: int, eps: float, products: Products, causal: bool = True, together: int | None = None
-) -> TrainSettings:
-    """How the kernels run, here and in the record of what they take."""
-    return TrainSettings(
-        chunk=chunk, eps=eps, causal=causal, precision=products, every=together or max(1, GROUP // chunk),
-        parts=max(1, PARTS // chunk),
-        slice_width=SLICE if chunk == 16 else SLICE // 2,
-    )  # fmt: skip

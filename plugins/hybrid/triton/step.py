@@ -20,8 +20,8 @@ from moshi_ttt.plugins.hybrid.fast_network import UpdateRule
 from moshi_ttt.plugins.hybrid.inner_loop import COUNTERS, Tokens, unpack
 from moshi_ttt.plugins.hybrid.objective import InnerNorm, Objective
 from moshi_ttt.plugins.hybrid.triton.backend import COMPUTED, by_name_alone, not_checked
+from moshi_ttt.plugins.hybrid.triton.resources import step_too_large
 from moshi_ttt.plugins.hybrid.triton.step_operations import operations
-from moshi_ttt.plugins.hybrid.triton.step_resources import too_large
 
 if TYPE_CHECKING:
     from moshi_ttt.core.block import BlockContext
@@ -61,7 +61,7 @@ def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int, state
             f"{chunk} and its widths are {', '.join(map(str, widths))}"
         )
     capability = torch.cuda.get_device_capability(device)
-    return too_large(len(widths) - 1, chunk, widths[0], capability) or not_checked("step")
+    return step_too_large(len(widths) - 1, chunk, widths[0], capability) or not_checked("step")
 
 
 def _listed(numbers: tuple[int, ...]) -> str:

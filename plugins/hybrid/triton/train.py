@@ -23,8 +23,8 @@ from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop, counted
 from moshi_ttt.plugins.hybrid.fast_network import ChunkMemory, FastNetwork, chunk_gradients
 from moshi_ttt.plugins.hybrid.inner_loop import Tokens, pack, unpack
 from moshi_ttt.plugins.hybrid.objective import InnerNorm, Objective
-from moshi_ttt.plugins.hybrid.triton.backend import COMPUTED, settings_of
-from moshi_ttt.plugins.hybrid.triton.train_settings import Products, TrainSettings
+from moshi_ttt.plugins.hybrid.triton.backend import COMPUTED
+from moshi_ttt.plugins.hybrid.triton.train_settings import Products, TrainSettings, settings_of
 
 if TYPE_CHECKING:
     from moshi_ttt.core.block import BlockContext

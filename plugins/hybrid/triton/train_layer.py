@@ -23,12 +23,8 @@ from moshi_ttt.plugins.hybrid.triton.linear_chunk import LinearChunks
 from moshi_ttt.plugins.hybrid.triton.mlp_chunk import MLPChunks
 from moshi_ttt.plugins.hybrid.triton.step_blocks import block_of
 from moshi_ttt.plugins.hybrid.triton.train_launches import launch
-from moshi_ttt.plugins.hybrid.triton.train_settings import TrainSettings
+from moshi_ttt.plugins.hybrid.triton.train_settings import EACH, GATED, TrainSettings
 
-EACH = 16
-"""Tokens of a program that adds up gradients of parameters."""
-GATED = 1024
-"""Channels of a program of the gate."""
 WARPS = 8
 
 
