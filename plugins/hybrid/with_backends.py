@@ -11,8 +11,10 @@ from moshi_ttt.core.errors import BackendError
 from moshi_ttt.plugins.common.backends import AUTO, BackendName, Chosen
 from moshi_ttt.plugins.hybrid.backends import STEP, TRAIN, HybridUse, StepRun, TrainRun
 from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
+from moshi_ttt.plugins.hybrid.chunk_gradient import WholeChunks
 from moshi_ttt.plugins.hybrid.config import HybridConfig
 from moshi_ttt.plugins.hybrid.parameters import HybridParameters
+from moshi_ttt.plugins.hybrid.triton.train import TritonTrain
 
 
 class BlockWithBackends(HybridParameters):
@@ -68,6 +70,11 @@ class BlockWithBackends(HybridParameters):
         if device not in self._trains:
             self._trains[device] = TRAIN.choose(self._asked.train, self._use(device), str(self.info.site))
         return self._trains[device].run
+
+    def _kernels(self, device: torch.device) -> WholeChunks | None:
+        """The kernels for whole chunks, where those have been chosen for training calls on ``device``."""
+        chosen = self._trains.get(device)
+        return chosen.run.whole if chosen is not None and isinstance(chosen.run, TritonTrain) else None
 
     def _step_run(self, device: torch.device) -> StepRun:
         if device not in self._steps:

@@ -20,6 +20,7 @@ from moshi_ttt.core.errors import BackendError
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common.projection import Linear
 from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop, counted
+from moshi_ttt.plugins.hybrid.chunk_gradient import WholeChunks
 from moshi_ttt.plugins.hybrid.fast_network import ChunkMemory, FastNetwork, chunk_gradients
 from moshi_ttt.plugins.hybrid.inner_loop import Tokens, pack, unpack
 from moshi_ttt.plugins.hybrid.objective import InnerNorm, Objective
@@ -52,7 +53,8 @@ class TritonTrain:
 
     def __init__(self, products: Products) -> None:
         self.products = products
-        self._chunks = partial(chunk_inner_loop, whole=partial(whole_by_kernels, products=products))
+        self.whole: WholeChunks = partial(whole_by_kernels, products=products)
+        self._chunks = partial(chunk_inner_loop, whole=self.whole)
 
     def __call__(
         self, tokens: Tokens, state: BlockState, norm: Objective, token_scale: Tensor, **named: Any
