@@ -55,7 +55,7 @@ class NativeLibrary:
         Raises:
             BackendError: it cannot be built or kept here.
         """
-        library = _cache() / self.version() / f"{self.name}.so"
+        library = cache_folder() / self.version() / f"{self.name}.so"
         try:
             if not library.exists():
                 library.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ class NativeLibrary:
 
     def missing(self) -> str:
         """Why it can be neither loaded nor built on this machine, as a sentence; empty where it can. Builds nothing."""
-        folder = _cache() / self.version()
+        folder = cache_folder() / self.version()
         if (folder / f"{self.name}.so").exists():
             return ""
         compiler = os.environ.get("CXX", "g++")
@@ -115,7 +115,8 @@ def compiled_step(library: NativeLibrary, chosen_by: str = "compile_step") -> Ac
     return Acceleration(name="compiled step", purpose=purpose, missing=library.missing())
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """What is built or measured for this machine, in the user's cache folder; XDG_CACHE_HOME moves it."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moshi-ttt"
 
 

@@ -157,7 +157,7 @@ TRAIN: Operation[HybridUse, TrainRun] = Operation(
             name="triton",
             why_not=_not_triton,
             why_not_auto=lambda use: kernels.not_by_auto(use.device, use.widths, use.config.chunk, _products(use)),
-            load=lambda use: train.load(use.device, _products(use)),
+            load=lambda use: train.load(use.device, _products(use), use.config.backends().tune),
         ),
         Backend(name="cpp", why_not=_not_cpp, why_not_auto=_too_small_for_cpp, load=cpp.load),
         Backend(name="torch", load=lambda use: chunk_inner_loop),

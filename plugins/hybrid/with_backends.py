@@ -86,7 +86,7 @@ class BlockWithBackends(HybridParameters):
         return {**super().__getstate__(), "_trains": {}, "_steps": {}}
 
     def extra_repr(self) -> str:
-        asked = ", ".join(f"{name}: {value}" for name, value in self._asked if value != AUTO)
+        asked = ", ".join(f"{name}: {value}" for name, value in self._asked if value not in (AUTO, False))
         used = ", ".join(f"{name}: {'/'.join(found)}" for name, found in self.backends_in_use().items())
         shown = f", backend={{{used or asked}}}" if used or asked else ""
         return f"{super().extra_repr()}{shown}"

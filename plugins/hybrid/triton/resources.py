@@ -24,7 +24,7 @@ from moshi_ttt.plugins.hybrid.triton.compilations import (
     step_launches,
     training_kernels,
 )
-from moshi_ttt.plugins.hybrid.triton.train_settings import Products, Tile, tile_of
+from moshi_ttt.plugins.hybrid.triton.train_settings import Products, Tile, tile_of, tiles_of
 
 RECORD = Path(__file__).with_name("resources.json")
 LARGEST_SPILL = {80: 256, 90: 0, 100: 0}
@@ -74,8 +74,11 @@ def compilations() -> dict[str, tuple[int, Compilation]]:
     for arch in LARGEST_SPILL:
         for kind, shapes in SHAPES.items():
             for (chunk, width), continued in product(shapes, (False, True)):
-                for kernel, made in training_kernels(kind, chunk, width, "tf32x3", continued=continued).items():
-                    found[training_row(arch, kernel, chunk, width, "tf32x3", continued=continued)] = (arch, made)
+                for tile in tiles_of(chunk) if kind != "around" else (tile_of(chunk),):
+                    kernels = training_kernels(kind, chunk, width, "tf32x3", continued=continued, tile=tile)
+                    for kernel, made in kernels.items():
+                        name = training_row(arch, kernel, chunk, width, "tf32x3", continued=continued, tile=tile)
+                        found[name] = (arch, made)
         for layers, chunk, width in STEP_SHAPES:
             for launch, made in step_launches(layers, chunk, width).items():
                 found[step_row(arch, layers, launch, chunk, width)] = (arch, made)

@@ -26,6 +26,7 @@ from moshi_ttt.plugins.hybrid.inner_loop import Tokens, pack, unpack
 from moshi_ttt.plugins.hybrid.objective import InnerNorm, Objective
 from moshi_ttt.plugins.hybrid.triton.backend import COMPUTED
 from moshi_ttt.plugins.hybrid.triton.train_settings import Products, TrainSettings, settings_of
+from moshi_ttt.plugins.hybrid.triton.tuning import tile_on
 
 if TYPE_CHECKING:
     from moshi_ttt.core.block import BlockContext
@@ -36,8 +37,11 @@ MOST_CHANNELS = 16384
 """Of the host: a program has a token."""
 
 
-def load(device: torch.device, products: Products) -> TritonTrain:
-    """The backend. Raises BackendError where ``device`` is a CPU and Triton does not interpret."""
+def load(device: torch.device, products: Products, tunes: bool = False) -> TritonTrain:
+    """The backend. Raises BackendError where ``device`` is a CPU and Triton does not interpret.
+
+    ``tunes``: measure which tile is the fastest, at the first call of each shape on a GPU.
+    """
     from moshi_ttt.plugins.hybrid.triton import linear_kernels
 
     if device.type == "cpu" and type(linear_kernels.linear_states).__name__ != "InterpretedFunction":
@@ -45,14 +49,14 @@ def load(device: torch.device, products: Products) -> TritonTrain:
             "Triton was imported before TRITON_INTERPRET=1 was set, and compiles its kernels. Set it before the "
             "process starts."
         )
-    return TritonTrain(products)
+    return TritonTrain(products, tunes and device.type == "cuda")
 
 
 class TritonTrain:
     """The inner loop of a call, as ``chunk_inner_loop``, and the call of a whole layer."""
 
-    def __init__(self, products: Products) -> None:
-        self.products = products
+    def __init__(self, products: Products, tunes: bool = False) -> None:
+        self.products, self.tunes = products, tunes
         self.whole: WholeChunks = partial(whole_by_kernels, products=products)
         self._chunks = partial(chunk_inner_loop, whole=self.whole)
 
@@ -112,7 +116,7 @@ class TritonTrain:
         norm, post = (block.norm_weight, block.norm_bias), block.post_norm.tensors()
         out, found = inner_layer(
             parts, finite, context.updates_mask(x), norm, token_scale, (post.weight, post.bias), tuple(fast),
-            self._numbers(block, continues), _continued(state) if continues else None,
+            self._numbers(block, continues, x), _continued(state) if continues else None,
         )  # fmt: skip
         (added,) = projected(out, [block.wo.tensors()], (matmul,))
         y = gated(x, added, gate, block.volume_in(context))
@@ -121,11 +125,16 @@ class TritonTrain:
             after = _state_after(state, found, x.shape[1], context.want_state, objective, token_scale.float())
             return y, _in_dtype(after, block.roles.state)
 
-    def _numbers(self, block: HybridBlock, given: bool) -> LayerNumbers:
+    def _numbers(self, block: HybridBlock, given: bool, x: Tensor) -> LayerNumbers:
         from moshi_ttt.plugins.hybrid.triton.train_layer import LayerNumbers
 
         config, widths = block.config, block.widths(block.config, block.info.dim // block.info.num_heads)
-        settings = settings_of(config.chunk, config.norm_eps, self.products, config.causal, config.checkpoint_chunks)
+        tile = None
+        if self.tunes:
+            tile = tile_on(x.device, config.chunk, widths, block.info.num_heads, x.shape[0], self.products)
+        settings = settings_of(
+            config.chunk, config.norm_eps, self.products, config.causal, config.checkpoint_chunks, tile
+        )
         return LayerNumbers(
             settings=replace(_in_slices(settings, widths), given=given), heads=block.info.num_heads,
             base_rate=config.base_lr / widths[0],

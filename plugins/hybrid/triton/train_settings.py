@@ -70,6 +70,12 @@ def tile_of(chunk: int) -> Tile:
     return Tile(SLICE if chunk == 16 else SLICE // 2)
 
 
+def tiles_of(chunk: int) -> tuple[Tile, ...]:
+    """Tiles to choose from by measuring: that of ``tile_of`` first."""
+    first = tile_of(chunk)
+    return first, Tile(SLICE // 2 if chunk == 16 else SLICE), Tile(first.slice_width, warps=4)
+
+
 def settings_of(
     chunk: int, eps: float, products: Products, causal: bool = True, together: int | None = None,
     tile: Tile | None = None,

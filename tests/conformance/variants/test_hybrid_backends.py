@@ -100,11 +100,11 @@ def test_compiled_by_torch_it_is_the_same_with_second_derivatives():
 
 
 def test_a_name_is_for_the_operations_that_have_it():
-    assert dict(TTTMLPConfig(backend="compile").backends()) == {"train": "compile", "step": "auto"}
-    assert dict(TTTMLPConfig(backend="cpp").backends()) == {"train": "cpp", "step": "cpp"}
-    assert dict(TTTMLPConfig(backend="naive").backends()) == {"train": "naive", "step": "naive"}
-    assert dict(TTTMLPConfig(backend={"step": "torch"}).backends()) == {"train": "auto", "step": "torch"}
-    assert dict(TTTLinearConfig().backends()) == {"train": "auto", "step": "auto"}
+    assert dict(TTTMLPConfig(backend="compile").backends()) == {"train": "compile", "step": "auto", "tune": False}
+    assert dict(TTTMLPConfig(backend="cpp").backends()) == {"train": "cpp", "step": "cpp", "tune": False}
+    assert dict(TTTMLPConfig(backend="naive").backends()) == {"train": "naive", "step": "naive", "tune": False}
+    assert dict(TTTMLPConfig(backend={"step": "torch"}).backends()) == {"train": "auto", "step": "torch", "tune": False}
+    assert dict(TTTLinearConfig().backends()) == {"train": "auto", "step": "auto", "tune": False}
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,10 @@ needs_triton = pytest.mark.skipif(not same_triton(), reason="the record is of an
 @needs_triton
 @pytest.mark.parametrize(
     ("only", "rows"),
-    [("sm_90 linear_weights C16 D64", 1), ("sm_90 step of 2 layers: queries C32 D128", 1)],  # the largest of a step
+    [
+        ("sm_90 linear_weights C16 D64 tf32x3 S16", 1),
+        ("sm_90 step of 2 layers: queries C32 D128", 1),
+    ],  # the largest of a step
 )
 def test_a_kernel_compiled_again_takes_what_is_recorded(only, rows):
     code, said = compiled(only)
