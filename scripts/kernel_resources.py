@@ -6,7 +6,7 @@
 
 It needs Triton and no GPU. ``--only TEXT`` compiles the rows whose name has it, as in ``sm_90 linear`` or ``sm_90 step
 of 2``. ``--missing`` compiles those that are not recorded too: they are of chains that ``auto`` does not take, and some
-take minutes.
+take minutes. ``--products bf16`` compiles training kernels with other products, none of which are recorded.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def compiled(arch: int, compilation: Any) -> dict[str, int]:
     }  # fmt: skip
 
 
-def rows(only: str = "", missing: bool = False) -> Iterator[tuple[str, dict[str, int]]]:
+def rows(only: str = "", missing: bool = False, products: str = "tf32x3") -> Iterator[tuple[str, dict[str, int]]]:
     """The recorded rows whose name has ``only``, compiled now; with ``missing``, those that are not recorded too."""
     from moshi_ttt.plugins.hybrid.triton.resources import compilations, recorded
 
-    for name, made in compilations().items():
+    for name, made in compilations(products).items():
         if only in name and (missing or name in recorded()):
             yield name, compiled(*made)
 
@@ -113,7 +113,10 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="record what is found")
     parser.add_argument("--only", default="", help="compile the rows whose name has this")
     parser.add_argument("--missing", action="store_true", help="compile rows that are not recorded too")
+    parser.add_argument("--products", default="tf32x3", choices=("tf32x3", "tf32", "bf16"), help="of training kernels")
     options = parser.parse_args(given)
+    if options.products != "tf32x3" and (options.write or not options.missing):
+        parser.error(f"--products {options.products} is not recorded: give --missing, and do not give --write")
     sys.path.insert(0, str(ROOT / "src"))
     import triton
 
@@ -121,9 +124,11 @@ def main(given: Sequence[str] | None = None) -> int:
 
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     found: dict[str, dict[str, int]] = {}
-    for name, taken in rows(options.only, options.missing):
+    for name, taken in rows(options.only, options.missing, options.products):
         found[name] = taken
         print(f"{name}: {taken}", flush=True)
+    if options.products != "tf32x3":
+        return 0
     if options.write:
         record = {"triton": triton.__version__, "kernels": dict(sorted((record["kernels"] | found).items()))}
         lines = [f"    {json.dumps(name)}: {json.dumps(taken)}" for name, taken in record["kernels"].items()]

@@ -64,7 +64,7 @@ def step_row(arch: int, layers: int, launch: str, chunk: int, width: int) -> str
     return f"sm_{arch} step of {layers} layers: {launch} C{chunk} D{width}"
 
 
-def compilations() -> dict[str, tuple[int, Compilation]]:
+def compilations(products: Products = "tf32x3") -> dict[str, tuple[int, Compilation]]:
     """What is recorded, by the names of the rows: the architecture and what is compiled for it.
 
     Some of these rows are not recorded: of chains that ``auto`` does not take, some of whose kernels compile for
@@ -75,9 +75,9 @@ def compilations() -> dict[str, tuple[int, Compilation]]:
         for kind, shapes in SHAPES.items():
             for (chunk, width), continued in product(shapes, (False, True)):
                 for tile in tiles_of(chunk) if kind != "around" else (tile_of(chunk),):
-                    kernels = training_kernels(kind, chunk, width, "tf32x3", continued=continued, tile=tile)
+                    kernels = training_kernels(kind, chunk, width, products, continued=continued, tile=tile)
                     for kernel, made in kernels.items():
-                        name = training_row(arch, kernel, chunk, width, "tf32x3", continued=continued, tile=tile)
+                        name = training_row(arch, kernel, chunk, width, products, continued=continued, tile=tile)
                         found[name] = (arch, made)
         for layers, chunk, width in STEP_SHAPES:
             for launch, made in step_launches(layers, chunk, width).items():

@@ -90,6 +90,14 @@ def test_what_differs_from_the_record_is_said(script):
     assert script.differences({"a": found}, {}) == [f"a: {found}, recorded: None"]
 
 
+@pytest.mark.parametrize("given", [["--products", "bf16"], ["--products", "bf16", "--missing", "--write"]], ids=str)
+def test_other_products_are_compiled_and_not_recorded(given, script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(given)
+    assert "--products bf16 is not recorded: give --missing, and do not give --write" in capsys.readouterr().err
+    assert set(resources.compilations("bf16")).isdisjoint(name for name in recorded() if " step of " not in name)
+
+
 def test_the_record_has_what_is_compiled_but_for_chains_that_auto_does_not_take():
     rows = set(resources.compilations())
     assert set(recorded()) <= rows
