@@ -4,7 +4,9 @@
     python scripts/kernel_resources.py            # compares with the recorded table, and says what differs
     python scripts/kernel_resources.py --write    # records it in plugins/hybrid/triton/resources.json
 
-It needs Triton and no GPU. ``--only TEXT`` compiles the rows whose name has it, as in ``sm_90 linear``.
+It needs Triton and no GPU. ``--only TEXT`` compiles the rows whose name has it, as in ``sm_90 linear`` or ``sm_90 step
+of 2``. ``--missing`` compiles those that are not recorded too: they are of chains that ``auto`` does not take, and some
+take minutes. ``--products bf16`` compiles training kernels with other products, none of which are recorded.
 """
 
 from __future__ import annotations
@@ -16,37 +18,27 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- kernel resources: written by scripts/kernel_resources.py -->\n", "<!-- end of kernel resources -->\n"
-ARCHITECTURES = (80, 90, 100)
-SHAPES = {
-    "linear": ((16, 64), (16, 128), (32, 64), (32, 128)), "mlp": ((16, 64), (16, 128)), "around": ((16, 64), (16, 128)),
-}  # fmt: skip
-"""Chunk sizes and head widths, of each chain of kernels: those that ``auto`` may take."""
 TITLES = {"linear": "TTT-Linear", "mlp": "TTT-MLP", "around": "around the inner loop"}
-CHANNELS = 4096
-"""Of the host, for what is around the inner loop: those of Moshi 7B."""
-NUMBERS = {"T", "H", "N", "BH", "CHUNK", "FIRST", "LAST", "SLOTS", "COUNT"}
-FLOATS = {"eps", "limit", "base_rate", "factor", "log2_theta", "volume"}
-POINTERS = {"FINITE": "*u8", "OK": "*u8", "UPDATED": "*u8", "POSITION": "*i64"}
-"""Those to other numbers than float32."""
 
 
-def compiled(kernel: Any, constants: dict[str, Any], arch: int, warps: int) -> dict[str, int]:
-    """Registers a thread, bytes a thread spills, and bytes of shared memory a program takes."""
+def compiled(arch: int, compilation: Any) -> dict[str, int]:
+    """Registers a thread, bytes a thread spills, bytes of shared memory and warps of a program."""
     import triton
     import triton.backends.nvidia
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    kernel = getattr(import_module(f"moshi_ttt.plugins.hybrid.triton.{compilation.module}"), compilation.kernel)
     names = kernel.arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
-    types = {name: "fp32" if name in FLOATS else POINTERS.get(name, "*fp32") for name in names}
-    types |= {name: "i32" for name in names if name in NUMBERS} | dict.fromkeys(constants, "constexpr")
+    constants = {name: value for name, value in compilation.constants.items() if name in names}
+    types = {name: compilation.types.get(name, "*fp32") for name in names} | dict.fromkeys(constants, "constexpr")
     # As at run time: tensors begin at a multiple of 16 bytes, and the number of heads is a multiple of 16.
     aligned = {
         (place,): [["tt.divisibility", 16]]
@@ -55,53 +47,29 @@ def compiled(kernel: Any, constants: dict[str, Any], arch: int, warps: int) -> d
     }
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature=types, constexprs=values, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": 1}
-    found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    options = {"num_warps": compilation.warps, "num_stages": 1}
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(found.asm["cubin"])
+        file.write(made.asm["cubin"])
         file.flush()
         tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
         said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     numbers = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
     if numbers is None:
         raise RuntimeError(f"cuobjdump says no registers: {said.stdout[:300]}")
-    return {"registers": int(numbers[1]), "spilled": int(numbers[2]), "shared": int(found.metadata.shared)}
-
-
-def rows(only: str = "") -> Iterator[tuple[str, dict[str, int]]]:
-    """The rows of the record whose name has ``only``, compiled now."""
-    from moshi_ttt.plugins.hybrid.triton import linear_kernels, mlp_backward, mlp_forward, train_surroundings
-    from moshi_ttt.plugins.hybrid.triton.backend import settings_of
-    from moshi_ttt.plugins.hybrid.triton.resources import KERNELS, row_name
-
-    for arch in ARCHITECTURES:
-        for kind, kernels in KERNELS.items():
-            for chunk, width in SHAPES[kind]:
-                for kernel in kernels:
-                    name = row_name(arch, kernel, chunk, width, "tf32x3")
-                    if only not in name:
-                        continue
-                    settings = settings_of(chunk, 1e-6, "tf32x3")
-                    constants = {"C": chunk, "D": width, "S": settings.slice_width, "EVERY": settings.every}
-                    constants |= {"PRECISION": settings.precision, "SLICES": 4 * width // settings.slice_width}
-                    constants |= {"CAUSAL": True, "GIVEN": False}
-                    if kind == "around":
-                        constants |= around(kernel, width)
-                    modules = (linear_kernels, mlp_forward, mlp_backward, train_surroundings)
-                    module = next(m for m in modules if hasattr(m, kernel))
-                    warps = settings.warps
-                    yield name, compiled(getattr(module, kernel), constants, arch, warps) | {"warps": warps}
-
-
-def around(kernel: str, width: int) -> dict[str, Any]:
-    """The constants of a kernel around the inner loop, with heads of ``width``, of a call that continues a state."""
-    from moshi_ttt.plugins.hybrid.triton.train_layer import EACH, GATED
-
-    heads = CHANNELS // width
     return {
-        "H": heads, "BH": heads, "EACH": EACH, "BT": 1, "ALL": True, "CONTINUED": True, "N": CHANNELS, "ONE": False,
-        "BY_ROW": False, "BN": GATED if "gate" in kernel else CHANNELS,
+        "registers": int(numbers[1]), "spilled": int(numbers[2]), "shared": int(made.metadata.shared),
+        "warps": compilation.warps,
     }  # fmt: skip
+
+
+def rows(only: str = "", missing: bool = False, products: str = "tf32x3") -> Iterator[tuple[str, dict[str, int]]]:
+    """The recorded rows whose name has ``only``, compiled now; with ``missing``, those that are not recorded too."""
+    from moshi_ttt.plugins.hybrid.triton.resources import compilations, recorded
+
+    for name, made in compilations(products).items():
+        if only in name and (missing or name in recorded()):
+            yield name, compiled(*made)
 
 
 def differences(found: dict[str, dict[str, int]], recorded: dict[str, dict[str, int]]) -> list[str]:
@@ -115,21 +83,23 @@ def differences(found: dict[str, dict[str, int]], recorded: dict[str, dict[str, 
 
 def table() -> str:
     """The table of docs/gpu.md: of each chain, the most that one of its kernels takes, and whether auto may take it."""
-    from moshi_ttt.plugins.hybrid.triton.resources import KERNELS, recorded, row_name, too_large
+    from moshi_ttt.plugins.hybrid.triton.compilations import KERNELS, SHAPES
+    from moshi_ttt.plugins.hybrid.triton.resources import LARGEST_SPILL, recorded, training_row, training_too_large
 
     lines = [
         "| | registers | bytes spilled | KiB shared | small enough for `auto` |",
         "| --- | ---: | ---: | ---: | --- |",
     ]
-    for arch in ARCHITECTURES:
+    for arch in LARGEST_SPILL:
         for kind, kernels in KERNELS.items():
             for chunk, width in SHAPES[kind]:
-                taken = [recorded().get(row_name(arch, kernel, chunk, width, "tf32x3")) for kernel in kernels]
-                rows = [each for each in taken if each is not None]
-                if len(rows) < len(kernels):
+                names = [training_row(arch, kernel, chunk, width, "tf32x3") for kernel in kernels]
+                if not set(names) <= set(recorded()):
                     continue
+                found = [name for name in (*names, *(f"{name} continued" for name in names)) if name in recorded()]
+                rows = [recorded()[name] for name in found]
                 most = (max(r.registers for r in rows), max(r.spilled for r in rows), max(r.shared for r in rows))
-                auto = "yes" if too_large(kind, chunk, width, "tf32x3", divmod(arch, 10)) is None else "no"
+                auto = "yes" if training_too_large(kind, chunk, width, "tf32x3", divmod(arch, 10)) is None else "no"
                 of_chunk = "" if kind == "around" else f" chunk {chunk},"
                 lines.append(
                     f"| sm_{arch}, {TITLES[kind]},{of_chunk} heads of {width} | {most[0]} | {most[1]:,} | "
@@ -142,22 +112,29 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="record what is found")
     parser.add_argument("--only", default="", help="compile the rows whose name has this")
+    parser.add_argument("--missing", action="store_true", help="compile rows that are not recorded too")
+    parser.add_argument("--products", default="tf32x3", choices=("tf32x3", "tf32", "bf16"), help="of training kernels")
     options = parser.parse_args(given)
+    if options.products != "tf32x3" and (options.write or not options.missing):
+        parser.error(f"--products {options.products} is not recorded: give --missing, and do not give --write")
     sys.path.insert(0, str(ROOT / "src"))
     import triton
 
-    from moshi_ttt.plugins.hybrid.triton.resources import RECORD
+    from moshi_ttt.plugins.hybrid.triton.resources import RECORD, recorded
 
-    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {"kernels": {}}
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
     found: dict[str, dict[str, int]] = {}
-    for name, taken in rows(options.only):
+    for name, taken in rows(options.only, options.missing, options.products):
         found[name] = taken
         print(f"{name}: {taken}", flush=True)
+    if options.products != "tf32x3":
+        return 0
     if options.write:
         record = {"triton": triton.__version__, "kernels": dict(sorted((record["kernels"] | found).items()))}
         lines = [f"    {json.dumps(name)}: {json.dumps(taken)}" for name, taken in record["kernels"].items()]
         text = f'{{\n  "triton": {json.dumps(record["triton"])},\n  "kernels": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
         RECORD.write_text(text, encoding="utf-8")
+        recorded.cache_clear()
         before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
         DOCS.write_text(before + BEGIN + table() + END + rest.partition(END)[2], encoding="utf-8")
         return 0

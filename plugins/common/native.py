@@ -171,7 +171,7 @@ class NativeLibrary:
 
     def _kept(self) -> Path:
         """Where a build of this machine is kept."""
-        return _cache() / self.version() / f"{self.name}.so"
+        return cache_folder() / self.version() / f"{self.name}.so"
 
     def _build(self, library: Path, flags: Sequence[str]) -> None:
         """Raises OSError: no compiler, it fails, or the folder cannot be written."""
@@ -209,7 +209,8 @@ def _torch() -> str:
     return f"torch{minor}" if torch.compiled_with_cxx11_abi() else f"torch{minor}-before-cxx11"
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """What is built or measured for this machine, in the user's cache folder; XDG_CACHE_HOME moves it."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moshi-ttt"
 
 

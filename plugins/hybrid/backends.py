@@ -94,8 +94,8 @@ def _not_kernels(
     """Why Triton's kernels, which are called ``what``, cannot serve a use; None where they can."""
     if (reason := kernels.not_here(use.device)) is not None:
         return reason
-    if use.dtype != torch.float32:
-        return f"its state is {use.dtype}; {what} are for float32"
+    if use.dtype not in kernels.STATES:
+        return f"its state is {use.dtype}; {what} are for {' and '.join(str(dtype)[6:] for dtype in kernels.STATES)}"
     if (changed := unpublished(use.config)) is not None:
         return f"it has {changed}; the kernels are for the published form of these options"
     return not_these_shapes(use.widths, use.config.chunk)
@@ -110,7 +110,7 @@ def _no_triton_step(use: HybridUse) -> str | None:
 
 
 def _products(use: HybridUse) -> Products:
-    return kernels.products_of(use.device, use.matmul_precision)
+    return kernels.products_of(use.device, use.matmul_precision, use.dtype)
 
 
 def _not_by_auto(reason: str) -> str:
@@ -153,7 +153,7 @@ TRAIN: Operation[HybridUse, TrainRun] = Operation(
             name="triton",
             why_not=_not_triton,
             why_not_auto=lambda use: kernels.not_by_auto(use.device, use.widths, use.config.chunk, _products(use)),
-            load=lambda use: train.load(use.device, _products(use)),
+            load=lambda use: train.load(use.device, _products(use), use.config.backends().tune),
         ),
         Backend(
             name="cpp",
@@ -183,7 +183,7 @@ STEP: Operation[HybridUse, StepRun] = Operation(
         Backend(
             name="triton",
             why_not=_no_triton_step,
-            why_not_auto=lambda use: step.not_by_auto(use.device, use.widths, use.config.chunk),
+            why_not_auto=lambda use: step.not_by_auto(use.device, use.widths, use.config.chunk, use.dtype),
             load=lambda use: step.load(use.device),
         ),
         Backend(

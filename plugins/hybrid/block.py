@@ -264,7 +264,7 @@ class HybridBlock(HybridWithBackends):
         state = self.init_state(x.shape[0], x.device)
         return {
             **diagnostics.target_figures(tokens, finite, value, norm),
-            **diagnostics.inner_losses(tokens, finite, state, norm, scale, self.update_rule()),
+            **diagnostics.inner_losses(tokens, finite, state, norm, scale, self.update_rule(), self._kernels(x.device)),
             "token_scale_last": scale[-1],
             "nonfinite_tokens": (~finite).float().mean(),
             "gate": torch.tanh(torch.stack(self.gates())).abs().max(),

@@ -22,10 +22,21 @@ class HybridBackends(FrozenConfig):
     Attributes:
         train: of a call of any length, with gradients.
         step: of one streamed token.
+        tune: where Triton kernels compute training calls on a GPU, measure at the first call which of a few sizes of
+            their tiles is the fastest, and keep the choice in the user's cache folder.
     """
 
     train: Literal["auto", "naive", "torch", "compile", "cpp", "triton"] = "auto"
     step: Literal["auto", "naive", "torch", "cpp", "triton"] = "auto"
+    tune: bool = False
+
+    @model_validator(mode="after")
+    def _tuned_kernels_are_of_triton(self) -> HybridBackends:
+        if self.tune and self.train not in ("auto", "triton"):
+            raise ValueError(
+                f"tune: true is for Triton kernels, and train is {self.train!r}; set train: triton or auto"
+            )
+        return self
 
 
 class HybridConfig(BlockConfig):

@@ -18,6 +18,7 @@ from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common.inner_curves import curves
 from moshi_ttt.plugins.hybrid import fast_network, inner_loop
+from moshi_ttt.plugins.hybrid.chunk_gradient import WholeChunks
 from moshi_ttt.plugins.hybrid.fast_network import FastNetwork, UpdateRule
 from moshi_ttt.plugins.hybrid.inner_loop import Tokens
 from moshi_ttt.plugins.hybrid.objective import InnerNorm, Objective
@@ -57,19 +58,22 @@ def _normalized(tokens: Tokens, finite: Tensor, value: Tensor, norm: InnerNorm) 
 
 
 def inner_losses(
-    tokens: Tokens, finite: Tensor, state: BlockState, norm: Objective, token_scale: Tensor, rule: UpdateRule
-) -> dict[str, Tensor]:
+    tokens: Tokens, finite: Tensor, state: BlockState, norm: Objective, token_scale: Tensor, rule: UpdateRule,
+    whole: WholeChunks | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Mean reconstruction loss of the whole chunks, at the chunk's first weights and after the chunk's update.
 
     Unweighted: 1/2 || LN(f(k)) - (v - k) ||^2 per finite token and head, without the inner LayerNorm
     1/2 || f(k) - v ||^2. nan where no whole chunk has a finite token. ``tokens`` and ``finite [B, T]`` are what
-    ``inner_loop.only_finite`` gives.
+    ``inner_loop.only_finite`` gives. ``whole``: what computes the block's whole chunks, if not tensor operations.
     """
     fast, _ = inner_loop.unpack(state)
     chunk_size = token_scale.shape[0]
     layout = ChunkLayout(tokens.q.shape[1], chunk_size, device=tokens.q.device)
     heads = tokens.q.shape[2]
     applied = layout.split((~finite)[..., None]).sum((2, 3)) == 0  # [B, T, 1] -> [B, N, C, 1] -> [B, N]
+    if whole is not None and isinstance(norm, InnerNorm) and tokens.q.shape[1] >= chunk_size:
+        return _at_once(tokens, finite, applied, fast, norm, token_scale, whole)
     # [B, T, H any] -> [B, H, N, C, any] -> N times [B, H, C, any]
     _, keys, values, rates = (layout.split(part.flatten(2), heads).unbind(2) for part in tokens)
     chunks = tokens.q.shape[1] // chunk_size
@@ -83,6 +87,33 @@ def inner_losses(
         fast = fast_network.after_chunk(fast, memory, norm, token_scale[-1], rows, rule)
         after = after + _loss(keys[n], values[n], now, fast, norm)
     first, second = before / (kept.sum() * heads), after / (kept.sum() * heads)
+    return {"inner_loss_before": first, "inner_loss_after": second, "inner_loss_ratio": second / first}
+
+
+def _at_once(
+    tokens: Tokens, finite: Tensor, applied: Tensor, fast: FastNetwork, norm: InnerNorm, token_scale: Tensor,
+    whole: WholeChunks,
+) -> dict[str, Tensor]:  # fmt: skip
+    """``inner_losses`` by ``whole``: a key's loss is that of a query there that sees none, or all, of its chunk's keys.
+
+    ``applied [B, N]``: chunks without a token that is not finite.
+    """
+    size, heads, length = token_scale.shape[0], tokens.q.shape[2], tokens.q.shape[1]
+    chunks = length // size
+    k, v, lr = (part[:, : chunks * size].float().contiguous() for part in (tokens.k, tokens.v, tokens.lr))
+    fast = FastNetwork(*(tuple(each.float().contiguous() for each in part) for part in (fast.weights, fast.biases)))
+    norm = InnerNorm(norm.weight.float(), norm.bias.float(), norm.eps)
+    last = token_scale[-1:].float()
+    scale = torch.where(applied[:, :chunks], last, 0)  # [B, N]
+    found = []
+    for seen in (torch.zeros_like(last), last):  # every query's scale, [1] -> [C]
+        y, _ = whole(Tokens(k, k, v, lr), fast, norm, seen.repeat(size), scale, causal=False, together=None)
+        found.append((y - v).square().sum(-1) / 2)  # y - k - (v - k), [B, T, H, D] -> [B, T, H]
+    updated = applied[:, :chunks].repeat_interleave(size, 1, output_size=chunks * size)  # [B, N] -> [B, T]
+    before, after = found[0], torch.where(updated[..., None], found[1], found[0])
+    kept = finite[:, : chunks * size, None]  # [B, T, 1] over [B, T, H]
+    count = kept.sum() * heads
+    first, second = (torch.where(kept, each, 0).sum() / count for each in (before, after))
     return {"inner_loss_before": first, "inner_loss_after": second, "inner_loss_ratio": second / first}
 
 

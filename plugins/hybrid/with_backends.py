@@ -11,8 +11,10 @@ from moshi_ttt.plugins.common.backends import AUTO, BackendName
 from moshi_ttt.plugins.common.block_backends import BlockWithBackends
 from moshi_ttt.plugins.hybrid.backends import STEP, TRAIN, HybridUse, StepRun, TrainRun
 from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop
+from moshi_ttt.plugins.hybrid.chunk_gradient import WholeChunks
 from moshi_ttt.plugins.hybrid.config import HybridConfig
 from moshi_ttt.plugins.hybrid.parameters import HybridParameters
+from moshi_ttt.plugins.hybrid.triton.train import TritonTrain
 
 
 class HybridWithBackends(BlockWithBackends, HybridParameters):
@@ -22,7 +24,8 @@ class HybridWithBackends(BlockWithBackends, HybridParameters):
 
     def __init__(self, config: HybridConfig, *given: Any) -> None:
         super().__init__(config, *given)
-        self._ask(dict(config.backends()))
+        named = config.backends()
+        self._ask({"train": named.train, "step": named.step})
 
     def use_backend(self, operation: str, name: BackendName, device: torch.device | None = None) -> None:
         if operation == "train" and "compute" in vars(self):
@@ -50,6 +53,11 @@ class HybridWithBackends(BlockWithBackends, HybridParameters):
             return chunk_inner_loop
         run: TrainRun = self._backend_run("train", device)
         return run
+
+    def _kernels(self, device: torch.device) -> WholeChunks | None:
+        """The kernels for whole chunks, where those have been chosen for training calls on ``device``."""
+        chosen = self._chosen["train"].get(device)
+        return chosen.run.whole if chosen is not None and isinstance(chosen.run, TritonTrain) else None
 
     def _step_run(self, device: torch.device) -> StepRun:
         run: StepRun = self._backend_run("step", device)

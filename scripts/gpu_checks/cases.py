@@ -63,7 +63,7 @@ class GatedMLP(nn.Module):
 
 def block_of(
     entry: Mapping[str, Any], device: torch.device, dtype: torch.dtype, *, dim: int = 64, heads: int = 2,
-    hidden: int = 96,
+    hidden: int = 96, policy: str = "fp32_state",
 ) -> SequenceBlock:  # fmt: skip
     """One block with values away from its initial zeros and ones, drawn on the CPU: equal on every device."""
     registry = default_registry()
@@ -74,8 +74,8 @@ def block_of(
         site=Site(0, kind), dim=dim, num_heads=heads, device=device, dtype=dtype, format=SequenceFormat(), mlp=mlp,
         frame_rate=12.5,
     )  # fmt: skip
-    policy = registry.policy("fp32_state")
-    block = variant.factory(parse_block({"layers": "0", **entry}, registry=registry), info, policy.roles(dtype))
+    roles = registry.policy(policy).roles(dtype)
+    block = variant.factory(parse_block({"layers": "0", **entry}, registry=registry), info, roles)
     generator = torch.Generator().manual_seed(0)
     block.reset_parameters(generator)
     with torch.no_grad():

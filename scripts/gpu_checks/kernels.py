@@ -34,6 +34,7 @@ def training_kernels(report: Report) -> None:
                 return
             try:
                 _compare(report, label, entry, width)
+                _compare_bfloat16(report, label, entry, width)
                 for rows in (1,) if report.small else (1, 4):
                     _time(report, f"{label} B{rows}", entry, rows, {"dim": heads * width, "heads": heads})
             except Exception as problem:  # a kernel that does not fit this card: the others go on
@@ -64,10 +65,32 @@ def _compare(report: Report, label: str, entry: dict[str, Any], width: int) -> N
         report.check(f"{label}{name}: gradients", max(relative(a, b) for a, b in pairs), GRADIENT_LIMIT)
 
 
-def _outcome(block: SequenceBlock, cuts: list[int], context: BlockContext) -> list[Tensor]:
-    """The output, the gradient of the input, and those of the parameters (zero where there is none)."""
+def _compare_bfloat16(report: Report, label: str, entry: dict[str, Any], width: int) -> None:
+    """A call under the policy ``uniform``: no further from float64 than torch's form, by more than one rounding."""
+    shape: dict[str, Any] = {"dim": 2 * width, "heads": 2, "policy": "uniform"}
+    blocks = [block_of(_by(entry, "torch"), torch.device("cpu"), torch.float64, **shape)]
+    blocks += [block_of(_by(entry, each), report.device, torch.bfloat16, **shape) for each in ("torch", "triton")]
+    values = blocks[1].state_dict()  # which bfloat16 holds
+    for block in blocks:
+        block.load_state_dict(values)
+    cuts = [4 * entry["chunk"] + 7]
+    expected, theirs, ours = (_outcome(each, cuts, BlockContext(want_state=False), torch.bfloat16) for each in blocks)
+    report.check(f"{label}, uniform: output", relative(ours[0], expected[0]), relative(theirs[0], expected[0]) + 2**-8)
+    kept = [n for n, tensor in enumerate(expected) if n and float(tensor.norm()) > 1e-9]
+    total, most = (sum(relative(each[n], expected[n]) for n in kept) for each in (ours, theirs))
+    report.check(f"{label}, uniform: gradients, in sum", total, most)
+
+
+def _outcome(
+    block: SequenceBlock, cuts: list[int], context: BlockContext, through: torch.dtype | None = None
+) -> list[Tensor]:
+    """The output, the gradient of the input, and those of the parameters (zero where there is none).
+
+    ``through``: a dtype that the inputs are rounded to.
+    """
     device, dtype = block.info.device, block.info.dtype
-    x, cotangent = (each.to(device, dtype) for each in activations(2, sum(cuts), block.info.dim, 2))
+    drawn = activations(2, sum(cuts), block.info.dim, 2)
+    x, cotangent = (each.to(through or dtype).to(device, dtype, copy=True) for each in drawn)
     x.requires_grad_()
     block.zero_grad()
     state, outputs = None, []
@@ -81,16 +104,23 @@ def _outcome(block: SequenceBlock, cuts: list[int], context: BlockContext) -> li
 
 
 def _time(report: Report, label: str, entry: dict[str, Any], rows: int, shape: dict[str, int]) -> None:
-    """Forward and backward of one block in a bfloat16 model with a float32 state, by both backends."""
+    """Forward and backward of one block in a bfloat16 model with a float32 state, by both backends.
+
+    Of the kernels also with the tile that is found by measuring, which on a CPU is none.
+    """
     length = 40 if report.small else 1250
     dtype = torch.float32 if report.small else torch.bfloat16
     x = torch.randn(rows, length, shape["dim"], device=report.device, dtype=dtype, requires_grad=True)
     spent = {}
-    for backend, repeats in (("triton", 5), ("torch", 3)):
-        block = block_of(_by(entry, backend), report.device, dtype, **shape)
-        spent[backend] = report.milliseconds(_both(block, x), repeats)
+    backends: dict[str, dict[str, Any]] = {"triton": {"train": "triton"}, "torch": {"train": "torch"}}
+    if report.device.type == "cuda":
+        backends["tuned"] = {"train": "triton", "tune": True}
+    for name, backend in backends.items():
+        block = block_of({**entry, "backend": backend}, report.device, dtype, **shape)
+        spent[name] = report.milliseconds(_both(block, x), 3 if name == "torch" else 5)
     ours, theirs = spent["triton"], spent["torch"]
-    report.figure(f"kernels {label}", **{"ms": ours, "torch ms": theirs, "times faster": theirs / ours})
+    found = {"ms": ours, "torch ms": theirs, "times faster": theirs / ours}
+    report.figure(f"kernels {label}", **found, **({"tuned ms": spent["tuned"]} if "tuned" in spent else {}))
 
 
 def _both(block: SequenceBlock, x: Tensor) -> Callable[[], None]:

@@ -12,11 +12,15 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from moshi_ttt.core.precision import MatmulPrecision
-from moshi_ttt.plugins.hybrid.triton.resources import too_large
-from moshi_ttt.plugins.hybrid.triton.train_settings import Products, TrainSettings
+from moshi_ttt.plugins.hybrid.triton.resources import training_too_large
+from moshi_ttt.plugins.hybrid.triton.train_settings import Products
 
 LEAST_TRITON = (3, 2)
 LEAST_CAPABILITY = (8, 0)
+STATES = (torch.float32, torch.bfloat16)
+"""Dtypes of the state that the kernels read and write; they compute in float32 with both."""
+COMPUTED = (torch.float32, torch.bfloat16)
+"""Dtypes of the roles whose part the kernels compute in float32: no less precisely than the policy asks."""
 CHUNKS, HEAD_WIDTHS = (16, 32, 64), (16, 32, 64, 128)
 """Tile sizes that the kernels take: powers of two from the least that a matrix product has."""
 BY_AUTO = {"linear": (16, 32), "mlp": (16,), "around": (16,)}
@@ -27,19 +31,6 @@ What is around the inner loop takes as much with every chunk, and is recorded at
 CHECKED: frozenset[str] = frozenset()
 """The kernels that have passed ``make gpu-check`` on a GPU as they are now, of ``linear``, ``mlp`` and ``step``."""
 AUTO_HEAD_WIDTHS = (64, 128)
-SLICE = 32
-"""Rows of W in one product of TTT-Linear, and the most hidden units of TTT-MLP that one program has, at chunk 16; half
-of that at larger ones."""
-GROUP = 320
-"""Tokens between two of which the fast weights are kept for the backward pass, without ``checkpoint_chunks``.
-
-With heads of 128 and a hidden width of 512 the fast weights of a row are as large as 1,024 tokens in float32. The more
-tokens a group has, the less is kept, and the more is alive while the backward pass goes through a group.
-"""
-
-
-PARTS = 160
-"""Tokens of which TTT-MLP's slices hold their parts of outputs, or of gradients, at a time."""
 
 
 def kind_of(widths: tuple[int, ...]) -> str | None:
@@ -47,11 +38,14 @@ def kind_of(widths: tuple[int, ...]) -> str | None:
     return {2: "linear", 3: "mlp"}.get(len(widths))
 
 
-def products_of(device: torch.device, precision: MatmulPrecision) -> Products:
-    """How the kernels multiply matrices of float32: never less precisely than the policy has torch do it.
+def products_of(device: torch.device, precision: MatmulPrecision, state: torch.dtype = torch.float32) -> Products:
+    """How the kernels multiply matrices: never less precisely than the policy has torch do it.
 
-    As three products of tf32 parts, and in tf32 alone where the policy asks for that. Interpreted, in float32.
+    With a state in float32, as three products of tf32 parts, and in tf32 alone where the policy asks for that; on a
+    CPU, interpreted, in float32. With a state in bfloat16 the torch form multiplies in bfloat16, and so do the kernels.
     """
+    if state == torch.bfloat16:
+        return "bf16_interpreted" if device.type == "cpu" else "bf16"
     if device.type == "cpu":
         return "ieee"
     return "tf32x3" if precision == "highest" else "tf32"
@@ -128,8 +122,8 @@ def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int, produ
         return f"a hidden width of {widths[1]} was not measured; auto takes the kernels at four times the head width"
     capability = torch.cuda.get_device_capability(device)
     return (
-        too_large(kind, chunk, widths[0], products, capability)
-        or too_large("around", BY_AUTO["around"][0], widths[0], products, capability)
+        training_too_large(kind, chunk, widths[0], products, capability)
+        or training_too_large("around", BY_AUTO["around"][0], widths[0], products, capability)
         or not_checked(kind)
     )
 
@@ -139,14 +133,3 @@ def not_checked(kernels: str) -> str | None:
     if kernels in CHECKED:
         return None
     return f"its kernels ({kernels}) have not passed `make gpu-check` as they are now; ask for them by name"
-
-
-def settings_of(
-    chunk: int, eps: float, products: Products, causal: bool = True, together: int | None = None
-) -> TrainSettings:
-    """How the kernels run, here and in the record of what they take."""
-    return TrainSettings(
-        chunk=chunk, eps=eps, causal=causal, precision=products, every=together or max(1, GROUP // chunk),
-        parts=max(1, PARTS // chunk),
-        slice_width=SLICE if chunk == 16 else SLICE // 2,
-    )  # fmt: skip

@@ -99,8 +99,6 @@ def mlp_second_layer_gradients(
     scale, through = tl.load(SCALE + row * N + CHUNK), product(g2, tl.trans(dw2), PRECISION)
     tl.store(D_SCALE + which, -tl.sum(x2 * through) - once * tl.sum(g2 * db2))
     dx2 = product(tl.trans(d_affinity), xq, PRECISION) - scale * through
-    if GIVEN:
-        dx2 = tl.where(rate < 0, 0.0, dx2)
     tl.store(DX2 + hidden, dx2)
     dg2 = product(tl.trans(token_scale * affinity), dzq2, PRECISION)
     dg2 += scale * (product(x2, dw2, PRECISION) + once * db2)
@@ -205,7 +203,10 @@ def mlp_key_gradients(
     w1, b1, w2 = tl.load(W1 + first), tl.load(B1 + bh * width + unit), tl.load(W2 + second)
     hidden = (bh * C + slot)[:, None] * width + unit[None, :]
     z1 = product(k, w1, PRECISION) + b1[None, :]
-    dx2 = tl.load(DX2 + hidden) + product(dz2, tl.trans(w2), PRECISION)
+    dx2 = tl.load(DX2 + hidden)
+    if GIVEN:  # here, where there are registers for it: what is given has no gradient
+        dx2 = tl.where(tl.load(LR + at, mask=token < T, other=0.0).to(tl.float32)[:, None] < 0, 0.0, dx2)
+    dx2 += product(dz2, tl.trans(w2), PRECISION)
     dz1 = tl.load(DZ1 + hidden) + dx2 * gelu_slope(z1)
     tile = (bh * SLICES + part) * C * D + slot[:, None] * D + column[None, :]
     dk = tl.load(DK_PART + tile) + product(dz1, tl.trans(w1), PRECISION)

@@ -19,9 +19,9 @@ from moshi_ttt.plugins.common.finite import largest_factor
 from moshi_ttt.plugins.hybrid.fast_network import UpdateRule
 from moshi_ttt.plugins.hybrid.inner_loop import COUNTERS, Tokens, unpack
 from moshi_ttt.plugins.hybrid.objective import InnerNorm, Objective
-from moshi_ttt.plugins.hybrid.triton.backend import by_name_alone, not_checked
+from moshi_ttt.plugins.hybrid.triton.backend import COMPUTED, by_name_alone, not_checked
+from moshi_ttt.plugins.hybrid.triton.resources import step_too_large
 from moshi_ttt.plugins.hybrid.triton.step_operations import operations
-from moshi_ttt.plugins.hybrid.triton.step_resources import too_large
 
 if TYPE_CHECKING:
     from moshi_ttt.core.block import BlockContext
@@ -47,10 +47,12 @@ def not_these_shapes(widths: tuple[int, ...], chunk: int) -> str | None:
     return None
 
 
-def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int) -> str | None:
+def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int, state: torch.dtype) -> str | None:
     """Why ``auto`` takes another backend for a step where the kernels could run."""
     if (reason := by_name_alone(device)) is not None:
         return reason
+    if state != torch.float32:
+        return f"its state is {state}, and what the kernels take of a GPU is recorded for float32"
     hidden = {width // widths[0] if width % widths[0] == 0 else None for width in widths[1:-1]}
     if chunk not in AUTO_CHUNKS or widths[0] not in AUTO_HEAD_WIDTHS or hidden - {AUTO_EXPANSION} or len(widths) > 4:
         return (
@@ -59,7 +61,7 @@ def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int) -> st
             f"{chunk} and its widths are {', '.join(map(str, widths))}"
         )
     capability = torch.cuda.get_device_capability(device)
-    return too_large(len(widths) - 1, chunk, widths[0], capability) or not_checked("step")
+    return step_too_large(len(widths) - 1, chunk, widths[0], capability) or not_checked("step")
 
 
 def _listed(numbers: tuple[int, ...]) -> str:
@@ -96,10 +98,10 @@ class TritonStep:
     def takes_layer(self, block: HybridBlock) -> bool:
         """Whether ``layer`` computes what is around the block's inner loop too; the block does so itself where not.
 
-        Not with a short convolution, nor under a policy that computes in other dtypes than float32.
+        Not with a short convolution, nor under a policy that computes in other dtypes than ``COMPUTED``.
         """
         roles = block.roles
-        wide = all(dtype == torch.float32 for dtype in (roles.compute, roles.rope, roles.output))
+        wide = all(dtype in COMPUTED for dtype in (roles.compute, roles.rope, roles.output))
         return wide and block.config.conv_kernel is None and block.info.dim <= MOST_CHANNELS
 
     def layer(

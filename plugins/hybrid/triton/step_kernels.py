@@ -33,6 +33,7 @@ from moshi_ttt.plugins.hybrid.triton.step_parts import (
     descend_columns,
     descend_rows,
     moments,
+    numbers,
     output_gradient,
     row_now,
     subtract_chunk,
@@ -64,7 +65,7 @@ def keys(
     column, unit = tl.arange(0, BD), part * S + tl.arange(0, S)
     k, q = vector_where(finite, K + bh * D, column, D), vector_where(finite, Q + bh * D, column, D)
     inside = (column < D)[:, None] & (unit < F)[None, :]  # [D, S]
-    w = tl.load(W + bh * D * F + column[:, None] * F + unit[None, :], mask=inside, other=0.0)
+    w = numbers(W + bh * D * F + column[:, None] * F + unit[None, :], inside)
     bias = vector(B + bh * F, unit, F)
     z = tl.sum(k[:, None] * w, 0) + bias
     tl.store(Z + bh * F + unit, z, mask=unit < F)
@@ -79,7 +80,7 @@ def keys(
             slot = start + tl.arange(0, BC)
             older = (slot < position)[:, None] & (column < D)[None, :]  # [BC, D]
             place = (bh * C + slot)[:, None] * D + column[None, :]
-            seen = tl.load(INPUT + place, mask=older, other=0.0)
+            seen = numbers(INPUT + place, older)
             seen = tl.where((slot == position)[:, None], k[None, :], seen)
             tl.store(AFFINITY + bh * C + slot, scale * (tl.sum(seen * q[None, :], 1) + 1), mask=slot <= position)
         tl.store(INPUT + (bh * C + position) * D + column, k, mask=column < D)
@@ -211,7 +212,7 @@ def queries(
     for start in range(0, C, BC):
         token = start + tl.arange(0, BC)
         seen = (token <= position)[:, None] & (unit < F)[None, :]  # [BC, S]
-        inputs = tl.load(NEXT_INPUT + (bh * C + token)[:, None] * F + unit[None, :], mask=seen, other=0.0)
+        inputs = numbers(NEXT_INPUT + (bh * C + token)[:, None] * F + unit[None, :], seen)
         tl.store(NEXT_AFFINITY_PART + (bh * SLICES + part) * C + token, tl.sum(inputs * x[None, :], 1), mask=token < C)
     add_next_parts(x, NEXT_W + bh * F * OUT, NEXT_QUERY_PART + (bh * SLICES + part) * OUT, unit, F, OUT, BO)
     if position == C - 1:

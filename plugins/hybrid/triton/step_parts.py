@@ -1,7 +1,7 @@
 """What the kernels of a streamed step share: vectors of one token, sums over slices, the loss's gradient, updates.
 
-Everything is float32, and every product is one of float32 on the CUDA cores: a step multiplies vectors by matrices, and
-what takes time is to read the matrices.
+Everything is computed in float32, and every product is one of float32 on the CUDA cores: a step multiplies vectors by
+matrices, and what takes time is to read the matrices. What is stored in a state is rounded to the state's dtype.
 
 Shape legend: B rows, H heads, C tokens a chunk, D head width, F hidden width, P slices of S hidden units.
 """
@@ -12,6 +12,12 @@ import triton
 import triton.language as tl
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+
+
+@triton.jit
+def numbers(at, inside):
+    """What lies ``at`` pointers, in float32; zero where not ``inside``."""
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -78,7 +84,7 @@ def add_next_parts(
     for start in range(0, OUT, BO):
         out = start + tl.arange(0, BO)
         inside = (unit < F)[:, None] & (out < OUT)[None, :]  # [S, BO]
-        w = tl.load(W + unit[:, None] * OUT + out[None, :], mask=inside, other=0.0)
+        w = numbers(W + unit[:, None] * OUT + out[None, :], inside)
         tl.store(PART + out, tl.sum(x[:, None] * w, 0), mask=out < OUT)
 
 
@@ -89,7 +95,7 @@ def back_through(g, G, W, unit, F: tl.constexpr, OUT: tl.constexpr, BO: tl.const
     for start in range(0, OUT, BO):
         out = start + tl.arange(0, BO)
         inside = (unit < F)[:, None] & (out < OUT)[None, :]  # [S, BO]
-        w = tl.load(W + unit[:, None] * OUT + out[None, :], mask=inside, other=0.0)
+        w = numbers(W + unit[:, None] * OUT + out[None, :], inside)
         if GIVEN:
             now = g
         else:
@@ -111,7 +117,7 @@ def subtract_chunk(
     for start in range(0, C, BC):
         slot = start + tl.arange(0, BC)
         inside = (slot < position)[:, None] & (unit < F)[None, :]  # [BC, S]
-        older = tl.load(G + slot[:, None] * F + unit[None, :], mask=inside, other=0.0)
+        older = numbers(G + slot[:, None] * F + unit[None, :], inside)
         rows = tl.where((slot == position)[:, None], g[None, :], older)
         if AFFINITY is not None:
             affinity = tl.load(AFFINITY + slot, mask=slot <= position, other=0.0)
@@ -132,11 +138,10 @@ def descend_columns(
     """
     place = column[:, None] * F + unit[None, :]
     inside = (column < D)[:, None] & (unit < F)[None, :]  # [D, S]
-    w, total = tl.load(W + place, mask=inside, other=0.0), g
+    w, total = numbers(W + place, inside), g
     w -= (scale * vector(INPUT + (C - 1) * D, column, D))[:, None] * g[None, :]
     for t in tl.range(0, C - 1, loop_unroll_factor=4):
-        x = tl.load(INPUT + t * D + column, mask=column < D, other=0.0)
-        now = tl.load(G + t * F + unit, mask=unit < F, other=0.0)
+        x, now = vector(INPUT + t * D, column, D), vector(G + t * F, unit, F)
         w -= (scale * x)[:, None] * now[None, :]
         total += now
     tl.store(W + place, w, mask=inside)
@@ -148,7 +153,7 @@ def descend_bias(B, G, scale, unit, F: tl.constexpr, C: tl.constexpr):
     """Elements ``unit [S]`` of ``B [F]`` after a chunk with gradients ``G [C, F]``, in place."""
     total = unit.to(tl.float32) * 0
     for t in tl.range(0, C, loop_unroll_factor=4):
-        total += tl.load(G + t * F + unit, mask=unit < F, other=0.0)
+        total += vector(G + t * F, unit, F)
     tl.store(B + unit, vector(B, unit, F) - scale * total, mask=unit < F)
 
 
@@ -165,15 +170,14 @@ def descend_rows(
         out = start + tl.arange(0, BO)
         inside = (unit < F)[:, None] & (out < OUT)[None, :]  # [S, BO]
         place = unit[:, None] * OUT + out[None, :]
-        w = tl.load(W + place, mask=inside, other=0.0)
+        w = numbers(W + place, inside)
         if GIVEN:
             now = g
         else:
             now = vector(G + (C - 1) * OUT, out, OUT)
         w -= (scale * vector(INPUT + (C - 1) * F, unit, F))[:, None] * now[None, :]
         for t in tl.range(0, C - 1, loop_unroll_factor=4):
-            x = tl.load(INPUT + t * F + unit, mask=unit < F, other=0.0)
-            gradient = tl.load(G + t * OUT + out, mask=out < OUT, other=0.0)
+            x, gradient = vector(INPUT + t * F, unit, F), vector(G + t * OUT, out, OUT)
             w -= (scale * x)[:, None] * gradient[None, :]
         tl.store(W + place, w, mask=inside)
 

@@ -20,11 +20,13 @@ from moshi_ttt.core.errors import BackendError
 from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common.projection import Linear
 from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop, counted
+from moshi_ttt.plugins.hybrid.chunk_gradient import WholeChunks
 from moshi_ttt.plugins.hybrid.fast_network import ChunkMemory, FastNetwork, chunk_gradients
 from moshi_ttt.plugins.hybrid.inner_loop import Tokens, pack, unpack
-from moshi_ttt.plugins.hybrid.objective import InnerNorm
-from moshi_ttt.plugins.hybrid.triton.backend import settings_of
-from moshi_ttt.plugins.hybrid.triton.train_settings import Products, TrainSettings
+from moshi_ttt.plugins.hybrid.objective import InnerNorm, Objective
+from moshi_ttt.plugins.hybrid.triton.backend import COMPUTED
+from moshi_ttt.plugins.hybrid.triton.train_settings import Products, TrainSettings, settings_of
+from moshi_ttt.plugins.hybrid.triton.tuning import tile_on
 
 if TYPE_CHECKING:
     from moshi_ttt.core.block import BlockContext
@@ -35,8 +37,11 @@ MOST_CHANNELS = 16384
 """Of the host: a program has a token."""
 
 
-def load(device: torch.device, products: Products) -> TritonTrain:
-    """The backend. Raises BackendError where ``device`` is a CPU and Triton does not interpret."""
+def load(device: torch.device, products: Products, tunes: bool = False) -> TritonTrain:
+    """The backend. Raises BackendError where ``device`` is a CPU and Triton does not interpret.
+
+    ``tunes``: measure which tile is the fastest, at the first call of each shape on a GPU.
+    """
     from moshi_ttt.plugins.hybrid.triton import linear_kernels
 
     if device.type == "cpu" and type(linear_kernels.linear_states).__name__ != "InterpretedFunction":
@@ -44,29 +49,40 @@ def load(device: torch.device, products: Products) -> TritonTrain:
             "Triton was imported before TRITON_INTERPRET=1 was set, and compiles its kernels. Set it before the "
             "process starts."
         )
-    return TritonTrain(products)
+    return TritonTrain(products, tunes and device.type == "cuda")
 
 
 class TritonTrain:
     """The inner loop of a call, as ``chunk_inner_loop``, and the call of a whole layer."""
 
-    def __init__(self, products: Products) -> None:
-        self.products = products
-        self._chunks = partial(chunk_inner_loop, whole=partial(whole_by_kernels, products=products))
+    def __init__(self, products: Products, tunes: bool = False) -> None:
+        self.products, self.tunes = products, tunes
+        self.whole: WholeChunks = partial(whole_by_kernels, products=products)
+        self._chunks = partial(chunk_inner_loop, whole=self.whole)
 
-    def __call__(self, *given: Any, **named: Any) -> tuple[Tensor, BlockState]:
-        return self._chunks(*given, **named)
+    def __call__(
+        self, tokens: Tokens, state: BlockState, norm: Objective, token_scale: Tensor, **named: Any
+    ) -> tuple[Tensor, BlockState]:
+        """As ``chunk_inner_loop``; from a state in bfloat16, in float32, and rounded to that at the end."""
+        dtype = token_scale.dtype
+        if dtype == torch.float32:
+            return self._chunks(tokens, state, norm, token_scale, **named)
+        assert isinstance(norm, InnerNorm)
+        tokens = Tokens(*(part.float() for part in tokens))
+        norm = InnerNorm(norm.weight.float(), norm.bias.float(), norm.eps, norm.exact)
+        y, after = self._chunks(tokens, _in_dtype(state, torch.float32), norm, token_scale.float(), **named)
+        return y.to(dtype), _in_dtype(after, dtype)
 
     def takes_layer(self, block: HybridBlock, state: BlockState | None, context: BlockContext, length: int) -> bool:
         """Whether ``layer`` computes a call of ``length`` tokens; else the block does what is around the inner loop.
 
         Not on a grid, in a stream, with a short convolution or values of the embeddings, nor under a policy that
-        computes in other dtypes than float32. From a given state: only where no gradient of its unfinished chunk is
-        taken, and the call ends that chunk.
+        computes in other dtypes than ``COMPUTED``. From a given state: only where no gradient of its unfinished chunk
+        is taken, and the call ends that chunk.
         """
         roles, config = block.roles, block.config
         here = context.coordinates is None and context.casts is None and block.info.dim <= MOST_CHANNELS
-        wide = all(dtype == torch.float32 for dtype in (roles.compute, roles.rope, roles.output))
+        wide = all(dtype in COMPUTED for dtype in (roles.compute, roles.rope, roles.output))
         if not (here and wide and config.conv_kernel is None and config.value == "hidden"):
             return False
         if state is None:
@@ -80,7 +96,8 @@ class TritonTrain:
     ) -> tuple[Tensor, BlockState]:  # fmt: skip
         """The output ``[B, T, N]`` for ``x [B, T, N]``, and the state after it.
 
-        Where it is not wanted, the state is that after the last whole chunk.
+        Where it is not wanted, the state is that after the last whole chunk. Its fast weights go from chunk to chunk in
+        float32, and it is rounded to its own dtype at the end.
 
         Args:
             gate: alpha, ``[N]`` or ``[1]``. token_scale: ``[C]``.
@@ -99,19 +116,25 @@ class TritonTrain:
         norm, post = (block.norm_weight, block.norm_bias), block.post_norm.tensors()
         out, found = inner_layer(
             parts, finite, context.updates_mask(x), norm, token_scale, (post.weight, post.bias), tuple(fast),
-            self._numbers(block, continues), _continued(state) if continues else None,
+            self._numbers(block, continues, x), _continued(state) if continues else None,
         )  # fmt: skip
         (added,) = projected(out, [block.wo.tensors()], (matmul,))
         y = gated(x, added, gate, block.volume_in(context))
         objective = InnerNorm(norm[0].float(), norm[1].float(), block.config.norm_eps)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not context.detach_state):
-            return y, _state_after(state, found, x.shape[1], context.want_state, objective, token_scale)
+            after = _state_after(state, found, x.shape[1], context.want_state, objective, token_scale.float())
+            return y, _in_dtype(after, block.roles.state)
 
-    def _numbers(self, block: HybridBlock, given: bool) -> LayerNumbers:
+    def _numbers(self, block: HybridBlock, given: bool, x: Tensor) -> LayerNumbers:
         from moshi_ttt.plugins.hybrid.triton.train_layer import LayerNumbers
 
         config, widths = block.config, block.widths(block.config, block.info.dim // block.info.num_heads)
-        settings = settings_of(config.chunk, config.norm_eps, self.products, config.causal, config.checkpoint_chunks)
+        tile = None
+        if self.tunes:
+            tile = tile_on(x.device, config.chunk, widths, block.info.num_heads, x.shape[0], self.products)
+        settings = settings_of(
+            config.chunk, config.norm_eps, self.products, config.causal, config.checkpoint_chunks, tile
+        )
         return LayerNumbers(
             settings=replace(_in_slices(settings, widths), given=given), heads=block.info.num_heads,
             base_rate=config.base_lr / widths[0],
@@ -119,6 +142,11 @@ class TritonTrain:
             target_eps=max(config.target_eps, torch.finfo(torch.float32).tiny), post_norm_eps=config.post_norm_eps,
             output=block.roles.matmul,
         )  # fmt: skip
+
+
+def _in_dtype(state: BlockState, dtype: torch.dtype) -> BlockState:
+    """``state`` with its floating-point tensors in ``dtype``."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
 def _continued(state: BlockState) -> Continued:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moshi_ttt.core.device_log import LAUNCHES
-from moshi_ttt.plugins.hybrid.triton.resources import MODULES
+from moshi_ttt.plugins.hybrid.triton.compilations import MODULES
 
 NAME = f"{LAUNCHES}moshi_ttt_hybrid"
 SCHEMA = (
@@ -40,7 +40,7 @@ def launch(
     """Run a kernel once.
 
     Args:
-        kernel: its name, one of those in ``resources.MODULES``.
+        kernel: its name, one of those in ``compilations.MODULES``.
         grid: how many programs, in up to three dimensions.
         given, written: its tensors, in the order of its arguments; those of ``given`` are read only.
         numbers: the arguments after them.

@@ -23,12 +23,8 @@ from moshi_ttt.plugins.hybrid.triton.linear_chunk import LinearChunks
 from moshi_ttt.plugins.hybrid.triton.mlp_chunk import MLPChunks
 from moshi_ttt.plugins.hybrid.triton.step_blocks import block_of
 from moshi_ttt.plugins.hybrid.triton.train_launches import launch
-from moshi_ttt.plugins.hybrid.triton.train_settings import TrainSettings
+from moshi_ttt.plugins.hybrid.triton.train_settings import EACH, GATED, TrainSettings
 
-EACH = 16
-"""Tokens of a program that adds up gradients of parameters."""
-GATED = 1024
-"""Channels of a program of the gate."""
 WARPS = 8
 
 
@@ -198,7 +194,8 @@ class _Surroundings:
         return other if self.continued is None else self.continued.position
 
 
-def _chunks_of(shape: torch.Size, fast: tuple[Tensor, ...], settings: TrainSettings) -> MLPChunks | LinearChunks:
+def chunks_of(shape: torch.Size, fast: tuple[Tensor, ...], settings: TrainSettings) -> MLPChunks | LinearChunks:
+    """The two passes over a call's chunks, for W and b, or W1, b1, W2 and b2; ``shape`` is that of the queries."""
     return MLPChunks(shape, fast[0].shape[-1], settings) if len(fast) == 4 else LinearChunks(shape, settings)
 
 
@@ -218,7 +215,7 @@ class _InnerLayer(torch.autograd.Function):
         fast, around = given[9:], _Surroundings(projections[0], updated, continued, numbers)
         tokens, ok = around.tokens(projections, finite, (norm_w, norm_b))
         counts, applied, scale = around.scales(ok, token_scale)
-        chunks = _chunks_of(around.shape, fast, numbers.settings)
+        chunks = chunks_of(around.shape, fast, numbers.settings)
         y, end, kept = chunks.forward(tokens, (norm_w, norm_b, token_scale, scale), _of_rows(fast, len(ok)))
         out = around.post_norm(y, post_w, post_b)
         ctx.save_for_backward(
@@ -238,7 +235,7 @@ class _InnerLayer(torch.autograd.Function):
         fast, kept = saved[12 : 12 + ctx.fast], saved[12 + ctx.fast :]
         around = _Surroundings(projections[0], ctx.updated, ctx.continued, ctx.numbers)
         tokens = around.tokens(projections, finite, (norm_w, norm_b))[0]
-        small, chunks = (norm_w, norm_b, token_scale, scale), _chunks_of(around.shape, fast, ctx.numbers.settings)
+        small, chunks = (norm_w, norm_b, token_scale, scale), chunks_of(around.shape, fast, ctx.numbers.settings)
         y = chunks.outputs(tokens[0], small, kept)
         if d_out is None:  # only the state after the call has a gradient
             d_out = torch.zeros(*finite.shape, len(post_w), device=y.device, dtype=ctx.numbers.output)

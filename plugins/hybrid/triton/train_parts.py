@@ -1,7 +1,8 @@
 """What the training kernels share: products, the inner LayerNorm with its derivatives, gelu, loads of a chunk.
 
 Everything is computed in float32, whatever the inputs' dtype. ``PRECISION`` says how matrices are multiplied: one of
-tl.dot's names (``ieee``, ``tf32x3``, ``bf16x3``, ``tf32``), or ``bf16``, which rounds both factors to bfloat16.
+tl.dot's names (``ieee``, ``tf32x3``, ``bf16x3``, ``tf32``), or ``bf16``, which rounds both factors to bfloat16
+(``bf16_interpreted``: the same in Triton's interpreter).
 
 Shape legend: C tokens a chunk, D head width, F hidden width.
 """
@@ -15,10 +16,23 @@ import triton.language as tl
 
 
 @triton.jit
+def nearest_bfloat16(x):
+    """``x``, in float32, rounded to the nearest bfloat16 (of two, the even one); a NaN stays one.
+
+    In the interpreter, which cuts bits off where a GPU rounds.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def product(a, b, PRECISION: tl.constexpr):
     """``a @ b`` with float32 sums."""
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    elif PRECISION == "bf16_interpreted":
+        return tl.dot(nearest_bfloat16(a), nearest_bfloat16(b), input_precision="ieee")
     else:
         return tl.dot(a, b, input_precision=PRECISION)
 

@@ -100,11 +100,11 @@ def test_compiled_by_torch_it_is_the_same_with_second_derivatives():
 
 
 def test_a_name_is_for_the_operations_that_have_it():
-    assert dict(TTTMLPConfig(backend="compile").backends()) == {"train": "compile", "step": "auto"}
-    assert dict(TTTMLPConfig(backend="cpp").backends()) == {"train": "cpp", "step": "cpp"}
-    assert dict(TTTMLPConfig(backend="naive").backends()) == {"train": "naive", "step": "naive"}
-    assert dict(TTTMLPConfig(backend={"step": "torch"}).backends()) == {"train": "auto", "step": "torch"}
-    assert dict(TTTLinearConfig().backends()) == {"train": "auto", "step": "auto"}
+    assert dict(TTTMLPConfig(backend="compile").backends()) == {"train": "compile", "step": "auto", "tune": False}
+    assert dict(TTTMLPConfig(backend="cpp").backends()) == {"train": "cpp", "step": "cpp", "tune": False}
+    assert dict(TTTMLPConfig(backend="naive").backends()) == {"train": "naive", "step": "naive", "tune": False}
+    assert dict(TTTMLPConfig(backend={"step": "torch"}).backends()) == {"train": "auto", "step": "torch", "tune": False}
+    assert dict(TTTLinearConfig().backends()) == {"train": "auto", "step": "auto", "tune": False}
 
 
 @pytest.mark.parametrize(
@@ -122,12 +122,13 @@ def test_a_backend_that_does_not_exist_is_refused(given, said):
         parse_block({"variant": "ttt_mlp", "backend": given})
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_kernels_are_for_a_state_in_float32(dtype, monkeypatch):
+def test_the_kernels_are_for_a_state_in_float32_or_bfloat16(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    case = case_of("ttt_mlp", {"backend": "triton", "chunk": 16}, dtype, policy=UNIFORM)
-    with pytest.raises(BackendError, match=rf"its state is {dtype}; the kernels are for float32"):
+    case = case_of("ttt_mlp", {"backend": "triton", "chunk": 16}, torch.float64, policy=UNIFORM)
+    with pytest.raises(BackendError, match=r"its state is torch.float64; the kernels are for float32 and bfloat16"):
         case.block()(case.inputs(3))
+    with pytest.raises(BackendError, match=r"torch.float64; the kernels of a step are for float32 and bfloat16"):
+        case.block().step(case.inputs(1), case.block().allocate_state(3))
 
 
 @pytest.mark.parametrize(

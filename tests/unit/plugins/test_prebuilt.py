@@ -196,7 +196,7 @@ def test_one_that_cannot_be_loaded_is_built_here_and_named(library, caplog):
     with caplog.at_level(logging.WARNING, logger="moshi_ttt.native"):
         library.load()
     assert "Nothing is prebuilt and cannot be loaded, so it is built here" in caplog.text
-    assert list(native._cache().rglob("nothing.so")) != []
+    assert list(native.cache_folder().rglob("nothing.so")) != []
 
 
 @needs_compiler
@@ -205,7 +205,7 @@ def test_a_prebuilt_one_needs_no_compiler_and_no_cache(monkeypatch, library):
     assert file == library.prebuilt()
     monkeypatch.setenv("CXX", "/no/compiler")
     library.load()
-    assert not native._cache().exists()
+    assert not native.cache_folder().exists()
 
 
 def test_a_prebuild_that_fails_says_for_what(monkeypatch, library):

@@ -107,7 +107,7 @@ def card(monkeypatch):
     ("given", "said"),
     [
         ({"device": "cpu"}, "its device is cpu"),
-        ({"dtype": torch.bfloat16}, r"its state is torch\.bfloat16; the kernels of a step are for float32"),
+        ({"dtype": torch.float64}, r"its state is torch\.float64; the kernels of a step are for float32 and bfloat16"),
         ({"options": {"momentum": 0.9}}, r"it has momentum: 0\.9"),
         ({"options": {"inner_steps": 2}}, "it has inner_steps: 2"),
         ({"options": {"inner_norm": False}}, "it has inner_norm: False"),
@@ -131,7 +131,13 @@ def test_auto_takes_what_is_recorded_to_fit(widths, card):
 @needs_triton
 @pytest.mark.parametrize(
     "given",
-    [{"widths": (96, 96)}, {"widths": (128, 256, 128)}, {"options": {"chunk": 64}}, {"widths": (64, *(256,) * 3, 64)}],
+    [
+        {"widths": (96, 96)},
+        {"widths": (128, 256, 128)},
+        {"options": {"chunk": 64}},
+        {"widths": (64, *(256,) * 3, 64)},
+        {"dtype": torch.bfloat16},
+    ],
     ids=str,
 )
 def test_auto_passes_by_what_is_not_recorded(given, card):

@@ -44,6 +44,17 @@ def test_results_and_every_gradient_are_those_of_the_definition(found, case):
     assert max(errors[case].values()) <= 1e-5, errors[case]
 
 
+def test_figures_of_health_are_those_of_tensor_operations_with_fewer_launches(found):
+    for figures in found["health"].values():
+        by_torch, by_kernels = figures.pop("launches")
+        assert by_kernels < 0.7 * by_torch
+        assert figures["inner_loss_before"][0] != figures["inner_loss_after"][0]
+        assert figures["nonfinite_tokens"][0] > 0
+        assert {name: pair[1] for name, pair in figures.items()} == pytest.approx(
+            {name: pair[0] for name, pair in figures.items()}, rel=1e-5
+        )
+
+
 def test_as_many_kernels_are_counted_without_values_as_run(found):
     for computed, counted in found["launches"].values():
         assert computed == counted > 10

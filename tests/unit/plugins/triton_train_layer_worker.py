@@ -122,11 +122,31 @@ def launches(variant: str) -> list[int]:
     return counts
 
 
+def health(variant: str) -> dict[str, list[float]]:
+    """The figures of health of a block by tensor operations and by kernels, and how many launches they are each."""
+    found: dict[str, list[float]] = {}
+    for backend in ("torch", "triton"):
+        case, block = block_of(variant, {}, torch.float32, backend)
+        x, _ = drawn(case, 50, {"spoiled": True})
+        x, counted = x.float(), case.block(device="meta")
+        with torch.no_grad():
+            block.token_scale_offset.fill_(0.25)  # updates that change the weights
+            block(x)
+            counted(x.to("meta"))
+            for name, figure in block.statistics(x, BlockContext()).items():
+                found.setdefault(name, []).append(float(figure))
+            with DeviceLog() as log:
+                counted.statistics(x.to("meta"), BlockContext())
+        found.setdefault("launches", []).append(log.num_launches)
+    return found
+
+
 def main() -> None:
     torch.use_deterministic_algorithms(True)  # torch then fills memory that a kernel is to write with NaN
     assert torch.ones(1).new_empty(2, 3).isnan().all()
     found: dict[str, Any] = {name: errors(name) for name in CASES}
-    print(json.dumps({"errors": found, "launches": {variant: launches(variant) for variant in OPTIONS}}))
+    print(json.dumps({"errors": found, "launches": {variant: launches(variant) for variant in OPTIONS},
+                      "health": {variant: health(variant) for variant in OPTIONS}}))  # fmt: skip
 
 
 if __name__ == "__main__":
