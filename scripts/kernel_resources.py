@@ -22,9 +22,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from table_in_page import TableInPage
+
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs" / "gpu.md"
-BEGIN, END = "<!-- kernel resources: written by scripts/kernel_resources.py -->\n", "<!-- end of kernel resources -->\n"
+TABLE = TableInPage("kernel resources", "kernel_resources.py")
 TITLES = {"linear": "TTT-Linear", "mlp": "TTT-MLP", "around": "around the inner loop"}
 
 
@@ -135,8 +136,7 @@ def main(given: Sequence[str] | None = None) -> int:
         text = f'{{\n  "triton": {json.dumps(record["triton"])},\n  "kernels": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
         RECORD.write_text(text, encoding="utf-8")
         recorded.cache_clear()
-        before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
-        DOCS.write_text(before + BEGIN + table() + END + rest.partition(END)[2], encoding="utf-8")
+        TABLE.write(table())
         return 0
     wrong = differences(found, record["kernels"])
     print("\n".join(wrong) or f"{len(found)} rows are as recorded")

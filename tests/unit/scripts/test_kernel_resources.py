@@ -23,6 +23,7 @@ from moshi_ttt.plugins.hybrid.triton.resources import (
     training_row,
     training_too_large,
 )
+from tests.programs import load_script
 from tests.project import ROOT
 
 SCRIPT = ROOT / "scripts" / "kernel_resources.py"
@@ -71,15 +72,11 @@ def test_every_kernel_compiled_again_takes_what_is_recorded(rows):
 
 @pytest.fixture
 def script():
-    specification = importlib.util.spec_from_file_location("kernel_resources", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script("kernel_resources")
 
 
 def test_the_table_of_the_docs_is_the_record(script):
-    text = script.DOCS.read_text(encoding="utf-8")
-    assert script.table() == text.partition(script.BEGIN)[2].partition(script.END)[0]
+    assert script.table() == script.TABLE.read()
     assert "| yes |" in script.table()
 
 
