@@ -23,9 +23,9 @@ def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
 
 @hookimpl
 def moshi_ttt_verifiers(registrar: Registrar) -> None:
-    for form in ("naive", "parallel", "chunkwise", "recurrent"):
+    for form in ("naive", "parallel", "chunkwise", "recurrent", "cpp_step"):
         registrar.add(f"gating_mlp-{form}", f"{__name__}.verifiers:{form.upper()}")
-    for form in ("options_naive", "options_chunk", "options_recurrent"):
+    for form in ("options_naive", "options_chunk", "options_recurrent", "options_cpp_step"):
         registrar.add(f"gating_mlp-{form}", f"{__name__}.option_verifiers:{form.upper()}")
 
 

@@ -15,6 +15,7 @@ from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.precision import FP32_STATE
 from moshi_ttt.core.verification import Kind, VectorSchema
+from moshi_ttt.plugins.common.backends import BackendName
 from moshi_ttt.plugins.common.success_gate import TAPS
 from moshi_ttt.plugins.gating_mlp import naive, ops
 from moshi_ttt.plugins.gating_mlp.block import GatingMLP
@@ -58,6 +59,8 @@ class _InPlaceOptions(InPlaceVerifier):
 
 class Naive(_InPlaceOptions):
     """Chunk by chunk from the definition, one stream after the other."""
+
+    backend = "naive"
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         rows = [self._row(inputs, metadata, row) for row in range(inputs["x"].shape[0])]
@@ -141,6 +144,8 @@ class _Layer(nn.Module):
 class Chunk(_InPlaceOptions):
     """All tokens in one call of the block: what training runs."""
 
+    backend = "torch"
+
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         layer = _Layer(inputs, metadata)
         found: dict[str, Tensor] = torch.func.functional_call(layer, layer.given, (inputs["x"], inputs["target"]))
@@ -151,11 +156,15 @@ class Recurrent(_InPlaceOptions):
     """Token by token with a state updated in place: what streaming runs. No gradients."""
 
     differentiable = False
+    backend = "torch"
+    step: BackendName = "torch"
+    """What computes the block's step."""
 
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         layer = _Layer(inputs, metadata)
         layer.load_state_dict(layer.given)
+        layer.block.use_backend("step", self.step)
         state = layer.block.allocate_state(inputs["x"].shape[0])
         steps = [
             layer.block.step(x, state, BlockContext(input_embeddings=target))
@@ -164,4 +173,12 @@ class Recurrent(_InPlaceOptions):
         return {"y": torch.cat(steps, dim=1), "update": layer.block.accumulated_update(state)}
 
 
-OPTIONS_NAIVE, OPTIONS_CHUNK, OPTIONS_RECURRENT = Naive(), Chunk(), Recurrent()
+class CppStep(Recurrent):
+    """Token by token in C++. No gradients. Raises BackendError where it cannot be built."""
+
+    backend = "cpp"
+    builds = True
+    step = "cpp"
+
+
+OPTIONS_NAIVE, OPTIONS_CHUNK, OPTIONS_RECURRENT, OPTIONS_CPP_STEP = Naive(), Chunk(), Recurrent(), CppStep()

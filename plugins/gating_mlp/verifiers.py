@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.verification import Kind, Shape, VectorSchema, Verifier
-from moshi_ttt.plugins.gating_mlp import ops
+from moshi_ttt.plugins.gating_mlp import compiled, ops
+from moshi_ttt.plugins.gating_mlp.backends import MakesStepper
 from moshi_ttt.plugins.gating_mlp.chunkwise import chunkwise_in_place
 from moshi_ttt.plugins.gating_mlp.memory import Memory
 from moshi_ttt.plugins.gating_mlp.naive import naive_in_place
@@ -67,6 +68,8 @@ def _hidden(inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Tensor
 class InPlaceNaive(_InPlace):
     """Chunk by chunk from the definition, one stream after the other."""
 
+    backend = "naive"
+
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         hidden = _hidden(inputs, metadata)
         rate = torch.full(hidden.shape[1:2], float(metadata["learning_rate"]), dtype=hidden.dtype)
@@ -83,6 +86,8 @@ class InPlaceNaive(_InPlace):
 
 class InPlaceForm(_InPlace):
     """All streams at once, by one of the two forms of training."""
+
+    backend = "torch"
 
     def __init__(self, form: Callable[..., Tensor]) -> None:
         self.form = form
@@ -102,22 +107,37 @@ class InPlaceRecurrent(_InPlace):
     """Token by token, as streaming runs. No gradients."""
 
     differentiable = False
+    backend = "torch"
+
+    def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        return self.by(Stepper, inputs, metadata)
 
     @torch.no_grad()
-    def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    def by(self, make: MakesStepper, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        """The outputs by a form of the step."""
         hidden, target = _hidden(inputs, metadata), inputs["target"]
         memory = Memory.planned(
             chunk=int(metadata["chunk_size"]), hidden=hidden.shape[-1], width=target.shape[-1],
             kernel=int(metadata["conv_kernel_size"]), padding="centered",
         )  # fmt: skip
         state = memory.initial(hidden.shape[0], hidden.dtype, hidden.device)
-        stepper = Stepper(memory, state["delta"])
+        stepper = make(memory, state["delta"])
         rate = hidden.new_full((hidden.shape[0], 1, 1), float(metadata["learning_rate"]))
         added = [
             stepper.step(state, (h, t, rate), inputs["conv"], _projection(inputs), None)
             for h, t in zip(hidden.split(1, 1), target.split(1, 1), strict=True)
         ]
         return {"y": hidden @ inputs["linear_out"].T + torch.cat(added, dim=1)}
+
+
+class InPlaceCppStep(InPlaceRecurrent):
+    """Token by token in C++. No gradients. Raises BackendError where it cannot be built."""
+
+    backend = "cpp"
+    builds = True
+
+    def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        return self.by(compiled.load(self), inputs, metadata)
 
 
 def _projection(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -129,3 +149,4 @@ NAIVE = InPlaceNaive()
 PARALLEL = InPlaceForm(parallel_in_place)
 CHUNKWISE = InPlaceForm(chunkwise_in_place)
 RECURRENT = InPlaceRecurrent()
+CPP_STEP = InPlaceCppStep()

@@ -23,7 +23,7 @@ def moshi_ttt_blocks(registrar: BlockRegistrar) -> None:
 
 @hookimpl
 def moshi_ttt_verifiers(registrar: Registrar) -> None:
-    for form in ("naive", "chunk", "recurrent"):
+    for form in ("naive", "chunk", "recurrent", "cpp_step"):
         registrar.add(f"ttt_ridge-{form}", f"{__name__}.verifiers:{form.upper()}")
 
 

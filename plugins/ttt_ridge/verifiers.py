@@ -10,7 +10,8 @@ from torch import Tensor
 from moshi_ttt.core.format import ChunkLayout
 from moshi_ttt.core.state import BlockState, clone
 from moshi_ttt.core.verification import Kind, Shape, VectorSchema, Verifier
-from moshi_ttt.plugins.ttt_ridge import memory
+from moshi_ttt.plugins.ttt_ridge import compiled, memory
+from moshi_ttt.plugins.ttt_ridge.backends import RidgeStep
 from moshi_ttt.plugins.ttt_ridge.chunk import chunk_ridge
 from moshi_ttt.plugins.ttt_ridge.naive import naive_ridge
 from moshi_ttt.plugins.ttt_ridge.recurrent import recurrent_ridge
@@ -64,6 +65,8 @@ def _tokens(inputs: Mapping[str, Tensor], start: int = 0, stop: int | None = Non
 class RidgeNaive(_Ridge):
     """Sums over all tokens and one solution for each chunk, from the definition."""
 
+    backend = "naive"
+
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         y, _, solution = naive_ridge(
             *(inputs[name] for name in ("q", "k", "v", "strength", "regularization")),
@@ -74,6 +77,8 @@ class RidgeNaive(_Ridge):
 
 class RidgeChunk(_Ridge):
     """A system of equations for each chunk: what training runs."""
+
+    backend = "torch"
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         rule = _rule(inputs, metadata)
@@ -86,12 +91,27 @@ class RidgeRecurrent(_Ridge):
     """Token by token with a state updated in place: what streaming runs. No gradients."""
 
     differentiable = False
+    backend = "torch"
 
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        return self.by(recurrent_ridge, inputs, metadata)
+
+    def by(self, step: RidgeStep, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        """The outputs by a form of the step."""
         rule, size = _rule(inputs, metadata), int(metadata["chunk_size"])
         state = clone(_start(inputs, rule))
-        steps = [recurrent_ridge(_tokens(inputs, t, t + 1), state, rule, size) for t in range(inputs["k"].shape[1])]
+        steps = [step(_tokens(inputs, t, t + 1), state, rule, size) for t in range(inputs["k"].shape[1])]
         return {"y": torch.cat([read.value for read in steps], dim=1), "solution": state["solution"]}
 
 
-NAIVE, CHUNK, RECURRENT = RidgeNaive(), RidgeChunk(), RidgeRecurrent()
+class RidgeCppStep(RidgeRecurrent):
+    """Token by token in C++. No gradients. Raises BackendError where it cannot be built."""
+
+    backend = "cpp"
+    builds = True
+
+    def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        return self.by(compiled.load(self), inputs, metadata)
+
+
+NAIVE, CHUNK, RECURRENT, CPP_STEP = RidgeNaive(), RidgeChunk(), RidgeRecurrent(), RidgeCppStep()

@@ -9,8 +9,10 @@ import pytest
 from moshi_ttt import default_registry
 from moshi_ttt.apps.verify import verify_file
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.plugins.gating_mlp import compiled as gating
 from moshi_ttt.plugins.hybrid import compiled
 from moshi_ttt.plugins.hybrid.cpp import chunk
+from moshi_ttt.plugins.ttt_ridge import compiled as ridge
 from tests.project import ROOT
 
 GOLDENS = ROOT / "tests" / "goldens"
@@ -27,7 +29,23 @@ TAKEN = {
     "hybrid_value": {"ttt_linear-cpp_options", "ttt_linear-cpp_options_step"},
 }
 """Every file of the published inner loop, and the verifiers that take it."""
-OTHERS = sorted({path.stem for path in GOLDENS.glob("hybrid_*.safetensors")} - TAKEN.keys())
+STEPS = {
+    **dict.fromkeys(("ridge", "ridge_decay", "ridge_novelty"), "ttt_ridge-cpp_step"),
+    **dict.fromkeys(("in_place_no_proj", "in_place_proj"), "gating_mlp-cpp_step"),
+    **dict.fromkeys(
+        (
+            "in_place_gate",
+            "in_place_gradient",
+            "in_place_ridge",
+            "in_place_ridge_unit",
+            "in_place_shipped",
+            "in_place_start",
+        ),
+        "gating_mlp-options_cpp_step",
+    ),
+}
+"""Every file of a variant that has a step in C++ alone, and the verifier that takes it."""
+OTHERS = sorted({path.stem for path in GOLDENS.glob("*.safetensors")} - TAKEN.keys() - STEPS.keys())
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
 
 
@@ -44,6 +62,33 @@ def test_cpp_passes_on_every_file_it_takes(name):
     assert report.passed, [each for each in report.comparisons if not each.passed]
     gradients = {each.name for each in report.comparisons if each.name.startswith("grad.")}
     assert {"grad.weight.0", "grad.bias.0"} <= gradients, "of the training call"
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", STEPS)
+def test_the_step_in_cpp_passes_on_every_file_of_its_variant(name):
+    report = verified(name, "cpp")
+    assert {each.verifier for each in report.comparisons} == {STEPS[name]}
+    assert {str(each.dtype) for each in report.comparisons} == {"torch.float64", "torch.float32"}
+    assert report.passed, [each for each in report.comparisons if not each.passed]
+    assert STEPS[name] not in {each.verifier for each in verified(name).comparisons}, "built where asked for"
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", STEPS)
+def test_nothing_else_computes_in_the_place_of_the_step(name, monkeypatch):
+    step, in_place = ridge.compiled_ridge, gating.CompiledStepper.step
+
+    def wrong_read(*given):
+        read = step(*given)
+        return read._replace(value=1.0001 * read.value)
+
+    monkeypatch.setattr(ridge, "compiled_ridge", wrong_read)
+    monkeypatch.setattr(
+        gating.CompiledStepper, "step", lambda *given, **named: 1.0001 * in_place(*given, **named)
+    )  # fmt: skip
+    report = verified(name, "cpp")
+    assert {each.verifier for each in report.comparisons if not each.passed} == {STEPS[name]}
 
 
 @needs_compiler
@@ -96,7 +141,7 @@ def test_without_a_compiler_it_is_refused(monkeypatch, tmp_path):
 
 @needs_compiler
 def test_the_command_counts_what_was_compared(cli):
-    files = (str(GOLDENS / f"{name}.safetensors") for name in ("linear_causal", "ridge"))
+    files = (str(GOLDENS / f"{name}.safetensors") for name in ("linear_causal", "hybrid_steps"))
     result = cli("verify", *files, "--backend", "cpp")
     assert result.exit_code == 0, result.said
     assert "1 of 1 files pass" in result.said
@@ -104,4 +149,4 @@ def test_the_command_counts_what_was_compared(cli):
 
 
 def test_the_command_fails_where_nothing_was_compared(cli):
-    assert cli("verify", str(GOLDENS / "ridge.safetensors"), "--backend", "cpp").exit_code == 1
+    assert cli("verify", str(GOLDENS / "hybrid_steps.safetensors"), "--backend", "cpp").exit_code == 1
