@@ -85,7 +85,7 @@ def test_nothing_else_computes_in_the_place_of_the_step(name, monkeypatch):
 
     monkeypatch.setattr(ridge, "compiled_ridge", wrong_read)
     monkeypatch.setattr(
-        gating.CompiledStepper, "step", lambda *given, **named: 1.0001 * in_place(*given, **named)
+        gating.CompiledStepper, "step", lambda *given, **named: 1e-3 + in_place(*given, **named)
     )  # fmt: skip
     report = verified(name, "cpp")
     assert {each.verifier for each in report.comparisons if not each.passed} == {STEPS[name]}
