@@ -27,7 +27,7 @@ KNOWN := dialogue-cs dialogue-nl prompts-en prompts-es prompts-fr
 UNSEEN_VALID := prompts-it
 UNSEEN := prompts-ru
 # `make study STUDY=study-shipped SEEDS=0 ARGS=--shipped`: the best arms on the tiny Moshi that ships.
-# A seed whose file is in RESULTS is not run again: `make study RESULTS=docs/study SEEDS='0 1 2'` goes on after seed 0.
+# A seed whose file is in RESULTS is not run again: `make study RESULTS=docs/study` reports those of docs/study.
 SEEDS ?= 0 1 2
 STUDY ?= study
 RESULTS ?= $(STUDY)/results

@@ -1,8 +1,10 @@
 """The least work of the inner loop, counted, and what this machine can do in the same time.
 
 Counted are the multiplications and additions of matrix products, and the bytes that have to come from memory and go to
-it. LayerNorm, gelu and other operations on single values are not counted: their number does not grow with the widths
-of a product. What a form computes a second time is not counted either, so a form that recomputes has a smaller share.
+it. A call's products within a chunk have all of its pairs of tokens, as matrix products compute them; a causal form
+needs half of them, 2 to 4 % of the operations of heads of 128 at chunk 16. LayerNorm, gelu and other operations on
+single values are not counted: their number does not grow with the widths of a product. What a form computes a second
+time is not counted either, so a form that recomputes has a smaller share.
 
 Of a head, P is the number of weights of all layers, P' that of the layers after the first, and S the sum of the layers'
 input and output widths. A chunk of C tokens costs, forward:

@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if (error := gate()) > 1e-10:
+    if (error := gate((options.backend,))) > 1e-10:
         sys.exit(f"Block and definition differ by {error:.2g} in float64: nothing is timed.")
     found = measure(options.dim, options.steps, options.backend)
     for row in found:

@@ -248,7 +248,9 @@ def load_stream_state(path: str | Path, module: LMGen | LMModel) -> None:
     if {key: value for key, value in metadata.items() if key != CHECKSUM} != FORMAT:
         raise HostError(f"{path} is not a stream state of this version: its metadata is {metadata}, not {FORMAT}.")
     if is_damaged(tensors, metadata):
-        raise HostError(f"{path} is damaged: its checksum is not that of what it holds. Save the stream again.")
+        raise HostError(
+            f"{path} is damaged: its checksum is not that of what it holds. Give another file, or start a new stream."
+        )
     restore_stream_state(module, tensors)
 
 

@@ -40,6 +40,8 @@ logger = logging.getLogger("moshi_ttt.native")
 PREBUILT = Path(__file__).with_name("prebuilt")
 """The folder of the libraries that a wheel carries; an ordinary one has none."""
 NATIVE = "-march=native"
+_UNUSABLE: set[Path] = set()
+"""Prebuilt files that this process could not load."""
 COMMON = Path(__file__).with_name("cpp")
 """The folder of the headers that several plugins include."""
 
@@ -72,7 +74,7 @@ class NativeLibrary:
     def load(self) -> None:
         """Load it: prebuilt, from the cache folder, or built now (10 to 40 s).
 
-        A prebuilt one that this system cannot load (built for a newer C library) is named in a warning, and built here.
+        A prebuilt one that this system cannot load (built for a newer C library) is named in a warning, and not used.
 
         Raises:
             BackendError: it cannot be built or kept here.
@@ -82,7 +84,8 @@ class NativeLibrary:
                 torch.ops.load_library(prebuilt)
                 return
             except OSError as error:
-                logger.warning("%s is prebuilt and cannot be loaded, so it is built here: %s", self.what, error)
+                _UNUSABLE.add(prebuilt)
+                logger.warning("%s is prebuilt and cannot be loaded, so it is not used: %s", self.what, error)
         library = self._kept()
         try:
             if not library.exists():
@@ -98,9 +101,12 @@ class NativeLibrary:
             ) from error
 
     def prebuilt(self) -> Path | None:
-        """The file in ``PREBUILT`` with the most instructions that this processor has; None where there is none."""
+        """The file in ``PREBUILT`` with the most instructions that this processor has; None where there is none.
+
+        A file that this process could not load counts as none.
+        """
         files = (PREBUILT / self.prebuilt_name(level) for level in instructions.levels())
-        return next((file for file in files if file.is_file()), None)
+        return next((file for file in files if file.is_file() and file not in _UNUSABLE), None)
 
     def prebuilt_name(self, level: str) -> str:
         """The name of the prebuilt file of one level of instructions, for this torch and this kind of machine."""

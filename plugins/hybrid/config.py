@@ -23,7 +23,8 @@ class HybridBackends(FrozenConfig):
         train: of a call of any length, with gradients.
         step: of one streamed token.
         tune: where Triton kernels compute training calls on a GPU, measure at the first call which of a few sizes of
-            their tiles is the fastest, and keep the choice in the user's cache folder.
+            their tiles is the fastest, and keep the choice in the user's cache folder. Of calls that kernels compute
+            whole; where only one size is recorded to fit the GPU, nothing is measured, which is logged.
     """
 
     train: Literal["auto", "naive", "torch", "compile", "cpp", "triton"] = "auto"

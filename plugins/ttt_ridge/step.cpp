@@ -41,7 +41,8 @@ void change_and_multiply(T* matrix, int64_t rows, int64_t width, Change change, 
 
 template <typename T>
 struct Rule {
-  T keep, regrown;  // gamma; (1 - gamma) m, the weight over lambda of the prior that comes back
+  bool decays;
+  T grown, regrown;  // 1 / gamma - 1; (1 - gamma) m, the weight over lambda of the prior that comes back
   const T *regularization, *offset, *slope;  // [H]; the last two null without novelty
 };
 
@@ -65,10 +66,10 @@ class Head {
     if (part.covariance_read)
       for (int64_t i = 0; i < key_; ++i)
         *part.variance += part.q[i] * moshi_ttt::dot(part.covariance_read + i * key_, part.q, key_);
-    if (written && (weight > 0 || rule.keep != 1)) {
+    if (written && (weight > 0 || rule.decays)) {
       std::fill(spread_.begin(), spread_.end(), T(0));
       std::fill(known_.begin(), known_.end(), T(0));
-      if (rule.keep != 1) age(part, rule, coordinate);
+      if (rule.decays) age(part, rule, coordinate);
       else {
         moshi_ttt::add_product(part.k, part.covariance, key_, key_, spread_.data());
         moshi_ttt::add_product(part.k, part.pending, key_, value_, known_.data());
@@ -95,7 +96,7 @@ class Head {
 
   // Decay: what was known over gamma, and the prior back along the coordinate. Then `spread_` is P k, `known_` S^T k.
   void age(const Part<T>& part, const Rule<T>& rule, int64_t coordinate) {
-    const T factor = T(1) + (T(1) / rule.keep - T(1));
+    const T factor = T(1) + rule.grown;
     T* covariance = part.covariance + coordinate * key_;
     const T own = factor * covariance[coordinate];
     const T scale = std::sqrt(rule.regrown / (1 + rule.regrown * std::max(own, T(0))));
@@ -152,7 +153,7 @@ std::pair<Tensor, Tensor> run(const Token& token, const Memory& memory, const Co
   Tensor read = at::zeros({batch, 1, heads, value}, token.q.options());
   Tensor variance = at::zeros({memory.covariance_read ? batch : 0, 1, heads}, token.q.options());
   const auto numbers = [](const Tensor& part) { return part.const_data_ptr<T>(); };
-  const Rule<T> rule{T(keep), T((1 - keep) * double(key)), numbers(prior),
+  const Rule<T> rule{keep != 1, T(1 / keep - 1), T((1 - keep) * double(key)), numbers(prior),
                      novelty.empty() ? nullptr : numbers(novelty[0]), novelty.empty() ? nullptr : numbers(novelty[1])};
   std::vector<int64_t> rows;
   for (int64_t row = 0; row < batch; ++row)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moshi_ttt.core.errors import BackendError
-from moshi_ttt.core.state import BlockState
+from moshi_ttt.core.state import BlockState, outlives_modes
 from moshi_ttt.plugins.common.projection import Linear
 from moshi_ttt.plugins.hybrid.chunk import chunk_inner_loop, counted
 from moshi_ttt.plugins.hybrid.chunk_gradient import WholeChunks
@@ -130,7 +130,7 @@ class TritonTrain:
 
         config, widths = block.config, block.widths(block.config, block.info.dim // block.info.num_heads)
         tile = None
-        if self.tunes:
+        if self.tunes and outlives_modes(x):  # on tensors without values nothing can be measured
             tile = tile_on(x.device, config.chunk, widths, block.info.num_heads, x.shape[0], self.products)
         settings = settings_of(
             config.chunk, config.norm_eps, self.products, config.causal, config.checkpoint_chunks, tile

@@ -80,9 +80,14 @@ def tile_on(
     device: torch.device, chunk: int, widths: tuple[int, ...], heads: int, rows: int, products: Products
 ) -> Tile:
     """The tile for calls on a GPU, found once in a process: a call and its repetition have the same."""
+    from triton.errors import TritonError
+
     calls = calls_of(device, chunk, widths, heads, rows, products)
     tiles = candidates(calls, torch.cuda.get_device_capability(device))
-    return chosen_tile(calls, tiles, lambda tile: seconds_of(partial(drawn_call(calls, device), tile), device))
+    failures = (RuntimeError, TritonError)  # no memory, or no room for the kernel on this GPU
+    return chosen_tile(
+        calls, tiles, lambda tile: seconds_of(partial(drawn_call(calls, device), tile), device), failures=failures
+    )
 
 
 def candidates(calls: TunedCalls, capability: tuple[int, int]) -> tuple[Tile, ...]:
@@ -97,7 +102,7 @@ def candidates(calls: TunedCalls, capability: tuple[int, int]) -> tuple[Tile, ..
 
 def chosen_tile(
     calls: TunedCalls, tiles: Sequence[Tile], measure: Callable[[Tile], float], *, folder: Path | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    clock: Callable[[], float] = time.monotonic, failures: tuple[type[Exception], ...] = (RuntimeError,),
 ) -> Tile:  # fmt: skip
     """The tile that was found before, or the fastest of ``tiles`` now.
 
@@ -105,8 +110,13 @@ def chosen_tile(
         measure: the seconds of a call with a tile.
         folder: of the files; None: the user's cache folder (XDG_CACHE_HOME moves it).
         clock: seconds.
+        failures: errors of ``measure`` that leave a tile out; not the first one, which serves without tuning.
     """
     if len(tiles) == 1:
+        log_once(
+            f"{calls.kind}, chunk {calls.chunk}, heads of {calls.widths[0]}, {calls.products}: tune has nothing to "
+            "measure, for no other tile is recorded to fit this GPU"
+        )
         return tiles[0]
     file = calls.file(cache_folder() / "triton-tiles" if folder is None else folder)
     if (kept := _read(file, calls, tiles)) is not None:
@@ -116,7 +126,12 @@ def chosen_tile(
         if found and clock() - begin > MOST_SECONDS:
             log_once(f"{calls.kind}, chunk {calls.chunk}: {len(found)} of {len(tiles)} tiles measured; time is up")
             break
-        found[tile] = measure(tile)
+        try:
+            found[tile] = measure(tile)
+        except failures as error:
+            if not found:
+                raise
+            log_once(f"{calls.kind}, chunk {calls.chunk}: {tile} is left out: {type(error).__name__}: {error}")
     fastest = min(found, key=lambda tile: found[tile])
     _write(file, calls, fastest, found)
     return fastest
@@ -156,7 +171,8 @@ def _write(file: Path, calls: TunedCalls, tile: Tile, seconds: Mapping[Tile, flo
 @functools.cache
 def _sources() -> str:
     """Of every kernel, and of the code that launches them."""
-    names = (*MODULES, "train_parts", "step_parts", "linear_chunk", "mlp_chunk")
+    names = (*MODULES, "train_parts", "step_parts", "linear_chunk", "mlp_chunk", "train_launches", "train_layer",
+             "train_settings")  # fmt: skip
     texts = [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in names]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 

@@ -279,7 +279,7 @@ def test_a_damaged_stream_is_refused(tmp_path):
         contents = bytearray(path.read_bytes())
         contents[-1] ^= 1
         path.write_bytes(contents)
-        with pytest.raises(HostError, match=r"stream.safetensors is damaged.*Save the stream again"):
+        with pytest.raises(HostError, match=r"stream.safetensors is damaged.*Give another file"):
             load_stream_state(path, lm_gen)
 
 

@@ -46,7 +46,7 @@ def terminate(program: subprocess.Popen[str]) -> int:
     return 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("end", [ctrl_c, pytest.param(terminate, marks=pytest.mark.exhaustive)])  # as Ctrl-C
+@pytest.mark.parametrize("end", [terminate, pytest.param(ctrl_c, marks=pytest.mark.exhaustive)])  # as SIGTERM
 def test_talk_opens_the_page_when_the_server_answers_and_ends_with_it(tmp_path, end):
     port = free_port()
     command = [sys.executable, str(TALK), "--port", str(port), "--no-browser"]

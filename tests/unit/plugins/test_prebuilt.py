@@ -195,7 +195,9 @@ def test_one_that_cannot_be_loaded_is_built_here_and_named(library, caplog):
     (native.PREBUILT / library.prebuilt_name("plain")).write_bytes(b"no library")
     with caplog.at_level(logging.WARNING, logger="moshi_ttt.native"):
         library.load()
-    assert "Nothing is prebuilt and cannot be loaded, so it is built here" in caplog.text
+    assert "Nothing is prebuilt and cannot be loaded, so it is not used" in caplog.text
+    assert library.prebuilt() is None, "what cannot be loaded counts as none"
+    assert library.origin() == "Built on this machine."
     assert list(native.cache_folder().rglob("nothing.so")) != []
 
 
