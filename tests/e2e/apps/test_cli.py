@@ -76,7 +76,7 @@ def test_the_surface_is_frozen():
         "plugins": ["--check"],
         "info": ["--json"],
         "completion": ["shell"],
-        "verify": ["--all", "paths"],
+        "verify": ["--all", "--backend", "paths"],
     }  # fmt: skip
     assert [option for parameter in group.params for option in parameter.opts] == ["--version"]
 
