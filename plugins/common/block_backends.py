@@ -5,17 +5,18 @@ For a variant that has a C++ step and no other backends, what decides whether a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.core.errors import BackendError
-from moshi_ttt.plugins.common.backends import AUTO, BackendName, Chosen, Operation
+from moshi_ttt.plugins.common.backends import AUTO, Backend, BackendName, Chosen, Operation
 from moshi_ttt.plugins.common.native import NativeLibrary
 
+RunT = TypeVar("RunT")
 CPP_DTYPES = (torch.float32, torch.float64)
 LEAST_STATE = 2**20
 """Numbers of a stream's state, for C++ under ``auto``: 4 MiB in float32.
@@ -141,3 +142,12 @@ def too_small_for_cpp(use: StepUse, library: NativeLibrary) -> str | None:
         f"its state has {use.numbers:,} numbers for each stream, and C++ is built for {LEAST_STATE:,} or more; ask for "
         "it by name"
     )
+
+
+def step_operation(library: NativeLibrary, load: Callable[[StepUse], RunT], by_torch: RunT) -> Operation[StepUse, RunT]:
+    """A streamed step that ``load`` computes in C++ from ``library``, and ``by_torch`` by tensor operations."""
+    cpp = Backend(
+        name="cpp", load=load, why_not=lambda use: not_cpp_step(use, library),
+        why_not_auto=lambda use: too_small_for_cpp(use, library),
+    )  # fmt: skip
+    return Operation("step", "a streamed step", (cpp, Backend(name="torch", load=lambda use: by_torch)))

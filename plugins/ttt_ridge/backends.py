@@ -7,8 +7,8 @@ from typing import Protocol
 from torch import Tensor
 
 from moshi_ttt.core.state import BlockState
-from moshi_ttt.plugins.common.backends import Backend, Operation
-from moshi_ttt.plugins.common.block_backends import StepUse, not_cpp_step, too_small_for_cpp
+from moshi_ttt.plugins.common.backends import Operation
+from moshi_ttt.plugins.common.block_backends import StepUse, step_operation
 from moshi_ttt.plugins.ttt_ridge import compiled
 from moshi_ttt.plugins.ttt_ridge.memory import Read, RidgeTokens, Rule
 from moshi_ttt.plugins.ttt_ridge.recurrent import recurrent_ridge
@@ -22,16 +22,4 @@ class RidgeStep(Protocol):
     ) -> Read: ...
 
 
-STEP: Operation[StepUse, RidgeStep] = Operation(
-    "step",
-    "a streamed step",
-    (
-        Backend(
-            name="cpp",
-            why_not=lambda use: not_cpp_step(use, compiled.LIBRARY),
-            why_not_auto=lambda use: too_small_for_cpp(use, compiled.LIBRARY),
-            load=compiled.load,
-        ),
-        Backend(name="torch", load=lambda use: recurrent_ridge),
-    ),
-)
+STEP: Operation[StepUse, RidgeStep] = step_operation(compiled.LIBRARY, compiled.load, recurrent_ridge)
