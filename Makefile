@@ -7,6 +7,9 @@ OUT ?= quickstart-run
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
+# Bytecode that is kept saves every process of a test a second, and pytest's workers ten.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help quickstart talk recipes study test test-fast test-full coverage fuzz bench bench-check bench-baseline test-slow test-machines test-browser test-gpu gpu-check test-full-size docs docs-serve figures lint release format clean
 

@@ -121,6 +121,7 @@ def test_training_and_evaluation_are_found_without_a_further_import():
         moshi_ttt.evaluation.recal  # noqa: B018
 
 
+@pytest.mark.exhaustive  # tests/unit/configs reads every config alike
 def test_reading_a_config_imports_no_training_code():
     found = run(
         "import sys, moshi_ttt\n"

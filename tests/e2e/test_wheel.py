@@ -66,6 +66,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.exhaustive  # CI builds a wheel and loads what is in it
 def test_every_file_of_a_package_is_in_the_wheel(wheel):
     packed = set(ZipFile(wheel).namelist())
     missing = [

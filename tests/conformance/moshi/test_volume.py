@@ -35,6 +35,7 @@ def base():
     return MOSHI_HOST.load(MOSHI_HOST.config_class(**HOST))
 
 
+@pytest.mark.first_by_default
 def test_a_stream_at_0_is_that_of_the_base_model_row_by_row(model, base):
     loud, _ = streamed(model)
     mixed, _ = streamed(model, VOLUME, torch.tensor([1.0, 0.0, 0.5]))
@@ -56,6 +57,7 @@ def test_memory_learns_at_volume_0_as_far_as_it_hears_the_same(model):
         assert torch.equal(silent[name], tensor), name
 
 
+@pytest.mark.first_by_default
 def test_it_reaches_blocks_through_the_generation_loop(model, base):
     spoken = {}
     for name, volume, lm in (("silent", 0, model), ("loud", 1, model), ("rows", torch.tensor([0.0, 1.0]), model),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moshi_ttt.core.testing import BlockCase
-from tests.conformance.variants.grid import runs_by_default
+from tests.conformance.variants.grid import IN_BFLOAT16, runs_by_default
 
 HERE = Path(__file__).parent
 
@@ -26,7 +26,7 @@ def mark_exhaustive(items: list[pytest.Item], folder: Path) -> None:
         case, check = parameters.get("case"), parameters.get("check")
         if isinstance(case, BlockCase) and check is not None:
             test = (item.path, item.originalname)  # type: ignore[attr-defined]
-            is_first = case.config == first.setdefault(test, case.config) and not test[1].startswith("test_options_of_")
-            given = {"first": is_first, "compiled": case.compiled_step, "variant": case.variant}
+            is_first = case.config == first.setdefault(test, case.config) and "options_of" not in test[1]
+            given = {"first": is_first, "compiled": case.compiled_step, "in_bfloat16": test[1] in IN_BFLOAT16}
             if not runs_by_default(check, case.dtype, **given):
                 item.add_marker(pytest.mark.exhaustive)

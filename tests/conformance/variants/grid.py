@@ -1,12 +1,12 @@
 """Which combinations of the kit's grid run in ``make test``. ``make test-full`` and CI run all of them.
 
-The first option set of each test runs in float64 with every check; of a variant in ``IN_BFLOAT16``, one of each kind of
-site, in bfloat16 too, with another shape. In float32 it runs ``MORE`` and
+The first option set of each test runs in float64 with every check; of the tests in ``IN_BFLOAT16``, of one variant for
+each kind of site, in bfloat16 too, with another shape. In float32 it runs ``MORE`` and
 ``IN_FLOAT32``: a float32 host runs the operations of a float64 one, neither with a cast, and no mistake in
 ``test_kit_mutations.py`` but one, of ``check_long_stream``, shows in float32 alone.
 
-A further option set, and each one of the tests of options (``test_options_of_...``: of variants whose first set runs in
-another test), runs
+A further option set, and each one of the tests of options (``options_of`` is in their names: the first set of their
+variant runs in another test), runs
 
 - every check in float64, which finds all but three pairs of a mutation and a check in ``test_kit_mutations.py``; those
   (``check_volume`` with BlendsAtEveryVolume, ``check_figures_under_autocast``, ``check_long_stream``) depend on the
@@ -47,15 +47,15 @@ OF_THE_VARIANT: tuple[Check, ...] = (kit.check_other_modes, kit.check_copies, ki
 IN_FLOAT32: tuple[Check, ...] = (kit.check_long_stream,)
 
 
-IN_BFLOAT16 = {"ttt_mlp", "gating_mlp"}
+IN_BFLOAT16 = {"test_ttt_mlp", "test_gating_mlp"}
 
 
 def runs_by_default(
-    check: Check, dtype: torch.dtype, *, first: bool, compiled: bool = False, variant: str = "ttt_mlp"
+    check: Check, dtype: torch.dtype, *, first: bool, compiled: bool = False, in_bfloat16: bool = True
 ) -> bool:
     if compiled and check in WITHOUT_STEPS:
         return False
-    if first and (dtype != torch.bfloat16 or variant in IN_BFLOAT16):
+    if first and (dtype != torch.bfloat16 or in_bfloat16):
         return dtype != torch.float32 or check in MORE[dtype] or check in IN_FLOAT32
     if dtype == EVERYWHERE:
         return first or (check not in OF_THE_VARIANT and (check is not kit.check_no_host_read or compiled))

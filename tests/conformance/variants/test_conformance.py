@@ -29,13 +29,18 @@ test_ttt_mlp_compiled = conformance_tests("ttt_mlp", {"chunk": 4}, compiled_step
 test_ttt_multilayer_compiled = conformance_tests(
     "ttt_multilayer", {"chunk": 5, "hidden_dims": (6, 10, 4)}, compiled_step=True
 )
-test_options_of_ttt_linear = conformance_tests(
+test_options_of_ttt_linear = pytest.mark.exhaustive(  # each is among the next, and those of the MLP
+    conformance_tests(
+        "ttt_linear",
+        {"chunk": 4, "conv_kernel": 4},
+        {"chunk": 3, "value": "embedding", "init_std": 0.5},
+        {"chunk": 4, "inner_norm": False},
+        {"chunk": 4, "momentum": 0.9},
+        {"chunk": 4, "inner_steps": 2},
+    )
+)
+test_options_of_ttt_linear_together = conformance_tests(
     "ttt_linear",
-    {"chunk": 4, "conv_kernel": 4},
-    {"chunk": 3, "value": "embedding", "init_std": 0.5},
-    {"chunk": 4, "inner_norm": False},
-    {"chunk": 4, "momentum": 0.9},
-    {"chunk": 4, "inner_steps": 2},
     {
         "chunk": 2,
         "conv_kernel": 3,
@@ -48,11 +53,16 @@ test_options_of_ttt_linear = conformance_tests(
 )
 test_options_of_ttt_mlp = conformance_tests(
     "ttt_mlp",
-    {"chunk": 4, "expansion": 2, "conv_kernel": 2, "value": "embedding", "init_std": 0.3},
     {"chunk": 4, "expansion": 2, "inner_norm": False, "learned_momentum": True, "momentum": 0.5},
-    {"chunk": 3, "expansion": 1, "inner_steps": 3, "checkpoint_chunks": 1},
     {"chunk": 4, "causal": False, "conv_kernel": 3, "value": "embedding", "inner_steps": 2, "momentum": 0.3},
     {"chunk": 5, "bidirectional": True, "conv_kernel": 2, "value": "embedding", "inner_norm": False},
+)
+test_further_options_of_ttt_mlp = pytest.mark.exhaustive(  # each is among those above too
+    conformance_tests(
+        "ttt_mlp",
+        {"chunk": 4, "expansion": 2, "conv_kernel": 2, "value": "embedding", "init_std": 0.3},
+        {"chunk": 3, "expansion": 1, "inner_steps": 3, "checkpoint_chunks": 1},
+    )
 )
 test_options_of_ttt_multilayer = pytest.mark.exhaustive(  # of one and of two layers, the tests above
     conformance_tests(

@@ -187,6 +187,7 @@ def test_autocast_does_not_round_the_state():
     assert all(torch.equal(state[name], expected[name]) for name in state)
 
 
+@pytest.mark.exhaustive  # torch traces, for seconds; options are traced in test_hybrid_options.py
 @pytest.mark.first_by_default
 @pytest.mark.parametrize("block", [TTTMLP, TTTLinear])
 def test_blocks_can_be_traced_whole(block):

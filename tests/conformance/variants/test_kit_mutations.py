@@ -880,12 +880,8 @@ def test_mutation_fails_the_kit(mutation: type[TTTLinear], check: Callable[[Bloc
     pytest.fail(f"{check.__name__} does not notice {mutation.__name__}")
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    # In test_conformance.py the same block passes the same checks in every dtype.
-    [torch.float64, *(pytest.param(each, marks=pytest.mark.exhaustive) for each in (torch.float32, torch.bfloat16))],
-    ids=str,
-)
+@pytest.mark.exhaustive  # in test_conformance.py the same block passes the same checks
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_the_unmutated_block_passes_every_check_used_here(dtype: torch.dtype) -> None:
     for check in {check for checks in MUTATIONS.values() for check in checks}:
         check(_case(TTTLinear, dtype))

@@ -93,6 +93,7 @@ def test_it_is_the_definition(options, key, value):
         assert all(each.variance is None for each in found)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("options", RULES, ids=str)
 def test_a_long_stream_is_that_of_tensor_operations(options, dtype, limit):

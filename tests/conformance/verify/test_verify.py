@@ -46,6 +46,7 @@ def verified(tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: P
     return verify_file(path, default_registry())
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("path", EACH, ids=lambda path: path.stem)
 def test_every_key_that_is_dropped_or_added_is_named(path, tmp_path):
     tensors, metadata = read(path)
@@ -63,6 +64,7 @@ def test_every_key_that_is_dropped_or_added_is_named(path, tmp_path):
     )
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("path", EACH, ids=lambda path: path.stem)
 def test_metadata_that_are_changed_or_make_no_sense_are_noticed(path, tmp_path):
     tensors, metadata = read(path)
@@ -80,6 +82,7 @@ def test_metadata_that_are_changed_or_make_no_sense_are_noticed(path, tmp_path):
             )
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("path", ONE_OF_EACH, ids=lambda path: path.stem)
 def test_a_value_off_by_a_millionth_is_noticed(path, tmp_path):
     # Not among them: a target in the last chunk of in-place TTT, which no output of the file depends on.

@@ -393,6 +393,7 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path, stop):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.exhaustive  # Ctrl-C in a run is tested above
 @pytest.mark.first_by_default
 @pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM"])
 def test_a_run_that_is_stopped_inside_an_exec_ends_with_the_code_of_an_interruption(tmp_path, stop):
@@ -409,6 +410,7 @@ def test_a_run_that_is_stopped_inside_an_exec_ends_with_the_code_of_an_interrupt
     assert "Interrupted." in done.stderr
 
 
+@pytest.mark.exhaustive  # Ctrl-C in a run is tested above
 @pytest.mark.first_by_default
 # An alarm ends a long sleep. Windows has none, and an interruption waits for the end of a short one.
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ def test_an_answer_begins_with_the_memory_that_it_is_given(cli, talks, tmp_path)
     assert not all(torch.equal(tensor, other.tensors[name]) for name, tensor in again.tensors.items())
 
 
+@pytest.mark.exhaustive  # one seed's answer is compared above
 def test_every_seed_has_an_answer_and_options_reach_the_row(cli, talks, tmp_path):
     options = (
         "--seed",
@@ -198,6 +199,7 @@ def test_what_is_complete_when_the_command_ends_is_kept(cli, talks, tmp_path, mo
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.exhaustive  # a folder is kept alike in test_quickstart.py
 def test_nothing_is_replaced_that_the_command_did_not_make(cli, talks, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")

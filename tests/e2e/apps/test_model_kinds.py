@@ -72,6 +72,7 @@ def command(cli, tmp_path, talks):
 ALL = ["train", "plan", "encode", "doctor", "quickstart", "generate", *EVALUATIONS]
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("kind", ["sum condition", "cross-attention"])
 def test_conditional_models_are_explained_and_otherwise_refused_in_the_same_words(command, tmp_path, kind):
     repository = make_repository(tmp_path / "model", kind)
@@ -127,6 +128,7 @@ def test_a_moshi_that_predicts_both_voices_is_trained_and_evaluated(command, tmp
     assert "reads 2 voice(s) and predicts both voices" in refused.said
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize(("pieces", "why"), [(520, "some of its tokens have no embedding"), (300, "mean other words")])
 def test_a_tokenizer_of_another_size_is_refused_before_anything_is_read(command, tmp_path, pieces, why):
     repository = make_repository(tmp_path / "model")

@@ -214,6 +214,7 @@ def test_a_verdict_says_no_more_than_the_numbers():
     )
 
 
+@pytest.mark.exhaustive  # README's program runs by default
 def test_the_example_with_the_python_api_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["quickstart_api.py", "2", str(tmp_path / "adapter")])
     runpy.run_path(str(EXAMPLE), run_name="__main__")

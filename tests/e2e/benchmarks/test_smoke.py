@@ -38,6 +38,7 @@ def test_every_suite_runs(tmp_path):
     assert {"ratios.png", "scaling.png", "report.md"} <= {path.name for path in out.iterdir()}
 
 
+@pytest.mark.exhaustive  # a process, for a list of names
 def test_the_suites_are_those_that_the_documents_name():
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--help"], capture_output=True, text=True, check=True

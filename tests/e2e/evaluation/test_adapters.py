@@ -116,6 +116,7 @@ def test_the_base_is_loaded_once_and_each_adapter_gives_what_it_gives_alone(fold
         assert tested.facts["parameters"] == sum(parameter.numel() for parameter in (*own, *extra))
 
 
+@pytest.mark.exhaustive  # each adapter is compared with a model of its own above
 def test_whole_evaluations_are_those_of_models_of_their_own(folders, loads):
     models = load_models(HOST, list(folders.items()), default_registry(), "cpu")
     assert len(loads) == 1

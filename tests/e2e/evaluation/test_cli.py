@@ -70,6 +70,7 @@ def talks(tmp_path) -> Path:
     return write_talks(tmp_path / "talks", 0)
 
 
+@pytest.mark.exhaustive  # layouts: tests/unit/data; long context by command: test_long_context_in_segments
 def test_long_context_of_a_folder_in_either_layout(cli, talks, adapter, tmp_path):
     command = ["evaluate", "long-context", "train-cpu", "--data", talks, "-a", f"mine={adapter.parent}", "--window", 16]
     result = cli(*command, "--out", tmp_path / "books", "--layout", "librilight", "--batch-size", 2)
@@ -138,6 +139,7 @@ def test_earlier_names_of_options_work_with_a_warning(cli, talks, short, tmp_pat
         assert not {"--pieces", "--normalisation"} & set(shown.split())
 
 
+@pytest.mark.exhaustive  # test_volumes.py, without the command line
 def test_recall_by_volume(cli, talks, short, tmp_path):
     config, adapter = short
     command = [
@@ -162,6 +164,7 @@ def test_recall_by_volume(cli, talks, short, tmp_path):
     assert "| mine, volume 1 |" in compared.said
 
 
+@pytest.mark.exhaustive  # test_between.py, without the command line
 def test_recall_after_other_clips(cli, talks, tmp_path):
     others, out = write_talks(tmp_path / "others", 4), tmp_path / "far"
     command = [

@@ -77,6 +77,7 @@ def losses_by_definition(model, documents, rows, frames=FRAMES):
     return torch.stack([stream_losses(model, each[None]).audio[0].unflatten(0, (4, frames)) for each in presented])
 
 
+@pytest.mark.exhaustive  # a second way to the same figures
 def test_one_clip_of_each_gives_the_numbers_it_gave():
     # How it was before there were clips: rows in the order of the recordings, B the next one.
     tested = model_with("ttt_mlp")
@@ -114,6 +115,7 @@ def test_a_recordings_gain_is_the_mean_of_its_clips(base):
     torch.testing.assert_close(by_position.losses[2, :-1], counted.mean(0)[3, :-1], **close)
 
 
+@pytest.mark.exhaustive  # a repetition
 def test_the_same_call_gives_the_same_numbers():
     documents = [document(4 * CONTEXT, n) for n in range(3)]
     tested = model_with("ttt_linear")
@@ -188,6 +190,7 @@ def test_whose_memory_a_row_has(back, changed, changes):
         assert same["third"] == (changes != "third")
 
 
+@pytest.mark.exhaustive  # the command line's report is read by default in test_cli.py
 def test_a_report_names_the_presentations(base, tmp_path):
     models = [base, model_with("ttt_linear")]
     result = run(models, [document(2 * FRAMES, 0), document(FRAMES, 1), document(9, 2)], clips=2)

@@ -122,6 +122,7 @@ def test_attention_reaches_no_further_than_a_segment(base, segments, reach, firs
     assert result.curve("base", "updates on", "audio").first_beyond == first
 
 
+@pytest.mark.exhaustive  # one sentence of a report
 def test_the_report_says_that_attention_restarts(base, tmp_path):
     for name, segments in (("segments", 12), ("stream", None)):
         folder = tmp_path / name

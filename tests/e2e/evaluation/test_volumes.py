@@ -69,6 +69,7 @@ def test_a_point_is_what_is_measured_at_that_volume(base, loud):
     torch.testing.assert_close(point.recall, gains[0] - gains[1], **close)
 
 
+@pytest.mark.exhaustive  # counts work; figures are compared below
 def test_the_base_model_and_volume_1_are_evaluated_once(base, loud):
     losses_of = []
     run([base, loud], batch_size=2, on_batch=lambda: losses_of.append(None))
@@ -105,6 +106,7 @@ def test_a_report_has_the_curve(base, loud, tmp_path):
     assert (tmp_path / "recall_by_volume.png").stat().st_size > 10_000
 
 
+@pytest.mark.exhaustive  # one sentence of a report, for four models
 def test_a_report_says_what_the_volume_multiplies(base, loud, tmp_path):
     quiet = model_with("ttt_mlp", name="quiet", output_scale=0.25)
     first, _ = run([base, quiet, loud], (0.5,), **SHORT).by_volume

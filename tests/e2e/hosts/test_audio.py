@@ -118,6 +118,7 @@ def test_base_weights_load_before_and_after_injection():
     assert torch.equal(model(recordings()), AUDIO_HOST.load(AudioHostConfig(**SMALL, seed=5))(recordings()))
 
 
+@pytest.mark.exhaustive  # its parts are tested above, and its host trains in test_any_host.py
 def test_the_example_runs():
     result = subprocess.run(
         [sys.executable, ROOT / "examples" / "bidirectional_audio.py", "3"], capture_output=True, text=True

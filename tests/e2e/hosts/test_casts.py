@@ -163,6 +163,7 @@ def by_moving(injection):
     in_place(injection)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("change", [in_place, by_data, by_an_optimizer, by_moving], ids=lambda f: f.__name__)
 def test_a_change_takes_effect_at_the_next_step(variant, change):
     results = []

@@ -24,6 +24,7 @@ def run(case: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.exhaustive  # a process for ten seconds; NO_TORCH_COMPILE is set for all others
 def test_nothing_is_compiled_where_the_device_is_a_cpu():
     """Before: the first forward pass compiled the norm after the last layer, and failed without g++."""
     assert "done" in run("computes_without_compiling", PATH="", CXX="")

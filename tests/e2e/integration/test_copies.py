@@ -75,6 +75,7 @@ def test_a_copy_calls_and_streams_bit_for_bit(model, made):
     assert torch.equal(stream(other), stream(model))
 
 
+@pytest.mark.exhaustive  # copies of the same model are compared above
 def test_a_model_is_handed_to_a_spawned_process(model):
     with torch.multiprocessing.get_context("spawn").Pool(1) as pool, torch.no_grad():
         found = pool.apply(nn.Module.__call__, (model.eval().requires_grad_(False), codes(10))).logits

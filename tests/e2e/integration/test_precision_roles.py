@@ -56,6 +56,7 @@ def cast(config):
     return model.to(POLICIES[config.precision]), injection
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("way", [directly, from_meta, with_lora, cast], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_role_has_its_dtype(policy, way):

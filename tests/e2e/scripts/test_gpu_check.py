@@ -68,6 +68,7 @@ def test_the_table_of_a_step_in_the_guide_is_what_the_script_reckons(checks):
     assert table() in (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.exhaustive  # a process; what has not run is no pass either, below, in this one
 def test_what_is_skipped_is_not_a_pass(tmp_path):
     result = run(tmp_path, "--budget", "0", "--only", "blocks", "--only", "step 0")
     assert result.returncode == 1
@@ -120,6 +121,7 @@ def test_the_entry_points_of_a_tree_that_is_not_installed_come_from_pyproject(ch
     assert (made.metadata["Name"], made.version) == ("moshi-ttt", version)
 
 
+@pytest.mark.exhaustive  # a test of a check
 def test_a_wrong_block_is_red_and_its_times_are_not_taken(checks, report, monkeypatch):
     compute = TTTLinear.compute
 
@@ -138,6 +140,7 @@ def test_a_wrong_block_is_red_and_its_times_are_not_taken(checks, report, monkey
     assert not report.passed
 
 
+@pytest.mark.exhaustive  # a test of a check
 def test_a_step_that_does_not_move_its_state_is_red(checks, report, monkeypatch):
     monkeypatch.setattr(TTTLinear, "step", lambda self, x, state, context=None: x)
     report.run("captured step", 1.0, checks["blocks"].captured_step)

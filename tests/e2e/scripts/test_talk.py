@@ -46,7 +46,8 @@ def terminate(program: subprocess.Popen[str]) -> int:
     return 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("end", [terminate, pytest.param(ctrl_c, marks=pytest.mark.exhaustive)])  # as SIGTERM
+@pytest.mark.exhaustive  # test_callers.py starts and ends the command that this script starts
+@pytest.mark.parametrize("end", [terminate, ctrl_c])
 def test_talk_opens_the_page_when_the_server_answers_and_ends_with_it(tmp_path, end):
     port = free_port()
     command = [sys.executable, str(TALK), "--port", str(port), "--no-browser"]

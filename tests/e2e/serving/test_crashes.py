@@ -140,6 +140,7 @@ async def kill_again_and_again(folder, kills, seed=0):
     return tally
 
 
+@pytest.mark.exhaustive  # a killed process leaves no half memory in test_memory_store.py
 def test_a_killed_server_leaves_whole_memories(tmp_path):
     tally = asyncio.run(asyncio.wait_for(kill_again_and_again(tmp_path, KILLS_QUICK), 240))
     assert tally.acknowledged >= KILLS_QUICK

@@ -45,6 +45,7 @@ def test_a_number_of_threads_that_is_none_is_refused(tmp_path, value):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.exhaustive  # a process; messages are those of the package
 def test_recordings_that_are_not_there_are_a_message(tmp_path):
     done = program(tmp_path, "--out", "study", "--known", "nowhere", "--smoke")
     assert done.returncode == console.EXIT_ERROR

@@ -72,6 +72,7 @@ def test_training_on_cuda_needs_nccl(monkeypatch):
 # ---- text
 
 
+@pytest.mark.exhaustive  # a process for seconds, and a terminal that few have
 def test_a_terminal_without_the_letters_shows_others():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0"}
     done = subprocess.run(

@@ -163,6 +163,7 @@ def test_python_m_prepares_the_environment_before_torch_is_imported():
     assert seen["threads"] == 1
 
 
+@pytest.mark.exhaustive  # what is kept is tested in one process above
 def test_python_m_keeps_what_the_user_chose():
     seen = run_program(*DOCTOR, OMP_NUM_THREADS="2", GOMP_SPINCOUNT="0")
     assert (seen["OMP_NUM_THREADS"], seen["GOMP_SPINCOUNT"]) == ("2", "0")

@@ -74,6 +74,7 @@ def test_a_buffer_is_resumed_and_exported(counting, tmp_path):
     assert same(adapter(straight.checkpoint), adapter(parted.checkpoint))
 
 
+@pytest.mark.exhaustive  # a run that is resumed has it, above
 def test_a_run_starts_from_an_adapters_buffer(counting, tmp_path):
     first = counting(tmp_path / "first", max_steps=2)
     second = counting(tmp_path / "second", max_steps=1, adapter=str(first.checkpoint))

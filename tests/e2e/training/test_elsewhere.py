@@ -7,6 +7,7 @@ import multiprocessing
 import subprocess
 import sys
 
+import pytest
 import torch
 import yaml
 
@@ -24,6 +25,7 @@ runpy.run_module("moshi_ttt", run_name="__main__")
 """``python -m moshi_ttt`` without what Windows does not have."""
 
 
+@pytest.mark.exhaustive  # test_platforms.py takes away one thing at a time
 def test_a_training_runs_without_what_windows_lacks(encoded, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values(encoded, tmp_path / "run")))

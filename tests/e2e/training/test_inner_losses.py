@@ -92,6 +92,7 @@ def test_a_plot_that_cannot_be_written_is_a_warning(settings, tmp_path, capsys):
     assert len(records(tmp_path / "run", "inner_losses")) == 2
 
 
+@pytest.mark.exhaustive  # pictures, for seconds
 def test_a_folder_with_plots_is_the_runs_own(train, tmp_path):
     changes = {"ttt": BLOCKS, "inner_losses": {"plots": True, "interval": 1}}
     train(max_steps=1, **changes)

@@ -114,6 +114,7 @@ def _typed(unit: Any) -> list[Any]:
     return list(unit.fsdp_params)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8, 100, 1000])
 def test_a_rank_holds_the_first_of_torchs_chunks(ranks):
     chosen = settings(param_dtype="bfloat16", lora=LORA)
@@ -258,6 +259,7 @@ def plans_7b() -> dict[int, TrainingPlan]:
     return {ranks: planning.plan_model(built, chosen, ranks=ranks, shards=ranks) for ranks in (1, 2, 4, 7, 8, 64)}
 
 
+@pytest.mark.exhaustive  # seconds of 7B shapes; small ones are counted above
 def test_what_is_trained_in_7b(plans_7b):
     found = {group.name: group for group in plans_7b[8].groups}
     assert (found["frozen"].parameters, found["frozen"].stored_as) == (BASE_7B, "bfloat16")
@@ -269,6 +271,7 @@ def test_what_is_trained_in_7b(plans_7b):
     assert alone.moments == 2 * alone.gradients == 8 * BLOCKS_7B
 
 
+@pytest.mark.exhaustive  # the same
 def test_more_ranks_need_less_of_7b(plans_7b):
     totals = [plans_7b[ranks].rank.total for ranks in sorted(plans_7b)]
     assert totals == sorted(set(totals), reverse=True)
@@ -279,6 +282,7 @@ def test_more_ranks_need_less_of_7b(plans_7b):
         assert planned.rank.gathered == alone.gathered
 
 
+@pytest.mark.exhaustive  # the same
 def test_three_layers_of_7b_keep_their_input(plans_7b):
     assert (plans_7b[8].kept_layers, plans_7b[8].layer_input_bytes) == (3, 3 * 125 * 4096 * 2)
 

@@ -43,6 +43,7 @@ def test_a_rate_that_cannot_train_is_told(group, rate, steps, low):
         assert too_low(OptimConfig(lr_groups={group: needed}), group, steps) is None, "its own advice is enough"
 
 
+@pytest.mark.exhaustive  # two runs; what the plan says of them is tested above
 def test_adamw_moves_a_parameter_by_no_more_than_the_plan_says(train, settings, tmp_path):
     from .conftest import adapter
 
@@ -72,6 +73,7 @@ def test_the_plan_and_the_run_show_rates_and_warn(settings, capsys):
     assert fine.low_rates == ()
 
 
+@pytest.mark.exhaustive  # the schedule itself is tested below
 def test_logged_rates_are_those_of_the_step(train, tmp_path):
     train(max_steps=8, lora=LORA, optim={"lr": 1e-3, "pct_start": 0.25, "lr_groups": {"ttt": 2e-3}})
     logged = [record["learning_rates"] for record in records(tmp_path / "run")]

@@ -194,6 +194,7 @@ def test_a_run_resumed_as_it_was_says_nothing_of_changes(train, settings, capsys
     assert "changed since" not in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive  # a run is resumed from a checkpoint by its path below
 def test_going_on_from_an_older_checkpoint_replaces_the_newer_ones(train, tmp_path):
     train(max_steps=6, ckpt_freq=1, num_ckpt_keep=None)
     folder = tmp_path / "run" / "checkpoints"
@@ -283,6 +284,7 @@ def test_a_signal_while_evaluating_saves_and_ends(train, encoded, monkeypatch):
     assert outcome.checkpoint.name == "checkpoint_000002"
 
 
+@pytest.mark.exhaustive  # a signal to one process is tested above
 def test_a_signal_to_the_whole_group_spares_the_workers(train, encoded, tmp_path, monkeypatch):
     data = {"train_data": str(encoded), "num_workers": 2}
     real = Trainer.make_step
@@ -366,6 +368,7 @@ def test_a_path_that_is_no_checkpoint_is_refused(train, tmp_path):
         train(resume=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.exhaustive  # alike for recordings held out, in test_run.py
 def test_segments_that_cannot_be_read_stop_a_run_when_they_are_too_many(train, encoded, tmp_path, capsys):
     folder = tmp_path / "speech"
     shutil.copytree(encoded.parent, folder)

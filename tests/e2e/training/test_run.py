@@ -236,6 +236,7 @@ def test_shards_that_were_cut_otherwise_are_pointed_out(settings, capsys):
     assert "was encoded in segments of 12 frames and is read in segments of 25" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive  # that what is carried is right is tested above
 def test_carrying_gives_other_numbers_than_not_carrying(train, encoded, tmp_path):
     for index, carry in enumerate((False, True)):
         data = {"train_data": str(encoded), "shuffle": False}
@@ -336,6 +337,7 @@ def test_a_rising_inner_learning_rate_that_a_block_ignores_is_refused(encoded, t
         module.skeleton(parse_settings(chosen, registry=registry, where="test"), registry)
 
 
+@pytest.mark.exhaustive  # the factor itself: the kit's check_inner_lr_factor
 def test_the_inner_learning_rate_rises_with_the_main_one(train, monkeypatch):
     factors = []
     set_factor = Injection.set_inner_lr_factor

@@ -108,6 +108,7 @@ def test_an_adapter_of_another_base_model_is_refused(train, first, tmp_path):
     assert all(torch.equal(tensor, end[name]) for name, tensor in adapter(checkpoint).items())
 
 
+@pytest.mark.exhaustive  # counts work; what a file gives is compared in this file
 @pytest.mark.first_by_default
 @pytest.mark.parametrize("start", ["adapter", "checkpoint"])
 def test_values_that_come_from_a_file_are_not_drawn_first(settings, train, first, monkeypatch, start):

@@ -89,6 +89,7 @@ def test_an_adapter_that_continues_a_lora_loads_where_it_was_trained_and_on_the_
         assert MOSHI_HOST.describe_extra(mine.model) == {}
 
 
+@pytest.mark.exhaustive  # runs with and without a LoRA resume alike: test_resume.py
 def test_a_run_on_a_lora_resumes(train, tuned, tmp_path):
     start = {"moshi_paths": paths(tuned["plain"]), "lora": LORA}
     train(**start, max_steps=2, ckpt_freq=1, num_ckpt_keep=None)

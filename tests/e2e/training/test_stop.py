@@ -115,6 +115,7 @@ def test_a_stop_in_the_first_step_has_nothing_to_save(train, tmp_path, monkeypat
     assert train(max_steps=3, resume=True).step == 3
 
 
+@pytest.mark.exhaustive  # a stop in a step is tested above
 def test_a_stop_before_a_step_keeps_what_the_run_went_on_from(train, tmp_path, monkeypatch):
     # In another folder: its own checkpoint must be there, or resume=true would start from the beginning.
     first = train(max_steps=4, ckpt_freq=2)
@@ -158,6 +159,7 @@ def test_a_stop_in_the_last_evaluation_is_made_up_for(train, encoded, tmp_path, 
     assert len(records(tmp_path / "run", "eval")) == 1  # and not made twice
 
 
+@pytest.mark.exhaustive  # the last evaluation is made up for alike
 def test_a_stop_in_an_evaluation_on_the_way_is_made_up_for_too(train, encoded, tmp_path, monkeypatch):
     changes = {"data": {"train_data": str(encoded), "eval_data": str(encoded)}, "do_eval": True, "eval_freq": 2}
     changes |= {"ttt": [], "full_finetuning": True}  # the root unit is whole after a forward pass alone

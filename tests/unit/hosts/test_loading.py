@@ -228,6 +228,7 @@ def test_random_tiny_lm_leaves_the_generator_alone_and_is_seeded():
     assert not torch.equal(a.text_emb.weight, c.text_emb.weight)
 
 
+@pytest.mark.exhaustive  # that `--help` imports nothing heavy is tested by default
 def test_registering_the_host_imports_neither_moshi_nor_torch():
     code = (
         "import sys, moshi_ttt.hosts.moshi as host\n"

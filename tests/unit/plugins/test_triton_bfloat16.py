@@ -42,6 +42,7 @@ def check(cases: tuple[str, ...]) -> None:
         assert 0 < sum(triton.values()) < sum(torch.values()), (case, errors)
 
 
+@pytest.mark.exhaustive  # an interpreter, for ten seconds; test_triton_linear.py runs kernels by default
 def test_calls_and_steps_are_no_less_precise_than_tensor_operations():
     check(BY_DEFAULT)
 

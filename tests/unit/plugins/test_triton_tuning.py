@@ -135,6 +135,7 @@ def choose_often(path, seconds):
         assert chosen_tile(CALLS, TILES, dict(zip(TILES, seconds, strict=True)).get, folder=folder) in TILES
 
 
+@pytest.mark.exhaustive  # three processes; what one writes is tested above
 def test_processes_that_choose_at_once_leave_a_whole_file(tmp_path, said):
     program = "from tests.unit.plugins.test_triton_tuning import choose_often; choose_often({!r}, {})"
     processes = [

@@ -118,6 +118,7 @@ def test_language_that_there_is_not_raises_before_anything_is_fetched(tools, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
 
+@pytest.mark.exhaustive  # a process; what it does is tested in one above
 def test_command_runs_from_any_folder(tmp_path):
     command = [sys.executable, ROOT / "scripts" / "fetch_speech.py", "speech", "--language", "xx"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)

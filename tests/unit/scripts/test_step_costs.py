@@ -62,6 +62,7 @@ def test_a_step_costs_what_the_table_says(name):
             assert figure >= (1 - SLACK) * most - 1, f"{what}: {figure}, far below {most}: write the table anew"
 
 
+@pytest.mark.exhaustive  # seconds of 7B shapes
 def test_what_is_counted_beside_the_passes_is_of_the_optimizer_and_the_losses():
     settings = COSTS.settings_of(None, model="builtin:tiny")
     found = COSTS.step_cost(settings, rows=2, frames=20, carried=False)
