@@ -19,6 +19,7 @@ from moshi_ttt.core.paths import user_path
 from moshi_ttt.hosts.moshi import base_weights
 from moshi_ttt.hosts.moshi.compatibility import speech_layout
 from moshi_ttt.hosts.moshi.compiling import eager_on_cpu
+from moshi_ttt.hosts.moshi.initial_values import NoInitialValues
 from moshi_ttt.hosts.moshi.stored_lora import LORA_FILE, StoredLoRA, is_lora, with_stored_lora
 from moshi_ttt.hosts.moshi.upstream import CheckpointInfo, LMModel, loaders
 
@@ -60,7 +61,8 @@ class MoshiBundle:
         A LoRA that comes with it is merged into the weights, or with ``lora=False`` left out. Raises HostError.
         """
         try:
-            model = eager_on_cpu(self.info.get_moshi(device=device, dtype=dtype or self.stored_dtype()))
+            with NoInitialValues():  # on the meta device, until the weights are there
+                model = eager_on_cpu(self.info.get_moshi(device=device, dtype=dtype or self.stored_dtype()))
         except (RuntimeError, OSError, SafetensorError, TypeError, AssertionError, KeyError) as error:
             if is_lora(self.info.moshi_weights):
                 raise self._lora_as_weights() from error
@@ -206,7 +208,8 @@ def load_skeleton(
     ``dtype=None`` is the dtype of the weights where they lie beside the config, else bfloat16. Raises HostError.
     """
     if hf_repo == BUILTIN_7B:
-        return eager_on_cpu(loaders.get_moshi_lm(None, device="meta", dtype=dtype or torch.bfloat16))
+        with NoInitialValues():
+            return eager_on_cpu(loaders.get_moshi_lm(None, device="meta", dtype=dtype or torch.bfloat16))
     folder = None if config_path else _local_folder(hf_repo, revision)
     if config_path is not None:
         path = user_path(config_path)
@@ -226,7 +229,8 @@ def load_skeleton(
     info = CheckpointInfo(weights, nothing, nothing, lm_config=options, model_type=config.get("model_type", "moshi"))
     bundle = MoshiBundle(hf_repo, info)
     try:
-        return eager_on_cpu(info.get_moshi(device="meta", dtype=dtype or bundle.stored_dtype(), load_weight=False))
+        with NoInitialValues():
+            return eager_on_cpu(info.get_moshi(device="meta", dtype=dtype or bundle.stored_dtype(), load_weight=False))
     except (RuntimeError, TypeError, AssertionError, KeyError) as error:
         raise bundle._unloadable(path, error) from error
 

@@ -5,8 +5,13 @@
 // Shape legend: B streams, C tokens a chunk, d width, h hidden width, K taps, R of them looking ahead, S tokens staged,
 // w channels folded a step.
 
-#include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mv.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -56,6 +56,7 @@ def test_a_stream_follows_row_by_row(model, switch):
             assert torch.equal(tensor[1], stopped[name][1]), name
 
 
+@pytest.mark.first_by_default
 def test_it_can_be_thrown_while_a_stream_runs(model, switch):
     late, _ = streamed(model, switch, switch.off, at=9)
     on, _ = streamed(model, switch, switch.on)
@@ -71,6 +72,7 @@ def test_it_can_be_thrown_while_a_stream_runs(model, switch):
     assert not torch.equal(after[1], off[1, :, 4:])
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("row_by_row", [False, True])
 def test_a_stream_that_starts_inside_starts_with_it(model, switch, row_by_row):
     off, _ = streamed(model, switch, switch.off)

@@ -78,10 +78,16 @@ test_forgetting = conformance_tests(
 )
 OFF = {"gate": {"init": 0.0}}
 test_forgetting_in_llama = host_conformance_tests(LLAMA, "forgetting", identity={"gate": 0.0}, registry=REGISTRY)
-test_ttt_linear_in_llama = host_conformance_tests(
-    LLAMA, "ttt_linear", {"chunk": 4}, identity=OFF, registry=REGISTRY,
-    beside={"variant": "gating_mlp", "chunk": 4, "lr": 0.1},
-)  # fmt: skip
+test_ttt_linear_in_llama = pytest.mark.exhaustive(  # a sequence block and one of in-place TTT are beside this
+    host_conformance_tests(
+        LLAMA,
+        "ttt_linear",
+        {"chunk": 4},
+        identity=OFF,
+        registry=REGISTRY,
+        beside={"variant": "gating_mlp", "chunk": 4, "lr": 0.1},
+    )  # fmt: skip
+)
 test_gating_mlp_in_llama = host_conformance_tests(
     LLAMA, "gating_mlp", {"chunk": 4, "lr": 0.1}, identity={}, registry=REGISTRY
 )

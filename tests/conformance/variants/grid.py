@@ -8,12 +8,8 @@ each kind of site, in bfloat16 too, with another shape. In float32 it runs ``MOR
 A further option set, and each one of the tests of options (``options_of`` is in their names: the first set of their
 variant runs in another test), runs
 
-- every check in float64, which finds all but three pairs of a mutation and a check in ``test_kit_mutations.py``; those
-  (``check_volume`` with BlendsAtEveryVolume, ``check_figures_under_autocast``, ``check_long_stream``) depend on the
-  variant and not on its options;
-- but not ``OF_THE_VARIANT``, whose subject is the class of the block or of its config;
-- nor ``check_no_host_read``: what reads a value on the CPU is found by ``check_device`` too, which runs all that
-  the other runs, and more (``test_kit_mutations.py`` and ``test_option_mutations.py`` hold that it is);
+- ``OF_OPTIONS`` in float64: the checks that a mistake in an option can fail, which find every one of those in
+  ``test_option_mutations.py``. What reads a value on the CPU is found by ``check_no_host_read``;
 - ``MORE`` besides: rows and splits with three heads (float32), the dtype of the state in a bfloat16 host.
 
 A compiled step has no part in a call of several tokens, nor on the meta device, so the cases that stream by it leave
@@ -43,7 +39,12 @@ WITHOUT_STEPS: tuple[Check, ...] = (
     kit.check_adapter_round_trip, kit.check_buffers, kit.check_config_keys, kit.check_dtypes,
     kit.check_state_is_float32, kit.check_layouts, kit.check_form,
 )  # fmt: skip
-OF_THE_VARIANT: tuple[Check, ...] = (kit.check_other_modes, kit.check_copies, kit.check_config_keys)
+OF_OPTIONS: tuple[Check, ...] = (
+    kit.check_splits, kit.check_every_prefix, kit.check_causality, kit.check_reset, kit.check_exec_mask, kit.check_rows,
+    kit.check_updates_off, kit.check_token_mask_streamed, kit.check_nonfinite_rows, kit.check_memory,
+    kit.check_state_ranges, kit.check_inner_lr_factor, kit.check_no_host_read, kit.check_checkpointing,
+    kit.check_trainable_set, kit.check_gradients_numerically, kit.check_adapter_round_trip, kit.check_plan_figures,
+)  # fmt: skip
 IN_FLOAT32: tuple[Check, ...] = (kit.check_long_stream,)
 
 
@@ -58,5 +59,5 @@ def runs_by_default(
     if first and (dtype != torch.bfloat16 or in_bfloat16):
         return dtype != torch.float32 or check in MORE[dtype] or check in IN_FLOAT32
     if dtype == EVERYWHERE:
-        return first or (check not in OF_THE_VARIANT and (check is not kit.check_no_host_read or compiled))
+        return first or check in OF_OPTIONS
     return check in MORE[dtype]

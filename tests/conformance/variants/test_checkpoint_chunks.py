@@ -47,6 +47,7 @@ def computed(case, length, start=None, around=False):
     return [tensor.detach() for tensor in (y, *learned)] + list(gradients)
 
 
+@pytest.mark.each_kind
 @pytest.mark.parametrize(("dtype", "chunks"), GROUPS, ids=str)
 @pytest.mark.parametrize(("variant", "options"), CASES, ids=str)
 def test_nothing_changes_bit_for_bit(variant, options, dtype, chunks):
@@ -79,6 +80,7 @@ def bytes_of(case, length, start=None, want_state=False):
     return kept, log.peak
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize(("variant", "layers"), [("ttt_linear", 1), ("ttt_mlp", 2)])
 def test_what_is_kept_is_tokens_and_the_fast_weights_between_groups(variant, layers, carried):

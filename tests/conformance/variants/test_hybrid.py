@@ -430,6 +430,7 @@ def test_narrow_heads_are_warned_of_once_for_a_model():
     assert len([warning for warning in shown if "Heads of width 4" in str(warning.message)]) == 1
 
 
+@pytest.mark.first_by_default
 @pytest.mark.each_kind
 @pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp", "ttt_multilayer"])
 def test_the_narrowest_heads_stream_as_they_train(variant):

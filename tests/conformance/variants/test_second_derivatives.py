@@ -86,16 +86,8 @@ def test_both_forms_of_in_place_learning_agree_twice(length, with_start, decay):
     assert any(float(wanted.abs().max()) > 0 for wanted in both[1])
 
 
-# The kit's check_second_derivatives compares each option set with finite differences too, in test_conformance.py: by
-# default torch's own check runs on one hybrid block and on one of in-place TTT.
-@pytest.mark.parametrize(
-    ("variant", "options"),
-    [
-        pytest.param(*case, marks=[] if case[0] in ("ttt_mlp", "gating_mlp") else [pytest.mark.exhaustive])
-        for case in CASES
-    ],
-    ids=str,
-)
+@pytest.mark.exhaustive  # the kit's check_second_derivatives compares with finite differences by default
+@pytest.mark.parametrize(("variant", "options"), CASES, ids=str)
 def test_gradgradcheck(variant, options):
     case = case_of(variant, options)
     block, x = case.block(), case.inputs(9).requires_grad_()

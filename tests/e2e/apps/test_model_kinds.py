@@ -161,6 +161,7 @@ def test_a_codec_of_other_sizes_is_refused_before_anything_is_read(command, tmp_
         assert (result.exit_code, why in result.said) == (2, True), (name, result.said)
 
 
+@pytest.mark.first_by_default
 def test_a_layout_that_is_not_known_is_refused(command, tmp_path):
     repository = make_repository(tmp_path / "model", n_q=24, dep_q=24, delays=[0, *VOICE, *VOICE, *VOICE])
     for name in ("train", "encode", "quickstart", "long-context"):

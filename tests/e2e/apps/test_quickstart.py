@@ -237,6 +237,7 @@ BAD_AUDIO = {
 }
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("case", BAD_AUDIO)
 def test_audio_that_cannot_be_used_is_refused_before_anything_is_written(cli, tmp_path, case):
     make, message = BAD_AUDIO[case]
@@ -321,6 +322,7 @@ def test_a_file_in_the_way_is_not_replaced(cli, tmp_path):
     assert (tmp_path / "run").read_text() == "a file"
 
 
+@pytest.mark.exhaustive  # any command alike: test_cli.py
 @pytest.mark.first_by_default
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")], ids=["Ctrl-C", "failure"])
 def test_a_run_that_ends_early_leaves_nothing(cli, tmp_path, monkeypatch, error):

@@ -32,6 +32,7 @@ def test_without_memory_there_is_nothing_to_recall(base):
     assert abs(gain.value) < 0.02
 
 
+@pytest.mark.exhaustive  # a second way to the same figures
 def test_what_is_counted_is_what_was_presented_again(base):
     tested = model_with("ttt_mlp", base_lr=1.0, gate={"init": 1.0})
     result = run([base, tested])

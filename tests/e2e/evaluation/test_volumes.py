@@ -52,6 +52,7 @@ def test_the_ends_of_the_curve_are_the_base_model_and_the_adapter(base, loud):
     assert half.apart > 0
 
 
+@pytest.mark.exhaustive  # a second way to the same figures
 def test_a_point_is_what_is_measured_at_that_volume(base, loud):
     (point,) = run([base, loud], (0.25,), clips=1).by_volume
     clips = [document(2 * FRAMES, n).codes[:, :FRAMES] for n in range(3)]

@@ -65,6 +65,7 @@ def gradients(model, injection) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.each_kind
 @pytest.mark.parametrize("training", [True, False])
 def test_a_training_forward_inside_streaming_is_refused_when_its_gradient_is_needed(variant, training):
     """Before: the blocks, and all below the last of them, were left without a gradient and nothing was said."""
@@ -103,6 +104,7 @@ def test_the_gradient_of_a_lora_in_a_streaming_mlp_is_not_lost_in_silence():
         model.forward_text(codes(2, 1))[1].square().mean().backward()
 
 
+@pytest.mark.each_kind
 def test_gradients_are_bit_equal_under_the_hosts_checkpointing(variant):
     model, injection = tiny_with({"variant": variant, "layers": "1,3", "chunk": 4})
     plain = gradients(model, injection)
@@ -232,6 +234,7 @@ def test_an_adapter_of_another_moshi_is_refused(tmp_path):
     assert set(other.state_dict()) == names
 
 
+@pytest.mark.each_kind
 def test_adapter_round_trip_on_moshi(variant, tmp_path):
     model, injection = tiny_with({"variant": variant, "layers": "1,3", "chunk": 4}, dtype=torch.bfloat16)
     save_adapter(injection, tmp_path / "adapter", training_step=7)

@@ -98,6 +98,7 @@ def test_old_ones_are_removed(tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.exhaustive  # a process, for the lock that test_run_dir.py tests too
 def test_one_server_at_a_time(tmp_path):
     program = (
         "import sys, pathlib; from moshi_ttt.serving.memory_store import MemoryStore\n"

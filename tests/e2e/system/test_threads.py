@@ -156,6 +156,7 @@ def run_program(*arguments: str, **environment: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.exhaustive  # a process; what it prepares is tested above
 def test_python_m_prepares_the_environment_before_torch_is_imported():
     seen = run_program(*DOCTOR)
     assert (seen["OMP_WAIT_POLICY"], seen["OPENBLAS_NUM_THREADS"], seen["numpy"]) == ("PASSIVE", "1", False)

@@ -49,6 +49,7 @@ def wait_for(process: subprocess.Popen[str], folder: Path, step: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.exhaustive  # a process; a signal in this one saves alike: test_resume.py
 def test_a_termination_saves_and_ends_well(encoded, tmp_path):
     process = start(config_of(tmp_path, encoded))
     wait_for(process, tmp_path, 2)

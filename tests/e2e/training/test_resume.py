@@ -205,6 +205,7 @@ def test_going_on_from_an_older_checkpoint_replaces_the_newer_ones(train, tmp_pa
     assert train(max_steps=7, resume=True).step == 7
 
 
+@pytest.mark.exhaustive  # a folder in use is refused alike below
 def test_going_on_from_another_run_in_a_folder_in_use_is_refused(train, tmp_path):
     first = train(max_steps=2)
     other = str(tmp_path / "other")

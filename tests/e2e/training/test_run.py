@@ -105,6 +105,7 @@ def test_health_is_logged_for_every_block(train, tmp_path):
         assert isinstance(block["red_flags"], list)
 
 
+@pytest.mark.exhaustive  # counts work; that health is logged is tested above
 @pytest.mark.first_by_default
 @pytest.mark.parametrize(
     ("every", "last", "wanted"), [(3, 7, [1, 2, 3, 6, 7]), (1, 3, [1, 2, 3]), (100, 5, [1, 2, 4, 5])]

@@ -48,6 +48,7 @@ def test_a_run_of_moshi_finetune_is_neither_resumed_nor_replaced(train, theirs, 
     assert files(theirs) == before
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("changes", [{"resume": True}, {"overwrite_run_dir": True}], ids=str)
 def test_a_run_from_before_the_marker_is_left_alone_and_can_be_started_from(train, trained, tmp_path, changes):
     trained(max_steps=2)
