@@ -86,7 +86,7 @@ test_ttt_linear_in_llama = pytest.mark.exhaustive(  # a sequence block and one o
         identity=OFF,
         registry=REGISTRY,
         beside={"variant": "gating_mlp", "chunk": 4, "lr": 0.1},
-    )  # fmt: skip
+    )
 )
 test_gating_mlp_in_llama = host_conformance_tests(
     LLAMA, "gating_mlp", {"chunk": 4, "lr": 0.1}, identity={}, registry=REGISTRY
