@@ -15,11 +15,7 @@ from tests.project import ROOT
 
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in documents()}
 FOUND = {page: snippets(path) for page, path in PAGES.items()}
-QUICK = (
-    "README.md",
-    "docs/tutorials/first-memory.md",
-    "docs/tutorials/write-a-variant.md",
-)
+QUICK = ("README.md", "docs/tutorials/first-memory.md")
 """The pages whose code `make test` runs; `make test-full`, and so CI, runs that of all."""
 
 

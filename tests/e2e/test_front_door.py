@@ -107,6 +107,7 @@ def test_import_is_lazy():
     assert heavy.strip() == "[]"
 
 
+@pytest.mark.exhaustive  # a process for five seconds; README's program finds them
 def test_training_and_evaluation_are_found_without_a_further_import():
     found = run(
         "import moshi_ttt\n"

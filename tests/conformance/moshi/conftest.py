@@ -13,8 +13,12 @@ HERE = Path(__file__).parent
 IN_BFLOAT16 = {"test_ttt_mlp", "test_gating_mlp"}
 """Tests that run in a bfloat16 Moshi too by default: a variant of each kind. The kit's own checks run every variant in
 a bfloat16 host in test_conformance.py."""
-LATER = {"test_ttt_linear_on_the_bundle", "test_ttt_mlp_on_the_bundle", "test_ttt_ridge_on_the_bundle"}
-"""Tests on trained weights whose variants run on random ones; the bundle itself runs with ``gating_mlp``."""
+LATER = {
+    "test_ttt_linear_on_the_bundle", "test_ttt_mlp_on_the_bundle", "test_ttt_ridge_on_the_bundle",
+    "test_ttt_mlp_with_other_keys_values_and_updates", "test_gating_mlp_that_corrects",
+}  # fmt: skip
+"""Tests on trained weights whose variants run on random ones; the bundle itself runs with ``gating_mlp``. And those of
+options, which the kit's own checks run without a host."""
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -23,6 +23,7 @@ from moshi_ttt.core.registry import Registry
 from .conftest import GOLDENS
 
 PACKAGED = sorted(packaged_configs())
+ONE_OF_7B = "moshi-7b-ttt-mlp"
 
 
 def test_the_surface_is_frozen():
@@ -196,7 +197,11 @@ def test_as_a_program_errors_go_to_stderr_with_the_exit_code(tmp_path):
 # ---- configs and explain
 
 
-@pytest.mark.parametrize("name", PACKAGED)
+# Models of 7B shapes take a second each.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.exhaustive] if "7b" in n and n != ONE_OF_7B else []) for n in PACKAGED],
+)
 def test_every_packaged_config_loads_and_can_be_explained(cli, name):
     assert read_config(name).ttt
     result = cli("explain", name)
@@ -263,6 +268,7 @@ def test_a_config_that_is_not_there_lists_the_packaged_ones(cli):
 # ---- verify
 
 
+@pytest.mark.exhaustive  # all of them pass below
 @pytest.mark.parametrize("pattern", ["linear_*", "mlp_*", "hybrid_*", "in_place_*"])
 def test_reference_vectors_pass(cli, pattern):
     files = sorted(GOLDENS.glob(f"{pattern}.safetensors"))

@@ -58,6 +58,7 @@ def test_gains_are_differences_by_recording(base):
             torch.testing.assert_close(own, values.nanmean(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.exhaustive  # a second way to the same figures
 def test_a_gain_that_comes_of_a_worse_first_presentation_shows(base):
     """What a presentation itself saves is against the base model's own loss in it, whatever the first one was."""
     result = run([base, model_with("ttt_mlp", base_lr=1.0, gate={"init": 1.0})])

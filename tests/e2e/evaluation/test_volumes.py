@@ -123,6 +123,7 @@ def test_a_report_says_what_the_volume_multiplies(base, loud, tmp_path):
     assert "multiplies the adapter's own `output_scale`: quiet 0.25; ttt_mlp 1; two 0.5 to 2." in report
 
 
+@pytest.mark.exhaustive  # a second way to the same figures
 def test_what_is_not_at_the_volume_shows(base, loud, tmp_path):
     # As with an adapter's LoRA: the model differs from the base outside its blocks.
     with torch.no_grad():

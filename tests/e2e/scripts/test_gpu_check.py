@@ -169,6 +169,7 @@ def test_nan_is_never_a_pass(report):
     assert json.loads((report.folder / "gpu_check.json").read_text())["checks"][0]["value"] is None
 
 
+@pytest.mark.exhaustive  # a process, for one sentence
 def test_without_a_gpu_it_says_so(tmp_path):
     # CUDA_VISIBLE_DEVICES hides the devices of a machine that has some.
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out")]

@@ -16,6 +16,7 @@ from .fakes import FakeSlots
 STAND_IN = Path(__file__).parent / "stand_in"
 
 
+@pytest.mark.exhaustive  # the protocol: test_callers.py
 def test_the_stock_python_client_talks(tmp_path):
     frames = 40
     times = np.arange(frames * FRAME) / RATE

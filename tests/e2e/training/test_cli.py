@@ -68,6 +68,7 @@ def test_mistakes_are_messages(cli, config, monkeypatch, arguments, message):
     assert message in result.said
 
 
+@pytest.mark.exhaustive  # what is in shards is tested in tests/unit/data/test_shards.py
 def test_encode_then_train_on_the_shards_gives_the_same_run(cli, encoded, config, tmp_path):
     manifest = encoded.parent / "train.jsonl"
     made = cli("encode", config, f"data.train_data={manifest}", "--out", tmp_path / "shards")

@@ -198,6 +198,7 @@ def test_inputs_of_the_layers_that_gradients_reach(changes, layers):
     assert planned.layer_input_bytes == layers * 2 * math.ceil(12.5) * 256 * 4
 
 
+@pytest.mark.exhaustive  # a step is made for it; what needs none is counted above
 @pytest.mark.first_by_default
 @pytest.mark.parametrize("ranks", [2, 1])
 def test_activations_are_counted_beside_gradients(ranks):

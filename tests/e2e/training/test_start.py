@@ -52,6 +52,7 @@ def test_lora_is_taken_along_and_lora_is_added(train, first):
     assert all(not tensor.any() for name, tensor in added.items() if "lora_B" in name)
 
 
+@pytest.mark.exhaustive  # a run that is resumed goes on bit for bit: test_resume.py
 def test_a_run_that_is_resumed_does_not_start_again(train, first, tmp_path):
     checkpoint = first()
     train(adapter=str(checkpoint), max_steps=4, ckpt_freq=2, num_ckpt_keep=None)

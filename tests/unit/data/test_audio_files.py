@@ -107,6 +107,7 @@ def test_the_length_of_an_unknown_length_is_the_files(tmp_path):
     assert read_audio(path, RATE).shape == (36_000,)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize(
     ("name", "rate", "seconds"),
     [

@@ -56,6 +56,7 @@ def results() -> StudyResults:
     return StudyResults([complete()])
 
 
+@pytest.mark.exhaustive  # the smoke of the study writes one in test-full
 def test_a_report_has_every_table_and_figure(results, tmp_path):
     costs = {BASE: Cost(step_ratio=1.0, state_bytes=0), "ridge": Cost(step_ratio=1.5, state_bytes=2048)}
     Report(results=results, speech={"known voices": ["cs"]}, costs=costs, made_by="test").write(tmp_path)
