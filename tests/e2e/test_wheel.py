@@ -92,6 +92,7 @@ def test_nothing_else_is_in_the_wheel(wheel):
     assert not any("__pycache__" in folder for folder in folders)
 
 
+@pytest.mark.exhaustive  # CI builds a wheel and loads what is in it
 def test_wheel_says_it_is_typed_and_carries_the_licence(wheel):
     names = ZipFile(wheel).namelist()
     assert "moshi_ttt/py.typed" in names
