@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -26,8 +26,11 @@ from moshi_ttt.plugins.hybrid.naive_call import naive_call, naive_step
 from moshi_ttt.plugins.hybrid.objective import Objective
 from moshi_ttt.plugins.hybrid.recurrent import recurrent_inner_loop
 from moshi_ttt.plugins.hybrid.triton import backend as kernels
-from moshi_ttt.plugins.hybrid.triton import step, train
+from moshi_ttt.plugins.hybrid.triton import step, train, trial
 from moshi_ttt.plugins.hybrid.triton.train_settings import Products
+
+if TYPE_CHECKING:
+    from moshi_ttt.plugins.hybrid.with_backends import HybridWithBackends
 
 LEAST_WIDTH = 128
 """Of a head, for C++ under ``auto``, where it is not prebuilt: that of Moshi 7B. With narrower heads, a build takes
@@ -44,6 +47,7 @@ class HybridUse:
         device: of the activations and the state.
         dtype: of the state.
         matmul_precision: of products of float32 matrices, as the precision policy has it.
+        layer: the class of the block, which ``auto`` tries kernels with.
     """
 
     config: HybridConfig
@@ -51,6 +55,7 @@ class HybridUse:
     device: torch.device
     dtype: torch.dtype
     matmul_precision: MatmulPrecision = "highest"
+    layer: type[HybridWithBackends] | None = None
 
 
 class TrainRun(Protocol):
@@ -152,7 +157,10 @@ TRAIN: Operation[HybridUse, TrainRun] = Operation(
         Backend(
             name="triton",
             why_not=_not_triton,
-            why_not_auto=lambda use: kernels.not_by_auto(use.device, use.widths, use.config.chunk, _products(use)),
+            why_not_auto=lambda use: (
+                kernels.not_by_auto(use.device, use.widths, use.config.chunk, _products(use))
+                or trial.not_agreed(use, "train")
+            ),
             load=lambda use: train.load(use.device, _products(use), use.config.backends().tune),
         ),
         Backend(
@@ -183,7 +191,9 @@ STEP: Operation[HybridUse, StepRun] = Operation(
         Backend(
             name="triton",
             why_not=_no_triton_step,
-            why_not_auto=lambda use: step.not_by_auto(use.device, use.widths, use.config.chunk, use.dtype),
+            why_not_auto=lambda use: (
+                step.not_by_auto(use.device, use.widths, use.config.chunk, use.dtype) or trial.not_agreed(use, "step")
+            ),
             load=lambda use: step.load(use.device),
         ),
         Backend(

@@ -28,8 +28,6 @@ BY_AUTO = {"linear": (16, 32), "mlp": (16,), "around": (16,)}
 
 What is around the inner loop takes as much with every chunk, and is recorded at one.
 """
-CHECKED: frozenset[str] = frozenset()
-"""The kernels that have passed ``make gpu-check`` on a GPU as they are now, of ``linear``, ``mlp`` and ``step``."""
 AUTO_HEAD_WIDTHS = (64, 128)
 
 
@@ -108,7 +106,7 @@ def not_these_shapes(widths: tuple[int, ...], chunk: int) -> str | None:
 
 def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int, products: Products,
                 ) -> str | None:  # fmt: skip
-    """Why ``auto`` takes another backend where the kernels could run."""
+    """Why ``auto`` takes another backend where the kernels could run, but for what ``trial`` finds."""
     kind = kind_of(widths)
     if (reason := by_name_alone(device)) is not None:
         return reason
@@ -121,15 +119,6 @@ def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int, produ
     if kind == "mlp" and widths[1] != 4 * widths[0]:
         return f"a hidden width of {widths[1]} was not measured; auto takes the kernels at four times the head width"
     capability = torch.cuda.get_device_capability(device)
-    return (
-        training_too_large(kind, chunk, widths[0], products, capability)
-        or training_too_large("around", BY_AUTO["around"][0], widths[0], products, capability)
-        or not_checked(kind)
+    return training_too_large(kind, chunk, widths[0], products, capability) or training_too_large(
+        "around", BY_AUTO["around"][0], widths[0], products, capability
     )
-
-
-def not_checked(kernels: str) -> str | None:
-    """Why ``auto`` takes no ``kernels`` that no GPU has run, as the end of a sentence; None where it may."""
-    if kernels in CHECKED:
-        return None
-    return f"its kernels ({kernels}) have not passed `make gpu-check` as they are now; ask for them by name"

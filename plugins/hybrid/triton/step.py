@@ -19,7 +19,7 @@ from moshi_ttt.plugins.common.finite import largest_factor
 from moshi_ttt.plugins.hybrid.fast_network import UpdateRule
 from moshi_ttt.plugins.hybrid.inner_loop import COUNTERS, Tokens, unpack
 from moshi_ttt.plugins.hybrid.objective import InnerNorm, Objective
-from moshi_ttt.plugins.hybrid.triton.backend import COMPUTED, by_name_alone, not_checked
+from moshi_ttt.plugins.hybrid.triton.backend import COMPUTED, by_name_alone
 from moshi_ttt.plugins.hybrid.triton.resources import step_too_large
 from moshi_ttt.plugins.hybrid.triton.step_operations import operations
 
@@ -48,7 +48,7 @@ def not_these_shapes(widths: tuple[int, ...], chunk: int) -> str | None:
 
 
 def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int, state: torch.dtype) -> str | None:
-    """Why ``auto`` takes another backend for a step where the kernels could run."""
+    """Why ``auto`` takes another backend for a step where the kernels could run, but for what ``trial`` finds."""
     if (reason := by_name_alone(device)) is not None:
         return reason
     if state != torch.float32:
@@ -61,7 +61,7 @@ def not_by_auto(device: torch.device, widths: tuple[int, ...], chunk: int, state
             f"{chunk} and its widths are {', '.join(map(str, widths))}"
         )
     capability = torch.cuda.get_device_capability(device)
-    return step_too_large(len(widths) - 1, chunk, widths[0], capability) or not_checked("step")
+    return step_too_large(len(widths) - 1, chunk, widths[0], capability)
 
 
 def _listed(numbers: tuple[int, ...]) -> str:

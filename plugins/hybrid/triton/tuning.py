@@ -28,7 +28,7 @@ from torch import Tensor
 
 from moshi_ttt.plugins.common.backends import log_once
 from moshi_ttt.plugins.common.native import cache_folder
-from moshi_ttt.plugins.hybrid.triton.compilations import EXPANSION, MODULES
+from moshi_ttt.plugins.hybrid.triton.compilations import EXPANSION
 from moshi_ttt.plugins.hybrid.triton.resources import training_too_large
 from moshi_ttt.plugins.hybrid.triton.train_settings import Products, Tile, settings_of, tile_of, tiles_of
 
@@ -70,7 +70,7 @@ def calls_of(
     import triton
 
     return TunedCalls(
-        gpu=torch.cuda.get_device_name(device), triton=triton.__version__, sources=_sources(), chunk=chunk,
+        gpu=torch.cuda.get_device_name(device), triton=triton.__version__, sources=sources(), chunk=chunk,
         widths=widths, heads=heads, rows=1 << (rows - 1).bit_length(), products=products,
     )  # fmt: skip
 
@@ -169,11 +169,9 @@ def _write(file: Path, calls: TunedCalls, tile: Tile, seconds: Mapping[Tile, flo
 
 
 @functools.cache
-def _sources() -> str:
-    """Of every kernel, and of the code that launches them."""
-    names = (*MODULES, "train_parts", "step_parts", "linear_chunk", "mlp_chunk", "train_launches", "train_layer",
-             "train_settings")  # fmt: skip
-    texts = [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in names]
+def sources() -> str:
+    """A hash of every kernel, and of the code that launches them."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 

@@ -14,7 +14,7 @@ import torch
 from moshi_ttt.core.errors import BackendError, ContextError
 from moshi_ttt.core.testing.case import default_cases
 from moshi_ttt.plugins.hybrid.backends import STEP, HybridUse
-from moshi_ttt.plugins.hybrid.triton import backend, step
+from moshi_ttt.plugins.hybrid.triton import step, trial
 from tests.project import ROOT
 
 CASES = (
@@ -97,7 +97,7 @@ def card(monkeypatch):
     """As if there were a GPU of compute capability 9.0."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(backend, "CHECKED", {"step"})
+    monkeypatch.setattr(trial, "not_agreed", lambda use, operation: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
 

@@ -189,7 +189,6 @@ def gpu(monkeypatch):
     """A CUDA device of compute capability 9.0, as far as the backend looks."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(backend, "CHECKED", {"linear", "mlp"})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(backend, "version", lambda name: "3.5.1")
     monkeypatch.setattr(backend.shutil, "which", lambda name: f"/usr/bin/{name}")
@@ -216,7 +215,6 @@ def test_tensors_without_values_are_served_where_triton_is_installed_and_never_b
     monkeypatch.setattr(backend, "version", lambda name: "3.5.1")
     assert backend.not_here(meta) is None
     assert backend.products_of(meta, "highest") == "tf32x3"
-    monkeypatch.setattr(backend, "CHECKED", {"linear", "mlp", "step"})
     assert "ask for it by name" in backend.not_by_auto(meta, (128, 128), 16, "tf32x3")
     monkeypatch.setattr(backend, "version", lambda name: "2.3.1")
     assert "Triton is 2.3.1" in backend.not_here(meta)
@@ -269,11 +267,3 @@ def test_what_auto_takes(gpu, widths, chunk, said):
 def test_auto_takes_nothing_that_is_interpreted(gpu, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "for tests" in backend.not_by_auto(gpu, (128, 128), 16, "tf32x3")
-
-
-def test_auto_takes_no_kernels_that_no_gpu_has_checked(gpu, monkeypatch):
-    assert backend.not_by_auto(gpu, (128, 128), 16, "tf32x3") is None
-    monkeypatch.setattr(backend, "CHECKED", {"mlp"})
-    reason = backend.not_by_auto(gpu, (128, 128), 16, "tf32x3")
-    assert reason == "its kernels (linear) have not passed `make gpu-check` as they are now; ask for them by name"
-    assert {"linear", "mlp", "step"} >= backend.CHECKED
