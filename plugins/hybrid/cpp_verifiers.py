@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from moshi_ttt.plugins.hybrid import compiled
-from moshi_ttt.plugins.hybrid.block import HybridBlock
 from moshi_ttt.plugins.hybrid.cpp import chunk as cpp
 from moshi_ttt.plugins.hybrid.option_verifiers import OptionsChunk, OptionsRecurrent
 from moshi_ttt.plugins.hybrid.verifiers import HybridChunk, InnerLoopChunk, InnerLoopRecurrent
@@ -47,10 +46,10 @@ class HybridCpp(HybridChunk):
         return self.by(cpp.load(self), inputs, metadata)
 
 
-def _published(metadata: Mapping[str, str], names: frozenset[str]) -> bool:
-    """Whether a file of ``hybrid_options`` has the published inner loop, whatever it has around it."""
+def _published(verifier: OptionsChunk | OptionsRecurrent, metadata: Mapping[str, str], names: frozenset[str]) -> bool:
+    """Whether ``verifier`` takes a file, and it has the published inner loop, whatever it has around it."""
     plain = metadata["inner_norm"] == "true" and metadata["inner_steps"] == "1"
-    return plain and "in.momentum_logit" not in names
+    return verifier.accepts(metadata) and plain and "in.momentum_logit" not in names
 
 
 class OptionsCpp(OptionsChunk):
@@ -58,14 +57,7 @@ class OptionsCpp(OptionsChunk):
 
     backend = "cpp"
     builds = True
-
-    def takes(self, metadata: Mapping[str, str], names: frozenset[str]) -> bool:
-        return self.accepts(metadata) and _published(metadata, names)
-
-    def block(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> HybridBlock:
-        block = super().block(inputs, metadata)
-        block.use_backend("train", "cpp")
-        return block
+    takes = _published
 
 
 class OptionsCppStep(OptionsRecurrent):
@@ -73,11 +65,4 @@ class OptionsCppStep(OptionsRecurrent):
 
     backend = "cpp"
     builds = True
-
-    def takes(self, metadata: Mapping[str, str], names: frozenset[str]) -> bool:
-        return self.accepts(metadata) and _published(metadata, names)
-
-    def block(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> HybridBlock:
-        block = super().block(inputs, metadata)
-        block.use_backend("step", "cpp")
-        return block
+    takes = _published

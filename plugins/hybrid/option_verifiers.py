@@ -6,7 +6,7 @@ The call and the stream are the block's own, so that what it makes of its option
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from moshi_ttt.core.block import BlockContext, Site, SiteInfo, SiteKind
 from moshi_ttt.core.format import SequenceFormat
 from moshi_ttt.core.precision import FP32_STATE
 from moshi_ttt.core.verification import Kind, Shape, VectorSchema
+from moshi_ttt.plugins.common.backends import BackendName
 from moshi_ttt.plugins.hybrid.block import HybridBlock
 from moshi_ttt.plugins.hybrid.config import HybridConfig
 from moshi_ttt.plugins.hybrid.naive import naive_inner_loop, naive_inputs, naive_output
@@ -32,6 +33,8 @@ EPS, THETA = {"norm_eps": 1e-6, "target_eps": 1e-8, "post_norm_eps": 1e-6}, 10_0
 
 class _HybridOptions(FastNetworkVerifier):
     operation = "hybrid_options"
+    computed: ClassVar[str] = ""
+    """The operation of the block that ``backend`` computes, ``train`` or ``step``."""
 
     def __init__(self, make: Make, *, layers: int | None = None, at_least: int = 1) -> None:
         super().__init__(layers=layers, at_least=at_least)
@@ -76,7 +79,10 @@ class _HybridOptions(FastNetworkVerifier):
             site=Site(0, SiteKind.SEQUENCE), dim=x.shape[-1], num_heads=int(metadata["num_heads"]), device=x.device,
             dtype=x.dtype, format=SequenceFormat(),
         )  # fmt: skip
-        return block(config, info, FP32_STATE.roles(x.dtype))
+        made = block(config, info, FP32_STATE.roles(x.dtype))
+        if self.computed:
+            made.use_backend(self.computed, cast(BackendName, self.backend))
+        return made
 
 
 def _parameters(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -127,6 +133,8 @@ class OptionsNaive(_HybridOptions):
 class OptionsChunk(_HybridOptions):
     """All tokens in one call of the block: what training runs."""
 
+    computed = "train"
+
     def run(self, inputs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
         context = BlockContext(input_embeddings=inputs.get("embeddings"))
         y, state = torch.func.functional_call(
@@ -138,6 +146,7 @@ class OptionsChunk(_HybridOptions):
 class OptionsRecurrent(_HybridOptions):
     """Token by token with a state updated in place: what streaming runs. No gradients, causal only."""
 
+    computed = "step"
     differentiable = False
 
     def accepts(self, metadata: Mapping[str, str]) -> bool:
