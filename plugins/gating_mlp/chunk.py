@@ -37,12 +37,14 @@ class CallTokens(NamedTuple):
             not depend on it.
         target: ``[B, T, d]``, with the success gate.
         chunks: what updates are made of.
+        finite: ``[B, T, 1]``, tokens whose query counts, where the others' are still to be taken as zero.
     """
 
     queries: Tensor
     answers: Tensor | None
     target: Tensor | None
     chunks: CallChunks
+    finite: Tensor | None = None
 
 
 @dataclass
@@ -82,16 +84,16 @@ class ChunkForm:
             num_enabled = layout.valid.sum(2).expand(key.shape[0], -1)  # [B or 1, N, C] -> [B, N]
             num_enabled = num_enabled if mask is None else torch.where(mask[:, None], num_enabled, 0)  # [B, 1] over it
         # A key that is not finite would reach gradients that are summed over tokens, however it is masked after this.
-        key, target, rate = (torch.where(finite, part, 0) for part in (key, target, rate))  # [B, T, 1] over [B, T, any]
+        target, rate = (torch.where(finite, part, 0) for part in (target, rate))  # [B, T, 1] over [B, T, any]
+        as_given = state is None and self._clears(layout.num_chunks, context)
+        key = key if as_given else torch.where(finite, key, 0)  # [B, T, 1] over [B, T, h]
         gate_target = target if memory.gated else None
         queries = key if state is None else layout.split(key).flatten(1, 2)  # [B, N, C, h] -> [B, N C, h]
-        if memory.update_rule != "hebbian":
-            written = key * rate if memory.update_rule == "ridge" else context.where_updated(key)
-            keys = list(layout.split(written).unbind(1))  # N times [B, C, h]
-        elif context.want_state or state is not None:
-            keys = list(layout.split(context.where_updated(key)).unbind(1))  # [B, T, h] -> N times [B, C, h]
-        else:
+        if memory.update_rule == "hebbian" and not context.want_state and state is None:
             keys = list(key.split(size, 1))  # the last may be shorter
+        else:
+            written = key * rate if memory.update_rule == "ridge" else context.where_updated(key)
+            keys = list(layout.split(written).unbind(1))  # [B, T, h] -> N times [B, C, h]
         beyond = memory.taps if context.want_state else 0
         # [B, T, d] -> [B, N, C, d] -> [B, N, C + beyond, d]
         sums = ops.filtered(layout.split(target), self._reaching().to(target), memory.left, beyond)
@@ -112,7 +114,8 @@ class ChunkForm:
             queries, chunks = self._summed(
                 queries, keys, sums, rate, num_nonfinite, allowed, complete, seen, first, context
             )
-            return CallTokens(queries, None, gate_target, replace(chunks, num_enabled=num_enabled))
+            cleared = finite if as_given else None
+            return CallTokens(queries, None, gate_target, replace(chunks, num_enabled=num_enabled), cleared)
         if state is None:
             queries = layout.split(queries).flatten(1, 2)  # [B, N, C, h] -> [B, N C, h]
         answers, chunks = self._corrected(
@@ -124,15 +127,27 @@ class ChunkForm:
         """``[B, T, d]``, with a state ``[B, N C, d]``: what the memory gives for each query, before the projection."""
         if tokens.answers is not None:
             return tokens.answers
-        memory, (queries, _, _, chunks) = self.memory, tokens
+        memory, queries, chunks = self.memory, tokens.queries, tokens.chunks
         values = chunks.values if memory.clip is None else chunks.values * chunks.scale[..., None, None]
-        length, (width, hidden) = queries.shape[1], (memory.width, memory.schedule.hidden)
-        parallel = prefers_parallel(values.shape[1] * memory.schedule.chunk, width, hidden)
-        form = parallel_in_place if parallel else chunkwise_in_place
-        return form(
-            queries, values.flatten(1, 2)[:, :length], start, chunks.complete, chunks.scale != 0, memory.decay,
-            memory.schedule.chunk,
+        given = (
+            queries, values.flatten(1, 2)[:, : queries.shape[1]], start, chunks.complete, chunks.scale != 0,
+            memory.decay, memory.schedule.chunk,
         )  # fmt: skip
+        if self._is_parallel(values.shape[1]):
+            return parallel_in_place(*given, finite=tokens.finite)
+        return chunkwise_in_place(*given)
+
+    def _clears(self, num_chunks: int, context: BlockContext) -> bool:
+        """Whether the form itself takes keys that are not finite as zero, in a call that starts a sequence.
+
+        Then no copy of the keys is kept. They are the hidden activation, which the host's own product keeps.
+        """
+        reads_alone = not context.want_state and self.memory.update_rule == "hebbian" and self.memory.clip is None
+        return reads_alone and self._is_parallel(num_chunks)
+
+    def _is_parallel(self, num_chunks: int) -> bool:
+        schedule = self.memory.schedule
+        return prefers_parallel(num_chunks * schedule.chunk, self.memory.width, schedule.hidden)
 
     def _summed(
         self, queries: Tensor, keys: list[Tensor], sums: Tensor, rate: Tensor, num_nonfinite: Tensor,

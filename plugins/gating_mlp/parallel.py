@@ -19,9 +19,13 @@ from torch import Tensor
 
 
 def parallel_in_place(
-    keys: Tensor, values: Tensor, start: Tensor | None, complete: Tensor, applied: Tensor, decay: float, size: int
-) -> Tensor:
+    keys: Tensor, values: Tensor, start: Tensor | None, complete: Tensor, applied: Tensor, decay: float, size: int,
+    finite: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``chunkwise_in_place`` as masked linear attention; the same arguments.
+
+    ``finite [B, T, 1]``: tokens whose key counts, where the others' are still to be taken as zero. The backward pass
+    then keeps the keys as they were given, which the host's own product keeps too.
 
     A chunk that does not end in this call is the last one of its row, so no token reads its update: ``complete`` is not
     needed.
@@ -32,15 +36,17 @@ def parallel_in_place(
         before = made - applied.to(keys.dtype)
         age = (before[:, :, None] - made[:, None]).clamp(min=0)  # [B, N, N], updates after chunk j and before chunk i
         weights, kept = weights * torch.pow(1 - decay, age), torch.pow(1 - decay, before)
-    result: Tensor = _Parallel.apply(keys, values, start, weights, kept, size)  # type: ignore[no-untyped-call]
+    result: Tensor = _Parallel.apply(keys, finite, values, start, weights, kept, size)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Parallel(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, keys: Tensor, values: Tensor, start: Tensor | None, weights: Tensor, kept: Tensor | None, size: int
-    ) -> Tensor:
+        ctx: Any, given: Tensor, finite: Tensor | None, values: Tensor, start: Tensor | None, weights: Tensor,
+        kept: Tensor | None, size: int,
+    ) -> Tensor:  # fmt: skip
+        keys = _cleared(given, finite)
         out = values.new_zeros(*keys.shape[:2], values.shape[-1])
         affinities = []
         for i, now, past in _chunks(keys.shape[1], size):
@@ -52,13 +58,14 @@ class _Parallel(torch.autograd.Function):
                     affinities.append(affinity)
             if start is not None:
                 out[:, now].baddbmm_(_decayed(keys[:, now], kept, i), start)
-        ctx.save_for_backward(keys, values, start, weights, kept, *affinities)
+        ctx.save_for_backward(given, finite, values, start, weights, kept, *affinities)
         ctx.size = size
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        keys, values, start, weights, kept, *affinities = ctx.saved_tensors
+        given_keys, finite, values, start, weights, kept, *affinities = ctx.saved_tensors
+        keys = _cleared(given_keys, finite)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         grad_start = None if start is None else torch.zeros_like(start)
         for i, now, past in _chunks(keys.shape[1], ctx.size):
@@ -78,7 +85,14 @@ class _Parallel(torch.autograd.Function):
                 grad_keys[:, now].baddbmm_(given, start.mT)  # [B, c, d] and [B, d, h]
                 assert grad_start is not None
                 grad_start.baddbmm_(keys[:, now].mT, given)  # [B, h, c] and [B, c, d]
-        return grad_keys, grad_values, grad_start, None, None, None
+        if finite is not None:
+            grad_keys = grad_keys.masked_fill_(~finite, 0)  # [B, T, 1] over [B, T, h]
+        return grad_keys, None, grad_values, grad_start, None, None, None
+
+
+def _cleared(keys: Tensor, finite: Tensor | None) -> Tensor:
+    """``keys [B, T, h]``, zero for tokens that are not ``finite [B, T, 1]``."""
+    return keys if finite is None else torch.where(finite, keys, 0)
 
 
 def _chunks(length: int, size: int) -> Iterator[tuple[int, slice, slice]]:

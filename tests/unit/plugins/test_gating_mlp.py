@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,48 @@ def test_both_forms_agree_with_gradients(length, with_start, decay):
     assert error(attended[1, :16], running[1, :16]) < 1e-12
     for a, b in zip(gradients, running_gradients, strict=True):
         assert error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("length", [17, 20])
+@pytest.mark.parametrize("twice", [False, True])
+def test_keys_that_are_cleared_by_the_parallel_form_give_the_same(length, twice):
+    keys, values = draw(2, length, 9).requires_grad_(), draw(2, length, 6, seed=2).requires_grad_()
+    finite = torch.rand(2, length, 1, generator=torch.Generator().manual_seed(5)) < 0.8
+    spoiled = keys.detach().masked_fill(~finite, math.nan).requires_grad_()
+    given = None, torch.ones(1, 5, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool), 0.0, 4
+    results = []
+    for leaf, mask in ((keys, None), (spoiled, finite)):
+        cleared = torch.where(finite, leaf, 0) if mask is None else leaf
+        y = parallel_in_place(cleared, values, *given, finite=mask)
+        gradients = torch.autograd.grad(y.pow(2).sum(), [leaf, values], create_graph=twice)
+        if twice:
+            gradients += torch.autograd.grad(sum(each.pow(3).sum() for each in gradients), [leaf, values])
+        results.append([y, *gradients])
+    assert all(bool(found.isfinite().all()) for found in results[1])
+    assert all(error(found, expected) < 1e-12 for found, expected in zip(results[1], results[0], strict=True))
+
+
+def test_the_hidden_activation_is_kept_once():
+    """By the host's product with W_0, and by what reads the memory: it is the largest tensor of a call."""
+    block = build(conv_kernel=2, mlp=(mlp := ToyMLP(DIM, torch.float64, "cpu")))
+    hidden = 11 * 2 * DIM * 8  # bytes
+    x = draw(1, 11, DIM).requires_grad_()
+    kept = []
+    for call in (
+        lambda: mlp(x),
+        lambda: block(x, None, BlockContext(input_embeddings=x.detach(), want_state=False))[0],
+    ):
+        storages: dict[int, int] = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            held = call()
+        kept.append(list(storages.values()).count(hidden))
+        del held
+    assert kept == [2, 2], "itself, and what the activation gives"
 
 
 def test_clip_is_the_frobenius_norm_and_finite_at_zero():
