@@ -48,6 +48,7 @@ class HybridUse:
         dtype: of the state.
         matmul_precision: of products of float32 matrices, as the precision policy has it.
         layer: the class of the block, which ``auto`` tries kernels with.
+        model: the dtype of the host's activations.
     """
 
     config: HybridConfig
@@ -56,6 +57,7 @@ class HybridUse:
     dtype: torch.dtype
     matmul_precision: MatmulPrecision = "highest"
     layer: type[HybridWithBackends] | None = None
+    model: torch.dtype = torch.float32
 
 
 class TrainRun(Protocol):

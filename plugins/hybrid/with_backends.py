@@ -46,7 +46,9 @@ class HybridWithBackends(BlockWithBackends, HybridParameters):
 
     def _backend_use(self, device: torch.device) -> HybridUse:
         widths = self.widths(self.config, self.info.dim // self.info.num_heads)
-        return HybridUse(self.config, widths, device, self.roles.state, self.roles.matmul_precision, type(self))
+        return HybridUse(
+            self.config, widths, device, self.roles.state, self.roles.matmul_precision, type(self), self.info.dtype
+        )
 
     def _train_run(self, device: torch.device) -> TrainRun:
         if torch.compiler.is_compiling():  # see compile_compute

@@ -29,7 +29,7 @@ test_ttt_mlp_compiled = conformance_tests("ttt_mlp", {"chunk": 4}, compiled_step
 test_ttt_multilayer_compiled = conformance_tests(
     "ttt_multilayer", {"chunk": 5, "hidden_dims": (6, 10, 4)}, compiled_step=True
 )
-test_options_of_ttt_linear = pytest.mark.exhaustive(  # each is among the next, and those of the MLP
+test_options_of_ttt_linear = pytest.mark.exhaustive(  # next and in the MLP, but init_std: test_hybrid_options.py
     conformance_tests(
         "ttt_linear",
         {"chunk": 4, "conv_kernel": 4},
@@ -57,11 +57,13 @@ test_options_of_ttt_mlp = conformance_tests(
     {"chunk": 4, "causal": False, "conv_kernel": 3, "value": "embedding", "inner_steps": 2, "momentum": 0.3},
     {"chunk": 5, "bidirectional": True, "conv_kernel": 2, "value": "embedding", "inner_norm": False},
 )
-test_further_options_of_ttt_mlp = pytest.mark.exhaustive(  # each is among those above too
-    conformance_tests(
-        "ttt_mlp",
-        {"chunk": 4, "expansion": 2, "conv_kernel": 2, "value": "embedding", "init_std": 0.3},
-        {"chunk": 3, "expansion": 1, "inner_steps": 3, "checkpoint_chunks": 1},
+test_further_options_of_ttt_mlp = (
+    pytest.mark.exhaustive(  # above with other values, but init_std: test_hybrid_options.py
+        conformance_tests(
+            "ttt_mlp",
+            {"chunk": 4, "expansion": 2, "conv_kernel": 2, "value": "embedding", "init_std": 0.3},
+            {"chunk": 3, "expansion": 1, "inner_steps": 3, "checkpoint_chunks": 1},
+        )
     )
 )
 test_options_of_ttt_multilayer = pytest.mark.exhaustive(  # of one and of two layers, the tests above

@@ -65,7 +65,7 @@ def config_of(path: Path, repository: Path) -> str:
     return str(path)
 
 
-@pytest.mark.exhaustive  # logits of every form: tests/unit/hosts/test_stored_lora.py
+@pytest.mark.exhaustive  # weights of every form: tests/unit/hosts/test_stored_lora.py
 def test_a_lora_answers_the_same_in_every_form(cli, fine_tuned, tmp_path):
     samples = read_audio(speech_files()[0], RATE).numpy()[None, : 8 * FRAME]
     talk = write_audio(tmp_path / "talk.wav", samples)

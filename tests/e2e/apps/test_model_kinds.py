@@ -142,7 +142,7 @@ def test_a_tokenizer_of_another_size_is_refused_before_anything_is_read(command,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.exhaustive  # a tokenizer of another size is refused alike below
+@pytest.mark.exhaustive  # a tokenizer of another size is refused alike above
 @pytest.mark.first_by_default
 @pytest.mark.parametrize(
     ("sizes", "why"),

@@ -70,7 +70,7 @@ def test_a_point_is_what_is_measured_at_that_volume(base, loud):
     torch.testing.assert_close(point.recall, gains[0] - gains[1], **close)
 
 
-@pytest.mark.exhaustive  # counts work; figures are compared below
+@pytest.mark.exhaustive  # counts work; figures are compared above
 def test_the_base_model_and_volume_1_are_evaluated_once(base, loud):
     losses_of = []
     run([base, loud], batch_size=2, on_batch=lambda: losses_of.append(None))

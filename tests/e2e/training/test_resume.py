@@ -194,7 +194,7 @@ def test_a_run_resumed_as_it_was_says_nothing_of_changes(train, settings, capsys
     assert "changed since" not in capsys.readouterr().out
 
 
-@pytest.mark.exhaustive  # a run is resumed from a checkpoint by its path below
+@pytest.mark.exhaustive  # a run is resumed from a checkpoint by its path above
 def test_going_on_from_an_older_checkpoint_replaces_the_newer_ones(train, tmp_path):
     train(max_steps=6, ckpt_freq=1, num_ckpt_keep=None)
     folder = tmp_path / "run" / "checkpoints"

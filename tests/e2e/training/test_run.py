@@ -237,7 +237,7 @@ def test_shards_that_were_cut_otherwise_are_pointed_out(settings, capsys):
     assert "was encoded in segments of 12 frames and is read in segments of 25" in capsys.readouterr().out
 
 
-@pytest.mark.exhaustive  # that what is carried is right is tested above
+@pytest.mark.exhaustive  # carried state: tests/unit/hosts/test_carry.py
 def test_carrying_gives_other_numbers_than_not_carrying(train, encoded, tmp_path):
     for index, carry in enumerate((False, True)):
         data = {"train_data": str(encoded), "shuffle": False}

@@ -225,7 +225,7 @@ def test_workers_of_a_killed_run_do_not_hold_its_folder(train, encoded, tmp_path
         os.kill(child, signal.SIGKILL)
 
 
-@pytest.mark.exhaustive  # a run's id is tested below
+@pytest.mark.exhaustive  # a run's id is tested above
 def test_a_copy_of_a_folder_is_a_run_of_its_own(train, tmp_path):
     train(max_steps=1)
     shutil.copytree(tmp_path / "run", tmp_path / "copy")

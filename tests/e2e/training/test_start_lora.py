@@ -113,7 +113,7 @@ def test_another_lora_than_the_one_that_is_there_raises(train, tuned, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.exhaustive  # a base by local files: tests/unit/hosts/test_loading.py
+@pytest.mark.exhaustive  # a merged folder as a base: tests/unit/hosts/test_stored_lora.py
 def test_a_merged_run_is_a_base_by_local_files_alone(train, tuned, tmp_path):
     """As moshi-finetune's config has it: no repository, every file by its path; and an adapter stays with its base."""
     merged = train(lora=EMBEDDED, save_adapters=False, max_steps=1, run_dir=str(tmp_path / "merged")).checkpoint

@@ -12,7 +12,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from moshi_ttt.core.testing.case import default_cases
 from moshi_ttt.plugins.hybrid import backends
@@ -33,7 +35,7 @@ def use_of(variant="ttt_mlp", **options) -> HybridUse:
 
 @pytest.fixture(autouse=True)
 def nothing_is_known(monkeypatch):
-    monkeypatch.setattr(trial, "_AGREED", set())
+    monkeypatch.setattr(trial, "_FOUND", {})
 
 
 @pytest.fixture
@@ -45,6 +47,8 @@ def tried(monkeypatch):
     def pretended(use, operation):
         calls.append(operation)
         result = gives.pop(0) if len(gives) > 1 else gives[0]
+        if operation == "step" and isinstance(result, dict):
+            result = {name.replace("gradient", "state"): value / 10 for name, value in result.items()}
         if isinstance(result, Exception):
             raise result
         return result
@@ -60,7 +64,7 @@ def test_what_agrees_is_tried_once_and_kept(tried, tmp_path, monkeypatch):
     assert calls == ["train"]
     (file,) = tmp_path.iterdir()
     assert json.loads(file.read_text())["differences"] == AGREEING
-    monkeypatch.setattr(trial, "_AGREED", set())  # as another process
+    monkeypatch.setattr(trial, "_FOUND", {})  # as another process
     assert not_agreed(use, "train", folder=tmp_path) is None
     assert calls == ["train"]
 
@@ -69,7 +73,7 @@ def test_what_agrees_is_tried_once_and_kept(tried, tmp_path, monkeypatch):
     "change",
     [
         {"gpu": "another GPU"}, {"triton": "9.9"}, {"torch": "9.9"}, {"sources": "changed"}, {"operation": "step"},
-        {"options": "{}"}, {"head_width": 64}, {"matmul_precision": "high"}, {"layer": "another"},
+        {"options": "{}"}, {"head_width": 64}, {"matmul_precision": "high"}, {"layer": "another"}, {"model": "another"},
     ],
     ids=str,
 )  # fmt: skip
@@ -83,14 +87,18 @@ def test_anything_else_is_tried_by_itself(tried, tmp_path, monkeypatch, change):
 
 
 @pytest.mark.parametrize("gradient", [2e-4, math.nan, math.inf])
-def test_what_differs_is_not_taken_and_not_kept(tried, tmp_path, gradient):
+def test_what_differs_is_not_taken_and_not_kept(tried, tmp_path, gradient, caplog):
     calls, gives = tried
     gives.insert(0, {"output": 1e-6, "gradient": gradient})
     reason = not_agreed(use_of(), "train", folder=tmp_path)
     assert f"differ from tensor operations on cpu: gradient by {gradient:.1e} (allowed 1e-04)" in reason
     assert "output" not in reason
     assert not list(tmp_path.iterdir())
-    assert not_agreed(use_of(), "train", folder=tmp_path) is None, "the next block tries again"
+    assert not_agreed(use_of(), "train", folder=tmp_path) == reason, "it is tried once in a process"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "Please report it" in caplog.text
+    trial._FOUND.clear()
+    assert not_agreed(use_of(), "train", folder=tmp_path) is None, "the next process tries again"
     assert len(calls) == 2
 
 
@@ -101,10 +109,28 @@ def test_what_fails_is_a_reason(tried, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_without_memory_the_next_block_tries_again(tried, tmp_path):
+    tried[1].insert(0, torch.OutOfMemoryError())
+    assert "no memory on cpu" in not_agreed(use_of(), "train", folder=tmp_path)
+    assert not_agreed(use_of(), "train", folder=tmp_path) is None
+
+
+def test_a_mistake_of_the_trial_itself_is_raised(tried, tmp_path):
+    tried[1].insert(0, TypeError("a mistake"))
+    with pytest.raises(TypeError, match="a mistake"):
+        not_agreed(use_of(), "train", folder=tmp_path)
+
+
 def test_products_in_tf32_may_differ_by_more(tried, tmp_path):
     tried[1][:] = [{"output": 5e-3, "gradient": 5e-3}]
     assert not_agreed(replace(use_of(), matmul_precision="high"), "train", folder=tmp_path) is None
     assert "output by 5.0e-03" in not_agreed(use_of(), "train", folder=tmp_path)
+
+
+def test_a_bfloat16_model_is_compared_in_its_dtype_too(tried, tmp_path):
+    use = replace(use_of(), model=torch.bfloat16)
+    tried[1][:] = [{**AGREEING, "output, bfloat16": -0.1, "gradient, bfloat16": 0.1}]
+    assert "differ from tensor operations on cpu: gradient, bfloat16 by" in not_agreed(use, "train", folder=tmp_path)
 
 
 def test_nothing_is_tried_while_a_graph_is_captured(tried, tmp_path, monkeypatch):
@@ -121,7 +147,7 @@ def test_a_file_that_does_not_serve_is_written_anew(tried, tmp_path, text):
     assert not_agreed(use, "train", folder=tmp_path) is None
     (file,) = tmp_path.iterdir()
     file.write_text(text)
-    trial._AGREED.clear()
+    trial._FOUND.clear()
     assert not_agreed(use, "train", folder=tmp_path) is None
     assert json.loads(file.read_text())["differences"] == AGREEING
     assert len(tried[0]) == 2
@@ -152,7 +178,69 @@ def test_tensor_operations_agree_with_themselves(no_kernels, variant, options, o
     use = use_of(variant, **options)
     found = differences(use, operation)
     assert set(found) == {"output", "gradient" if operation == "train" else "state"}
-    assert all(0 < value < trial.limits_of(use)[name] for name, value in found.items())
+    assert all(0 < value < trial.limits_of(use, operation)[name] for name, value in found.items())
+
+
+@pytest.mark.parametrize("operation", ["train", "step"])
+def test_in_a_bfloat16_model_too(no_kernels, operation):
+    use = replace(use_of(), model=torch.bfloat16)
+    found = differences(use, operation)
+    assert set(found) == set(trial.limits_of(use, operation))
+    assert [value for name, value in found.items() if "bfloat16" in name] == [0, 0], "the same form, twice"
+
+
+@pytest.mark.parametrize("head_width", [16, 64, 128])
+@pytest.mark.parametrize(
+    ("variant", "options"), [("ttt_linear", {"chunk": 32}), ("ttt_multilayer", {"depth": 3})], ids=str
+)
+def test_every_chunk_updates_the_memory_and_every_gate_is_open(variant, options, head_width):
+    use = use_of(variant, **options, gate={"alpha": "fixed", "init": 0.0})
+    use = replace(use, widths=tuple(head_width * width // use.widths[0] for width in use.widths))
+    block = trial._block(use, "train", "torch", torch.float32)
+    assert bool((block.token_scale() > 0.01).all())
+    assert float(torch.as_tensor(block.gate).abs().min()) > 0
+
+
+@pytest.mark.parametrize("operation", ["train", "step"])
+@pytest.mark.parametrize("spoiled", [math.nan, math.inf])
+def test_what_is_not_finite_does_not_agree(monkeypatch, operation, spoiled):
+    real = trial._block
+
+    def mutated(use, operation, name, dtype):
+        block = real(use, operation, "torch", dtype)
+        if name == "triton":
+            block.register_forward_hook(lambda module, given, out: (out[0] * spoiled, out[1]))
+            step = block.step
+            block.step = lambda *given: step(*given) * spoiled
+        return block
+
+    monkeypatch.setattr(trial, "_block", mutated)
+    assert differences(use_of(), operation)["output"] == math.inf
+
+
+def test_counters_and_what_is_zero_are_compared():
+    counters = torch.tensor([1, 2])
+    assert trial._difference(counters, counters.clone()) == 0
+    assert trial._difference(counters, counters + 1) == math.inf
+    nothing = torch.zeros(3, dtype=torch.float64)
+    assert trial._difference(torch.full((3,), 1e-8), nothing) == 0
+    assert trial._difference(torch.full((3,), 1e-2), nothing) == math.inf
+
+
+MODES = {
+    "fake tensors": lambda: FakeTensorMode(allow_non_fake_inputs=True),
+    "counted": lambda: FlopCounterMode(display=False),
+    "another default device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_no_mode_of_the_call_that_asks_reaches_a_trial(no_kernels, mode):
+    alone = differences(use := use_of(), "train")
+    with mode() as entered:
+        assert differences(use, "train") == alone
+    if isinstance(entered, FlopCounterMode):
+        assert entered.get_total_flops() == 0
 
 
 def test_a_block_that_is_not_causal_is_tried_by_its_calls(no_kernels):
@@ -218,9 +306,10 @@ def test_auto_takes_kernels_that_agree_and_no_others(card, tried, tmp_path, monk
     for each in (backends.train, backends.step):
         monkeypatch.setattr(each, "load", lambda *given: "kernels")
     use = replace(use_of("ttt_linear", chunk=16), device=torch.device("cuda"), widths=(128, 128))
-    tried[1].insert(0, {"output": 1.0})
+    tried[1].insert(0, {"output": 100.0})
     assert operation.choose("auto", use, "layers.0").name == "torch"
     assert operation.choose("triton", use, "layers.0").name == "triton", "by name it is the user's choice"
+    trial._FOUND.clear()
     assert operation.choose("auto", use, "layers.0").name == "triton"
     assert tried[0] == [operation.name] * 2
     assert len(list((tmp_path / "moshi-ttt" / "triton-trials").iterdir())) == 1
