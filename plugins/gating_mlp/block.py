@@ -200,7 +200,7 @@ class GatingMLP(BlockWithCompiledStep):
             return super().step(x, state, context)
         self._check_call(tokens, state, context)
         hidden, base = self._host_mlp(tokens, context)
-        token = self._token(hidden, tokens, context)
+        token = self._token(hidden.to(self.roles.state), tokens, context)
         conv, projection = (context.cast(part, token[0].dtype) for part in (self.conv, self.projection))
         stepper = self._stepper_for(state)
         masks = context.exec_mask, context.updates_mask(tokens)
@@ -236,12 +236,12 @@ class GatingMLP(BlockWithCompiledStep):
         return hidden, base
 
     def _token(self, hidden: Tensor, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Key ``[B, T, h]``, target ``[B, T, d]`` and rate ``[B, T, 1]`` of each token."""
+        """Key ``[B, T, h]``, target ``[B, T, d]`` and rate ``[B, T, 1]``; a key that is ``hidden`` in its own dtype."""
         source = context.input_embeddings if self.config.target == "input_embed" else x
         assert source is not None
-        key, target = hidden.to(self.roles.state), source.to(self.roles.state)
+        key, target = hidden, source.to(self.roles.state)
         if self.config.keys == "unit":
-            key = directions(key)
+            key = directions(hidden.to(self.roles.state))
         if self.config.target_norm:
             target = directions(target) * math.sqrt(target.shape[-1])
         return key, target, context.where_updated(self._rate(x))
@@ -294,7 +294,7 @@ class GatingMLP(BlockWithCompiledStep):
 
     def statistics(self, x: Tensor, context: BlockContext) -> dict[str, Tensor]:
         hidden = self._hidden(x)
-        key, target, rate = self._token(hidden, x, context)
+        key, target, rate = self._token(hidden.to(self.roles.state), x, context)
         strength = rate.square() if self.config.update == "ridge" else rate
         return diagnostics.figures(key, target, rate, strength, self.conv)
 

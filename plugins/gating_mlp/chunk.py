@@ -70,15 +70,16 @@ class ChunkForm:
         """The call's tokens, after the accumulated update ``start [B, h, d]``.
 
         Args:
-            key: ``[B, T, h]``; target: ``[B, T, d]``; rate: ``[B, T, 1]``, with ``update: ridge`` its root.
+            key: ``[B, T, h]``, in the host's dtype or in the state's; target: ``[B, T, d]``; rate: ``[B, T, 1]``, with
+                ``update: ridge`` its root.
             layout: how the tokens lie in chunks of C.
             state: before the call; None at a sequence's start.
             context: of the call.
             start: None where nothing was accumulated.
         """
         memory, size = self.memory, self.memory.schedule.chunk
-        finite = finite_tokens(key, target, rate)[..., None]  # [B, T] -> [B, T, 1]
-        num_nonfinite = layout.split((~finite).to(key.dtype)).sum((2, 3)).long()  # [B, N, C, 1] -> [B, N]
+        finite = finite_tokens(key.detach().to(rate), target, rate)[..., None]  # [B, T] -> [B, T, 1]
+        num_nonfinite = layout.split((~finite).to(rate)).sum((2, 3)).long()  # [B, N, C, 1] -> [B, N]
         mask, num_enabled = context.updates_mask(key), None
         if mask is not None or context.want_state:
             num_enabled = layout.valid.sum(2).expand(key.shape[0], -1)  # [B or 1, N, C] -> [B, N]
@@ -86,7 +87,7 @@ class ChunkForm:
         # A key that is not finite would reach gradients that are summed over tokens, however it is masked after this.
         target, rate = (torch.where(finite, part, 0) for part in (target, rate))  # [B, T, 1] over [B, T, any]
         as_given = state is None and self._clears(layout.num_chunks, context)
-        key = key if as_given else torch.where(finite, key, 0)  # [B, T, 1] over [B, T, h]
+        key = key if as_given else torch.where(finite, key.to(rate), 0)  # [B, T, 1] over [B, T, h]
         gate_target = target if memory.gated else None
         queries = key if state is None else layout.split(key).flatten(1, 2)  # [B, N, C, h] -> [B, N C, h]
         if memory.update_rule == "hebbian" and not context.want_state and state is None:

@@ -24,16 +24,17 @@ def parallel_in_place(
 ) -> Tensor:  # fmt: skip
     """``chunkwise_in_place`` as masked linear attention; the same arguments.
 
-    ``finite [B, T, 1]``: tokens whose key counts, where the others' are still to be taken as zero. The backward pass
-    then keeps the keys as they were given, which the host's own product keeps too.
+    ``finite [B, T, 1]``: tokens whose key counts, where the others' are still to be taken as zero, and keys may have
+    another dtype than ``values``. The backward pass then keeps the keys as they were given, which the host's own
+    product keeps too.
 
     A chunk that does not end in this call is the last one of its row, so no token reads its update: ``complete`` is not
     needed.
     """
-    weights, kept = applied.to(keys.dtype)[:, None].expand(-1, applied.shape[1], -1), None  # [B, N] -> [B, N, N]
+    weights, kept = applied.to(values.dtype)[:, None].expand(-1, applied.shape[1], -1), None  # [B, N] -> [B, N, N]
     if decay:
-        made = applied.to(keys.dtype).cumsum(1)  # [B, N], updates up to each chunk's end
-        before = made - applied.to(keys.dtype)
+        made = applied.to(values.dtype).cumsum(1)  # [B, N], updates up to each chunk's end
+        before = made - applied.to(values.dtype)
         age = (before[:, :, None] - made[:, None]).clamp(min=0)  # [B, N, N], updates after chunk j and before chunk i
         weights, kept = weights * torch.pow(1 - decay, age), torch.pow(1 - decay, before)
     result: Tensor = _Parallel.apply(keys, finite, values, start, weights, kept, size)  # type: ignore[no-untyped-call]
@@ -46,7 +47,7 @@ class _Parallel(torch.autograd.Function):
         ctx: Any, given: Tensor, finite: Tensor | None, values: Tensor, start: Tensor | None, weights: Tensor,
         kept: Tensor | None, size: int,
     ) -> Tensor:  # fmt: skip
-        keys = _cleared(given, finite)
+        keys = _cleared(given, finite, values)
         out = values.new_zeros(*keys.shape[:2], values.shape[-1])
         affinities = []
         for i, now, past in _chunks(keys.shape[1], size):
@@ -65,7 +66,7 @@ class _Parallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         given_keys, finite, values, start, weights, kept, *affinities = ctx.saved_tensors
-        keys = _cleared(given_keys, finite)
+        keys = _cleared(given_keys, finite, values)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         grad_start = None if start is None else torch.zeros_like(start)
         for i, now, past in _chunks(keys.shape[1], ctx.size):
@@ -86,13 +87,14 @@ class _Parallel(torch.autograd.Function):
                 assert grad_start is not None
                 grad_start.baddbmm_(keys[:, now].mT, given)  # [B, h, c] and [B, c, d]
         if finite is not None:
-            grad_keys = grad_keys.masked_fill_(~finite, 0)  # [B, T, 1] over [B, T, h]
+            del keys  # its memory is free for the gradient in the host's dtype
+            grad_keys = grad_keys.masked_fill_(~finite, 0).to(given_keys)  # [B, T, 1] over [B, T, h]
         return grad_keys, None, grad_values, grad_start, None, None, None
 
 
-def _cleared(keys: Tensor, finite: Tensor | None) -> Tensor:
-    """``keys [B, T, h]``, zero for tokens that are not ``finite [B, T, 1]``."""
-    return keys if finite is None else torch.where(finite, keys, 0)
+def _cleared(keys: Tensor, finite: Tensor | None, like: Tensor) -> Tensor:
+    """``keys [B, T, h]`` in the dtype of ``like``, zero for tokens that are not ``finite [B, T, 1]``."""
+    return keys if finite is None else torch.where(finite, keys, 0).to(like)
 
 
 def _chunks(length: int, size: int) -> Iterator[tuple[int, slice, slice]]:

@@ -28,6 +28,7 @@ def drawing():
         sys.path.remove(folder)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("name", NAMES)
 def test_a_figure_is_what_its_command_draws(drawing, name):
     shipped = (FOLDER / f"{name}.svg").read_text(encoding="utf-8")

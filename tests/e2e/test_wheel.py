@@ -113,6 +113,7 @@ def sizes_in_the_guide() -> dict[str, float]:
     return {name: float(size) for name, size, _ in rows}
 
 
+@pytest.mark.exhaustive  # CI builds a wheel and loads what is in it
 def test_every_megabyte_of_the_wheel_has_a_reason(wheel):
     assert wheel.stat().st_size < LARGEST
     found, told = wheel_sizes.folder_sizes(wheel), sizes_in_the_guide()

@@ -16,9 +16,10 @@ a bfloat16 host in test_conformance.py."""
 LATER = {
     "test_ttt_linear_on_the_bundle", "test_ttt_mlp_on_the_bundle", "test_ttt_ridge_on_the_bundle",
     "test_ttt_mlp_with_other_keys_values_and_updates", "test_gating_mlp_that_corrects",
+    "test_ttt_linear", "test_ttt_multilayer", "test_ttt_ridge",
 }  # fmt: skip
-"""Tests on trained weights whose variants run on random ones; the bundle itself runs with ``gating_mlp``. And those of
-options, which the kit's own checks run without a host."""
+"""Tests on trained weights whose variants run on random ones; the bundle itself runs with ``gating_mlp``. Those of
+options, which the kit's own checks run without a host. And those of variants beside one of each kind."""
 
 
 @pytest.hookimpl(tryfirst=True)

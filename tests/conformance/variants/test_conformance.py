@@ -16,18 +16,22 @@ test_ttt_mlp = conformance_tests(
     {"chunk": 4, "causal": False, "gate": {"alpha": "fixed", "init": 0.2}},
     {"chunk": 5, "bidirectional": True, "checkpoint_chunks": 1},
 )
-test_ttt_multilayer = conformance_tests(
-    "ttt_multilayer",
-    {"chunk": 4, "expansion": 2},
-    {"chunk": 5, "hidden_dims": (6, 10, 4)},
-    {"chunk": 4, "depth": 4, "expansion": 1, "causal": False},
+test_ttt_multilayer = conformance_tests("ttt_multilayer", {"chunk": 4, "expansion": 2})
+test_depths_of_ttt_multilayer = pytest.mark.exhaustive(  # of one, two and three layers, the tests above
+    conformance_tests(
+        "ttt_multilayer",
+        {"chunk": 5, "hidden_dims": (6, 10, 4)},
+        {"chunk": 4, "depth": 4, "expansion": 1, "causal": False},
+    )
 )
-test_ttt_linear_compiled = conformance_tests(
-    "ttt_linear", {"chunk": 4}, {"chunk": 5, "conv_kernel": 3, "value": "embedding"}, compiled_step=True
+test_ttt_linear_compiled = pytest.mark.exhaustive(  # the C++ of the next, with a layer less
+    conformance_tests(
+        "ttt_linear", {"chunk": 4}, {"chunk": 5, "conv_kernel": 3, "value": "embedding"}, compiled_step=True
+    )
 )
 test_ttt_mlp_compiled = conformance_tests("ttt_mlp", {"chunk": 4}, compiled_step=True)
-test_ttt_multilayer_compiled = conformance_tests(
-    "ttt_multilayer", {"chunk": 5, "hidden_dims": (6, 10, 4)}, compiled_step=True
+test_ttt_multilayer_compiled = pytest.mark.exhaustive(  # the same
+    conformance_tests("ttt_multilayer", {"chunk": 5, "hidden_dims": (6, 10, 4)}, compiled_step=True)
 )
 test_options_of_ttt_linear = pytest.mark.exhaustive(  # next and in the MLP, but init_std: test_hybrid_options.py
     conformance_tests(

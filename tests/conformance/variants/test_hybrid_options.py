@@ -394,6 +394,7 @@ def test_health_and_curves(options):
     assert error(losses["before"][..., 8:12], (z - v).square().sum(-1).detach() / 2) < 1e-10
 
 
+@pytest.mark.exhaustive  # torch traces, for seconds
 @pytest.mark.first_by_default
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_block_with_all_of_them_can_be_traced_whole(variant):

@@ -164,6 +164,7 @@ THEN = (
 )  # fmt: skip
 
 
+@pytest.mark.each_kind
 @pytest.mark.filterwarnings("ignore:gating_mlp at")
 @pytest.mark.parametrize("then", THEN, ids=lambda then: then.__name__)
 @pytest.mark.parametrize("before", BEFORE, ids=lambda before: before.__name__)
