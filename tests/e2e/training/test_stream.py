@@ -57,7 +57,7 @@ def what_is_read(site) -> torch.Tensor:
     return site.block.drift(state).cpu()
 
 
-@pytest.mark.first_by_default
+@pytest.mark.exhaustive  # training, adapters and streams apart: test_run.py, tests/e2e/integration
 @pytest.mark.parametrize("variant", BLOCKS)
 def test_a_trained_block_learns_once_a_chunk_while_it_streams(encoded, tmp_path, device, variant):
     dtype = "bfloat16" if device == "cuda" else "float32"
