@@ -52,8 +52,9 @@ def registry_of(block: type[SequenceBlock]):
     return registry
 
 
+@pytest.mark.exhaustive  # conv_kernel is among the options of the kit's own tests
 @pytest.mark.parametrize("check", kit.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_it_passes_the_kit(check, dtype):
     config = ConvolvedConfig(chunk=4)
     if check is kit.check_long_stream:
