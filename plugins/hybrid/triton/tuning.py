@@ -14,8 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moshi_ttt.core.atomic import atomic_file
 from moshi_ttt.plugins.common.backends import log_once
 from moshi_ttt.plugins.common.native import cache_folder
 from moshi_ttt.plugins.hybrid.triton.compilations import EXPANSION
@@ -156,14 +155,8 @@ def _write(file: Path, calls: TunedCalls, tile: Tile, seconds: Mapping[Tile, flo
     text = json.dumps({"calls": asdict(calls), "tile": asdict(tile), "measured": times}, indent=1)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, scratch = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as written:
-                written.write(text)
-            os.replace(scratch, file)
-        except BaseException:
-            os.unlink(scratch)
-            raise
+        with atomic_file(file) as written:
+            written.write_text(text, encoding="utf-8")
     except OSError as error:
         log_once(f"the choice of {tile} cannot be kept: {error}; it is measured again by the next process")
 
