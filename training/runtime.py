@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moshi_ttt.core.errors import ConfigError
+from moshi_ttt.system.allocator import keep_freed_memory
 from moshi_ttt.system.platforms import check_training
 from moshi_ttt.training.ranks import Place, find_place
 
@@ -78,6 +79,8 @@ def device_kind(device: str | None) -> str:
 def start(device: str | None, shard_size: int | None) -> Iterator[Runtime]:
     """Join the process group, if there are other ranks, and leave it at the end. An existing group is kept.
 
+    On a CPU the process keeps the memory that it frees (``system.allocator``).
+
     Args:
         device: ``cpu`` or ``cuda``; CUDA where there is one when None.
         shard_size: ranks that share a copy of the model; all when None.
@@ -90,6 +93,8 @@ def start(device: str | None, shard_size: int | None) -> Iterator[Runtime]:
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, and this machine has no CUDA device. Set device: cpu, or leave it out.")
     check_training(kind)
+    if kind == "cpu":
+        keep_freed_memory()
     joined = dist.is_initialized()
     place = _joined(kind) if joined else find_place(os.environ)
     rank, world = place.rank, place.world_size

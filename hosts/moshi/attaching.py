@@ -71,7 +71,8 @@ def detach(model: LMModel) -> dict[Site, SequenceBlock]:
     for layer in main_layers(model):
         for site in block_sites(layer):
             delattr(layer, MODULE_NAMES[site.site.kind])
-        vars(layer).pop("_context", None)
+        for name in ("_context", "_by_parts"):
+            vars(layer).pop(name, None)
         layer.__class__ = StreamingTransformerLayer
     for name in ("_carry", "_updates", "_volume"):
         vars(model.transformer).pop(name, None)

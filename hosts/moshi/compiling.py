@@ -7,8 +7,9 @@ last layer is outside the layers, and is compiled for a CPU too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -21,8 +22,7 @@ class EagerOnCPUNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [B, T, D]``, normalized."""
-        with nullcontext() if x.is_cuda else compiling.no_compile():
-            return cast(Tensor, super().forward(x))
+        return eager_on_cpu_call(super().forward, x)
 
 
 def eager_on_cpu(model: LMModel) -> LMModel:
@@ -34,6 +34,12 @@ def eager_on_cpu(model: LMModel) -> LMModel:
         if type(module) is RMSNorm:
             module.__class__ = EagerOnCPUNorm
     return model
+
+
+def eager_on_cpu_call(function: Callable[..., Tensor], x: Tensor, *given: Any) -> Tensor:
+    """``function(x, *given)``, of ``x [B, T, D]``, as Moshi's layers compute: compiled on CUDA alone."""
+    with nullcontext() if x.is_cuda else compiling.no_compile():
+        return function(x, *given)
 
 
 def compiled_output(mlp: GatedMLP, x: Tensor) -> Tensor | None:

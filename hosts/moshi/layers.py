@@ -14,18 +14,20 @@ Shape legend: B streams, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from moshi_ttt.core.block import BlockContext, SequenceBlock, Site, SiteKind
 from moshi_ttt.core.carry import Carry, ForwardContext
 from moshi_ttt.core.casts import ParameterCasts
 from moshi_ttt.core.errors import ContextError, HostError
+from moshi_ttt.hosts.moshi.compiling import eager_on_cpu_call
 from moshi_ttt.hosts.moshi.streaming import BlockStreamState
 from moshi_ttt.hosts.moshi.upstream import (
     LMModel,
@@ -129,24 +131,69 @@ class TTTStreamingTransformerLayer(StreamingTransformerLayer):
     # The context of the call that is running. Moshi's own forward, which this one surrounds, has no argument for it.
     _context: ForwardContext | None = None
 
+    # Whether that call keeps the input of each part alone, for a backward pass that computes the parts again.
+    _by_parts = False
+
     def forward(
-        self, x: Tensor, cross_attention_src: Tensor | None = None, ttt: ForwardContext | None = None
+        self,
+        x: Tensor,
+        cross_attention_src: Tensor | None = None,
+        ttt: ForwardContext | None = None,
+        checkpointing: bool = False,
     ) -> Tensor:
-        """``x [B, T, D]`` to ``[B, T, D]``; ``ttt`` is the context of this forward pass."""
-        outer, self._context = self._context, ttt
+        """``x [B, T, D]`` to ``[B, T, D]``.
+
+        Args:
+            x: of the layer before.
+            cross_attention_src: as in Moshi's own layer.
+            ttt: the context of this forward pass.
+            checkpointing: computes the layer again in the backward pass. A layer with a block is computed again in
+                parts, each in its turn (attention, the block, the feed-forward), so that no two parts hold what they
+                keep for it at the same time.
+        """
+        if checkpointing and not block_sites(self):
+            return self._checkpointed(self._whole, x, cross_attention_src)
+        outer = self._context, self._by_parts
+        self._context, self._by_parts = ttt, checkpointing
         try:
-            return cast(Tensor, super().forward(x, cross_attention_src))
+            return self._whole(x, cross_attention_src)
         finally:
-            self._context = outer
+            self._context, self._by_parts = outer
+
+    def _whole(self, x: Tensor, cross_attention_src: Tensor | None) -> Tensor:
+        return cast(Tensor, super().forward(x, cross_attention_src))
+
+    def _checkpointed(self, function: Callable[..., Tensor], *given: Any) -> Tensor:
+        """``function(*given)``, of which the arguments alone are kept; the options are those of Moshi's own."""
+        return cast(
+            Tensor,
+            checkpoint(
+                eager_on_cpu_call, function, *given,
+                use_reentrant=False, determinism_check="none", preserve_rng_state=False,
+            ),
+        )  # fmt: skip
+
+    def _part(self, function: Callable[..., Tensor], *given: Any) -> Tensor:
+        return self._checkpointed(function, *given) if self._by_parts else function(*given)
+
+    def _sa_block(self, x: Tensor) -> Tensor:
+        return self._part(super()._sa_block, x)
+
+    def _cross_attention_block(self, x: Tensor, cross_attention_src: Tensor) -> Tensor:
+        return self._part(super()._cross_attention_block, x, cross_attention_src)
 
     def _ff_block(self, x: Tensor) -> Tensor:
         context = self._context or ForwardContext()
         sites = {site.site.kind: site for site in block_sites(self)}
         if SiteKind.SEQUENCE in sites:
-            x = sites[SiteKind.SEQUENCE](x, context)
-        if SiteKind.FEED_FORWARD not in sites:
-            return super()._ff_block(x)
-        update: Tensor = sites[SiteKind.FEED_FORWARD](self.norm2(x), context)
+            x = self._part(sites[SiteKind.SEQUENCE], x, context)
+        if SiteKind.FEED_FORWARD in sites:
+            return self._part(self._with_block, x, sites[SiteKind.FEED_FORWARD], context)
+        return self._part(super()._ff_block, x)
+
+    def _with_block(self, x: Tensor, site: BlockSite, context: ForwardContext) -> Tensor:
+        """The feed-forward part with the block of ``site`` in the place of the MLP."""
+        update: Tensor = site(self.norm2(x), context)
         return x.to(update) + cast(Tensor, self.layer_scale_2(update))
 
 
@@ -162,7 +209,12 @@ class TTTStreamingTransformer(StreamingTransformer):
         carry = self._carry
         switches: dict[str, Any] = {"updates": self._updates, "volume": self._volume}
         context = ForwardContext(x, **switches) if carry is None else carry.begin(x, **switches)
-        y: Tensor = super().forward(x, *args, ttt=context, **kwargs)
+        # Moshi's own forward would keep whole layers, and compute parts of them a third time.
+        checkpointing, self.checkpointing = self.checkpointing, False
+        try:
+            y: Tensor = super().forward(x, *args, ttt=context, checkpointing=checkpointing, **kwargs)
+        finally:
+            self.checkpointing = checkpointing
         if carry is not None:
             carry.advance(context)
         return y

@@ -1,4 +1,7 @@
-"""The backends that a block computes with: chosen at its first call on a device, and kept.
+"""The backends that a block computes with, chosen once for each device.
+
+A training call's is chosen at the first of them; a streamed step's when the first stream's state is allocated, so that
+no step waits for a build, and none reads a value.
 
 For a variant that has a C++ step and no other backends, what decides whether a block takes it is here too.
 """
@@ -13,6 +16,7 @@ import torch
 
 from moshi_ttt.core.block import SequenceBlock
 from moshi_ttt.core.errors import BackendError
+from moshi_ttt.core.state import BlockState
 from moshi_ttt.plugins.common.backends import AUTO, Backend, BackendName, Chosen, Operation
 from moshi_ttt.plugins.common.native import NativeLibrary
 
@@ -62,10 +66,17 @@ class BlockWithBackends(SequenceBlock):
         self._chosen[operation] = {device: chosen}
 
     def backends_in_use(self) -> dict[str, tuple[str, ...]]:
-        """Of each operation that has been computed, the names of the backends that do so."""
+        """Of each operation that has been computed, or prepared for a stream, the names of the backends that do so."""
         return {
             name: tuple(sorted({each.name for each in kept.values()})) for name, kept in self._chosen.items() if kept
         }
+
+    def allocate_state(self, batch_size: int, device: torch.device | None = None) -> BlockState:
+        """As the base class says; raises BackendError where the step's backend cannot be had there."""
+        state = super().allocate_state(batch_size, device)
+        if self.causal:
+            self._backend_run("step", next(iter(state.values())).device)
+        return state
 
     def compile_step(self) -> None:
         """The backend ``cpp`` for the step of this block, whatever its options name."""

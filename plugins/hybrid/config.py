@@ -73,8 +73,8 @@ class HybridConfig(BlockConfig):
             is left out).
         backend: what computes the inner loop. ``auto`` takes the first backend that can. A name is that of every
             operation that has a backend of this name, and the others are ``auto``; ``{train: ..., step: ...}`` names
-            one for each. One that cannot be had raises BackendError at the first call. All compute the same up to
-            rounding, and adapters do not keep the option.
+            one for each. One that cannot be had raises BackendError, at the first training call or when a stream's
+            state is allocated. All compute the same up to rounding, and adapters do not keep the option.
     """
 
     machine_options: ClassVar[frozenset[str]] = frozenset({"backend"})

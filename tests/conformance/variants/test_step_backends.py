@@ -1,4 +1,7 @@
-"""The option ``backend`` of ``ttt_ridge`` and ``gating_mlp``: what makes a streamed step, and what is refused."""
+"""What makes a streamed step, and what is refused; of the option ``backend``, that of ``ttt_ridge`` and ``gating_mlp``.
+
+``test_hybrid_backends`` has the option of the TTT layer.
+"""
 
 from __future__ import annotations
 
@@ -166,6 +169,16 @@ def test_cpp_by_name_on_another_device_or_dtype_raises_at_the_first_step(variant
             BackendError, match=r"its state is torch\.bfloat16 on cpu; the compiled step is for float32"
         ):
             case.block().allocate_state(2)
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "ttt_linear"])
+def test_it_is_chosen_when_a_state_is_allocated_and_no_step_waits_for_it(variant, monkeypatch):
+    case = case_of(variant)
+    block = case.block()
+    state = block.allocate_state(3)
+    assert block.backends_in_use() == {"step": ("torch",)}
+    monkeypatch.setattr(block, "_choose", lambda *given: pytest.fail("a step chose a backend"))
+    case.step(block, case.inputs(1), state)
 
 
 @both
