@@ -2,8 +2,8 @@
 
 The tests run every kernel in Triton's interpreter, and compile it for three architectures. What a GPU computes can
 differ from both. So ``auto`` takes the kernels where a small layer, two heads wide, has agreed with tensor operations
-in float64 on that very kind of GPU: at a block's first training call, and when the first state of a stream is allocated.
-It costs the compilation of the kernels and some hundred launches.
+in float64 on that very kind of GPU. Kernels of a training call are tried at a block's first one, those of a step when
+its first stream's state is allocated. It costs their compilation and some hundred launches.
 
 Agreement is kept as a file in the user's cache folder, which appears whole or not at all. Where the results differ, or
 a kernel fails, ``auto`` takes tensor operations in this process and a warning says why; the next process tries again.
