@@ -84,6 +84,14 @@ def hidden(mlp: GatedMLP, x: Tensor) -> Tensor:
     return found
 
 
+def activation(mlp: GatedMLP) -> Callable[[Tensor], Tensor]:
+    """What is applied to the gate."""
+    if is_fused(mlp):
+        return mlp.activation
+    assert _is_split(mlp)
+    return mlp.act_fn
+
+
 def input_projections(mlp: GatedMLP) -> tuple[nn.Module, ...]:
     """The modules that make gate and up: one, or two."""
     if is_fused(mlp):

@@ -15,8 +15,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """What ``mallopt`` calls the limits, in malloc.h."""
 KEPT = 2**31 - 1
 """Bytes at the heap's end that are kept when they are free: the most that ``mallopt`` takes."""
-LARGE = 2**25
-"""Bytes above which a tensor is still a mapping of its own, given back when it is freed: the library's own limit."""
+LARGE = (2**28, 2**25)
+"""Bytes above which a tensor is still a mapping of its own, given back when it is freed.
+
+Before version 2.35 the library takes no limit above the second.
+"""
 CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 """Variables with which a user chooses these limits."""
 
@@ -36,5 +39,5 @@ def keep_freed_memory(environment: Mapping[str, str] | None = None) -> bool:
         limit = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library, or none that can be asked for by None: Windows
         return False
-    # Both: to set one of them ends the library's own choice of the other.
-    return bool(limit(M_MMAP_THRESHOLD, LARGE)) and bool(limit(M_TRIM_THRESHOLD, KEPT))
+    # Both limits: to set one of them ends the library's own choice of the other.
+    return any(limit(M_MMAP_THRESHOLD, large) for large in LARGE) and bool(limit(M_TRIM_THRESHOLD, KEPT))

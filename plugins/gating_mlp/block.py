@@ -22,7 +22,6 @@ from moshi_ttt.core import autocast
 from moshi_ttt.core.block import BlockContext, SiteInfo, SiteKind
 from moshi_ttt.core.casts import copy_bytes
 from moshi_ttt.core.format import ChunkLayout
-from moshi_ttt.core.gated_mlp import hidden as hidden_of
 from moshi_ttt.core.gated_mlp import hidden_width, output_projection, require_gated_mlp
 from moshi_ttt.core.precision import DtypeRoles
 from moshi_ttt.core.sharding import assign
@@ -39,6 +38,7 @@ from moshi_ttt.plugins.gating_mlp.chunk import CallTokens, ChunkForm
 from moshi_ttt.plugins.gating_mlp.compiled import CompiledStepper
 from moshi_ttt.plugins.gating_mlp.config import GatingMLPConfig
 from moshi_ttt.plugins.gating_mlp.corrections import RIDGE, ridge_of
+from moshi_ttt.plugins.gating_mlp.hidden import hidden_activation
 from moshi_ttt.plugins.gating_mlp.memory import Memory, upgraded
 from moshi_ttt.plugins.gating_mlp.recurrent import Stepper
 
@@ -158,7 +158,10 @@ class GatingMLP(BlockWithCompiledStep):
             answers = layout.merge(answers.unflatten(1, (-1, self.chunk)))  # [B, N C, d] -> [B, N, C, d] -> [B, T, d]
         answers = answers[:, : x.shape[1]]
         gate, gated = self._success(answers, tokens.target, state)
-        y = self.at_volume(base, self._read(answers, gate, self.projection.to(answers)), context)
+        # A sequence's first chunk reads a memory that holds nothing.
+        y = self._with_answers(
+            base, answers, gate, context, after=0 if state is not None else min(self.chunk, x.shape[1])
+        )
         if not context.want_state:
             return y, {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not context.detach_state):
@@ -182,6 +185,15 @@ class GatingMLP(BlockWithCompiledStep):
         before = None if state is None else GateState(state["answer"], state["scores"])
         gate, after = self.success(answers[:, :, None], target[:, :, None], before)  # [B, T, d] -> [B, T, 1, d]
         return gate[:, :, 0], after._asdict()
+
+    def _with_answers(
+        self, base: Tensor, answers: Tensor, gate: Tensor | None, context: BlockContext, *, after: int
+    ) -> Tensor:
+        """``base [B, T, d]``, and from token ``after`` on what ``answers [B, T, d]``, times the ``gate``, add to it."""
+        alone, changed = base.split([after, base.shape[1] - after], dim=1)
+        gate = None if gate is None else gate[:, after:]
+        changed = self.at_volume(changed, self._read(answers[:, after:], gate, self.projection.to(answers)), context)
+        return torch.cat([alone, changed], dim=1) if after else changed
 
     def _read(self, answers: Tensor, gate: Tensor | None, projection: Tensor) -> Tensor:
         """What ``answers [B, T, d]``, times the ``gate [B, T, 1]``, add to the output: ``[B, T, d]``."""
@@ -216,7 +228,7 @@ class GatingMLP(BlockWithCompiledStep):
         """``[B, T, h]``: the host's hidden activation, by the same operations in training and in streams."""
         mlp = self.info.mlp
         assert mlp is not None
-        return hidden_of(mlp, x)
+        return hidden_activation(mlp, x)
 
     def _host_mlp(self, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor]:
         """The hidden activation ``[B, T, h]``, and the output ``[B, T, d]`` of W_0, with its learned change at volume.

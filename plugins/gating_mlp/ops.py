@@ -17,6 +17,7 @@ Shape legend: B streams, N chunks, C tokens a chunk (fewer in the last), d width
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,13 +36,39 @@ def filtered(target: Tensor, conv: Tensor, left: int, beyond: int = 0) -> Tensor
 
     Gives ``[B, N, C + beyond, d]``: the last ``beyond`` are what this chunk's tokens would add past its end.
     """
-    size, taps = target.shape[2] + beyond, conv.shape[-1]
+    taps = conv.shape[-1]
     padded = F.pad(target, (0, 0, left, taps - 1 - left + beyond))  # [B, N, C + K - 1 + beyond, d]
-    # One fused multiply-add a tap: a depthwise convolution over the second-last dimension is many times slower.
-    total = padded[:, :, :size] * conv[:, 0, 0]
-    for tap in range(1, taps):
-        total = torch.addcmul(total, padded[:, :, tap : tap + size], conv[:, 0, tap])
-    return total
+    result: Tensor = _Filtered.apply(padded, conv)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Filtered(torch.autograd.Function):
+    """``padded [B, N, C + K - 1, d]`` and ``conv [d, 1, K]`` to ``[B, N, C, d]``, for any C.
+
+    One fused multiply-add a tap, in place: a depthwise convolution over the second-last dimension is many times slower.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, conv: Tensor) -> Tensor:
+        ctx.save_for_backward(padded, conv)
+        size = padded.shape[2] - conv.shape[-1] + 1
+        total = padded[:, :, :size] * conv[:, 0, 0]
+        for tap in range(1, conv.shape[-1]):
+            total.addcmul_(padded[:, :, tap : tap + size], conv[:, 0, tap])
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        padded, conv = ctx.saved_tensors
+        size, grad_padded, grad_conv = grad.shape[2], None, None
+        if ctx.needs_input_grad[0]:
+            grad_padded = torch.zeros_like(padded)
+            for tap in range(conv.shape[-1]):
+                grad_padded[:, :, tap : tap + size].addcmul_(grad, conv[:, 0, tap])
+        if ctx.needs_input_grad[1]:
+            taps = [(grad * padded[:, :, tap : tap + size]).sum((0, 1, 2)) for tap in range(conv.shape[-1])]  # [d]
+            grad_conv = torch.stack(taps, dim=-1)[:, None]  # [d, K] -> [d, 1, K]
+        return grad_padded, grad_conv
 
 
 def squared_norm(keys: Tensor, values: Tensor) -> Tensor:
