@@ -1,14 +1,15 @@
 """What TTT adds to a training step: time and memory beside the same LoRA training without it.
 
-    OMP_NUM_THREADS=2 python benchmarks/training.py [--steps 8] [--cpu-seconds] [--json FILE]
+    OMP_NUM_THREADS=2 python benchmarks/training.py [--only "+ TTT-MLP in C++"] [--cpu-seconds] [--json FILE]
 
 One Moshi of width 512 with 12 layers and random weights, float32, two segments of 30 s (375 frames), LoRA of rank 8 on
 every linear layer, and one TTT block in the last layer: a twelfth of the layers, as three of 32 are about a tenth. Each
 case has the defaults that a user gets, ``backend: auto`` among them; those in C++ ask for it by name, and the column
-*backend* says what computed. Each case makes a whole optimizer step in turn, so ratios are between steps of one run;
-memory is the most that a step allocates beyond what it found, by the allocator's events. The gate: with its gate closed
-every block leaves the loss as it is, bit for bit, with checkpointing and without. ``--cpu-seconds`` counts the
-processor's time instead of the clock's, for a machine that does other work.
+*backend* says what computed. A case makes whole optimizer steps, in turn with LoRA alone, and a ratio is between two
+such steps. It does so in several rounds, each with new models of both: where a model lies in memory changes its time by
+two or three percent. Memory is the most that a step allocates beyond what it found, by the allocator's events. The
+gate: with its gate closed every block leaves the loss as it is, bit for bit, with checkpointing and without.
+``--cpu-seconds`` counts the processor's time instead of the clock's, for a machine that does other work.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ from moshi_ttt.training.trained import TrainedModel
 from moshi_ttt.training.trainer import Trainer
 
 LAYERS, FRAMES, ROWS = 12, 375, 2
+Clock = Callable[[], float]
 CLOSED = {"gate": {"init": 0.0}}
 IN_CPP = {"backend": {"train": "cpp"}}
 CASES: dict[str, dict[str, Any] | None] = {
@@ -101,44 +104,80 @@ def backends(made: Trainer) -> str:
     return ", ".join(sorted(found)) or "-"
 
 
+Case = tuple[str, bool]
+"""A name of ``CASES``, and whether the layers are checkpointed."""
+
+
+def first_loss(case: Case, runtime: Runtime) -> float:
+    """What a new trainer of the case begins with."""
+    name, checkpointing = case
+    return trainer(CASES[name], checkpointing, runtime).make_step([batch()]).losses.total
+
+
+def timed_pairs(case: Case, runtime: Runtime, steps: int, clock: Clock) -> tuple[Trainer, list[tuple[float, float]]]:
+    """A new trainer of the case, and seconds of ``steps`` steps of LoRA alone, of a new trainer too, and of the case.
+
+    They take turns, and the one or the other is first.
+    """
+    name, checkpointing = case
+    made = [trainer(CASES[each], checkpointing, runtime) for each in ("LoRA", name)]
+    for each in made:
+        open_gates(each)
+        each.make_step([batch()])
+    found = []
+    for count in range(steps):
+        seconds = [0.0, 0.0]
+        for which in (0, 1) if count % 2 else (1, 0):
+            began = clock()
+            made[which].make_step([batch()])
+            seconds[which] = clock() - began
+        found.append((seconds[0], seconds[1]))
+    return made[1], found
+
+
+def measured(case: Case, runtime: Runtime, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The row of a case, but for what compares its memory with that of another."""
+    clock = time.process_time if arguments.cpu_seconds else time.perf_counter
+    rounds, pairs = [], []
+    for _ in range(arguments.rounds):
+        made, found = timed_pairs(case, runtime, arguments.steps, clock)
+        rounds.append(statistics.median(mine / plain for plain, mine in found))
+        pairs += found
+    ratios = [mine / plain for plain, mine in pairs]
+    seconds = statistics.median(mine for _, mine in pairs)
+    memory = allocated_peak(lambda: made.make_step([batch()]))
+    return {
+        "case": case[0], "backend": backends(made), "checkpointing": case[1], "ms": round(1_000 * seconds, 1),
+        "frames_per_second": round(ROWS * FRAMES / seconds), "time / LoRA": round(statistics.median(ratios), 3),
+        "of rounds": f"{min(rounds):.3f} to {max(rounds):.3f}", "MiB": round(memory / 2**20, 1),
+        "parameters": sum(p.numel() for p in made.parameters),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5, help="new models of a case and of LoRA beside it")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of each in a round")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES), help="cases, beside LoRA")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--cpu-seconds", action="store_true", help="the processor's time instead of the clock's")
     arguments = parser.parse_args()
-    clock = time.process_time if arguments.cpu_seconds else time.perf_counter
+    names = [name for name in CASES if name == "LoRA" or name in arguments.only]
+    cases = [(name, checkpointing) for checkpointing in (False, True) for name in names]
     with start("cpu", None) as runtime:
-        made = {(name, ckpt): trainer(block, ckpt, runtime) for ckpt in (False, True) for name, block in CASES.items()}
-        losses = {key: each.make_step([batch()]).losses.total for key, each in made.items()}
+        losses = {case: first_loss(case, runtime) for case in cases}
         print(f"gate: the first loss of every case is {losses['LoRA', False]:.6f}")
         if len(set(losses.values())) != 1:
             sys.exit(f"The gate is red, and no time is printed: {losses}")
-        times: dict[tuple[str, bool], list[float]] = {key: [] for key in made}
-        for each in made.values():
-            open_gates(each)
-        for count in range(arguments.steps + 1):
-            for key, each in made.items():
-                began = clock()
-                each.make_step([batch()])
-                if count:
-                    times[key].append(clock() - began)
-        rows = []
-        plain = {ckpt: times["LoRA", ckpt] for ckpt in (False, True)}
-        memory = {key: allocated_peak(lambda each=each: each.make_step([batch()])) for key, each in made.items()}
-        for (name, ckpt), taken in times.items():
-            ratio = statistics.median(mine / other for mine, other in zip(taken, plain[ckpt], strict=True))
-            rows.append({
-                "case": name, "backend": backends(made[name, ckpt]), "checkpointing": ckpt,
-                "ms": round(1_000 * statistics.median(taken), 1),
-                "frames_per_second": round(ROWS * FRAMES / statistics.median(taken)), "time / LoRA": round(ratio, 3),
-                "MiB": round(memory[name, ckpt] / 2**20, 1),
-                "memory / LoRA": round(memory[name, ckpt] / memory["LoRA", ckpt], 3),
-                "parameters": sum(p.numel() for p in made[name, ckpt].parameters),
-            })  # fmt: skip
-        print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
-        for row in rows:
-            print("| " + " | ".join(str(value) for value in row.values()) + " |")
+        rows: list[dict[str, Any]] = []
+        plain: dict[bool, float] = {}  # of LoRA alone, by checkpointing, in MiB
+        for case in cases:
+            row = measured(case, runtime, arguments)
+            row["memory / LoRA"] = round(row["MiB"] / plain.setdefault(case[1], row["MiB"]), 3)
+            if not rows:
+                print("| " + " | ".join(row) + " |\n|" + " --- |" * len(row))
+            print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
+            rows.append(row)
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as handle:
             json.dump({"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}, handle, indent=2)
