@@ -45,3 +45,10 @@ def below(factor: Tensor, limit: float) -> Tensor:
         return factor.abs().amax(-1) < limit
     # Apart, and without abs(): torch.aminmax along a dimension is five times slower on a CPU, and abs makes a copy.
     return torch.maximum(factor.amax(-1), -factor.amin(-1)) < limit
+
+
+def or_zero(x: Tensor) -> Tensor:
+    """``x [B, T, any]`` with zeros for tokens that are not finite: nothing of them enters a gradient of a parameter."""
+    with torch.no_grad():
+        finite = below(x, float("inf"))[..., None]  # [B, T] -> [B, T, 1]
+    return torch.where(finite, x, 0)

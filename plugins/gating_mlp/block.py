@@ -29,7 +29,7 @@ from moshi_ttt.core.state import BlockState, outlives_modes
 from moshi_ttt.core.state_ranges import StateRange
 from moshi_ttt.plugins.common.backend_options import step_backend
 from moshi_ttt.plugins.common.block_backends import BlockWithCompiledStep
-from moshi_ttt.plugins.common.finite import below
+from moshi_ttt.plugins.common.finite import or_zero
 from moshi_ttt.plugins.common.success_gate import GateState, SuccessGate, directions
 from moshi_ttt.plugins.gating_mlp import diagnostics, ops
 from moshi_ttt.plugins.gating_mlp.backends import STEP, MakesStepper
@@ -158,7 +158,6 @@ class GatingMLP(BlockWithCompiledStep):
             answers = layout.merge(answers.unflatten(1, (-1, self.chunk)))  # [B, N C, d] -> [B, N, C, d] -> [B, T, d]
         answers = answers[:, : x.shape[1]]
         gate, gated = self._success(answers, tokens.target, state)
-        # A sequence's first chunk reads a memory that holds nothing.
         y = self._with_answers(
             base, answers, gate, context, after=0 if state is not None else min(self.chunk, x.shape[1])
         )
@@ -243,7 +242,7 @@ class GatingMLP(BlockWithCompiledStep):
         if base is None:
             base = output_projection(mlp)(hidden)
         if self.config.train_w_down:
-            change = F.linear(_or_zero(hidden), context.cast(self.w_down_change, hidden.dtype))
+            change = F.linear(or_zero(hidden), context.cast(self.w_down_change, hidden.dtype))
             base = self.at_volume(base, change, context)
         return hidden, base
 
@@ -265,7 +264,7 @@ class GatingMLP(BlockWithCompiledStep):
             rate = self.inner_lr_factor * self.config.lr
             rate = math.sqrt(rate) if ridge else rate
             return x.new_full((x.shape[0], x.shape[1], 1), rate, dtype=self.roles.state)
-        wide = _or_zero(x).to(self.roles.compute)
+        wide = or_zero(x).to(self.roles.compute)
         score = (wide * self.lr_weight.to(wide)).sum(-1, keepdim=True) + self.lr_bias.to(wide)
         if ridge:  # the root of a sigmoid, whose slope is finite where the sigmoid is 0
             root = math.sqrt(self.inner_lr_factor * self.config.lr)
@@ -350,10 +349,3 @@ class GatingMLP(BlockWithCompiledStep):
     def flops_per_token(self) -> int:
         learned = self.info.dim * self.hidden_width if self.config.train_w_down else 0
         return self.memory.flops_per_token() + 2 * learned
-
-
-def _or_zero(x: Tensor) -> Tensor:
-    """``x [B, T, any]`` with zeros for tokens that are not finite: nothing of them enters a gradient of a parameter."""
-    with torch.no_grad():
-        finite = below(x, float("inf"))[..., None]
-    return torch.where(finite, x, 0)
