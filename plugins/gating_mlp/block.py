@@ -190,8 +190,8 @@ class GatingMLP(BlockWithCompiledStep):
     ) -> Tensor:
         """``base [B, T, d]``, and from token ``after`` on what ``answers [B, T, d]``, times the ``gate``, add to it."""
         alone, changed = base.split([after, base.shape[1] - after], dim=1)
-        gate = None if gate is None else gate[:, after:]
-        changed = self.at_volume(changed, self._read(answers[:, after:], gate, self.projection.to(answers)), context)
+        read = self._read(answers[:, after:], None if gate is None else gate[:, after:], self.projection.to(answers))
+        changed = self.at_volume(changed, read, context)
         return torch.cat([alone, changed], dim=1) if after else changed
 
     def _read(self, answers: Tensor, gate: Tensor | None, projection: Tensor) -> Tensor:
@@ -250,9 +250,8 @@ class GatingMLP(BlockWithCompiledStep):
         """Key ``[B, T, h]``, target ``[B, T, d]`` and rate ``[B, T, 1]``; a key that is ``hidden`` in its own dtype."""
         source = context.input_embeddings if self.config.target == "input_embed" else x
         assert source is not None
-        key, target = hidden, source.to(self.roles.state)
-        if self.config.keys == "unit":
-            key = directions(hidden.to(self.roles.state))
+        key = directions(hidden.to(self.roles.state)) if self.config.keys == "unit" else hidden
+        target = source.to(self.roles.state)
         if self.config.target_norm:
             target = directions(target) * math.sqrt(target.shape[-1])
         return key, target, context.where_updated(self._rate(x))
