@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from moshi_ttt.core.device_log import INDEXING, DeviceLog
 from moshi_ttt.core.host import CarriedState
+from moshi_ttt.core.state import clone
 from moshi_ttt.training.trained import TrainedModel
 
 aten = torch.ops.aten
@@ -99,7 +100,7 @@ def step_bytes(trained: TrainedModel, *, rows: int, frames: int, carried: bool, 
     continued: Any = nullcontext()
     if carried:
         ids = torch.empty(rows, dtype=torch.int64, device="meta")
-        blocks = {site: block.allocate_state(rows) for site, block in trained.injection.blocks.items()}
+        blocks = {site: clone(block.init_state(rows)) for site, block in trained.injection.blocks.items()}
         continued = trained.host.carry(model, CarriedState(blocks, ids), document_ids=ids)
     if not gradients:
         for parameter in model.parameters():

@@ -22,7 +22,11 @@ def hidden_activation(mlp: GatedMLP, x: Tensor) -> Tensor:
     """``[B, T, h]``: ``activation(gate x) * up x`` of ``x [B, T, D]``, as ``core.gated_mlp.hidden`` gives it."""
     if not _is_silu(activation(mlp)) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return hidden(mlp, x)
-    made: Tensor = _SiluProduct.apply(*(projection(x) for projection in input_projections(mlp)))  # type: ignore[no-untyped-call]
+    parts = tuple(projection(x) for projection in input_projections(mlp))
+    if parts[0].dtype != parts[-1].dtype:
+        product: Tensor = activation(mlp)(parts[0]) * parts[-1]
+        return product
+    made: Tensor = _SiluProduct.apply(*parts)  # type: ignore[no-untyped-call]
     return made
 
 

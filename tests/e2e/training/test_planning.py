@@ -302,3 +302,15 @@ def test_the_command(cli, tmp_path):
     assert refused.exit_code == 2
     assert "Error: shard_size is 2, and 3 ranks are no multiple of it." in refused.said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("variant", ["ttt_linear", "ttt_ridge", "gating_mlp"])
+def test_a_step_in_cpp_does_not_keep_carried_memory_from_being_planned(variant):
+    """The plan has states without values, which no step computes with."""
+    named, free = (
+        settings(ttt=[{"variant": variant, "layers": "1", "chunk": 4, **backend}], carry_state=True)
+        for backend in ({"backend": {"step": "cpp"}}, {})
+    )
+    plans = [planning.plan(each, default_registry(), ranks=1, activations=True) for each in (named, free)]
+    assert plans[0].rank == plans[1].rank
+    assert plans[0].rank.activations

@@ -97,7 +97,9 @@ def test_an_activation_in_place_is_left_to_torch():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_without_a_gradient_nothing_is_kept():
-    mlp, x = given(Split)
-    mlp.requires_grad_(False)
-    assert not hidden_activation(mlp, x.detach()).requires_grad
+def test_halves_of_two_dtypes_are_multiplied_as_torch_does():
+    mlp, x = given(Split, dtype=torch.float32)
+    mlp.gate_proj.register_forward_hook(lambda module, inputs, y: y.bfloat16())
+    found, expected = (passes(function, mlp, x) for function in (hidden_activation, gated_mlp.hidden))
+    assert found[0].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
