@@ -1,7 +1,7 @@
 """The backends that a block computes with, chosen once for each device.
 
-A training call's is chosen at the first of them; a streamed step's when the first stream's state is allocated, so that
-no step waits for a build, and none reads a value.
+A training call's is chosen at the first of them; a streamed step's when the first stream's state is allocated. No step
+of that stream then waits for a build, or reads a value. A block that was copied since chooses again, at its next step.
 
 For a variant that has a C++ step and no other backends, what decides whether a block takes it is here too.
 """

@@ -31,7 +31,11 @@ def hidden_activation(mlp: GatedMLP, x: Tensor) -> Tensor:
 
 
 def _is_silu(function: Callable[[Tensor], Tensor]) -> bool:
-    return function is F.silu or (type(function) is nn.SiLU and not function.inplace)
+    """Whether ``function`` is silu and nothing else: no hook of the user's, and not in place."""
+    if type(function) is not nn.SiLU:
+        return function is F.silu
+    hooks = function._forward_hooks, function._forward_pre_hooks, function._backward_hooks, function._backward_pre_hooks
+    return not function.inplace and not any(hooks)
 
 
 def _halves(parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

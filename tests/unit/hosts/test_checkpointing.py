@@ -82,9 +82,20 @@ def test_a_layer_without_a_block_is_computed_again_as_a_whole():
     assert calls == [layer.self_attn, layer.gating] * 2
 
 
-def test_the_option_is_as_it_was_after_a_pass_that_failed():
+@pytest.mark.parametrize("index", [0, 1], ids=["a layer without a block", "a layer with one"])
+def test_a_pass_that_failed_leaves_nothing_behind(index):
     model = made(SEQUENCE, checkpointing=True)
-    with pytest.raises(RuntimeError):
-        model.transformer(torch.zeros(1, 2, model.dim + 1))
+    x, _ = given(model)
+    expected = model.transformer(x)
+
+    def fails(module, inputs):
+        raise RuntimeError("the feed-forward failed")
+
+    layer = model.transformer.layers[index]
+    hook = layer.gating.register_forward_pre_hook(fails)
+    with pytest.raises(RuntimeError, match="the feed-forward failed"):
+        model.transformer(x)
+    hook.remove()
     assert model.transformer.checkpointing
-    assert not made(SEQUENCE, checkpointing=False).transformer.checkpointing
+    assert (layer._context, layer._by_parts) == (None, False)
+    assert torch.equal(model.transformer(x), expected)

@@ -103,3 +103,12 @@ def test_halves_of_two_dtypes_are_multiplied_as_torch_does():
     found, expected = (passes(function, mlp, x) for function in (hidden_activation, gated_mlp.hidden))
     assert found[0].dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@layouts
+def test_a_hook_on_the_activation_runs(layout):
+    mlp, x = given(layout, nn.SiLU())
+    seen = []
+    gated_mlp.activation(mlp).register_forward_hook(lambda module, inputs, y: seen.append(y.shape))
+    hidden_activation(mlp, x)
+    assert seen == [(2, 7, 10)]

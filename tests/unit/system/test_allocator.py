@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from moshi_ttt.system.allocator import CHOICES, keep_freed_memory
+from moshi_ttt.training import runtime
 
 FAULTS = """
 import resource, sys
@@ -55,3 +56,10 @@ def test_pages_that_are_freed_are_not_taken_from_the_system_again() -> None:
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_users_own_choice_is_kept(name: str) -> None:
     assert not keep_freed_memory({name: "1"})
+
+
+def test_training_on_a_cpu_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(runtime, "keep_freed_memory", lambda: asked.append(True))
+    with runtime.start("cpu", None):
+        assert asked == [True]
